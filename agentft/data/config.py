@@ -1,0 +1,96 @@
+"""What a dataset is and how it becomes training examples: the settings of the `dataset` group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agentft.errors import ConfigError
+
+
+class Split(StrEnum):
+    """How the held-out part is chosen."""
+
+    content = "content"
+    """By a hash of the conversation's text: the same conversations are held out whatever the sample size."""
+    unseen_tools = "unseen_tools"
+    """Tools are held out: no tool that a held-out conversation calls is called in training."""
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """Settings that every dataset has."""
+
+    name: str
+    sample: int = -1
+    """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
+    test_ratio: float = 0.02
+    """Share of all conversations that is held out, chosen before sampling, so every sample sits the same exam."""
+    test_sample: int = -1
+    """Held-out conversations to use, nested like `sample`; -1: all."""
+    split: Split = Split.content
+    seed: int = 42
+    """Decides the split and the order of the sample; separate from the seed of the training."""
+    max_length: int = 2048
+    """Tokens of one example; longer conversations are set aside and counted."""
+    max_rejected: float = 0.1
+    """Largest share of rows that may be set aside; above it the run stops and says why."""
+
+    def __post_init__(self) -> None:
+        if self.sample < -1 or self.sample == 0:
+            raise ConfigError(f"dataset.sample={self.sample}: expected -1 (all) or a positive number of conversations")
+        if self.test_sample < -1 or self.test_sample == 0:
+            raise ConfigError(f"dataset.test_sample={self.test_sample}: expected -1 (all) or a positive number")
+        if not 0.0 < self.test_ratio < 1.0:
+            raise ConfigError(f"dataset.test_ratio={self.test_ratio}: expected a share between 0 and 1")
+        if self.max_length < 16:
+            raise ConfigError(f"dataset.max_length={self.max_length}: expected at least 16 tokens")
+        if not 0.0 <= self.max_rejected <= 1.0:
+            raise ConfigError(f"dataset.max_rejected={self.max_rejected}: expected a share between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class SyntheticConfig(DatasetConfig):
+    """Conversations that agentft generates itself; see `agentft.data.synthetic`."""
+
+    conversations: int = 1000
+    """Training conversations to generate; the held-out ones are generated beside them."""
+    heldout: int = 60
+    """Held-out conversations to generate, from values (and on request tools) that training never shows."""
+    chinese: float = 0.1
+    """Share of conversations in Chinese."""
+    max_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.conversations < 1 or self.heldout < 1:
+            raise ConfigError("dataset.conversations and dataset.heldout: expected positive numbers")
+        if not 0.0 <= self.chinese <= 1.0:
+            raise ConfigError(f"dataset.chinese={self.chinese}: expected a share between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class LocalConfig(DatasetConfig):
+    """Conversations in local files."""
+
+    path: str
+    """A file (json, jsonl, csv, parquet; gz or zst) or a folder of such files."""
+    test_path: str | None = None
+    """A file of held-out conversations; null: held out of `path` by `split` and `test_ratio`."""
+    form: str = "auto"
+    """Layout of the records: auto, msagent, openai, sharegpt or react."""
+
+
+@dataclass(kw_only=True)
+class ModelScopeConfig(DatasetConfig):
+    """Conversations from the ModelScope hub."""
+
+    id: str
+    train_split: str = "train"
+    test_split: str | None = None
+    """A split of the hub that is held out as a whole; null: held out of `train_split`."""
+    revision: str = "master"
+    cache_dir: str | None = None
+    """Folder for downloads; null: the client's own."""
+    form: str = "auto"
+

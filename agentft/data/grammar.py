@@ -1,0 +1,265 @@
+"""The MSAgent grammar of an assistant value: calls between the think marks, observations between the exec marks, and text.
+
+    value        := (text | call | observation)*
+    call         := THINK_OPEN body THINK_CLOSE
+    observation  := EXEC_OPEN body EXEC_CLOSE          only while a call before it in the same value is unanswered
+
+What is a mark and what merely looks like one:
+
+* A mark inside a JSON string of a body is data, provided the body reads as JSON; any other mark inside a body is an error.
+* A *quoted pair* is text: opening and closing mark of one kind, mid-sentence (other text before them on the line), with
+  nothing between but a connective such as "and", "和" or a comma. "A call stands between <|startofthink|> and
+  <|endofthink|>." is a sentence about the format and no call.
+* A mark spelt with other case, spaces or brackets is an error outside of bodies that read as JSON: taken as text, it would
+  put a call or a tool's output into the answer.
+
+Whatever is not understood raises `GrammarError`; nothing is guessed, because a guess could train on a tool's output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from agentft.data.calls import CallFailure, JsonRefused, ToolRequest, read_call_body, read_json, strip_fence
+from agentft.errors import DataError
+
+THINK_OPEN = "<|startofthink|>"
+THINK_CLOSE = "<|endofthink|>"
+EXEC_OPEN = "<|startofexec|>"
+EXEC_CLOSE = "<|endofexec|>"
+
+MARK = re.compile(r"<\|(?:start|end)of(?:think|exec)\|>")
+"""Any of the four marks, exactly spelt."""
+
+MAX_CLOSING_MARKS_TRIED = 8
+"""How many closing marks may stand inside the JSON strings of one body: bounds the work on hostile text."""
+
+_LOOK_ALIKE = re.compile(r"[<＜]\s*[|｜]?\s*(?:start|end)[\s_-]*of[\s_-]*(?:think|exec)\s*[|｜]?\s*[>＞]", re.IGNORECASE)
+_CONNECTIVE = re.compile(
+    r"""["'`”’」)]?[ ]?(?:and|or|to|,|/|-|\.{3}|…|和|与|及|以及|或|到|至|、|，)[ ]?["'`“‘「(]?""", re.IGNORECASE
+)
+_COMPLETE_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Free text of the assistant, white space included."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of the agent: one request, several (a JSON list), or a body that cannot be read."""
+
+    source: str
+    """The exact text, marks included."""
+    requests: tuple[ToolRequest, ...]
+    failure: CallFailure | None
+
+    @property
+    def body(self) -> str:
+        """The text between the marks."""
+        return self.source[len(THINK_OPEN) : -len(THINK_CLOSE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a tool returned: context, never trained. Any text is allowed; JSON is usual."""
+
+    source: str
+    """The exact text, marks included."""
+
+    @property
+    def body(self) -> str:
+        """The text between the marks."""
+        return self.source[len(EXEC_OPEN) : -len(EXEC_CLOSE)]
+
+
+Part = Text | Call | Observation
+
+
+class GrammarError(DataError):
+    """An assistant value that does not follow the grammar; `reason` is a stable snake_case code."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def parse_assistant(value: str) -> tuple[Part, ...]:
+    """Split an assistant value into parts, whose sources joined are `value` again.
+
+    Raises:
+        GrammarError: marks that do not pair up, an empty call, an observation without a call, a misspelt mark.
+    """
+    marks = list(MARK.finditer(value))
+    parts: list[Part] = []
+    text_start = 0
+    unanswered = 0
+    index = 0
+    while index < len(marks):
+        mark = marks[index]
+        name = mark.group()
+        if name == THINK_CLOSE or name == EXEC_CLOSE:
+            raise _stray_closing_mark(value, mark, parts, text_start)
+        if _is_quoted_pair(value, text_start, marks, index):
+            index += 2
+            continue
+        if mark.start() > text_start:
+            parts.append(_text(value[text_start : mark.start()]))
+        if name == THINK_OPEN:
+            call, index = _read_call(value, marks, index)
+            unanswered += max(1, len(call.requests))
+            parts.append(call)
+            text_start = mark.start() + len(call.source)
+        else:
+            if unanswered == 0:
+                raise GrammarError("observation_without_call", f"no call before {_at(value, mark)} awaits a result")
+            unanswered -= 1
+            observation, index = _read_observation(value, marks, index)
+            parts.append(observation)
+            text_start = mark.start() + len(observation.source)
+    if text_start < len(value):
+        parts.append(_text(value[text_start:]))
+    return tuple(parts)
+
+
+def segment_steps(parts: Iterable[Part]) -> tuple[tuple[Part, ...], ...]:
+    """The steps of an assistant turn: maximal runs of text and calls between observations; runs of white space are none."""
+    steps: list[tuple[Part, ...]] = []
+    run: list[Part] = []
+    for part in (*parts, Observation("")):
+        if not isinstance(part, Observation):
+            run.append(part)
+            continue
+        if any(isinstance(member, Call) or member.source.strip() for member in run):
+            steps.append(tuple(run))
+        run = []
+    return tuple(steps)
+
+
+def _read_call(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Call, int]:
+    """The call opened by `marks[opening]`, and the index of the first mark after it."""
+    start = marks[opening].start()
+    closings = _closing_marks(marks, opening, THINK_CLOSE)
+    if not closings:
+        raise GrammarError("think_never_closed", f"no {THINK_CLOSE} after {_at(value, marks[opening])}")
+    body = value[marks[opening].end() : marks[closings[0]].start()]
+    reading = read_call_body(body)
+    closing = closings[0]
+    if _not_json(reading) and len(closings) > 1 and _ends_inside_string(body):
+        for candidate in closings[1:MAX_CLOSING_MARKS_TRIED]:
+            # Never across an opening exec mark: what follows it may be a tool's output, and calls are trained.
+            if any(mark.group() == EXEC_OPEN for mark in marks[closing:candidate]):
+                break
+            longer = read_call_body(value[marks[opening].end() : marks[candidate].start()])
+            if not _not_json(longer):
+                reading, closing = longer, candidate
+                break
+    if _not_json(reading) and closing > opening + 1:
+        inner = marks[opening + 1]
+        reason = "nested_think" if inner.group() == THINK_OPEN else "exec_inside_think"
+        raise GrammarError(reason, f"a call that is no JSON holds another mark at {_at(value, inner)}")
+    source = value[start : marks[closing].end()]
+    if not isinstance(reading, CallFailure):
+        return Call(source, reading, None), closing + 1
+    if reading.reason == "empty":
+        raise GrammarError("think_empty", f"nothing is called at {_at(value, marks[opening])}")
+    if reading.reason == "not_json":
+        _refuse_look_alikes(body)
+    return Call(source, (), reading), closing + 1
+
+
+def _read_observation(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Observation, int]:
+    """The observation opened by `marks[opening]`, and the index of the first mark after it."""
+    start, body_start = marks[opening].span()
+    closings = _closing_marks(marks, opening, EXEC_CLOSE)
+    if not closings:
+        raise GrammarError("exec_never_closed", f"no {EXEC_CLOSE} after {_at(value, marks[opening])}")
+    closing = closings[0]
+    holds_marks = closing > opening + 1
+    closed_twice = len(closings) > 1 and closings[1] == closing + 1
+    if holds_marks or closed_twice or (len(closings) > 1 and _looks_cut(value[body_start : marks[closing].start()])):
+        for candidate in closings[:MAX_CLOSING_MARKS_TRIED]:
+            if _is_json(value[body_start : marks[candidate].start()]):
+                return Observation(value[start : marks[candidate].end()]), candidate + 1
+    if holds_marks:
+        inner = marks[opening + 1]
+        reason = "nested_exec" if inner.group() == EXEC_OPEN else "think_inside_exec"
+        raise GrammarError(reason, f"an observation that is no JSON holds another mark at {_at(value, inner)}")
+    return Observation(value[start : marks[closing].end()]), closing + 1
+
+
+def _closing_marks(marks: list[re.Match[str]], opening: int, name: str) -> list[int]:
+    """Indices of the next closing marks, as many as may be tried."""
+    found: list[int] = []
+    for index in range(opening + 1, len(marks)):
+        if marks[index].group() == name:
+            found.append(index)
+            if len(found) == MAX_CLOSING_MARKS_TRIED:
+                break
+    return found
+
+
+def _is_quoted_pair(value: str, text_start: int, marks: list[re.Match[str]], index: int) -> bool:
+    if index + 1 == len(marks):
+        return False
+    first, second = marks[index], marks[index + 1]
+    if second.start() - first.end() > 12 or second.group() != first.group().replace("start", "end"):
+        return False
+    if not _CONNECTIVE.fullmatch(value, first.end(), second.start()):
+        return False
+    line_start = max(text_start, value.rfind("\n", text_start, first.start()) + 1)
+    return bool(value[line_start : first.start()].strip())
+
+
+def _stray_closing_mark(value: str, mark: re.Match[str], parts: list[Part], text_start: int) -> GrammarError:
+    kind, part_type = ("think", Call) if mark.group() == THINK_CLOSE else ("exec", Observation)
+    twice = bool(parts) and isinstance(parts[-1], part_type) and not value[text_start : mark.start()].strip()
+    if twice:
+        return GrammarError(f"{kind}_closed_twice", f"a second closing mark at {_at(value, mark)}")
+    return GrammarError(f"{kind}_never_opened", f"no opening mark before {_at(value, mark)}")
+
+
+def _text(source: str) -> Text:
+    _refuse_look_alikes(source)
+    return Text(source)
+
+
+def _refuse_look_alikes(text: str) -> None:
+    if "<" not in text and "＜" not in text:
+        return
+    for found in _LOOK_ALIKE.finditer(text):
+        if not MARK.fullmatch(found.group()):
+            raise GrammarError("mark_misspelt", f"{found.group()!r} resembles a mark; marks are written like {THINK_OPEN}")
+
+
+def _not_json(reading: tuple[ToolRequest, ...] | CallFailure) -> bool:
+    return isinstance(reading, CallFailure) and reading.reason == "not_json"
+
+
+def _is_json(body: str) -> bool:
+    try:
+        read_json(strip_fence(body))
+    except JsonRefused:
+        return False
+    return True
+
+
+def _ends_inside_string(body: str) -> bool:
+    return '"' in _COMPLETE_STRING.sub("", body)
+
+
+def _looks_cut(body: str) -> bool:
+    """True where a fence or bracket was opened and the body does not end with one: the closing mark may be data."""
+    text = body.strip()
+    return text.startswith(("```", "{", "[")) and not text.endswith(("```", "}", "]"))
+
+
+def _at(value: str, mark: re.Match[str]) -> str:
+    around = value[max(0, mark.start() - 20) : mark.end() + 20]
+    return f"character {mark.start()} ({around!r})"

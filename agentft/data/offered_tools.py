@@ -1,0 +1,113 @@
+"""The tools that a system text offers: a numbered list with one JSON object per tool, read with tolerance.
+
+A list of tools is context, so a flaw in it costs no conversation: an entry that is no JSON keeps its name where a pattern
+finds it, and `problem` says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+MAX_TOOLS = 2_000
+"""More numbered entries than any genuine prompt has (the largest seen has 60); the rest of a longer list is left unread."""
+
+_ENTRY = re.compile(r"^[ \t]*\d{1,4}[.、)][ \t]*(?=\{)", re.MULTILINE)
+_NAME = re.compile(r'"(?:name|api_name)"\s*:\s*"([^"\\\n]{1,200})"')
+_DECODER = json.JSONDecoder(strict=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTool:
+    """One entry of the tool list."""
+
+    name: str
+    """Empty where not even a name could be found."""
+    description: str
+    parameters: tuple[dict[str, Any], ...] | None
+    """One object per declared parameter with at least a `name`; None where the declaration cannot be read."""
+    url: str | None = None
+    problem: str | None = None
+    """What is wrong with the entry, None where nothing is."""
+
+    @property
+    def parameter_names(self) -> frozenset[str] | None:
+        """The declared names, None where they are unknown."""
+        if self.parameters is None:
+            return None
+        return frozenset(parameter["name"] for parameter in self.parameters)
+
+
+def read_offered_tools(system: str) -> tuple[OfferedTool, ...]:
+    """Read the numbered tool list of a system text; a text without one offers no tool."""
+    tools: list[OfferedTool] = []
+    position = 0
+    while len(tools) < MAX_TOOLS:
+        match = _ENTRY.search(system, position)
+        if match is None:
+            break
+        tool, position = _read_entry(system, match.end())
+        tools.append(tool)
+    return tuple(tools)
+
+
+def _read_entry(system: str, start: int) -> tuple[OfferedTool, int]:
+    """The tool whose JSON begins at `start`, and where to look on."""
+    try:
+        entry, end = _DECODER.raw_decode(system, start)
+    except (ValueError, RecursionError) as error:
+        return _recover_entry(system, start, f"no JSON: {error}")
+    line_end = system.find("\n", end)
+    trailing = system[end : line_end if line_end >= 0 else len(system)].strip()
+    problem = f"text after the entry: {trailing[:40]!r}" if trailing else None
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        return _recover_entry(system, start, "no name")
+    description = entry.get("description")
+    parameters = _read_parameters(entry.get("parameters"))
+    if parameters is None and problem is None:
+        problem = "parameters are neither a list of named objects nor a JSON schema"
+    url = entry.get("url")
+    tool = OfferedTool(
+        name=name,
+        description=description if isinstance(description, str) else "",
+        parameters=parameters,
+        url=url if isinstance(url, str) else None,
+        problem=problem,
+    )
+    return tool, end
+
+
+def _recover_entry(system: str, start: int, problem: str) -> tuple[OfferedTool, int]:
+    following = _ENTRY.search(system, start)
+    end = following.start() if following else len(system)
+    named = _NAME.search(system, start, end)
+    name = named[1] if named else ""
+    return OfferedTool(name=name, description="", parameters=None, problem=problem), end
+
+
+def _read_parameters(declared: object) -> tuple[dict[str, Any], ...] | None:
+    if declared is None:
+        return ()
+    if isinstance(declared, dict):
+        return _from_json_schema(declared)
+    if not isinstance(declared, list):
+        return None
+    for parameter in declared:
+        if not isinstance(parameter, dict) or not isinstance(parameter.get("name"), str):
+            return None
+    return tuple(declared)
+
+
+def _from_json_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict) or not all(isinstance(value, dict) for value in properties.values()):
+        return None
+    required = schema.get("required")
+    names = set(map(str, required)) if isinstance(required, list) else set()
+    return tuple(
+        {"name": name, **{k: v for k, v in value.items() if k != "required"}, "required": name in names}
+        for name, value in properties.items()
+    )

@@ -1,0 +1,348 @@
+"""One raw value -> a `Conversation`, or a `Rejection` with its reason. Strict: what is not understood is not trained.
+
+A record in MSAgent form is `{"id": ..., "conversations": [{"from": "system" | "user" | "assistant", "value": text}, ...]}`: at
+most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant value blank.
+`conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are recognised, and converted
+where `form` allows it (`forms.py`).
+
+Only assistant values are parsed. Marks in a system or user text are letters like any others, so they can never become a label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agentft.data import forms
+from agentft.data.calls import strip_fence
+from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant
+from agentft.data.literal_text import LiteralRefused, read_literal
+from agentft.data.offered_tools import OfferedTool, read_offered_tools
+
+MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
+"""A larger record is set aside: the longest genuine conversation has a thousandth of it."""
+
+Role = Literal["system", "user", "assistant"]
+_ROLES = ("system", "user", "assistant")
+_CJK = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
+_MAX_ID_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record comes from."""
+
+    source: str
+    """Path or dataset id, as the user wrote it; for a folder the path of the file."""
+    line: int
+    """Line of a line-based file, else row; from 1. 0 is the file as a whole."""
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    source: str
+    """The exact text."""
+    parts: tuple[Part, ...] = ()
+    """What an assistant turn consists of; empty for the other roles, whatever marks their text holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation that follows the form: optional system message, then user and assistant in turn."""
+
+    id: str
+    messages: tuple[Message, ...]
+    origin: Origin
+    offered: tuple[OfferedTool, ...]
+    weight: float = 1.0
+    """Relative weight of the source it came from."""
+
+    @property
+    def system(self) -> str:
+        """The system text, empty where there is none."""
+        return self.messages[0].source if self.messages[0].role == "system" else ""
+
+    @property
+    def rounds(self) -> int:
+        """Number of user turns."""
+        return sum(message.role == "user" for message in self.messages)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """All calls of all assistant turns, in order."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Call))
+
+    @property
+    def language(self) -> str:
+        """`zh` where a user turn holds a Chinese character, else `en`."""
+        return "zh" if any(m.role == "user" and _CJK.search(m.source) for m in self.messages) else "en"
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of roles and texts; equal for equal conversations, whatever their ids and origins."""
+        return _content_hash(self.messages)
+
+    @property
+    def user_hash(self) -> str:
+        """SHA-256 of all user turns, white space collapsed."""
+        turns = [" ".join(m.source.split()) for m in self.messages if m.role == "user"]
+        return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A record, line or file that was set aside."""
+
+    origin: Origin
+    reason: str
+    """A stable snake_case code, the key under which it is counted."""
+    detail: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A quirk that was understood: the conversation is kept, and the quirk is counted."""
+
+    origin: Origin
+    code: str
+    detail: str
+
+
+class _Refused(Exception):
+    """Carries reason and detail up to `read_record`; never leaves this module."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_record(
+    value: object, origin: Origin, *, form: forms.Form = "auto", weight: float = 1.0
+) -> tuple[Conversation, list[Notice]] | Rejection:
+    """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
+
+    Args:
+        form: `auto` takes MSAgent, OpenAI and ShareGPT records; the name of one form takes that form alone. ReAct text is
+            converted only when named, since ordinary prose can hold its keywords.
+    """
+    notices: list[Notice] = []
+    record_id: str | None = None
+    try:
+        if not isinstance(value, dict):
+            raise _Refused("not_an_object", f"a record is an object, found {_kind(value)}")
+        record_id = _read_id(value.get("id"), origin, notices)
+        turns = _read_turns(value, form, origin, notices)
+        messages = _read_messages(turns, origin, notices)
+        offered = read_offered_tools(messages[0].source) if messages[0].role == "system" else ()
+        _note_quirks(messages, offered, origin, notices)
+        if record_id is None:
+            record_id = "content-" + _content_hash(messages)[:16]
+    except (_Refused, GrammarError, forms.FormRefused) as refusal:
+        return Rejection(origin, refusal.reason, refusal.detail, record_id)
+    return Conversation(record_id, messages, origin, offered, weight), notices
+
+
+def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None:
+    """The id as text, or None where the content must give one."""
+    if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and _is_encodable(value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
+        notices.append(Notice(origin, "id_number", f"id {value} is a number, used as text"))
+        return str(value)
+    code = "id_missing" if value is None or value == "" else "id_unusable"
+    notices.append(Notice(origin, code, f"id is {_kind(value)}; made from the content instead"))
+    return None
+
+
+def _read_turns(record: dict[Any, Any], form: forms.Form, origin: Origin, notices: list[Notice]) -> list[Any]:
+    """The turns of a record in MSAgent form, converted from another layout where that is asked for."""
+    turns = record.get("conversations")
+    if isinstance(turns, str):
+        turns = _read_turns_text(turns)
+        record = {**record, "conversations": turns}
+    found = forms.recognise(record)
+    if found == "msagent" and form in ("auto", "msagent"):
+        if "conversations" not in record:
+            raise _Refused("conversations_missing", "no field 'conversations'")
+        if not isinstance(turns, list):
+            raise _Refused("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
+        return turns
+    if form == "auto" or form == found or form == "react":
+        converted, quirks = forms.convert(record, "react" if form == "react" else found)
+        notices.extend(Notice(origin, code, detail) for code, detail in quirks)
+        return converted
+    raise _Refused(
+        f"form_{found}", f"the record has the {found} form, not {form}; select it with dataset.form={found} (or auto)"
+    )
+
+
+def _read_turns_text(text: str) -> object:
+    if len(text) > MAX_RECORD_CHARACTERS:
+        raise _Refused("too_long", f"'conversations' is a text of {len(text):,} characters, at most {MAX_RECORD_CHARACTERS:,}")
+    try:
+        turns = read_literal(text)
+    except LiteralRefused as error:
+        raise _Refused("conversations_unreadable_text", str(error)) from None
+    if isinstance(turns, str):
+        raise _Refused("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
+    return turns
+
+
+def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> tuple[Message, ...]:
+    if not turns:
+        raise _Refused("conversations_empty", "'conversations' is an empty list")
+    messages: list[Message] = []
+    characters = 0
+    expected: Role = "user"
+    for number, turn in enumerate(turns, 1):
+        role, value = _read_turn(turn, number)
+        characters += len(value)
+        if characters > MAX_RECORD_CHARACTERS:
+            raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+        if len(turn) > 2:
+            extra = sorted(str(key) for key in turn if key not in ("from", "value"))
+            notices.append(Notice(origin, "unknown_turn_field", f"turn {number}: {', '.join(extra)[:80]} not used"))
+        if not _is_encodable(value):
+            raise _Refused("lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8")
+        if role == "system":
+            if messages:
+                reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
+                raise _Refused(reason, f"turn {number} is a system turn; only the first may be")
+            if not value or value.isspace():
+                notices.append(Notice(origin, "empty_system", "the system value is blank"))
+            messages.append(Message("system", value))
+            continue
+        if role != expected:
+            if len(messages) == 0 or messages[-1].role == "system":
+                raise _Refused("starts_with_assistant", f"turn {number} is the assistant's, expected the user's first")
+            raise _Refused(f"two_{role}_turns", f"turn {number} is the {role}'s as is the turn before it")
+        if not value or value.isspace():
+            raise _Refused(f"empty_{role}", f"turn {number} ({role}) is blank")
+        if role == "user":
+            messages.append(Message("user", value))
+            expected = "assistant"
+        else:
+            messages.append(Message("assistant", value, _parse_turn(value, number)))
+            expected = "user"
+    if expected == "assistant":
+        raise _Refused("ends_with_user", "the last turn is the user's: there is nothing to train")
+    if messages[-1].role == "system":
+        raise _Refused("no_user_turn", "only a system turn")
+    if messages[0].role != "system":
+        notices.append(Notice(origin, "missing_system", "no system turn"))
+    return tuple(messages)
+
+
+def _read_turn(turn: object, number: int) -> tuple[Role, str]:
+    if not isinstance(turn, dict):
+        raise _Refused("turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value")
+    if "from" not in turn:
+        raise _Refused("role_missing", f"turn {number} has no field 'from'")
+    role = turn["from"]
+    if not isinstance(role, str) or role not in _ROLES:
+        shown = repr(role[:40]) if isinstance(role, str) else _kind(role)
+        raise _Refused("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
+    if "value" not in turn:
+        raise _Refused("value_missing", f"turn {number} ({role}) has no field 'value'")
+    value = turn["value"]
+    if not isinstance(value, str):
+        raise _Refused("value_not_text", f"the value of turn {number} ({role}) is {_kind(value)}, expected text")
+    return role, value  # type: ignore[return-value]  # membership in _ROLES was checked
+
+
+def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
+    try:
+        parts = parse_assistant(value)
+    except GrammarError as error:
+        raise _Refused(error.reason, f"turn {number}: {error.detail}") from None
+    if len(parts) == 1 and isinstance(parts[0], Text) and forms.is_react_text(value):
+        raise _Refused(
+            "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.form=react converts"
+        )
+    return parts
+
+
+def _note_quirks(
+    messages: tuple[Message, ...], offered: tuple[OfferedTool, ...], origin: Origin, notices: list[Notice]
+) -> None:
+    """Notices for everything that a tool-call metric or a native chat template must cope with."""
+    tools = {tool.name: tool for tool in offered}
+    notices.extend(
+        Notice(origin, "tool_entry_flawed", f"tool {tool.name or '?'}: {tool.problem}") for tool in offered if tool.problem
+    )
+    for message in messages:
+        for part in message.parts:
+            source = part.source
+            if isinstance(part, Call):
+                if source.count("<|") > 2 and len(MARK.findall(source)) > 2:
+                    notices.append(Notice(origin, "mark_inside_call", "a JSON string of a call holds a mark"))
+                for code, detail in _call_quirks(part, tools):
+                    notices.append(Notice(origin, code, detail))
+            elif "<|" in source:
+                marks = len(MARK.findall(source))
+                if isinstance(part, Text) and marks:
+                    notices.append(Notice(origin, "marks_quoted_in_text", "a text of the assistant quotes marks"))
+                elif isinstance(part, Observation) and marks > 2:
+                    notices.append(Notice(origin, "mark_inside_observation", "a string of an observation holds a mark"))
+
+
+def _call_quirks(call: Call, tools: dict[str, OfferedTool]) -> list[tuple[str, str]]:
+    if call.failure is not None:
+        return [(f"call_{call.failure.reason}", call.failure.detail)]
+    quirks: list[tuple[str, str]] = []
+    body = strip_fence(call.body)
+    if body.startswith("["):
+        quirks.append(("call_is_a_list", f"{len(call.requests)} requests between one pair of marks"))
+    if "\n" in body and not _is_strict_json(body):
+        quirks.append(("raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"))
+    for request in call.requests:
+        if not request.parameters and '"parameters"' not in body:
+            quirks.append(("call_without_parameters", f"call to {request.name!r} has no field 'parameters'"))
+        if not tools:
+            continue
+        tool = tools.get(request.name)
+        if tool is None:
+            quirks.append(("unknown_tool", f"{request.name!r} is not in the tool list"))
+        elif (declared := tool.parameter_names) is not None and not declared.issuperset(request.parameters):
+            extra = ", ".join(sorted(set(request.parameters) - declared))
+            quirks.append(("undeclared_parameter", f"{request.name!r} does not declare {extra[:80]}"))
+    return quirks
+
+
+def _is_strict_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _content_hash(messages: tuple[Message, ...]) -> str:
+    turns = [[message.role, message.source] for message in messages]
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,215 @@
+"""Sources of raw rows, each row with its origin, and the stream from rows to conversations.
+
+    rows = read_local("train.jsonl", report=report)            # or a folder, several with weights, read_modelscope(...)
+    for item in read_conversations(rows, report=report):       # Conversation | Rejection
+        ...
+
+Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection`, and a `ReadReport` counts both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from agentft.data.files import READABLE_SUFFIXES, FileFlaw, data_suffix, read_file
+from agentft.data.forms import Form
+from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
+from agentft.errors import DataError
+
+_NOTICES_SHOWN_PER_CODE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One value as a source holds it, not yet understood."""
+
+    origin: Origin
+    value: object
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSource:
+    """A file or folder with the relative weight of its conversations."""
+
+    path: str | Path
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class ReadReport:
+    """What became of everything that was read. Filled while the streams are consumed."""
+
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """By reason, duplicates included."""
+    notices: Counter[str] = field(default_factory=Counter)
+    """By code; the conversations they belong to were kept."""
+    notices_shown: dict[str, list[Notice]] = field(default_factory=dict)
+    """The first few of each code."""
+    files: list[str] = field(default_factory=list)
+    skipped_files: list[str] = field(default_factory=list)
+    """Files of a folder whose names say that they hold no data."""
+    blank_lines: int = 0
+    """Blank lines and lines of NUL padding."""
+
+    @property
+    def rows(self) -> int:
+        """Everything that was read, blank lines aside."""
+        return self.kept + self.rejected.total()
+
+    def note(self, notices: Iterable[Notice]) -> None:
+        """Count notices and keep the first few of each code."""
+        for notice in notices:
+            self.notices[notice.code] += 1
+            shown = self.notices_shown.setdefault(notice.code, [])
+            if len(shown) < _NOTICES_SHOWN_PER_CODE:
+                shown.append(notice)
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
+        noted = ", ".join(f"{count:,} {code}" for code, count in self.notices.most_common())
+        parts = [f"kept {self.kept:,}", f"set aside {self.rejected.total():,}" + (f" ({reasons})" if reasons else "")]
+        if noted:
+            parts.append(f"noted {noted}")
+        return "; ".join(parts)
+
+
+def read_local(
+    paths: str | Path | LocalSource | Sequence[str | Path | LocalSource], *, report: ReadReport | None = None
+) -> Iterator[RawRow | Rejection]:
+    """Rows of local files: json, jsonl, csv (also .gz and .zst) and parquet; a folder stands for its files, sorted.
+
+    Raises:
+        DataError: a path is missing, empty, of an unknown kind, or holds no row at all.
+    """
+    report = report if report is not None else ReadReport()
+    given = [paths] if isinstance(paths, (str, Path, LocalSource)) else list(paths)
+    sources = [source if isinstance(source, LocalSource) else LocalSource(source) for source in given]
+    if not sources:
+        raise DataError("no path given")
+    for source in sources:
+        if not source.weight > 0:
+            raise DataError(f"{source.path}: weight {source.weight} is not positive")
+        if not Path(source.path).exists():
+            raise DataError(f"{source.path}: no such file or folder")
+    return _read_sources(sources, report)
+
+
+def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
+    for source in sources:
+        path = Path(source.path)
+        files = _folder_files(path, report) if path.is_dir() else [path]
+        if path.is_dir() and not files:
+            raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
+        for file in files:
+            name = str(source.path) if file is path else str(file)
+            report.files.append(name)
+            if file is not path and (flaw := _unsafe_in_folder(file, path)):
+                yield Rejection(Origin(name, 0), *flaw)
+                continue
+            yield from _read_one(file, name, source.weight, report, alone=file is path)
+
+
+def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:
+    items = 0
+    for line, item in read_file(file):
+        if not isinstance(item, FileFlaw):
+            items += 1
+            yield RawRow(Origin(name, line), item, weight)
+        elif item.counted_only:
+            report.blank_lines += 1
+        else:
+            items += 1
+            yield Rejection(Origin(name, line), item.reason, item.detail)
+    if items == 0:
+        if alone:
+            raise DataError(f"{name}: the file holds no record")
+        yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
+
+
+def _folder_files(folder: Path, report: ReadReport) -> list[Path]:
+    """Data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
+    files: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if name.startswith(".") or data_suffix(path) is None:
+                report.skipped_files.append(str(path))
+            else:
+                files.append(path)
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
+    """Why a file found in a folder is not opened, or None."""
+    if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+        return "link_out_of_folder", f"leads to {file.resolve()}; name that file itself to read it"
+    if not file.is_file():
+        return "not_a_file", "no regular file"
+    if file.stat().st_size == 0:
+        return "empty_file", "the file is empty"
+    return None
+
+
+def read_conversations(
+    rows: Iterable[RawRow | Rejection], *, form: Form = "auto", report: ReadReport | None = None
+) -> Iterator[Conversation | Rejection]:
+    """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
+    report = report if report is not None else ReadReport()
+    ids = _IdRegister()
+    for row in rows:
+        if isinstance(row, Rejection):
+            report.rejected[row.reason] += 1
+            yield row
+            continue
+        outcome = read_record(row.value, row.origin, form=form, weight=row.weight)
+        if isinstance(outcome, Rejection):
+            report.rejected[outcome.reason] += 1
+            yield outcome
+            continue
+        conversation, notices = outcome
+        unique_id = ids.register(conversation)
+        if unique_id is None:
+            report.rejected["duplicate"] += 1
+            yield Rejection(row.origin, "duplicate", "the same id and content came before", conversation.id)
+            continue
+        if unique_id != conversation.id:
+            detail = f"id {conversation.id!r} came before with other content; this one is {unique_id!r}"
+            notices.append(Notice(row.origin, "duplicate_id_renamed", detail))
+            conversation = replace(conversation, id=unique_id)
+        report.note(notices)
+        report.kept += 1
+        yield conversation
+
+
+class _IdRegister:
+    """Ids handed out so far, each with a 64-bit content digest: about 150 bytes a conversation."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, int] = {}
+        self._renamed: dict[str, dict[int, int]] = {}
+        """For an id met with several contents: content digest -> number of the copy."""
+
+    def register(self, conversation: Conversation) -> str | None:
+        """The id to use, or None for a repetition of what came before."""
+        # Python's own hash: quick, and compared within this process only.
+        digest = hash(tuple((message.role, message.source) for message in conversation.messages))
+        known = self._digests.get(conversation.id)
+        if known is None:
+            self._digests[conversation.id] = digest
+            return conversation.id
+        copies = self._renamed.setdefault(conversation.id, {})
+        if digest == known or digest in copies:
+            return None
+        number = len(copies) + 2
+        while (unique_id := f"{conversation.id}#{number}") in self._digests:
+            number += 1
+        copies[digest] = number
+        self._digests[unique_id] = digest
+        return unique_id

@@ -1,0 +1,107 @@
+"""Which conversations are trained on, which are held out, and in which order.
+
+Both answers come from hashes of content, so they do not depend on the order of a file, on the sample size or on what else
+is in it. The held-out set is fixed before sampling: every sample size sits the same exam.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from agentft.data.config import Split
+from agentft.data.records import Conversation
+from agentft.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A dataset divided, each part in its nested order: the first n of it are the sample of size n."""
+
+    train: list[Conversation]
+    heldout: list[Conversation]
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Conversations in neither part, counted by reason."""
+
+
+def divide(conversations: Iterable[Conversation], *, split: Split, test_ratio: float, seed: int) -> Parts:
+    """Divide conversations into a training and a held-out part.
+
+    Conversations with the same user side go to the same part, whatever the agent answered.
+
+    Raises:
+        DataError: a part would be empty.
+    """
+    pool = list(conversations)
+    if split is Split.unseen_tools:
+        parts = _divide_by_tools(pool, test_ratio, seed)
+    else:
+        chosen = [_share(conversation.user_hash, seed) < test_ratio for conversation in pool]
+        parts = Parts(
+            train=[c for c, held in zip(pool, chosen, strict=True) if not held],
+            heldout=[c for c, held in zip(pool, chosen, strict=True) if held],
+        )
+    if not parts.train or not parts.heldout:
+        empty = "training" if not parts.train else "held-out"
+        raise DataError(
+            f"the {empty} part is empty: {len(pool)} conversations divided by {split} at test_ratio={test_ratio}; "
+            "give more conversations or another dataset.test_ratio"
+        )
+    return Parts(
+        train=in_sample_order(parts.train, seed),
+        heldout=in_sample_order(parts.heldout, seed),
+        set_aside=parts.set_aside,
+    )
+
+
+def in_sample_order(conversations: Sequence[Conversation], seed: int) -> list[Conversation]:
+    """Order conversations so that the first n are the sample of size n: larger samples contain the smaller ones."""
+    return sort_by_hash(conversations, key=lambda conversation: conversation.content_hash, seed=seed)
+
+
+def sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> list[T]:
+    """Sort by a seeded hash of each item's own key, equal keys in their given order."""
+    return sorted(items, key=lambda item: _digest(f"order-{seed}-{key(item)}"))
+
+
+def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> Parts:
+    """Hold tools out, by hash of the name, until about `test_ratio` of the calling conversations use them.
+
+    A conversation that calls held-out and other tools alike belongs to neither part and is set aside.
+    """
+    called = [frozenset(request.name for call in c.calls for request in call.requests) for c in pool]
+    uses = Counter(name for names in called for name in names)
+    target = test_ratio * sum(1 for names in called if names)
+    heldout_tools: set[str] = set()
+    covered = 0
+    for name in sort_by_hash(sorted(uses), key=lambda tool: tool, seed=seed):
+        if covered >= target:
+            break
+        heldout_tools.add(name)
+        covered += uses[name]
+    parts = Parts(train=[], heldout=[])
+    for conversation, names in zip(pool, called, strict=True):
+        if not names:
+            part = parts.heldout if _share(conversation.user_hash, seed) < test_ratio else parts.train
+            part.append(conversation)
+        elif names <= heldout_tools:
+            parts.heldout.append(conversation)
+        elif names & heldout_tools:
+            parts.set_aside["mixes_seen_and_unseen_tools"] += 1
+        else:
+            parts.train.append(conversation)
+    return parts
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _share(key: str, seed: int) -> float:
+    """Map a key to [0, 1), uniformly."""
+    return int.from_bytes(_digest(f"split-{seed}-{key}")[:8], "big") / 2**64

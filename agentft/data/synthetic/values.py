@@ -1,0 +1,244 @@
+"""Values by pool: what users say and tools return. Held-out records draw from other values than training records.
+
+Word lists give every fifth entry to the held-out part; numbers in codes, amounts, dates and times are split by their rest
+modulo five. Small counts and enumerations are shared: there are too few of them to split.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
+
+from agentft.data.synthetic import words_en, words_zh
+from agentft.data.synthetic.tools import Json, Language, Part
+
+JsonType = Literal["string", "integer", "number", "boolean"]
+
+Value = tuple[Json, str]
+"""A value as the call holds it, and the words a user says for it."""
+
+_EVERY = 5
+_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+
+_TYPES: dict[str, JsonType] = {
+    **dict.fromkeys(("minutes", "percent", "guests", "nights", "years", "days", "quantity"), "integer"),
+    **dict.fromkeys(("amount", "interest", "kilograms", "measure", "setpoint", "budget"), "number"),
+    **dict.fromkeys(("on_off", "lock_unlock", "with_without"), "boolean"),
+}
+
+_ENUMS: dict[str, dict[Language, tuple[str, ...]]] = {
+    "temperature_unit": {"en": ("celsius", "fahrenheit"), "zh": ("摄氏度", "华氏度")},
+    "cabin": {"en": ("economy", "business", "first"), "zh": ("经济舱", "商务舱", "头等舱")},
+    "travel_mode": {"en": ("walking", "cycling", "driving"), "zh": ("步行", "骑行", "驾车")},
+    "priority": {"en": ("low", "normal", "high"), "zh": ("低", "普通", "高")},
+    "image_style": {"en": ("sketch", "watercolor", "photo", "cartoon"), "zh": ("素描", "水彩", "照片", "卡通")},
+    "news_section": {"en": ("politics", "science", "business", "culture"), "zh": ("时政", "科技", "财经", "文化")},
+}
+
+_BOOLEANS: dict[str, dict[Language, tuple[str, str]]] = {
+    "on_off": {"en": ("on", "off"), "zh": ("打开", "关闭")},
+    "lock_unlock": {"en": ("lock", "unlock"), "zh": ("锁上", "打开")},
+    "with_without": {"en": ("with", "without"), "zh": ("要", "不要")},
+}
+
+_CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CNY", "CHF", "CAD", "AUD", "SEK", "INR", "BRL", "MXN", "SGD", "KRW", "NOK")
+_LENGTH_UNITS = ("km", "miles", "m", "feet", "inches", "cm", "yards")
+
+
+def json_type(pool: str) -> JsonType:
+    """The JSON type of a parameter that draws from `pool`."""
+    return _TYPES.get(pool, "string")
+
+
+def enum_values(pool: str, language: Language) -> tuple[str, ...]:
+    """All values of an enumeration; empty for other pools."""
+    return _ENUMS[pool][language] if pool in _ENUMS else ()
+
+
+@cache
+def values_of(language: Language, part: Part) -> Values:
+    """The pools of one language and part, made once."""
+    return Values(language, part)
+
+
+class Values:
+    """Draws values by the name of a pool."""
+
+    def __init__(self, language: Language, part: Part) -> None:
+        self._language: Language = language
+        self._heldout = part == "heldout"
+        self._zh = language == "zh"
+        self._lists = self._split_lists()
+        self._makers = self._named_makers()
+
+    def draw(self, pool: str, rng: random.Random) -> Value:
+        """Draw from `pool`."""
+        if pool in self._lists:
+            word = rng.choice(self._lists[pool])
+            return word, word
+        if pool in _ENUMS:
+            word = rng.choice(_ENUMS[pool][self._language])
+            return word, word
+        if pool in _BOOLEANS:
+            truth = rng.random() < 0.6
+            return truth, _BOOLEANS[pool][self._language][0 if truth else 1]
+        value = self._makers[pool](rng)
+        return value, str(value)
+
+    def pools(self) -> frozenset[str]:
+        """The names `draw` knows."""
+        return frozenset({*self._lists, *_ENUMS, *_BOOLEANS, *self._makers})
+
+    def _share(self, words: Sequence[str]) -> tuple[str, ...]:
+        return tuple(word for index, word in enumerate(words) if (index % _EVERY == _EVERY - 1) == self._heldout)
+
+    def _split_lists(self) -> dict[str, tuple[str, ...]]:
+        words = words_zh if self._zh else words_en
+        names = {
+            "city": "CITIES", "language": "LANGUAGES", "room": "ROOMS", "place": "PLACES", "cuisine": "CUISINES",
+            "place_category": "PLACE_CATEGORIES", "reason": "CANCEL_REASONS", "color": "COLORS", "goods": "PRODUCTS",
+            "hotel_word": "HOTEL_WORDS", "subject": "SUBJECTS", "predicate": "PREDICATES", "moment": "MOMENTS",
+            "chore": "CHORES", "meeting": "MEETINGS",
+        }  # fmt: skip
+        english_only = {
+            "word": "COMMON_WORDS", "door": "DOORS", "dish": "DISHES", "adjective": "ADJECTIVES", "noun": "NOUNS",
+            "bill": "BILLS", "complaint": "COMPLAINTS", "floor": "FLOORS", "host_role": "HOST_ROLES",
+            "first_name": "FIRST_NAMES", "last_name": "LAST_NAMES",
+        }  # fmt: skip
+        chinese_only = {"surname": "SURNAMES", "given_name": "GIVEN_NAMES", "restaurant_word": "RESTAURANT_WORDS"}
+        lists = {
+            pool: self._share(getattr(words, name))
+            for pool, name in {**names, **(chinese_only if self._zh else english_only)}.items()
+        }
+        # What tools return is not split: a state such as "delivered" is vocabulary, not a value to copy.
+        shared = {"sky": "SKIES", "air_level": "AIR_LEVELS", "parcel_state": "PARCEL_STATES"}
+        shared |= {"order_state": "ORDER_STATES", "flight_state": "FLIGHT_STATES"}
+        if not self._zh:
+            shared |= {"ticket_state": "TICKET_STATES", "server_state": "SERVER_STATES"}
+            shared |= {"sense": "SENSES", "ingredient": "INGREDIENTS"}
+        lists |= {pool: getattr(words, name) for pool, name in shared.items()}
+        lists["currency"] = _CURRENCIES
+        lists["length_unit"] = _LENGTH_UNITS
+        return lists
+
+    def _integer(self, rng: random.Random, low: int, high: int) -> int:
+        """An integer in [low, high] whose rest modulo five is that of this part."""
+        rest = _EVERY - 1 if self._heldout else rng.randrange(_EVERY - 1)
+        first = low + (rest - low) % _EVERY
+        return first + _EVERY * rng.randrange((high - first) // _EVERY + 1)
+
+    def _code(self, rng: random.Random, letters: int, digits: int) -> str:
+        number = self._integer(rng, 10 ** (digits - 1), 10**digits - 1)
+        return "".join([rng.choice(_LETTERS) for _ in range(letters)]) + str(number)
+
+    def _money(self, rng: random.Random, low: int, high: int) -> float | int:
+        whole = self._integer(rng, low, high)
+        return whole if rng.random() < 0.7 else whole + rng.choice((0.5, 0.25, 0.75, 0.4))
+
+    def _named_makers(self) -> dict[str, Callable[[random.Random], Json]]:
+        return {
+            "person": self._person,
+            "sentence": self._sentence,
+            "message": self._sentence,
+            "task": self._task,
+            "event": self._event,
+            "title": lambda r: self._title(r),
+            "product": lambda r: self._two(r, "color", "goods"),
+            "restaurant": self._restaurant,
+            "hotel": self._hotel,
+            "issue": lambda r: self._two(r, "complaint", "floor"),
+            "host": lambda r: f"{r.choice(self._lists['host_role'])}-{self._integer(r, 10, 99)}",
+            "email": lambda r: self._email(r),
+            "date": self._date,
+            "time": lambda r: f"{r.randrange(6, 23):02d}:{self._integer(r, 0, 59):02d}",
+            "symbol": lambda r: "".join(r.choice(_LETTERS[self._heldout :: 2]) for _ in range(r.choice((3, 4)))),
+            "order": lambda r: self._code(r, r.choice((0, 1, 2)), 6),
+            "parcel": lambda r: self._code(r, 2, 8),
+            "flight": lambda r: self._code(r, 2, r.choice((3, 4))),
+            "phone": lambda r: f"1{r.choice('35789')}{self._integer(r, 10**8, 10**9 - 1)}"
+            if self._zh
+            else f"555-{self._integer(r, 1000, 9999)}",
+            "account": lambda r: self._code(r, 0, 8),
+            "card": lambda r: self._code(r, 0, 4),
+            "event_id": lambda r: f"EV{self._integer(r, 100, 9999)}",
+            "hotel_id": lambda r: f"H{self._integer(r, 100, 9999)}",
+            "booking": lambda r: self._code(r, 2, 5),
+            "note_id": lambda r: f"N{self._integer(r, 100, 9999)}",
+            "product_id": lambda r: f"P-{self._integer(r, 1000, 99999)}",
+            "song_id": lambda r: f"S{self._integer(r, 1000, 9999)}",
+            "book_id": lambda r: f"B-{self._integer(r, 1000, 9999)}",
+            "ticket": lambda r: f"T-{self._integer(r, 1000, 99999)}",
+            "minutes": lambda r: self._integer(r, 3, 120),
+            "percent": lambda r: self._integer(r, 5, 99),
+            "guests": lambda r: r.randrange(2, 13),
+            "nights": lambda r: r.randrange(1, 15),
+            "years": lambda r: r.randrange(2, 31),
+            "days": lambda r: r.randrange(3, 31),
+            "quantity": lambda r: r.randrange(2, 20),
+            "amount": lambda r: self._money(r, 20, 5000),
+            "budget": lambda r: self._integer(r, 20, 400),
+            "principal": lambda r: self._integer(r, 20, 900) * 1000,
+            "interest": lambda r: r.randrange(10, 90) / 10,
+            "kilograms": lambda r: self._integer(r, 5, 300) / 10,
+            "measure": lambda r: self._money(r, 3, 900),
+            "setpoint": lambda r: r.randrange(32, 52) / 2,
+            "degrees": lambda r: r.randrange(-8, 38),
+            "humidity": lambda r: r.randrange(20, 98),
+            "index": lambda r: r.randrange(12, 190),
+            "price": lambda r: r.randrange(900, 60000) / 100,
+            "fare": lambda r: r.randrange(30, 900),
+            "rate": lambda r: r.randrange(200, 20000) / 10000,
+            "kilometers": lambda r: r.randrange(20, 9000) / 10,
+            "count": lambda r: r.randrange(2, 9),
+            "delay": lambda r: r.randrange(2, 12) * 5,
+        }
+
+    def _two(self, rng: random.Random, first: str, second: str) -> str:
+        blank = "" if self._zh else " "
+        return f"{rng.choice(self._lists[first])}{blank}{rng.choice(self._lists[second])}"
+
+    def _person(self, rng: random.Random) -> str:
+        return self._two(rng, "surname", "given_name") if self._zh else self._two(rng, "first_name", "last_name")
+
+    def _sentence(self, rng: random.Random) -> str:
+        subject, predicate, moment = (rng.choice(self._lists[pool]) for pool in ("subject", "predicate", "moment"))
+        return f"{moment}{subject}{predicate}" if self._zh else f"{subject} {predicate} {moment}"
+
+    def _task(self, rng: random.Random) -> str:
+        choice = rng.random()
+        if choice < 0.4:
+            return rng.choice(self._lists["chore"])
+        if self._zh:
+            return f"{'联系' if choice < 0.7 else '给'}{self._person(rng)}{'' if choice < 0.7 else '送' + rng.choice(self._lists['goods'])}"
+        if choice < 0.6:
+            return f"pay the {rng.choice(self._lists['bill'])} bill"
+        return f"call {self._person(rng)}" if choice < 0.8 else f"pick up the {self._two(rng, 'color', 'goods')}"
+
+    def _event(self, rng: random.Random) -> str:
+        meeting = rng.choice(self._lists["meeting"])
+        if rng.random() < 0.5:
+            return meeting
+        return f"和{self._person(rng)}的{meeting}" if self._zh else f"{meeting} with {self._person(rng)}"
+
+    def _title(self, rng: random.Random) -> str:
+        title = self._two(rng, "adjective", "noun")
+        return f"The {title}" if rng.random() < 0.5 else title
+
+    def _restaurant(self, rng: random.Random) -> str:
+        if self._zh:
+            return rng.choice(self._lists["restaurant_word"]) + rng.choice(("饭店", "酒楼", "小馆", "食府"))
+        return f"{rng.choice(self._lists['last_name'])}'s {rng.choice(('Kitchen', 'Table', 'Bistro', 'Grill', 'Corner'))}"
+
+    def _hotel(self, rng: random.Random) -> str:
+        if self._zh:
+            return rng.choice(self._lists["hotel_word"]) + rng.choice(("酒店", "宾馆", "大酒店"))
+        return f"Hotel {self._two(rng, 'hotel_word', 'last_name')}"
+
+    def _email(self, rng: random.Random) -> str:
+        name = f"{rng.choice(self._lists['first_name'])}.{rng.choice(self._lists['last_name'])}".lower()
+        return f"{name}@{rng.choice(('example.com', 'example.org', 'mail.test'))}"
+
+    def _date(self, rng: random.Random) -> str:
+        return f"{rng.randrange(2024, 2028)}-{rng.randrange(1, 13):02d}-{self._integer(rng, 1, 28):02d}"

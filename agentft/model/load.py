@@ -1,0 +1,174 @@
+"""Model settings -> a folder -> tokenizer and weights on a device, with the choices made said aloud."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentft.errors import ModelError
+from agentft.model.cache import build_once, cache_root
+from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource, RandomShape
+from agentft.model.hub import download_huggingface, download_modelscope
+from agentft.model.random_weights import random_folder
+from agentft.model.wheel import converted_folder
+from agentft.runtime import Device, computes_in_bf16
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on the local disk."""
+
+    folder: Path
+    fingerprint: str
+    """Digest over settings, tokenizer and the headers of the weight files."""
+
+
+def locate_model(config: ModelConfig) -> ModelFiles:
+    """Find or fetch the model's files.
+
+    Raises:
+        ModelError: a setting that the source needs is missing, or the source has no such model.
+    """
+    match config.source:
+        case ModelSource.wheel:
+            folder = converted_folder(_needed(config, "wheel"), config.cache_dir)
+        case ModelSource.modelscope:
+            folder = download_modelscope(_needed(config, "modelscope_id"), config.revision, config.cache_dir)
+        case ModelSource.huggingface:
+            folder = download_huggingface(_needed(config, "huggingface_id"), config.revision, config.cache_dir)
+        case ModelSource.random:
+            folder = _random(config)
+        case ModelSource.local:
+            folder = Path(_needed(config, "path")).expanduser()
+            if not (folder / "config.json").is_file():
+                raise ModelError(f"model.path={folder}: expected a folder with config.json, weights and tokenizer")
+    return ModelFiles(folder, fingerprint(folder))
+
+
+def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
+    """Load the tokenizer; it must be a fast one, since labels are found by the Rust tokenizer.
+
+    Raises:
+        ModelError: the folder has no fast tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=config.trust_remote_code)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{files.folder}: {type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json)")
+    return tokenizer
+
+
+def stop_token(config: ModelConfig, tokenizer: Any) -> str:
+    """Return the token that ends every step: the configured one, else the tokenizer's end-of-sequence token.
+
+    Raises:
+        ModelError: neither exists.
+    """
+    token = config.stop_token or tokenizer.eos_token
+    if token is None:
+        raise ModelError(f"model={config.name}: the tokenizer has no end-of-sequence token; set model.stop_token")
+    return str(token)
+
+
+def choose_dtype(requested: Dtype, device: Device) -> torch.dtype:
+    """Resolve `auto` to bf16 where the device computes in it, else fp32, and say which."""
+    import torch
+
+    chosen = requested
+    if requested is Dtype.auto:
+        chosen = Dtype.bf16 if computes_in_bf16(device) else Dtype.fp32
+        log.info("model.dtype=auto: %s on %s", chosen, device.name)
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chosen])
+    return dtype
+
+
+def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -> str:
+    """Resolve the attention setting to a name that transformers knows, and say which `auto` took.
+
+    Raises:
+        ModelError: `flash` was asked for and cannot run here.
+    """
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    fits = device.is_cuda and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
+    match requested:
+        case Attention.flash if not fits:
+            raise ModelError(
+                "model.attention=flash needs a CUDA device, bf16 or fp16, and the package: "
+                "pip install --no-build-isolation flash-attn; model.attention=auto takes the fastest that is there"
+            )
+        case Attention.flash:
+            return "flash_attention_2"
+        case Attention.auto:
+            name = "flash_attention_2" if fits else "sdpa"
+            log.info("model.attention=auto: %s", name)
+            return name
+        case _:
+            return str(requested)
+
+
+def load_model(
+    files: ModelFiles, config: ModelConfig, *, device: Device, dtype: torch.dtype, attention: str
+) -> torch.nn.Module:
+    """Load the weights in `dtype` onto `device`, in evaluation mode.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
+    # Packed or padded training rows must never meet a cache; generation passes its own.
+    model.config.use_cache = False
+    module: torch.nn.Module = model.to(device.kind).eval()
+    return module
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest over a model folder: small files whole, weight files by name, size and safetensors header."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(length, 100_000_000)))
+        elif path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and path.is_file():
+            digest.update(path.name.encode() + b":" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _random(config: ModelConfig) -> Path:
+    shape = config.shape or RandomShape()
+    key = hashlib.sha256(json.dumps([vars(shape), config.context, 2]).encode()).hexdigest()[:16]
+    target = cache_root(config.cache_dir) / "models" / f"random-{key}"
+    return build_once(target, lambda folder: random_folder(shape, config.context, folder))
+
+
+def _needed(config: ModelConfig, field: str) -> str:
+    value = getattr(config, field)
+    if not value:
+        raise ModelError(f"model.source={config.source} needs model.{field}; model={config.name} has none")
+    return str(value)

@@ -1,0 +1,315 @@
+"""The main job, top to bottom: prepare data, load the model, measure it, train it, measure it again, say what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentft import progress, runtime
+from agentft.data.batches import StepPlan
+from agentft.data.render import MsagentTemplate, get_template
+from agentft.data.tokens import SegmentEncoder
+from agentft.errors import ConfigError
+from agentft.model.adapters import count_parameters, prepare_for_training, save_final
+from agentft.model.config import FullConfig
+from agentft.model.load import (
+    ModelFiles,
+    choose_attention,
+    choose_dtype,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    stop_token,
+)
+from agentft.recipes.config import TrainConfig
+from agentft.recipes.exam import Exam, exam_steps, sit_exam, write_exam
+from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
+from agentft.recipes.report import show_exams
+from agentft.recipes.saved import config_to_yaml
+from agentft.runs import RunFolder
+from agentft.tracking import Tracker
+from agentft.training.clock import describe_seconds
+from agentft.training.loop import Job, Outcome, train_model
+from agentft.training.loss import LabelledLoss
+from agentft.training.validation import held_out_loss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to."""
+
+    run_dir: Path
+    objective: float
+    """The number a sweep sorts by: `arg_f1` of the answers after training, or minus the best held-out loss."""
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Everything that is loaded for a run: where it computes, what it talks with, what it learns from."""
+
+    device: runtime.Device
+    dtype: torch.dtype
+    files: ModelFiles
+    tokenizer: Any
+    template: MsagentTemplate
+    stop_id: int
+    data: PreparedData
+    model: torch.nn.Module
+
+    @property
+    def pad_id(self) -> int:
+        """Any id serves: padding is masked in attention and loss by position, never by id."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_id
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run the main job in `config.run_dir` and return what it came to.
+
+    Raises:
+        AgentftError: anything the user can act on; the run folder's status says so too.
+    """
+    check(config)
+    with RunFolder.create(config.run_dir) as run:
+        progress.set_up_logging(run.log_file)
+        run.update_status("running", step=0)
+        try:
+            result = _train(config, run)
+        except BaseException as error:
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.update_status(state, error=f"{type(error).__name__}: {error}")
+            log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, KeyboardInterrupt))
+            raise
+        run.update_status("finished", objective=result.objective)
+        return result
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse settings of different groups that contradict each other.
+
+    Raises:
+        ConfigError: naming both settings.
+    """
+    if config.dataset.max_length > config.model.context:
+        raise ConfigError(
+            f"dataset.max_length={config.dataset.max_length} exceeds model.context={config.model.context} "
+            f"of model={config.model.name}"
+        )
+
+
+def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
+    bench = set_up_bench(config)
+    write_manifest(bench.data, run)
+    run.write_record(
+        config_yaml=config_to_yaml(config),
+        command=[sys.executable, *sys.argv],
+        choices=choices(config),
+        extra={
+            "device": bench.device.name,
+            "threads": bench.device.threads,
+            "dtype": str(bench.dtype).removeprefix("torch."),
+            "model_fingerprint": bench.files.fingerprint,
+            "data_fingerprint": bench.data.fingerprint,
+            "run_id": run_id(config),
+        },
+    )
+    tracker = Tracker(
+        config.tracking,
+        run,
+        config_tree=asdict(config),
+        run_id=run_id(config),
+        group=config.experiment,
+        name=run.path.name,
+        tags=list(choices(config).values()),
+    )
+    with tracker:
+        before = _exam_before(config, bench, run, tracker)
+        outcome = _fit(config, bench, run, tracker)
+        save_final(bench.model, bench.tokenizer, run.final)
+        after = _examine("after", config, bench, run, tracker) if config.evaluation.after else None
+        summary = _summary(bench, outcome, before, after)
+        tracker.summary(summary)
+        tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
+        tracker.artifact(f"data-{run.path.name}", "dataset", run.data_manifest.parent)
+        show_exams([before, after], run, examples=config.evaluation.examples)
+        log.info("time: %s", describe_seconds(outcome.seconds))
+        log.info("run folder: %s", run.path)
+    return TrainResult(run.path, _objective(outcome, after), summary)
+
+
+def set_up_bench(config: TrainConfig) -> Bench:
+    """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
+    device = runtime.set_up(config.threads)
+    runtime.seed_everything(config.seed)
+    dtype = choose_dtype(config.model.dtype, device)
+    attention = choose_attention(config.model.attention, device, dtype)
+    files = locate_model(config.model)
+    tokenizer = load_tokenizer(files, config.model)
+    stop = stop_token(config.model, tokenizer)
+    template = get_template(config.model.template, stop)
+    encoder = SegmentEncoder(tokenizer)
+    data = prepare_data(config.dataset, template, encoder)
+    # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
+    weights_dtype = torch.float32 if isinstance(config.sft_type, FullConfig) else dtype
+    model = load_model(files, config.model, device=device, dtype=weights_dtype, attention=attention)
+    model = prepare_for_training(model, config.sft_type, config.model)
+    log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
+    return Bench(device, dtype, files, tokenizer, template, encoder.special_id(stop), data, model)
+
+
+def _exam_before(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam | None:
+    """Measure the untrained model. Adapters start at zero, so this is the model as it came."""
+    if not config.evaluation.before:
+        return None
+    return _examine("before", config, bench, run, tracker)
+
+
+def _examine(name: str, config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam:
+    steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
+    exam = sit_exam(
+        name,
+        bench.model,
+        bench.tokenizer,
+        steps,
+        config.evaluation,
+        stop_id=bench.stop_id,
+        seen_tools=bench.data.train_tools,
+    )
+    rows = write_exam(exam, run, bench.data.train_tools)
+    tracker.log_predictions(name, rows)
+    return exam
+
+
+def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Outcome:
+    """Train, with everything the loop needs to know said here."""
+    training = config.training
+    full = isinstance(config.sft_type, FullConfig)
+    objective = LabelledLoss(bench.model, autocast=bench.dtype if full and bench.dtype != torch.float32 else None)
+    checkpointing = training.gradient_checkpointing
+    if checkpointing or (checkpointing is None and bench.device.is_cuda):
+        bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    plan = StepPlan(
+        examples=len(bench.data.train),
+        examples_per_step=training.micro_batch * training.accumulation,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        seed=config.seed,
+    )
+    log.info(
+        "training: %d steps of %d conversations, learning rate %g",
+        plan.total_steps,
+        plan.examples_per_step,
+        training.learning_rate,
+    )
+    torch_device = runtime.torch_device(bench.device)
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        loss = held_out_loss(
+            objective,
+            bench.data.heldout_examples,
+            batch=config.evaluation.batch,
+            pad_id=bench.pad_id,
+            device=torch_device,
+        )
+        log.info("step %d of %d: held-out loss %.4f", step, plan.total_steps, loss)
+        return {"loss": loss}
+
+    def record(values: Mapping[str, float], step: int) -> None:
+        tracker.log(values, step=step)
+        run.update_status(
+            "running", step=step, steps=plan.total_steps, **{k.replace("/", "_"): v for k, v in values.items()}
+        )
+        if "train/loss" in values:
+            log.info(
+                "step %d of %d: loss %.4f, %s tokens/s",
+                *(step, plan.total_steps, values["train/loss"]),
+                f"{values['train/tokens_per_second']:,.0f}",
+            )
+
+    # Dropout draws from here on: what was measured before must not change the training.
+    runtime.seed_everything(config.seed)
+    return train_model(
+        Job(
+            objective=objective,
+            examples=bench.data.train,
+            plan=plan,
+            config=training,
+            pad_id=bench.pad_id,
+            device=torch_device,
+            checkpoints=run.checkpoints,
+            identity=identity(config, bench, plan),
+            evaluate=evaluate,
+            evaluation_steps=config.evaluation.steps,
+            best_metric=config.evaluation.best_metric,
+            log=record,
+            fp16=bench.dtype is torch.float16,
+        )
+    )
+
+
+def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any]:
+    """Return everything that decides the losses of a run; a checkpoint goes on only where it is equal."""
+    training = asdict(config.training)
+    for free in ("resume", "allow_changes", "save_steps", "save_total_limit", "logging_steps"):
+        del training[free]
+    return {
+        "data": bench.data.fingerprint,
+        "model": bench.files.fingerprint,
+        "sft_type": asdict(config.sft_type),
+        "dtype": str(bench.dtype),
+        "seed": config.seed,
+        "threads": bench.device.threads,
+        "device": bench.device.name,
+        "torch": torch.__version__,
+        "total_steps": plan.total_steps,
+        "training": {key: str(value) for key, value in training.items()},
+    }
+
+
+def choices(config: TrainConfig) -> dict[str, str]:
+    """Return which option each group took."""
+    groups = ("model", "sft_type", "dataset", "distributed")
+    return {group: getattr(config, group).name for group in groups}
+
+
+def run_id(config: TrainConfig) -> str:
+    """Return a short id that stays the same when the run is resumed in its folder."""
+    tree = json.dumps(asdict(config), sort_keys=True, default=str)
+    return hashlib.sha256(f"{os.path.abspath(config.run_dir)}{tree}".encode()).hexdigest()[:12]
+
+
+def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | None) -> dict[str, Any]:
+    counters = outcome.counters
+    parameters = count_parameters(bench.model)
+    summary: dict[str, Any] = {
+        "steps": counters.step,
+        "tokens": counters.tokens,
+        "labelled_tokens": counters.targets,
+        "best_value": counters.best_value,
+        "best_step": counters.best_step,
+        "trained_parameters": parameters.trained,
+        "parameters": parameters.total,
+        "peak_memory_bytes": runtime.peak_memory_bytes(bench.device),
+        "seconds": {name: round(seconds, 3) for name, seconds in outcome.seconds.items()},
+    }
+    for exam in (before, after):
+        if exam is not None:
+            summary[exam.name] = {name: metric.value for name, metric in exam.report.metrics.items()}
+    return summary
+
+
+def _objective(outcome: Outcome, after: Exam | None) -> float:
+    if after is not None:
+        return after.value("arg_f1") or 0.0
+    return -(outcome.counters.best_value or float("inf"))

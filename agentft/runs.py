@@ -1,0 +1,408 @@
+"""A run folder: where everything of one run lies, who may write into it, and what it says about itself.
+
+The only place that knows the layout, which docs/run_folder.md shows. Every file written here is whole or absent, strict
+JSON where it is JSON, and free of the secrets of the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import errno
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from agentft.errors import RunError
+from agentft.secrets import redact_command, redact_strings, redact_text
+
+RunState = Literal["running", "finished", "failed", "stopped"]
+
+SWEEP_FOLDER_VARIABLE = "AGENTFT_SWEEP_DIR"
+"""The environment variable by which a launcher tells its jobs which sweep folder they belong to."""
+
+_PACKAGES = (
+    *("agentft", "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
+    *("flash-attn", "bitsandbytes", "vllm", "modelscope", "datasets", "pyarrow", "numpy", "jieba", "rouge-score"),
+    *("hydra-core", "omegaconf", "wandb", "rich"),
+)
+_ENVIRONMENT = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "LANG", "LC_ALL", "SLURM_JOB_ID"),
+    *("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
+)
+
+_log = logging.getLogger(__name__)
+_held_locks: set[int] = set()
+
+
+class RunFolder:
+    """The paths of one run folder. `RunFolder(path)` only names them; `create` makes and locks it, `open` checks it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> Self:
+        """Makes the folder if need be and takes it for this process; refused while another process has it."""
+        run = cls(path)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{run.path}: the run folder cannot be made: {error.strerror}; choose another run_dir"
+            ) from error
+        run._take_lock()
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """The folder of a run that was started before; nothing in it changes and its lock is not taken."""
+        run = cls(path)
+        if not run.path.is_dir():
+            found = "is a file" if run.path.exists() else "does not exist"
+            raise RunError(f"{run.path} {found}; expected a run folder that train.py made")
+        missing = [file.name for file in (run.config_file, run.record_file) if not file.is_file()]
+        if missing:
+            names = sorted(entry.name for entry in run.path.iterdir())
+            found = (
+                ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+            )
+            raise RunError(
+                f"{run.path} is not a run folder: {' and '.join(missing)} not there (found: {found}); "
+                "expected the folder that train.py named, for example runs/<name>"
+            )
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration; it loads back and reruns."""
+        return self.path / "config.yaml"
+
+    @property
+    def record_file(self) -> Path:
+        """Where the run comes from: command, git revision, versions, machine, sweep."""
+        return self.path / "run.json"
+
+    @property
+    def status_file(self) -> Path:
+        """How far the run is, or how it ended."""
+        return self.path / "status.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Everything that was measured, one line a time."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """The numbers that runs are compared by."""
+        return self.path / "summary.json"
+
+    @property
+    def log_file(self) -> Path:
+        """What the run said, tracebacks included."""
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Folder of the adapter or model at the end, with its tokenizer."""
+        return self.path / "final"
+
+    @property
+    def data_manifest(self) -> Path:
+        """Fingerprint of the data: sources, counts, which conversations were held out."""
+        return self.path / "data" / "manifest.json"
+
+    @property
+    def rejected_file(self) -> Path:
+        """Rows that were set aside, each with file, line and reason."""
+        return self.path / "data" / "rejected.jsonl"
+
+    @property
+    def wandb_dir(self) -> Path:
+        """What Weights & Biases keeps on disk; in a sweep it lies in the sweep folder instead."""
+        return self.path / "wandb"
+
+    @property
+    def lock_file(self) -> Path:
+        """Locked while a process trains here; holds who that is."""
+        return self.path / ".lock"
+
+    def predictions(self, name: str) -> Path:
+        """Answers with their references, one line a step of a dialogue."""
+        return self.path / "predictions" / f"{_file_name(name)}.jsonl"
+
+    def metrics(self, name: str) -> Path:
+        """Scores of `predictions(name)`, with numerators and denominators."""
+        return self.path / "metrics" / f"{_file_name(name)}.json"
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Replaces a file as a whole: a reader, or a crash at any moment, finds the old file or the new one."""
+        target = path if path.is_absolute() else self.path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate in a model's answer must not cost the file; inside JSON its escape means the same.
+        content = redact_text(text).encode("utf-8", errors="backslashreplace")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                os.fsync(file.fileno())
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Replaces a JSON file as a whole; see `json_text` for what becomes of NaN."""
+        self.write_text(path, json_text(value, indent=2) + "\n")
+
+    def write_record(
+        self, *, config_yaml: str, command: list[str], choices: Mapping[str, str] | None, extra: Mapping[str, Any]
+    ) -> None:
+        """Writes `config.yaml` and `run.json`; what `run.json` said of earlier starts is kept under `earlier`.
+
+        `extra` is what only the caller knows (devices, threads, run id) and stands beside the rest.
+        """
+        self._must_be_held()
+        record: dict[str, Any] = {
+            "command": redact_command(command),
+            "choices": choices,
+            "sweep": None if (sweep := sweep_folder()) is None else str(sweep),
+            "started": _now(),
+            "git": git_state(),
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "cpu": {"model": _cpu_model(), "cores": _usable_cores()},
+            "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            "working_folder": str(Path.cwd()),
+            "pid": os.getpid(),
+        }
+        if taken := sorted(record.keys() & extra.keys()):
+            raise ValueError(f"write_record(extra=...): {', '.join(taken)} is recorded by agentft itself")
+        record |= extra
+        if self.record_file.exists():
+            before = read_json(self.record_file)
+            record["earlier"] = [*before.pop("earlier", []), before]
+        self.write_text(self.config_file, config_yaml)
+        self.write_json(self.record_file, redact_strings(record))
+
+    def update_status(self, state: RunState, **fields: Any) -> None:
+        """Replaces `status.json`; fields of earlier updates of this process stay until they are given again."""
+        self._must_be_held()
+        before: dict[str, Any] = {}
+        with contextlib.suppress(RunError):
+            before = read_json(self.status_file)
+        if (before.get("pid"), before.get("host")) != (os.getpid(), socket.gethostname()):
+            before = {"started": _now()}
+        own = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "started": before["started"]}
+        self.write_json(self.status_file, {**before, **own, "updated": _now(), **fields})
+
+    def release(self) -> None:
+        """Gives the folder free for another process; also happens when this one ends, however it ends."""
+        if self._lock is not None:
+            _held_locks.discard(self._lock)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _take_lock(self) -> None:
+        import fcntl
+
+        try:
+            lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: nothing can be written there: {error.strerror}; choose another run_dir"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                # Some network file systems know no locks; refusing to train there would help nobody.
+                _log.warning("%s cannot be locked (%s): see to it that no other run writes there", self.path, error)
+            else:
+                holder = os.pread(lock, 4096, 0)
+                os.close(lock)
+                raise RunError(
+                    f"{self.path} is in use by {_describe_holder(holder)}; "
+                    "wait for it, end it, or choose another run_dir"
+                ) from None
+        content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}).encode()
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, content, 0)
+        _close_locks_in_forked_children()
+        _held_locks.add(lock)
+        self._lock = lock
+
+    def _must_be_held(self) -> None:
+        if self._lock is None:
+            raise RunError(
+                f"{self.path} was opened to read; only the process that made it with RunFolder.create writes its record"
+            )
+
+
+def read_json(path: Path) -> Any:
+    """What `RunFolder.write_json` wrote; RunError where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; expected a file that train.py writes") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Strict JSON that any reader takes: NaN and the infinities, unknown to JSON, become the texts nan, inf, -inf."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool():
+            return value
+        case enum.Enum():
+            return _plain(value.value)
+        case str():
+            return str(value)
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else str(float(value))
+        case Mapping():
+            return {str(_plain(key)): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case set() | frozenset():
+            return sorted((_plain(item) for item in value), key=str)
+        case os.PathLike() | datetime():
+            return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if callable(scalar := getattr(value, "item", None)):  # a number of numpy or torch
+        return _plain(scalar())
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r:.80}")
+
+
+def sweep_folder(environ: Mapping[str, str] | None = None) -> Path | None:
+    """The folder of the sweep that this process is a job of, if it is one."""
+    named = (os.environ if environ is None else environ).get(SWEEP_FOLDER_VARIABLE)
+    return Path(named).absolute() if named else None
+
+
+def git_state() -> dict[str, Any]:
+    """Revision of the agentft checkout and whether tracked files differ from it; the reason where there is none."""
+    package = Path(__file__).parent
+    try:
+        # An installed agentft may lie inside some other project's repository: only one that tracks this file counts.
+        _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
+        revision = _git(package, "rev-parse", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    except subprocess.CalledProcessError:
+        return {"revision": None, "dirty": None, "reason": "agentft does not run from a git checkout with a commit"}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"revision": None, "dirty": None, "reason": f"git cannot be asked: {type(error).__name__}"}
+    return {"revision": revision, "dirty": bool(changed), "changed": changed.splitlines()[:20]}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+    return done.stdout.strip("\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that can change a result; those not installed are left out."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _file_name(name: str) -> str:
+    if not name or name.startswith(".") or any(letter in name for letter in "/\\\0"):
+        raise RunError(f"{name!r} cannot name a file of a run folder; expected a word such as heldout")
+    return name
+
+
+def _describe_holder(content: bytes) -> str:
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process that has only just started"
+
+
+@functools.cache
+def _close_locks_in_forked_children() -> None:
+    """A data worker that outlives its killed parent must not keep the folder locked."""
+
+    def close() -> None:
+        for lock in _held_locks:
+            with contextlib.suppress(OSError):
+                os.close(lock)
+        _held_locks.clear()
+
+    os.register_at_fork(after_in_child=close)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut; file systems that cannot sync a folder are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,230 @@
+"""Score a predictions file alone, without a model and without torch: `python -m agentft.score FILE.jsonl --json`.
+
+One JSON object a line and step: `conversation_id`, `step` (0, 1, ...), `reference` (raw assistant text of the step),
+`prediction` (raw model text); optionally `offered` (tool names, or objects with `name` and `parameters`), `after_call`,
+`language`, `rounds`, `seen_tool`. Ends with status 1 and one line `file:line: ...` where the file is no exam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentft.errors import EvaluationError
+from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
+from agentft.evaluation.metrics import (
+    EvaluationReport,
+    Metric,
+    StepRecord,
+    aggregate,
+    read_offered_tool,
+    score_records,
+)
+
+_OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
+    "language": (str, "a string"),
+    "rounds": (int, "an integer"),
+    "seen_tool": (bool, "true or false"),
+    "after_call": (bool, "true or false"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parse_options(arguments)
+    try:
+        scores = score_records(read_records(options.file), stop_texts=options.stop, with_jieba=options.jieba)
+        report = aggregate(
+            scores, draws=options.draws, seed=options.seed, allow_bad_references=options.allow_bad_references
+        )
+        if options.output is not None:
+            _write_file(options.output, _json_text(report) + "\n")
+        if options.steps is not None:
+            lines = [json.dumps(score.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for score in scores]
+            _write_file(options.steps, "".join(lines))
+    except EvaluationError as error:
+        message = str(error)
+        sys.stderr.write(message if message.startswith(str(options.file)) else f"{options.file}: {message}")
+        sys.stderr.write("\n")
+        return 1
+    _print(_json_text(report) if options.json else format_report(report))
+    return 0
+
+
+def read_records(path: Path) -> list[StepRecord]:
+    """Read a predictions file; lines end with a line feed, lines of blanks alone are passed over.
+
+    Raises:
+        EvaluationError: `file:line: ...` for a broken line, a missing field, a wrong type or a step that stands twice;
+            the file is empty or cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"{path}: {error.strerror or error}") from None
+    records: list[StepRecord] = []
+    first_lines: dict[tuple[str, int], int] = {}
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _read_record(line)
+        except EvaluationError as error:
+            raise EvaluationError(f"{path}:{number}: {error}") from None
+        key = (record.conversation_id, record.step)
+        if key in first_lines:
+            raise EvaluationError(
+                f"{path}:{number}: conversation {key[0]!r} step {key[1]} stands in line {first_lines[key]} already; "
+                "every step is scored once"
+            )
+        first_lines[key] = number
+        records.append(record)
+    if not records:
+        raise EvaluationError(f"{path}:1: the file holds no step; expected one JSON object a line")
+    return records
+
+
+def format_report(report: EvaluationReport) -> str:
+    """Return a report as a table to read in a terminal."""
+    lines = [report.signature, "", f"{'metric':<24}{'value':>8}   {'95 % interval':<18}{'count':>16}"]
+    for name, definition in METRICS_BY_NAME.items():
+        if name in report.metrics and name not in LEGACY_NAMES:
+            lines.append(_metric_line(name, report.metrics[name]) + f"   {definition.meaning}")
+    paper = "   ".join(f"{name} {_percent(report.metrics[name].value)}" for name in PAPER_NAMES)
+    lines += ["", f"names of arXiv 2309.00986, in percent: {paper}"]
+    lines += ["", "the old script, bugs and all:"]
+    for name, old in report.legacy.items():
+        lines.append(_metric_line(name, report.metrics[name]) + (f"   raised {old.raised}" if old.raised else ""))
+    lines += ["", "reference -> prediction   call   no call"]
+    for row, cells in report.plan_table.items():
+        lines.append(f"{row:<24}{cells['call']:>6}{cells['no_call']:>10}")
+    for kind, groups in report.breakdowns.items():
+        for group, metrics in groups.items():
+            shown = "   ".join(f"{name} {_percent(metrics[name].value)}" for name in ("tool_acc", "arg_f1", "rouge_l"))
+            lines.append(f"{kind} {group}: {shown}   {metrics['plan_acc'].conversations} conversations")
+    if report.confusion:
+        lines += ["", "tools taken for others (reference -> prediction):"]
+        lines += [
+            f"{calls:>6}  {expected or '-'} -> {predicted or '-'}"
+            for expected, predicted, calls in report.confusion[:10]
+        ]
+    lines += ["", *(f"{name}: {count}" for name, count in report.counts.items())]
+    lines += [f"left out: {name!r} step {step}: {reason}" for name, step, reason in report.quarantined]
+    if any(metric.indicative for metric in report.metrics.values()):
+        lines += ["", "~ fewer than 100 conversations: the interval is indicative"]
+    return "\n".join(lines)
+
+
+def _metric_line(name: str, metric: Metric) -> str:
+    interval = f"{metric.low:.4f} to {metric.high:.4f}" if metric.low is not None and metric.high is not None else "-"
+    value = "null" if metric.value is None else f"{metric.value:.4f}"
+    mark = "~" if metric.indicative and metric.value is not None else " "
+    count = f"{metric.numerator:g} / {metric.denominator:g}"
+    return f"{name:<24}{value:>8} {mark} {interval:<18}{count:>16}"
+
+
+def _percent(value: float | None) -> str:
+    return "null" if value is None else f"{100 * value:.2f}"
+
+
+def _read_record(line: bytes) -> StepRecord:
+    value = _read_object(line)
+    _require(value, "conversation_id", str, "a string")
+    _require(value, "step", int, "an integer from 0")
+    if value["step"] < 0:
+        raise EvaluationError(f"field 'step' is {value['step']}; expected an integer from 0")
+    for name in ("reference", "prediction"):
+        _require(value, name, str, "a string")
+    for name, (kind, words) in _OPTIONAL_FIELDS.items():
+        if value.get(name) is not None:
+            _require(value, name, kind, words)
+    offered = value.get("offered")
+    if offered is not None and not isinstance(offered, list):
+        raise EvaluationError(f"field 'offered' is {_shown(offered)}; expected a list of tool names or objects")
+    tools = None if offered is None else [(item, read_offered_tool(item)) for item in offered]
+    for item, tool in tools or ():
+        if tool is None:
+            raise EvaluationError(
+                f"field 'offered' holds {_shown(item)}; expected a tool name or an object with 'name'"
+            )
+    return StepRecord(
+        conversation_id=value["conversation_id"],
+        step=value["step"],
+        reference=value["reference"],
+        prediction=value["prediction"],
+        offered=None if tools is None else tuple(tool for _, tool in tools if tool is not None),
+        **{name: value.get(name) for name in _OPTIONAL_FIELDS},
+    )
+
+
+def _read_object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise EvaluationError(f"found {_shown(value)}; expected a JSON object")
+    return value
+
+
+def _require(value: dict[str, Any], name: str, kind: type, words: str) -> None:
+    if name not in value:
+        raise EvaluationError(f"field {name!r} is missing")
+    found = value[name]
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        raise EvaluationError(f"field {name!r} is {_shown(found)}; expected {words}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _json_text(report: EvaluationReport) -> str:
+    return json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=2)
+
+
+def _write_file(path: Path, text: str) -> None:
+    try:
+        # A lone surrogate cannot be encoded; backslashreplace writes it as the JSON escape that it came from.
+        path.write_bytes(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise EvaluationError(f"{path}: {error.strerror or error}") from None
+
+
+def _print(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m agentft.score", description="Score a file of agent predictions.")
+    parser.add_argument("file", type=Path, help="JSON lines: conversation_id, step, reference, prediction[, offered]")
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a table")
+    parser.add_argument("--output", type=Path, help="also write the report as JSON to this file")
+    parser.add_argument("--steps", type=Path, help="also write the counts of every step, one JSON object a line")
+    parser.add_argument("--draws", type=_positive, default=10_000, help="bootstrap draws (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a further end-of-sequence text")
+    parser.add_argument("--jieba", action="store_true", help="also report rouge_l_jieba (needs the package jieba)")
+    parser.add_argument(
+        "--allow-bad-references", action="store_true", help="leave out and count steps whose reference cannot be read"
+    )
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

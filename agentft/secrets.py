@@ -1,0 +1,312 @@
+"""Keeps keys and tokens out of every file, log and traceback: by the name of a setting, by a value in the environment.
+
+A secret enters agentft through the environment (or netrc) only, so each one has a name there and a value to look for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+HIDDEN = "<redacted>"
+"""What stands where a value was hidden for the name of its setting."""
+
+MIN_SECRET_LENGTH = 8
+"""Shorter values are not looked for: `1` or `true` would blank out half of a log."""
+
+_ALWAYS = {
+    *("password", "passwd", "passphrase", "passcode", "secret", "secrets", "credential", "credentials"),
+    *(
+        "apikey",
+        "accesskey",
+        "secretkey",
+        "privatekey",
+        "apitoken",
+        "accesstoken",
+        "authtoken",
+        "authorization",
+        "bearer",
+    ),
+}
+_QUALIFIERS = {
+    *(
+        "api",
+        "access",
+        "auth",
+        "secret",
+        "private",
+        "refresh",
+        "session",
+        "bearer",
+        "hub",
+        "hf",
+        "sdk",
+        "ssh",
+        "signing",
+    ),
+    *("encryption", "service", "account", "license", "wandb", "openai", "huggingface", "modelscope", "github"),
+}
+_PLAIN_KEYS = {
+    *(
+        "sort",
+        "group",
+        "cache",
+        "primary",
+        "foreign",
+        "public",
+        "metric",
+        "step",
+        "column",
+        "row",
+        "dict",
+        "json",
+        "index",
+    ),
+    *(
+        "map",
+        "lookup",
+        "partition",
+        "hot",
+        "unique",
+        "merge",
+        "join",
+        "partial",
+        "num",
+        "input",
+        "label",
+        "text",
+        "source",
+    ),
+}
+_PLAIN_TOKENS = {
+    *(
+        "stop",
+        "pad",
+        "padding",
+        "eos",
+        "bos",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "start",
+        "end",
+        "first",
+        "last",
+        "next",
+        "new",
+    ),
+    *("special", "image", "video", "audio", "think", "tool", "per", "each", "text", "prompt", "role", "fill", "prefix"),
+    *("suffix", "middle", "ignore", "boundary", "begin", "blank", "decoder", "forced", "response", "observation"),
+}
+_ABOUT = {
+    *("file", "path", "dir", "directory", "folder", "sock", "socket", "host", "url", "length", "len", "size", "count"),
+    *("limit", "timeout", "expiry", "name", "type", "accuracy", "rate", "loss", "ids", "enabled", "required"),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def is_secret_name(name: str) -> bool:
+    """Whether a setting of this name holds a secret: `WANDB_API_KEY`, `hub.token`; not `stop_token`, `sort_key`."""
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    while words and words[-1].isdigit():  # OPENAI_KEY_2
+        words.pop()
+    if not words or words[-1] in _ABOUT:
+        return False
+    if _ALWAYS.intersection(words) or (len(words) > 1 and words[-1] == "pwd"):
+        return True
+    for before, word in zip(["", *words], words, strict=False):
+        if before in _QUALIFIERS and word in {"key", "keys", "token", "tokens"}:
+            return True
+    before = words[-2] if len(words) > 1 else ""
+    return (words[-1] == "key" and before not in _PLAIN_KEYS) or (words[-1] == "token" and before not in _PLAIN_TOKENS)
+
+
+def redact_tree(tree: Any) -> Any:
+    """A copy of nested mappings and lists in which every value under a secret name is hidden."""
+    if isinstance(tree, Mapping):
+        return {key: _hide(value) if is_secret_name(str(key)) else redact_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact_tree(value) for value in tree]
+    return tree
+
+
+def _hide(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _hide(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide(item) for item in value]
+    return value if value is None or isinstance(value, bool) or value == "" else HIDDEN
+
+
+def redact_text(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """`text` with every value of a secret-named environment variable replaced by `<redacted:NAME>`.
+
+    Also found: the value as it stands inside JSON, YAML, a Python repr and an address (percent-encoded).
+    """
+    for value, name in _secrets(os.environ if environ is None else environ):
+        if value in text:
+            text = text.replace(value, f"<redacted:{name}>")
+    return text
+
+
+def redact_strings(tree: Any, environ: Mapping[str, str] | None = None) -> Any:
+    """`redact_tree`, and `redact_text` on every text in it, keys included."""
+    return _redact_strings(redact_tree(tree), os.environ if environ is None else environ)
+
+
+def _redact_strings(tree: Any, environ: Mapping[str, str]) -> Any:
+    if isinstance(tree, str):
+        return redact_text(str(tree), environ)
+    if isinstance(tree, Mapping):
+        return {_redact_strings(key, environ): _redact_strings(value, environ) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_redact_strings(value, environ) for value in tree]
+    return tree
+
+
+def redact_command(command: Sequence[str], environ: Mapping[str, str] | None = None) -> list[str]:
+    """A command line to show: the values of `api_key=...` and `--api-key ...` and of the environment are hidden."""
+    shown = []
+    hide_next = False
+    for argument in command:
+        name, equals, value = argument.partition("=")
+        if hide_next:
+            shown.append(HIDDEN)
+        elif equals and value and is_secret_name(name):
+            shown.append(f"{name}={HIDDEN}")
+        else:
+            shown.append(redact_text(argument, environ))
+        hide_next = not hide_next and argument.startswith("-") and not equals and is_secret_name(argument)
+    return shown
+
+
+def redact_exception(error: BaseException) -> None:
+    """Takes secrets out of the words of `error` and of all it came from, for a caller that others print the error for.
+
+    A traceback shows source lines, never values, so the words of the errors are the only place to look.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        clean = tuple(redact_text(arg) if isinstance(arg, str) else arg for arg in one.args)
+        if clean != one.args:
+            one.args = clean
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+        waiting += [one.__cause__, one.__context__]
+
+
+def _secrets(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(spelling of a value, name of its variable), longest first, so that no secret is cut in two by a shorter one."""
+    found: dict[str, str] = {}
+    for name in sorted(environ):
+        if is_secret_name(name):
+            value = environ[name]
+            for stripped in (value, value.strip()):
+                if len(stripped) >= MIN_SECRET_LENGTH:
+                    for spelling in _spellings(stripped):
+                        found.setdefault(spelling, name)
+    return sorted(found.items(), key=lambda item: (-len(item[0]), item[0]))
+
+
+@functools.lru_cache(maxsize=256)
+def _spellings(value: str) -> tuple[str, ...]:
+    quoted = (
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        repr(value)[1:-1],
+        value.replace("'", "''"),  # YAML
+        urllib.parse.quote(value, safe=""),
+        urllib.parse.quote_plus(value),
+    )
+    return tuple(dict.fromkeys((value, *quoted)))
+
+
+class RedactingFilter(logging.Filter):
+    """Takes secrets out of a log record: its message, its arguments and its traceback. It lets every record pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Changes only a record that holds a secret."""
+        try:
+            message = record.getMessage()
+        except Exception:  # a wrong format string is reported by logging itself; its arguments are shown there
+            record.msg, record.args = redact_text(f"{record.msg} {record.args!r}"), None
+            return True
+        clean = redact_text(message)
+        if clean != message:
+            record.msg, record.args = clean, None
+        if record.exc_info and record.exc_info[0] is not None:
+            shown = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+            clean = redact_text(shown)
+            if clean != shown:
+                # Formatters print exc_text; those that read exc_info (rich) would print the secret from its source.
+                record.exc_text, record.exc_info = clean, None
+        if record.stack_info:
+            record.stack_info = redact_text(record.stack_info)
+        return True
+
+
+_installed = False
+
+
+def install_log_redaction() -> None:
+    """From here on no log record and no traceback of this process shows a secret, whoever adds handlers afterwards.
+
+    Records are cleaned where they are made, because a filter on a logger misses what its children pass up.
+    Also covered: uncaught exceptions, of threads too, and the warnings of `Exception ignored in`.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    redacting = RedactingFilter()
+    make_record = logging.getLogRecordFactory()
+
+    def make_clean_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        redacting.filter(record)
+        return record
+
+    logging.setLogRecordFactory(make_clean_record)
+    next_hook, next_thread_hook, next_unraisable_hook = sys.excepthook, threading.excepthook, sys.unraisablehook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not _print_redacted(kind, error, trace):
+            next_hook(kind, error, trace)
+
+    def thread_excepthook(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or not _print_redacted(args.exc_type, args.exc_value, args.exc_traceback):
+            next_thread_hook(args)
+
+    def unraisablehook(args: sys.UnraisableHookArgs) -> None:
+        if args.exc_value is None or not _print_redacted(args.exc_type, args.exc_value, args.exc_traceback):
+            next_unraisable_hook(args)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = excepthook, thread_excepthook, unraisablehook
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
+    """Prints the traceback if it holds a secret; False where the usual way of printing it is safe."""
+    shown = "".join(traceback.format_exception(kind, error, trace))
+    clean = redact_text(shown)
+    if clean == shown:
+        return False
+    if sys.stderr is not None:
+        sys.stderr.write(clean)
+        sys.stderr.flush()
+    return True

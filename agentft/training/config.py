@@ -1,0 +1,85 @@
+"""How the model is trained and on which devices: the settings of the groups `training` and `distributed`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agentft.errors import ConfigError
+
+
+class Schedule(StrEnum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Resume(StrEnum):
+    auto = "auto"
+    """Go on from the newest valid checkpoint of the run folder; start afresh where there is none."""
+    never = "never"
+    """Start afresh; refuse a run folder that has checkpoints."""
+    must = "must"
+    """Go on from a checkpoint or refuse."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The loop. One step is one update of the weights, from `micro_batch x accumulation x ranks` conversations."""
+
+    epochs: float = 1.0
+    """Passes over the sample; may be a fraction."""
+    max_steps: int = -1
+    """Stop after so many steps; -1: by `epochs`."""
+    micro_batch: int = 1
+    """Conversations in one forward pass."""
+    accumulation: int = 16
+    """Forward passes in one step. The loss is weighed by supervised tokens over all of them."""
+    learning_rate: float
+    """Peak rate, reached after the warm-up."""
+    schedule: Schedule = Schedule.cosine
+    warmup: float = 0.1
+    """Share of all steps in which the rate rises from 0."""
+    min_learning_rate_ratio: float = 0.0
+    """Rate at the end over the peak rate."""
+    weight_decay: float = 0.01
+    """Decoupled; on matrices only, never on biases, norms or embeddings of LoRA."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm; 0: never."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass; null: on CUDA only."""
+    logging_steps: int = 20
+    save_steps: int = 50
+    """Steps between checkpoints; 0: only at the end."""
+    save_total_limit: int = 2
+    """Checkpoints to keep besides the best one."""
+    resume: Resume = Resume.auto
+    allow_changes: bool = False
+    """Go on from a checkpoint although data, model, settings or threads differ; every difference is logged."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "accumulation", "logging_steps", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name}={getattr(self, name)}: expected at least 1")
+        if self.save_steps < 0:
+            raise ConfigError(f"training.save_steps={self.save_steps}: expected 0 (at the end only) or more")
+        if self.max_steps < -1 or self.max_steps == 0:
+            raise ConfigError(f"training.max_steps={self.max_steps}: expected -1 (by epochs) or a positive number")
+        if self.epochs <= 0:
+            raise ConfigError(f"training.epochs={self.epochs}: expected a positive number")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"training.learning_rate={self.learning_rate}: expected a positive number")
+        if not 0.0 <= self.warmup <= 1.0:
+            raise ConfigError(f"training.warmup={self.warmup}: expected a share of all steps between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class DistributedConfig:
+    """Which engine trains, on how many processes."""
+
+    name: str
+    processes: int = 1
+    """Ranks on this machine."""

@@ -1,0 +1,73 @@
+"""Summed cross-entropy at labelled positions only.
+
+Hidden states are gathered where a label follows before they meet the output head, so of the `[B, T, V]` logits only the
+labelled rows ever exist, a chunk at a time. Two thirds of an agent conversation are context: this is where the head's
+time and memory go in a plain loop.
+
+Axes: B batch, T positions, N labelled positions, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from agentft.data.batches import Batch
+from agentft.data.tokens import IGNORE_INDEX
+
+CHUNK = 1024
+"""Labelled positions whose logits exist at once; of several chunks each is recomputed in the backward pass."""
+
+
+class LabelledLoss(nn.Module):
+    """A causal language model and its loss as one module, so that a wrapper for many ranks sees one forward pass."""
+
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
+        """Wrap `model`; with `autocast`, matrix products of fp32 weights run in that dtype."""
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the cross-entropy summed over the batch's labelled positions: a scalar, fp32."""
+        device_type = batch.input_ids_BT.device.type
+        with torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None):
+            hidden_BTD = _decoder(self.model)(
+                input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
+            ).last_hidden_state
+            targets_BT = batch.labels_BT[:, 1:]
+            labelled_BT = targets_BT != IGNORE_INDEX
+            hidden_ND = hidden_BTD[:, :-1][labelled_BT]
+            return chunked_cross_entropy(hidden_ND, targets_BT[labelled_BT], output_head(self.model))
+
+
+def chunked_cross_entropy(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """Sum the cross-entropy of `head(hidden)` against `targets` over N positions, `CHUNK` of them at a time."""
+    if len(targets_N) <= CHUNK:
+        return _summed(hidden_ND, targets_N, head)
+    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
+        total = total + checkpoint(_summed, hidden, targets, head, use_reentrant=False)
+    return total
+
+
+def _summed(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    return functional.cross_entropy(head(hidden_ND).float(), targets_N, reduction="sum")
+
+
+def causal_model(model: nn.Module) -> Any:
+    """Return the transformers model under an adapter wrapper, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _decoder(model: nn.Module) -> Any:
+    return causal_model(model).get_decoder()
+
+
+def output_head(model: nn.Module) -> Any:
+    """Return the layer that makes logits of hidden states."""
+    return causal_model(model).get_output_embeddings()

@@ -1,0 +1,35 @@
+"""Random streams as tensors and JSON, so that a resumed run draws the same dropout masks."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the states of torch (CPU and every CUDA device) as tensors, of Python and NumPy as JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    plain = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    return tensors, plain
+
+
+def restore(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+    """Put captured states back."""
+    torch.set_rng_state(tensors["cpu"])
+    cuda = sorted((int(name.split(".")[1]), state) for name, state in tensors.items() if name.startswith("cuda."))
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state for _, state in cuda])
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))

@@ -1,0 +1,130 @@
+"""ROUGE-L: rouge_score's values with tokens that exist in Chinese."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentft.errors import EvaluationError
+from agentft.evaluation.rouge import CjkTokenizer, JiebaTokenizer, RougeLScorer, detect_language, lcs_length, rouge_l
+
+SCORER = RougeLScorer()
+
+
+def f1(prediction: str, reference: str) -> float:
+    return SCORER.score(reference, prediction)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("明天北京晴，最高二十度。", "明天北京晴，最高二十度。", 1.0),  # identical
+        (
+            "明天上海多云转晴，气温还有点低。",
+            "明天上海多云转晴，气温有点低。",
+            2 * 13 / (14 + 13),
+        ),  # one character inserted
+        ("北京明天是晴天", "明天北京天气晴", 2 * 4 / 14),  # paraphrase: 明天晴 and one of 天 ... = 4 of 7
+        ("苹果香蕉", "火车飞机", 0.0),  # unrelated
+        ("今天 天气 很 好", "今天天气很好", 1.0),  # blanks only
+        ("好的！马上。", "好的，马上…", 1.0),  # punctuation only
+        ("共ＡＢＣ１２３次", "共abc123次", 1.0),  # full-width
+        ("the cat sat on a mat", "the cat sat on the mat", 5 / 6),  # five of six words
+        ("The Cat", "the cat", 1.0),  # case only
+        ("调用API成功", "请求API失败", 2 * 1 / 10),  # only "API" shared
+        ("共3人", "第3章", 2 * 1 / 6),  # only the digit shared
+        ("天气天气天气天气天气", "天气晴", 2 * 2 / 13),  # repetition
+        ("", "天气晴", 0.0),
+        (".", "天气晴", 0.0),
+        ("...", "天气晴", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_table_of_properties(prediction: str, reference: str, expected: float) -> None:
+    assert f1(prediction, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_tokens() -> None:
+    assert CjkTokenizer().tokenize("ＧＰＴ-4 说：天气API_v2好！カタﾅ한글 naïve_x") == [
+        "gpt", "4", "说", "天", "气", "api", "v2", "好", "カ", "タ", "ナ", "한", "글", "naïve", "x",
+    ]  # fmt: skip
+    assert f1("氣", "气") == 0.0  # no script conversion
+
+
+def _random_text(rng: random.Random, kind: str) -> str:
+    pools = {
+        "zh": "天气晴朗北京上海酒店推荐调用返回结果，。！？、",
+        "en": ["weather ", "API ", "call, ", "the ", "Result: ", "don't ", "x_1 ", "3.14 ", "\n"],
+        "mixed": [*"天气调用酒店，。", " API ", "GPT-4", "３", " ok ", "ﾊﾝ", "é", "½"],
+    }
+    return "".join(rng.choices(pools[kind], k=rng.randint(0, 60)))
+
+
+def test_values_equal_rouge_score_on_every_pair() -> None:
+    reference_scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=CjkTokenizer())
+    rng = random.Random(20230900986)
+    for number in range(2_400):
+        kind = ("zh", "en", "mixed")[number % 3]
+        target = _random_text(rng, kind)
+        near_copy = "".join(character for character in target if rng.random() > 0.15)
+        prediction = near_copy if number % 2 else _random_text(rng, kind)
+        expected = reference_scorer.score(target, prediction)["rougeL"]
+        assert tuple(SCORER.score(target, prediction)["rougeL"]) == tuple(expected)
+
+
+def test_tokens_equal_rouge_score_on_ascii() -> None:
+    tokenizer = pytest.importorskip("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=False)
+    rng = random.Random(7)
+    ours = CjkTokenizer()
+    for _ in range(5_000):
+        text = "".join(chr(rng.randrange(128)) for _ in range(rng.randint(0, 40)))
+        assert ours.tokenize(text) == tokenizer.tokenize(text)
+
+
+def _lcs_by_table(left: list[int], right: list[int]) -> int:
+    row = [0] * (len(right) + 1)
+    for one in left:
+        diagonal = 0
+        for j, other in enumerate(right, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if one == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def test_bit_parallel_lcs_equals_the_table() -> None:
+    rng = random.Random(0)
+    for _ in range(5_000):
+        alphabet = rng.randint(1, 12)
+        left, right = ([rng.randrange(alphabet) for _ in range(rng.randint(0, 40))] for _ in range(2))
+        assert lcs_length(left, right) == _lcs_by_table(left, right)
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
+def test_lcs_is_symmetric_and_bounded(left: list[int], right: list[int]) -> None:
+    assert lcs_length(left, right) == lcs_length(right, left) <= min(len(left), len(right))
+    assert lcs_length(left, left) == len(left)
+
+
+def test_long_texts_neither_recurse_nor_crawl() -> None:
+    rng = random.Random(1)
+    left, right = ([rng.randrange(500) for _ in range(4_000)] for _ in range(2))
+    start = time.perf_counter()
+    assert 0 < rouge_l(left, right).fmeasure < 1
+    assert time.perf_counter() - start < 1.0  # the table of rouge_score takes 8 s
+
+
+def test_jieba_is_an_extra_that_says_so() -> None:
+    try:
+        import jieba  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(EvaluationError, match="pip install jieba"):
+            JiebaTokenizer()
+    else:
+        assert "".join(JiebaTokenizer().tokenize("今天，天气很好。")) == "今天天气很好"
+
+
+def test_language_by_script() -> None:
+    assert [detect_language(text) for text in ("hello", "你好 hi", "ひらがな漢字", "한글")] == ["en", "zh", "ja", "ko"]
