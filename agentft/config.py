@@ -265,14 +265,23 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         _leave(program, error, 2)
     _register_resolvers(sweep)
 
-    def task(composed: DictConfig) -> float:
+    failures: list[AgentftError] = []
+
+    def task(composed: DictConfig) -> float | None:
         config = to_config(composed, root)
         run = HydraConfig.get()
         if isinstance(config, TrainConfig):
             config.run_dir = _readable(run.runtime.output_dir)
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
-        return recipe(config)
+            return recipe(config)
+        try:
+            return recipe(config)
+        except AgentftError as error:
+            if full_error:
+                raise
+            failures.append(error)  # Raised through Hydra, it would be announced in Hydra's words too.
+            return None
 
     entry = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)
     try:
@@ -284,6 +293,8 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         _leave(program, error, 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         _leave(program, "interrupted", 130)
+    for failure in failures:
+        _leave(program, failure, 2 if isinstance(failure, ConfigError) else 1)
 
 
 def _leave(program: str, message: object, code: int) -> NoReturn:
@@ -434,8 +445,10 @@ def _parse(lines: Sequence[str]) -> list[Override]:
             parsed += parser.parse_overrides([line])
         except OverrideParseException as error:
             name = line.partition("=")[0]
-            reason = "" if "=" not in line else f" ({_first_line(error).partition(' when parsing ')[0]})"
-            expected = "name=value, and quotes within quotes, name='\"a, b\"', around text that holds any of ,:=[]{}()"
+            reason = f" ({_first_line(error)})" if "=" in line and "Lexer" not in str(error) else ""
+            expected = (
+                "name=value; text with spaces, brackets or letters beyond ASCII in double quotes: 'name=\"a, b\"'"
+            )
             raise ConfigError(f"{name}: cannot be read{reason}; expected {expected}") from error
         except HydraException as error:
             raise ConfigError(f"{line.partition('=')[0]}: {_first_line(error)}") from error

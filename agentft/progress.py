@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from agentft.secrets import install_log_redaction
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,6 +37,9 @@ def set_up_logging(log_file: Path) -> None:
     screen = RichHandler(console=console(), show_path=False, show_level=False, omit_repeated_times=False, markup=False)
     screen.setFormatter(logging.Formatter("%(message)s"))
     screen.setLevel(logging.INFO)
+    # Warnings of libraries are for whoever searches a fault: they go to the file.
+    logging.captureWarnings(True)
+    screen.addFilter(lambda record: record.name != "py.warnings")
     file = logging.FileHandler(log_file, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     root = logging.getLogger()
@@ -44,6 +49,7 @@ def set_up_logging(log_file: Path) -> None:
     root.addHandler(file)
     root.setLevel(logging.WARNING)
     logging.getLogger("agentft").setLevel(logging.INFO)
+    install_log_redaction()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class CallFailure:
     detail: str
 
 
-class JsonRefused(ValueError):
+class JsonRefused(ValueError):  # noqa: N818
     """The text is no JSON document under the limits of this module."""
 
 

@@ -22,6 +22,7 @@ class DatasetConfig:
     """Settings that every dataset has."""
 
     name: str
+    """The option of the group `dataset`; part of the run folder's name."""
     sample: int = -1
     """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
     test_ratio: float = 0.02
@@ -29,6 +30,7 @@ class DatasetConfig:
     test_sample: int = -1
     """Held-out conversations to use, nested like `sample`; -1: all."""
     split: Split = Split.content
+    """How the held-out part is chosen."""
     seed: int = 42
     """Decides the split and the order of the sample; separate from the seed of the training."""
     max_length: int = 2048
@@ -60,6 +62,7 @@ class SyntheticConfig(DatasetConfig):
     chinese: float = 0.1
     """Share of conversations in Chinese."""
     max_rounds: int = 3
+    """Most tool calls before an answer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,11 +89,13 @@ class ModelScopeConfig(DatasetConfig):
     """Conversations from the ModelScope hub."""
 
     id: str
+    """Name on the hub, `owner/name`."""
     train_split: str = "train"
+    """Split of the hub that is trained on."""
     test_split: str | None = None
     """A split of the hub that is held out as a whole; null: held out of `train_split`."""
     revision: str = "master"
+    """Branch, tag or commit on the hub."""
     cache_dir: str | None = None
     """Folder for downloads; null: the client's own."""
     form: str = "auto"
-

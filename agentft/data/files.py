@@ -1,8 +1,8 @@
-"""Local files read byte by byte as they are: one value per line, array element, or row, each with its line or row number.
+"""Local files read as the bytes they are: one value per line, array element or row, each with its number.
 
-Lines end at the byte `\\n` and nowhere else: U+2028 and U+0085 inside a text are text (`str.splitlines` would cut there). A line
-that cannot be decoded or parsed is set aside alone; the file goes on. Memory is bounded by `MAX_LINE_BYTES`, whatever a line
-or a compressed file holds.
+Lines end at the byte `\\n` and nowhere else: U+2028 and U+0085 are text; `str.splitlines` would cut there.
+A line that cannot be decoded or parsed is set aside alone; the file goes on. Memory is bounded by `MAX_LINE_BYTES`,
+whatever a line or a compressed file holds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FileItem = tuple[int, Any] | tuple[int, "FileFlaw"]
 
 
 class FileFlaw:
-    """Why a line, a row or the rest of a file holds no value. `counted_only`: blank, worth a count but no quarantine."""
+    """Why a line, a row or the rest of a file holds no value; `counted_only`: blank, no quarantine needed."""
 
     __slots__ = ("counted_only", "detail", "reason")
 
@@ -62,11 +62,15 @@ def read_file(path: Path) -> Iterator[FileItem]:
     """
     suffix = data_suffix(path)
     if not path.exists():
-        raise DataError(f"{path}: no such file; give a path to {', '.join(READABLE_SUFFIXES)} (or .gz, .zst) or a folder")
+        raise DataError(
+            f"{path}: no such file; give a path to {', '.join(READABLE_SUFFIXES)} (or .gz, .zst) or a folder"
+        )
     if not path.is_file():
         raise DataError(f"{path}: not a regular file")
     if suffix is None:
-        raise DataError(f"{path}: unknown kind of file; expected {', '.join(READABLE_SUFFIXES)}, the text ones also .gz or .zst")
+        raise DataError(
+            f"{path}: unknown kind of file; expected {', '.join(READABLE_SUFFIXES)}, the text ones also .gz or .zst"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     if suffix == ".parquet":
@@ -86,14 +90,14 @@ def _read_text_file(path: Path, suffix: str) -> Iterator[FileItem]:
                 stream.read(len(_UTF8_BOM))
             if suffix == ".csv":
                 items = _read_csv(stream, path)
-            elif suffix == ".json" or _begins_array_over_lines(stream):
-                items = _read_json_document(stream)
             else:
-                items = _read_lines(stream)
+                items = _read_lines(stream) if _is_line_based(path, suffix) else _read_values(stream)
             for number, item in items:
                 yield number, item
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield number + 1, FileFlaw("broken_compression", f"the compressed file cannot be read on: {error}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
     except DataError:
         raise
     except Exception as error:
@@ -128,9 +132,16 @@ def _foreign_encoding(start: bytes) -> str | None:
     return None
 
 
-def _begins_array_over_lines(stream: io.BufferedReader) -> bool:
-    """True for a .jsonl file that is one pretty-printed array: its first line is a lone bracket."""
-    return stream.peek(64)[:64].split(b"\n", 1)[0].strip() == b"["
+def _is_line_based(path: Path, suffix: str) -> bool:
+    """False for an array or pretty-printed objects, judged by the first line that is not blank."""
+    with _open_bytes(path) as stream:
+        line = b"\n"
+        while line and not line.strip(b" \t\r\n\0"):
+            line = stream.readline(MAX_LINE_BYTES)
+    line = line.removeprefix(_UTF8_BOM).strip()
+    if line in (b"[", b"{", b"[{"):
+        return False
+    return suffix == ".jsonl" or (not line.startswith(b"[") and not (line.startswith(b"{") and not line.endswith(b"}")))
 
 
 def _read_lines(stream: io.BufferedReader) -> Iterator[FileItem]:
@@ -166,10 +177,12 @@ def _read_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         if not line.endswith(b"\n") and error.end >= len(content) - 3 and error.reason == "unexpected end of data":
             return FileFlaw("truncated_line", "the last line breaks off inside a character")
-        return FileFlaw("not_utf8", f"byte {error.start} is {content[error.start : error.end]!r}{_gb18030_hint(content)}")
+        return FileFlaw(
+            "not_utf8", f"byte {error.start} is {content[error.start : error.end]!r}{_gb18030_hint(content)}"
+        )
     try:
         return parse_json_value(text)
-    except JsonTextRefused as error:
+    except JsonTextError as error:
         if not line.endswith(b"\n") and error.reason == "not_json" and content[:1] in (b"{", b"[", b'"'):
             return FileFlaw("truncated_line", f"the last line has no line end and is no whole JSON value: {error}")
         return FileFlaw(error.reason, str(error))
@@ -183,7 +196,7 @@ def _gb18030_hint(content: bytes) -> str:
     return "; the line reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
 
 
-class JsonTextRefused(ValueError):
+class JsonTextError(ValueError):
     """A text that is not exactly one JSON value with distinct keys."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -195,22 +208,22 @@ def parse_json_value(text: str) -> Any:
     """Parse exactly one JSON value.
 
     Raises:
-        JsonTextRefused: with the reason `not_json`, `two_values`, `duplicate_key`, `too_deep` or `number_too_long`.
+        JsonTextError: with the reason `not_json`, `two_values`, `duplicate_key`, `too_deep` or `number_too_long`.
     """
     try:
         return _DECODER.decode(text)
-    except JsonTextRefused:
+    except JsonTextError:
         raise
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             rest = text[error.pos : error.pos + 30]
-            raise JsonTextRefused("two_values", f"after a whole JSON value comes {rest!r}; one value a line") from None
+            raise JsonTextError("two_values", f"after a whole JSON value comes {rest!r}; one value a line") from None
         near = text[max(0, error.pos - 20) : error.pos + 20]
-        raise JsonTextRefused("not_json", f"{error.msg} at character {error.pos} (near {near!r})") from None
+        raise JsonTextError("not_json", f"{error.msg} at character {error.pos} (near {near!r})") from None
     except RecursionError:
-        raise JsonTextRefused("too_deep", "nested too deep to be a record") from None
+        raise JsonTextError("too_deep", "nested too deep to be a record") from None
     except ValueError as error:
-        raise JsonTextRefused("number_too_long", str(error)) from None
+        raise JsonTextError("number_too_long", str(error)) from None
 
 
 def _object_with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,20 +231,13 @@ def _object_with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise JsonTextRefused("duplicate_key", f"an object has the key {twice[:40]!r} twice: which one counts is undefined")
+        raise JsonTextError(
+            "duplicate_key", f"an object has the key {twice[:40]!r} twice: which one counts is undefined"
+        )
     return made
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object_with_distinct_keys)
-
-
-def _read_json_document(stream: io.BufferedReader) -> Iterator[FileItem]:
-    """A .json file: one value per line, one array, or objects one after the other (pretty-printed or not)."""
-    first = stream.peek(_PIECE_CHARACTERS)
-    first_line, line_end, _ = first.partition(b"\n")
-    if line_end and first_line.strip().startswith(b"{") and first_line.strip().endswith(b"}"):
-        return _read_lines(stream)
-    return _read_values(stream)
 
 
 def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
@@ -251,7 +257,7 @@ def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
         if complete:
             try:
                 value, end = _DECODER.raw_decode(buffer, position)
-            except JsonTextRefused as error:
+            except JsonTextError as error:
                 yield number + 1, FileFlaw(error.reason, f"{error}; the rest of the file is not read")
                 return
             except (ValueError, RecursionError) as error:
@@ -271,7 +277,10 @@ def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
             continue
         if ended:
             if position < len(buffer) or in_array:
-                yield number + 1, FileFlaw("not_json", f"element {number + 1}: {failure}; the rest of the file is not read")
+                yield (
+                    number + 1,
+                    FileFlaw("not_json", f"element {number + 1}: {failure}; the rest of the file is not read"),
+                )
             return
         if len(buffer) - position > MAX_LINE_BYTES:
             yield number + 1, FileFlaw("not_json", f"element {number + 1} is no JSON or longer than {MAX_LINE_BYTES:,}")

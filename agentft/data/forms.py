@@ -18,36 +18,22 @@ import json
 import re
 from typing import Any, Literal
 
-from agentft.data.calls import JsonRefused, read_json
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, MARK, THINK_CLOSE, THINK_OPEN, GrammarError, Text, parse_assistant
-from agentft.data.literal_text import LiteralRefused, read_literal
+from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.turn_builder import FormError, TurnBuilder
 
 Form = Literal["auto", "msagent", "openai", "sharegpt", "react"]
 """How records are laid out; `auto` is every form that a record shows by its fields and roles."""
 
 OtherForm = Literal["openai", "sharegpt", "react"]
 
-TOOLS_INTRODUCTION = (
-    "These tools can be called. To call one, write JSON with the fields api_name and parameters between "
-    f"{THINK_OPEN} and {THINK_CLOSE}; answer from its result, or answer directly where no tool is needed:"
-)
-"""Stands before the numbered tool list of a converted record, whose own form has no words for it."""
-
 _SHAREGPT_ROLES = ("human", "gpt", "function_call", "observation")
-_OPENAI_FIELDS = frozenset({"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "id", "from", "value"})
+_OPENAI_FIELDS = frozenset(
+    {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "id", "from", "value"}
+)
 _REACT_TEXT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
 _REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
 
 Quirk = tuple[str, str]
-
-
-class FormRefused(ValueError):
-    """A record that cannot be converted; `reason` is a stable snake_case code."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 def recognise(record: dict[Any, Any]) -> Literal["msagent", "openai", "sharegpt"]:
@@ -77,7 +63,7 @@ def convert(record: dict[Any, Any], form: OtherForm) -> tuple[list[dict[str, str
     """The record's turns in MSAgent form, and what was understood but not carried over as (code, detail).
 
     Raises:
-        FormRefused: the record does not follow the form, or cannot be said in MSAgent form.
+        FormError: the record does not follow the form, or cannot be said in MSAgent form.
     """
     try:
         if form == "openai":
@@ -86,78 +72,7 @@ def convert(record: dict[Any, Any], form: OtherForm) -> tuple[list[dict[str, str
             return _convert_sharegpt(record)
         return _convert_react(record)
     except RecursionError:
-        raise FormRefused("too_deep", "nested too deep to be converted") from None
-
-
-class _Turns:
-    """Collects turns in MSAgent form; calls, observations and texts between two user turns become one assistant value."""
-
-    def __init__(self) -> None:
-        self.turns: list[dict[str, str]] = []
-        self._pieces: list[tuple[Literal["text", "call", "observation"], str]] = []
-
-    def system(self, text: str, tools: list[dict[str, Any]]) -> None:
-        """The leading system turn, with the tool list behind its text; none where both are empty."""
-        blocks = [text] if text else []
-        if tools:
-            blocks.append(TOOLS_INTRODUCTION)
-            blocks += [f"{n}. {json.dumps(tool, ensure_ascii=False)}" for n, tool in enumerate(tools, 1)]
-        if blocks:
-            self.turns.append({"from": "system", "value": "\n\n".join(blocks)})
-
-    def user(self, text: str) -> None:
-        self.end_assistant()
-        self.turns.append({"from": "user", "value": text})
-
-    def say(self, text: str) -> None:
-        if (found := MARK.search(text)) is not None:
-            raise FormRefused(
-                "marks_in_text",
-                f"a text of the assistant holds the mark {found[0]}: in MSAgent form it would be structure. A record that is "
-                "written in marks needs the MSAgent names: conversations, from, value, user, assistant",
-            )
-        if self._pieces and self._pieces[-1][0] == "text":
-            raise FormRefused("two_assistant_turns", "two texts of the assistant in a row")
-        self._pieces.append(("text", text))
-
-    def call(self, name: object, arguments: object) -> None:
-        """`arguments` is an object, or its JSON text, which is kept letter by letter."""
-        if not isinstance(name, str) or not name.strip():
-            raise FormRefused("call_without_name", "a tool call has no name")
-        body = f'{{"api_name": {json.dumps(name, ensure_ascii=False)}, "parameters": {_arguments_text(arguments)}}}'
-        if MARK.search(body):
-            body = body.replace("<|", "\\u003c|")  # the same JSON; a bracket can stand in its strings only
-        self._pieces.append(("call", f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"))
-
-    def observe(self, text: str) -> None:
-        if (found := MARK.search(text)) is not None:
-            raise FormRefused("marks_in_text", f"the result of a tool holds the mark {found[0]}")
-        fenced = f"```JSON\n{text}\n```" if _is_json(text) else text
-        self._pieces.append(("observation", f"{EXEC_OPEN}{fenced}{EXEC_CLOSE}"))
-
-    def end_assistant(self) -> None:
-        """Close the assistant turn that is being collected, if any."""
-        if not self._pieces:
-            return
-        value = ""
-        before = None
-        for kind, source in self._pieces:
-            if before is not None:
-                value += "\n\n" if before == "call" else "\n"
-            value += source
-            before = kind
-        self._require_same(value)
-        self.turns.append({"from": "assistant", "value": value})
-        self._pieces = []
-
-    def _require_same(self, value: str) -> None:
-        try:
-            parts = parse_assistant(value)
-        except GrammarError as error:
-            raise FormRefused(error.reason, error.detail) from None
-        found = [part.source.strip() for part in parts if not isinstance(part, Text) or part.source.strip()]
-        if found != [source.strip() for _, source in self._pieces]:
-            raise FormRefused("not_representable", "texts, calls and results of the turn would read as another turn")
+        raise FormError("too_deep", "nested too deep to be converted") from None
 
 
 def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Quirk]]:
@@ -165,18 +80,18 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
     if isinstance(messages, str):
         messages = _literal(messages, "messages_unreadable_text")
     if not isinstance(messages, list) or not messages:
-        raise FormRefused("messages_not_a_list", "'messages' is no list with at least one message")
+        raise FormError("messages_not_a_list", "'messages' is no list with at least one message")
     quirks: list[Quirk] = []
-    turns = _Turns()
+    turns = TurnBuilder()
     tools = _read_tools(record.get("tools", record.get("functions")))
     results = _Results(turns)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise FormRefused("turn_not_an_object", f"message {number} is no object")
+            raise FormError("turn_not_an_object", f"message {number} is no object")
         role = message.get("role")
-        unknown = [key for key, value in message.items() if key not in _OPENAI_FIELDS and value not in (None, "", [], {})]
+        unknown = [str(key) for key, value in message.items() if key not in _OPENAI_FIELDS and not _is_blank(value)]
         if unknown:
-            quirks.append(("field_not_carried", f"message {number}: {', '.join(map(str, unknown))[:80]}"))
+            quirks.append(("field_not_carried", f"message {number}: {', '.join(unknown)[:80]!r}"))
         if number == 1:
             is_system = role in ("system", "developer")
             turns.system(_content(message, number) if is_system else "", tools)
@@ -186,7 +101,9 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
             results.add(message.get("tool_call_id"), _content(message, number))
             continue
         if role == "tool_call":
-            results.expect([(None, *_name_and_arguments(_literal(_content(message, number), "call_not_json")))], more=True)
+            results.expect(
+                [(None, *_name_and_arguments(_literal(_content(message, number), "call_not_json")))], more=True
+            )
             continue
         results.finish()
         if role == "user":
@@ -195,14 +112,14 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
             calls = _openai_calls(message, number)
             text = _content(message, number) if message.get("content") is not None else ""
             if not text.strip() and not calls:
-                raise FormRefused("empty_assistant", f"message {number} has neither content nor calls")
+                raise FormError("empty_assistant", f"message {number} has neither content nor calls")
             if text.strip():
                 turns.say(text)
             results.expect(calls)
         elif role in ("system", "developer"):
-            raise FormRefused("system_in_middle", f"message {number} is a system message; only the first may be")
+            raise FormError("system_in_middle", f"message {number} is a system message; only the first may be")
         else:
-            raise FormRefused("unknown_role", f"message {number} has the role {str(role)[:40]!r}")
+            raise FormError("unknown_role", f"message {number} has the role {str(role)[:40]!r}")
     results.finish()
     turns.end_assistant()
     return turns.turns, quirks
@@ -211,7 +128,7 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
 class _Results:
     """Brings the results of parallel calls into the order of the calls, by id where there are ids."""
 
-    def __init__(self, turns: _Turns) -> None:
+    def __init__(self, turns: TurnBuilder) -> None:
         self._turns = turns
         self._ids: list[object] = []
         self._results: list[str | None] = []
@@ -232,13 +149,13 @@ class _Results:
         elif None in self._results:
             place = self._results.index(None)
         if place is None or self._results[place] is not None:
-            raise FormRefused("observation_without_call", f"no call awaits the tool result with id {str(call_id)[:40]!r}")
+            raise FormError("observation_without_call", f"no call awaits the tool result with id {str(call_id)[:40]!r}")
         self._results[place] = text
 
     def finish(self) -> None:
         given = [result for result in self._results if result is not None]
         if self._results[: len(given)] != given:
-            raise FormRefused("result_missing", "a call has no result, while a parallel call after it has one")
+            raise FormError("result_missing", "a call has no result, while a parallel call after it has one")
         for result in given:
             self._turns.observe(result)
         self._ids, self._results = [], []
@@ -249,11 +166,11 @@ def _openai_calls(message: dict[Any, Any], number: int) -> list[tuple[object, ob
     if message.get("function_call"):
         calls = [{"function": message["function_call"]}]
     if not isinstance(calls, list):
-        raise FormRefused("call_not_an_object", f"tool_calls of message {number} is no list")
+        raise FormError("call_not_an_object", f"tool_calls of message {number} is no list")
     read: list[tuple[object, object, object]] = []
     for call in calls:
         if not isinstance(call, dict):
-            raise FormRefused("call_not_an_object", f"a tool call of message {number} is no object")
+            raise FormError("call_not_an_object", f"a tool call of message {number} is no object")
         function = call.get("function", call)
         call_id = call.get("id")
         read.append((call_id if isinstance(call_id, str) else None, *_name_and_arguments(function)))
@@ -262,7 +179,7 @@ def _openai_calls(message: dict[Any, Any], number: int) -> list[tuple[object, ob
 
 def _name_and_arguments(call: object) -> tuple[object, object]:
     if not isinstance(call, dict):
-        raise FormRefused("call_not_an_object", "a call is no object with name and arguments")
+        raise FormError("call_not_an_object", "a call is no object with name and arguments")
     return call.get("name"), call.get("arguments", call.get("parameters", {}))
 
 
@@ -272,24 +189,26 @@ def _content(message: dict[Any, Any], number: int) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         if all(isinstance(text, str) for text in texts):
             return "".join(text for text in texts if isinstance(text, str))
-    raise FormRefused("value_not_text", f"the content of message {number} is neither text nor a list of text parts")
+    raise FormError("value_not_text", f"the content of message {number} is neither text nor a list of text parts")
 
 
 def _convert_sharegpt(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Quirk]]:
     given = record.get("conversations")
     if not isinstance(given, list):
-        raise FormRefused("conversations_not_a_list", "'conversations' is no list")
-    turns = _Turns()
+        raise FormError("conversations_not_a_list", "'conversations' is no list")
+    turns = TurnBuilder()
     tools = _read_tools(record.get("tools"))
     system = record.get("system")
     for number, turn in enumerate(given, 1):
         role, value = _from_and_value(turn, number)
         if number == 1:
             if role == "system" and system:
-                raise FormRefused("two_system_turns", "a field 'system' and a system turn")
+                raise FormError("two_system_turns", "a field 'system' and a system turn")
             turns.system(value if role == "system" else (system if isinstance(system, str) else ""), tools)
             if role == "system":
                 continue
@@ -297,7 +216,7 @@ def _convert_sharegpt(record: dict[Any, Any]) -> tuple[list[dict[str, str]], lis
             turns.user(value)
         elif role == "gpt":
             if not value.strip():
-                raise FormRefused("empty_assistant", f"turn {number} (gpt) is blank")
+                raise FormError("empty_assistant", f"turn {number} (gpt) is blank")
             turns.say(value)
         elif role == "function_call":
             calls = _literal(value, "call_not_json")
@@ -306,10 +225,10 @@ def _convert_sharegpt(record: dict[Any, Any]) -> tuple[list[dict[str, str]], lis
         elif role == "observation":
             turns.observe(value)
         elif role == "system":
-            raise FormRefused("system_in_middle", f"turn {number} is a system turn; only the first may be")
+            raise FormError("system_in_middle", f"turn {number} is a system turn; only the first may be")
         else:
             names = ", ".join(_SHAREGPT_ROLES)
-            raise FormRefused("unknown_role", f"turn {number} is from {role[:40]!r}; the sharegpt form knows {names}")
+            raise FormError("unknown_role", f"turn {number} is from {role[:40]!r}; the sharegpt form knows {names}")
     turns.end_assistant()
     return turns.turns, []
 
@@ -317,8 +236,8 @@ def _convert_sharegpt(record: dict[Any, Any]) -> tuple[list[dict[str, str]], lis
 def _convert_react(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Quirk]]:
     given = record.get("conversations")
     if not isinstance(given, list):
-        raise FormRefused("conversations_not_a_list", "'conversations' is no list")
-    turns = _Turns()
+        raise FormError("conversations_not_a_list", "'conversations' is no list")
+    turns = TurnBuilder()
     for number, turn in enumerate(given, 1):
         role, value = _from_and_value(turn, number)
         if role == "system":
@@ -329,12 +248,12 @@ def _convert_react(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Q
             _convert_react_text(value, turns)
             turns.end_assistant()
         else:
-            raise FormRefused("unknown_role", f"turn {number} is from {role[:40]!r}")
+            raise FormError("unknown_role", f"turn {number} is from {role[:40]!r}")
     return turns.turns, []
 
 
-def _convert_react_text(value: str, turns: _Turns) -> None:
-    """Strictly ordered: an observation follows its action input, which follows its action; the final answer is the end."""
+def _convert_react_text(value: str, turns: TurnBuilder) -> None:
+    """Strictly ordered: an observation follows its action input, that follows its action; the final answer ends."""
     labels = list(_REACT_LABEL.finditer(value))
     ends = [label.start() for label in labels[1:]] + [len(value)]
     texts = [value[: labels[0].start()].strip()] if labels else [value.strip()]
@@ -344,9 +263,9 @@ def _convert_react_text(value: str, turns: _Turns) -> None:
         kind, content = label[1], value[label.end() : end].strip()
         expected_before = {"Action Input": ("Action",), "Observation": ("Action Input",)}.get(kind)
         if before == "Action" and kind != "Action Input":
-            raise FormRefused("react_order", "Action without Action Input")
+            raise FormError("react_order", "Action without Action Input")
         if before == "Final Answer" or (expected_before is not None and before not in expected_before):
-            raise FormRefused("react_order", f"{kind} after {before or 'nothing'}")
+            raise FormError("react_order", f"{kind} after {before or 'nothing'}")
         if kind in ("Thought", "Final Answer"):
             texts.append(content)
         elif kind == "Action":
@@ -359,11 +278,11 @@ def _convert_react_text(value: str, turns: _Turns) -> None:
             turns.observe(content)
         before = kind
     if before == "Action":
-        raise FormRefused("react_order", "Action without Action Input")
+        raise FormError("react_order", "Action without Action Input")
     _say_joined(texts, turns)
 
 
-def _say_joined(texts: list[str], turns: _Turns) -> None:
+def _say_joined(texts: list[str], turns: TurnBuilder) -> None:
     text = "\n".join(text for text in texts if text)
     if text:
         turns.say(text)
@@ -371,12 +290,12 @@ def _say_joined(texts: list[str], turns: _Turns) -> None:
 
 def _from_and_value(turn: object, number: int) -> tuple[str, str]:
     if not isinstance(turn, dict):
-        raise FormRefused("turn_not_an_object", f"turn {number} is no object with from and value")
+        raise FormError("turn_not_an_object", f"turn {number} is no object with from and value")
     role, value = turn.get("from"), turn.get("value")
     if not isinstance(role, str):
-        raise FormRefused("role_missing", f"turn {number} has no 'from'")
+        raise FormError("role_missing", f"turn {number} has no 'from'")
     if not isinstance(value, str):
-        raise FormRefused("value_not_text", f"the value of turn {number} ({role[:40]}) is no text")
+        raise FormError("value_not_text", f"the value of turn {number} ({role[:40]}) is no text")
     return role, value
 
 
@@ -385,8 +304,13 @@ def _read_tools(tools: object) -> list[dict[str, Any]]:
     if isinstance(tools, str):
         tools = _literal(tools, "tools_unreadable") if tools.strip() else []
     if not isinstance(tools, (list, type(None))):
-        raise FormRefused("tools_unreadable", "'tools' is no list")
-    return [_read_tool(tool) for tool in tools or []]
+        raise FormError("tools_unreadable", "'tools' is no list")
+    entries = [_read_tool(tool) for tool in tools or []]
+    try:
+        json.dumps(entries)
+    except (TypeError, ValueError) as error:
+        raise FormError("tools_unreadable", str(error)) from None
+    return entries
 
 
 def _read_tool(tool: object) -> dict[str, Any]:
@@ -394,50 +318,31 @@ def _read_tool(tool: object) -> dict[str, Any]:
         tool = _literal(tool, "tools_unreadable")
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FormRefused("tools_unreadable", "a tool is no object with a name")
+        raise FormError("tools_unreadable", "a tool is no object with a name")
     schema = function.get("parameters") or {}
     properties = schema.get("properties") or {} if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
-        raise FormRefused("tools_unreadable", f"parameters of {function['name'][:40]!r} are no JSON schema of an object")
-    required = schema.get("required") or []
+        raise FormError("tools_unreadable", f"parameters of {function['name'][:40]!r} are no JSON schema of an object")
+    required = schema.get("required")
+    required = required if isinstance(required, list) else []
     parameters = []
     for name, details in properties.items():
         details = details if isinstance(details, dict) else {}
         parameter = {"name": name, "description": details.get("description") or "", "required": name in required}
         # A nested object's own list of required names would hide whether this parameter is required.
         rest = {("required_fields" if key == "required" else key): value for key, value in details.items()}
-        parameters.append(parameter | {key: value for key, value in rest.items() if key not in parameter and value is not None})
+        parameters.append(
+            parameter | {key: value for key, value in rest.items() if key not in parameter and value is not None}
+        )
     return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
-
-
-def _arguments_text(arguments: object) -> str:
-    if isinstance(arguments, str):
-        text = arguments.strip() or "{}"
-        try:
-            value = read_json(text)
-        except JsonRefused as error:
-            raise FormRefused("arguments_not_json", str(error)) from None
-    else:
-        value = {} if arguments is None else arguments
-        try:
-            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise FormRefused("arguments_not_json", str(error)) from None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise FormRefused("arguments_not_an_object", "the arguments of a call are no object with names")
-    return text
 
 
 def _literal(text: str, reason: str) -> Any:
     try:
         return read_literal(text)
-    except LiteralRefused as error:
-        raise FormRefused(reason, str(error)) from None
+    except LiteralError as error:
+        raise FormError(reason, str(error)) from None
 
 
-def _is_json(text: str) -> bool:
-    try:
-        read_json(text)
-    except JsonRefused:
-        return False
-    return True
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, (str, list, dict)) and not value)

@@ -1,4 +1,4 @@
-"""The MSAgent grammar of an assistant value: calls between the think marks, observations between the exec marks, and text.
+"""The MSAgent grammar of an assistant value: calls between think marks, observations between exec marks, and text.
 
     value        := (text | call | observation)*
     call         := THINK_OPEN body THINK_CLOSE
@@ -6,12 +6,12 @@
 
 What is a mark and what merely looks like one:
 
-* A mark inside a JSON string of a body is data, provided the body reads as JSON; any other mark inside a body is an error.
+* A mark inside a JSON string of a body is data, provided the body reads as JSON; other marks inside a body are errors.
 * A *quoted pair* is text: opening and closing mark of one kind, mid-sentence (other text before them on the line), with
   nothing between but a connective such as "and", "和" or a comma. "A call stands between <|startofthink|> and
   <|endofthink|>." is a sentence about the format and no call.
-* A mark spelt with other case, spaces or brackets is an error outside of bodies that read as JSON: taken as text, it would
-  put a call or a tool's output into the answer.
+* A mark spelt with other case, spaces or brackets is an error outside of bodies that read as JSON: taken as text, it
+  would put a call or a tool's output into the answer.
 
 Whatever is not understood raises `GrammarError`; nothing is guessed, because a guess could train on a tool's output.
 """
@@ -36,7 +36,10 @@ MARK = re.compile(r"<\|(?:start|end)of(?:think|exec)\|>")
 MAX_CLOSING_MARKS_TRIED = 8
 """How many closing marks may stand inside the JSON strings of one body: bounds the work on hostile text."""
 
-_LOOK_ALIKE = re.compile(r"[<＜]\s*[|｜]?\s*(?:start|end)[\s_-]*of[\s_-]*(?:think|exec)\s*[|｜]?\s*[>＞]", re.IGNORECASE)
+_LOOK_ALIKE = re.compile(
+    r"[<＜]\s{0,3}[|｜]?\s{0,3}(?:start|end)[\s_-]{0,3}of[\s_-]{0,3}(?:think|exec)\s{0,3}[|｜]?\s{0,3}[>＞]",
+    re.IGNORECASE,
+)
 _CONNECTIVE = re.compile(
     r"""["'`”’」)]?[ ]?(?:and|or|to|,|/|-|\.{3}|…|和|与|及|以及|或|到|至|、|，)[ ]?["'`“‘「(]?""", re.IGNORECASE
 )
@@ -104,7 +107,7 @@ def parse_assistant(value: str) -> tuple[Part, ...]:
     while index < len(marks):
         mark = marks[index]
         name = mark.group()
-        if name == THINK_CLOSE or name == EXEC_CLOSE:
+        if name in (THINK_CLOSE, EXEC_CLOSE):
             raise _stray_closing_mark(value, mark, parts, text_start)
         if _is_quoted_pair(value, text_start, marks, index):
             index += 2
@@ -129,7 +132,7 @@ def parse_assistant(value: str) -> tuple[Part, ...]:
 
 
 def segment_steps(parts: Iterable[Part]) -> tuple[tuple[Part, ...], ...]:
-    """The steps of an assistant turn: maximal runs of text and calls between observations; runs of white space are none."""
+    """The steps of an assistant turn: maximal runs of text and calls between observations, blank runs left out."""
     steps: list[tuple[Part, ...]] = []
     run: list[Part] = []
     for part in (*parts, Observation("")):
@@ -144,11 +147,15 @@ def segment_steps(parts: Iterable[Part]) -> tuple[tuple[Part, ...], ...]:
 
 def _read_call(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Call, int]:
     """The call opened by `marks[opening]`, and the index of the first mark after it."""
-    start = marks[opening].start()
+    start, body_start = marks[opening].span()
+    if opening + 1 < len(marks) and marks[opening + 1].group() == THINK_CLOSE:  # the usual case, without a search
+        usual = read_call_body(value[body_start : marks[opening + 1].start()])
+        if not isinstance(usual, CallFailure):
+            return Call(value[start : marks[opening + 1].end()], usual, None), opening + 2
     closings = _closing_marks(marks, opening, THINK_CLOSE)
     if not closings:
         raise GrammarError("think_never_closed", f"no {THINK_CLOSE} after {_at(value, marks[opening])}")
-    body = value[marks[opening].end() : marks[closings[0]].start()]
+    body = value[body_start : marks[closings[0]].start()]
     reading = read_call_body(body)
     closing = closings[0]
     if _not_json(reading) and len(closings) > 1 and _ends_inside_string(body):
@@ -156,7 +163,7 @@ def _read_call(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Ca
             # Never across an opening exec mark: what follows it may be a tool's output, and calls are trained.
             if any(mark.group() == EXEC_OPEN for mark in marks[closing:candidate]):
                 break
-            longer = read_call_body(value[marks[opening].end() : marks[candidate].start()])
+            longer = read_call_body(value[body_start : marks[candidate].start()])
             if not _not_json(longer):
                 reading, closing = longer, candidate
                 break
@@ -213,8 +220,8 @@ def _is_quoted_pair(value: str, text_start: int, marks: list[re.Match[str]], ind
         return False
     if not _CONNECTIVE.fullmatch(value, first.end(), second.start()):
         return False
-    line_start = max(text_start, value.rfind("\n", text_start, first.start()) + 1)
-    return bool(value[line_start : first.start()].strip())
+    before = value[max(text_start, first.start() - 200) : first.start()]  # bounded: a line can be megabytes long
+    return bool(before[before.rfind("\n") + 1 :].strip())
 
 
 def _stray_closing_mark(value: str, mark: re.Match[str], parts: list[Part], text_start: int) -> GrammarError:
@@ -235,7 +242,9 @@ def _refuse_look_alikes(text: str) -> None:
         return
     for found in _LOOK_ALIKE.finditer(text):
         if not MARK.fullmatch(found.group()):
-            raise GrammarError("mark_misspelt", f"{found.group()!r} resembles a mark; marks are written like {THINK_OPEN}")
+            raise GrammarError(
+                "mark_misspelt", f"{found.group()!r} resembles a mark; marks are written like {THINK_OPEN}"
+            )
 
 
 def _not_json(reading: tuple[ToolRequest, ...] | CallFailure) -> bool:

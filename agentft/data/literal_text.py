@@ -1,7 +1,7 @@
-"""Lists and objects that arrive as text: JSON, or the `repr` of a Python list as the ModelScope SDK stores MSAgent-Bench.
+"""Lists and objects that arrive as text: JSON, or the `repr` of a Python list as ModelScope gives MSAgent-Bench.
 
-Nothing is ever evaluated. A Python literal goes to `ast.literal_eval` only when it is short enough, made of literal tokens
-alone (strings, numbers, None, True, False, brackets, commas, colons) and flat enough; the usual list of
+Nothing is ever evaluated. A Python literal goes to `ast.literal_eval` only when it is short enough, made of literal
+tokens alone (strings, numbers, None, True, False, brackets, commas, colons) and flat enough; the usual list of
 `{'from': ..., 'value': ...}` is read by a pattern, about twice as fast.
 """
 
@@ -27,7 +27,7 @@ _LITERAL_TOKENS = re.compile(
 )
 
 
-class LiteralRefused(ValueError):
+class LiteralError(ValueError):
     """The text is neither JSON nor a plain Python literal under the limits of this module."""
 
 
@@ -35,7 +35,7 @@ def read_literal(text: str) -> Any:
     """Read JSON text, or else the text of a Python literal.
 
     Raises:
-        LiteralRefused: neither of both, or over a limit; the message says which.
+        LiteralError: neither of both, or over a limit; the message says which.
     """
     turns = _read_turns_repr(text)
     if turns is not None:
@@ -45,14 +45,14 @@ def read_literal(text: str) -> Any:
     except JsonRefused as error:
         not_json = str(error)
     if len(text) > MAX_LITERAL_CHARACTERS:
-        raise LiteralRefused(f"no JSON ({not_json}), and {len(text):,} characters are too many for a Python literal")
+        raise LiteralError(f"no JSON ({not_json}), and {len(text):,} characters are too many for a Python literal")
     _require_literal_tokens(text, not_json)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a `\d` in a string is a SyntaxWarning, not worth a line per record
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise LiteralRefused(f"neither JSON ({not_json}) nor a Python literal ({type(error).__name__})") from None
+        raise LiteralError(f"neither JSON ({not_json}) nor a Python literal ({type(error).__name__})") from None
 
 
 def _require_literal_tokens(text: str, not_json: str) -> None:
@@ -62,11 +62,11 @@ def _require_literal_tokens(text: str, not_json: str) -> None:
         match = _LITERAL_TOKENS.match(text, position)
         if match is None:
             found = text[position : position + 40]
-            raise LiteralRefused(f"neither JSON ({not_json}) nor a literal: {found!r} at character {position}")
+            raise LiteralError(f"neither JSON ({not_json}) nor a literal: {found!r} at character {position}")
         if (token := match[0]) in "[{(":
             depth += 1
             if depth > MAX_LITERAL_DEPTH:
-                raise LiteralRefused(f"nested deeper than {MAX_LITERAL_DEPTH} levels")
+                raise LiteralError(f"nested deeper than {MAX_LITERAL_DEPTH} levels")
         elif token in "]})":
             depth -= 1
         position = match.end()

@@ -1,7 +1,7 @@
 """The tools that a system text offers: a numbered list with one JSON object per tool, read with tolerance.
 
-A list of tools is context, so a flaw in it costs no conversation: an entry that is no JSON keeps its name where a pattern
-finds it, and `problem` says what is wrong with it.
+A list of tools is context, so a flaw in it costs no conversation: an entry that is no JSON keeps its name where a
+pattern finds it, and `problem` says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 MAX_TOOLS = 2_000
-"""More numbered entries than any genuine prompt has (the largest seen has 60); the rest of a longer list is left unread."""
+"""More numbered entries than any genuine prompt has; the rest of a longer list is left unread."""
+
+_REMEMBERED_CHARACTERS = 20_000
 
 _ENTRY = re.compile(r"^[ \t]*\d{1,4}[.、)][ \t]*(?=\{)", re.MULTILINE)
 _NAME = re.compile(r'"(?:name|api_name)"\s*:\s*"([^"\\\n]{1,200})"')
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(strict=False)
 
 
@@ -41,7 +45,14 @@ class OfferedTool:
 
 
 def read_offered_tools(system: str) -> tuple[OfferedTool, ...]:
-    """Read the numbered tool list of a system text; a text without one offers no tool."""
+    """Read the numbered tool list of a system text; a text without one offers no tool.
+
+    Equal texts may give the same objects: treat them as read-only.
+    """
+    return _read_remembered(system) if len(system) < _REMEMBERED_CHARACTERS else _read(system)
+
+
+def _read(system: str) -> tuple[OfferedTool, ...]:
     tools: list[OfferedTool] = []
     position = 0
     while len(tools) < MAX_TOOLS:
@@ -53,12 +64,18 @@ def read_offered_tools(system: str) -> tuple[OfferedTool, ...]:
     return tuple(tools)
 
 
+# Conversations of one domain share their system text; reading it once saves time and, where all are kept, memory.
+_read_remembered = lru_cache(maxsize=512)(_read)
+
+
 def _read_entry(system: str, start: int) -> tuple[OfferedTool, int]:
     """The tool whose JSON begins at `start`, and where to look on."""
     try:
         entry, end = _DECODER.raw_decode(system, start)
     except (ValueError, RecursionError) as error:
         return _recover_entry(system, start, f"no JSON: {error}")
+    if _SURROGATE_ESCAPE.search(system, start, end) and not _is_text(json.dumps(entry, ensure_ascii=False)):
+        return _recover_entry(system, start, "a lone surrogate")
     line_end = system.find("\n", end)
     trailing = system[end : line_end if line_end >= 0 else len(system)].strip()
     problem = f"text after the entry: {trailing[:40]!r}" if trailing else None
@@ -107,7 +124,12 @@ def _from_json_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], ...] | No
         return None
     required = schema.get("required")
     names = set(map(str, required)) if isinstance(required, list) else set()
-    return tuple(
-        {"name": name, **{k: v for k, v in value.items() if k != "required"}, "required": name in names}
-        for name, value in properties.items()
-    )
+    return tuple({**value, "name": name, "required": name in names} for name, value in properties.items())
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,11 +1,11 @@
 """One raw value -> a `Conversation`, or a `Rejection` with its reason. Strict: what is not understood is not trained.
 
-A record in MSAgent form is `{"id": ..., "conversations": [{"from": "system" | "user" | "assistant", "value": text}, ...]}`: at
-most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant value blank.
-`conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are recognised, and converted
-where `form` allows it (`forms.py`).
+A record in MSAgent form is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
+assistant: at most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant
+value blank. `conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are
+recognised, and converted where `form` allows it (`forms.py`).
 
-Only assistant values are parsed. Marks in a system or user text are letters like any others, so they can never become a label.
+Only assistant values are parsed. Marks in a system or user text are letters like any others: they never become a label.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any, Literal
 from agentft.data import forms
 from agentft.data.calls import strip_fence
 from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant
-from agentft.data.literal_text import LiteralRefused, read_literal
+from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.offered_tools import OfferedTool, read_offered_tools
+from agentft.data.turn_builder import FormError
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
@@ -118,7 +119,7 @@ class Notice:
     detail: str
 
 
-class _Refused(Exception):
+class _Refused(Exception):  # noqa: N818  # a way out of nested readers, not an error
     """Carries reason and detail up to `read_record`; never leaves this module."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -133,8 +134,8 @@ def read_record(
     """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
 
     Args:
-        form: `auto` takes MSAgent, OpenAI and ShareGPT records; the name of one form takes that form alone. ReAct text is
-            converted only when named, since ordinary prose can hold its keywords.
+        form: `auto` takes MSAgent, OpenAI and ShareGPT records; the name of one form takes that form alone. ReAct text
+            is converted only when named, since ordinary prose can hold its keywords.
     """
     notices: list[Notice] = []
     record_id: str | None = None
@@ -148,7 +149,7 @@ def read_record(
         _note_quirks(messages, offered, origin, notices)
         if record_id is None:
             record_id = "content-" + _content_hash(messages)[:16]
-    except (_Refused, GrammarError, forms.FormRefused) as refusal:
+    except (_Refused, GrammarError, FormError) as refusal:
         return Rejection(origin, refusal.reason, refusal.detail, record_id)
     return Conversation(record_id, messages, origin, offered, weight), notices
 
@@ -160,7 +161,7 @@ def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
         notices.append(Notice(origin, "id_number", f"id {value} is a number, used as text"))
         return str(value)
-    code = "id_missing" if value is None or value == "" else "id_unusable"
+    code = "id_missing" if value is None or (isinstance(value, str) and not value) else "id_unusable"
     notices.append(Notice(origin, code, f"id is {_kind(value)}; made from the content instead"))
     return None
 
@@ -179,7 +180,8 @@ def _read_turns(record: dict[Any, Any], form: forms.Form, origin: Origin, notice
             raise _Refused("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
         return turns
     if form == "auto" or form == found or form == "react":
-        converted, quirks = forms.convert(record, "react" if form == "react" else found)
+        layout: forms.OtherForm = "react" if form == "react" or found == "msagent" else found
+        converted, quirks = forms.convert(record, layout)
         notices.extend(Notice(origin, code, detail) for code, detail in quirks)
         return converted
     raise _Refused(
@@ -189,10 +191,12 @@ def _read_turns(record: dict[Any, Any], form: forms.Form, origin: Origin, notice
 
 def _read_turns_text(text: str) -> object:
     if len(text) > MAX_RECORD_CHARACTERS:
-        raise _Refused("too_long", f"'conversations' is a text of {len(text):,} characters, at most {MAX_RECORD_CHARACTERS:,}")
+        raise _Refused(
+            "too_long", f"'conversations' is a text of {len(text):,} characters, at most {MAX_RECORD_CHARACTERS:,}"
+        )
     try:
         turns = read_literal(text)
-    except LiteralRefused as error:
+    except LiteralError as error:
         raise _Refused("conversations_unreadable_text", str(error)) from None
     if isinstance(turns, str):
         raise _Refused("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
@@ -212,9 +216,11 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
             extra = sorted(str(key) for key in turn if key not in ("from", "value"))
-            notices.append(Notice(origin, "unknown_turn_field", f"turn {number}: {', '.join(extra)[:80]} not used"))
+            notices.append(Notice(origin, "unknown_turn_field", f"turn {number}: {', '.join(extra)[:80]!r} not used"))
         if not _is_encodable(value):
-            raise _Refused("lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8")
+            raise _Refused(
+                "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
+            )
         if role == "system":
             if messages:
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
@@ -279,7 +285,9 @@ def _note_quirks(
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
     tools = {tool.name: tool for tool in offered}
     notices.extend(
-        Notice(origin, "tool_entry_flawed", f"tool {tool.name or '?'}: {tool.problem}") for tool in offered if tool.problem
+        Notice(origin, "tool_entry_flawed", f"tool {tool.name or '?'}: {tool.problem}")
+        for tool in offered
+        if tool.problem
     )
     for message in messages:
         for part in message.parts:
@@ -301,13 +309,13 @@ def _call_quirks(call: Call, tools: dict[str, OfferedTool]) -> list[tuple[str, s
     if call.failure is not None:
         return [(f"call_{call.failure.reason}", call.failure.detail)]
     quirks: list[tuple[str, str]] = []
-    body = strip_fence(call.body)
-    if body.startswith("["):
+    source = call.source
+    if 0 <= source.find("[") < source.find("{"):
         quirks.append(("call_is_a_list", f"{len(call.requests)} requests between one pair of marks"))
-    if "\n" in body and not _is_strict_json(body):
+    if source.count("\n") > 2 and not _is_strict_json(strip_fence(call.body)):  # two belong to the fence
         quirks.append(("raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"))
     for request in call.requests:
-        if not request.parameters and '"parameters"' not in body:
+        if not request.parameters and '"parameters"' not in source:
             quirks.append(("call_without_parameters", f"call to {request.name!r} has no field 'parameters'"))
         if not tools:
             continue

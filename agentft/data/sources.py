@@ -107,7 +107,8 @@ def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[Ra
         if path.is_dir() and not files:
             raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
         for file in files:
-            name = str(source.path) if file is path else str(file)
+            # A file name that is no UTF-8 must not break the report that names it.
+            name = str(file if file is not path else source.path).encode("utf-8", "backslashreplace").decode()
             report.files.append(name)
             if file is not path and (flaw := _unsafe_in_folder(file, path)):
                 yield Rejection(Origin(name, 0), *flaw)

@@ -33,6 +33,7 @@ class Attention(StrEnum):
     auto = "auto"
     """The fastest implementation that is installed and fits the device; the choice is printed."""
     flash = "flash"
+    """The package flash-attn, or refuse."""
     sdpa = "sdpa"
     eager = "eager"
 
@@ -42,9 +43,13 @@ class RandomShape:
     """Shape of a model with random weights."""
 
     hidden: int = 64
+    """Width."""
     layers: int = 2
+    """Transformer blocks."""
     heads: int = 4
+    """Attention heads."""
     intermediate: int = 128
+    """Width inside the feed-forward part."""
 
 
 @dataclass(kw_only=True)
@@ -52,9 +57,13 @@ class ModelConfig:
     """One model: where it is, how it talks, how it is loaded."""
 
     name: str
+    """The option of the group `model`; part of the run folder's name."""
     source: ModelSource = ModelSource.modelscope
+    """Where the weights come from."""
     modelscope_id: str | None = None
+    """Name on the ModelScope hub, for `source=modelscope`."""
     huggingface_id: str | None = None
+    """Name on the Hugging Face hub, for `source=huggingface`."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the hub's default. The resolved one is recorded."""
     path: str | None = None
@@ -72,10 +81,13 @@ class ModelConfig:
     context: int = 2048
     """Positions that the model was trained for; `dataset.max_length` may not exceed it."""
     dtype: Dtype = Dtype.auto
+    """Number format of the weights that are loaded and of the computation."""
     attention: Attention = Attention.auto
+    """Implementation of attention. The old script's `use_flash_attn` is `auto`: flash where it is there and fits."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Off unless given for this run; recorded."""
     shape: RandomShape | None = None
+    """Shape of the model for `source=random`."""
     notes: str = ""
     """Licence and memory, for the reader."""
 
@@ -85,6 +97,7 @@ class SftConfig:
     """Settings that every way of supervised fine-tuning has."""
 
     name: str
+    """The option of the group `sft_type`."""
     default_learning_rate: float
     """What `training.learning_rate` is unless given."""
 
@@ -94,8 +107,11 @@ class LoraConfig(SftConfig):
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): W + alpha / rank * B A, with W frozen."""
 
     rank: int = 8
+    """Rank of the update."""
     alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
     dropout: float = 0.1
+    """Share of the adapters' inputs that is dropped in training."""
     targets: list[str] | None = None
     """Names of linear layers; null: the model's `lora_targets`."""
 

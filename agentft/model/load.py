@@ -129,7 +129,9 @@ def load_model(
         ModelError: the weights cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             files.folder,

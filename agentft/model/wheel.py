@@ -7,11 +7,14 @@ file does not carry everything a tokenizer needs.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from pathlib import Path
 from typing import Any
 
 from agentft.errors import ModelError
 from agentft.model.cache import build_once, cache_root, file_digest
+
+log = logging.getLogger(__name__)
 
 
 def _split_digits(backend: Any) -> None:
@@ -62,7 +65,10 @@ def converted_folder(package: str, cache_dir: str | None) -> Path:
 def _convert(package: str, gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    log.info("converting %s once into %s", gguf.name, folder.parent)
+    disable_progress_bar()
     quantized = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

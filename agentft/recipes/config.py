@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentft.data.config import DatasetConfig
+from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import ModelConfig, SftConfig
 from agentft.tracking import TrackingConfig
@@ -33,6 +34,13 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads for torch; null: all cores. Recorded, since it decides the last bits of a loss."""
 
+    def __post_init__(self) -> None:
+        if self.dataset.max_length > self.model.context:
+            raise ConfigError(
+                f"dataset.max_length={self.dataset.max_length} exceeds model.context={self.model.context} "
+                f"of model={self.model.name}"
+            )
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
@@ -45,3 +53,4 @@ class EvaluateConfig:
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     threads: int | None = None
+    """CPU threads for torch; null: all cores."""

@@ -95,7 +95,7 @@ def saved_config(run_dir: str | Path) -> TrainConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+class _Dumper(yaml.SafeDumper):
     """Quotes what PyYAML takes for text and OmegaConf for a number: the revision `1234e56`."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from agentft import progress, runtime
 from agentft.data.batches import StepPlan
 from agentft.data.render import MsagentTemplate, get_template
 from agentft.data.tokens import SegmentEncoder
-from agentft.errors import ConfigError
 from agentft.model.adapters import count_parameters, prepare_for_training, save_final
 from agentft.model.config import FullConfig
 from agentft.model.load import (
@@ -80,7 +78,6 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         AgentftError: anything the user can act on; the run folder's status says so too.
     """
-    check(config)
     with RunFolder.create(config.run_dir) as run:
         progress.set_up_logging(run.log_file)
         run.update_status("running", step=0)
@@ -93,19 +90,6 @@ def train(config: TrainConfig) -> TrainResult:
             raise
         run.update_status("finished", objective=result.objective)
         return result
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse settings of different groups that contradict each other.
-
-    Raises:
-        ConfigError: naming both settings.
-    """
-    if config.dataset.max_length > config.model.context:
-        raise ConfigError(
-            f"dataset.max_length={config.dataset.max_length} exceeds model.context={config.model.context} "
-            f"of model={config.model.name}"
-        )
 
 
 def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
@@ -253,6 +237,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
             evaluation_steps=config.evaluation.steps,
             best_metric=config.evaluation.best_metric,
             log=record,
+            on_resume=tracker.rewind,
             fp16=bench.dtype is torch.float16,
         )
     )
@@ -286,7 +271,7 @@ def choices(config: TrainConfig) -> dict[str, str]:
 def run_id(config: TrainConfig) -> str:
     """Return a short id that stays the same when the run is resumed in its folder."""
     tree = json.dumps(asdict(config), sort_keys=True, default=str)
-    return hashlib.sha256(f"{os.path.abspath(config.run_dir)}{tree}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 
 
 def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | None) -> dict[str, Any]:

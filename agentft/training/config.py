@@ -38,6 +38,7 @@ class TrainingConfig:
     learning_rate: float
     """Peak rate, reached after the warm-up."""
     schedule: Schedule = Schedule.cosine
+    """How the rate falls after the warm-up."""
     warmup: float = 0.1
     """Share of all steps in which the rate rises from 0."""
     min_learning_rate_ratio: float = 0.0
@@ -45,18 +46,23 @@ class TrainingConfig:
     weight_decay: float = 0.01
     """Decoupled; on matrices only, never on biases, norms or embeddings of LoRA."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient."""
     epsilon: float = 1e-8
+    """AdamW's addend in the denominator."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this L2 norm; 0: never."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA only."""
     logging_steps: int = 20
+    """Steps between lines of `metrics.jsonl` and of the log."""
     save_steps: int = 50
     """Steps between checkpoints; 0: only at the end."""
     save_total_limit: int = 2
     """Checkpoints to keep besides the best one."""
     resume: Resume = Resume.auto
+    """What to do with the checkpoints of the run folder."""
     allow_changes: bool = False
     """Go on from a checkpoint although data, model, settings or threads differ; every difference is logged."""
 
@@ -81,5 +87,6 @@ class DistributedConfig:
     """Which engine trains, on how many processes."""
 
     name: str
+    """The option of the group `distributed`."""
     processes: int = 1
     """Ranks on this machine."""

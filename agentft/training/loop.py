@@ -57,6 +57,8 @@ class Job:
     evaluation_steps: int
     best_metric: str
     log: Callable[[Mapping[str, float], int], None]
+    on_resume: Callable[[int], None] = lambda step: None
+    """Told the step that the loop goes on from."""
     stop_requested: Callable[[], bool] = lambda: False
     """Asked after every step; when true the loop saves and returns."""
     fp16: bool = False
@@ -272,6 +274,7 @@ def _resume(
     scaler.load_state_dict(checkpoint.state["scaler"])
     random_state.restore(checkpoint.tensors["random"], checkpoint.state["random"])
     log.info("going on from %s", checkpoint.path)
+    job.on_resume(checkpoint.step)
     return Counters(**checkpoint.state["counters"])
 
 

@@ -38,7 +38,7 @@ def test_correct_call_followed_by_an_invented_one_scores_nothing() -> None:
 
 def test_wrong_tool_with_equal_parameters_and_true_for_one() -> None:
     assert legacy_step(RIGHT, RIGHT.replace('"a"', '"b"')) == LegacyStep(actions=(0,), inputs=(1,))
-    one, true = (call('{"api_name": "a", "parameters": {"x": %s}}' % value) for value in ("1", "true"))
+    one, true = (RIGHT.replace('"1"', value) for value in ("1", "true"))
     assert legacy_step(one, true).inputs == (1,)
     assert legacy_step(one, one.replace("1", '"1"')).inputs == (0,)
 

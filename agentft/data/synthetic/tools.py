@@ -36,8 +36,8 @@ class Parameter:
 class Wording:
     """How people speak about a tool in one language.
 
-    Phrasings hold slots such as `{city}`. A part in square brackets is said only when all its slots have a value: optional
-    parameters always stand in brackets; a required one may, and can then be left out to be asked for.
+    Phrasings hold slots such as `{city}`. A part in square brackets is said only when all its slots have a value:
+    optional parameters always stand in brackets; a required one may, and can then be left out to be asked for.
     """
 
     descriptions: tuple[str, ...]
@@ -46,7 +46,7 @@ class Wording:
     asks: tuple[str, ...]
     summaries: tuple[str, ...]
     both: tuple[str, ...] = ()
-    """One request for two values of the parameter `again`; the second fills the slot of the same key with a 2 behind."""
+    """Requests for two values of the parameter `again`; the second fills the slot of that key with a 2 behind."""
 
 
 @dataclass(frozen=True, slots=True)

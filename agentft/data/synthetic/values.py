@@ -1,6 +1,6 @@
 """Values by pool: what users say and tools return. Held-out records draw from other values than training records.
 
-Word lists give every fifth entry to the held-out part; numbers in codes, amounts, dates and times are split by their rest
+Word lists give every third entry to the held-out part, numbers in codes, amounts, dates and times those of one rest
 modulo five. Small counts and enumerations are shared: there are too few of them to split.
 """
 
@@ -19,12 +19,14 @@ JsonType = Literal["string", "integer", "number", "boolean"]
 Value = tuple[Json, str]
 """A value as the call holds it, and the words a user says for it."""
 
-_EVERY = 5
+_HELDOUT_WORD_OF = 3
+_HELDOUT_NUMBER_OF = 5
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
+_COUNTS = ("minutes", "percent", "guests", "nights", "years", "days", "quantity", "principal", "height")
 _TYPES: dict[str, JsonType] = {
-    **dict.fromkeys(("minutes", "percent", "guests", "nights", "years", "days", "quantity"), "integer"),
-    **dict.fromkeys(("amount", "interest", "kilograms", "measure", "setpoint", "budget"), "number"),
+    **dict.fromkeys(_COUNTS, "integer"),
+    **dict.fromkeys(("amount", "interest", "kilograms", "measure", "setpoint", "budget", "mass"), "number"),
     **dict.fromkeys(("on_off", "lock_unlock", "with_without"), "boolean"),
 }
 
@@ -47,9 +49,14 @@ _CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CNY", "CHF", "CAD", "AUD", "SEK", "I
 _LENGTH_UNITS = ("km", "miles", "m", "feet", "inches", "cm", "yards")
 
 
+def base_pool(pool: str) -> str:
+    """`city2` draws from `city`: the figure only says that the value differs from the first one."""
+    return pool.removesuffix("2")
+
+
 def json_type(pool: str) -> JsonType:
     """The JSON type of a parameter that draws from `pool`."""
-    return _TYPES.get(pool, "string")
+    return _TYPES.get(base_pool(pool), "string")
 
 
 def enum_values(pool: str, language: Language) -> tuple[str, ...]:
@@ -92,7 +99,11 @@ class Values:
         return frozenset({*self._lists, *_ENUMS, *_BOOLEANS, *self._makers})
 
     def _share(self, words: Sequence[str]) -> tuple[str, ...]:
-        return tuple(word for index, word in enumerate(words) if (index % _EVERY == _EVERY - 1) == self._heldout)
+        return tuple(
+            word
+            for index, word in enumerate(words)
+            if (index % _HELDOUT_WORD_OF == _HELDOUT_WORD_OF - 1) == self._heldout
+        )
 
     def _split_lists(self) -> dict[str, tuple[str, ...]]:
         words = words_zh if self._zh else words_en
@@ -125,9 +136,10 @@ class Values:
 
     def _integer(self, rng: random.Random, low: int, high: int) -> int:
         """An integer in [low, high] whose rest modulo five is that of this part."""
-        rest = _EVERY - 1 if self._heldout else rng.randrange(_EVERY - 1)
-        first = low + (rest - low) % _EVERY
-        return first + _EVERY * rng.randrange((high - first) // _EVERY + 1)
+        every = _HELDOUT_NUMBER_OF
+        rest = every - 1 if self._heldout else rng.randrange(every - 1)
+        first = low + (rest - low) % every
+        return first + every * rng.randrange((high - first) // every + 1)
 
     def _code(self, rng: random.Random, letters: int, digits: int) -> str:
         number = self._integer(rng, 10 ** (digits - 1), 10**digits - 1)
@@ -157,9 +169,11 @@ class Values:
             "order": lambda r: self._code(r, r.choice((0, 1, 2)), 6),
             "parcel": lambda r: self._code(r, 2, 8),
             "flight": lambda r: self._code(r, 2, r.choice((3, 4))),
-            "phone": lambda r: f"1{r.choice('35789')}{self._integer(r, 10**8, 10**9 - 1)}"
-            if self._zh
-            else f"555-{self._integer(r, 1000, 9999)}",
+            "phone": lambda r: (
+                f"1{r.choice('35789')}{self._integer(r, 10**8, 10**9 - 1)}"
+                if self._zh
+                else f"555-{self._integer(r, 1000, 9999)}"
+            ),
             "account": lambda r: self._code(r, 0, 8),
             "card": lambda r: self._code(r, 0, 4),
             "event_id": lambda r: f"EV{self._integer(r, 100, 9999)}",
@@ -181,6 +195,8 @@ class Values:
             "budget": lambda r: self._integer(r, 20, 400),
             "principal": lambda r: self._integer(r, 20, 900) * 1000,
             "interest": lambda r: r.randrange(10, 90) / 10,
+            "mass": lambda r: self._integer(r, 40, 130),
+            "height": lambda r: r.randrange(150, 205),
             "kilograms": lambda r: self._integer(r, 5, 300) / 10,
             "measure": lambda r: self._money(r, 3, 900),
             "setpoint": lambda r: r.randrange(32, 52) / 2,
@@ -211,7 +227,8 @@ class Values:
         if choice < 0.4:
             return rng.choice(self._lists["chore"])
         if self._zh:
-            return f"{'联系' if choice < 0.7 else '给'}{self._person(rng)}{'' if choice < 0.7 else '送' + rng.choice(self._lists['goods'])}"
+            person = self._person(rng)
+            return f"联系{person}" if choice < 0.7 else f"给{person}送{rng.choice(self._lists['goods'])}"
         if choice < 0.6:
             return f"pay the {rng.choice(self._lists['bill'])} bill"
         return f"call {self._person(rng)}" if choice < 0.8 else f"pick up the {self._two(rng, 'color', 'goods')}"
@@ -229,7 +246,9 @@ class Values:
     def _restaurant(self, rng: random.Random) -> str:
         if self._zh:
             return rng.choice(self._lists["restaurant_word"]) + rng.choice(("饭店", "酒楼", "小馆", "食府"))
-        return f"{rng.choice(self._lists['last_name'])}'s {rng.choice(('Kitchen', 'Table', 'Bistro', 'Grill', 'Corner'))}"
+        return (
+            f"{rng.choice(self._lists['last_name'])}'s {rng.choice(('Kitchen', 'Table', 'Bistro', 'Grill', 'Corner'))}"
+        )
 
     def _hotel(self, rng: random.Random) -> str:
         if self._zh:

@@ -1,0 +1,234 @@
+"""One conversation in the making: its tools and their names, the values, and the text of its turns."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from agentft.data.synthetic.catalogue import shelf
+from agentft.data.synthetic.naming import Namer, ToolNames
+from agentft.data.synthetic.phrasing import phrasebook
+from agentft.data.synthetic.tools import Json, Language, Part, Tool, fill
+from agentft.data.synthetic.values import Value, base_pool, enum_values, json_type, values_of
+
+OPTIONAL_SHARE = 0.35
+"""How often a user mentions an optional parameter."""
+
+GREETING_SHARE = 0.15
+INDENTED_SHARE = 0.1
+"""Conversations whose JSON is written over several lines."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A tool and the parameters that a user wants it called with."""
+
+    tool: Tool
+    values: dict[str, Json]
+    spoken: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a tool returned, and the words for it together with those of its request."""
+
+    observation: dict[str, Json]
+    spoken: dict[str, str]
+
+
+class Scene:
+    """Draws everything that one conversation needs from one random stream and collects its turns."""
+
+    def __init__(self, rng: random.Random, language: Language, part: Part, *, unseen_tools: bool) -> None:
+        self.rng = rng
+        self.language: Language = language
+        self.shelf = shelf(language, part, unseen_tools)
+        self.phrases = phrasebook(language)
+        self.turns: list[str] = []
+        self.at_once = False
+        self._values = values_of(language, part)
+        self._namer = Namer(rng)
+        self._names: dict[str, ToolNames] = {}
+        self._tools: list[Tool] = []
+        self._indent = 3 if rng.random() < INDENTED_SHARE else None
+
+    # Drawing
+
+    def pick(self, options: Sequence[_T]) -> _T:
+        """One of `options`."""
+        return options[int(self.rng.random() * len(options))]
+
+    def chance(self, share: float) -> bool:
+        """True in `share` of the cases."""
+        return self.rng.random() < share
+
+    def value(self, pool: str, unlike: Iterable[str] = ()) -> Value:
+        """A value of `pool` whose words are not among `unlike`."""
+        taken = set(unlike)
+        for _ in range(100):
+            value = self._values.draw(base_pool(pool), self.rng)
+            if value[1] not in taken:
+                break
+        return value
+
+    def request(
+        self,
+        tool: Tool,
+        *,
+        given: Mapping[str, Value] | None = None,
+        optional: bool = True,
+        unlike: Iterable[str] = (),
+    ) -> Request:
+        """Draw the parameters of `tool` that are not `given`; some optional ones unless `optional` is false."""
+        values: dict[str, Json] = {}
+        spoken: dict[str, str] = {}
+        taken = set(unlike)
+        for parameter in tool.parameters:
+            if given is not None and parameter.key in given:
+                value, words = given[parameter.key]
+            elif parameter.required or (optional and self.chance(OPTIONAL_SHARE)):
+                value, words = self.value(parameter.pool, taken)
+            else:
+                continue
+            values[parameter.key], spoken[parameter.key] = value, words
+            if json_type(parameter.pool) == "string":
+                taken.add(words)
+        return Request(tool, values, spoken)
+
+    def changed(self, request: Request, key: str, value: Value | None = None) -> Request:
+        """The same request with another value of `key`."""
+        if value is None:
+            value = self.value(request.tool.parameter(key).pool, request.spoken.values())
+        return Request(request.tool, {**request.values, key: value[0]}, {**request.spoken, key: value[1]})
+
+    def result(self, request: Request) -> Result:
+        """What the tool returns."""
+        known = dict(request.values)
+        spoken = dict(request.spoken)
+        observation: dict[str, Json] = {}
+        for name, source in request.tool.result.items():
+            if isinstance(source, str):
+                value, words = self._returned(source, spoken.values())
+            else:
+                value = source(known)
+                words = str(value)
+            observation[name] = known[name] = value
+            spoken[name] = words
+        return Result(observation, spoken)
+
+    def _returned(self, pool: str, unlike: Iterable[str]) -> Value:
+        if not pool.endswith("*2"):
+            return self.value(pool, unlike if json_type(pool) == "string" else ())
+        first = self.value(pool[:-2], unlike)
+        second = self.value(pool[:-2], {*unlike, first[1]})
+        return [first[0], second[0]], f"{first[1]}{self.phrases.list_joint}{second[1]}"
+
+    # Turns
+
+    def user(self, text: str) -> None:
+        """Append a user turn; the first may open with a greeting."""
+        text = self._sentence(text)
+        if not self.turns and self.chance(GREETING_SHARE):
+            person, city = self.value("person")[1], self.value("city")[1]
+            text = self.pick(self.phrases.greetings).format(person=person, city=city) + text
+        self.turns.append(text)
+
+    def assistant(self, text: str) -> None:
+        """Append an assistant turn."""
+        self.turns.append(text)
+
+    def ask(self, request: Request) -> str:
+        """The user's words for `request`."""
+        return fill(self.pick(request.tool.wording(self.language).asks), request.spoken)
+
+    def summary(self, tool: Tool, result: Result) -> str:
+        """The assistant's words for `result`."""
+        return self._sentence(fill(self.pick(tool.wording(self.language).summaries), result.spoken))
+
+    def goal(self, tool: Tool) -> str:
+        """What `tool` is for, as it stands in "I could not ..."."""
+        return tool.wording(self.language).goal
+
+    def what(self, tool: Tool, key: str) -> str:
+        """What a parameter is called in speech; its description."""
+        parameter = tool.parameter(key)
+        return parameter.en if self.language == "en" else parameter.zh
+
+    def call(self, request: Request) -> str:
+        """The call between its marks."""
+        names = self.names(request.tool)
+        parameters = {names.parameters[key]: value for key, value in request.values.items()}
+        body = self._json({"api_name": names.tool, "parameters": parameters})
+        return f"<|startofthink|>```JSON\n{body}\n```<|endofthink|>"
+
+    def executed(self, request: Request, observation: Mapping[str, Json]) -> str:
+        """The call and what its execution returned; text or another call may follow."""
+        return f"{self.call(request)}\n\n<|startofexec|>```JSON\n{self._json(observation)}\n```<|endofexec|>\n"
+
+    def _json(self, value: Json) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=self._indent)
+
+    def _sentence(self, text: str) -> str:
+        """Begin an English text with a capital, but keep names such as web-12 as they are."""
+        first = text.split(" ", 1)[0]
+        return text[0].upper() + text[1:] if first.isalpha() and first.isascii() else text
+
+    # The system value
+
+    def names(self, tool: Tool) -> ToolNames:
+        """The names of `tool` here; from now on it is listed."""
+        if tool.key not in self._names:
+            taken = {names.tool for names in self._names.values()}
+            names = self._namer.name(tool, self.pick(tool.wording(self.language).descriptions))
+            while names.tool in taken:
+                names = self._namer.name(tool, names.description)
+            self._names[tool.key] = names
+            self._tools.append(tool)
+        return self._names[tool.key]
+
+    def listed_names(self) -> list[str]:
+        """Names of the listed tools in the order of the list; only after `close_list`."""
+        return [self._names[tool.key].tool for tool in self._tools]
+
+    def close_list(self, beside: Iterable[str] = ()) -> None:
+        """Add distractors, confusable ones first, and shuffle; none of the concepts `beside`."""
+        size = self.rng.choices((2, 3, 4), (75, 20, 5))[0]
+        barred = {*beside, *self._names}
+        families = {tool.family for tool in self.shelf.tools if tool.key in barred}
+        kin = [tool for family in sorted(families) for tool in self.shelf.families.get(family, ())]
+        while len(self._tools) < size:
+            near = [tool for tool in kin if tool.key not in barred]
+            distractor = self.pick(near) if near and self.chance(0.6) else self.pick(self.shelf.tools)
+            if distractor.key not in barred:
+                self.names(distractor)
+                barred.add(distractor.key)
+        self.rng.shuffle(self._tools)
+
+    def system(self) -> str:
+        """The system value: an instruction and the numbered list of tools."""
+        instruction = self.pick(self.phrases.instructions)
+        if self.at_once:
+            instruction += self.phrases.at_once
+        lines = [f"{number}. {self._entry(tool)}" for number, tool in enumerate(self._tools, 1)]
+        return "\n\n".join([instruction + self.phrases.plugins, *lines])
+
+    def _entry(self, tool: Tool) -> str:
+        names = self._names[tool.key]
+        parameters: list[dict[str, Json]] = []
+        for parameter in tool.parameters:
+            entry: dict[str, Json] = {
+                "name": names.parameters[parameter.key],
+                "description": parameter.en if self.language == "en" else parameter.zh,
+                "required": parameter.required,
+                "type": json_type(parameter.pool),
+            }
+            if options := enum_values(parameter.pool, self.language):
+                entry["enum"] = list(options)
+            parameters.append(entry)
+        listed = {"name": names.tool, "description": names.description, "parameters": parameters}
+        return json.dumps(listed, ensure_ascii=False)

@@ -1,0 +1,82 @@
+"""Fixtures for all tests: an offline, quiet environment, the byte-level tokenizer, small real conversations."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test imports torch or a hub client: a process that loads both would otherwise ask for all cores twice.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write golden files anew instead of comparing")
+
+
+@pytest.fixture(scope="session")
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_conversations(golden_folder: Path) -> dict:
+    """About a dozen small conversations by id, as agentft reads them."""
+    from agentft.data.records import Conversation, Origin, read_record
+
+    conversations = {}
+    lines = (golden_folder / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        outcome = read_record(json.loads(line), Origin("conversations.jsonl", number))
+        assert isinstance(outcome, tuple), outcome
+        assert isinstance(outcome[0], Conversation)
+        conversations[outcome[0].id] = outcome[0]
+    return conversations
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real conversations, which a user's clone does not have."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the real conversations are not at {SHARED_DATA}: this test reads them and nothing else")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    from agentft.model.random_weights import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def encoder(byte_tokenizer):
+    from agentft.data.tokens import SegmentEncoder
+
+    return SegmentEncoder(byte_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def template(byte_tokenizer):
+    from agentft.data.render import get_template
+
+    return get_template("msagent", byte_tokenizer.eos_token)

@@ -1,0 +1,241 @@
+"""Files are read as the bytes they are: one broken line costs one line, and every loss is named."""
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from agentft.data import files
+from agentft.data.records import Conversation, Rejection
+from agentft.data.sources import LocalSource, RawRow, ReadReport, read_conversations, read_local
+from agentft.errors import DataError
+
+
+def record(name: str, text: str = "hello") -> dict:
+    return {"id": name, "conversations": [{"from": "user", "value": text}, {"from": "assistant", "value": "ok"}]}
+
+
+def lines(*names: str) -> bytes:
+    return b"".join(json.dumps(record(name), ensure_ascii=False).encode() + b"\n" for name in names)
+
+
+def outcome(path: object, report: ReadReport | None = None) -> list[str]:
+    """Ids of what was kept and reasons of what was not, each with its line."""
+    report = report or ReadReport()
+    items = read_conversations(read_local(path, report=report), report=report)
+    return [f"{i.origin.line}:{i.id if isinstance(i, Conversation) else i.reason}" for i in items]
+
+
+def test_a_line_that_cannot_be_read_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    nested = b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    digits = b'{"id": ' + b"9" * 5_000 + b"}\n"
+    twice = b'{"id": "x", "id": "y"}\n'
+    path.write_bytes(lines("a") + b"\xff\xfe\n" + nested + digits + twice + b"{} {}\n" + b"nonsense\n" + b'{"a": \n' + lines("b"))
+    assert outcome(path) == [
+        "1:a",
+        "2:not_utf8",
+        "3:too_deep",
+        "4:number_too_long",
+        "5:duplicate_key",
+        "6:two_values",
+        "7:not_json",
+        "8:not_json",
+        "9:b",
+    ]
+
+
+def test_blank_lines_and_padding_are_counted_and_no_loss(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + lines("a").replace(b"\n", b"\r\n") + b"  \n" + lines("b")[:-1] + b"\0" * 600)
+    report = ReadReport()
+    assert outcome(path, report) == ["2:a", "4:b"]
+    assert report.blank_lines == 2
+
+
+def test_only_the_byte_n_ends_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    text = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
+    path.write_text(json.dumps(record("a", text), ensure_ascii=False) + "\n", encoding="utf-8", newline="")
+    (conversation,) = read_conversations(read_local(path))
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[0].source == text
+
+
+def test_a_truncated_last_line_is_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    whole = lines("a") + json.dumps(record("b", "谢谢"), ensure_ascii=False).encode()
+    for cut in range(len(lines("a")) + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert outcome(path) == ["1:a", "2:truncated_line"], cut
+    path.write_bytes(whole)
+    assert outcome(path) == ["1:a", "2:b"]
+
+
+def test_a_line_without_end_is_skipped_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 10_000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("a") + b'{"id": "' + b"x" * 5_000_000 + b'"}\n' + lines("b"))
+    assert outcome(path) == ["1:a", "2:line_too_long", "3:b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_a_foreign_encoding_is_named_as_a_whole(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("a", "b").decode().encode(encoding))
+    (rejection,) = read_conversations(read_local(path))
+    assert isinstance(rejection, Rejection)
+    assert rejection.reason == "not_utf8"
+    assert "UTF-" in rejection.detail
+    assert "iconv" in rejection.detail
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_read_element_by_element(tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PIECE_CHARACTERS", 50)
+    path = tmp_path / "a.json"
+    values = [record("a"), record("b", "谢" * 300), 7, record("c")]
+    text = json.dumps(values, ensure_ascii=False, indent=indent)
+    path.write_text(text, encoding="utf-8")
+    assert outcome(path) == ["1:a", "2:b", "3:not_an_object", "4:c"]
+    path.write_text(text[: text.rindex("assistant")], encoding="utf-8")
+    assert outcome(path) == ["1:a", "2:b", "3:not_an_object", "4:not_json"]
+    path.write_bytes(text.encode().replace("谢".encode(), b"\xff"))
+    assert outcome(path) == ["1:a", "2:not_utf8", "3:not_an_object", "4:c"]
+
+
+def test_a_json_file_may_hold_lines_or_one_object_or_several_pretty_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(lines("a") + b"broken\n" + lines("b"))
+    assert outcome(path) == ["1:a", "2:not_json", "3:b"]
+    path.write_text(json.dumps(record("a"), indent=2))
+    assert outcome(path) == ["1:a"]
+    path.write_text(json.dumps(record("a"), indent=2) + "\n" + json.dumps(record("b"), indent=2))
+    assert outcome(path) == ["1:a", "2:b"]
+
+
+def test_compressed_files_read_like_plain_ones_and_a_cut_one_keeps_what_came_before(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    plain = lines(*(f"n{n}" for n in range(2_000)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(plain))
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        path = tmp_path / name
+        assert len(outcome(path)) == 2_000
+        path.write_bytes(path.read_bytes()[:-200])
+        kept = outcome(path)
+        assert kept[-1].split(":")[1] in ("broken_compression", "truncated_line")
+        path.write_bytes(b"no archive")
+        assert outcome(path) == ["1:broken_compression"]
+
+
+def test_a_csv_holds_the_list_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "conversations"])
+        writer.writerow(["a", repr(record("a", "line\nbreak, 'quote' \"twice\"")["conversations"])])
+        writer.writerow(["b", json.dumps(record("b", "x" * 500_000)["conversations"])])
+        writer.writerow(["only one field"])
+        writer.writerow(["c", record("c")["conversations"]])
+    assert outcome(path) == ["2:a", "3:b", "4:bad_csv", "5:c"]
+    path.write_bytes(path.read_bytes() + b'd,"\xff"\n' + b'e,"never closed')
+    assert outcome(path)[4:] == ["6:not_utf8", "7:bad_csv"]
+    path.write_text("id,text\n1,2\n")
+    with pytest.raises(DataError, match=r"no column 'conversations'"):
+        outcome(path)
+
+
+def test_parquet_holds_lists_or_texts(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    rows = [record(f"n{n}") for n in range(600)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert outcome(path) == [f"{n + 1}:n{n}" for n in range(600)]
+    parquet.write_table(pyarrow.Table.from_pylist([{"id": "t", "conversations": repr(rows[0]["conversations"])}]), path)
+    assert outcome(path) == ["1:t"]
+    path.write_bytes(path.read_bytes()[:-10])
+    assert outcome(path) == ["1:broken_parquet"]
+
+
+def test_a_folder_is_its_files_sorted_and_nothing_outside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    outside = tmp_path / "secret.jsonl"
+    outside.write_bytes(lines("secret"))
+    (folder / "b.jsonl").write_bytes(lines("b"))
+    (folder / "a.jsonl").write_bytes(lines("a"))
+    (folder / "sub" / "c.jsonl").write_bytes(lines("c"))
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "blank.jsonl").write_bytes(b"\n\n")
+    (folder / "README.md").write_text("hello")
+    (folder / ".cache" / "h.jsonl").write_bytes(lines("hidden"))
+    (folder / "link.jsonl").symlink_to(outside)
+    (folder / "inner.jsonl").symlink_to(folder / "a.jsonl")
+    (folder / "up").symlink_to(tmp_path, target_is_directory=True)
+    os.mkfifo(folder / "pipe.jsonl")
+    report = ReadReport()
+    assert outcome(folder, report) == [
+        "1:a",
+        "1:b",
+        "0:empty_file",
+        "0:empty_file",
+        "1:duplicate",
+        "0:link_out_of_folder",
+        "0:not_a_file",
+        "1:c",
+    ]
+    assert [Path(name).name for name in report.skipped_files] == ["README.md"]
+
+
+def test_several_sources_keep_their_weights(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("a"))
+    (tmp_path / "b.jsonl").write_bytes(lines("b"))
+    rows = read_local([LocalSource(tmp_path / "a.jsonl", 0.5), tmp_path / "b.jsonl"])
+    assert [(item.id, item.weight) for item in read_conversations(rows)] == [("a", 0.5), ("b", 1.0)]
+
+
+def test_a_source_that_is_not_there_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("a"))
+    with pytest.raises(DataError, match=r"missing\.jsonl: no such file or folder"):
+        read_local([tmp_path / "a.jsonl", tmp_path / "missing.jsonl"])
+    with pytest.raises(DataError, match="no path"):
+        read_local([])
+    with pytest.raises(DataError, match="weight"):
+        read_local(LocalSource(tmp_path / "a.jsonl", 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"\n \n", "holds no record"),
+        ("a.txt", b"x", "unknown kind of file"),
+        ("a.csv", b"id,conversations\n", "holds no record"),
+        ("a.json", b"[]", "holds no record"),
+    ],
+)
+def test_a_source_without_a_record_is_an_error_that_names_it(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_local(path))
+    assert str(path) in str(caught.value)
+    with pytest.raises(DataError, match="holds no"):
+        list(read_local(tmp_path / "folder" if (tmp_path / "folder").mkdir() else tmp_path / "folder"))
+
+
+def test_the_report_reads_as_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("a", "a", "b") + b"nonsense\n")
+    report = ReadReport()
+    outcome(path, report)
+    assert str(report) == "kept 2; set aside 2 (1 duplicate, 1 not_json); noted 2 missing_system"
+    assert report.files == [str(path)]
+    assert all(isinstance(row, (RawRow, Rejection)) for row in read_local(path))

@@ -1,0 +1,175 @@
+"""The mask law: what the agent must say is trained, and nothing else ever is."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from agentft.data.grammar import Call, Observation, Text
+from agentft.data.records import Conversation, Message, Origin
+from agentft.data.render import TRAINED_KINDS, Kind
+from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
+
+CASES = [
+    "one_call",
+    "no_tool_needed",
+    "several_rounds",
+    "several_executions_in_one_turn",
+    "text_before_the_call",
+    "parallel_calls",
+    "parallel_calls_then_observations",
+    "failing_tool_then_retry",
+    "observation_without_summary",
+    "chinese",
+    "user_quotes_marks_and_control_tokens",
+    "no_system",
+]
+
+
+def _readable(example, tokenizer) -> str:
+    """One line a run of tokens with one fate: `+` trained, `-` context."""
+    lines = []
+    position = 0
+    for trained, group in groupby(example.labels != IGNORE_INDEX):
+        length = len(list(group))
+        text = tokenizer.decode(example.input_ids[position : position + length], skip_special_tokens=False)
+        lines += [f"{'+trained' if trained else '-context'} |{line}|" for line in text.split("\n")]
+        position += length
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_equal_the_golden_file(
+    name, golden_conversations, golden_folder: Path, template, encoder, byte_tokenizer, update_golden
+):
+    (example,) = tokenize([golden_conversations[name]], template, encoder)
+    text = _readable(example, byte_tokenizer)
+    golden = golden_folder / "labels" / f"{name}.txt"
+    if update_golden:
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), f"{golden} differs; if that is meant: pytest --update-golden"
+
+
+def test_every_golden_conversation_has_a_case(golden_conversations):
+    assert sorted(golden_conversations) == sorted(CASES)
+
+
+def test_text_without_stops_is_the_original_layout_byte_for_byte(golden_conversations, template):
+    for conversation in golden_conversations.values():
+        text = "".join(segment.text for segment in template.render(conversation) if segment.kind is not Kind.stop)
+        original = "\n\n".join(f"<|{message.role}|>:{message.source}" for message in conversation.messages)
+        assert text == original
+
+
+def test_observations_users_and_systems_are_never_trained(golden_conversations, template):
+    for conversation in golden_conversations.values():
+        trained = "".join(segment.text for segment in template.render(conversation) if segment.trained)
+        for message in conversation.messages:
+            if message.role != "assistant":
+                assert message.source not in trained
+            for part in message.parts:
+                if isinstance(part, Observation):
+                    assert part.source not in trained
+
+
+def test_every_call_and_every_word_of_the_agent_is_trained(golden_conversations, template):
+    for conversation in golden_conversations.values():
+        trained = "".join(segment.text for segment in template.render(conversation) if segment.trained)
+        for message in conversation.messages:
+            for part in message.parts:
+                if isinstance(part, Call | Text):
+                    assert part.source.strip() in trained
+
+
+def test_every_step_ends_with_one_trained_stop(golden_conversations, template, encoder):
+    stop_id = encoder.special_id(template.stop_token)
+    for example in tokenize(golden_conversations.values(), template, encoder):
+        for start, stop in example.steps():
+            step = example.input_ids[start:stop].tolist()
+            assert step[-1] == stop_id
+            assert step.count(stop_id) == 1
+
+
+def test_parallel_calls_share_one_step(golden_conversations, template, encoder):
+    (example,) = tokenize([golden_conversations["parallel_calls"]], template, encoder)
+    assert len(example.steps()) == 1
+
+
+def test_text_of_users_never_becomes_a_control_token(golden_conversations, template, encoder):
+    conversation = golden_conversations["user_quotes_marks_and_control_tokens"]
+    (example,) = tokenize([conversation], template, encoder)
+    specials = {encoder.special_id(token) for token in ("<|im_end|>", "<|endoftext|>", "<|im_start|>")}
+    found = [int(i) for i in example.input_ids if int(i) in specials]
+    assert found == [encoder.special_id(template.stop_token)]
+
+
+def test_generation_prompt_is_a_prefix_of_the_training_ids(golden_conversations, template, encoder):
+    """Encoding the context alone, as a server would, gives the ids that training showed before the step."""
+    for conversation in golden_conversations.values():
+        (example,) = tokenize([conversation], template, encoder)
+        segments = template.render(conversation)
+        for number, (start, _) in enumerate(example.steps()):
+            prompt = _context(segments, number)
+            (alone,) = encoder.encode([("prompt", prompt)])
+            assert alone.input_ids.tolist() == example.input_ids[:start].tolist()
+
+
+def _context(segments, number):
+    steps_seen = 0
+    for at, segment in enumerate(segments):
+        if segment.trained and (at == 0 or not segments[at - 1].trained):
+            if steps_seen == number:
+                return segments[:at]
+            steps_seen += 1
+    raise AssertionError("no such step")
+
+
+def test_white_space_at_the_edges_of_a_step_is_context(template):
+    call = Call("<|startofthink|>{}<|endofthink|>", (), None)
+    message = Message("assistant", "", (Text(" \n"), call, Text("\n \n"), Observation("<|startofexec|>1<|endofexec|>"), Text("\n")))
+    conversation = Conversation("c", (Message("user", "u"), message), Origin("test", 1), ())
+    segments = template.render(conversation)
+    trained = [segment.text for segment in segments if segment.trained]
+    assert trained == [call.source, template.stop_token]
+    assert "".join(s.text for s in segments).endswith("<|endofthink|><|im_end|>\n \n<|startofexec|>1<|endofexec|>\n")
+
+
+def test_no_special_token_is_added_at_chunk_borders(golden_conversations, template, encoder, byte_tokenizer):
+    """A tokenizer that prepends a token to every text must not do so inside a conversation."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    adding = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    assert adding("x").input_ids[0] == 1
+    conversations = list(golden_conversations.values())
+    plain = [example.input_ids.tolist() for example in tokenize(conversations, template, encoder)]
+    assert [e.input_ids.tolist() for e in tokenize(conversations, template, SegmentEncoder(adding))] == plain
+
+
+def test_the_law_is_stated_once():
+    """Only render.py says which kinds are trained; nothing else in the package compares kinds with the law."""
+    package = Path(__file__).resolve().parents[2] / "agentft"
+    homes = [p.name for p in package.rglob("*.py") if re.search(r"\bTRAINED_KINDS\b", p.read_text(encoding="utf-8"))]
+    assert homes == ["render.py"]
+    assert frozenset({Kind.text, Kind.call, Kind.stop}) == TRAINED_KINDS
+
+
+def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data: Path, template, encoder):
+    from agentft.data.sources import read_conversations, read_local
+
+    conversations = [c for c in read_conversations(read_local(shared_data / "dev.jsonl")) if isinstance(c, Conversation)]
+    assert len(conversations) == 303
+    for conversation in conversations:
+        segments = template.render(conversation)
+        text = "".join(segment.text for segment in segments if segment.kind is not Kind.stop)
+        assert text == "\n\n".join(f"<|{m.role}|>:{m.source}" for m in conversation.messages)
+        trained = "".join(segment.text for segment in segments if segment.trained)
+        assert "<|startofexec|>" not in trained
+        assert trained.count("<|startofthink|>") == len(conversation.calls)

@@ -1,0 +1,85 @@
+"""The exam stays the same whatever the sample."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from agentft.data.config import Split
+from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.splits import divide
+from agentft.errors import DataError
+
+
+def _conversations(count: int, *, tools: int = 12) -> list[Conversation]:
+    found = []
+    for number in range(count):
+        call = '<|startofthink|>{"api_name": "tool_%d", "parameters": {}}<|endofthink|>' % (number % tools)
+        record = {
+            "id": f"c{number}",
+            "conversations": [
+                {"from": "user", "value": f"question {number // 2}"},
+                {"from": "assistant", "value": call if number % 3 else f"answer {number}"},
+            ],
+        }
+        outcome = read_record(record, Origin("test", number))
+        assert isinstance(outcome, tuple)
+        found.append(outcome[0])
+    return found
+
+
+def _ids(conversations) -> list[str]:
+    return [c.id for c in conversations]
+
+
+def test_the_held_out_part_does_not_depend_on_order_or_company():
+    pool = _conversations(400)
+    parts = divide(pool, split=Split.content, test_ratio=0.1, seed=1)
+    shuffled = random.Random(3).sample(pool, len(pool))
+    assert _ids(divide(shuffled, split=Split.content, test_ratio=0.1, seed=1).heldout) == _ids(parts.heldout)
+    half = divide(pool[:200], split=Split.content, test_ratio=0.1, seed=1)
+    assert set(_ids(half.heldout)) <= set(_ids(parts.heldout))
+
+
+def test_samples_are_nested():
+    train = _ids(divide(_conversations(400), split=Split.content, test_ratio=0.1, seed=1).train)
+    assert len(train) == len(set(train))
+    smaller_pool = _ids(divide(_conversations(300), split=Split.content, test_ratio=0.1, seed=1).train)
+    assert [name for name in train if name in set(smaller_pool)] == smaller_pool
+
+
+def test_the_order_of_samples_does_not_depend_on_the_test_ratio():
+    pool = _conversations(400)
+    wide = _ids(divide(pool, split=Split.content, test_ratio=0.3, seed=1).train)
+    narrow = _ids(divide(pool, split=Split.content, test_ratio=0.1, seed=1).train)
+    assert [name for name in narrow if name in set(wide)] == wide
+
+
+def test_equal_questions_never_straddle_the_parts():
+    parts = divide(_conversations(400), split=Split.content, test_ratio=0.2, seed=1)
+    assert not {c.user_hash for c in parts.train} & {c.user_hash for c in parts.heldout}
+
+
+def test_the_share_held_out_is_about_what_was_asked():
+    parts = divide(_conversations(4000), split=Split.content, test_ratio=0.1, seed=1)
+    assert 0.07 < len(parts.heldout) / 4000 < 0.13
+
+
+def test_unseen_tools_are_called_in_one_part_only():
+    parts = divide(_conversations(600), split=Split.unseen_tools, test_ratio=0.2, seed=1)
+    called = [{r.name for c in part for call in c.calls for r in call.requests} for part in (parts.train, parts.heldout)]
+    assert called[0]
+    assert called[1]
+    assert not called[0] & called[1]
+
+
+def test_seeds_choose_different_exams():
+    pool = _conversations(400)
+    one, two = (divide(pool, split=Split.content, test_ratio=0.1, seed=seed) for seed in (1, 2))
+    assert _ids(one.heldout) != _ids(two.heldout)
+
+
+def test_an_empty_part_is_an_error_that_says_what_to_do():
+    with pytest.raises(DataError, match="held-out part is empty.*dataset.test_ratio"):
+        divide(_conversations(4), split=Split.content, test_ratio=0.0001, seed=1)

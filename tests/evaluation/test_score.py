@@ -1,0 +1,132 @@
+"""The command line that scores a predictions file without a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentft.evaluation.step_scores import StepScore
+from agentft.score import main
+
+CALL = '<|startofthink|>```JSON\n{"api_name": "天气", "parameters": {"city": "北京"}}\n```<|endofthink|>'
+STEP = {"conversation_id": "c1", "step": 0, "reference": CALL, "prediction": CALL}
+
+
+def write(folder: Path, *steps: Any) -> Path:
+    path = folder / "predictions.jsonl"
+    lines = [step if isinstance(step, str) else json.dumps(step, ensure_ascii=False) for step in steps]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_json_report_has_the_promised_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    offered = [{"name": "天气", "parameters": [{"name": "city", "required": True}]}, "hotel"]
+    path = write(
+        tmp_path,
+        {**STEP, "offered": offered},
+        "",
+        {**STEP, "step": 1, "reference": "晴", "prediction": "晴", "language": "zh", "rounds": 1, "seen_tool": None},
+    )
+    assert main([str(path), "--json", "--draws", "100"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["signature"] == "agentft-eval|v1|tf|tok:cjk-char-v1|rl:f1|param:strict|align:bip|n:1"
+    assert {"value", "numerator", "denominator", "low", "high"} <= report["metrics"]["tool_acc"].keys()
+    assert report["metrics"]["rouge_l_after_call"]["value"] == 1.0
+    assert report["metrics"]["hallucinated_param_rate"]["value"] == 0.0
+    assert report["metrics"]["url_match"]["value"] is None
+    assert report["counts"]["steps"] == 2
+    assert report["paper"] == {"rouge_l": 1.0, "action_em": 1.0, "argument_f1": 1.0}
+    assert report["bootstrap"]["seed"] == 0
+
+
+def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, STEP, {**STEP, "step": 1, "prediction": "不"})
+    output, steps = tmp_path / "report.json", tmp_path / "steps.jsonl"
+    assert main([str(path), "--draws", "50", "--output", str(output), "--steps", str(steps)]) == 0
+    table = capsys.readouterr().out
+    assert "tool_acc" in table
+    assert "1 / 2" in table
+    assert "天气 -> -" in table
+    assert json.loads(output.read_text(encoding="utf-8"))["metrics"]["tool_acc"]["value"] == 0.5
+    restored = [StepScore.from_json(json.loads(line)) for line in steps.read_text(encoding="utf-8").splitlines()]
+    assert [score.name_correct for score in restored] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "words"),
+    [
+        ([STEP, STEP], 2, "stands in line 1 already"),
+        ([], 1, "the file holds no step"),
+        (["", "  "], 1, "the file holds no step"),
+        ([STEP, '{"conversation_id": "c1", '], 2, "not JSON"),
+        (["[1]"], 1, "expected a JSON object"),
+        ([{key: value for key, value in STEP.items() if key != "prediction"}], 1, "field 'prediction' is missing"),
+        ([{**STEP, "step": "0"}], 1, "field 'step' is \"0\"; expected an integer from 0"),
+        ([{**STEP, "step": True}], 1, "field 'step' is true"),
+        ([{**STEP, "step": 0.0}], 1, "field 'step' is 0.0"),
+        ([{**STEP, "step": -1}], 1, "field 'step' is -1"),
+        ([{**STEP, "conversation_id": 7}], 1, "field 'conversation_id' is 7; expected a string"),
+        ([{**STEP, "prediction": None}], 1, "field 'prediction' is null; expected a string"),
+        ([{**STEP, "offered": "weather"}], 1, "expected a list of tool names or objects"),
+        ([{**STEP, "offered": [{"parameters": []}]}], 1, "expected a tool name or an object with 'name'"),
+        ([{**STEP, "rounds": "two"}], 1, "field 'rounds'"),
+        ([{**STEP, "after_call": 1}], 1, "field 'after_call'"),
+    ],
+)
+def test_broken_files_are_refused_in_one_line(
+    lines: list[Any], line: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, *lines)
+    assert main([str(path), "--json"]) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(f"{path}:{line}: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_other_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "absent.jsonl")]) == 1
+    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    assert main([str(tmp_path / "latin.jsonl")]) == 1
+    assert "latin.jsonl:1: not UTF-8" in capsys.readouterr().err
+
+
+def test_unreadable_reference_fails_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, STEP, {**STEP, "step": 1, "reference": "<|startofthink|>{"})
+    assert main([str(path), "--json", "--draws", "10"]) == 1
+    assert "'c1' step 1 (unclosed" in capsys.readouterr().err
+    assert main([str(path), "--json", "--draws", "10", "--allow-bad-references"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"]["quarantined_references"] == 1
+    assert report["quarantined"][0]["step"] == 1
+
+
+def test_line_ends_byte_order_mark_and_surrogates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "windows.jsonl"
+    bad = {**STEP, "conversation_id": "\ud800\u2028", "reference": "<|startofthink|>"}
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([json.dumps(STEP), json.dumps(bad)]).encode())
+    assert main([str(path), "--json", "--draws", "10", "--allow-bad-references"]) == 0
+    assert json.loads(capsys.readouterr().out)["quarantined"][0]["conversation_id"] == "\ud800\u2028"
+
+
+def test_scoring_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
+    path = write(tmp_path, STEP)
+    program = (
+        "import sys, runpy; sys.argv = ['score', sys.argv[1], '--json', '--draws', '10']\n"
+        "try: runpy.run_module('agentft.score', run_name='__main__')\n"
+        "except SystemExit as end: status = end.code\n"
+        "heavy = {'torch', 'transformers', 'hydra', 'omegaconf', 'nltk', 'pandas'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["step_em"]["value"] == 1.0

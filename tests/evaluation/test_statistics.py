@@ -1,0 +1,210 @@
+"""Intervals and tests: formulae on small numbers, agreement with enumeration, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from agentft.errors import EvaluationError
+from agentft.evaluation.metrics import StepRecord, StepScore, aggregate, score_records
+from agentft.evaluation.resampling import FlipTest, Floats
+from agentft.evaluation.statistics import (
+    compare_runs,
+    difference_intervals,
+    holm,
+    mcnemar_exact,
+    needed_conversations,
+    ratio_intervals,
+    sign_flip_test,
+)
+
+RIGHT = '<|startofthink|>{"api_name": "a", "parameters": {"x": 1}}<|endofthink|>'
+WRONG = RIGHT.replace("1", "2")
+
+
+def column(*values: float) -> Floats:
+    return np.array(values, dtype=np.float64)[:, None]
+
+
+def run(pattern: str, calls_each: int = 1) -> list[StepScore]:
+    """One conversation per character: 1 all calls exact, 0 none."""
+    records = [
+        StepRecord(conversation_id=f"c{i:03}", step=step, reference=RIGHT, prediction=RIGHT if mark == "1" else WRONG)
+        for i, mark in enumerate(pattern)
+        for step in range(calls_each)
+    ]
+    return score_records(records)
+
+
+def test_standard_errors_by_hand() -> None:
+    # ratio 3/4; residuals 1 - .75, 0 - .75, 2 - 1.5 = .25, -.75, .5
+    found = ratio_intervals(column(1, 0, 2), column(1, 1, 2), draws=200, seed=0)
+    cr0 = math.sqrt(0.25**2 + 0.75**2 + 0.5**2) / 4
+    assert found.values[0] == 0.75
+    assert found.se_cr0[0] == pytest.approx(cr0)
+    assert found.se_cr1[0] == pytest.approx(cr0 * math.sqrt(3 / 2))
+
+
+def test_interval_is_the_percentile_of_all_resamples() -> None:
+    numerators, denominators = [3, 0, 2, 4], [4, 1, 2, 5]
+    drawn = [
+        sum(numerators[i] for i in pick) / sum(denominators[i] for i in pick)
+        for pick in itertools.product(range(4), repeat=4)
+    ]
+    found = ratio_intervals(column(*numerators), column(*denominators), draws=40_000, seed=1)
+    assert found.low[0] == pytest.approx(np.percentile(drawn, 2.5), abs=0.02)
+    assert found.high[0] == pytest.approx(np.percentile(drawn, 97.5), abs=0.02)
+
+
+def test_draws_without_denominator_are_left_out() -> None:
+    found = ratio_intervals(column(1, 0, 0, 0), column(1, 0, 0, 0), draws=500, seed=0)
+    assert (found.values[0], found.low[0], found.high[0]) == (1.0, 1.0, 1.0)
+    nothing = ratio_intervals(column(0, 0), column(0, 0), draws=50, seed=0)
+    assert all(np.isnan(part[0]) for part in (nothing.values, nothing.low, nothing.high, nothing.se_cr1))
+
+
+def test_same_seed_same_interval_other_seed_nearly() -> None:
+    scores = run("1101011101" * 12)
+    first, again, other = (aggregate(scores, draws=2_000, seed=seed).metrics["param_em"] for seed in (0, 0, 1))
+    assert first == again
+    assert first.low is not None
+    assert other.low is not None
+    assert first.low != other.low or first.high != other.high
+    assert first.low == pytest.approx(other.low, abs=0.03)
+
+
+def test_resampling_conversations_is_wider_than_steps_would_be() -> None:
+    clustered = aggregate(run("10" * 60, calls_each=5), draws=2_000).metrics["param_em"]
+    assert clustered.se is not None
+    assert clustered.se == pytest.approx(math.sqrt(0.25 / 119), rel=1e-6)  # 120 conversations, not 600 steps
+
+
+def _flips_by_enumeration(a: Floats, b: Floats) -> float:
+    def statistic(flips: tuple[int, ...]) -> float:
+        top_a, top_b = (np.where(np.array(flips)[:, None] == side, b, a).sum(axis=0) for side in (1, 0))
+        return float(abs(top_b[0] / top_b[1] - top_a[0] / top_a[1]))
+
+    observed = statistic((0,) * len(a))
+    found = [statistic(flips) for flips in itertools.product((0, 1), repeat=len(a))]
+    return sum(value >= observed - 1e-12 for value in found) / len(found)
+
+
+def test_sign_flip_is_exact_for_few_conversations() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        bottom = rng.integers(1, 4, size=8)
+        a, b = (
+            np.column_stack([rng.binomial(bottom, 0.6), bottom + rng.integers(0, 2, 8)]).astype(float) for _ in "ab"
+        )
+        found = sign_flip_test(a, b, draws=10, seed=0)
+        assert found.exact
+        assert found.p == pytest.approx(_flips_by_enumeration(a, b))
+
+
+def test_sign_flip_of_a_clean_sweep() -> None:
+    a, b = (np.column_stack([np.full(6, top), np.ones(6)]) for top in (0.0, 1.0))
+    assert sign_flip_test(a, b, draws=10, seed=0) == FlipTest(p=2 / 2**6, exact=True, patterns=64)
+    assert sign_flip_test(a, a, draws=10, seed=0).p == 1.0
+
+
+def test_drawn_sign_flips_agree_with_the_normal_law() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (np.column_stack([rng.binomial(1, p, 200), np.ones(200)]).astype(float) for p in (0.6, 0.7))
+    found = sign_flip_test(a, b, draws=10_000, seed=0)
+    difference = b[:, 0] - a[:, 0]
+    z = abs(difference.sum()) / math.sqrt((difference**2).sum())
+    assert not found.exact
+    assert found.p == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.03)
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "p"), [(0, 0, 1.0), (5, 5, 1.0), (0, 6, 2 / 64), (1, 7, 2 * 9 / 256)])
+def test_mcnemar_exact(only_a: int, only_b: int, p: float) -> None:
+    assert mcnemar_exact(only_a, only_b) == pytest.approx(p)
+    assert mcnemar_exact(only_b, only_a) == pytest.approx(p)
+
+
+def test_mcnemar_takes_large_counts() -> None:
+    assert 0 < mcnemar_exact(900, 1_100) < 1e-4
+    assert mcnemar_exact(0, 5_000) == 0.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm({"x": 0.04, "y": 0.01, "z": 0.03}) == pytest.approx({"x": 0.06, "y": 0.03, "z": 0.06})
+    assert holm({"x": 0.9, "y": 0.8}) == {"x": 1.0, "y": 1.0}
+
+
+def test_needed_conversations_by_hand() -> None:
+    # spread per conversation 0.05 * sqrt(100) = 0.5; (1.95996 + 0.84162)^2 * 0.25 / 0.1^2 = 196.2
+    assert needed_conversations(0.1, 0.05, 100) == 197
+    assert needed_conversations(-0.1, 0.05, 100) == 197
+    assert needed_conversations(0.0, 0.05, 100) is None
+
+
+def test_paired_interval_is_narrow_where_runs_agree() -> None:
+    rng = np.random.default_rng(3)
+    bottom = np.ones((300, 1))
+    a = rng.binomial(1, 0.5, (300, 1)).astype(float)
+    b = a.copy()
+    b[:10] = 1.0
+    found = difference_intervals((a, bottom), (b, bottom), draws=2_000, seed=0)
+    assert found.differences[0] == pytest.approx((b - a).mean())
+    assert found.high[0] - found.low[0] < 0.04  # unpaired, it would be about 0.16
+    assert found.se_cr1[0] == pytest.approx((b - a).std(ddof=1) / math.sqrt(300))
+
+
+def test_comparison_says_a_clear_difference_is_real() -> None:
+    rng = random.Random(0)
+    baseline = "".join(rng.choice("0011") for _ in range(150))
+    better = "".join("1" if rng.random() < 0.5 else mark for mark in baseline)
+    found = compare_runs(run(baseline), run(better), draws=2_000)
+    metric = found.metrics["param_em"]
+    assert metric.difference is not None
+    assert metric.low is not None
+    assert metric.difference > metric.low > 0
+    assert metric.real
+    assert "B is higher" in metric.words
+    assert found.mcnemar_only_a == 0
+    assert found.mcnemar_p < 0.001
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_comparison_of_a_run_with_itself_finds_nothing() -> None:
+    found = compare_runs(run("1011"), run("1011"), draws=200)
+    metric = found.metrics["param_em"]
+    assert (metric.difference, metric.p, metric.p_holm, metric.real) == (0.0, 1.0, 1.0, False)
+    assert found.metrics["rouge_l"].difference is None
+    assert found.metrics["rouge_l"].words == "rouge_l: not defined in both runs"
+
+
+def test_small_difference_asks_for_more_conversations() -> None:
+    metric = compare_runs(run("10" * 20), run("10" * 19 + "11"), draws=500).metrics["param_em"]
+    assert metric.real is False
+    assert metric.p == 1.0  # one conversation differs: both of its signs are as extreme
+    assert metric.needed_conversations is not None
+    assert metric.needed_conversations > 40
+    assert f"{metric.needed_conversations:,} conversations would show" in metric.words
+
+
+def test_comparison_does_not_depend_on_the_order_of_steps() -> None:
+    a, b = run("1011001", calls_each=3), run("1110011", calls_each=3)
+    shuffled = random.Random(0).sample(b, len(b))
+    assert compare_runs(a, b, draws=100).to_json() == compare_runs(a, shuffled, draws=100).to_json()
+
+
+def test_runs_on_different_exams_are_refused() -> None:
+    a = run("1011")
+    with pytest.raises(EvaluationError, match=r"only in A.*'c003' step 0"):
+        compare_runs(a, a[:3])
+    changed = [dataclasses.replace(a[0], reference_hash="0" * 16), *a[1:]]
+    with pytest.raises(EvaluationError, match=r"1 reference\(s\) differ"):
+        compare_runs(a, changed)
+    with pytest.raises(EvaluationError, match="more than once"):
+        compare_runs([*a, a[0]], a)
+    with pytest.raises(EvaluationError, match="without scored steps"):
+        compare_runs(a, [])

@@ -1,0 +1,483 @@
+"""Composition: what composes, what is refused and in which words, and what a saved config gives back."""
+
+import dataclasses
+import enum
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from agentft import config as composition
+from agentft.config import (
+    OLD_OPTIONS,
+    EvaluateConfig,
+    TrainConfig,
+    compose,
+    compose_and_run,
+    conf_dir,
+    config_from_yaml,
+    config_to_yaml,
+    options,
+    saved_config,
+    settings,
+    to_config,
+    to_train_config,
+)
+from agentft.errors import ConfigError, RunError
+from agentft.recipes.saved import SCHEMAS
+from agentft.secrets import is_secret_name
+
+REPOSITORY = Path(__file__).parent.parent
+REQUIRED = {"dataset=local": ["dataset.path=conversations.jsonl"]}
+"""Options that cannot stand without a value."""
+
+EVERY_OPTION = [(group, option) for group in [*SCHEMAS, "experiment"] for option in options(group)]
+
+
+def composed(*overrides: str, config_name: str = "train", config_dir: Path | None = None) -> TrainConfig:
+    return to_train_config(compose(config_name, [*overrides, "run_dir=runs/test"], config_dir))
+
+
+# --- What composes ---
+
+
+def test_the_defaults_are_a_small_model_with_lora_on_synthetic_conversations() -> None:
+    config = composed()
+    assert (config.model.name, config.sft_type.name, config.dataset.name) == ("smollm2-135m", "lora", "synthetic")
+    assert (config.distributed.name, config.tracking.name) == ("single", "wandb")
+    assert config.training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(("group", "option"), EVERY_OPTION, ids="=".join)
+def test_every_option_composes_alone(group: str, option: str) -> None:
+    choice = f"{group}={option}"
+    config = composed(choice, *REQUIRED.get(choice, []))
+    part = getattr(config, group)
+    if group == "experiment":
+        assert part == option, "an experiment names itself"
+    elif hasattr(part, "name"):
+        assert part.name == option, "an option names itself: the run folder is called after it"
+
+
+@pytest.mark.parametrize(("group", "option"), EVERY_OPTION, ids="=".join)
+def test_every_option_opens_with_a_sentence(group: str, option: str) -> None:
+    text = (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
+    assert re.match(r"(# @package _global_\n)?# \w.*[.:\w]", text)
+    assert "_target_" not in text
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_composes(path: Path) -> None:
+    if "program" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        pytest.skip("a W&B sweep, not a config")
+    whole = compose(path.stem, [], path.parent, with_hydra=True)
+    assert whole.hydra.mode.name == "MULTIRUN"
+    first = [f"{name}={str(values).split(',')[0]}" for name, values in whole.hydra.sweeper.params.items()]
+    composed(*first, config_name=path.stem, config_dir=path.parent)
+
+
+def test_evaluate_composes() -> None:
+    config = to_config(compose("evaluate", ["run=runs/some", "checkpoint=best"]), EvaluateConfig)
+    assert (config.run, config.checkpoint, config.evaluation.batch) == ("runs/some", "best", 8)
+
+
+def test_the_old_command_has_each_value_of_its_table() -> None:
+    """The table of `llm_sft.py`, row by row, and what the script also did."""
+    config = composed("experiment=msagent_7b_lora")
+    model, sft_type, dataset, training = config.model, config.sft_type, config.dataset, config.training
+    assert model.modelscope_id == "damo/ModelScope-Agent-7B"  # --model_type modelscope-agent-7b
+    assert model.source == "modelscope"
+    assert sft_type.name == "lora"  # --sft_type
+    assert type(sft_type) is SCHEMAS["sft_type"]["schema_lora"]
+    assert config.output_dir == "runs"  # --output_dir
+    assert dataset.id == "damo/MSAgent-Bench"  # --dataset
+    assert dataset.sample == 20000  # --dataset_sample
+    assert dataset.test_ratio == 0.02  # --dataset_test_ratio
+    assert dataset.test_split is None  # or the ratio would not count
+    assert dataset.max_length == 2048  # --max_length
+    assert model.dtype == "bf16"  # --dtype
+    assert (sft_type.rank, sft_type.alpha, sft_type.dropout) == (8, 32, 0.1)  # --lora_rank, _alpha, _dropout_p
+    assert sft_type.targets is None
+    assert model.lora_targets == ["q_proj", "k_proj", "v_proj"]  # the fused qkv of the old models
+    assert training.micro_batch == 1  # --batch_size
+    assert training.accumulation == 16  # --gradient_accumulation_steps
+    assert training.learning_rate == 1e-4  # --learning_rate
+    assert config.evaluation.steps == 50  # --eval_steps
+    assert training.save_steps == 50  # --save_steps
+    assert training.save_total_limit == 2  # --save_total_limit
+    assert training.logging_steps == 20  # --logging_steps
+    assert model.attention == "auto"  # --use_flash_attn true: flash where it is installed
+    assert (training.schedule, training.warmup) == ("cosine", 0.1)
+    assert training.weight_decay == 0.01
+    assert training.max_grad_norm == 1.0
+    assert training.gradient_checkpointing is True
+    assert config.distributed.name == "single"
+
+
+def test_the_old_command_spells_out_what_the_old_table_says() -> None:
+    """A default that changes must not change the experiment, so the file holds each value itself."""
+    text = yaml.safe_load((conf_dir() / "experiment" / "msagent_7b_lora.yaml").read_text(encoding="utf-8"))
+    for old, new in OLD_OPTIONS.items():
+        if "." in new:
+            group, name = new.split(".")
+            assert name in text[group], f"--{old}"
+
+
+def test_full_fine_tuning_has_the_smaller_learning_rate() -> None:
+    assert composed("sft_type=full").training.learning_rate == 1e-5
+    assert composed("sft_type=full", "training.learning_rate=3e-5").training.learning_rate == 3e-5
+
+
+def test_the_command_line_wins_over_the_experiment() -> None:
+    config = composed("experiment=msagent_7b_lora", "sft_type.rank=64", "model=tiny")
+    assert (config.sft_type.rank, config.model.name, config.sft_type.alpha) == (64, "tiny", 32.0)
+
+
+def test_the_replaced_options_are_settings() -> None:
+    assert set(OLD_OPTIONS.values()) <= set(settings())
+
+
+# --- What is refused, and in which words ---
+
+
+MISTAKES = [
+    # what is typed, what the line must hold
+    ("sft_type.rnak=4", ["sft_type.rnak: no such setting", "did you mean sft_type.rank?", "sft_type=lora has: alpha"]),
+    ("training.learning_rat=1", ["training.learning_rat:", "did you mean training.learning_rate?"]),
+    ("evaluation.max_new_token=3", ["did you mean evaluation.max_new_tokens?"]),
+    ("model.shape.hiden=3 model=tiny", ["model.shape.hiden:", "did you mean model.shape.hidden?"]),
+    ("model.shape.hiden=3", ["model.shape.hiden:", "did you mean model.shape.hidden?"]),
+    ("model.shape.hidden=3", ["model.shape.hidden:", "is null"]),
+    ("model.context.x=3", ["model.context.x: no such setting"]),
+    ("learning_rate=1", ["learning_rate:", "did you mean training.learning_rate?"]),
+    ("lora_rank=4", ["lora_rank:", "did you mean sft_type.rank?"]),
+    ("--lora_rank 4", ["--lora_rank is now sft_type.rank=..."]),
+    ("sft_type.rank=abc", ["sft_type.rank=abc: expected a whole number"]),
+    ("sft_type.rank=null", ["sft_type.rank=null: expected a whole number"]),
+    ("dataset.sample=1.5", ["dataset.sample=1.5: expected a whole number"]),
+    ("training.epochs=many", ["training.epochs=many: expected a number"]),
+    ("model.trust_remote_code=maybe", ["model.trust_remote_code=maybe: expected true or false"]),
+    ("model.lora_targets=q_proj", ["model.lora_targets=q_proj: expected a list"]),
+    (
+        "model.dtype=bf15",
+        ["model.dtype=bf15: expected one of auto, bf16, fp16, fp32", "did you mean model.dtype=bf16?"],
+    ),
+    ("sft_type=full sft_type.rank=4", ["sft_type.rank: rank belongs to sft_type=lora", "sft_type=full has"]),
+    ("sft_type=full +sft_type.rank=4", ["sft_type.rank: rank belongs to sft_type=lora", "sft_type=full has"]),
+    ("dataset.path=x.jsonl", ["dataset.path: path belongs to dataset=local"]),
+    ("+unknown=1", ["unknown: no such setting", "there are: dataset"]),
+    ("++unknown=1", ["unknown: no such setting"]),
+    ("+sft_type.foo=1", ["sft_type.foo: no such setting"]),
+    ("++training.epochz=1", ["training.epochz:", "did you mean training.epochs?"]),
+    ("--cfg job +unknown=1", ["unknown: no such setting"]),
+    ("+sft_type.rank=4", ["sft_type.rank: is there already; leave out the +"]),
+    ("~training.epochs", ["training.epochs: settings cannot be removed"]),
+    ("~sft_type", ["sft_type: missing"]),
+    ("dataset=local", ["dataset.path: missing; give dataset.path=<value>. A file"]),
+    ("dataset.max_length=???", ["dataset.max_length: missing"]),
+    ("model=smolm2", ["model=smolm2: no such option", "did you mean model=smollm2-135m?", "tiny"]),
+    ("experiment=msagent_7b", ["experiment=msagent_7b: no such option", "did you mean experiment=msagent_7b_lora?"]),
+    ("training={epochz:3}", ["training is a group"]),
+    ("modle=x", ["modle: no such setting", "did you mean model?"]),
+    ("sft_type.rank=[4", ["sft_type.rank: cannot be read", "expected name=value"]),
+    ("dataset.path=数据.jsonl", ["dataset.path: cannot be read", "in double quotes"]),
+    ("training", ["training: cannot be read", "expected name=value"]),
+    ("sft_type.rank=0", ["sft_type.rank=0: expected at least 1"]),
+    ("dataset.test_ratio=1.5", ["dataset.test_ratio=1.5: expected a share between 0 and 1"]),
+    ("training.learning_rate=${sft_type.lr}", ["training.learning_rate:", "sft_type.lr"]),
+    ("sft_type.rank=4,8", ["sft_type.rank=4,8: several values", "-m"]),
+    ("-m sft_type.rank=4,0", ["sft_type.rank=0: expected at least 1"]),
+    ("-m model=tiny,smolm2", ["model=smolm2: no such option"]),
+    ("-m sft_type.rnak=4,8", ["sft_type.rnak:", "did you mean sft_type.rank?"]),
+    ("-m run_dir=x seed=1,2", ["run_dir: names one folder"]),
+    ("+model._target_=os.system", ["model._target_: refused"]),
+    ("hydra.rnu.dir=x", ["hydra.rnu: no such setting of Hydra"]),
+    ("hydra/launcher=nope", ["hydra/launcher=nope: no such option"]),
+    ("--config-name nope", ["--config-name nope: no such file"]),
+    ("--config-dir nope", ["--config-dir nope: no such folder"]),
+    ("--config-path nope", ["--config-path: not supported"]),
+    ("--experimental-rerun nope", ["--experimental-rerun: not supported"]),
+    ("seed=1 --cfg job seed=2", ["put flags such as --cfg or -m before all settings"]),
+    ("tracking.api_key=hunter2", ["tracking.api_key:", "environment"]),
+    ("+wandb_api_key=hunter2", ["wandb_api_key:", "environment"]),
+    ("++tracking.auth.token=hunter2", ["tracking.auth.token:", "environment"]),
+    ("+tracking={password:hunter2}", ["tracking:", "environment"]),
+    ("--api_key=hunter2", ["--api_key=..."]),
+    ("hydra.job.env_copy=[WANDB_API_KEY]", ["hydra.job.env_copy:", "environment"]),
+    ("hydra.job.env_set.HF_TOKEN=hunter2", ["hydra.job.env_set.HF_TOKEN:", "environment"]),
+    ("tracking.entity=${oc.env:WANDB_API_KEY,x}", ["tracking.entity: takes WANDB_API_KEY", "environment"]),
+]
+
+
+@pytest.mark.parametrize(("typed", "expected"), MISTAKES, ids=[typed for typed, _ in MISTAKES])
+def test_a_mistake_is_refused_in_one_line_and_leaves_no_folder(
+    typed: str,
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", *typed.split(" ")])
+
+    def recipe(config: TrainConfig) -> float:
+        raise AssertionError("the recipe must not start")
+
+    with pytest.raises(SystemExit) as stop:
+        compose_and_run("train", TrainConfig, recipe)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("train.py: ")
+    assert said.err.count("\n") == 1
+    for part in expected:
+        assert part in said.err
+    assert "hunter2" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_typo_in_a_file_is_refused_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    wrong = {
+        "typo": "sft_type: {rnak: 4}",
+        "type": "sft_type: {rank: many}",
+        "group": "defaults: [override /model: smolm2]",
+        "target": "model: {_target_: os.system}",
+        "broken": "model: [",
+    }
+    for name, text in wrong.items():
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
+    said = {}
+    for name in wrong:
+        monkeypatch.setattr("sys.argv", ["train.py", "--config-dir", str(tmp_path), f"experiment={name}"])
+        with pytest.raises(SystemExit):
+            compose_and_run("train", TrainConfig, lambda config: 0.0)
+        said[name] = capsys.readouterr().err
+        assert said[name].count("\n") == 1
+    assert "experiment/typo.yaml: sft_type.rnak" in said["typo"]
+    assert "did you mean sft_type.rank?" in said["typo"]
+    assert "experiment/type.yaml: sft_type.rank=many: expected a whole number" in said["type"]
+    assert "did you mean model=smollm2-135m?" in said["group"]
+    assert "model._target_: refused" in said["target"]
+    assert "broken" in said["broken"]
+
+
+def test_the_traceback_is_there_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr("sys.argv", ["train.py", "sft_type.rnak=4"])
+    with pytest.raises(ConfigError) as refused:
+        compose_and_run("train", TrainConfig, lambda config: 0.0)
+    assert refused.value.__cause__ is not None
+
+
+def test_no_setting_looks_like_a_secret() -> None:
+    names = {part for root in (TrainConfig, EvaluateConfig) for key in settings(root) for part in key.split(".")}
+    assert [name for name in names if is_secret_name(name)] == []
+
+
+# --- Running ---
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[TrainConfig]:
+    """The configs that the recipe was given by a command line."""
+    given: list[TrainConfig] = []
+
+    def recipe(config: TrainConfig) -> float:
+        given.append(config)
+        (Path(config.run_dir) / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        return 0.5
+
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    compose_and_run("train", TrainConfig, recipe)
+    return given
+
+
+def test_a_run_folder_is_named_by_choices_and_overridden_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = "x" * 200
+    (config,) = run(
+        monkeypatch, "model=tiny", "dataset=local", "dataset.path='/a b/ü/data.jsonl'", "seed=7", f"model.notes={long}"
+    )
+    folder = Path(config.run_dir)
+    assert folder.parent == Path("runs")
+    date_and_time, slug = folder.name[:19], folder.name[20:]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", date_and_time)
+    assert slug.startswith("tiny_lora_local_path-data.jsonl_seed-7_notes-xxx")
+    assert len(slug) == 100
+    assert folder.is_dir()
+
+
+def test_a_sweep_makes_one_folder_per_job_named_by_its_swept_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AGENTFT_SWEEP_DIR", raising=False)
+    configs = run(monkeypatch, "-m", "model=tiny", "sft_type=lora,full", "training.learning_rate=1e-3,1e-2")
+    assert [Path(config.run_dir).name for config in configs] == [
+        "0_lora_learning_rate-0.001",
+        "1_lora_learning_rate-0.01",
+        "2_full_learning_rate-0.001",
+        "3_full_learning_rate-0.01",
+    ]
+    (sweep,) = {Path(config.run_dir).parent for config in configs}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_train", sweep.name)
+    assert os.environ["AGENTFT_SWEEP_DIR"] == str(sweep.absolute())
+
+
+def test_a_saved_run_runs_again_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (first,) = run(monkeypatch, "experiment=msagent_7b_lora", "sft_type.rank=4", "output_dir=first")
+    again = ["--config-dir", first.run_dir, "--config-name", "config"]
+    (second,) = run(monkeypatch, *again, "output_dir=second")
+    assert second.run_dir != first.run_dir
+    assert dataclasses.replace(second, run_dir=first.run_dir, output_dir="first") == first
+    (resumed,) = run(monkeypatch, *again, f"run_dir={first.run_dir}")
+    assert resumed == first
+
+
+def test_an_error_of_the_recipe_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recipe(config: TrainConfig) -> float:
+        raise RunError("runs/x: in use")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        compose_and_run("train", TrainConfig, recipe)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "train.py: runs/x: in use\n"
+
+
+# --- A config as a file ---
+
+
+@pytest.mark.parametrize("overrides", [[f"{group}={option}"] for group, option in EVERY_OPTION], ids=str)
+def test_a_saved_config_is_read_back_equal(overrides: list[str], tmp_path: Path) -> None:
+    config = composed(*overrides, *REQUIRED.get(overrides[0], []))
+    text = config_to_yaml(config)
+    assert config_from_yaml(text, TrainConfig) == config
+    assert "${" not in text
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert saved_config(tmp_path) == config
+    assert to_train_config(compose("config", ["run_dir=runs/test"], tmp_path)) == config, "and Hydra reads the same"
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    config = composed("model.revision='1234e56'", "model.notes='1e3'", "tracking.tags=['007','null','工具','a: b']")
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert saved_config(tmp_path) == config
+    assert to_train_config(compose("config", ["run_dir=runs/test"], tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rank: 8", "rank: eight"), "sft_type.rank='eight': expected int"),
+        (("rank: 8", "rank: true"), "sft_type.rank=True: expected int"),
+        (("rank: 8", "rnak: 8"), "sft_type.rnak: no such setting"),
+        (("dtype: auto", "dtype: bf15"), "model.dtype='bf15': expected one of auto, bf16"),
+        (("schema_lora", "schema_full"), "sft_type.rank: no such setting"),
+        (("schema_lora", "schema_other"), "schema_other is not a schema; known are schema_lora, schema_full"),
+        (("seed: 42\nthreads", "sead: 42\nthreads"), "sead: no such setting"),
+        (("  rank: 8\n", "  rank: 0\n"), "sft_type.rank=0: expected at least 1"),
+        (("model:\n", "_target_: os.system\nmodel:\n"), "_target_: no such setting"),
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_saved_config_that_was_changed_wrongly_is_refused(
+    change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    text = config_to_yaml(composed())
+    assert change[0] in text
+    (tmp_path / "config.yaml").write_text(text.replace(*change), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        saved_config(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"config\.yaml: not there"):
+        saved_config(tmp_path)
+
+
+# --- The documentation ---
+
+
+def setting_tables() -> str:
+    """The tables of docs/configuration.md."""
+    lines: list[str] = []
+    for title, root in (("The run", TrainConfig), ("`evaluate.py`", EvaluateConfig)):
+        rows = {key: setting for key, setting in settings(root).items() if "." not in key and key not in SCHEMAS}
+        lines += [f"### {title}", *_table(rows)]
+        if root is TrainConfig:
+            for group, schemas in SCHEMAS.items():
+                for name, schema in schemas.items():
+                    own = " and its like" if len(schemas) > 1 else ""
+                    chosen = settings(root, {group: name})
+                    rows = {key: setting for key, setting in chosen.items() if key.startswith(f"{group}.")}
+                    lines += [f"### `{group}`: {schema.__name__}" if own else f"### `{group}`", *_table(rows)]
+    return "\n".join(lines)
+
+
+def _table(rows: dict[str, composition.Setting]) -> list[str]:
+    lines = ["", "| setting | default | meaning |", "|---|---|---|"]
+    for key, setting in rows.items():
+        default = setting.default
+        match default:
+            case dataclasses._MISSING_TYPE():
+                shown = ""
+            case None:
+                shown = "null"
+            case bool():
+                shown = str(default).lower()
+            case enum.Enum():
+                shown = default.name
+            case _:
+                shown = str(default)
+        words = [" ".join(setting.doc.split())]
+        if members := composition._members(setting.hint):
+            words.append(f"One of {', '.join(f'`{name}`' for name in members)}.")
+        lines.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {' '.join(words)} |")
+    return [*lines, ""]
+
+
+def test_every_setting_is_documented() -> None:
+    path = REPOSITORY / "docs" / "configuration.md"
+    begin, end = "<!-- settings: begin -->\n", "<!-- settings: end -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    found, _, after = rest.partition(end)
+    if os.environ.get("AGENTFT_UPDATE_DOCS") == "1":
+        path.write_text(before + begin + setting_tables() + end + after, encoding="utf-8")
+        return
+    assert found == setting_tables(), "run AGENTFT_UPDATE_DOCS=1 pytest tests/test_config.py -k every_setting"
+    undocumented = [
+        key
+        for root in (TrainConfig, EvaluateConfig)
+        for key, setting in settings(root).items()
+        if not setting.doc and key not in SCHEMAS
+    ]
+    assert undocumented == []
+
+
+def test_help_lists_every_option_and_gives_examples() -> None:
+    text = composition.help_text("train.py", "train")
+    for group, option in EVERY_OPTION:
+        assert option in text
+        assert group in text
+    for part in ("sft_type.rank=16", "experiment=msagent_7b_lora", "--config-name lora_rank_lr", "docs/"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_composing_leaves_the_dataclasses_alone() -> None:
+    first = composed("sft_type.rank=3")
+    assert composed() != first
+    assert OmegaConf.is_config(compose("train", []))

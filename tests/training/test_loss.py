@@ -1,0 +1,63 @@
+"""The labelled-only loss is the plain loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agentft.data.batches import collate
+from agentft.data.tokens import IGNORE_INDEX
+from agentft.training import loss as loss_module
+from agentft.training.loss import LabelledLoss
+
+
+def _plain_loss(model, batch) -> torch.Tensor:
+    logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        batch.labels_BT[:, 1:].reshape(-1),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_loss_and_gradients_equal_the_plain_ones(tiny_model, examples, monkeypatch, tied, rows, chunk):
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    batch = collate(examples[:rows], pad_id=0)
+    plain, labelled = tiny_model(tied=tied), tiny_model(tied=tied)
+    expected = _plain_loss(plain, batch)
+    expected.backward()
+    actual = LabelledLoss(labelled)(batch)
+    actual.backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-5)
+    for (name, left), right in zip(plain.named_parameters(), labelled.parameters(), strict=True):
+        torch.testing.assert_close(right.grad, left.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_logits_of_context_are_never_computed(tiny_model, examples):
+    model = tiny_model()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    batch = collate(examples[:2], pad_id=0)
+    LabelledLoss(model)(batch)
+    assert seen == [batch.targets]
+    assert batch.targets < batch.tokens / 2
+
+
+def test_padding_changes_no_loss(tiny_model, examples):
+    model = tiny_model().eval()
+    objective = LabelledLoss(model)
+    together = objective(collate(examples[:4], pad_id=0))
+    apart = sum(objective(collate([example], pad_id=0)) for example in examples[:4])
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-5)
+
+
+def test_the_stop_token_is_trained_though_it_is_also_the_pad_token(examples, byte_tokenizer):
+    """A collator that masks every pad id would unteach stopping where pad and stop are one token."""
+    stop = byte_tokenizer.eos_token_id
+    batch = collate(examples[:3], pad_id=stop)
+    labelled_stops = int((batch.labels_BT == stop).sum())
+    assert labelled_stops == sum(len(example.steps()) for example in examples[:3])
