@@ -80,6 +80,9 @@ def conf_dir() -> Path:
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra as `schema_train`, `model/schema_model`, `sft_type/schema_lora`, ..."""
+    plugins = str(Path(__file__).resolve().parent / "plugins")
+    if plugins not in sys.path:  # Hydra finds our launcher in the namespace package `hydra_plugins` there.
+        sys.path.append(plugins)
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(name=name, node=root, provider="agentft")

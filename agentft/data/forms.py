@@ -89,9 +89,9 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
         if not isinstance(message, dict):
             raise FormError("turn_not_an_object", f"message {number} is no object")
         role = message.get("role")
-        unknown = [str(key) for key, value in message.items() if key not in _OPENAI_FIELDS and not _is_blank(value)]
+        unknown = [_shown(key) for key, value in message.items() if key not in _OPENAI_FIELDS and not _is_blank(value)]
         if unknown:
-            quirks.append(("field_not_carried", f"message {number}: {', '.join(unknown)[:80]!r}"))
+            quirks.append(("field_not_carried", f"message {number}: {', '.join(unknown)[:80]}"))
         if number == 1:
             is_system = role in ("system", "developer")
             turns.system(_content(message, number) if is_system else "", tools)
@@ -119,7 +119,7 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
         elif role in ("system", "developer"):
             raise FormError("system_in_middle", f"message {number} is a system message; only the first may be")
         else:
-            raise FormError("unknown_role", f"message {number} has the role {str(role)[:40]!r}")
+            raise FormError("unknown_role", f"message {number} has the role {_shown(role)}")
     results.finish()
     turns.end_assistant()
     return turns.turns, quirks
@@ -149,7 +149,7 @@ class _Results:
         elif None in self._results:
             place = self._results.index(None)
         if place is None or self._results[place] is not None:
-            raise FormError("observation_without_call", f"no call awaits the tool result with id {str(call_id)[:40]!r}")
+            raise FormError("observation_without_call", f"no call awaits the tool result with id {_shown(call_id)}")
         self._results[place] = text
 
     def finish(self) -> None:
@@ -255,7 +255,7 @@ def _convert_react(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Q
 def _convert_react_text(value: str, turns: TurnBuilder) -> None:
     """Strictly ordered: an observation follows its action input, that follows its action; the final answer ends."""
     labels = list(_REACT_LABEL.finditer(value))
-    ends = [label.start() for label in labels[1:]] + [len(value)]
+    ends = [label.start() for label in labels[1:]] + [len(value)] * bool(labels)
     texts = [value[: labels[0].start()].strip()] if labels else [value.strip()]
     action: str | None = None
     before = ""
@@ -342,6 +342,10 @@ def _literal(text: str, reason: str) -> Any:
         return read_literal(text)
     except LiteralError as error:
         raise FormError(reason, str(error)) from None
+
+
+def _shown(value: object) -> str:
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _is_blank(value: object) -> bool:

@@ -150,7 +150,7 @@ def read_record(
         if record_id is None:
             record_id = "content-" + _content_hash(messages)[:16]
     except (_Refused, GrammarError, FormError) as refusal:
-        return Rejection(origin, refusal.reason, refusal.detail, record_id)
+        return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
     return Conversation(record_id, messages, origin, offered, weight), notices
 
 
@@ -182,7 +182,7 @@ def _read_turns(record: dict[Any, Any], form: forms.Form, origin: Origin, notice
     if form == "auto" or form == found or form == "react":
         layout: forms.OtherForm = "react" if form == "react" or found == "msagent" else found
         converted, quirks = forms.convert(record, layout)
-        notices.extend(Notice(origin, code, detail) for code, detail in quirks)
+        notices.extend(Notice(origin, code, _writable(detail)) for code, detail in quirks)
         return converted
     raise _Refused(
         f"form_{found}", f"the record has the {found} form, not {form}; select it with dataset.form={found} (or auto)"
@@ -215,7 +215,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
         if characters > MAX_RECORD_CHARACTERS:
             raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
-            extra = sorted(str(key) for key in turn if key not in ("from", "value"))
+            extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in ("from", "value"))
             notices.append(Notice(origin, "unknown_turn_field", f"turn {number}: {', '.join(extra)[:80]!r} not used"))
         if not _is_encodable(value):
             raise _Refused(
@@ -285,7 +285,7 @@ def _note_quirks(
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
     tools = {tool.name: tool for tool in offered}
     notices.extend(
-        Notice(origin, "tool_entry_flawed", f"tool {tool.name or '?'}: {tool.problem}")
+        Notice(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
         for tool in offered
         if tool.problem
     )
@@ -316,15 +316,15 @@ def _call_quirks(call: Call, tools: dict[str, OfferedTool]) -> list[tuple[str, s
         quirks.append(("raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"))
     for request in call.requests:
         if not request.parameters and '"parameters"' not in source:
-            quirks.append(("call_without_parameters", f"call to {request.name!r} has no field 'parameters'"))
+            quirks.append(("call_without_parameters", f"call to {request.name[:80]!r} has no field 'parameters'"))
         if not tools:
             continue
         tool = tools.get(request.name)
         if tool is None:
-            quirks.append(("unknown_tool", f"{request.name!r} is not in the tool list"))
+            quirks.append(("unknown_tool", f"{request.name[:80]!r} is not in the tool list"))
         elif (declared := tool.parameter_names) is not None and not declared.issuperset(request.parameters):
             extra = ", ".join(sorted(set(request.parameters) - declared))
-            quirks.append(("undeclared_parameter", f"{request.name!r} does not declare {extra[:80]}"))
+            quirks.append(("undeclared_parameter", f"{request.name[:80]!r} does not declare {extra[:80]}"))
     return quirks
 
 
@@ -349,6 +349,11 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _writable(detail: str) -> str:
+    """`detail` so that a report can be written as UTF-8, whatever was quoted from the record."""
+    return detail.encode("utf-8", "backslashreplace").decode()
 
 
 def _kind(value: object) -> str:

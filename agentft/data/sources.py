@@ -1,6 +1,6 @@
 """Sources of raw rows, each row with its origin, and the stream from rows to conversations.
 
-    rows = read_local("train.jsonl", report=report)            # or a folder, several with weights, read_modelscope(...)
+    rows = read_local("train.jsonl", report=report)            # or a folder, or several with weights
     for item in read_conversations(rows, report=report):       # Conversation | Rejection
         ...
 

@@ -83,7 +83,7 @@ class SegmentEncoder:
         """Take the Rust tokenizer out of `tokenizer`, a fast tokenizer of transformers."""
         from tokenizers import Tokenizer
 
-        self._special_ids = {token: index for token, index in tokenizer.get_vocab().items()}
+        self._special_ids: dict[str, int] = dict(tokenizer.get_vocab())
         # A copy: the caller's tokenizer keeps reading special tokens in text, as its other users expect.
         self._text_tokenizer: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._text_tokenizer.encode_special_tokens = True

@@ -15,15 +15,11 @@ Where the original raises, a value is null here and the exception's name is kept
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-_THINK = re.compile(r"<\|startofthink\|>([\s\S]+)<\|endofthink\|>")
-_BRACES = re.compile(r"{[\s\S]+}")
 
 _DEEPEST_RECURSION = 990
 """Frames that CPython's default limit of 1,000 left to the recursion inside `rouge`, called from the old script."""
@@ -96,11 +92,17 @@ def _mean(entries: list[int]) -> LegacyMetric:
 
 
 def _first_call(text: str) -> Any:
-    span = _THINK.search(text)
-    braces = _BRACES.search(span[1]) if span else None
-    if braces is None:
-        raise AttributeError("no call")  # as `None.group` in the original
-    return json.loads(braces[0].replace("\n", ""))
+    inside = _widest(_widest(text, "<|startofthink|>", "<|endofthink|>"), "{", "}")
+    return json.loads("{" + inside.replace("\n", "") + "}")
+
+
+def _widest(text: str, opening: str, closing: str) -> str:
+    """Return what a greedy `opening([\\s\\S]+)closing` finds: from the first opening to the last closing mark."""
+    start = text.find(opening)
+    end = text.rfind(closing)
+    if start < 0 or end <= start + len(opening):
+        raise ValueError(f"no text between {opening} and {closing}")
+    return text[start + len(opening) : end]
 
 
 def _same_parameters(expected: Any, found: Any) -> bool:

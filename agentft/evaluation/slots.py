@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class SlotLayer(DynamicLayer):
+class SlotLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values, `[S, H, P, D]`, allocated once; row s holds its positions from 0 on."""
 
     def __init__(self, slots: int, positions: int) -> None:
@@ -53,7 +53,7 @@ class SlotLayer(DynamicLayer):
         return self.limit
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """The slots of all layers, moved together."""
 
     def __init__(self, layers: int, slots: int, positions: int) -> None:

@@ -60,6 +60,8 @@ class ModelConfig:
     """The option of the group `model`; part of the run folder's name."""
     source: ModelSource = ModelSource.modelscope
     """Where the weights come from."""
+    id: str | None = None
+    """Any model: its name on the hub of `source`, or a folder for `source=local`; goes before the names below."""
     modelscope_id: str | None = None
     """Name on the ModelScope hub, for `source=modelscope`."""
     huggingface_id: str | None = None
@@ -84,6 +86,10 @@ class ModelConfig:
     """Number format of the weights that are loaded and of the computation."""
     attention: Attention = Attention.auto
     """Implementation of attention. The old script's `use_flash_attn` is `auto`: flash where it is there and fits."""
+    offline: bool = False
+    """Use what earlier runs have downloaded, and never the network."""
+    allow_pickle: bool = False
+    """Take weights that exist as pickles only (`.bin`), by torch's restricted reader. Off unless given; recorded."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Off unless given for this run; recorded."""
     shape: RandomShape | None = None

@@ -1,54 +1,275 @@
-"""Weights from a model hub, by the hub's own client, into the client's cache."""
+"""A model from a hub: names checked before anything is written, contents checked before anything is loaded.
+
+The clients resume broken downloads by themselves. What was fetched is recorded below agentft's cache, so that
+`model.offline` finds it again without the network and without a client.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from agentft.errors import ModelError
+from agentft.model.cache import cache_root
+from agentft.model.file_names import check_file_names, read_json
+from agentft.model.hub_clients import Hub, HuggingFace, Listing, ModelScope
+from agentft.model.shards import check_free_disk, pickle_refusal
 
-WANTED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja")
-"""Files that are fetched: weights as safetensors, tokenizer and settings. No code, no pickled weights."""
+log = logging.getLogger(__name__)
+
+SETTINGS_AND_TOKENIZER = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+"""Files that are fetched besides weights. Only those at the top: folders hold other formats of the same weights."""
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def download_modelscope(model_id: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Fetch a model with the ModelScope client and return its folder.
+@dataclass(frozen=True, slots=True)
+class FetchedModel:
+    """A model of a hub on the local disk."""
+
+    folder: Path
+    commit: str
+    """What the asked revision stood for."""
+
+
+def download_modelscope(
+    model_id: str,
+    revision: str | None,
+    cache_dir: str | None,
+    *,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> FetchedModel:
+    """Fetch a model with the ModelScope client; see `fetch`."""
+    return fetch(ModelScope(), model_id, revision, cache_dir, offline, allow_pickle, trust_remote_code)
+
+
+def download_huggingface(
+    model_id: str,
+    revision: str | None,
+    cache_dir: str | None,
+    *,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> FetchedModel:
+    """Fetch a model with the Hugging Face client; see `fetch`."""
+    return fetch(HuggingFace(), model_id, revision, cache_dir, offline, allow_pickle, trust_remote_code)
+
+
+def fetch(
+    hub: Hub,
+    model_id: str,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> FetchedModel:
+    """Fetch settings, tokenizer and weights of a model, or find them in the cache.
+
+    Pickled weights are taken only with `allow_pickle` and where there are no others, Python files only with
+    `trust_remote_code`.
 
     Raises:
-        ModelError: unknown id, no network, or nothing usable in the repository.
+        ModelError: unknown id or revision, no access, no network, a file name that leads out of the folder, contents
+            that are not what the hub lists, a full disk, or nothing usable in the repository; one line each.
     """
-    from modelscope import snapshot_download
-
+    if not _MODEL_ID.fullmatch(model_id) or ".." in model_id:
+        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name")
+    record = _record_path(hub, model_id, revision, cache_dir)
+    if offline:
+        return _from_cache(hub, model_id, revision, cache_dir, record)
     try:
-        folder = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(WANTED))
-    except Exception as error:  # the client raises a dozen unrelated types
-        raise _refusal("ModelScope", model_id, revision, error) from error
-    return _checked(Path(folder), model_id)
+        listing = hub.list_files(model_id, revision)
+        check_file_names(listing.files, f"{hub.name}: {model_id}")
+        names = wanted_files(listing.files, f"{hub.name}: {model_id}", allow_pickle, trust_remote_code)
+        if (known := _recorded(record, listing.commit, names)) is not None:
+            return known
+        log.info("%s: %s at %s, %d files", hub.name, model_id, listing.commit, len(names))
+        store = hub.store(model_id, cache_dir)
+        check_free_disk(store, sum(listing.files[name].size or 0 for name in names) - _stored_bytes(store), model_id)
+        folder = hub.download(model_id, revision, listing, names, cache_dir)
+    except ModelError:
+        raise
+    except Exception as error:  # the clients raise some thirty unrelated types
+        raise ModelError(explain(hub, model_id, revision, error)) from error
+    _verify(hub, model_id, folder, listing, names)
+    _write_record(record, folder, listing.commit, names)
+    return FetchedModel(folder, listing.commit)
 
 
-def download_huggingface(model_id: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Fetch a model with the Hugging Face client and return its folder.
+def wanted_files(names: Iterable[str], origin: str, allow_pickle: bool, trust_remote_code: bool) -> list[str]:
+    """Choose what is fetched of a repository's files.
 
     Raises:
-        ModelError: unknown id, no network, or nothing usable in the repository.
+        ModelError: no config.json, no weights, or pickled weights only and no `allow_pickle`.
     """
-    from huggingface_hub import snapshot_download
+    top = sorted(name for name in names if "/" not in name)
+    if "config.json" not in top:
+        raise ModelError(f"{origin}: the repository has no config.json; is it a transformers model?")
+    safe = [name for name in top if fnmatch(name, "*.safetensors")]
+    weights = [name for name in safe if fnmatch(name, "model*")] or safe
+    if not weights:
+        weights = [name for name in top if fnmatch(name, "pytorch_model*.bin")]
+        if weights and not allow_pickle:
+            raise pickle_refusal(origin)
+    if not weights:
+        raise ModelError(f"{origin}: the repository has no weights as safetensors or pytorch_model*.bin")
+    others = [*SETTINGS_AND_TOKENIZER, *(["*.py"] if trust_remote_code else [])]
+    return [*(name for name in top if any(fnmatch(name, pattern) for pattern in others)), *weights]
 
+
+# --- What was fetched before -----------------------------------------------------------------------------------------
+
+
+def _record_path(hub: Hub, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
+    key = hashlib.sha256(json.dumps([hub.name, model_id, revision, cache_dir]).encode()).hexdigest()[:16]
+    return cache_root(cache_dir) / "hubs" / f"{model_id.replace('/', '--')}-{key}.json"
+
+
+def _write_record(record: Path, folder: Path, commit: str, names: list[str]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    content = {"commit": commit, "folder": str(folder), "files": {name: _state(folder / name) for name in names}}
+    temporary = record.with_suffix(f".{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(record)
+
+
+def _state(path: Path) -> list[int]:
+    """Size and time of a file whose content has been checked once."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def _recorded(record: Path, commit: str | None, names: list[str] | None) -> FetchedModel | None:
+    """What the record says, if every file is as it was, at that commit; None as any commit or any files."""
+    if not record.is_file():
+        return None
+    content = read_json(record)
+    folder, files = Path(str(content["folder"])), content["files"]
+    if commit not in (None, content["commit"]) or not set(names or []) <= files.keys():
+        return None
+    if any(not (folder / name).is_file() or _state(folder / name) != state for name, state in files.items()):
+        return None
+    return FetchedModel(folder, str(content["commit"]))
+
+
+def _from_cache(hub: Hub, model_id: str, revision: str | None, cache_dir: str | None, record: Path) -> FetchedModel:
+    if (known := _recorded(record, None, None)) is not None:
+        return known
     try:
-        folder = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, allow_patterns=list(WANTED))
-    except Exception as error:  # the client raises a dozen unrelated types
-        raise _refusal("Hugging Face", model_id, revision, error) from error
-    return _checked(Path(folder), model_id)
+        folder = hub.cached(model_id, revision, cache_dir)
+    except Exception as error:
+        raise _not_cached(hub, model_id, revision) from error
+    if not (folder / "config.json").is_file():
+        raise _not_cached(hub, model_id, revision)
+    log.warning("%s was downloaded by another program: its contents are taken as they are", folder)
+    return FetchedModel(folder, folder.name)
 
 
-def _refusal(hub: str, model_id: str, revision: str | None, error: Exception) -> ModelError:
-    where = f"{model_id} at revision {revision}" if revision else model_id
+def _not_cached(hub: Hub, model_id: str, revision: str | None) -> ModelError:
     return ModelError(
-        f"{hub} gave no {where}: {type(error).__name__}: {error}. Check the id, the revision and the network; "
-        "with the files at hand use model.source=local model.path=<folder>"
+        f"model.offline=true: {_where_asked(model_id, revision)} of {hub.name} is not in the cache, or not complete; "
+        "run once with model.offline=false, or take files at hand with model.source=local model.path=<folder>"
     )
 
 
-def _checked(folder: Path, model_id: str) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{model_id}: the repository has no config.json; is it a transformers model?")
-    return folder
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _stored_bytes(store: Path) -> int:
+    """Bytes that lie there already, of broken downloads too."""
+    files = (path for path in store.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(path.stat().st_size for path in files)
+
+
+def _verify(hub: Hub, model_id: str, folder: Path, listing: Listing, names: list[str]) -> None:
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{hub.name}: {model_id}: {name} did not arrive in {folder}; run again")
+        if not listing.files[name].fits(path):
+            content = path.resolve()
+            path.unlink()
+            content.unlink(missing_ok=True)
+            raise ModelError(_wrong_content(hub, model_id, name))
+
+
+def _wrong_content(hub: Hub, model_id: str, name: str) -> str:
+    return (
+        f"{hub.name}: {model_id}: {name} arrived with another content than the hub lists (size or hash); it was "
+        "deleted. Run again; if it stays so, the repository or a proxy on the way is damaged"
+    )
+
+
+# --- What went wrong -------------------------------------------------------------------------------------------------
+
+
+def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException) -> str:
+    """Say in one line what a client's error means and what to do."""
+    asked = f"{hub.name}: {_where_asked(model_id, revision)}"
+    causes = list(_causes(error))
+    names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    status = next((s for cause in causes if (s := _status(cause)) is not None), None)
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return f"{asked}: the disk is full; make room or set model.cache_dir to a folder on another disk, and run again"
+    if names & {"FileIntegrityError", "FileSizeMismatchError"}:
+        return _wrong_content(hub, model_id, next(iter(_failed_files(causes)), "a file"))
+    if "GatedRepoError" in names or (status == 403 and "RepositoryNotFoundError" not in names):
+        return f"{asked}: access is restricted; accept the model's terms on its page, then {hub.login}"
+    if "RevisionNotFoundError" in names:
+        return f"{asked}: no such revision; model.revision=null takes the hub's default"
+    if "RepositoryNotFoundError" in names:
+        return f"{asked}: no such model, or a private one; check the id, or {hub.login}"
+    if status == 401:
+        return f"{asked}: not allowed; {hub.login}"
+    if status == 404 or "NotExistError" in names:
+        return f"{asked}: no such model, revision or file; check model.id and model.revision"
+    if "OfflineModeIsEnabled" in names:
+        return f"{asked}: HF_HUB_OFFLINE is set; with model.offline=true the cache is used"
+    if names & {"ConnectionError", "TransportError", "TimeoutError", "NetworkError", "IncompleteBody"}:
+        return (
+            f"{asked}: no connection to the hub ({type(causes[-1]).__name__}). What has arrived is kept: run again to "
+            "go on, or model.offline=true to use what is cached"
+        )
+    first = " ".join(str(error).split())[:200]
+    return (
+        f"{asked}: {type(error).__name__}: {first}; with the files at hand use model.source=local model.path=<folder>"
+    )
+
+
+def _where_asked(model_id: str, revision: str | None) -> str:
+    return f"{model_id} at revision {revision}" if revision else model_id
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it came from, and what happened to each single file."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner: list[Any] = [current.__cause__, current.__context__, getattr(current, "reason", None)]
+        failed = getattr(current, "failed_files", None)
+        inner += failed.values() if isinstance(failed, dict) else []
+        waiting += [one for one in inner if isinstance(one, BaseException)]
+
+
+def _failed_files(causes: list[BaseException]) -> list[str]:
+    return [str(name) for cause in causes for name in (getattr(cause, "failed_files", None) or {})]
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ModelError
+from agentft.model import conversion
 from agentft.model.cache import build_once, cache_root
 from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource, RandomShape
-from agentft.model.hub import download_huggingface, download_modelscope
+from agentft.model.file_names import read_json
+from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope
 from agentft.model.random_weights import random_folder
+from agentft.model.remote_code import check_remote_code
+from agentft.model.shards import weight_files
 from agentft.model.wheel import converted_folder
 from agentft.runtime import Device, computes_in_bf16
 
@@ -32,6 +36,8 @@ class ModelFiles:
     folder: Path
     fingerprint: str
     """Digest over settings, tokenizer and the headers of the weight files."""
+    commit: str | None = None
+    """What the asked revision stood for on the hub; None where there is none."""
 
 
 def locate_model(config: ModelConfig) -> ModelFiles:
@@ -40,20 +46,45 @@ def locate_model(config: ModelConfig) -> ModelFiles:
     Raises:
         ModelError: a setting that the source needs is missing, or the source has no such model.
     """
+    commit = None
     match config.source:
         case ModelSource.wheel:
             folder = converted_folder(_needed(config, "wheel"), config.cache_dir)
-        case ModelSource.modelscope:
-            folder = download_modelscope(_needed(config, "modelscope_id"), config.revision, config.cache_dir)
-        case ModelSource.huggingface:
-            folder = download_huggingface(_needed(config, "huggingface_id"), config.revision, config.cache_dir)
+        case ModelSource.modelscope | ModelSource.huggingface:
+            fetched = _fetch(config)
+            folder, commit = fetched.folder, fetched.commit
         case ModelSource.random:
             folder = _random(config)
         case ModelSource.local:
-            folder = Path(_needed(config, "path")).expanduser()
+            folder = Path(config.id or _needed(config, "path")).expanduser()
             if not (folder / "config.json").is_file():
                 raise ModelError(f"model.path={folder}: expected a folder with config.json, weights and tokenizer")
-    return ModelFiles(folder, fingerprint(folder))
+    check_remote_code(folder, trusted=config.trust_remote_code)
+    weight_files(folder, allow_pickle=config.allow_pickle)
+    if conversion.needs_conversion(read_json(folder / "config.json")):
+        folder = conversion.converted_folder(
+            folder,
+            fingerprint=fingerprint(folder),
+            context=config.context,
+            cache_dir=config.cache_dir,
+            allow_pickle=config.allow_pickle,
+        )
+    return ModelFiles(folder, fingerprint(folder), commit)
+
+
+def _fetch(config: ModelConfig) -> FetchedModel:
+    download, field = {
+        ModelSource.modelscope: (download_modelscope, "modelscope_id"),
+        ModelSource.huggingface: (download_huggingface, "huggingface_id"),
+    }[config.source]
+    return download(
+        config.id or _needed(config, field),
+        config.revision,
+        config.cache_dir,
+        offline=config.offline,
+        allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
@@ -64,7 +95,10 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=config.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{files.folder}: cannot load the tokenizer: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{files.folder}: {type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json)")
     return tokenizer
@@ -138,7 +172,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=None if config.allow_pickle else True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
@@ -157,6 +191,8 @@ def fingerprint(folder: Path) -> str:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 digest.update(file.read(min(length, 100_000_000)))
+        elif path.suffix == ".bin":
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
         elif path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and path.is_file():
             digest.update(path.name.encode() + b":" + path.read_bytes())
     return digest.hexdigest()

@@ -33,7 +33,7 @@ from agentft.recipes.exam import Exam, exam_steps, sit_exam, write_exam
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
-from agentft.runs import RunFolder
+from agentft.runs import RunFolder, RunState
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.loop import Job, Outcome, train_model
@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
         try:
             result = _train(config, run)
         except BaseException as error:
-            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            state: RunState = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             run.update_status(state, error=f"{type(error).__name__}: {error}")
             log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, KeyboardInterrupt))
             raise

@@ -117,7 +117,7 @@ def train_model(job: Job) -> Outcome:
             with clock.phase("data"):
                 batches = step_batches(job, counters.step)
             loss_sum, grad_norm = _update(job, batches, optimizer, scaler, clock)
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             schedule.step()
             counters.step += 1
             _count(counters, window, batches, loss_sum)

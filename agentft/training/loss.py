@@ -42,7 +42,8 @@ class LabelledLoss(nn.Module):
             targets_BT = batch.labels_BT[:, 1:]
             labelled_BT = targets_BT != IGNORE_INDEX
             hidden_ND = hidden_BTD[:, :-1][labelled_BT]
-            return chunked_cross_entropy(hidden_ND, targets_BT[labelled_BT], output_head(self.model))
+            loss: torch.Tensor = chunked_cross_entropy(hidden_ND, targets_BT[labelled_BT], output_head(self.model))
+            return loss
 
 
 def chunked_cross_entropy(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
@@ -50,7 +51,7 @@ def chunked_cross_entropy(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head
     if len(targets_N) <= CHUNK:
         return _summed(hidden_ND, targets_N, head)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
-    for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
+    for hidden, targets in zip(torch.split(hidden_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True):
         total = total + checkpoint(_summed, hidden, targets, head, use_reentrant=False)
     return total
 
@@ -61,13 +62,15 @@ def _summed(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -
 
 def causal_model(model: nn.Module) -> Any:
     """Return the transformers model under an adapter wrapper, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
 
 
 def _decoder(model: nn.Module) -> Any:
     return causal_model(model).get_decoder()
 
 
-def output_head(model: nn.Module) -> Any:
+def output_head(model: nn.Module) -> nn.Module:
     """Return the layer that makes logits of hidden states."""
-    return causal_model(model).get_output_embeddings()
+    head: nn.Module = causal_model(model).get_output_embeddings()
+    return head

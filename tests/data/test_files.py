@@ -4,6 +4,9 @@ import csv
 import gzip
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from agentft.data import files
 from agentft.data.records import Conversation, Rejection
 from agentft.data.sources import LocalSource, RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import DataError
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def record(name: str, text: str = "hello") -> dict:
@@ -34,7 +39,9 @@ def test_a_line_that_cannot_be_read_costs_itself_alone(tmp_path: Path) -> None:
     nested = b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
     digits = b'{"id": ' + b"9" * 5_000 + b"}\n"
     twice = b'{"id": "x", "id": "y"}\n'
-    path.write_bytes(lines("a") + b"\xff\xfe\n" + nested + digits + twice + b"{} {}\n" + b"nonsense\n" + b'{"a": \n' + lines("b"))
+    path.write_bytes(
+        lines("a") + b"\xff\xfe\n" + nested + digits + twice + b"{} {}\n" + b"nonsense\n" + b'{"a": \n' + lines("b")
+    )
     assert outcome(path) == [
         "1:a",
         "2:not_utf8",
@@ -82,6 +89,23 @@ def test_a_line_without_end_is_skipped_in_pieces(tmp_path: Path, monkeypatch: py
     assert outcome(path) == ["1:a", "2:line_too_long", "3:b"]
 
 
+def test_a_string_of_fifty_megabytes_costs_less_memory_than_twice_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("a") + b'{"id": "' + b"x" * 50_000_000 + b'"}\n' + lines("b"))
+    tracemalloc.start()
+    assert outcome(path) == ["1:a", "2:line_too_long", "3:b"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * path.stat().st_size
+
+
+def test_reading_imports_nothing_heavy() -> None:
+    heavy = "torch transformers hydra modelscope pyarrow zstandard datasets numpy"
+    script = f"import sys, agentft.data.sources, agentft.data.modelscope_rows; print(set('{heavy}'.split()) & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert run.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_a_file_in_a_foreign_encoding_is_named_as_a_whole(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -94,7 +118,9 @@ def test_a_file_in_a_foreign_encoding_is_named_as_a_whole(tmp_path: Path, encodi
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_an_array_is_read_element_by_element(tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_is_read_element_by_element(
+    tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_PIECE_CHARACTERS", 50)
     path = tmp_path / "a.json"
     values = [record("a"), record("b", "谢" * 300), 7, record("c")]
@@ -221,14 +247,18 @@ def test_a_source_that_is_not_there_is_an_error_before_anything_is_read(tmp_path
         ("a.json", b"[]", "holds no record"),
     ],
 )
-def test_a_source_without_a_record_is_an_error_that_names_it(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_source_without_a_record_is_an_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         list(read_local(path))
     assert str(path) in str(caught.value)
+    folder = tmp_path / "folder"
+    folder.mkdir()
     with pytest.raises(DataError, match="holds no"):
-        list(read_local(tmp_path / "folder" if (tmp_path / "folder").mkdir() else tmp_path / "folder"))
+        list(read_local(folder))
 
 
 def test_the_report_reads_as_one_line(tmp_path: Path) -> None:

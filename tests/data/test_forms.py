@@ -18,7 +18,10 @@ TOOL = {
         "description": "the weather",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string", "description": "where"}, "day": {"type": "object", "required": ["x"]}},
+            "properties": {
+                "city": {"type": "string", "description": "where"},
+                "day": {"type": "object", "required": ["x"]},
+            },
             "required": ["city"],
         },
     },
@@ -60,7 +63,11 @@ def said(conversation: Conversation, turn: int = -1) -> list[tuple[str, object]]
 
 
 USER = {"role": "user", "content": "Weather in Rome and Oslo?"}
-PARALLEL = {"role": "assistant", "content": "Two calls.", "tool_calls": [tool_call("1", '{"city": "Rome"}'), tool_call("2", '{"city": "Oslo"}')]}
+PARALLEL = {
+    "role": "assistant",
+    "content": "Two calls.",
+    "tool_calls": [tool_call("1", '{"city": "Rome"}'), tool_call("2", '{"city": "Oslo"}')],
+}
 
 
 def test_parallel_openai_calls_become_calls_followed_by_their_results_in_the_order_of_the_calls() -> None:
@@ -88,7 +95,13 @@ def test_parallel_openai_calls_become_calls_followed_by_their_results_in_the_ord
     assert (tool.name, tool.problem) == ("weather", None)
     assert tool.parameters is not None
     assert tool.parameters[0] == {"name": "city", "description": "where", "required": True, "type": "string"}
-    assert tool.parameters[1] == {"name": "day", "description": "", "required": False, "type": "object", "required_fields": ["x"]}
+    assert tool.parameters[1] == {
+        "name": "day",
+        "description": "",
+        "required": False,
+        "type": "object",
+        "required_fields": ["x"],
+    }
 
 
 def test_the_older_function_call_and_split_call_messages_are_openai_too() -> None:
@@ -171,20 +184,32 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
     ("record", "reason"),
     [
         (openai(USER, {"role": "assistant", "content": f"a{THINK_OPEN}b"}), "marks_in_text"),
-        (openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "1", "content": f"x{EXEC_CLOSE}leak"}), "marks_in_text"),
+        (
+            openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "1", "content": f"x{EXEC_CLOSE}leak"}),
+            "marks_in_text",
+        ),
         (openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "9", "content": "x"}), "observation_without_call"),
         (openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "2", "content": "x"}), "result_missing"),
         (openai(USER, {"role": "tool", "content": "x"}), "observation_without_call"),
         (openai(USER, {"role": "assistant", "tool_calls": [tool_call("1", "{broken")]}), "arguments_not_json"),
         (openai(USER, {"role": "assistant", "tool_calls": [tool_call("1", "[]")]}), "arguments_not_an_object"),
-        (openai(USER, {"role": "assistant", "tool_calls": [tool_call("1", {"x": float("nan")})]}), "arguments_not_json"),
+        (
+            openai(USER, {"role": "assistant", "tool_calls": [tool_call("1", {"x": float("nan")})]}),
+            "arguments_not_json",
+        ),
         (openai(USER, {"role": "assistant", "tool_calls": [tool_call("1", {}, name="")]}), "call_without_name"),
         (openai(USER, {"role": "assistant", "tool_calls": ["x"]}), "call_not_an_object"),
         (openai(USER, {"role": "assistant", "content": None}), "empty_assistant"),
-        (openai(USER, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}), "two_assistant_turns"),
+        (
+            openai(USER, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}),
+            "two_assistant_turns",
+        ),
         (openai(USER, USER, {"role": "assistant", "content": "a"}), "two_user_turns"),
         (openai(USER, {"role": "assistant", "content": "a"}, {"role": "system", "content": "s"}), "system_in_middle"),
-        (openai({"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}), "value_not_text"),
+        (
+            openai({"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}),
+            "value_not_text",
+        ),
         (openai(USER, {"role": "bot", "content": "a"}), "unknown_role"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools="{"), "tools_unreadable"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools=[{"function": {"name": 1}}]), "tools_unreadable"),
@@ -192,8 +217,14 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
         (openai(), "messages_not_a_list"),
         ({"messages": [None]}, "turn_not_an_object"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}, "unknown_role"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f()"}]}, "call_not_json"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]}, "observation_without_call"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f()"}]},
+            "call_not_json",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]},
+            "observation_without_call",
+        ),
         ({"conversations": [{"from": "human", "value": "a"}]}, "ends_with_user"),
     ],
 )
@@ -208,9 +239,15 @@ def test_fields_that_are_not_carried_over_are_noticed() -> None:
 
 
 marks = st.sampled_from([THINK_OPEN, THINK_CLOSE, EXEC_OPEN, EXEC_CLOSE])
-pieces = marks | st.sampled_from(["\n", '"', "\\", "{", "}", "```", "and", "Action: a\nAction Input: {}", "1. {", "谢", " "]) | st.text(max_size=5)
+pieces = (
+    marks
+    | st.sampled_from(["\n", '"', "\\", "{", "}", "```", "and", "Action: a\nAction Input: {}", "1. {", "谢", " "])
+    | st.text(max_size=5)
+)
 soup = st.lists(pieces, max_size=8).map("".join)
-calls = st.lists(st.tuples(st.text(min_size=1, max_size=5), st.dictionaries(st.text(max_size=4), soup, max_size=3)), max_size=3)
+calls = st.lists(
+    st.tuples(st.text(min_size=1, max_size=5), st.dictionaries(st.text(max_size=4), soup, max_size=3)), max_size=3
+)
 
 
 @given(user=soup, texts=st.tuples(soup, soup), calls=calls, results=st.lists(soup, max_size=3), system=soup)
@@ -220,7 +257,13 @@ def test_a_converted_record_says_exactly_what_it_said_before(
 ) -> None:
     results = results[: len(calls)]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    messages.append({"role": "assistant", "content": texts[0], "tool_calls": [tool_call(str(n), json.dumps(a), f) for n, (f, a) in enumerate(calls)]})
+    messages.append(
+        {
+            "role": "assistant",
+            "content": texts[0],
+            "tool_calls": [tool_call(str(n), json.dumps(a), f) for n, (f, a) in enumerate(calls)],
+        }
+    )
     messages += [{"role": "tool", "tool_call_id": str(n), "content": result} for n, result in enumerate(results)]
     if results:
         messages.append({"role": "assistant", "content": texts[1]})

@@ -14,6 +14,7 @@ from agentft.data.grammar import (
     Call,
     GrammarError,
     Observation,
+    Part,
     Text,
     parse_assistant,
     segment_steps,
@@ -22,10 +23,27 @@ from agentft.data.grammar import (
 CALL = THINK_OPEN + '```JSON\n{"api_name": "f", "parameters": {"x": "1"}}\n```' + THINK_CLOSE
 OBSERVATION = EXEC_OPEN + '```JSON\n{"r": 1}\n```' + EXEC_CLOSE
 
-tokens = st.sampled_from(
-    [THINK_OPEN, THINK_CLOSE, EXEC_OPEN, EXEC_CLOSE, CALL, OBSERVATION, "\n", "\n\n", " and ", "和", '"', "\\", "{", "}"]
-    + ['{"a": "', '"}', "```JSON\n", "\n```", "<|", "|>", "<|StartOfThink|>", "text", "谢谢", "\r\n", " ", "[", "]", "'"]
-)
+LETTERS = [
+    "\n",
+    "\n\n",
+    " and ",
+    "和",
+    '"',
+    "\\",
+    "{",
+    "}",
+    '{"a": "',
+    '"}',
+    "```JSON\n",
+    "\n```",
+    "<|",
+    "|>",
+    "\r\n",
+    " ",
+    "'",
+]
+MARKS = [THINK_OPEN, THINK_CLOSE, EXEC_OPEN, EXEC_CLOSE, CALL, OBSERVATION, "<|StartOfThink|>"]
+tokens = st.sampled_from([*MARKS, *LETTERS])
 mark_soup = st.lists(tokens | st.text(max_size=8), max_size=24).map("".join)
 
 
@@ -39,14 +57,20 @@ def reason_of(value: str) -> str:
     return caught.value.reason
 
 
+def parsed(value: str) -> tuple[Part, ...] | GrammarError:
+    try:
+        return parse_assistant(value)
+    except GrammarError as error:
+        return error
+
+
 @given(mark_soup)
 @settings(max_examples=600, deadline=None)
 def test_the_sources_of_the_parts_are_the_value_and_nothing_but_a_grammar_error_is_raised(value: str) -> None:
-    try:
-        parts = parse_assistant(value)
-    except GrammarError as error:
-        assert error.reason.isidentifier()
-        assert error.detail
+    parts = parsed(value)
+    if isinstance(parts, GrammarError):
+        assert parts.reason.isidentifier()
+        assert parts.detail
         return
     assert "".join(part.source for part in parts) == value
     for part in parts:
@@ -61,25 +85,31 @@ def test_text_without_marks_is_one_text(value: str) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.text(alphabet=st.characters(exclude_categories=["Cs"])),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.text(alphabet=st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-texts_with_marks = st.lists(st.sampled_from([THINK_OPEN, THINK_CLOSE, EXEC_OPEN, '"', "\\", "a", "和"]), max_size=5).map("".join)
+texts_with_marks = st.lists(
+    st.sampled_from([THINK_OPEN, THINK_CLOSE, EXEC_OPEN, '"', "\\", "a", "和"]), max_size=5
+).map("".join)
 
 
 @given(st.dictionaries(st.text(max_size=6), json_values | texts_with_marks, max_size=4), st.booleans())
 @settings(deadline=None)
 def test_a_call_keeps_its_parameters_whatever_marks_its_strings_hold(parameters: dict, indented: bool) -> None:
     try:
-        body = json.dumps({"api_name": "f", "parameters": parameters}, ensure_ascii=False, indent=3 if indented else None)
+        body = json.dumps(
+            {"api_name": "f", "parameters": parameters}, ensure_ascii=False, indent=3 if indented else None
+        )
         body.encode()
     except UnicodeEncodeError:
         return
     value = f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}\n\n{OBSERVATION}\ndone"
-    try:
-        parts = parse_assistant(value)
-    except GrammarError:
+    parts = parsed(value)
+    if isinstance(parts, GrammarError):
         # An opening exec mark before a quoted closing think mark is ambiguous, and refused.
         assert EXEC_OPEN in body
         assert THINK_CLOSE in body
@@ -98,7 +128,10 @@ def test_one_turn_can_hold_text_calls_and_observations() -> None:
 def test_steps_are_the_runs_between_observations() -> None:
     parts = parse_assistant(f"Let me see.\n{CALL}\n\n{OBSERVATION}\nOne more.\n{CALL}\n\n{OBSERVATION}\n")
     steps = segment_steps(parts)
-    assert [[type(part).__name__ for part in step] for step in steps] == [["Text", "Call", "Text"], ["Text", "Call", "Text"]]
+    assert [[type(part).__name__ for part in step] for step in steps] == [
+        ["Text", "Call", "Text"],
+        ["Text", "Call", "Text"],
+    ]
 
 
 def test_a_quoted_pair_of_marks_is_text() -> None:
@@ -140,7 +173,8 @@ def test_a_tool_output_that_spoofs_marks_never_becomes_text_or_call() -> None:
 
 
 def test_a_call_is_never_stretched_over_a_tool_output() -> None:
-    value = f'{THINK_OPEN}{{"api_name": "f", "parameters": {{"a": "{THINK_CLOSE}{EXEC_OPEN}out{EXEC_CLOSE}"}}}}{THINK_CLOSE}'
+    body = f'{{"api_name": "f", "parameters": {{"a": "{THINK_CLOSE}{EXEC_OPEN}out{EXEC_CLOSE}"}}}}'
+    value = THINK_OPEN + body + THINK_CLOSE
     assert reason_of(value) == "think_never_opened"
 
 
@@ -188,7 +222,8 @@ def test_broken_structure_is_named(value: str, reason: str) -> None:
 )
 @pytest.mark.timeout(20)
 def test_hostile_text_is_answered_quickly(value: str) -> None:
-    try:
-        assert "".join(part.source for part in parse_assistant(value)) == value
-    except GrammarError as error:
-        assert len(error.detail) < 1_000
+    parts = parsed(value)
+    if isinstance(parts, GrammarError):
+        assert len(parts.detail) < 1_000
+    else:
+        assert "".join(part.source for part in parts) == value

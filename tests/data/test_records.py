@@ -79,17 +79,29 @@ def test_chinese_user_text_makes_the_conversation_chinese() -> None:
 
 @pytest.mark.parametrize("write", [repr, lambda turns: json.dumps(turns, ensure_ascii=False), json.dumps])
 def test_turns_written_as_text_are_the_turns(write) -> None:
-    turns = [*GOOD["conversations"], {"from": "user", "value": "it's \"so\" \\ \n\t\x00 🙂 谢"}, {"from": "assistant", "value": "ok"}]
+    turns = [
+        *GOOD["conversations"],
+        {"from": "user", "value": 'it\'s "so" \\ \n\t\x00 🙂 谢'},
+        {"from": "assistant", "value": "ok"},
+    ]
     as_text, _ = read({"id": "a", "conversations": write(turns)})
     as_list, _ = read({"id": "a", "conversations": turns})
     assert as_text.messages == as_list.messages
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["__import__('os').system('true')", "[1 + 1]", "[f'{1}']", "[b'x' for _ in ()]", "(" * 50_000, "-" * 50_000 + "1", "[" * 10_000]
-    + ["'a' 'b", "[1,", "", "{'a': 1}.x", "1" * 5_000, "[" + "1," * 10 + "x]", "{[]: 1}", "{'a'}.pop()", "\\", "\0"],
-)
+HOSTILE_LITERALS = [
+    "(" * 50_000,
+    "-" * 50_000 + "1",
+    "[" * 10_000,
+    "1" * 5_000,
+    "[" + "1," * 10 + "x]",
+    "{[]: 1}",
+    "\0",
+]
+CODE = ["__import__('os').system('true')", "[1 + 1]", "[f'{1}']", "[b'x' for _ in ()]", "{'a': 1}.x", "{'a'}.pop()"]
+
+
+@pytest.mark.parametrize("text", [*CODE, *HOSTILE_LITERALS, "'a' 'b", "[1,", "", "\\"], ids=lambda text: text[:10])
 def test_text_that_is_no_plain_literal_is_refused_and_never_run(text: str) -> None:
     with pytest.raises(LiteralError):
         read_literal(text)
@@ -103,7 +115,9 @@ def test_a_missing_id_is_made_from_the_content_and_stays_the_same() -> None:
     assert [notice.code for notice in notices] == ["id_missing"]
 
 
-@pytest.mark.parametrize("bad_id", [True, 1.5, [], {}, "\ud800", "x" * 10_000, 10**5000], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "bad_id", [True, 1.5, [], {}, "\ud800", "x" * 10_000, 10**5000], ids=lambda value: type(value).__name__
+)
 def test_an_id_that_is_no_name_is_replaced(bad_id: object) -> None:
     conversation, notices = read(GOOD | {"id": bad_id})
     assert conversation.id.startswith("content-")
@@ -138,7 +152,10 @@ def test_depth_and_digits_beyond_every_limit_are_rejections_not_exceptions() -> 
     for _ in range(100_000):
         deep = [deep]
     assert reason_of({"conversations": deep}) == "turn_not_an_object"
-    assert reason_of(record(("user", "a"), ("assistant", "b")) | {"conversations": [{"from": "user", "value": deep}]}) == "value_not_text"
+    assert (
+        reason_of(record(("user", "a"), ("assistant", "b")) | {"conversations": [{"from": "user", "value": deep}]})
+        == "value_not_text"
+    )
     assert reason_of({"conversations": "[" * 100_000}) == "conversations_unreadable_text"
     assert reason_of({"conversations": "[" + "9" * 5_000 + "]"}) == "conversations_unreadable_text"
 
@@ -163,7 +180,13 @@ def test_the_tool_list_is_read_with_tolerance() -> None:
         '5. {"name": "e", "parameters": ["p"]}\n\nProfile: {"name": "no tool"}'
     )
     tools = read_offered_tools(system)
-    assert [(tool.name, tool.problem is None) for tool in tools] == [("a", True), ("b", False), ("c", False), ("d", True), ("e", False)]
+    assert [(tool.name, tool.problem is None) for tool in tools] == [
+        ("a", True),
+        ("b", False),
+        ("c", False),
+        ("d", True),
+        ("e", False),
+    ]
     assert [tool.parameter_names for tool in tools] == [{"p"}, set(), None, {"q"}, None]
     assert tools[0].url == "http://x"
     assert tools[3].parameters == ({"type": "string", "name": "q", "required": True},)
@@ -193,7 +216,9 @@ def test_duplicates_are_dropped_and_other_content_is_renamed() -> None:
 def test_every_clean_record_is_kept(capsys) -> None:
     started = time.process_time()
     report = ReadReport()
-    conversations = list(read_conversations(read_local([DATA / "train.jsonl", DATA / "dev.jsonl"], report=report), report=report))
+    conversations = list(
+        read_conversations(read_local([DATA / "train.jsonl", DATA / "dev.jsonl"], report=report), report=report)
+    )
     seconds = time.process_time() - started
     with capsys.disabled():
         print(f"\n{len(conversations):,} records in {seconds:.1f} s of one core: {len(conversations) / seconds:,.0f}/s")

@@ -130,7 +130,8 @@ def _context(segments, number):
 
 def test_white_space_at_the_edges_of_a_step_is_context(template):
     call = Call("<|startofthink|>{}<|endofthink|>", (), None)
-    message = Message("assistant", "", (Text(" \n"), call, Text("\n \n"), Observation("<|startofexec|>1<|endofexec|>"), Text("\n")))
+    observation = Observation("<|startofexec|>1<|endofexec|>")
+    message = Message("assistant", "", (Text(" \n"), call, Text("\n \n"), observation, Text("\n")))
     conversation = Conversation("c", (Message("user", "u"), message), Origin("test", 1), ())
     segments = template.render(conversation)
     trained = [segment.text for segment in segments if segment.trained]
@@ -140,9 +141,9 @@ def test_white_space_at_the_edges_of_a_step_is_context(template):
 
 def test_no_special_token_is_added_at_chunk_borders(golden_conversations, template, encoder, byte_tokenizer):
     """A tokenizer that prepends a token to every text must not do so inside a conversation."""
+    from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
-    from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
@@ -164,7 +165,9 @@ def test_the_law_is_stated_once():
 def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data: Path, template, encoder):
     from agentft.data.sources import read_conversations, read_local
 
-    conversations = [c for c in read_conversations(read_local(shared_data / "dev.jsonl")) if isinstance(c, Conversation)]
+    conversations = [
+        c for c in read_conversations(read_local(shared_data / "dev.jsonl")) if isinstance(c, Conversation)
+    ]
     assert len(conversations) == 303
     for conversation in conversations:
         segments = template.render(conversation)

@@ -94,7 +94,7 @@ class _Scripted(torch.nn.Module):
         if position_ids is None:
             wanted = torch.full(output.logits.shape[:2], self.ids[0])
         else:
-            following = {a: b for a, b in zip(self.ids, self.ids[1:], strict=False)}
+            following = dict(zip(self.ids, self.ids[1:], strict=False))
             wanted = torch.tensor([[following.get(int(row[-1]), self.ids[-1])] for row in input_ids])
         output.logits = torch.nn.functional.one_hot(wanted, output.logits.shape[-1]).float()
         return output

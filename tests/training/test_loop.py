@@ -1,4 +1,4 @@
-"""Laws of the loop: equal updates from unequal micro-batches, equal runs from equal seeds, resumed equals uninterrupted."""
+"""Laws of the loop: micro-batches do not matter, equal seeds give equal runs, resumed equals uninterrupted."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_optimiser(tmp_path, tiny_mo
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
     job, _ = _job(tmp_path, model, examples)
     before = {name: tensor.clone() for name, tensor in trained_state(job.objective.model).items()}
-    with pytest.raises(TrainingError, match="not finite.*conversations of this step"):
+    with pytest.raises(TrainingError, match=r"not finite.*conversations of this step"):
         train_model(job)
     for name, tensor in trained_state(job.objective.model).items():
         assert torch.equal(tensor, before[name]), name

@@ -6,12 +6,30 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from agentft.data.synthetic.catalogue_daily import DAILY
+from agentft.data.synthetic.catalogue_home import AT_HOME
+from agentft.data.synthetic.catalogue_leisure import LEISURE
+from agentft.data.synthetic.catalogue_money import MONEY
 from agentft.data.synthetic.catalogue_people import PEOPLE_AND_OFFICE
-from agentft.data.synthetic.catalogue_trade import TRADE
-from agentft.data.synthetic.catalogue_travel import OUTSIDE
+from agentft.data.synthetic.catalogue_shop import SHOPPING
+from agentft.data.synthetic.catalogue_travel import ON_THE_ROAD
 from agentft.data.synthetic.tools import Chain, Language, Part, Tool, segments
+from agentft.data.synthetic.values import base_pool
 
-TOOLS: tuple[Tool, ...] = (*DAILY, *OUTSIDE, *TRADE, *PEOPLE_AND_OFFICE)
+TOOLS: tuple[Tool, ...] = (
+    *DAILY,
+    *AT_HOME,
+    *ON_THE_ROAD,
+    *LEISURE,
+    *MONEY,
+    *SHOPPING,
+    *PEOPLE_AND_OFFICE,
+)
+
+LOOKED_UP_POOLS = frozenset(
+    {"city", "person", "room", "door", "place", "word", "dish", "email", "symbol", "host", "event"}
+    | {"order", "parcel", "flight", "account", "card", "event_id", "note_id", "song_id", "book_id", "ticket", "booking"}
+)
+"""Values that a tool may fail to find."""
 
 HELDOUT_FAMILIES = frozenset({"hotel", "bank", "parcel", "library", "office", "sport"})
 """Whole families, so that no near duplicate of a held-out tool is seen in training."""
@@ -99,9 +117,9 @@ CHAINS: tuple[Chain, ...] = (
         "event_find",
         "event_cancel",
         {"event_id": "event_id"},
-        ("Find my {event} and cancel it.", "I cannot make it to {event}. Look it up and cancel it."),
+        ("Find my {event} and cancel it.", "Look up {event} and cancel it."),
         ("Then cancel it.", "Remove it from my calendar."),
-        ("找到我的{event}并取消。",),
+        ("找到{event}并取消。",),
         ("取消这个日程。",),
     ),
     Chain(
@@ -130,7 +148,7 @@ CHAINS: tuple[Chain, ...] = (
     Chain(
         "stock_price",
         "currency_convert",
-        {"amount": "amount"},
+        {"amount": "amount", "source": "currency"},
         (
             "What does one share of {symbol} cost in {target}?",
             "Get the stock price of {symbol} and convert it to {target}.",
@@ -138,7 +156,6 @@ CHAINS: tuple[Chain, ...] = (
         ("How much is that in {target}?", "Convert that to {target}."),
         ("一股{symbol}合多少{target}？",),
         ("换成{target}是多少？",),
-        {"source": "USD"},
     ),
 )
 
@@ -168,9 +185,9 @@ class Shelf:
         )
 
     @cached_property
-    def repeatable(self) -> tuple[Tool, ...]:
-        """Tools that can be asked again with another value."""
-        return tuple(tool for tool in self.tools if tool.again)
+    def lookups(self) -> tuple[Tool, ...]:
+        """Tools that may fail to find what they are asked for."""
+        return tuple(t for t in self.tools if t.again and base_pool(t.parameter(t.again).pool) in LOOKED_UP_POOLS)
 
     @cached_property
     def doubled(self) -> tuple[Tool, ...]:

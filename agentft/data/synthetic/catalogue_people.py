@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agentft.data.synthetic.tools import Json, Parameter, Tool, Wording
+from agentft.data.synthetic.values import plain_number
+from agentft.data.synthetic.words_en import DICTIONARY
 
 _METERS = {"km": 1000.0, "miles": 1609.344, "m": 1.0, "feet": 0.3048, "inches": 0.0254, "cm": 0.01, "yards": 0.9144}
 
 
 def _length(known: Mapping[str, Json]) -> Json:
-    return round(known["measure"] * _METERS[known["source"]] / _METERS[known["target"]], 2)
+    return plain_number(round(known["measure"] * _METERS[known["source"]] / _METERS[known["target"]], 2))
 
 
 def _bmi(known: Mapping[str, Json]) -> Json:
-    return round(known["kilograms"] / (known["height"] / 100) ** 2, 1)
+    return plain_number(round(known["kilograms"] / (known["height"] / 100) ** 2, 1))
+
+
+def _meaning(known: Mapping[str, Json]) -> Json:
+    return DICTIONARY[known["word"]][0]
+
+
+def _synonyms(known: Mapping[str, Json]) -> Json:
+    return list(DICTIONARY[known["word"]][1])
 
 
 _PERSON = Parameter("person", "person", "name person full_name who", "full name", "姓名")
@@ -130,7 +140,7 @@ LANGUAGE = (
             Parameter("sentence", "sentence", "text sentence source_text", "text", "原文"),
             Parameter("language", "language", "language target_language to", "target language", "目标语言"),
         ),
-        {"translation_id": "note_id", "words": "count"},
+        {"translation_id": "note_id"},
         Wording(
             ("Translate a text into a file", "Translate text to a language"),
             "translate the text",
@@ -157,7 +167,7 @@ LANGUAGE = (
         "language",
         ("define word", "dictionary", "word meaning", "lookup word"),
         (Parameter("word", "word", "word term entry", "word"),),
-        {"meaning": "sense"},
+        {"meaning": _meaning},
         Wording(
             ("Meaning of a word", "Dictionary entry"),
             "look up the word",
@@ -172,7 +182,7 @@ LANGUAGE = (
         "language",
         ("find synonyms", "word synonyms", "thesaurus", "similar words"),
         (Parameter("word", "word", "word term base_word", "word"),),
-        {"synonyms": "word*2"},
+        {"synonyms": _synonyms},
         Wording(
             ("Synonyms of a word", "Words with a similar meaning"),
             "find synonyms",

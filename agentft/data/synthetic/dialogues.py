@@ -120,7 +120,7 @@ def _failed_call(scene: Scene, max_rounds: int) -> None:
     request = scene.request(scene.pick(scene.shelf.tools))
     scene.user(scene.ask(request))
     error = scene.pick(scene.phrases.errors)
-    if request.tool.again and scene.chance(0.4):
+    if request.tool in scene.shelf.lookups and scene.chance(0.4):
         error = _not_found(scene, request)
     scene.assistant(_failure(scene, request, error))
     scene.close_list()
@@ -140,7 +140,7 @@ def _corrected_by_tool(scene: Scene, max_rounds: int) -> None:
 
 
 def _corrected_by_user(scene: Scene, max_rounds: int) -> None:
-    said = scene.request(scene.pick(scene.shelf.repeatable))
+    said = scene.request(scene.pick(scene.shelf.lookups))
     meant = scene.changed(said, said.tool.again)
     scene.user(scene.ask(said))
     scene.assistant(_failure(scene, said, _not_found(scene, said)))
@@ -257,7 +257,6 @@ def _linked(scene: Scene, chain: Chain, result: Result) -> Request:
     given: dict[str, Value] = {
         parameter: (result.observation[name], result.spoken[name]) for parameter, name in chain.links.items()
     }
-    given |= {parameter: (value, str(value)) for parameter, value in chain.given.items()}
     return scene.request(scene.shelf.by_key[chain.second], given=given, optional=False)
 
 

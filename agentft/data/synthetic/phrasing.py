@@ -38,15 +38,15 @@ class Phrasebook:
 
 _EN = Phrasebook(
     instructions=(
-        "If a plugin is needed, write its call as JSON with api_name and parameters between <|startofthink|> and"
-        " <|endofthink|>, then reply from the result. Otherwise reply directly.",
-        "Decide whether to use a plugin. A call is JSON with api_name and parameters between <|startofthink|> and"
-        " <|endofthink|>; answer from its result. Else reply directly.",
-        "You can call plugins: put JSON with api_name and parameters between <|startofthink|> and <|endofthink|>"
-        " and sum up the result. Reply directly if none is needed.",
+        "To use a plugin, write JSON with api_name and parameters between <|startofthink|> and <|endofthink|>, then"
+        " reply from its result; else reply directly.",
+        "Decide whether a plugin is needed. Its call is JSON with api_name and parameters between <|startofthink|> and"
+        " <|endofthink|>. If none is, reply directly.",
+        "You can call plugins: JSON with api_name and parameters between <|startofthink|> and <|endofthink|>. Sum up"
+        " the result. Without need, reply directly.",
     ),
     at_once=" Give several calls at once.",
-    plugins=" The plugins:",
+    plugins=" Plugins:",
     greetings=(
         "Hi! ",
         "Hello, {person} here. ",

@@ -116,7 +116,7 @@ class Scene:
                 value, words = self._returned(source, spoken.values())
             else:
                 value = source(known)
-                words = str(value)
+                words = self.phrases.list_joint.join(value) if isinstance(value, list) else str(value)
             observation[name] = known[name] = value
             spoken[name] = words
         return Result(observation, spoken)
@@ -197,13 +197,18 @@ class Scene:
 
     def close_list(self, beside: Iterable[str] = ()) -> None:
         """Add distractors, confusable ones first, and shuffle; none of the concepts `beside`."""
-        size = self.rng.choices((2, 3, 4), (75, 20, 5))[0]
+        size = self.rng.choices((2, 3, 4), (80, 16, 4))[0]
         barred = {*beside, *self._names}
         families = {tool.family for tool in self.shelf.tools if tool.key in barred}
         kin = [tool for family in sorted(families) for tool in self.shelf.families.get(family, ())]
+        tools = self.shelf.tools
         while len(self._tools) < size:
             near = [tool for tool in kin if tool.key not in barred]
-            distractor = self.pick(near) if near and self.chance(0.6) else self.pick(self.shelf.tools)
+            if near and self.chance(0.6):
+                distractor = self.pick(near)
+            else:
+                # The smaller of two: an unrelated tool teaches little, and its length costs time.
+                distractor = min(self.pick(tools), self.pick(tools), key=lambda tool: len(tool.parameters))
             if distractor.key not in barred:
                 self.names(distractor)
                 barred.add(distractor.key)

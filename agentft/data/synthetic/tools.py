@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -92,8 +92,6 @@ class Chain:
     """Requests for the second tool, after the first has answered."""
     zh: tuple[str, ...] = ()
     zh_then: tuple[str, ...] = ()
-    given: Mapping[str, Json] = field(default_factory=dict)
-    """Parameters of the second tool that the phrasings spell out."""
 
     def phrasings(self, language: Language) -> tuple[str, ...]:
         """Requests for both tools in one turn."""

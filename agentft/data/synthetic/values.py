@@ -54,6 +54,11 @@ def base_pool(pool: str) -> str:
     return pool.removesuffix("2")
 
 
+def plain_number(number: float) -> float | int:
+    """`number` as an integer where it is whole: nobody says 21.0."""
+    return int(number) if number == int(number) else number
+
+
 def json_type(pool: str) -> JsonType:
     """The JSON type of a parameter that draws from `pool`."""
     return _TYPES.get(base_pool(pool), "string")
@@ -128,7 +133,7 @@ class Values:
         shared |= {"order_state": "ORDER_STATES", "flight_state": "FLIGHT_STATES"}
         if not self._zh:
             shared |= {"ticket_state": "TICKET_STATES", "server_state": "SERVER_STATES"}
-            shared |= {"sense": "SENSES", "ingredient": "INGREDIENTS"}
+            shared |= {"ingredient": "INGREDIENTS"}
         lists |= {pool: getattr(words, name) for pool, name in shared.items()}
         lists["currency"] = _CURRENCIES
         lists["length_unit"] = _LENGTH_UNITS
@@ -156,13 +161,13 @@ class Values:
             "message": self._sentence,
             "task": self._task,
             "event": self._event,
-            "title": lambda r: self._title(r),
+            "title": self._title,
             "product": lambda r: self._two(r, "color", "goods"),
             "restaurant": self._restaurant,
             "hotel": self._hotel,
             "issue": lambda r: self._two(r, "complaint", "floor"),
             "host": lambda r: f"{r.choice(self._lists['host_role'])}-{self._integer(r, 10, 99)}",
-            "email": lambda r: self._email(r),
+            "email": self._email,
             "date": self._date,
             "time": lambda r: f"{r.randrange(6, 23):02d}:{self._integer(r, 0, 59):02d}",
             "symbol": lambda r: "".join(r.choice(_LETTERS[self._heldout :: 2]) for _ in range(r.choice((3, 4)))),
@@ -194,19 +199,19 @@ class Values:
             "amount": lambda r: self._money(r, 20, 5000),
             "budget": lambda r: self._integer(r, 20, 400),
             "principal": lambda r: self._integer(r, 20, 900) * 1000,
-            "interest": lambda r: r.randrange(10, 90) / 10,
+            "interest": lambda r: plain_number(r.randrange(10, 90) / 10),
             "mass": lambda r: self._integer(r, 40, 130),
             "height": lambda r: r.randrange(150, 205),
-            "kilograms": lambda r: self._integer(r, 5, 300) / 10,
+            "kilograms": lambda r: plain_number(self._integer(r, 5, 300) / 10),
             "measure": lambda r: self._money(r, 3, 900),
-            "setpoint": lambda r: r.randrange(32, 52) / 2,
+            "setpoint": lambda r: plain_number(r.randrange(32, 52) / 2),
             "degrees": lambda r: r.randrange(-8, 38),
             "humidity": lambda r: r.randrange(20, 98),
             "index": lambda r: r.randrange(12, 190),
-            "price": lambda r: r.randrange(900, 60000) / 100,
+            "price": lambda r: plain_number(r.randrange(900, 60000) / 100),
             "fare": lambda r: r.randrange(30, 900),
             "rate": lambda r: r.randrange(200, 20000) / 10000,
-            "kilometers": lambda r: r.randrange(20, 9000) / 10,
+            "kilometers": lambda r: plain_number(r.randrange(20, 9000) / 10),
             "count": lambda r: r.randrange(2, 9),
             "delay": lambda r: r.randrange(2, 12) * 5,
         }

@@ -47,18 +47,72 @@ Summer, Road, Valley, Engine, Orchard, Desert, Candle, Castle, Meadow, Signal, V
 Sparrow, Horizon, Clock, Station, Harvest, Compass, Violin, Feather, Planet, Market, Journey, Lighthouse, Key,
 Storm, Village, Dream, Stranger, Circle, Wolf, Anchor, Map, Canyon, Tiger, Rose, Ship, Door, Stone, Crown
 """)
-COMMON_WORDS = _words("""
-ardent, brisk, candid, dwindle, elated, frugal, gleam, hamper, jovial, keen, linger, meager, nimble, obscure,
-placid, quaint, robust, serene, tangle, vivid, wary, zealous, ample, blunt, clumsy, dreary, eager, fickle, grim,
-humble, idle, lavish, mend, novel, ponder, rugged, shrewd, timid, usher, vast, adept, barren, cease, dusk, emit,
-feeble, gather, haste, inert, lament
+
+
+def _dictionary(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    entries = {}
+    for line in text.strip().splitlines():
+        word, _, entry = line.partition(": ")
+        meaning, _, synonyms = entry.partition("; ")
+        entries[word] = (meaning, tuple(synonyms.split(", ")))
+    return entries
+
+
+DICTIONARY = _dictionary("""
+ardent: very eager; passionate, keen
+brisk: quick and active; lively, fast
+candid: open and honest; frank, sincere
+dwindle: to become less; shrink, decrease
+elated: very happy; overjoyed, thrilled
+frugal: careful with money; thrifty, sparing
+gleam: to shine softly; glow, shimmer
+hamper: to make progress hard; hinder, impede
+jovial: cheerful and friendly; merry, jolly
+keen: very interested; eager, avid
+linger: to stay longer than needed; remain, dawdle
+meager: small in amount; scanty, sparse
+nimble: quick in movement; agile, swift
+obscure: not well known; unknown, unclear
+placid: calm and peaceful; serene, quiet
+quaint: old-fashioned and charming; curious, picturesque
+robust: strong and healthy; sturdy, tough
+serene: calm and untroubled; peaceful, tranquil
+tangle: to twist into a mess; knot, snarl
+vivid: bright and clear; intense, striking
+wary: careful about danger; cautious, alert
+zealous: full of eagerness; fervent, devoted
+ample: more than enough; plentiful, abundant
+blunt: not sharp; dull, rounded
+clumsy: awkward in movement; ungainly, bumbling
+dreary: dull and sad; bleak, gloomy
+eager: wanting something very much; keen, impatient
+fickle: changing opinion often; capricious, changeable
+grim: serious and without hope; bleak, harsh
+humble: not proud; modest, meek
+idle: doing nothing; inactive, lazy
+lavish: rich and generous; opulent, luxurious
+mend: to put back in order; repair, fix
+novel: new and unusual; fresh, original
+ponder: to think with care; consider, reflect
+rugged: rough and uneven; craggy, rocky
+shrewd: showing good judgment; astute, clever
+timid: lacking courage; shy, fearful
+usher: to show the way; guide, escort
+vast: of great size; huge, immense
+adept: very skilled; expert, proficient
+barren: where nothing grows; bare, infertile
+cease: to come to an end; stop, halt
+dusk: the time after sunset; twilight, nightfall
+emit: to send out; release, discharge
+feeble: without strength; weak, frail
+gather: to bring together; collect, assemble
+haste: too much speed; hurry, rush
+inert: unable to move; motionless, still
+lament: to express sorrow; mourn, grieve
 """)
-SENSES = _words("""
-full of energy, in short supply, slow to change, easy to see, hard to please, quick to act, calm and steady,
-open and honest, to become less, to stay longer than needed, to think with care, to shine for a moment,
-careful about danger, of great size, rough or uneven, showing good sense, lacking courage, to bring to an end,
-careful with money, full of joy
-""")
+"""Word -> meaning and synonyms."""
+
+COMMON_WORDS = tuple(DICTIONARY)
 SUBJECTS = _words("""
 My brother, The teacher, Our neighbor, The doctor, My aunt, The driver, Her cousin, The manager, Our guest, The painter,
 My sister, The captain, His uncle, The nurse, Our coach, The baker, My friend, The lawyer, The gardener, My boss

@@ -1,0 +1,85 @@
+"""Compare runs: `python -m agentft.compare runs/<sweep>` prints what differs, what it scored, and what is best.
+
+Any number of run folders, sweep folders or folders of these; finished or not. `--csv`, `--markdown` and `--html` write
+the comparison into files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agentft.comparison.ranking import Ranking, rank
+from agentft.comparison.runs import read_runs
+from agentft.comparison.tables import csv_text, markdown, rich_table
+from agentft.errors import AgentftError, RunError
+from agentft.runs import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    options = _parse_options(arguments)
+    try:
+        ranking = rank(read_runs([Path(path) for path in options.paths]), options.sort)
+        title = " ".join(Path(path).absolute().name for path in options.paths)
+        if options.csv:
+            _write(Path(options.csv), csv_text(ranking))
+        if options.markdown:
+            _write(Path(options.markdown), markdown(ranking, title))
+        from rich.console import Console
+
+        _show(ranking, Console())
+    except AgentftError as error:
+        sys.stderr.write(f"compare: {error}\n")
+        return 1
+    return 0
+
+
+def write_sweep_tables(sweep: Path, console: Console | None = None, metric: str = "arg_f1") -> None:
+    """Write `sweep.csv` and `sweep.md` into a sweep folder, and print the table if there is a console for it."""
+    try:
+        ranking = rank(read_runs([sweep]), metric)
+    except RunError:
+        return  # no job has left a trace
+    folder = RunFolder(sweep)
+    folder.write_text(Path("sweep.csv"), csv_text(ranking))
+    folder.write_text(Path("sweep.md"), markdown(ranking, sweep.name))
+    if console is not None:
+        _show(ranking, console)
+
+
+def _show(ranking: Ranking, console: Console) -> None:
+    if not console.is_terminal:  # in a file or a pipe, a table has no terminal to fit into
+        from rich.console import Console
+
+        console = Console(file=console.file, width=160)
+    console.print(rich_table(ranking, console.width))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m agentft.compare", description="Compare runs: what differs, what it scored, what is best."
+    )
+    parser.add_argument("paths", nargs="+", metavar="FOLDER", help="run folder, sweep folder, or a folder of these")
+    parser.add_argument("--sort", default="arg_f1", metavar="METRIC", help="what decides (default: arg_f1)")
+    parser.add_argument("--csv", metavar="FILE", help="write every number in full")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

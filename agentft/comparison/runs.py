@@ -1,0 +1,247 @@
+"""Runs as a comparison reads them: settings, state and results of every run folder below the given ones.
+
+Reads files only, of finished and unfinished runs alike, and needs neither torch nor Hydra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentft.errors import RunError
+from agentft.runs import read_json
+
+_MARKS_OF_A_RUN = ("config.yaml", "status.json", "job.json")
+_DEEPEST = 3
+"""`runs/` holds sweeps, and those their jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric with its 95 % interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    conversations: int = 0
+
+
+@dataclass(kw_only=True)
+class ComparedRun:
+    """One run folder, read."""
+
+    folder: Path
+    name: str
+    state: str
+    """waiting, running, finished, failed, stopped or died (its process is gone without a word)."""
+    reason: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Every setting by its dotted name."""
+    swept: frozenset[str] = frozenset()
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Of the answers after training."""
+    before: dict[str, Score] = field(default_factory=dict)
+    """Of the untrained model."""
+    signature: str = ""
+    """What was measured and how; see `agentft.evaluation.metrics`."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """Error kind -> steps that show it."""
+    loss: float | None = None
+    """Held-out loss, the latest."""
+    step: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    """Of the whole run, by its own clock."""
+    peak_memory_bytes: int | None = None
+    train_examples: int | None = None
+    """Conversations that were trained on, after the sample was taken."""
+
+    def number(self, name: str) -> float | None:
+        """A metric, `loss`, or a cost, by name."""
+        if name in self.scores:
+            return self.scores[name].value
+        value = getattr(self, name, None) if name in NUMBERS else None
+        return None if value is None else float(value)
+
+    def curve(self) -> list[dict[str, float]]:
+        """The lines of `metrics.jsonl`, their finite numbers only."""
+        rows = []
+        with contextlib.suppress(OSError):
+            for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    rows.append({key: float(value) for key, value in row.items() if _is_number(value)})
+        return rows
+
+
+NUMBERS = ("loss", "seconds", "tokens", "peak_memory_bytes", "step")
+"""What a run can be sorted by besides its metrics."""
+
+
+def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
+    """All runs in `paths`, each a run folder, a sweep folder or a folder of these.
+
+    Raises:
+        RunError: a path is not there, or no run is found.
+    """
+    folders: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise RunError(f"{path}: no such folder; expected a run folder or a folder of runs")
+        folders += [folder for folder in _run_folders(path, _DEEPEST) if folder not in folders]
+    if not folders:
+        raise RunError(f"{', '.join(map(str, paths))}: no run there; expected folders that train.py made")
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.folder.parent.name}/{run.name}"
+    return runs
+
+
+def _run_folders(path: Path, depth: int) -> Iterable[Path]:
+    if any((path / name).is_file() for name in _MARKS_OF_A_RUN):
+        yield path.absolute()
+    elif depth > 0:
+        for child in sorted(path.iterdir(), key=_natural):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _run_folders(child, depth - 1)
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    """`10_rank-4` after `9_rank-64`."""
+    number = path.name.partition("_")[0]
+    return (int(number) if number.isascii() and number.isdigit() else -1, path.name)
+
+
+def read_run(folder: Path) -> ComparedRun:
+    """One run folder; whatever is not there yet stays empty."""
+    status, job = _read(folder / "status.json"), _read(folder / "job.json")
+    summary, after = _read(folder / "summary.json"), _read(folder / "metrics" / "after.json")
+    state, reason = _state(status, job)
+    seconds = job.get("seconds") if _is_number(job.get("seconds")) else None
+    run = ComparedRun(
+        folder=folder,
+        name=folder.name,
+        state=state,
+        reason=reason,
+        settings=_settings(folder, job),
+        swept=frozenset(str(text).lstrip("+~").partition("=")[0] for text in job.get("swept") or ()),
+        scores=_scores(after),
+        before=_scores(_read(folder / "metrics" / "before.json")),
+        signature=str(after.get("signature", "")),
+        errors={str(kind): int(count) for kind, count in (after.get("errors") or {}).items()},
+        loss=_number(status.get("eval_loss"), summary.get("best_value")),
+        step=_whole(summary.get("steps"), status.get("step")),
+        steps=_whole(status.get("steps"), summary.get("steps")),
+        tokens=_whole(summary.get("tokens"), status.get("train_tokens")),
+        seconds=seconds,
+        peak_memory_bytes=_whole(summary.get("peak_memory_bytes")),
+        train_examples=_train_examples(folder),
+    )
+    if run.seconds is None:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            run.seconds = _between(status["started"], status["updated"])
+    return run
+
+
+def _state(status: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]:
+    state = str(status.get("state") or "waiting")
+    reason = str(status.get("error") or "")
+    if state == "finished" or not job:
+        if state == "running" and _is_gone(status):
+            return "died", "its process is gone"
+        return state, reason
+    # The launcher saw the end of a job that could not speak for itself any more.
+    if job.get("state") in ("failed", "stopped"):
+        return str(job["state"]), str(job.get("reason") or reason)
+    if job.get("state") == "running" and _is_gone(job | {"host": status.get("host", socket.gethostname())}):
+        return "died", "its process is gone"
+    return str(job.get("state") or state), reason if job.get("state") != "waiting" else ""
+
+
+def _is_gone(record: Mapping[str, Any]) -> bool:
+    if record.get("host") != socket.gethostname() or not isinstance(record.get("pid"), int):
+        return False
+    try:
+        os.kill(record["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _settings(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        # Not started yet, or failed before it knew itself: the launcher's word.
+        tree = dict(job.get("settings") or {})
+        if "threads" in tree:
+            tree["threads"] = job.get("threads")
+    if not isinstance(tree, dict):
+        return {}
+    return {key: value for key, value in _flat(tree, "") if key != "defaults"}
+
+
+def _flat(value: Any, key: str) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _flat(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, Score]:
+    return {
+        str(name): Score(
+            float(metric["value"]),
+            _number(metric.get("low")),
+            _number(metric.get("high")),
+            int(metric.get("conversations") or 0),
+        )
+        for name, metric in (report.get("metrics") or {}).items()
+        if _is_number(metric.get("value"))
+    }
+
+
+def _train_examples(folder: Path) -> int | None:
+    part = _read(folder / "data" / "manifest.json").get("train")
+    return _whole(part.get("conversations")) if isinstance(part, dict) else None
+
+
+def _between(first: str, last: str) -> float:
+    from datetime import datetime
+
+    return (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(*values: Any) -> float | None:
+    return next((float(value) for value in values if _is_number(value)), None)
+
+
+def _whole(*values: Any) -> int | None:
+    return next((int(value) for value in values if _is_number(value)), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except RunError:
+        return {}
+    return value if isinstance(value, dict) else {}

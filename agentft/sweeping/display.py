@@ -1,0 +1,166 @@
+"""How far a sweep is: a live table on a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from agentft.progress import console
+from agentft.runs import read_json
+from agentft.sweeping.jobs import Job
+from agentft.sweeping.slots import Slot
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+_REFRESH_SECONDS = 1.0
+_LINE_SECONDS = 60.0
+_COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "stopped": "yellow", "waiting": "dim"}
+_ORDER = ("running", "failed", "stopped", "waiting", "finished")
+
+
+class Display:
+    """Shows jobs while they run; `say` prints a line at any time."""
+
+    def __init__(self, sweep: Path, jobs: Sequence[Job], slots: Sequence[Slot]) -> None:
+        self.console: Console = console()
+        self._sweep = sweep
+        self._jobs = jobs
+        self._slots = slots
+        self._live: Live | None = None
+        self._shown = time.monotonic()
+        self._before = sum(job.state == "finished" for job in jobs)
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        done = f", {self._before} finished before" if self._before else ""
+        slot = self._slots[0]
+        where = f"{len(slot.gpus)} GPU(s), " if slot.gpus else ""
+        self.say(
+            f"sweep of {len(self._jobs)} jobs{done}; {len(self._slots)} at a time, each with {where}{slot.threads} thread(s)"
+        )
+        if self.console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=self.console, transient=True, get_renderable=self._table, refresh_per_second=1)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def seen(self, job: Job) -> None:
+        """A job started or ended."""
+        if self._live is not None:
+            return
+        done = sum(each.state in ("finished", "failed", "stopped") for each in self._jobs)
+        match job.state:
+            case "running":
+                attempt = f" (attempt {job.attempts})" if job.attempts > 1 else ""
+                words = f"started{attempt}: {' '.join(job.swept) or 'no overrides'}"
+            case "finished":
+                objective = job.objective
+                words = f"finished in {_duration(job.seconds)}" + (
+                    "" if objective is None else f", objective {objective:.4f}"
+                )
+            case _:
+                words = f"{job.state} after {_duration(job.seconds)}: {job.reason}"
+        self.say(f"[{done}/{len(self._jobs)}] {job.name} {words}")
+
+    def tick(self) -> None:
+        """Called often; a line about the running jobs once a minute where there is no live table."""
+        if self._live is not None or time.monotonic() - self._shown < _LINE_SECONDS:
+            return
+        self._shown = time.monotonic()
+        for job in self._jobs:
+            if job.state == "running":
+                how_far = {name: value for name, value in zip(_COLUMNS, _progress(job), strict=True) if value}
+                self.say(f"  {job.name}: " + ", ".join(f"{name} {value}" for name, value in how_far.items()))
+
+    def _table(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        counts = Counter(job.state for job in self._jobs)
+        title = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+        table = Table(title=f"{self._sweep.name}: {title}{self._left()}", title_justify="left")
+        for name in ("job", "overrides", "state", *_COLUMNS):
+            table.add_column(name, justify="left" if name in ("job", "overrides", "state") else "right")
+        room = max(4, self.console.height - 6)
+        shown = list(self._jobs)
+        if len(shown) > room:
+            shown = sorted(shown, key=lambda job: (_ORDER.index(job.state), job.number))[: room - 1]
+        for job in shown:
+            words = job.state if job.reason is None else f"{job.state}: {job.reason[:60]}"
+            how_far = _progress(job) if job.state in ("running", "finished") else [""] * len(_COLUMNS)
+            swept = " ".join(override.rpartition(".")[2] for override in job.swept)
+            table.add_row(str(job.number), Text(swept), Text(words, _COLOURS[job.state]), *how_far)
+        if len(shown) < len(self._jobs):
+            table.add_row("…", Text(f"{len(self._jobs) - len(shown)} more"), "", *[""] * len(_COLUMNS))
+        return table
+
+    def _left(self) -> str:
+        """Time to the end, from the jobs that have finished in this launch."""
+        done = [job.seconds for job in self._jobs if job.state == "finished" and job.seconds]
+        todo = sum(job.state in ("waiting", "running") for job in self._jobs)
+        if not done or not todo:
+            return ""
+        return f"; about {_duration(sum(done) / len(done) * todo / min(todo, len(self._slots)))} left"
+
+
+_COLUMNS = ("step", "loss", "held-out", "arg_f1", "time left")
+
+
+def _progress(job: Job) -> list[str]:
+    """Step, losses, metric and time left, from the run's own files."""
+    status = job.status
+    step, steps = status.get("step"), status.get("steps")
+    where = f"{step}/{steps}" if step is not None and steps else ""
+    metric = ""
+    if job.state == "finished":
+        try:
+            metric = _number(read_json(job.folder / "summary.json").get("after", {}).get("arg_f1"))
+        except Exception:
+            metric = ""
+    return [
+        where,
+        _number(status.get("train_loss")),
+        _number(status.get("eval_loss")),
+        metric,
+        _job_left(status) if job.state == "running" else _duration(job.seconds),
+    ]
+
+
+def _job_left(status: dict[str, Any]) -> str:
+    step, steps, started = status.get("step"), status.get("steps"), status.get("started")
+    updated = status.get("updated")
+    if not step or not steps or not isinstance(started, str) or not isinstance(updated, str):
+        return ""
+    # From its start to its last word, so that a pause of the machine does not count as work.
+    elapsed = (datetime.fromisoformat(updated) - datetime.fromisoformat(started)).total_seconds()
+    return _duration(elapsed / step * (steps - step))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else ""
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min" if minutes < 100 and rest == 0 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

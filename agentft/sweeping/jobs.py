@@ -1,0 +1,155 @@
+"""One job of a sweep: what it is, how it is started by hand, and what `job.json` keeps of it.
+
+`status.json` is written by the run itself. What a run cannot say of itself (that it was killed, with which exit code it
+ended, that it never started) stands in `job.json` beside it, which only the launcher writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from agentft.errors import RunError
+from agentft.runs import RunFolder, read_json
+from agentft.secrets import redact_text
+
+JobState = Literal["waiting", "running", "finished", "failed", "stopped"]
+
+FILE = "job.json"
+LOG = "job.log"
+
+NOT_IN_IDENTITY = ("run_dir", "output_dir", "tracking")
+"""Settings that say where a job writes, not what it computes."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One job. The fields are those of `job.json`, but for `folder`."""
+
+    folder: Path
+    number: int
+    identity: str
+    """Hash of the resolved settings: the same job in the same sweep folder has the same identity."""
+    overrides: list[str]
+    """Settings given on the command line or swept, as Hydra writes them."""
+    swept: list[str]
+    """Those of them in which the jobs of the sweep differ."""
+    settings: dict[str, Any]
+    """Every setting, resolved."""
+    threads: int
+    """CPU threads it is given."""
+    command: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the launcher adds to the environment."""
+    state: JobState = "waiting"
+    attempts: int = 0
+    exit_code: int | None = None
+    signal: str | None = None
+    """Name of the signal that ended it."""
+    reason: str | None = None
+    """Why it is not finished."""
+    started: str | None = None
+    ended: str | None = None
+    seconds: float | None = None
+    """Of the last attempt."""
+    pid: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.folder.name
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the run says of itself; empty before it says anything."""
+        return _read_or_empty(self.folder / "status.json")
+
+    @property
+    def objective(self) -> float | None:
+        """The number a sweeper optimises, from the run's status or summary."""
+        for record in (self.status, _read_or_empty(self.folder / "summary.json")):
+            value = record.get("objective")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return float(value)
+        return None
+
+    @property
+    def command_line(self) -> str:
+        """The command for a shell, with its environment, that runs this job alone."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
+
+    def write(self) -> None:
+        """Replace `job.json`."""
+        record = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "folder"}
+        RunFolder(self.folder).write_json(Path(FILE), {"name": self.name, "line": self.command_line, **record})
+
+    def take_over(self, record: Mapping[str, Any]) -> None:
+        """Go on from what `job.json` of an earlier launch says."""
+        for name in ("state", "attempts", "exit_code", "signal", "reason", "started", "ended", "seconds"):
+            setattr(self, name, record.get(name, getattr(self, name)))
+        if self.attempts:
+            # A checkpoint goes on only with the same number of threads, so a job keeps the number it began with.
+            self.threads = record.get("threads") or self.threads
+        if self.state != "finished" and self.status.get("state") == "finished":
+            self.state, self.reason = "finished", None  # by the printed command, by hand
+        if self.state != "finished":
+            self.state = "waiting"
+
+
+def identity_of(settings: Mapping[str, Any]) -> str:
+    """16 hex digits that two jobs share if they compute the same."""
+    kept = {name: value for name, value in settings.items() if name not in NOT_IN_IDENTITY}
+    text = json.dumps(kept, sort_keys=True, default=str, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def earlier_jobs(sweep: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Identity -> folder and `job.json` of the jobs that earlier launches put into this sweep folder."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted([*sweep.glob(f"*/{FILE}"), *sweep.glob(f"*/*/{FILE}")]):
+        record = _read_or_empty(path)
+        if isinstance(record.get("identity"), str):
+            found.setdefault(record["identity"], (path.parent, record))
+    return found
+
+
+def free_folder(wanted: Path, identity: str) -> Path:
+    """`wanted`, or a name beside it if another job has it already."""
+    if not wanted.exists() or not any(wanted.iterdir()):
+        return wanted
+    return wanted.with_name(f"{wanted.name}_{identity[:6]}")
+
+
+def last_words(log: Path) -> str:
+    """Why a job ended, from the last lines of its output, for a job that says nothing of itself."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    words = [line.strip() for line in lines if re.search(r"\w", line) and not line.startswith("$ ")]
+    errors = [line for line in words[-20:] if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    return redact_text((errors or words or [""])[-1])[:300]
+
+
+def varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Of each job's overrides, those that not all jobs have."""
+    everywhere = set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else set()
+    return [[override for override in job if override not in everywhere] for job in overrides]
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except RunError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,250 @@
+"""A sweep from Hydra's list of overrides to its table: plan the jobs, skip what is done, run the rest, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from agentft.errors import RunError
+from agentft.runs import SWEEP_FOLDER_VARIABLE
+from agentft.sweeping.display import Display
+from agentft.sweeping.jobs import Job, earlier_jobs, free_folder, identity_of, varying
+from agentft.sweeping.pool import Pool, Rules
+from agentft.sweeping.slots import make_slots, visible_gpus
+
+_OURS = (
+    "hydra.run.dir",
+    "hydra.mode",
+    "hydra.sweep",
+    "hydra.sweeper",
+    "hydra.launcher",
+    "hydra/sweeper",
+    "hydra/launcher",
+)
+"""Overrides that speak of the sweep and not of a job."""
+
+
+@dataclass(kw_only=True)
+class LaunchOptions(Rules):
+    """`hydra.launcher.*`; each is explained there."""
+
+    slots: int | None = None
+    gpus_per_job: int = 1
+    threads_per_job: int | None = None
+
+
+class _FailedJob(JobReturn):
+    """Raises like Hydra's own, without its line on stderr: the reasons have been printed."""
+
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def launch(
+    context: HydraContext,
+    config: DictConfig,
+    options: LaunchOptions,
+    job_overrides: Sequence[Sequence[str]],
+    first_number: int,
+) -> list[JobReturn]:
+    """Run a batch of jobs, each in its own process, and return an outcome for each.
+
+    A failed job does not disturb the others; Hydra raises its error when all have ended.
+    """
+    setup_globals()
+    sweep = Path(str(config.hydra.sweep.dir)).absolute()
+    slots = make_slots(options.slots, options.gpus_per_job, options.threads_per_job, visible_gpus())
+    sweep.mkdir(parents=True, exist_ok=True)
+    with _only_launcher(sweep):
+        jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
+        distinct = list({job.identity: job for job in jobs}.values())
+        for job in distinct:
+            job.write()
+        waiting = [job for job in distinct if job.state != "finished"]
+        display = Display(sweep, distinct, slots)
+        with display:
+            stopped = Pool(slots, options, seen=display.seen, tick=display.tick).run(waiting)
+        _report(sweep, distinct, config, display)
+    if stopped == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+    failed = [job for job in distinct if job.state != "finished"]
+    return [_outcome(job, job_config, failed, len(distinct)) for job, job_config in zip(jobs, configs, strict=True)]
+
+
+def _plan(
+    context: HydraContext,
+    config: DictConfig,
+    sweep: Path,
+    job_overrides: Sequence[Sequence[str]],
+    first_number: int,
+    threads: int,
+) -> tuple[list[Job], list[DictConfig]]:
+    """Compose every job, and tell by the identity of its settings whether an earlier launch has it already."""
+    known = earlier_jobs(sweep)
+    planned: dict[str, Job] = {}
+    jobs, configs = [], []
+    differing = varying([list(filter_overrides(list(overrides))) for overrides in job_overrides])
+    for i, overrides in enumerate(job_overrides):
+        composed = context.config_loader.load_sweep_config(config, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = first_number + i
+        configs.append(composed)
+        settings = _settings(composed)
+        identity = identity_of(settings)
+        if identity in planned:  # `rank=4,4`, or only its folder differs
+            jobs.append(planned[identity])
+            continue
+        folder, record = known.get(identity, (None, {}))
+        if folder is None:
+            folder = free_folder(sweep / str(composed.hydra.sweep.subdir), identity)
+        job = Job(
+            folder=folder,
+            number=first_number + i,
+            identity=identity,
+            overrides=list(filter_overrides(list(overrides))),
+            swept=differing[i],
+            settings=settings,
+            threads=settings.get("threads") or threads,
+            environment={SWEEP_FOLDER_VARIABLE: str(sweep)},
+        )
+        job.take_over(record)
+        job.command = _command(config, overrides, folder)
+        if "threads" in settings and settings["threads"] is None:
+            job.command.append(f"threads={job.threads}")
+        planned[identity] = job
+        jobs.append(job)
+    return jobs, configs
+
+
+def _settings(composed: DictConfig) -> dict[str, Any]:
+    """Everything but Hydra's own node, resolved; that one cannot be before the job runs."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    try:
+        return {
+            str(name): OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+            if OmegaConf.is_config(value := composed[name])
+            else value.name
+            if isinstance(value, Enum)
+            else value
+            for name in composed
+            if name != "hydra"
+        }
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> list[str]:
+    """What anybody can type to run this job alone."""
+    hydra = config.hydra
+    flags = []
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", readable(Path(source.path))]
+    flags += ["--config-name", str(hydra.job.config_name)]
+    kept = [str(o) for o in hydra.overrides.hydra if not str(o).lstrip("+~").startswith(_OURS)]
+    return [*entry_point(), *flags, *kept, *overrides, f"hydra.run.dir={quoted(readable(folder))}", "hydra.mode=RUN"]
+
+
+def entry_point() -> list[str]:
+    """Interpreter and program of this process: a script, or a module run with `-m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return [sys.executable, "-m", str(spec.name).removesuffix(".__main__")]
+    return [sys.executable, sys.argv[0]]
+
+
+def quoted(text: str) -> str:
+    """`text` as the value of a Hydra override."""
+    if re.fullmatch(r"[A-Za-z_./][\w./-]*/[\w./-]*", text, flags=re.ASCII):
+        return text
+    return QuotedString(text=text, quote=Quote.double).with_quotes()
+
+
+def readable(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Display) -> None:
+    """The table, printed and written; then what failed, why, and how to go on."""
+    from agentft.compare import write_sweep_tables
+
+    write_sweep_tables(sweep, display.console)
+    left = [job for job in jobs if job.state != "finished"]
+    display.say(f"sweep folder: {readable(sweep)}")
+    if not left:
+        return
+    display.say(f"{len(left)} of {len(jobs)} jobs are not finished:")
+    for job in left:
+        display.say(f"  {job.name}: {job.state}{f' ({job.reason})' if job.reason else ''}")
+        if job.state == "failed":
+            display.say(f"    log:   {readable(job.folder / 'job.log')}")
+            display.say(f"    alone: {job.command_line}")
+    display.say("run only these again: " + _again(sweep, config))
+
+
+def _again(sweep: Path, config: DictConfig) -> str:
+    """The command of this sweep, with its folder named so that finished jobs are found."""
+    words = [*entry_point(), *sys.argv[1:]]
+    if not any(str(o).startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
+        words.append(f"hydra.sweep.dir={quoted(readable(sweep))}")
+    return shlex.join(words)
+
+
+def _outcome(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:
+    finished = job.state == "finished"
+    outcome = JobReturn() if finished else _FailedJob()
+    outcome.overrides = list(job.overrides)
+    outcome.hydra_cfg = OmegaConf.create({"hydra": composed.hydra})
+    with open_dict(composed):
+        del composed["hydra"]
+    outcome.cfg = composed
+    outcome.working_dir = str(job.folder)
+    outcome.task_name = "agentft"
+    outcome.status = JobStatus.COMPLETED if finished else JobStatus.FAILED
+    if finished:
+        outcome.return_value = job.objective
+    else:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in failed)
+        outcome.return_value = RunError(f"{len(failed)} of {total} jobs failed: {reasons}")
+    return outcome
+
+
+@contextlib.contextmanager
+def _only_launcher(sweep: Path) -> Iterator[None]:
+    """Two launchers on one sweep folder would start every job twice."""
+    handle = os.open(sweep / ".launcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{sweep}: another launcher works in this sweep folder; wait for it or end it") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)

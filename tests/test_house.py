@@ -1,0 +1,112 @@
+"""The house: imports go down, names say what a room is for, and the README's map is complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "agentft"
+
+FLOORS = {
+    5: ("config", "launch", "plugins", "sweeping"),
+    4: ("recipes", "compare", "comparison", "score"),
+    3: ("training", "evaluation"),
+    2: ("model",),
+    1: ("data",),
+    0: ("errors", "secrets", "runs", "runtime", "tracking", "progress", "__init__"),
+}
+"""Room -> floor. A module imports rooms of lower floors and its own room; on floors 0, 4 and 5 also its neighbours."""
+
+MAY_MEET_NEIGHBOURS = {0, 4, 5}
+BANNED = {"utils", "util", "helpers", "helper", "common", "misc", "base", "tools_misc"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def _floor(room: str) -> int:
+    for floor, rooms in FLOORS.items():
+        if room in rooms:
+            return floor
+    raise AssertionError(f"agentft.{room} has no floor: add it to FLOORS and to docs/architecture.md")
+
+
+def _imports(path: Path) -> set[str]:
+    """Return the agentft modules that a file imports, inside functions too; imports for types alone count as well."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module] if node.module != "agentft" else [f"agentft.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name for name in names if name == "agentft" or name.startswith("agentft.")}
+    return found
+
+
+def _module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_module_name)
+def test_imports_go_down(path: Path):
+    room = _room(_module_name(path))
+    floor = _floor(room)
+    for imported in _imports(path):
+        other = _room(imported)
+        allowed = other == room or _floor(other) < floor or (_floor(other) == floor and floor in MAY_MEET_NEIGHBOURS)
+        assert allowed, f"{path.name} (floor {floor}) imports {imported} (floor {_floor(other)})"
+
+
+def test_only_the_composition_knows_hydra():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(module.split(".")[0] in ("hydra", "omegaconf") for module in modules):
+                assert _floor(_room(_module_name(path))) == 5, f"{path} imports {modules}"
+
+
+def test_no_module_is_a_drawer_of_odds_and_ends():
+    for path in ROOT.rglob("*.py"):
+        if not {".venv", "build"} & set(path.parts):
+            assert path.stem not in BANNED, path
+
+
+def test_every_module_opens_with_what_it_is_for():
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+
+
+def test_the_map_in_the_readme_lists_every_room():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms = {_module_name(path).split(".")[1] for path in MODULES if path.parent != PACKAGE or path.stem != "__init__"}
+    for room in sorted(rooms):
+        assert re.search(rf"`?agentft/{room}\b", readme), f"README.md does not say where agentft/{room} is"
+
+
+def test_importing_a_room_prints_nothing_and_loads_no_torch_where_none_is_needed():
+    light = "agentft.config, agentft.recipes.config, agentft.data.records, agentft.tracking, agentft.runs, agentft.score"
+    code = f"import {light}, sys; sys.exit(' '.join(m for m in ('torch', 'transformers', 'wandb') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_our_entry_points_hide_no_package_of_the_same_name():
+    """`evaluate` and `train` are also names of packages; nothing we depend on may pick ours up when run from here."""
+    code = (
+        "import sys; import torch, transformers, peft, modelscope, rouge_score, safetensors, datasets, wandb;"
+        "ours = [n for n in ('train', 'evaluate') if n in sys.modules]; sys.exit(' '.join(ours))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -1,0 +1,363 @@
+"""The sweep launcher: jobs that die in every way cost only themselves, and the same command again does only what is left.
+
+Most tests launch a small program of their own: the launcher starts whatever program it was started from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentft.compare import main as compare
+from agentft.errors import ConfigError
+from agentft.sweeping.jobs import identity_of, varying
+from agentft.sweeping.processes import describe_exit
+from agentft.sweeping.slots import make_slots, visible_gpus
+
+REPOSITORY = Path(__file__).parent.parent
+
+PROGRAM = """
+import json, os, resource, signal, subprocess, sys, time
+from pathlib import Path
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+sys.path.append(os.environ["PLUGINS"])
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="stub")
+def main(config):
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    began = time.time()
+    act = "ok" if config.act != "sleep" and Path("mended").exists() else config.act
+    if act == "raise":
+        raise ValueError("a broken thing")
+    if act == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if act == "exit":
+        sys.exit(3)
+    if act == "quiet_exit":
+        (folder / "status.json").write_text(json.dumps({"state": "failed", "error": "SystemExit: 0"}))
+        sys.exit(0)
+    if act == "memory":
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        bytearray(2**31)
+    if act == "flaky" and not (folder / "tried").exists():
+        (folder / "tried").touch()
+        raise RuntimeError("the first time goes wrong")
+    if act in ("sleep", "stubborn"):
+        if act == "stubborn":
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        child = subprocess.Popen(["sleep", "321"], start_new_session=act == "stubborn")
+        (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
+        try:
+            time.sleep(120)
+        except KeyboardInterrupt:
+            (folder / "asked").touch()
+            raise
+    time.sleep(config.seconds)
+    seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "AGENTFT_SWEEP_DIR")}
+    (folder / "seen.json").write_text(json.dumps({"text": config.text, "began": began, "ended": time.time(), **seen}))
+    (folder / "status.json").write_text(json.dumps({"state": "finished", "objective": 0.25}))
+
+
+main()
+"""
+
+STUB = """
+defaults: [_self_, override hydra/launcher: agentft]
+act: ok
+text: ""
+seconds: 0.0
+threads: null
+hydra:
+  output_subdir: null
+  job_logging: {root: null}
+"""
+
+
+class Sweep:
+    """A folder with the small program, and what its launches leave there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "job.py").write_text(PROGRAM)
+        (folder / "stub.yaml").write_text(STUB)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
+            "PLUGINS": str(REPOSITORY / "agentft" / "plugins"),
+            "PYTHONPATH": str(REPOSITORY),
+        }
+
+    def command(self, *overrides: str, out: str = "out") -> list[str]:
+        where = f"hydra.sweep.dir={out}"
+        return [sys.executable, "job.py", "--config-dir", ".", "-m", where, *overrides]
+
+    def launch(self, *overrides: str, out: str = "out", **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*overrides, out=out),
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*overrides),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def jobs(self, out: str = "out") -> dict[int, dict[str, Any]]:
+        records = [json.loads(path.read_text()) for path in (self.folder / out).glob("*/job.json")]
+        return {record["number"]: record for record in records}
+
+    def seen(self, out: str = "out") -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted((self.folder / out).glob("*/seen.json"))]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- A job that dies costs only itself ---
+
+
+def test_every_death_is_survived_and_named_and_the_same_command_does_only_what_is_left(sweep: Sweep) -> None:
+    overrides = ["act=ok,raise,kill,exit,quiet_exit,memory", "hydra.launcher.slots=2"]
+    done = sweep.launch(*overrides)
+    assert done.returncode == 1
+    jobs = sweep.jobs()
+    assert [jobs[i]["state"] for i in range(6)] == ["finished", *["failed"] * 5]
+    assert jobs[1]["reason"] == "exit code 1: ValueError: a broken thing"
+    assert (jobs[2]["reason"], jobs[2]["signal"]) == ("killed by SIGKILL (out of memory?)", "SIGKILL")
+    assert (jobs[3]["reason"][:11], jobs[3]["exit_code"]) == ("exit code 3", 3)
+    assert jobs[4]["reason"] == "exit code 0: SystemExit: 0"
+    assert "MemoryError" in jobs[5]["reason"]
+    assert all(job["started"] < job["ended"] for job in jobs.values())
+    assert "5 of 6 jobs are not finished" in done.stderr
+    assert "5 of 6 jobs failed" in done.stderr.splitlines()[-1], "the last word, also for a caller that sees only that"
+    assert "ValueError: a broken thing" in (sweep.folder / "out/1/job.log").read_text()
+    rows = (sweep.folder / "out/sweep.csv").read_text().splitlines()
+    assert len(rows) == 7
+    assert "| failed |" in (sweep.folder / "out/sweep.md").read_text()
+
+    (sweep.folder / "mended").touch()
+    done = sweep.launch(*overrides)
+    assert done.returncode == 0, done.stderr
+    jobs = sweep.jobs()
+    assert [jobs[i]["state"] for i in range(6)] == ["finished"] * 6
+    assert [jobs[i]["attempts"] for i in range(6)] == [1, 2, 2, 2, 2, 2]
+
+    done = sweep.launch("act=raise,ok,kill", "seconds=0.0")
+    assert done.returncode == 0
+    assert "sweep of 3 jobs, 3 finished before" in done.stderr, "what counts are the settings, not the numbers"
+    assert sweep.jobs()[1]["attempts"] == 2
+
+
+def test_the_printed_command_runs_one_job_alone_and_the_sweep_then_leaves_it_alone(sweep: Sweep) -> None:
+    done = sweep.launch("act=ok,raise")
+    (command,) = re.findall(r"alone: (.*)", done.stderr)
+    (sweep.folder / "mended").touch()
+    subprocess.run(command, shell=True, cwd=sweep.folder, env=sweep.environment, check=True, timeout=60)
+    (again,) = re.findall(r"run only these again: (.*)", done.stderr)
+    done = subprocess.run(
+        again, shell=True, cwd=sweep.folder, env=sweep.environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "2 finished before" in done.stderr
+    assert sweep.jobs()[1]["attempts"] == 1
+
+
+def test_a_job_is_tried_again_as_often_as_asked(sweep: Sweep) -> None:
+    done = sweep.launch("act=flaky,raise", "hydra.launcher.retry=1")
+    assert done.returncode == 1
+    jobs = sweep.jobs()
+    assert [(jobs[i]["state"], jobs[i]["attempts"]) for i in range(2)] == [("finished", 2), ("failed", 2)]
+    assert "(attempt 2)" in done.stderr
+
+
+def test_a_job_over_its_time_limit_is_ended_with_all_it_started(sweep: Sweep) -> None:
+    done = sweep.launch("act=sleep,stubborn,ok", *LIMIT)
+    assert done.returncode == 1
+    jobs = sweep.jobs()
+    assert [jobs[i]["state"] for i in range(3)] == ["failed", "failed", "finished"]
+    assert jobs[0]["reason"] == "time limit of 0.05 minutes"
+    assert (sweep.folder / "out/0/asked").exists(), "asked as by Ctrl-C first"
+    assert jobs[1]["signal"] == "SIGKILL"
+    for number in (0, 1):
+        for pid in (sweep.folder / f"out/{number}/pids").read_text().split():
+            assert not is_alive(int(pid))
+
+
+LIMIT = ["hydra.launcher.time_limit=0.05", "hydra.launcher.grace=1", "hydra.launcher.slots=3"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, None), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_stopping_the_launcher_leaves_no_child_alive(sweep: Sweep, number: signal.Signals, code: int | None) -> None:
+    launcher = sweep.start("act=sleep,stubborn,ok", "hydra.launcher.slots=2", "hydra.launcher.grace=1.5")
+    pids = [sweep.folder / f"out/{i}/pids" for i in range(2)]
+    wait_for(lambda: all(path.exists() and path.read_text().count(" ") for path in pids))
+    launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=30)
+    assert launcher.returncode == code if code is not None else launcher.returncode != 0
+    assert not any(is_alive(int(pid)) for path in pids for pid in path.read_text().split())
+    jobs = sweep.jobs()
+    assert [jobs[i]["state"] for i in range(3)] == ["stopped", "stopped", "waiting"]
+    assert jobs[0]["reason"] == f"stopped by {number.name}"
+    assert "3 of 3 jobs are not finished" in said
+
+
+def test_one_launcher_at_a_time_works_in_a_sweep_folder(sweep: Sweep) -> None:
+    first = sweep.start("act=sleep", "hydra.launcher.grace=1")
+    wait_for((sweep.folder / "out/0/pids").exists)
+    second = sweep.launch("act=sleep")
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert second.returncode == 1
+    assert "another launcher works in this sweep folder" in second.stderr
+
+
+# --- What a job is given ---
+
+
+def test_values_and_folders_reach_the_job_as_they_were_typed(sweep: Sweep) -> None:
+    texts = ["a b", "a=b", "a,b", 'say "Grüße" 你好', "it's", "[x]{y: 1}", "back\\slash", "null"]
+    quoted = ",".join('"' + text.replace('"', '\\"') + '"' for text in texts)
+    out = "an out, with=ümlaut"
+    done = sweep.launch(f"text={quoted}", "hydra.sweep.dir='an out, with=ümlaut'", "hydra.launcher.slots=4", out="unused")
+    assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in sweep.seen(out)] == texts
+    assert {row["AGENTFT_SWEEP_DIR"] for row in sweep.seen(out)} == {str(sweep.folder / out)}
+    words = done.stderr.splitlines()
+    assert any(line.startswith("sweep folder: an out, with=ümlaut") for line in words)
+
+
+def test_running_jobs_never_share_a_gpu(sweep: Sweep) -> None:
+    done = sweep.launch("seconds=0.3,0.31,0.32,0.33,0.34", "hydra.launcher.gpus_per_job=2", CUDA_VISIBLE_DEVICES="3,7,GPU-ab,1,5")
+    assert done.returncode == 0, done.stderr
+    assert "2 at a time, each with 2 GPU(s)" in done.stderr
+    rows = sweep.seen()
+    assert {row["CUDA_VISIBLE_DEVICES"] for row in rows} == {"3,7", "GPU-ab,1"}
+    for i, one in enumerate(rows):
+        for other in rows[i + 1 :]:
+            if one["CUDA_VISIBLE_DEVICES"] == other["CUDA_VISIBLE_DEVICES"]:
+                assert one["ended"] <= other["began"] or other["ended"] <= one["began"]
+
+
+def test_cores_are_shared_out_among_slots() -> None:
+    assert [(slot.gpus, slot.threads) for slot in make_slots(None, 1, None, [], cores=8)] == [(None, 8)]
+    assert [slot.threads for slot in make_slots(3, 1, None, [], cores=8)] == [2, 2, 2]
+    assert [slot.threads for slot in make_slots(None, 1, 4, [], cores=8)] == [4, 4]
+    on_gpus = make_slots(None, 2, None, ["0", "1", "2", "3", "4"], cores=8)
+    assert [(slot.gpus, slot.threads) for slot in on_gpus] == [(("0", "1"), 4), (("2", "3"), 4)]
+    assert make_slots(2, 0, None, ["0"], cores=8)[1].environment()["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in make_slots(1, 1, None, [], cores=8)[0].environment()
+
+
+@pytest.mark.parametrize(
+    ("slots", "gpus_per_job", "gpus", "words"),
+    [
+        (3, 1, ["0", "1"], "3 slot.*but 2 GPU"),
+        (None, 3, ["0", "1"], "3 GPU.* each"),
+        (None, 2, [], "no GPU is visible"),
+        (0, 1, [], "slots=0"),
+    ],
+)
+def test_more_than_there_is_is_refused(slots: int | None, gpus_per_job: int, gpus: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_slots(slots, gpus_per_job, None, gpus, cores=4)
+
+
+def test_visible_gpus_are_those_of_the_environment() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2, GPU-8a,-1,5"}) == ["2", "GPU-8a"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+# --- Small laws ---
+
+
+def test_identity_is_what_a_job_computes_and_not_where() -> None:
+    settings = {"rank": 4, "run_dir": "runs/a", "output_dir": "runs", "tracking": {"mode": "offline"}}
+    elsewhere = settings | {"run_dir": "runs/b", "output_dir": "/tmp", "tracking": {"mode": "disabled"}}
+    assert identity_of(settings) == identity_of(elsewhere)
+    assert identity_of(settings) != identity_of(settings | {"rank": 8})
+
+
+def test_swept_are_the_overrides_in_which_jobs_differ() -> None:
+    assert varying([["a=1", "c=3"], ["a=2", "c=3"]]) == [["a=1"], ["a=2"]]
+    assert varying([["a=1"]]) == [[]]
+
+
+def test_exit_codes_in_words() -> None:
+    assert describe_exit(-9) == ("killed by SIGKILL (out of memory?)", "SIGKILL")
+    assert describe_exit(-11) == ("killed by SIGSEGV", "SIGSEGV")
+    assert describe_exit(2) == ("exit code 2", None)
+
+
+# --- The real program ---
+
+
+def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        *("model=tiny", "tracking=disabled", "dataset.conversations=8", "dataset.heldout=2", "dataset.max_length=8192"),
+        *("training.max_steps=2", "training.accumulation=2", "training.logging_steps=1", "evaluation.before=false"),
+        *("evaluation.max_new_tokens=4", "evaluation.steps=0", "evaluation.draws=100", "hydra.launcher.slots=2"),
+    ]
+    grid = ["sft_type.rank=2,4", "training.learning_rate=1e-3,1e-2"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *grid, *small, "hydra.sweep.dir=sweep"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.parent for path in (tmp_path / "sweep").glob("*/job.json"))
+    assert [folder.name for folder in folders] == [
+        "0_rank-2_learning_rate-1e-3",
+        "1_rank-2_learning_rate-1e-2",
+        "2_rank-4_learning_rate-1e-3",
+        "3_rank-4_learning_rate-1e-2",
+    ]
+    for folder in folders:
+        assert json.loads((folder / "run.json").read_text())["sweep"] == str(tmp_path / "sweep")
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == 5
+    assert compare([str(tmp_path / "sweep")]) == 0
+    assert "best" in capsys.readouterr().out
+
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sweep of 4 jobs, 4 finished before" in done.stderr
