@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _write(Path(options.csv), csv_text(ranking))
         if options.markdown:
             _write(Path(options.markdown), markdown(ranking, title))
+        if options.html:
+            from agentft.comparison.page import html_page
+
+            _write(Path(options.html), html_page(ranking, title))
         from rich.console import Console
 
         _show(ranking, Console())
@@ -78,6 +82,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sort", default="arg_f1", metavar="METRIC", help="what decides (default: arg_f1)")
     parser.add_argument("--csv", metavar="FILE", help="write every number in full")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--html", metavar="FILE", help="write a page with charts; it needs no network")
     return parser.parse_args(arguments)
 
 

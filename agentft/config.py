@@ -95,6 +95,8 @@ def register_schemas() -> None:
 def _register_resolvers(swept: frozenset[str] | None) -> None:
     OmegaConf.register_new_resolver("run_slug", _run_slug, replace=True)
     OmegaConf.register_new_resolver("sweep_slug", functools.partial(_sweep_slug, swept), replace=True)
+    # As text and back, 1e-4 x 10 is 0.001 and not 0.0010000000000000002.
+    OmegaConf.register_new_resolver("product", lambda a, b: float(f"{a * b:.12g}"), replace=True)
 
 
 _NOT_IN_NAMES = {"output_dir", "run_dir", "tracking", "experiment", "hydra"}
@@ -772,7 +774,8 @@ def help_text(program: str, config_name: str, config_dir: str | None = None) -> 
         for i, option in enumerate(options(group, folders)):
             path = next(p for folder in folders if (p := folder / group / f"{option}.yaml").is_file())
             star = "*" if option == default else " "
-            lines.append(f"  {group if i == 0 else '':<12} {star}{option:<20} {_first_sentence(path)}")
+            words = textwrap.shorten(_first_sentence(path), 80, placeholder=" ...")
+            lines.append(f"  {group if i == 0 else '':<12} {star}{option:<20} {words}")
     lines += ["", "Examples:", _EXAMPLES.get(config_name, "").rstrip(), ""]
     lines += [
         "Flags, before all settings:",

@@ -48,7 +48,8 @@ def test_the_defaults_are_a_small_model_with_lora_on_synthetic_conversations() -
     config = composed()
     assert (config.model.name, config.sft_type.name, config.dataset.name) == ("smollm2-135m", "lora", "synthetic")
     assert (config.distributed.name, config.tracking.name) == ("single", "wandb")
-    assert config.training.learning_rate == 1e-4
+    assert config.training.learning_rate == 1e-3, "a small model takes ten times the method's rate"
+    assert composed("model=qwen-7b").training.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(("group", "option"), EVERY_OPTION, ids="=".join)
@@ -81,7 +82,9 @@ def test_every_sweep_composes(path: Path) -> None:
 
 def test_evaluate_composes() -> None:
     config = to_config(compose("evaluate", ["run=runs/some", "checkpoint=best"]), EvaluateConfig)
-    assert (config.run, config.checkpoint, config.evaluation.batch) == ("runs/some", "best", 8)
+    assert (config.run, config.checkpoint, config.evaluation) == ("runs/some", "best", None)
+    chosen = compose("evaluate", ["run=runs/some", "evaluation=default", "evaluation.batch=3"])
+    assert to_config(chosen, EvaluateConfig).evaluation.batch == 3
 
 
 def test_the_old_command_has_each_value_of_its_table() -> None:
@@ -127,7 +130,8 @@ def test_the_old_command_spells_out_what_the_old_table_says() -> None:
 
 
 def test_full_fine_tuning_has_the_smaller_learning_rate() -> None:
-    assert composed("sft_type=full").training.learning_rate == 1e-5
+    assert composed("model=qwen-7b", "sft_type=full").training.learning_rate == 1e-5
+    assert composed("sft_type=full").training.learning_rate == 1e-4, "ten times, for a small model"
     assert composed("sft_type=full", "training.learning_rate=3e-5").training.learning_rate == 3e-5
 
 
@@ -178,7 +182,7 @@ MISTAKES = [
     ("~sft_type", ["sft_type: missing"]),
     ("dataset=local", ["dataset.path: missing; give dataset.path=<value>. A file"]),
     ("dataset.max_length=???", ["dataset.max_length: missing"]),
-    ("model=smolm2", ["model=smolm2: no such option", "did you mean model=smollm2-135m?", "tiny"]),
+    ("model=smollm2-135", ["model=smollm2-135: no such option", "did you mean model=smollm2-135m?", "tiny"]),
     ("experiment=msagent_7b", ["experiment=msagent_7b: no such option", "did you mean experiment=msagent_7b_lora?"]),
     ("training={epochz:3}", ["training is a group"]),
     ("modle=x", ["modle: no such setting", "did you mean model?"]),
@@ -190,7 +194,7 @@ MISTAKES = [
     ("training.learning_rate=${sft_type.lr}", ["training.learning_rate:", "sft_type.lr"]),
     ("sft_type.rank=4,8", ["sft_type.rank=4,8: several values", "-m"]),
     ("-m sft_type.rank=4,0", ["sft_type.rank=0: expected at least 1"]),
-    ("-m model=tiny,smolm2", ["model=smolm2: no such option"]),
+    ("-m model=tiny,smollm2-135", ["model=smollm2-135: no such option"]),
     ("-m sft_type.rnak=4,8", ["sft_type.rnak:", "did you mean sft_type.rank?"]),
     ("-m run_dir=x seed=1,2", ["run_dir: names one folder"]),
     ("+model._target_=os.system", ["model._target_: refused"]),
@@ -246,7 +250,7 @@ def test_a_typo_in_a_file_is_refused_with_the_file(
     wrong = {
         "typo": "sft_type: {rnak: 4}",
         "type": "sft_type: {rank: many}",
-        "group": "defaults: [override /model: smolm2]",
+        "group": "defaults: [override /model: smollm2-135]",
         "target": "model: {_target_: os.system}",
         "broken": "model: [",
     }
@@ -319,7 +323,8 @@ def test_a_sweep_makes_one_folder_per_job_named_by_its_swept_values(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AGENTFT_SWEEP_DIR", raising=False)
-    configs = run(monkeypatch, "-m", "model=tiny", "sft_type=lora,full", "training.learning_rate=1e-3,1e-2")
+    # Hydra's own launcher runs the jobs in this process; ours is tested in test_launcher.py.
+    configs = run(monkeypatch, "-m", "hydra/launcher=basic", "model=tiny", "sft_type=lora,full", "training.learning_rate=1e-3,1e-2")
     assert [Path(config.run_dir).name for config in configs] == [
         "0_lora_learning_rate-0.001",
         "1_lora_learning_rate-0.01",

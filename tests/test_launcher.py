@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
 
 from agentft.compare import main as compare
-from agentft.errors import ConfigError
-from agentft.sweeping.jobs import identity_of, varying
+from agentft.errors import ConfigError, RunError
+from agentft.sweeping.jobs import Job, identity_of, varying
+from agentft.sweeping.launch import outcome_of
 from agentft.sweeping.processes import describe_exit
 from agentft.sweeping.slots import make_slots, visible_gpus
 
@@ -194,7 +197,14 @@ def test_the_printed_command_runs_one_job_alone_and_the_sweep_then_leaves_it_alo
     subprocess.run(command, shell=True, cwd=sweep.folder, env=sweep.environment, check=True, timeout=60)
     (again,) = re.findall(r"run only these again: (.*)", done.stderr)
     done = subprocess.run(
-        again, shell=True, cwd=sweep.folder, env=sweep.environment, capture_output=True, text=True, timeout=60, check=True
+        again,
+        shell=True,
+        cwd=sweep.folder,
+        env=sweep.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert "2 finished before" in done.stderr
     assert sweep.jobs()[1]["attempts"] == 1
@@ -256,7 +266,9 @@ def test_values_and_folders_reach_the_job_as_they_were_typed(sweep: Sweep) -> No
     texts = ["a b", "a=b", "a,b", 'say "Grüße" 你好', "it's", "[x]{y: 1}", "back\\slash", "null"]
     quoted = ",".join('"' + text.replace('"', '\\"') + '"' for text in texts)
     out = "an out, with=ümlaut"
-    done = sweep.launch(f"text={quoted}", "hydra.sweep.dir='an out, with=ümlaut'", "hydra.launcher.slots=4", out="unused")
+    done = sweep.launch(
+        f"text={quoted}", "hydra.sweep.dir='an out, with=ümlaut'", "hydra.launcher.slots=4", out="unused"
+    )
     assert done.returncode == 0, done.stderr
     assert [row["text"] for row in sweep.seen(out)] == texts
     assert {row["AGENTFT_SWEEP_DIR"] for row in sweep.seen(out)} == {str(sweep.folder / out)}
@@ -265,7 +277,9 @@ def test_values_and_folders_reach_the_job_as_they_were_typed(sweep: Sweep) -> No
 
 
 def test_running_jobs_never_share_a_gpu(sweep: Sweep) -> None:
-    done = sweep.launch("seconds=0.3,0.31,0.32,0.33,0.34", "hydra.launcher.gpus_per_job=2", CUDA_VISIBLE_DEVICES="3,7,GPU-ab,1,5")
+    done = sweep.launch(
+        "seconds=0.3,0.31,0.32,0.33,0.34", "hydra.launcher.gpus_per_job=2", CUDA_VISIBLE_DEVICES="3,7,GPU-ab,1,5"
+    )
     assert done.returncode == 0, done.stderr
     assert "2 at a time, each with 2 GPU(s)" in done.stderr
     rows = sweep.seen()
@@ -305,7 +319,38 @@ def test_visible_gpus_are_those_of_the_environment() -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
 
 
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        ("GPU 0: NVIDIA H200 (UUID: GPU-1c)\nGPU 1: NVIDIA H200 (UUID: GPU-2d)\n", ["0", "1"]),
+        ("GPU 0: NVIDIA H200 (UUID: GPU-1c)\n  MIG 1g.18gb Device 0: (UUID: MIG-a1)\n", ["MIG-a1"]),
+        ("", []),
+    ],
+)
+def test_gpus_and_their_parts_are_found_without_torch(
+    listed: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert visible_gpus({}) == found
+
+
 # --- Small laws ---
+
+
+def test_a_sweeper_gets_the_objective_of_a_finished_job_and_the_error_of_a_failed_one(tmp_path: Path) -> None:
+    job = Job(folder=tmp_path, number=0, identity="x", overrides=["a=1"], swept=[], settings={}, threads=1)
+    composed = OmegaConf.create({"a": 1, "hydra": {"job": {"num": 0}}})
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished", "objective": 0.5}))
+    job.state = "finished"
+    assert outcome_of(job, composed.copy(), [], 1).return_value == 0.5
+    job.state, job.reason = "failed", "exit code 1"
+    outcome = outcome_of(job, composed.copy(), [job], 1)
+    assert outcome.status == JobStatus.FAILED
+    with pytest.raises(RunError, match="1 of 1 jobs failed: .*: exit code 1"):
+        _ = outcome.return_value
 
 
 def test_identity_is_what_a_job_computes_and_not_where() -> None:
@@ -317,7 +362,7 @@ def test_identity_is_what_a_job_computes_and_not_where() -> None:
 
 def test_swept_are_the_overrides_in_which_jobs_differ() -> None:
     assert varying([["a=1", "c=3"], ["a=2", "c=3"]]) == [["a=1"], ["a=2"]]
-    assert varying([["a=1"]]) == [[]]
+    assert varying([["a=1"]]) == [["a=1"]]
 
 
 def test_exit_codes_in_words() -> None:
@@ -328,13 +373,15 @@ def test_exit_codes_in_words() -> None:
 
 # --- The real program ---
 
+TINY = [
+    *("model=tiny", "tracking=disabled", "dataset.conversations=8", "dataset.heldout=2", "dataset.max_length=8192"),
+    *("training.accumulation=2", "training.logging_steps=1", "evaluation.before=false", "evaluation.max_new_tokens=4"),
+    *("evaluation.steps=0", "evaluation.draws=100"),
+]
+
 
 def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = [
-        *("model=tiny", "tracking=disabled", "dataset.conversations=8", "dataset.heldout=2", "dataset.max_length=8192"),
-        *("training.max_steps=2", "training.accumulation=2", "training.logging_steps=1", "evaluation.before=false"),
-        *("evaluation.max_new_tokens=4", "evaluation.steps=0", "evaluation.draws=100", "hydra.launcher.slots=2"),
-    ]
+    small = [*TINY, "training.max_steps=2", "hydra.launcher.slots=2"]
     grid = ["sft_type.rank=2,4", "training.learning_rate=1e-3,1e-2"]
     command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *grid, *small, "hydra.sweep.dir=sweep"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -344,10 +391,10 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert done.returncode == 0, done.stderr
     folders = sorted(path.parent for path in (tmp_path / "sweep").glob("*/job.json"))
     assert [folder.name for folder in folders] == [
-        "0_rank-2_learning_rate-1e-3",
-        "1_rank-2_learning_rate-1e-2",
-        "2_rank-4_learning_rate-1e-3",
-        "3_rank-4_learning_rate-1e-2",
+        "0_rank-2_learning_rate-0.001",
+        "1_rank-2_learning_rate-0.01",
+        "2_rank-4_learning_rate-0.001",
+        "3_rank-4_learning_rate-0.01",
     ]
     for folder in folders:
         assert json.loads((folder / "run.json").read_text())["sweep"] == str(tmp_path / "sweep")
@@ -361,3 +408,54 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert done.returncode == 0, done.stderr
     assert "sweep of 4 jobs, 4 finished before" in done.stderr
+
+
+DEATHS = """
+import os, resource, signal, sys
+
+seed = next((int(word[5:]) for word in sys.argv if word.startswith("seed=") and word[5:].isdigit()), None)
+if "hydra.mode=RUN" in sys.argv and not os.path.exists("mended"):
+
+    def die(*_):
+        if seed in (4, 15):
+            raise RuntimeError("injected")
+        if seed in (8, 19):
+            sys.exit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if seed == 23:
+        resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+    elif seed in (4, 8, 11, 15, 19):
+        signal.signal(signal.SIGALRM, die)
+        signal.setitimer(signal.ITIMER_REAL, 4 + seed / 4)
+"""
+"""Python runs `sitecustomize.py` at its start: six of 24 jobs die by exception, exit, SIGKILL or want of memory."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_chaos_of_24_real_jobs_loses_six_names_six_and_repeats_six(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DEATHS)
+    steady = ["training.max_steps=40", "hydra.launcher.slots=2", "hydra.sweep.dir=sweep"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), "-m", "seed=range(24)", *TINY, *steady]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    first = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    records = {path.parent: json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/job.json")}
+    failed = {record["number"]: record["reason"] for record in records.values() if record["state"] == "failed"}
+    assert sorted(failed) == [4, 8, 11, 15, 19, 23], first.stderr
+    assert sum(record["state"] == "finished" for record in records.values()) == 18
+    assert all("injected" in failed[i] for i in (4, 15))
+    assert all("exit code 3" in failed[i] for i in (8, 19))
+    assert "SIGKILL" in failed[11]
+    assert first.returncode == 1
+
+    (tmp_path / "mended").touch()
+    second = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert second.returncode == 0, second.stderr
+    attempts = {json.loads((folder / "job.json").read_text())["number"]: folder for folder in records}
+    again = [n for n, folder in attempts.items() if json.loads((folder / "job.json").read_text())["attempts"] == 2]
+    assert sorted(again) == sorted(failed)

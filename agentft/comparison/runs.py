@@ -165,7 +165,7 @@ def _state(status: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]
     # The launcher saw the end of a job that could not speak for itself any more.
     if job.get("state") in ("failed", "stopped"):
         return str(job["state"]), str(job.get("reason") or reason)
-    if job.get("state") == "running" and _is_gone(job | {"host": status.get("host", socket.gethostname())}):
+    if job.get("state") == "running" and _is_gone(job):
         return "died", "its process is gone"
     return str(job.get("state") or state), reason if job.get("state") != "waiting" else ""
 

@@ -26,8 +26,8 @@ def rich_table(ranking: Ranking, width: int = 160) -> Table:
 
     shown = 6 if width >= 150 else 4 if width >= 120 else 2 if width >= 96 else 1
     wanted = sorted(ranking.metrics, key=lambda name: (name != ranking.metric, ranking.metrics.index(name)))[:shown]
-    header, rows = _cells(ranking, [name for name in ranking.metrics if name in wanted], short=True)
-    caption = "\n".join(_notes(ranking))
+    header, rows = table_cells(ranking, [name for name in ranking.metrics if name in wanted], short=True)
+    caption = "\n".join(table_notes(ranking))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     words = {"", "run", "state", *ranking.differing.values()}
     for name in header:
@@ -39,14 +39,14 @@ def rich_table(ranking: Ranking, width: int = 160) -> Table:
 
 def markdown(ranking: Ranking, title: str = "") -> str:
     """The same table as Markdown."""
-    header, rows = _cells(ranking, ranking.metrics)
+    header, rows = table_cells(ranking, ranking.metrics)
     lines = [f"# {title}", ""] if title else []
     lines.append("| " + " | ".join(map(_escaped, header)) + " |")
     lines.append("|" + "---|" * len(header))
     for row in rows:
         cells = [f"**{_escaped(text)}**" if is_best and text else _escaped(text) for text, is_best in row]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = _notes(ranking)
+    notes = table_notes(ranking)
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -63,7 +63,7 @@ def csv_text(ranking: Ranking) -> str:
     writer.writerow(header)
     for run in ranking.runs:
         row: list[Any] = [run.name, run.state, run.reason, ranking.marks.get(run.name, ""), ranking.p.get(run.name)]
-        row += [_setting(run.settings.get(key)) for key in ranking.differing]
+        row += [setting_text(run.settings.get(key)) for key in ranking.differing]
         row.append(run.loss)
         for name in metrics:
             score = run.scores.get(name)
@@ -72,7 +72,7 @@ def csv_text(ranking: Ranking) -> str:
     return out.getvalue()
 
 
-def _cells(
+def table_cells(
     ranking: Ranking, metrics: Sequence[str], *, short: bool = False
 ) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Header and rows; a cell is its text and whether it is the best of its column."""
@@ -80,12 +80,12 @@ def _cells(
     all_finished = all(run.state == "finished" for run in runs)
     columns: list[tuple[str, list[str], int | None]] = [
         ("", [ranking.marks.get(run.name, "") for run in runs], None),
-        ("run", _names(runs) if short else [run.name for run in runs], None),
+        ("run", short_names(runs) if short else [run.name for run in runs], None),
     ]
     if not all_finished:
         columns.append(("state", [_state(run) for run in runs], None))
     for key, name in ranking.differing.items():
-        columns.append((name, [_setting(run.settings.get(key)) for run in runs], None))
+        columns.append((name, [setting_text(run.settings.get(key)) for run in runs], None))
     for name in metrics:
         columns.append((name, [_score(run, name, 0 if short else 1) for run in runs], _best(ranking, name)))
     columns.append(
@@ -109,7 +109,8 @@ def _best(ranking: Ranking, name: str) -> int | None:
     return min(known, key=lambda item: (sign * item[0], item[1]))[1]
 
 
-def _notes(ranking: Ranking) -> list[str]:
+def table_notes(ranking: Ranking) -> list[str]:
+    """What a reader must know to read the table."""
     notes = [f"in order of {ranking.metric}; metrics in percent with their 95 % intervals"] if ranking.metrics else []
     counts = Counter(run.state for run in ranking.runs)
     if counts["finished"] < len(ranking.runs):
@@ -123,7 +124,7 @@ def _state(run: ComparedRun) -> str:
     return run.state
 
 
-def _setting(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A value as Hydra writes it."""
     match value:
         case None | bool():
@@ -131,12 +132,12 @@ def _setting(value: Any) -> str:
         case float():
             return f"{value:g}"
         case list():
-            return "[" + ",".join(map(_setting, value)) + "]"
+            return "[" + ",".join(map(setting_text, value)) + "]"
         case _:
             return str(value)
 
 
-def _names(runs: Sequence[ComparedRun]) -> list[str]:
+def short_names(runs: Sequence[ComparedRun]) -> list[str]:
     """The numbers of the jobs of one sweep, since their settings stand beside them; else names."""
     numbers = [run.name.partition("_")[0] for run in runs]
     return numbers if all(map(str.isdigit, numbers)) and len(set(numbers)) == len(runs) else [run.name for run in runs]
@@ -146,12 +147,9 @@ def _score(run: ComparedRun, name: str, digits: int) -> str:
     score = run.scores.get(name)
     if score is None:
         return ""
-    interval = (
-        ""
-        if score.low is None or score.high is None
-        else f" [{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]"
-    )
-    return f"{100 * score.value:.1f}{interval}"
+    if score.low is None or score.high is None:
+        return f"{100 * score.value:.1f}"
+    return f"{100 * score.value:.1f} [{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]"
 
 
 def _fixed(value: float | None, digits: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ModelError
+from agentft.model.sentencepiece_tokenizer import fast_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +73,9 @@ def rename(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """Write a fast tokenizer, from tokenizer.json where there is one, else from the SentencePiece model.
+    """Write the fast tokenizer that gives the ids of `tokenizer.model`.
 
     Raises:
-        ModelError: neither is there.
+        ModelError: the file is missing or damaged, or of another kind.
     """
-    raise NotImplementedError
+    fast_tokenizer(source / "tokenizer.model").save_pretrained(folder)

@@ -80,6 +80,8 @@ class ModelConfig:
     """Token that ends every step of the agent; null: the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Linear layers that LoRA adapts when `sft_type.targets` is null."""
+    learning_rate_scale: float = 1.0
+    """Factor on the default learning rate of the method; small models want larger steps."""
     context: int = 2048
     """Positions that the model was trained for; `dataset.max_length` may not exceed it."""
     dtype: Dtype = Dtype.auto

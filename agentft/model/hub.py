@@ -85,7 +85,7 @@ def fetch(
             that are not what the hub lists, a full disk, or nothing usable in the repository; one line each.
     """
     if not _MODEL_ID.fullmatch(model_id) or ".." in model_id:
-        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name")
+        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
     record = _record_path(hub, model_id, revision, cache_dir)
     if offline:
         return _from_cache(hub, model_id, revision, cache_dir, record)
@@ -166,6 +166,8 @@ def _recorded(record: Path, commit: str | None, names: list[str] | None) -> Fetc
 def _from_cache(hub: Hub, model_id: str, revision: str | None, cache_dir: str | None, record: Path) -> FetchedModel:
     if (known := _recorded(record, None, None)) is not None:
         return known
+    if record.is_file():
+        raise _not_cached(hub, model_id, revision)
     try:
         folder = hub.cached(model_id, revision, cache_dir)
     except Exception as error:

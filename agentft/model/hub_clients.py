@@ -149,7 +149,13 @@ class HuggingFace:
     def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        # The client calls a snapshot incomplete that lacks any file which matches.
+        patterns = ["config.json", "tokenizer*", "model*.safetensors*"]
+        return Path(
+            snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=patterns
+            )
+        )
 
     def store(self, model_id: str, cache_dir: str | None) -> Path:
         from huggingface_hub import constants

@@ -208,5 +208,6 @@ def _random(config: ModelConfig) -> Path:
 def _needed(config: ModelConfig, field: str) -> str:
     value = getattr(config, field)
     if not value:
-        raise ModelError(f"model.source={config.source} needs model.{field}; model={config.name} has none")
+        either = "" if field == "wheel" else "model.id or "
+        raise ModelError(f"model.source={config.source} needs {either}model.{field}; model={config.name} has none")
     return str(value)

@@ -50,7 +50,8 @@ class EvaluateConfig:
     """Run folder that `train.py` made."""
     checkpoint: str = "final"
     """`final`, `best`, `last`, a step number, or `base` for the untrained model."""
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig | None = None
+    """null: as the run was trained with; else choose `evaluation=default` or another and override its values."""
     tracking: TrackingConfig
     threads: int | None = None
-    """CPU threads for torch; null: all cores."""
+    """CPU threads for torch; null: as the run was trained with."""

@@ -39,6 +39,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """
     opened = RunFolder.open(config.run)
     trained = saved_config(opened.path)
+    settings = config.evaluation or trained.evaluation
     with RunFolder.create(opened.path) as run:
         progress.set_up_logging(run.path / "evaluate.log")
         bench = set_up_bench(dataclasses.replace(trained, threads=config.threads or trained.threads))
@@ -48,13 +49,13 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"evaluate-{config.checkpoint}",
             bench.model,
             bench.tokenizer,
-            exam_steps(bench.data, bench.template, config.evaluation.conversations),
-            config.evaluation,
+            exam_steps(bench.data, bench.template, settings.conversations),
+            settings,
             stop_id=bench.stop_id,
             seen_tools=bench.data.train_tools,
         )
         write_exam(exam, run, bench.data.train_tools)
-        show_exams([exam], run, examples=config.evaluation.examples)
+        show_exams([exam], run, examples=settings.examples)
         log.info("metrics: %s", run.metrics(exam.name))
         return EvaluateResult(exam.value("arg_f1") or 0.0, run.metrics(exam.name))
 

@@ -198,10 +198,13 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
     )
     torch_device = runtime.torch_device(bench.device)
 
+    count = config.evaluation.conversations
+    exam = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
+
     def evaluate(step: int) -> Mapping[str, float]:
         loss = held_out_loss(
             objective,
-            bench.data.heldout_examples,
+            exam,
             batch=config.evaluation.batch,
             pad_id=bench.pad_id,
             device=torch_device,

@@ -76,7 +76,7 @@ class Display:
                     "" if objective is None else f", objective {objective:.4f}"
                 )
             case _:
-                words = f"{job.state} after {_duration(job.seconds)}: {job.reason}"
+                words = f"{job.outcome} (after {_duration(job.seconds)})"
         self.say(f"[{done}/{len(self._jobs)}] {job.name} {words}")
 
     def tick(self) -> None:
@@ -93,7 +93,7 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        counts = Counter(job.state for job in self._jobs)
+        counts: Counter[str] = Counter(job.state for job in self._jobs)
         title = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
         table = Table(title=f"{self._sweep.name}: {title}{self._left()}", title_justify="left")
         for name in ("job", "overrides", "state", *_COLUMNS):
@@ -103,10 +103,9 @@ class Display:
         if len(shown) > room:
             shown = sorted(shown, key=lambda job: (_ORDER.index(job.state), job.number))[: room - 1]
         for job in shown:
-            words = job.state if job.reason is None else f"{job.state}: {job.reason[:60]}"
             how_far = _progress(job) if job.state in ("running", "finished") else [""] * len(_COLUMNS)
             swept = " ".join(override.rpartition(".")[2] for override in job.swept)
-            table.add_row(str(job.number), Text(swept), Text(words, _COLOURS[job.state]), *how_far)
+            table.add_row(str(job.number), Text(swept), Text(job.outcome[:70], _COLOURS[job.state]), *how_far)
         if len(shown) < len(self._jobs):
             table.add_row("…", Text(f"{len(self._jobs) - len(shown)} more"), "", *[""] * len(_COLUMNS))
         return table

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shlex
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,13 @@ class Job:
         return _read_or_empty(self.folder / "status.json")
 
     @property
+    def outcome(self) -> str:
+        """State and reason in a few words."""
+        if self.reason is None or self.state == "stopped":
+            return self.reason or self.state
+        return f"{self.state}: {self.reason}"
+
+    @property
     def objective(self) -> float | None:
         """The number a sweeper optimises, from the run's status or summary."""
         for record in (self.status, _read_or_empty(self.folder / "summary.json")):
@@ -89,11 +97,13 @@ class Job:
     def write(self) -> None:
         """Replace `job.json`."""
         record = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "folder"}
-        RunFolder(self.folder).write_json(Path(FILE), {"name": self.name, "line": self.command_line, **record})
+        RunFolder(self.folder).write_json(
+            Path(FILE), {"name": self.name, "shell": self.command_line, "host": socket.gethostname(), **record}
+        )
 
     def take_over(self, record: Mapping[str, Any]) -> None:
         """Go on from what `job.json` of an earlier launch says."""
-        for name in ("state", "attempts", "exit_code", "signal", "reason", "started", "ended", "seconds"):
+        for name in ("number", "state", "attempts", "exit_code", "signal", "reason", "started", "ended", "seconds"):
             setattr(self, name, record.get(name, getattr(self, name)))
         if self.attempts:
             # A checkpoint goes on only with the same number of threads, so a job keeps the number it began with.

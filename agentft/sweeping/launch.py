@@ -39,6 +39,9 @@ _OURS = (
 )
 """Overrides that speak of the sweep and not of a job."""
 
+_EXPLAINED = 5
+"""Failures told at length: when all fail, they fail alike."""
+
 
 @dataclass(kw_only=True)
 class LaunchOptions(Rules):
@@ -91,7 +94,7 @@ def launch(
     if stopped is not None:
         raise SystemExit(128 + stopped)
     failed = [job for job in distinct if job.state != "finished"]
-    return [_outcome(job, job_config, failed, len(distinct)) for job, job_config in zip(jobs, configs, strict=True)]
+    return [outcome_of(job, job_config, failed, len(distinct)) for job, job_config in zip(jobs, configs, strict=True)]
 
 
 def _plan(
@@ -144,17 +147,15 @@ def _settings(composed: DictConfig) -> dict[str, Any]:
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(composed)
     try:
-        return {
-            str(name): OmegaConf.to_container(value, resolve=True, enum_to_str=True)
-            if OmegaConf.is_config(value := composed[name])
-            else value.name
-            if isinstance(value, Enum)
-            else value
-            for name in composed
-            if name != "hydra"
-        }
+        return {str(name): _plain(composed[name]) for name in composed if name != "hydra"}
     finally:
         HydraConfig.instance().cfg = before
+
+
+def _plain(value: Any) -> Any:
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+    return value.name if isinstance(value, Enum) else value
 
 
 def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> list[str]:
@@ -193,17 +194,23 @@ def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Displ
     """The table, printed and written; then what failed, why, and how to go on."""
     from agentft.compare import write_sweep_tables
 
-    write_sweep_tables(sweep, display.console)
+    try:
+        write_sweep_tables(sweep, display.console)
+    except Exception as error:  # the jobs' results are on disk: no fault of a table may cost the sweep its outcome
+        display.say(f"no table: {type(error).__name__}: {error}")
     left = [job for job in jobs if job.state != "finished"]
     display.say(f"sweep folder: {readable(sweep)}")
     if not left:
         return
     display.say(f"{len(left)} of {len(jobs)} jobs are not finished:")
+    explained = [job for job in left if job.state == "failed"][:_EXPLAINED]
     for job in left:
-        display.say(f"  {job.name}: {job.state}{f' ({job.reason})' if job.reason else ''}")
-        if job.state == "failed":
+        display.say(f"  {job.name}: {job.outcome}")
+        if job in explained:
             display.say(f"    log:   {readable(job.folder / 'job.log')}")
             display.say(f"    alone: {job.command_line}")
+    if sum(job.state == "failed" for job in left) > _EXPLAINED:
+        display.say("  the others' commands are in their job.json, under `shell`")
     display.say("run only these again: " + _again(sweep, config))
 
 
@@ -215,7 +222,8 @@ def _again(sweep: Path, config: DictConfig) -> str:
     return shlex.join(words)
 
 
-def _outcome(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:
+def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:
+    """What Hydra and its sweepers are told of a job; `failed` are all of the sweep that did not finish."""
     finished = job.state == "finished"
     outcome = JobReturn() if finished else _FailedJob()
     outcome.overrides = list(job.overrides)
@@ -229,7 +237,8 @@ def _outcome(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) 
     if finished:
         outcome.return_value = job.objective
     else:
-        reasons = "; ".join(f"{each.name}: {each.reason}" for each in failed)
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in failed[:_EXPLAINED])
+        reasons += f"; and {len(failed) - _EXPLAINED} more" if len(failed) > _EXPLAINED else ""
         outcome.return_value = RunError(f"{len(failed)} of {total} jobs failed: {reasons}")
     return outcome
 

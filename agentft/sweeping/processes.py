@@ -25,7 +25,7 @@ class JobProcess:
             self._output.flush()
             self._process = subprocess.Popen(
                 list(command),
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,

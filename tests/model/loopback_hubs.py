@@ -28,14 +28,12 @@ class Repository:
     """File -> what is sent in place of the listed content."""
     cut_once: dict[str, int] = field(default_factory=dict)
     """File -> bytes after which the connection is closed, the first time."""
+    cut_always: dict[str, int] = field(default_factory=dict)
+    """The same, each time, counted from the first byte that is sent."""
     refuse: tuple[int, dict[str, str]] | None = None
     """Status and headers of every answer about this repository."""
     log: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path, Range of each request."""
-
-    def fetched(self) -> list[str]:
-        """Files whose content was asked for, in order."""
-        return [path for method, path, _ in self.log if method == "GET" and not path.startswith("/api-")]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -66,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
     def note(self, what: str) -> None:
         self.repository.log.append((self.command, what, self.headers.get("Range", "")))
 
-    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, stop_after: int | None = None) -> None:
+    def send(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, stop_after: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -85,6 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.note(name)
         content = self.repository.served.get(name, self.repository.files[name])
         stop_after = self.repository.cut_once.pop(name, None) if self.command == "GET" else None
+        stop_after = self.repository.cut_always.get(name, stop_after)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
             self.send(200, content, {**headers, "Accept-Ranges": "bytes"}, stop_after)
@@ -134,7 +135,7 @@ class _HuggingFaceHandler(_Handler):
             self.note("/api-refused")
             status, headers = repository.refuse
             self.send(status, b"{}", headers)
-        elif (resolve or info)[resolve and 1 or 2] not in (None, "main", "v1", COMMIT):  # type: ignore[index]
+        elif (resolve[1] if resolve else info and info[2]) not in (None, "main", "v1", COMMIT):
             self.note("/api-no-revision")
             self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif resolve is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from agentft.errors import ModelError
@@ -62,7 +62,23 @@ def reference_ids(encoding: tiktoken.Encoding, text: str) -> list[int]:
     return encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all", disallowed_special=())
 
 
-ASSIGNED = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+def is_young_mark(character: str) -> bool:
+    """Whether it is a combining mark that the tokenizers package does not reorder in NFC: its tables are of Unicode 9.
+
+    The original normalised by Python, whose tables grow with its version, so for these marks it had no fixed answer.
+    """
+    if not unicodedata.combining(character):
+        return False
+    texts = [
+        f"a{before}{character}{after}" for before in ("", "\u0323", "\u0301") for after in ("", "\u0323", "\u0334")
+    ]
+    return any(NFC.normalize_str(text) != unicodedata.normalize("NFC", text) for text in texts)
+
+
+NFC = normalizers.NFC()
+EVERY = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+YOUNG_MARKS = [character for character in EVERY if is_young_mark(character)]
+ASSIGNED = sorted({*EVERY} - {*YOUNG_MARKS})
 ALPHABETS = [
     ASSIGNED,
     [chr(code) for code in range(0x20, 0x7F)],
@@ -119,6 +135,18 @@ def test_ids_are_tiktokens_on_every_character(both: tuple[Any, tiktoken.Encoding
     for row in rows[::8]:
         text = "".join(f"a{character} {character}\n" for character in row)
         assert tokenizer.encode(text) == reference_ids(encoding, text), ascii(row[0])
+
+
+def test_young_marks_are_few_and_differ_in_their_order_only(both: tuple[Any, tiktoken.Encoding]) -> None:
+    tokenizer, encoding = both
+    assert len(YOUNG_MARKS) < 150
+    for mark in YOUNG_MARKS:
+        assert tokenizer.encode(f"a{mark} b") == reference_ids(encoding, f"a{mark} b")
+        texts = (
+            tokenizer.decode(tokenizer.encode(f"a{mark}\u0323")),
+            encoding.decode(reference_ids(encoding, f"a{mark}\u0323")),
+        )
+        assert len({unicodedata.normalize("NFD", text) for text in texts}) == 1
 
 
 def test_text_comes_back(both: tuple[Any, tiktoken.Encoding]) -> None:

@@ -1,0 +1,245 @@
+"""The charts of the comparison page, each from a ranking; a chart for which there is nothing to show is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from agentft.comparison.fit import fit_sample_curve
+from agentft.comparison.ranking import Ranking
+from agentft.comparison.runs import ComparedRun
+from agentft.comparison.svg import Plot, Scale, category_scale, colour_of, linear_scale, setting_scale
+from agentft.comparison.tables import setting_text
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A chart with its heading and what to read from it."""
+
+    heading: str
+    body: str
+    words: str = ""
+
+
+class Charts:
+    """All charts of one ranking; a run has the same colour in each, deeper the better it is."""
+
+    def __init__(self, ranking: Ranking) -> None:
+        self._ranking = ranking
+        self._metric = ranking.metric if ranking.metric in ranking.metrics else next(iter(ranking.metrics), "")
+        self._scored = [run for run in ranking.runs if self._metric in run.scores]
+        values = [run.scores[self._metric].value for run in self._scored]
+        low, high = (min(values), max(values)) if values else (0.0, 0.0)
+        self._colours = {
+            run.name: colour_of((run.scores[self._metric].value - low) / (high - low) if high > low else 0.6)
+            for run in self._scored
+        }
+
+    def panels(self) -> Iterator[Panel]:
+        """In the order in which they are read."""
+        yield from self._learning_curves()
+        yield from self._settings()
+        yield from self._parallel()
+        yield from self._sample_size()
+        yield from self._costs()
+        yield from self._errors()
+
+    def _learning_curves(self) -> Iterator[Panel]:
+        for key, heading in (("eval/loss", "Held-out loss"), ("train/loss", "Training loss")):
+            curves = {
+                run.name: [(row["step"], row[key]) for row in run.curve() if key in row and "step" in row]
+                for run in reversed(self._ranking.runs)  # the best on top
+            }
+            curves = {name: points for name, points in curves.items() if points}
+            if not curves:
+                continue
+            points = [point for curve in curves.values() for point in curve]
+            plot = Plot(linear_scale([x for x, _ in points], "step"), linear_scale([y for _, y in points], key))
+            for name, curve in curves.items():
+                colour = self._colours.get(name, "")
+                plot.line(curve, colour=colour, run=name)
+                plot.dot(*curve[-1], f"{name}: {curve[-1][1]:.4f} at step {curve[-1][0]:g}", colour=colour, run=name)
+            yield Panel(heading, plot.svg())
+
+    def _settings(self) -> Iterator[Panel]:
+        if len(self._scored) < 2:
+            return
+        for key, short in self._ranking.differing.items():
+            scale, place = _setting_axis([run.settings.get(key) for run in self._scored], short)
+            plot = Plot(scale, self._metric_scale(self._scored))
+            by_place: dict[float, list[ComparedRun]] = {}
+            for run in self._scored:
+                by_place.setdefault(place(run.settings.get(key)), []).append(run)
+            means = [
+                (x, sum(run.scores[self._metric].value for run in runs) / len(runs))
+                for x, runs in sorted(by_place.items())
+            ]
+            plot.line(means, kind="mean")
+            for x, runs in by_place.items():
+                self._marks(plot, runs, x)
+            yield Panel(f"{self._metric} against {short}", plot.svg(), "Bars: 95 % intervals. Grey line: means.")
+
+    def _parallel(self) -> Iterator[Panel]:
+        settings = list(self._ranking.differing.items())
+        if len(self._scored) < 2 or not settings:
+            return
+        axes: list[tuple[Scale, Callable[[ComparedRun], float | None]]] = []
+        for key, short in settings:
+            scale, place = _setting_axis([run.settings.get(key) for run in self._scored], short)
+            axes.append((scale, lambda run, key=key, place=place: place(run.settings.get(key))))  # type: ignore[misc]
+        names = [self._metric, *(name for name in ("tool_acc", "rouge_l") if name != self._metric)]
+        for name in (name for name in names if all(name in run.scores for run in self._scored)):
+            values = [run.scores[name].value for run in self._scored]
+            if name != self._metric and len(set(values)) == 1:
+                continue
+            axes.append((linear_scale(values, f"{name} (%)", percent=True), lambda run, name=name: run.number(name)))  # type: ignore[misc]
+        losses = [run.loss for run in self._scored if run.loss is not None]
+        if len(losses) == len(self._scored):
+            axes.append((linear_scale(losses, "loss (low is up)", turned=True), lambda run: run.loss))
+        yield Panel("All settings and results at once", _parallel_svg(self._scored, axes, self._colours))
+
+    def _sample_size(self) -> Iterator[Panel]:
+        sized = [run for run in self._scored if run.train_examples]
+        sizes = sorted({run.train_examples or 0 for run in sized})
+        if len(sizes) < 3:
+            return
+        best = {size: max(r.scores[self._metric].value for r in sized if r.train_examples == size) for size in sizes}
+        fit = fit_sample_curve(list(best), list(best.values()))
+        assert fit is not None
+        ahead = 2 * sizes[-1]
+        curve = [(n, fit.value(n)) for n in _between(sizes[0], ahead)]
+        intervals = [value for run in sized for value in _ends(run, self._metric)]
+        plot = Plot(
+            setting_scale([*sizes, ahead], "training conversations"),
+            linear_scale([*intervals, *(y for _, y in curve)], f"{self._metric} (%)", percent=True),
+        )
+        plot.line([point for point in curve if point[0] <= sizes[-1]], kind="mean")
+        plot.line([point for point in curve if point[0] >= sizes[-1]], kind="mean ahead")
+        for size in sizes:
+            self._marks(plot, [run for run in sized if run.train_examples == size], float(size))
+        yield Panel(
+            f"{self._metric} against sample size",
+            plot.svg(),
+            f"Fit through the best run of each size: {fit.words} (misses by {100 * fit.residual:.1f} points). Dashed, as a "
+            f"guess: {100 * fit.value(ahead):.1f} with {ahead:,} conversations.",
+        )
+
+    def _costs(self) -> Iterator[Panel]:
+        costs: tuple[tuple[str, str, float], ...] = (
+            ("seconds", "minutes of the whole run", 60.0),
+            ("tokens", "tokens trained on", 1.0),
+            ("peak_memory_bytes", "peak memory, GiB", 2.0**30),
+        )
+        for name, label, unit in costs:
+            known = [(run, cost / unit) for run in self._scored if (cost := run.number(name)) is not None]
+            if len({round(cost, 3) for _, cost in known}) < 2:
+                continue
+            plot = Plot(linear_scale([cost for _, cost in known], label), self._metric_scale([run for run, _ in known]))
+            frontier: list[tuple[float, float]] = []
+            for cost, value in sorted(
+                ((c, r.scores[self._metric].value) for r, c in known), key=lambda p: (p[0], -p[1])
+            ):
+                if not frontier or value > frontier[-1][1]:
+                    frontier += [(cost, frontier[-1][1])] if frontier else []
+                    frontier.append((cost, value))
+            plot.line(frontier, kind="mean")
+            for run, cost in reversed(known):
+                self._mark(plot, run, cost)
+            yield Panel(f"{self._metric} against {label}", plot.svg(), "Grey line: nothing is better for less.")
+
+    def _errors(self) -> Iterator[Panel]:
+        runs = [run for run in self._ranking.runs if run.errors]
+        kinds = sorted(
+            {kind for run in runs for kind in run.errors}, key=lambda k: -sum(r.errors.get(k, 0) for r in runs)
+        )
+        if not kinds:
+            return
+        most = max(count for run in runs for count in run.errors.values()) or 1
+        head = "".join(f"<th>{escape(kind.replace('_', ' '))}</th>" for kind in kinds)
+        rows = []
+        for run in runs:
+            cells = "".join(
+                f'<td class="heat" style="--h:{run.errors.get(kind, 0) / most:.2f}">{run.errors.get(kind, 0)}</td>'
+                for kind in kinds
+            )
+            rows.append(f'<tr data-run="{escape(run.name, quote=True)}"><th>{escape(run.name)}</th>{cells}</tr>')
+        body = f'<div class="scroll"><table class="errors"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+        yield Panel("Errors", body, "Steps of the held-out conversations that show each kind of error.")
+
+    def _metric_scale(self, runs: Sequence[ComparedRun]) -> Scale:
+        ends = [value for run in runs for value in _ends(run, self._metric)]
+        return linear_scale(ends, f"{self._metric} (%)", percent=True)
+
+    def _marks(self, plot: Plot, runs: Sequence[ComparedRun], x: float) -> None:
+        """Runs of one value side by side, the best left."""
+        gap = min(9.0, 60.0 / len(runs))
+        for i, run in enumerate(runs):
+            self._mark(plot, run, x, (i - (len(runs) - 1) / 2) * gap)
+
+    def _mark(self, plot: Plot, run: ComparedRun, x: float, aside: float = 0.0) -> None:
+        """A run's metric with its interval, `aside` pixels beside its place."""
+        score, colour = run.scores[self._metric], self._colours[run.name]
+        if score.low is not None and score.high is not None:
+            plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
+        plot.dot(x, score.value, f"{run.name}: {100 * score.value:.1f}", colour=colour, run=run.name, aside=aside)
+
+
+def _ends(run: ComparedRun, metric: str) -> list[float]:
+    score = run.scores[metric]
+    return [value for value in (score.low, score.value, score.high) if value is not None]
+
+
+def _setting_axis(values: Sequence[object], label: str) -> tuple[Scale, Callable[[object], float]]:
+    """An axis for a setting: by its numbers where all are numbers, else a place for each value."""
+    numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if len(numbers) == len(values):
+        return setting_scale(numbers, label), float  # type: ignore[return-value]
+    names = sorted({setting_text(value) for value in values})
+    return category_scale(names, label), lambda value: float(names.index(setting_text(value)))
+
+
+def _between(low: float, high: float, count: int = 40) -> list[float]:
+    """From `low` to `high` in equal factors, with the middle `high / 2` among them."""
+    points = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+    return sorted({*points[:-1], high, high / 2})
+
+
+def _parallel_svg(
+    runs: Sequence[ComparedRun],
+    axes: Sequence[tuple[Scale, Callable[[ComparedRun], float | None]]],
+    colours: dict[str, str],
+) -> str:
+    top, height, gap, left = 34, 250, 150, 80
+    width = 2 * left + gap * (len(axes) - 1)
+
+    def y_of(scale: Scale, value: float) -> float:
+        return round(top + (1 - scale.place(value)) * height, 1)
+
+    parts: list[str] = []
+    front: list[str] = []
+    for i, (scale, _) in enumerate(axes):
+        x = left + i * gap
+        parts.append(f'<path class="axis" d="M{x},{top}v{height}"/>')
+        parts.append(
+            f'<text class="label" x="{x}" y="18" text-anchor="middle">{escape(scale.label.split(" (log")[0])}</text>'
+        )
+        for value, words in scale.ticks:
+            if top - 1 <= (y := y_of(scale, value)) <= top + height + 1:
+                front.append(
+                    f'<text x="{x - 5}" y="{y + 4}" text-anchor="end" class="halo">{escape(words[:16])}</text>'
+                )
+    for run in reversed(runs):
+        places: list[tuple[int, float, Scale]] = [
+            (left + i * gap, found, scale) for i, (scale, get) in enumerate(axes) if (found := get(run)) is not None
+        ]
+        points = " ".join(f"{x},{y_of(scale, place)}" for x, place, scale in places)
+        name = escape(run.name, quote=True)
+        parts.append(
+            f'<polyline points="{points}" class="line wide" style="--c:{colours[run.name]}" data-run="{name}">'
+            f"<title>{escape(run.name)}</title></polyline>"
+        )
+    return (
+        f'<div class="scroll"><svg viewBox="0 0 {width} {top + height + 12}" width="{width}" '
+        f"height=\"{top + height + 12}\" role='img'>{''.join(parts + front)}</svg></div>"
+    )

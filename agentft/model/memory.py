@@ -1,0 +1,292 @@
+"""How much memory a fine-tuning needs, from the numbers in config.json alone: no weights, no torch.
+
+Counted is what lives at the peak, at the end of the forward pass: weights, fp32 copies that are trained, gradients, the
+optimiser's state, activations kept for the backward pass, and the logits of the labelled positions. Not counted are
+the allocator's gaps, the CUDA context (about 0.5 GB) and short-lived buffers; allow a tenth for them.
+
+Sizes: h width, i inner width, q = heads x head size, k = key heads x head size, b bytes of the computing dtype.
+Weights, gradients and Adam's state as in Rajbhandari et al., 2020 (ZeRO, arXiv 1910.02054, section 3.1); activations in
+the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4), counted anew for SwiGLU blocks with grouped heads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from agentft.errors import ModelError
+from agentft.model.config import Dtype, FullConfig, LoraConfig, SftConfig
+from agentft.runtime import Device
+
+_DECODERS = ("llama", "qwen2", "qwen3", "mistral", "qwen", "baichuan")
+"""`model_type`s whose blocks are the ones counted here."""
+
+_SPELLINGS = {
+    "vocab_size": ("padded_vocab_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("intermediate_size", "ffn_hidden_size"),
+}
+
+ADAM_BYTES = 8
+"""AdamW's mean gradient and mean squared gradient in fp32, for each trained parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers of a decoder with SwiGLU blocks that decide its size."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+    inner: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.head_size
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the matrices in one block, by name."""
+        h, q, k, i = self.hidden, self.query_width, self.key_width, self.inner
+        attention = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (q, h)}
+        return attention | {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters: embeddings (once if tied), final norm, and in each block matrices, biases, norms."""
+        block = sum(a * b for a, b in self.linear_layers.values()) + 2 * self.hidden
+        block += (self.query_width + 2 * self.key_width) * self.qkv_bias + 2 * self.head_size * self.qk_norm
+        return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * block + self.hidden
+
+    def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """Number of parameters of adapters A (rank x in) and B (out x rank) on each target of each block."""
+        chosen = [shape for name, shape in self.linear_layers.items() if name in targets]
+        return self.layers * rank * sum(a + b for a, b in chosen)
+
+
+def model_shape(settings: Mapping[str, Any]) -> ModelShape:
+    """Read the shape from the contents of a config.json, of today's layouts and of the old ones.
+
+    Raises:
+        ModelError: another architecture, or a number is missing.
+    """
+    kind = settings.get("model_type")
+    if kind not in _DECODERS:
+        raise ModelError(f"no memory estimate for model_type {kind!r}; there is one for {', '.join(_DECODERS)}")
+    found = {}
+    for name, spellings in _SPELLINGS.items():
+        value = next((settings[spelling] for spelling in spellings if settings.get(spelling) is not None), None)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"config.json: expected a positive whole number as {' or '.join(spellings)}")
+        found[name] = value
+    heads = found["num_attention_heads"]
+    return ModelShape(
+        vocab=found["vocab_size"],
+        hidden=found["hidden_size"],
+        layers=found["num_hidden_layers"],
+        heads=heads,
+        key_heads=settings.get("num_key_value_heads") or heads,
+        head_size=settings.get("head_dim") or found["hidden_size"] // heads,
+        inner=found["intermediate_size"] // (2 if kind == "qwen" else 1),
+        tied=bool(settings.get("tie_word_embeddings", False)),
+        qkv_bias=kind in ("qwen", "qwen2") or bool(settings.get("attention_bias", False)),
+        qk_norm=kind == "qwen3",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on one device, by what they are for."""
+
+    weights: int
+    """What computes: frozen weights, or the bf16 copies of trained ones."""
+    trained: int
+    """What is trained, in fp32."""
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, kind.name) for kind in fields(self))
+
+    def __str__(self) -> str:
+        parts = " + ".join(f"{kind.name} {_gigabytes(getattr(self, kind.name))}" for kind in fields(self))
+        return f"{parts} = {_gigabytes(self.total)} GB"
+
+
+def estimate_memory(
+    settings: Mapping[str, Any],
+    sft: SftConfig,
+    *,
+    lora_targets: Sequence[str],
+    dtype: Dtype,
+    max_length: int,
+    micro_batch: int,
+    checkpointing: bool,
+    eager: bool = False,
+    logit_positions: int = 1024,
+    mask_bytes: int = 1,
+    ranks: int = 1,
+    zero_stage: int = 0,
+) -> MemoryEstimate:
+    """Estimate the memory of one device for full-length batches; every number can be set by hand.
+
+    Of n parameters, t of them trained: weights n b (of a full fine-tuning in bf16 or fp16 the copies that autocast
+    makes of matrices), trained 4 t, gradients 4 t, optimiser 8 t. ZeRO divides by `ranks` the optimiser's state from
+    stage 1, gradients from 2, weights from 3 (arXiv 1910.02054, figure 1).
+
+    Args:
+        settings: contents of config.json.
+        lora_targets: the model's layers for LoRA where `sft.targets` is null.
+        dtype: bf16, fp16 or fp32, not `auto`.
+        eager: attention probabilities are kept, heads x length of them for each position.
+        logit_positions: labelled positions whose logits exist at once; the loss works in chunks.
+        mask_bytes: bytes of a dropout mask's element: 1 on CUDA, 4 on the CPU.
+        zero_stage: 0 to 3; FSDP is stage 3.
+
+    Raises:
+        ModelError: the architecture or the method is not one of those that are counted.
+    """
+    shape = model_shape(settings)
+    b = 4 if dtype is Dtype.fp32 else 2
+    tokens = max_length * micro_batch
+    match sft:
+        case LoraConfig():
+            targets = sft.targets or lora_targets
+            trained = shape.lora_parameters(sft.rank, targets)
+            weights = shape.parameters * b
+            layer = lora_layer_bytes(shape, b, max_length, sft, targets, eager=eager, mask_bytes=mask_bytes)
+            layer_input = b * shape.hidden
+        case FullConfig():
+            trained = shape.parameters
+            matrices = shape.layers * sum(x * y for x, y in shape.linear_layers.values()) + shape.vocab * shape.hidden
+            weights = matrices * b if b < 4 else 0
+            layer = full_layer_bytes(shape, b, max_length, eager=eager)
+            layer_input = 4 * shape.hidden
+        case _:
+            raise ModelError(f"no memory estimate for sft_type={sft.name}")
+    per_token = shape.layers * layer_input + layer if checkpointing else shape.layers * layer
+    final_norm = 8 * shape.hidden
+    return MemoryEstimate(
+        weights=_shared(weights, ranks, zero_stage >= 3),
+        trained=_shared(4 * trained, ranks, zero_stage >= 3),
+        gradients=_shared(4 * trained, ranks, zero_stage >= 2),
+        optimizer=_shared(ADAM_BYTES * trained, ranks, zero_stage >= 1),
+        activations=tokens * (per_token + final_norm),
+        # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
+        logits=min(tokens, logit_positions) * shape.vocab * (2 * b + 12),
+    )
+
+
+def lora_layer_bytes(
+    shape: ModelShape,
+    b: int,
+    length: int,
+    sft: LoraConfig,
+    targets: Sequence[str],
+    *,
+    eager: bool = False,
+    mask_bytes: int = 1,
+) -> int:
+    """Bytes kept for each position in one block with frozen weights and adapters.
+
+    Frozen matrices keep nothing; a norm keeps its input in fp32 (4 h each). An adapter computes in fp32: it keeps its
+    dropped input (4 bytes an element), the mask, and A's output (4 x rank).
+    """
+    adapters = 0
+    for name, (inputs, _) in shape.linear_layers.items():
+        if name in targets:
+            adapters += inputs * (4 + (mask_bytes if sft.dropout > 0 else 0)) + 4 * sft.rank
+    norms = 2 * 4 * shape.hidden + 4 * (shape.query_width + shape.key_width) * shape.qk_norm
+    return _block_bytes(shape, b, length, eager=eager) + norms + adapters
+
+
+def full_layer_bytes(shape: ModelShape, b: int, length: int, *, eager: bool = False) -> int:
+    """Bytes kept for each position in one block whose weights are all trained in fp32, computing in b bytes.
+
+    A norm keeps its input and its normalised input in fp32 (8 h each); a matrix keeps its input: in fp32 one for q, k, v
+    and one for gate and up (2 x 4 h), under autocast a copy for each of the five (5 b h); `down_proj` keeps b i.
+    """
+    norms = 2 * 8 * shape.hidden + 8 * (shape.query_width + shape.key_width) * shape.qk_norm
+    inputs = 2 * 4 * shape.hidden if b == 4 else 5 * b * shape.hidden
+    return _block_bytes(shape, b, length, eager=eager) + norms + inputs + b * shape.inner
+
+
+def _block_bytes(shape: ModelShape, b: int, length: int, *, eager: bool) -> int:
+    """What every block keeps: gate, its SiLU and up (3 b i); rotated q and k, v, attention's output (2 b q + 2 b k);
+    log-sum-exp of attention (4 heads), or with eager attention its probabilities in fp32 and in b; two norms' scales."""
+    attention = shape.heads * (length * (4 + b) if eager else 4)
+    return 3 * b * shape.inner + 2 * b * (shape.query_width + shape.key_width) + attention + 8
+
+
+def free_memory_bytes(device: Device) -> int | None:
+    """Memory that is free on `device`: of the GPU, or of this machine or container; None where nobody tells."""
+    if device.is_cuda:
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    limits = []
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        limits.append(_available_here())
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if (most := _number(Path(limit))) is not None:
+            limits.append(most - (_number(Path(used)) or 0))
+    return min(limits, default=None)
+
+
+def judge(estimate: MemoryEstimate, free: int | None, device_name: str) -> tuple[bool, str]:
+    """Compare with what is free: whether it fits with a tenth to spare, and the line that says so."""
+    line = f"memory: {estimate}"
+    if free is None:
+        return True, line
+    line += f"; free on {device_name}: {_gigabytes(free)} GB"
+    if estimate.total * 1.1 <= free:
+        return True, line
+    return False, line + (
+        "; it will hardly fit: try training.gradient_checkpointing=true, training.micro_batch=1, a smaller "
+        "dataset.max_length, model.dtype=bf16, sft_type=lora or a smaller model"
+    )
+
+
+def _shared(count: int, ranks: int, shared: bool) -> int:
+    return -(-count // ranks) if shared else count
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or `max`: no limit
+        return None
+
+
+def _available_here() -> int:
+    """Memory that can be had without swapping: Linux's own estimate, else pages that are free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

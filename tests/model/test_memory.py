@@ -1,0 +1,224 @@
+"""The memory estimate against published sizes, numbers worked out by hand, and what torch really keeps."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from agentft.config import conf_dir
+from agentft.errors import ModelError
+from agentft.model.adapters import count_parameters
+from agentft.model.config import Dtype, FullConfig, LoraConfig, SftConfig
+from agentft.model.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    free_memory_bytes,
+    full_layer_bytes,
+    judge,
+    lora_layer_bytes,
+    model_shape,
+)
+from agentft.runtime import Device
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EVERY_MATRIX = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def settings(kind: str, numbers: tuple[int, ...], *, tied: bool = False) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    values = dict(zip((*names, "intermediate_size", "head_dim"), numbers, strict=False))
+    return {"model_type": kind, "tie_word_embeddings": tied, **values}
+
+
+PUBLISHED = [
+    ("qwen2.5-0.5b", settings("qwen2", (151936, 896, 24, 14, 2, 4864), tied=True), 494_032_768),
+    ("qwen2.5-1.5b", settings("qwen2", (151936, 1536, 28, 12, 2, 8960), tied=True), 1_543_714_304),
+    ("qwen2.5-3b", settings("qwen2", (151936, 2048, 36, 16, 2, 11008), tied=True), 3_085_938_688),
+    ("qwen2.5-7b", settings("qwen2", (152064, 3584, 28, 28, 4, 18944)), 7_615_616_512),
+    ("qwen3-0.6b", settings("qwen3", (151936, 1024, 28, 16, 8, 3072, 128), tied=True), 596_049_920),
+    ("qwen3-1.7b", settings("qwen3", (151936, 2048, 28, 16, 8, 6144, 128), tied=True), 1_720_574_976),
+    ("qwen3-4b", settings("qwen3", (151936, 2560, 36, 32, 8, 9728, 128), tied=True), 4_022_468_096),
+    ("qwen3-8b", settings("qwen3", (151936, 4096, 36, 32, 8, 12288, 128)), 8_190_735_360),
+    ("llama3.2-1b", settings("llama", (128256, 2048, 16, 32, 8, 8192), tied=True), 1_235_814_400),
+    ("llama3.2-3b", settings("llama", (128256, 3072, 28, 24, 8, 8192), tied=True), 3_212_749_824),
+    ("llama3.1-8b", settings("llama", (128256, 4096, 32, 32, 8, 14336)), 8_030_261_248),
+    ("smollm2-135m", settings("llama", (49152, 576, 30, 9, 3, 1536), tied=True), 134_515_008),
+    ("smollm2-360m", settings("llama", (49152, 960, 32, 15, 5, 2560), tied=True), 361_821_120),
+    ("smollm2-1.7b", settings("llama", (49152, 2048, 24, 32, 32, 8192), tied=True), 1_711_376_384),
+    ("llama2-7b", settings("llama", (32000, 4096, 32, 32, 32, 11008)), 6_738_415_616),
+    ("baichuan-7b", settings("baichuan", (64000, 4096, 32, 32, 32, 11008)), 7_000_559_616),
+    ("qwen-7b", settings("qwen", (151936, 4096, 32, 32, 32, 22016)), 7_721_324_544),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "parameters"), PUBLISHED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_parameter_counts_are_the_published_ones_and_the_notes_say_so(
+    name: str, numbers: dict[str, Any], parameters: int
+) -> None:
+    assert model_shape(numbers).parameters == parameters
+    notes = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))["notes"]
+    assert any(
+        f"{parameters / 10**exponent:.{digits}f}{unit}" in notes
+        for exponent, digits, unit in ((9, 2, "B"), (9, 1, "B"), (6, 1, "M"))
+    )
+
+
+TINY = [
+    settings("llama", (200, 64, 3, 4, 2, 96)),
+    settings("llama", (200, 64, 3, 4, 4, 96), tied=True),
+    settings("qwen2", (200, 64, 2, 4, 2, 96), tied=True),
+    settings("qwen3", (200, 64, 2, 4, 2, 96, 32)),
+]
+
+
+@pytest.mark.parametrize("numbers", TINY)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], EVERY_MATRIX])
+def test_parameter_counts_are_those_of_the_model_itself(numbers: dict[str, Any], targets: list[str]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**numbers))
+    shape = model_shape(numbers)
+    assert shape.parameters == count_parameters(model).total
+    adapted = get_peft_model(model, PeftConfig(r=4, target_modules=targets))
+    assert shape.lora_parameters(4, targets) == count_parameters(adapted).trained
+
+
+def kept_bytes(numbers: dict[str, Any], length: int, dtype: torch.dtype, sft: SftConfig, targets: list[str]) -> int:
+    """Bytes of tensors that autograd keeps in a forward pass of the decoder, weights and their copies left out."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**numbers)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    if isinstance(sft, LoraConfig):
+        adapters = PeftConfig(r=sft.rank, lora_dropout=sft.dropout, target_modules=targets)
+        model = get_peft_model(model.to(dtype), adapters).get_base_model()
+    model.train()
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() == 2}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in owned and tuple(sorted(tensor.shape)) not in shapes:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    autocast = isinstance(sft, FullConfig) and dtype != torch.float32
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        model.model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+WAYS: list[tuple[torch.dtype, SftConfig]] = [
+    (torch.bfloat16, LoraConfig(name="lora", default_learning_rate=1e-4)),
+    (torch.bfloat16, LoraConfig(name="lora", default_learning_rate=1e-4, rank=4, dropout=0.0)),
+    (torch.float32, FullConfig(name="full", default_learning_rate=1e-5)),
+    (torch.bfloat16, FullConfig(name="full", default_learning_rate=1e-5)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "sft"), WAYS)
+@pytest.mark.parametrize("targets", [ATTENTION, EVERY_MATRIX], ids=["attention", "all"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_activations_of_a_block_are_what_torch_keeps(
+    kind: str, targets: list[str], dtype: torch.dtype, sft: SftConfig
+) -> None:
+    """By the difference of two depths: the first block and what surrounds them all cancel."""
+    length = 48
+    shallow, deep = (settings(kind, (128, 64, layers, 4, 2, 88, 16)) | {"attention_dropout": 0.0} for layers in (2, 5))
+    measured = (kept_bytes(deep, length, dtype, sft, targets) - kept_bytes(shallow, length, dtype, sft, targets)) / 3
+    shape, b = model_shape(shallow), dtype.itemsize
+    if isinstance(sft, LoraConfig):
+        expected = lora_layer_bytes(shape, b, length, sft, targets, mask_bytes=4)
+    else:
+        expected = full_layer_bytes(shape, b, length)
+    assert measured == pytest.approx(length * expected, rel=0.0 if kind != "qwen3" else 0.05)
+
+
+def test_a_lora_estimate_worked_out_by_hand() -> None:
+    """Two blocks, h = 8, two heads of 4 on one key head, i = 16, 10 tokens in the vocabulary; 5 positions x 3 rows."""
+    numbers = settings("llama", (10, 8, 2, 2, 1, 16))
+    lora = LoraConfig(name="lora", default_learning_rate=1e-4, rank=2, alpha=4, dropout=0.5)
+    arguments: dict[str, Any] = {"lora_targets": ["q_proj"], "max_length": 5, "micro_batch": 3}
+    found = estimate_memory(numbers, lora, dtype=Dtype.bf16, checkpointing=False, **arguments)
+    # A block: q 64, k 32, v 32, o 64, gate, up, down 128 each, two norms 16: 592. Embeddings and head 160, norm 8.
+    assert found.weights == 2 * (2 * 592 + 160 + 8)
+    trained = 2 * 2 * (8 + 8)
+    assert (found.trained, found.gradients, found.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    # 3 x 2 x 16 inner, 2 x 2 x (8 + 4) heads, 2 x 4 log-sum-exp, 8 scales; norms 64; adapter 8 x 5 + 8.
+    block = 96 + 48 + 8 + 8 + 64 + 48
+    assert found.activations == 15 * (2 * block + 64)
+    assert found.logits == 15 * 10 * 16
+    assert found.total == sum(asdict(found).values())
+    again = estimate_memory(numbers, lora, dtype=Dtype.bf16, checkpointing=True, **arguments)
+    assert again.activations == 15 * (2 * 16 + block + 64)
+    short = estimate_memory(numbers, lora, dtype=Dtype.bf16, checkpointing=True, logit_positions=4, **arguments)
+    assert short.logits == 4 * 10 * 16
+
+
+def test_a_full_estimate_worked_out_by_hand() -> None:
+    numbers = settings("llama", (10, 8, 2, 2, 1, 16))
+    full = FullConfig(name="full", default_learning_rate=1e-5)
+    arguments: dict[str, Any] = {"lora_targets": [], "max_length": 5, "micro_batch": 1, "checkpointing": False}
+    half = estimate_memory(numbers, full, dtype=Dtype.bf16, **arguments)
+    assert half.weights == 2 * (2 * 576 + 80)  # matrices and the head
+    assert half.trained == half.gradients == 4 * 1352
+    assert half.optimizer == 8 * 1352
+    assert half.activations == 5 * (2 * (96 + 48 + 8 + 8 + 128 + 80 + 32) + 64)
+    whole = estimate_memory(numbers, full, dtype=Dtype.fp32, **arguments)
+    assert whole.weights == 0  # what is trained computes
+    shared = estimate_memory(numbers, full, dtype=Dtype.bf16, ranks=8, zero_stage=3, **arguments)
+    assert (shared.trained, shared.gradients, shared.optimizer) == (4 * 169, 4 * 169, 8 * 169)
+    second = estimate_memory(numbers, full, dtype=Dtype.bf16, ranks=8, zero_stage=2, **arguments)
+    assert (second.trained, second.gradients, second.optimizer) == (4 * 1352, 4 * 169, 8 * 169)
+
+
+def test_the_old_scripts_job_fits_a_card_of_24_gigabytes() -> None:
+    """7B, LoRA rank 8 on q, k, v, 2,048 tokens, checkpointing: as the original was run."""
+    lora = LoraConfig(name="lora", default_learning_rate=1e-4)
+    estimate = estimate_memory(
+        PUBLISHED[-1][1],
+        lora,
+        lora_targets=["q_proj", "k_proj", "v_proj"],
+        dtype=Dtype.bf16,
+        max_length=2048,
+        micro_batch=1,
+        checkpointing=True,
+    )
+    assert 15.4e9 < estimate.weights < 15.5e9
+    fits, line = judge(estimate, 24_000_000_000, "a card")
+    assert fits, line
+    fits, line = judge(estimate, 16_000_000_000, "a card")
+    assert not fits
+    assert "hardly fit" in line
+    assert "\n" not in line
+
+
+def test_one_line_names_every_kind() -> None:
+    estimate = MemoryEstimate(
+        weights=2_000_000_000, trained=10_000_000, gradients=0, optimizer=0, activations=500_000_000, logits=0
+    )
+    assert str(estimate) == (
+        "weights 2.00 + trained 0.01 + gradients 0.00 + optimizer 0.00 + activations 0.50 + logits 0.00 = 2.51 GB"
+    )
+    assert judge(estimate, None, "somewhere") == (True, f"memory: {estimate}")
+
+
+def test_what_is_not_counted_is_refused() -> None:
+    with pytest.raises(ModelError, match="mamba"):
+        model_shape({"model_type": "mamba"})
+    with pytest.raises(ModelError, match="hidden_size or n_embd"):
+        model_shape({"model_type": "llama", "vocab_size": 10})
+
+
+def test_free_memory_is_a_plausible_number() -> None:
+    free = free_memory_bytes(Device("cpu", "CPU", 1))
+    assert free is not None
+    assert 10**7 < free < 10**14
