@@ -97,7 +97,7 @@ def test_the_map_in_the_readme_lists_every_room():
 
 def test_importing_a_room_prints_nothing_and_loads_no_torch_where_none_is_needed():
     light = "agentft.config, agentft.recipes.config, agentft.data.records, agentft.tracking, agentft.runs, agentft.score"
-    code = f"import {light}, sys; sys.exit(' '.join(m for m in ('torch', 'transformers', 'wandb') if m in sys.modules))"
+    code = f"import {light}, sys; sys.exit(' '.join(m for m in ('torch', 'transformers', 'wandb') if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -106,7 +106,7 @@ def test_our_entry_points_hide_no_package_of_the_same_name():
     """`evaluate` and `train` are also names of packages; nothing we depend on may pick ours up when run from here."""
     code = (
         "import sys; import torch, transformers, peft, modelscope, rouge_score, safetensors, datasets, wandb;"
-        "ours = [n for n in ('train', 'evaluate') if n in sys.modules]; sys.exit(' '.join(ours))"
+        "ours = [n for n in ('train', 'evaluate') if n in sys.modules]; sys.exit(' '.join(ours) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-500:]

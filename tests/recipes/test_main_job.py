@@ -210,3 +210,25 @@ def test_a_failed_run_says_so_in_its_folder(tmp_path):
     assert status["state"] == "failed"
     assert "none.jsonl" in status["error"]
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_what_wandb_holds_offline_is_what_the_run_measured(tmp_path):
+    """Read back by W&B's own reader: the losses of metrics.jsonl, the summary, the config, and nothing secret."""
+    import subprocess
+    import sys
+
+    config = quick_config(tmp_path / "run", "tracking=wandb", "tracking.mode=offline", "evaluation.before=false")
+    run = train(config).run_dir
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect"]
+    lines = subprocess.run([*inspect, "--json", str(file)], capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in lines.splitlines()]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    logged = [(row["train/global_step"], row["train/loss"]) for row in history if "train/loss" in row]
+    assert logged == _losses(run)
+    evaluated = [row["eval/loss"] for row in history if "eval/loss" in row]
+    assert evaluated == [row["eval/loss"] for row in read_metrics(run / "metrics.jsonl") if "eval/loss" in row]
+    assert list((run / "wandb").rglob("after*.table.json")), "the predictions are there as a table"
+    overview = subprocess.run([*inspect, "--summary", "--json", str(file)], capture_output=True, text=True, check=True)
+    assert "arg_f1" in overview.stdout
+    assert '"rank"' in overview.stdout
