@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ConfigError
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig, SftConfig
+from agentft.model.fused import fuse_layers
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ def prepare_for_training(model: Any, sft: SftConfig, model_config: ModelConfig) 
     match sft:
         case LoraConfig():
             trainable = _attach_lora(model, sft, model_config)
+            fuse_layers(trainable)
         case FullConfig():
             trainable = model.float()
             trainable.requires_grad_(True)

@@ -4,7 +4,7 @@ What is replaced, and what the stock layer does instead:
 
 - a linear layer with a LoRA branch: peft casts the input to fp32 once per adapted layer, draws a dropout mask per element
   from the generator, and keeps all of these for the backward pass. Here the branch runs in the model's dtype from fp32
-  master weights, the mask is drawn 8 elements to a 64-bit random number, and what is kept is the input (which neighbouring
+  master weights, the mask is drawn four elements to a random number, and what is kept is the input (which neighbouring
   layers share), one byte an element for the mask, and the rank-wide product.
 - RMSNorm: transformers keeps three fp32 copies of its input. Here the input and one number a row are kept.
 - the gated activation: two tensors are kept instead of three.
@@ -33,8 +33,7 @@ def rounded_dropout(probability: float) -> float:
 
 
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
-    """Return `count` uniform bytes from torch's generator, shape `[count]`, 8 of them from each 64-bit draw."""
-    # random_() on int64 without bounds leaves the sign bit 0; two 32-bit halves of a bounded draw are uniform in all bits.
+    """Return `count` uniform bytes from torch's generator, shape `[count]`, four of them from each draw."""
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(0, 1 << 32)
     return words.view(torch.uint8).view(-1, 8)[:, :4].reshape(-1)[:count]
 
@@ -98,7 +97,8 @@ class RmsNormFunction(torch.autograd.Function):
         wide = x.float()
         rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight_I, rate)
-        return wide.mul_(rate).to(x.dtype) * weight_I if wide is not x else (x * rate) * weight_I
+        normed = wide * rate if wide is x else wide.mul_(rate).to(x.dtype)
+        return weight_I * normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
