@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,7 +28,8 @@ def console() -> Console:
     """Return the one console on standard error, shared by bars and log lines so that they do not overwrite each other."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    # Where there is no terminal rich would wrap lines at 80 columns, in the middle of paths.
+    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=160)
 
 
 def set_up_logging(log_file: Path) -> None:

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded examples. B rows, T positions."""
+    """Right-padded examples. B rows, T positions.
+
+    There is no attention mask: padding stands on the right, where causal attention never looks, and without a mask
+    attention takes its fast causal path.
+    """
 
     ids: tuple[str, ...]
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor | None
-    """None where no row is padded: attention then takes its faster causal path."""
     tokens: int
     """Positions that hold a token, padding left out."""
     targets: int
@@ -36,12 +38,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move the tensors, without waiting for the copy."""
-        mask = self.attention_mask_BT
         return Batch(
             ids=self.ids,
             input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
             labels_BT=self.labels_BT.to(device, non_blocking=True),
-            attention_mask_BT=None if mask is None else mask.to(device, non_blocking=True),
             tokens=self.tokens,
             targets=self.targets,
         )
@@ -111,17 +111,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     width = max(len(example) for example in examples)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
     labels = np.full((len(examples), width), IGNORE_INDEX, dtype=np.int64)
-    mask = np.zeros((len(examples), width), dtype=np.int64)
     for row, example in enumerate(examples):
         ids[row, : len(example)] = example.input_ids
         labels[row, : len(example)] = example.labels
-        mask[row, : len(example)] = 1
-    padded = not mask.all()
     return Batch(
         ids=tuple(example.id for example in examples),
         input_ids_BT=torch.from_numpy(ids),
         labels_BT=torch.from_numpy(labels),
-        attention_mask_BT=torch.from_numpy(mask) if padded else None,
-        tokens=int(mask.sum()),
+        tokens=sum(len(example) for example in examples),
         targets=int((labels[:, 1:] != IGNORE_INDEX).sum()),
     )

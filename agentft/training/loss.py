@@ -36,9 +36,7 @@ class LabelledLoss(nn.Module):
         """Return the cross-entropy summed over the batch's labelled positions: a scalar, fp32."""
         device_type = batch.input_ids_BT.device.type
         with torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = _decoder(self.model)(
-                input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-            ).last_hidden_state
+            hidden_BTD = _decoder(self.model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
             targets_BT = batch.labels_BT[:, 1:]
             labelled_BT = targets_BT != IGNORE_INDEX
             hidden_ND = hidden_BTD[:, :-1][labelled_BT]

@@ -11,8 +11,10 @@ from agentft.training import loss as loss_module
 from agentft.training.loss import LabelledLoss
 
 
-def _plain_loss(model, batch) -> torch.Tensor:
-    logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits[:, :-1].float()
+def _plain_loss(model, batch, lengths) -> torch.Tensor:
+    """The textbook loss: all logits, and a mask that hides padding."""
+    mask = (torch.arange(batch.input_ids_BT.shape[1])[None] < lengths[:, None]).long()
+    logits = model(input_ids=batch.input_ids_BT, attention_mask=mask).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
         batch.labels_BT[:, 1:].reshape(-1),
@@ -28,7 +30,7 @@ def test_loss_and_gradients_equal_the_plain_ones(tiny_model, examples, monkeypat
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     batch = collate(examples[:rows], pad_id=0)
     plain, labelled = tiny_model(tied=tied), tiny_model(tied=tied)
-    expected = _plain_loss(plain, batch)
+    expected = _plain_loss(plain, batch, torch.tensor([len(example) for example in examples[:rows]]))
     expected.backward()
     actual = LabelledLoss(labelled)(batch)
     actual.backward()
