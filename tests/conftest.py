@@ -23,6 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files anew instead of comparing")
 
 
+@pytest.fixture(autouse=True)
+def _no_test_is_a_job_of_an_earlier_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep in this process names its folder to its jobs by an environment variable; the next test starts without."""
+    monkeypatch.setenv("AGENTFT_SWEEP_DIR", "set so that it is put back")
+    monkeypatch.delenv("AGENTFT_SWEEP_DIR")
+
+
 @pytest.fixture(scope="session")
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
