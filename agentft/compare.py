@@ -1,17 +1,19 @@
 """Compare runs: `python -m agentft.compare runs/<sweep>` prints what differs, what it scored, and what is best.
 
 Any number of run folders, sweep folders or folders of these; finished or not. `--csv`, `--markdown` and `--html` write
-the comparison into files.
+the comparison into files. Two runs, or two files of predictions, are compared step by step and in words.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agentft.comparison.pairs import ANSWERS, compare_pair, names_one_exam, pair_table
 from agentft.comparison.ranking import Ranking, rank
 from agentft.comparison.runs import read_runs
 from agentft.comparison.tables import csv_text, markdown, rich_table
@@ -26,7 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     options = _parse_options(arguments)
     try:
-        ranking = rank(read_runs([Path(path) for path in options.paths]), options.sort)
+        paths = [Path(path) for path in options.paths]
+        files = options.csv or options.markdown or options.html
+        if len(paths) == 2 and all(map(names_one_exam, paths)) and not files:
+            _show_pair(paths[0], paths[1], options.answers, as_json=options.json)
+            return 0
+        if options.json:
+            raise RunError("--json is for two runs or two files of predictions")
+        ranking = rank(read_runs(paths), options.sort)
         title = " ".join(Path(path).absolute().name for path in options.paths)
         if options.csv:
             _write(Path(options.csv), csv_text(ranking))
@@ -59,11 +68,30 @@ def write_sweep_tables(sweep: Path, console: Console | None = None, metric: str 
 
 
 def _show(ranking: Ranking, console: Console) -> None:
-    if not console.is_terminal:  # in a file or a pipe, a table has no terminal to fit into
-        from rich.console import Console
-
-        console = Console(file=console.file, width=160)
+    console = _wide(console)
     console.print(rich_table(ranking, console.width))
+
+
+def _show_pair(a: Path, b: Path, answers: str, *, as_json: bool) -> None:
+    pair = compare_pair(a, b, answers)
+    if as_json:
+        sys.stdout.write(json.dumps(pair.to_json(), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = _wide(Console())
+    console.print(Text(f"A  {pair.a}\nB  {pair.b}"))
+    console.print(pair_table(pair))
+    for sentence in pair.words():
+        console.print(Text(f"- {sentence}"))
+
+
+def _wide(console: Console) -> Console:
+    """In a file or a pipe, a table has no terminal to fit into."""
+    from rich.console import Console
+
+    return console if console.is_terminal else Console(file=console.file, width=160)
 
 
 def _write(path: Path, text: str) -> None:
@@ -78,7 +106,11 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m agentft.compare", description="Compare runs: what differs, what it scored, what is best."
     )
-    parser.add_argument("paths", nargs="+", metavar="FOLDER", help="run folder, sweep folder, or a folder of these")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folder, sweep folder, or a folder of these; or two files of predictions")
+    parser.add_argument(
+        "--answers", default=ANSWERS, metavar="NAME", help="of two runs: which answers, predictions/NAME.jsonl"
+    )
+    parser.add_argument("--json", action="store_true", help="of two runs: everything as JSON")
     parser.add_argument("--sort", default="arg_f1", metavar="METRIC", help="what decides (default: arg_f1)")
     parser.add_argument("--csv", metavar="FILE", help="write every number in full")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")

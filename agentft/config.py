@@ -44,12 +44,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from agentft.errors import AgentftError, ConfigError
-from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.config import AuditConfig, EvaluateConfig, TrainConfig
 from agentft.recipes.saved import ROOTS, SCHEMAS, config_from_yaml, config_to_yaml, saved_config
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.secrets import is_secret_name, redact_text
 
 __all__ = [
+    "AuditConfig",
     "EvaluateConfig",
     "TrainConfig",
     "compose",
@@ -64,7 +65,7 @@ __all__ = [
     "to_train_config",
 ]
 
-C = TypeVar("C", TrainConfig, EvaluateConfig)
+C = TypeVar("C", TrainConfig, EvaluateConfig, AuditConfig)
 
 VERSION_BASE = "1.3"
 
@@ -662,6 +663,8 @@ def settings(
     for field, setting in _fields(root):
         if field not in SCHEMAS:
             found[field] = setting
+            for part in _dataclasses_in(setting.hint):
+                found.update({f"{field}.{name}": inner for name, inner in _fields(part)})
             continue
         chosen = _schema_of(field, (choices or {}).get(field), folders or [conf_dir()])
         for schema in [chosen] if chosen is not None else SCHEMAS[field].values():
@@ -758,7 +761,16 @@ _EXAMPLES = {
   python evaluate.py run=runs/<run>                      the final weights of a run
   python evaluate.py run=runs/<run> checkpoint=best evaluation.conversations=50
 """,
+    "audit": """\
+  python -m agentft.audit dataset=local dataset.path=my.jsonl     what is in it, what is trained, what is wrong
+  python -m agentft.audit dataset=local dataset.path=my.jsonl view=<id>       one conversation with its labels
+  python -m agentft.audit dataset=local dataset.path=my.jsonl audit.fail_on=[unknown_tool,unreadable_call]
+Exit code 0: all is well; 3: an invariant is broken, or a finding of audit.fail_on was made.
+""",
 }
+
+_AS_MODULES = {"audit": "-m agentft.audit"}
+"""Entry points inside the package, and how they are started."""
 
 
 def help_text(program: str, config_name: str, config_dir: str | None = None) -> str:
@@ -768,6 +780,7 @@ def help_text(program: str, config_name: str, config_dir: str | None = None) -> 
     for entry in yaml.safe_load((conf_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]:
         if isinstance(entry, dict):
             defaults.update({group.removeprefix("optional "): option for group, option in entry.items()})
+    program = _AS_MODULES.get(config_name, program)
     lines = [f"usage: python {program} [flags] [group=option ...] [setting=value ...]", ""]
     lines.append("Groups and their options (* is the default):")
     for group, default in defaults.items():

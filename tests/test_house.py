@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "agentft"
 
 FLOORS = {
-    5: ("config", "launch", "plugins", "sweeping"),
-    4: ("recipes", "compare", "comparison", "score"),
+    5: ("config", "launch", "plugins", "sweeping", "audit"),
+    4: ("recipes", "compare", "comparison", "score", "read"),
     3: ("training", "evaluation"),
     2: ("model",),
     1: ("data",),

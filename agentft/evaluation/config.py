@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from enum import StrEnum
 
 from agentft.errors import ConfigError
 
 
+class Mode(StrEnum):
+    """What a model is given, and what is read off it."""
+
+    teacher_forced = "teacher_forced"
+    """Each step is answered with the complete reference history before it: the headline."""
+    replay = "replay"
+    """The model's own words stay in the history; recorded tool results are fed while its calls match."""
+    likelihood = "likelihood"
+    """Nothing is generated: loss and perplexity of the references, by kind of token."""
+
+
+class Engine(StrEnum):
+    """Who answers."""
+
+    transformers = "transformers"
+    """The run's model, in this process."""
+    openai = "openai"
+    """A model behind an endpoint for chat completions, at `base_url`."""
+
+
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Greedy, teacher-forced evaluation of every step of the held-out conversations."""
+    """Greedy evaluation of the steps of the held-out conversations."""
 
+    mode: Mode = Mode.teacher_forced
+    """How `evaluate.py` measures; a training measures teacher-forced before and after, and likelihood on its way."""
+    engine: Engine = Engine.transformers
+    """Who answers in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
     steps: int = 50
     """Training steps between evaluations of the held-out loss; 0: never during training."""
     before: bool = True
@@ -19,12 +45,16 @@ class EvaluationConfig:
     """Generate and score at the end of training."""
     conversations: int = -1
     """Held-out conversations that are answered, the first of the held-out order; -1: all."""
+    conversations_during: int = 0
+    """Held-out conversations answered at each evaluation during training; 0: 16 if `best_metric` needs answers, else none."""
     batch: int = 8
-    """Answers generated at once."""
+    """Answers generated at once; for `engine=openai`, requests under way at once."""
     max_new_tokens: int = 512
     """An answer is cut here, which is counted."""
     best_metric: str = "loss"
-    """What the best checkpoint is chosen by: `loss` on the held-out conversations (lower is better)."""
+    """Decides the best checkpoint: `loss`, or a metric such as `arg_f1`, for which answers are generated during training."""
+    patience: int = 0
+    """Training ends after so many evaluations in a row without a better `best_metric`; 0: never early."""
     draws: int = 10_000
     """Bootstrap draws over conversations for the 95 % intervals."""
     seed: int = 0
@@ -33,10 +63,72 @@ class EvaluationConfig:
     """Go on when a reference call cannot be read; it is listed and left out of the scores."""
     examples: int = 2
     """Example answers shown side by side at the end."""
+    base_url: str | None = None
+    """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
+    served_model: str | None = None
+    """Name of the model at the endpoint."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; without it, requests carry none."""
+    request: str | None = None
+    """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`."""
+    request_timeout: float = 120.0
+    """Seconds without a word from the endpoint after which a request is tried again."""
+    retries: int = 5
+    """Further attempts of a request that met a busy, failing or silent endpoint."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "max_new_tokens", "draws"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"evaluation.{name}={getattr(self, name)}: expected at least 1")
+        for name in ("patience", "conversations_during", "retries"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"evaluation.{name}={getattr(self, name)}: expected 0 or more")
         if self.conversations < -1 or self.conversations == 0:
             raise ConfigError(f"evaluation.conversations={self.conversations}: expected -1 (all) or a positive number")
+        if self.request_timeout <= 0:
+            raise ConfigError(f"evaluation.request_timeout={self.request_timeout}: expected a positive number")
+        if self.patience and not self.steps:
+            raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.steps=0")
+        _check_best_metric(self.best_metric)
+        _check_endpoint(self)
+
+    @property
+    def generates_during_training(self) -> int:
+        """Held-out conversations answered at each evaluation during training."""
+        return self.conversations_during or (0 if self.best_metric == "loss" else 16)
+
+    def request_fields(self) -> dict[str, object]:
+        """What `request` lays over each request."""
+        fields: dict[str, object] = json.loads(self.request or "{}")
+        return fields
+
+
+def _check_best_metric(name: str) -> None:
+    if name == "loss":
+        return
+    from agentft.evaluation.definitions import METRICS_BY_NAME, PAPER_NAMES
+
+    known = [each for each in (*METRICS_BY_NAME, *PAPER_NAMES) if not each.startswith("hallucinated")]
+    if name not in known:
+        raise ConfigError(f"evaluation.best_metric={name}: expected loss or one of {', '.join(known)}")
+
+
+def _check_endpoint(config: EvaluationConfig) -> None:
+    if config.engine is Engine.openai:
+        if not (config.base_url or "").startswith(("http://", "https://")):
+            raise ConfigError(
+                f"evaluation.base_url={config.base_url}: evaluation.engine=openai needs the endpoint's address, "
+                "such as http://localhost:8000/v1"
+            )
+        if not config.served_model:
+            raise ConfigError("evaluation.served_model: evaluation.engine=openai needs the model's name at the endpoint")
+        if config.mode is Mode.likelihood:
+            raise ConfigError("evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers")
+    elif config.base_url is not None:
+        raise ConfigError(f"evaluation.base_url={config.base_url} is for evaluation.engine=openai")
+    try:
+        fields = config.request_fields()
+    except ValueError as error:
+        raise ConfigError(f"evaluation.request={config.request!r}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"evaluation.request={config.request!r}: expected a JSON object")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agentft.data.config import DatasetConfig
+from agentft.data.findings import CODES
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import ModelConfig, SftConfig
@@ -55,3 +56,52 @@ class EvaluateConfig:
     tracking: TrackingConfig
     threads: int | None = None
     """CPU threads for torch; null: as the run was trained with."""
+
+
+@dataclass(kw_only=True)
+class AuditOptions:
+    """What an audit looks for, shows, and fails on."""
+
+    fail_on: list[str] = field(default_factory=list)
+    """Codes of findings that make the audit fail, besides broken invariants; docs/audit.md lists them."""
+    examples: int = 5
+    """Places that are named for each kind of finding."""
+    sample: int = 24
+    """Conversations in the page, chosen by content hash; the first example of each finding comes on top."""
+    tools: int = 15
+    """Most called tools that are listed."""
+    similarity: float = 0.8
+    """Share of common five-letter runs above which a held-out user turn nearly equals one of training."""
+    page: bool = True
+    """Write `audit.html`."""
+
+    def __post_init__(self) -> None:
+        for code in self.fail_on:
+            if code not in CODES:
+                raise ConfigError(f"audit.fail_on={code}: no such finding; known are {', '.join(CODES)}")
+        for name in ("examples", "sample", "tools"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"audit.{name}={getattr(self, name)}: expected 0 or more")
+        if not 0.0 < self.similarity <= 1.0:
+            raise ConfigError(f"audit.similarity={self.similarity}: expected a share above 0, at most 1")
+
+
+@dataclass(kw_only=True)
+class AuditConfig:
+    """`python -m agentft.audit`: what a dataset would train, and what is wrong with it; loads no weights."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    audit: AuditOptions = field(default_factory=AuditOptions)
+    """What is looked for and shown."""
+    view: str | None = None
+    """Id of one conversation: show it with its labels, token by token, and do nothing else."""
+    output: str
+    """Folder for the page, the report, its numbers and the rows that were set aside."""
+
+    def __post_init__(self) -> None:
+        if self.dataset.max_length > self.model.context:
+            raise ConfigError(
+                f"dataset.max_length={self.dataset.max_length} exceeds model.context={self.model.context} "
+                f"of model={self.model.name}"
+            )

@@ -11,7 +11,7 @@ from agentft import progress
 from agentft.errors import CheckpointError, RunError
 from agentft.model.adapters import load_trained_state
 from agentft.recipes.config import EvaluateConfig
-from agentft.recipes.exam import exam_steps, sit_exam, write_exam
+from agentft.recipes.exam import exam_steps, own_candidate, sit_exam, write_exam
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import saved_config
 from agentft.recipes.train import Bench, set_up_bench
@@ -45,13 +45,15 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         bench = set_up_bench(dataclasses.replace(trained, threads=config.threads or trained.threads))
         _refuse_other_data(bench, run)
         _load_weights(bench, run, config.checkpoint)
+        candidate = own_candidate(
+            bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
+        )
         exam = sit_exam(
             f"evaluate-{config.checkpoint}",
-            bench.model,
-            bench.tokenizer,
+            candidate,
             exam_steps(bench.data, bench.template, settings.conversations),
             settings,
-            stop_id=bench.stop_id,
+            run=run,
             seen_tools=bench.data.train_tools,
         )
         write_exam(exam, run, bench.data.train_tools)

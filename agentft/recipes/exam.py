@@ -3,42 +3,115 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from agentft.comparison.predictions_page import predictions_page, read_steps
 from agentft.data.render import MsagentTemplate
+from agentft.errors import RunError
+from agentft.evaluation.answer_file import Answerer, AnswerFile, OnAnswer
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.generate import Answer, GreedyGenerator
 from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
+from agentft.evaluation.places import step_places
 from agentft.evaluation.step_scores import StepScore
 from agentft.evaluation.steps import Step, all_steps
+from agentft.model.adapters import trained_state
 from agentft.progress import progress_bar
 from agentft.recipes.prepare import PreparedData
-from agentft.runs import RunFolder
+from agentft.runs import RunFolder, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """Who sits an exam."""
+
+    answerer: Answerer
+    identity: dict[str, Any]
+    """All that decides an answer beside its context; answers on the disk count for an equal identity only."""
+
+
+@dataclass(frozen=True, slots=True)
 class Exam:
-    """One model's answers to the held-out steps, and what they are worth."""
+    """One candidate's answers to the held-out steps, and what they are worth."""
 
     name: str
     answers: list[Answer]
     scores: list[StepScore]
     report: EvaluationReport
     seconds: float
+    identity: dict[str, Any]
 
     def value(self, metric: str) -> float | None:
         """Return a headline value, None where it is not defined."""
         return self.report.metrics[metric].value
+
+
+class _OwnModel:
+    """Answers with a model in this process; its mode is put back afterwards."""
+
+    def __init__(self, model: nn.Module, generator: GreedyGenerator) -> None:
+        self._model = model
+        self._generator = generator
+
+    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            return self._generator.answer(steps, on_answer)
+        finally:
+            self._model.train(was_training)
+
+
+def own_candidate(
+    model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_id: int, fingerprint: str
+) -> Candidate:
+    """Make a candidate of a model as it is now; `fingerprint` is that of the files it was loaded from."""
+    parameter = next(model.parameters())
+    identity = {
+        "engine": "transformers",
+        "model": fingerprint,
+        "weights": weights_digest(model),
+        "dtype": str(parameter.dtype),
+        "device": parameter.device.type,
+        "stop_id": stop_id,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    return Candidate(own_model(model, tokenizer, config, stop_id=stop_id), identity)
+
+
+def own_model(model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_id: int) -> Answerer:
+    """Return what answers with a model in this process."""
+    generator = GreedyGenerator(
+        model, tokenizer, stop_id=stop_id, slots=config.batch, max_new_tokens=config.max_new_tokens
+    )
+    return _OwnModel(model, generator)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return 16 hex digits of what training has made of the trained parameters."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trained_state(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def exam_steps(data: PreparedData, template: MsagentTemplate, conversations: int) -> list[Step]:
@@ -49,25 +122,62 @@ def exam_steps(data: PreparedData, template: MsagentTemplate, conversations: int
 
 def sit_exam(
     name: str,
-    model: nn.Module,
-    tokenizer: Any,
+    candidate: Candidate,
     steps: Sequence[Step],
     config: EvaluationConfig,
     *,
-    stop_id: int,
+    run: RunFolder,
     seen_tools: frozenset[str],
+    reuse: bool = False,
 ) -> Exam:
-    """Answer `steps` greedily and score the answers; the model's mode is put back afterwards.
+    """Answer `steps`, going on where a killed exam of the same candidate stopped, and score the answers.
+
+    Args:
+        name: Of the exam; its files in the run folder are called so.
+        candidate: Who answers.
+        steps: What is asked.
+        config: How it is scored.
+        run: Where answers are kept while they come.
+        seen_tools: Tools that training called.
+        reuse: A finished exam of the same candidate and steps is read instead of repeated.
 
     Raises:
         EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
     """
     started = time.perf_counter()
-    generator = GreedyGenerator(
-        model, tokenizer, stop_id=stop_id, slots=config.batch, max_new_tokens=config.max_new_tokens
+    found = finished_answers(name, candidate.identity, steps, run) if reuse else None
+    if found is not None:
+        answers, seconds = found
+        log.info("%s: measured before by this run, read from %s", name, run.predictions(name))
+    else:
+        with keeping_answers(name, candidate, run) as answerer:
+            answers = answer_all(name, answerer, steps)
+        seconds = time.perf_counter() - started
+    scores = score_records(answer.step.record(answer.text, seen_tools) for answer in answers)
+    report = aggregate(scores, draws=config.draws, seed=config.seed, allow_bad_references=config.allow_bad_references)
+    finishes = Counter(answer.finish for answer in answers)
+    log.info(
+        "%s: %d steps answered in %.1f s (%d new tokens); %d ended by themselves, %d cut at %d tokens, %d cut at a tool result",
+        *(name, len(steps), seconds, sum(answer.tokens for answer in answers), finishes["stop"], finishes["length"]),
+        *(config.max_new_tokens, finishes["text_stop"]),
     )
-    was_training = model.training
-    model.eval()
+    if report.quarantined:
+        log.warning(
+            "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
+        )
+    return Exam(name, answers, scores, report, seconds, candidate.identity)
+
+
+@contextmanager
+def keeping_answers(name: str, candidate: Candidate, run: RunFolder) -> Iterator[AnswerFile]:
+    """Give the candidate a working file in the run folder; `write_exam` removes it."""
+    with AnswerFile(_working_file(name, run), candidate.answerer, candidate.identity) as file:
+        yield file
+
+
+def answer_all(name: str, answerer: Answerer, steps: Sequence[Step]) -> list[Answer]:
+    """Answer steps under a bar."""
+    started = time.perf_counter()
     tokens = 0
     with progress_bar(f"answering ({name})", len(steps)) as bar:
 
@@ -76,35 +186,47 @@ def sit_exam(
             tokens += answer.tokens
             bar.advance(1, speed=f"{tokens / (time.perf_counter() - started):,.0f} new tokens/s")
 
-        answers = generator.answer(steps, show)
-    model.train(was_training)
-    scores = score_records(answer.step.record(answer.text, seen_tools) for answer in answers)
-    report = aggregate(scores, draws=config.draws, seed=config.seed, allow_bad_references=config.allow_bad_references)
-    seconds = time.perf_counter() - started
-    finishes = Counter(answer.finish for answer in answers)
-    log.info(
-        "%s: %d steps answered in %.1f s (%d new tokens); %d ended by themselves, %d cut at %d tokens, %d cut at a tool result",
-        *(name, len(steps), seconds, tokens, finishes["stop"], finishes["length"], config.max_new_tokens),
-        finishes["text_stop"],
-    )
-    if report.quarantined:
-        log.warning(
-            "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
-        )
-    return Exam(name, answers, scores, report, seconds)
+        return answerer.answer(steps, show)
 
 
-def prediction_rows(exam: Exam, seen_tools: frozenset[str]) -> list[dict[str, Any]]:
-    """Return one plain object a step: ids, context, reference, raw answer, scores."""
+def finished_answers(
+    name: str, identity: Mapping[str, Any], steps: Sequence[Step], run: RunFolder
+) -> tuple[list[Answer], float] | None:
+    """Return the answers of a finished exam and its seconds; None unless it was this candidate on these steps."""
+    try:
+        report = read_json(run.metrics(name))
+        text = run.predictions(name).read_text(encoding="utf-8")
+    except (RunError, OSError):
+        return None
+    if report.get("identity") != identity or report.get("predictions_sha256") != _digest(text):
+        return None
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    if [(row["conversation_id"], row["step"], row["context_hash"]) for row in rows] != [
+        (step.conversation.id, step.index, step.context_hash) for step in steps
+    ]:
+        return None
+    answers = [
+        Answer(step, row["prediction"], row["tokens"], row["finish"]) for step, row in zip(steps, rows, strict=True)
+    ]
+    return answers, float(report["seconds"])
+
+
+def prediction_rows(
+    answers: Sequence[Answer], scores: Sequence[StepScore], seen_tools: frozenset[str]
+) -> list[dict[str, Any]]:
+    """Return one plain object a step: ids, what was asked, reference, raw answer, scores."""
     rows = []
-    for answer, score in zip(exam.answers, exam.scores, strict=True):
+    for answer, score in zip(answers, scores, strict=True):
         step = answer.step
         record = step.record(answer.text, seen_tools)
+        place = step_places(step.conversation)[step.index]
         rows.append(
             {
                 "conversation_id": record.conversation_id,
                 "step": record.step,
                 "context_hash": step.context_hash,
+                "user": place.user(step.conversation),
+                "observations": [each.source for each in place.observations(step.conversation)],
                 "reference": record.reference,
                 "prediction": record.prediction,
                 "offered": None
@@ -122,10 +244,43 @@ def prediction_rows(exam: Exam, seen_tools: frozenset[str]) -> list[dict[str, An
 
 
 def write_exam(exam: Exam, run: RunFolder, seen_tools: frozenset[str]) -> list[dict[str, Any]]:
-    """Write predictions and metrics into the run folder and return the prediction rows."""
-    rows = prediction_rows(exam, seen_tools)
-    run.write_text(
-        run.predictions(exam.name), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    )
-    run.write_json(run.metrics(exam.name), exam.report.to_json() | {"seconds": round(exam.seconds, 3)})
+    """Write predictions, their page and metrics into the run folder and return the prediction rows."""
+    rows = prediction_rows(exam.answers, exam.scores, seen_tools)
+    write_results(exam.name, rows, exam.report.to_json(), run, seconds=exam.seconds, identity=exam.identity)
     return rows
+
+
+def write_results(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    report: Mapping[str, Any],
+    run: RunFolder,
+    *,
+    seconds: float,
+    identity: Mapping[str, Any],
+) -> None:
+    """Write an exam's files, then drop its working file: killed in between, nothing is lost and nothing asked twice."""
+    page = predictions_page(read_steps(rows), f"{run.path.name}: {name}")
+    run.write_text(run.predictions(name).with_suffix(".html"), page)
+    run.write_text(
+        run.predictions(name), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    )
+    run.write_json(
+        run.metrics(name),
+        {
+            **report,
+            "seconds": round(seconds, 3),
+            "identity": identity,
+            # Of the file as it was written, secrets taken out.
+            "predictions_sha256": _digest(run.predictions(name).read_text(encoding="utf-8")),
+        },
+    )
+    _working_file(name, run).unlink(missing_ok=True)
+
+
+def _working_file(name: str, run: RunFolder) -> Path:
+    return run.predictions(f"{name}.partial")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -22,13 +22,17 @@ from agentft.data.config import LocalConfig, ModelScopeConfig, SyntheticConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
-from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.config import AuditConfig, EvaluateConfig, TrainConfig
 from agentft.tracking import TrackingConfig
 from agentft.training.config import DistributedConfig, TrainingConfig
 
 C = TypeVar("C")
 
-ROOTS: dict[str, type] = {"schema_train": TrainConfig, "schema_evaluate": EvaluateConfig}
+ROOTS: dict[str, type] = {
+    "schema_train": TrainConfig,
+    "schema_evaluate": EvaluateConfig,
+    "schema_audit": AuditConfig,
+}
 """Schemas of the primary configs."""
 
 SCHEMAS: dict[str, dict[str, type]] = {

@@ -29,16 +29,16 @@ from agentft.model.load import (
     stop_token,
 )
 from agentft.recipes.config import TrainConfig
-from agentft.recipes.exam import Exam, exam_steps, sit_exam, write_exam
+from agentft.recipes.exam import Exam, exam_steps, own_candidate, sit_exam, write_exam
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
+from agentft.recipes.watch import Watch
 from agentft.runs import RunFolder, RunState
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.loop import Job, Outcome, train_model
 from agentft.training.loss import LabelledLoss
-from agentft.training.validation import held_out_loss
 
 log = logging.getLogger(__name__)
 
@@ -161,14 +161,16 @@ def _exam_before(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tra
 
 def _examine(name: str, config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam:
     steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
-    exam = sit_exam(
-        name,
+    candidate = own_candidate(
         bench.model,
         bench.tokenizer,
-        steps,
         config.evaluation,
         stop_id=bench.stop_id,
-        seen_tools=bench.data.train_tools,
+        fingerprint=bench.files.fingerprint,
+    )
+    # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
+    exam = sit_exam(
+        name, candidate, steps, config.evaluation, run=run, seen_tools=bench.data.train_tools, reuse=True
     )
     rows = write_exam(exam, run, bench.data.train_tools)
     tracker.log_predictions(name, rows)
@@ -196,21 +198,11 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
         plan.examples_per_step,
         training.learning_rate,
     )
-    torch_device = runtime.torch_device(bench.device)
+    watch = Watch(config.evaluation, bench, run, total_steps=plan.total_steps, autocast=objective.autocast)
 
-    count = config.evaluation.conversations
-    exam = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
-
-    def evaluate(step: int) -> Mapping[str, float]:
-        loss = held_out_loss(
-            objective,
-            exam,
-            batch=config.evaluation.batch,
-            pad_id=bench.pad_id,
-            device=torch_device,
-        )
-        log.info("step %d of %d: held-out loss %.4f", step, plan.total_steps, loss)
-        return {"loss": loss}
+    def go_on(step: int) -> None:
+        tracker.rewind(step)
+        watch.resume(step)
 
     def record(values: Mapping[str, float], step: int) -> None:
         tracker.log(values, step=step)
@@ -233,14 +225,15 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
             plan=plan,
             config=training,
             pad_id=bench.pad_id,
-            device=torch_device,
+            device=runtime.torch_device(bench.device),
             checkpoints=run.checkpoints,
             identity=identity(config, bench, plan),
-            evaluate=evaluate,
+            evaluate=watch.evaluate,
             evaluation_steps=config.evaluation.steps,
             best_metric=config.evaluation.best_metric,
             log=record,
-            on_resume=tracker.rewind,
+            on_resume=go_on,
+            stop_requested=watch.is_exhausted,
             fp16=bench.dtype is torch.float16,
         )
     )

@@ -111,6 +111,9 @@ def train_model(job: Job) -> Outcome:
     counters = _resume(job, optimizer, schedule, scaler)
     clock = Clock()
     window = _Window()
+    if counters.step and job.stop_requested():
+        log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
+        return Outcome(counters, clock.seconds, stopped=True)
     job.objective.train()
     with progress_bar("training", total, counters.step) as bar:
         while counters.step < total:

@@ -1,0 +1,302 @@
+"""A dataset looked at as a whole before anything is trained on it: what it holds, what is wrong with it, what is trained.
+
+`Audit` takes conversations one at a time, keeps counts, digests and a small sample, and lets the texts go: its memory
+grows by about a kilobyte a conversation. `finish` settles what only the whole can tell: duplicates and the split.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agentft.data.config import DatasetConfig
+from agentft.data.findings import Findings
+from agentft.data.grammar import Call, Observation, Part
+from agentft.data.label_trace import trace_labels
+from agentft.data.overlap import Ledger
+from agentft.data.records import Conversation, Origin, Rejection
+from agentft.data.render import Kind, Segment
+from agentft.data.sources import ReadReport
+from agentft.data.token_text import TokenText
+from agentft.data.tokens import IGNORE_INDEX, Example
+from agentft.data.tool_schemas import check_request
+
+_MAX_SOURCES = 40
+"""Id prefixes above which they are no sources but names; files count instead."""
+
+_MAX_SHOWN_TOKENS = 20_000
+"""A longer conversation is no example to look at."""
+
+_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[-_:/.])")
+
+_OF_REJECTIONS = {"duplicate": "duplicate", "observation_without_call": "exec_without_call"}
+_OF_NOTICES = {"duplicate_id_renamed": "duplicate_id"}
+"""What the reader has found already -> its code here."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over a group of conversations."""
+
+    conversations: int = 0
+    rounds: int = 0
+    calls: int = 0
+    observations: int = 0
+    tokens: int = 0
+    trained: int = 0
+    too_long: int = 0
+
+    @property
+    def share_trained(self) -> float:
+        return self.trained / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A conversation kept to be looked at, with its tokens."""
+
+    conversation: Conversation
+    segments: tuple[Segment, ...]
+    example: Example
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What a dataset holds."""
+
+    whole: Tally = field(default_factory=Tally)
+    by_prefix: dict[str, Tally] = field(default_factory=dict)
+    by_file: dict[str, Tally] = field(default_factory=dict)
+    by_language: dict[str, Tally] = field(default_factory=dict)
+    by_rounds: dict[str, Tally] = field(default_factory=dict)
+    by_part: dict[str, Tally] = field(default_factory=dict)
+    """`train`, `heldout` and `neither`, as a training run would divide."""
+    tokens_by_kind: Counter[Kind] = field(default_factory=Counter)
+    lengths: array[int] = field(default_factory=lambda: array("I"))
+    """Tokens of each conversation."""
+    tools_called: Counter[str] = field(default_factory=Counter)
+    tools_offered: Counter[str] = field(default_factory=Counter)
+    offered_per_conversation: Counter[int] = field(default_factory=Counter)
+    called_per_conversation: Counter[int] = field(default_factory=Counter)
+    steps: int = 0
+    heldout_turns_compared: int = 0
+
+    def by_source(self) -> dict[str, Tally]:
+        """By id prefix where ids have few of them, else by file; commonest first."""
+        few = 1 < len(self.by_prefix) <= _MAX_SOURCES
+        return _by_size(self.by_prefix if few or len(self.by_file) == 1 else self.by_file)
+
+    def length_at(self, share: float) -> int:
+        """Tokens that `share` of the conversations do not exceed."""
+        return int(np.quantile(self.lengths, share, method="inverted_cdf")) if self.lengths else 0
+
+
+class Audit:
+    """Collects statistics, findings and a sample of conversations to look at."""
+
+    def __init__(
+        self, config: DatasetConfig, text: TokenText, *, stop_token: str, verbatim: bool, examples: int, sample: int
+    ) -> None:
+        """Start an audit.
+
+        Args:
+            verbatim: as in `trace_labels`: the template keeps the agent's words letter by letter.
+            examples: places kept for each finding.
+            sample: conversations kept to look at, besides the first of each finding.
+        """
+        self.statistics = Statistics()
+        self.findings = Findings(examples)
+        self.rejections: Counter[str] = Counter()
+        self._config = config
+        self._text = text
+        self._stop_token = stop_token
+        self._verbatim = verbatim
+        self._ledger = Ledger()
+        self._sample_size = sample
+        self._sample: list[tuple[int, int, Seen]] = []
+        self._exemplary: dict[str, Seen] = {}
+        """Code -> the conversation of its first example."""
+
+    def reject(self, rejection: Rejection) -> None:
+        """Take note of a row that was set aside."""
+        self.rejections[rejection.reason] += 1
+        if rejection.reason in _OF_REJECTIONS:
+            self.findings.add(_OF_REJECTIONS[rejection.reason], rejection.origin, rejection.id, rejection.detail)
+
+    def add(
+        self, conversation: Conversation, segments: Sequence[Segment], example: Example, *, heldout: bool
+    ) -> Rejection | None:
+        """Take in one conversation; the rejection that a training run would answer with, or None."""
+        seen = Seen(conversation, tuple(segments), example)
+        labels = example.labels
+        trained = int((labels != IGNORE_INDEX).sum())
+        self._count(conversation, seen, trained)
+        self._check_turns(seen)
+        self._check_calls(seen)
+        self._check_tools(seen)
+        problem = trace_labels(
+            conversation,
+            example.input_ids,
+            labels,
+            self._text,
+            stop_token=self._stop_token,
+            verbatim=self._verbatim,
+        )
+        if problem is not None:
+            self._find(problem.code, seen, problem.detail)
+        self._ledger.add(conversation, heldout=heldout)
+        self._keep_in_sample(seen)
+        if len(example) <= self._config.max_length:
+            return None
+        detail = f"{len(example)} tokens, dataset.max_length is {self._config.max_length}"
+        self._find("too_long", seen, detail)
+        return Rejection(conversation.origin, "too_long", detail, id=conversation.id)
+
+    def finish(self, report: ReadReport, *, separate: bool, similarity: float) -> None:
+        """Settle duplicates, split and losses; `separate`: the held-out part had a source of its own."""
+        for notice_code, code in _OF_NOTICES.items():
+            for notice in report.notices_shown.get(notice_code, []):
+                self.findings.add(code, notice.origin, None, notice.detail)
+            # The reader keeps the first few notices only, but counts all: one a conversation.
+            finding = self.findings[code]
+            finding.count = finding.conversations = report.notices[notice_code]
+        config = self._config
+        ledger = self._ledger
+        ledger.assign_parts(
+            self.findings, split=config.split, test_ratio=config.test_ratio, seed=config.seed, separate=separate
+        )
+        self._count_parts()
+        ledger.find_duplicates(self.findings)
+        self.statistics.heldout_turns_compared = ledger.find_near_duplicates(self.findings, similarity)
+        self._check_losses(report.rows)
+
+    def part_of(self, name: str) -> str:
+        """Where the split put the conversation of that id."""
+        return self._ledger.part_of(self._ledger.ids.index(name))
+
+    def shown(self) -> dict[str, tuple[Seen, list[str]]]:
+        """Conversations to look at by id, each with the codes it is an example of; sample last."""
+        kept: dict[str, tuple[Seen, list[str]]] = {}
+        for code, seen in self._exemplary.items():
+            kept.setdefault(seen.conversation.id, (seen, []))[1].append(code)
+        for _, _, seen in sorted(self._sample, key=lambda entry: -entry[0]):
+            kept.setdefault(seen.conversation.id, (seen, []))
+        return kept
+
+    def _find(self, code: str, seen: Seen, detail: str, *, topic: str = "") -> None:
+        conversation = seen.conversation
+        kept = self.findings.add(code, conversation.origin, conversation.id, detail, topic=topic)
+        if kept and code not in self._exemplary and len(seen.example) <= _MAX_SHOWN_TOKENS:
+            self._exemplary[code] = seen
+
+    def _count(self, conversation: Conversation, seen: Seen, trained: int) -> None:
+        parts = [part for message in conversation.messages for part in message.parts]
+        observations = sum(isinstance(part, Observation) for part in parts)
+        calls = conversation.calls
+        length = len(seen.example)
+        too_long = length > self._config.max_length
+        found = _PREFIX.match(conversation.id)
+        statistics = self.statistics
+        groups = (
+            (statistics.by_prefix, found[0] if found else "(no prefix)"),
+            (statistics.by_file, conversation.origin.source),
+            (statistics.by_language, conversation.language),
+            (statistics.by_rounds, str(conversation.rounds) if conversation.rounds < 10 else "10 and more"),
+        )
+        tallies = [statistics.whole]
+        for group, key in groups:
+            if key not in group and len(group) >= 10 * _MAX_SOURCES:
+                key = "(others)"
+            tallies.append(group.setdefault(key, Tally()))
+        for tally in tallies:
+            tally.conversations += 1
+            tally.rounds += conversation.rounds
+            tally.calls += len(calls)
+            tally.observations += observations
+            tally.tokens += length
+            tally.trained += trained
+            tally.too_long += too_long
+        statistics.lengths.append(length)
+        statistics.steps += len(seen.example.steps())
+        self._count_kinds(seen)
+        names = [request.name for call in calls for request in call.requests]
+        statistics.tools_called.update(names)
+        statistics.tools_offered.update({tool.name for tool in conversation.offered})
+        statistics.offered_per_conversation[len(conversation.offered)] += 1
+        statistics.called_per_conversation[len(set(names))] += 1
+
+    def _count_kinds(self, seen: Seen) -> None:
+        """Trained tokens by their spans, all others by the segment that they begin in."""
+        example = seen.example
+        kinds = self._text.kinds(example.input_ids, seen.segments)
+        for span in example.spans:
+            kinds[span.start : span.stop] = span.kind
+        counts = np.bincount(kinds, minlength=len(Kind)).tolist()
+        for kind in Kind:
+            self.statistics.tokens_by_kind[kind] += counts[kind]
+
+    def _check_turns(self, seen: Seen) -> None:
+        for number, message in enumerate(seen.conversation.messages, 1):
+            match _last_said(message.parts):
+                case Observation():
+                    self._find("empty_summary", seen, f"turn {number} ends with a tool result")
+                case Call():
+                    self._find("ends_with_call", seen, f"turn {number} ends with a call")
+
+    def _check_calls(self, seen: Seen) -> None:
+        conversation = seen.conversation
+        for call in conversation.calls:
+            if call.failure is not None:
+                reason = call.failure.reason
+                self._find("unreadable_call", seen, f"{reason}: {call.failure.detail}", topic=reason)
+            for request in call.requests:
+                for code, topic, detail in check_request(request, conversation.offered):
+                    self._find(code, seen, detail, topic=topic)
+
+    def _check_tools(self, seen: Seen) -> None:
+        for tool in seen.conversation.offered:
+            if tool.problem:
+                topic = tool.problem.partition(":")[0]
+                self._find("flawed_tool_entry", seen, f"tool {tool.name[:60]!r}: {tool.problem}", topic=topic)
+
+    def _keep_in_sample(self, seen: Seen) -> None:
+        """The conversations with the smallest content hashes: a fair sample, and the same one every time."""
+        if self._sample_size == 0 or len(seen.example) > _MAX_SHOWN_TOKENS:
+            return
+        entry = (-int(seen.conversation.content_hash[:15], 16), len(self._ledger), seen)
+        if len(self._sample) < self._sample_size:
+            heapq.heappush(self._sample, entry)
+        elif entry > self._sample[0]:
+            heapq.heapreplace(self._sample, entry)
+
+    def _count_parts(self) -> None:
+        lengths = self.statistics.lengths
+        for index in range(len(self._ledger)):
+            tally = self.statistics.by_part.setdefault(self._ledger.part_of(index), Tally())
+            tally.conversations += 1
+            tally.tokens += lengths[index]
+            tally.too_long += lengths[index] > self._config.max_length
+
+    def _check_losses(self, rows: int) -> None:
+        # As a training run counts: a repetition is no loss.
+        lost = self.rejections.total() - self.rejections["duplicate"] + self.statistics.whole.too_long
+        if rows and lost / rows > self._config.max_rejected:
+            detail = (
+                f"{lost:,} of {rows:,} rows ({lost / rows:.1%}), dataset.max_rejected={self._config.max_rejected} "
+                f"allows {self._config.max_rejected:.1%}"
+            )
+            self.findings.add("too_many_set_aside", Origin("dataset", 0), None, detail)
+
+
+def _last_said(parts: Sequence[Part]) -> Part | None:
+    return next((part for part in reversed(parts) if part.source.strip()), None)
+
+
+def _by_size(groups: dict[str, Tally]) -> dict[str, Tally]:
+    return dict(sorted(groups.items(), key=lambda item: -item[1].conversations))

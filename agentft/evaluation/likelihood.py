@@ -1,0 +1,166 @@
+"""How likely a model finds the references, by kind of token; nothing is generated.
+
+One forward pass a conversation gives the loss of every trained token, so this is cheap enough for each evaluation during
+training. It says how well a model knows the words; whether it calls well is told by answers only.
+
+Axes: B batch, T positions, N labelled positions, D hidden width, G conversations, K kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from agentft.data.batches import collate
+from agentft.data.render import TRAINED_KINDS
+from agentft.data.tokens import Example
+from agentft.errors import DataError
+from agentft.evaluation.metrics import SCORING_VERSION, Metric
+from agentft.evaluation.resampling import Floats, ratio_intervals
+
+KINDS = tuple(sorted(TRAINED_KINDS))
+"""Columns of `Likelihood`: what the agent says in words, its calls, and the token that ends a step."""
+
+_CHUNK = 1024
+"""Labelled positions whose logits exist at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Losses of the references, in nats, by conversation and kind."""
+
+    ids: tuple[str, ...]
+    nats_GK: Floats
+    tokens_GK: Floats
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of all labelled tokens."""
+        return float(self.nats_GK.sum() / self.tokens_GK.sum())
+
+    def losses(self) -> dict[str, float]:
+        """Return `loss` and, by kind, `loss_text`, `loss_call`, `loss_stop`; a kind that does not occur is left out."""
+        nats_K, tokens_K = self.nats_GK.sum(0), self.tokens_GK.sum(0)
+        by_kind = {
+            f"loss_{kind.name}": float(nats / tokens)
+            for kind, nats, tokens in zip(KINDS, nats_K, tokens_K, strict=True)
+            if tokens
+        }
+        return {"loss": self.loss} | by_kind
+
+    def to_json(self, *, draws: int, seed: int) -> dict[str, Any]:
+        """Return losses and perplexities with 95 % intervals by bootstrap over conversations."""
+        names = ["", *(f"_{kind.name}" for kind in KINDS)]
+        nats = np.column_stack([self.nats_GK.sum(1), self.nats_GK])
+        tokens = np.column_stack([self.tokens_GK.sum(1), self.tokens_GK])
+        found = ratio_intervals(nats, tokens, draws=draws, seed=seed)
+        losses: dict[str, Metric] = {}
+        perplexities: dict[str, Metric] = {}
+        for m, name in enumerate(names):
+            value, low, high, se, se_cr0 = (
+                float(column[m]) if math.isfinite(column[m]) else None
+                for column in (found.values, found.low, found.high, found.se_cr1, found.se_cr0)
+            )
+            sums = (float(nats[:, m].sum()), float(tokens[:, m].sum()))
+            clusters = int(found.clusters[m])
+            losses[f"loss{name}"] = Metric(value, *sums, low, high, se, se_cr0, clusters)
+            ends = (None if each is None else math.exp(min(each, 700.0)) for each in (value, low, high))
+            shown, lowest, highest = ends
+            perplexities[f"perplexity{name}"] = Metric(shown, *sums, lowest, highest, None, None, clusters)
+        return {
+            "signature": f"agentft-eval|{SCORING_VERSION}|likelihood|nats:token|n:{len(self.ids)}",
+            "metrics": {name: metric.to_json() for name, metric in (losses | perplexities).items()},
+            "counts": {"conversations": len(self.ids), "labelled_tokens": int(self.tokens_GK.sum())},
+            "bootstrap": {"draws": draws, "seed": seed, "unit": "conversation", "interval": "percentile 95 %"},
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one plain object a conversation: its nats and tokens by kind."""
+        return [
+            {"conversation_id": name}
+            | {f"nats_{kind.name}": float(nats) for kind, nats in zip(KINDS, nats_K, strict=True)}
+            | {f"tokens_{kind.name}": int(tokens) for kind, tokens in zip(KINDS, tokens_K, strict=True)}
+            for name, nats_K, tokens_K in zip(self.ids, self.nats_GK, self.tokens_GK, strict=True)
+        ]
+
+
+def measure_likelihood(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch: int,
+    pad_id: int,
+    autocast: torch.dtype | None = None,
+) -> Likelihood:
+    """Measure `examples` without dropout; the model's mode is put back and random streams are not touched.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+        examples: Tokenised conversations.
+        batch: Conversations in one forward pass.
+        pad_id: Any id; padding is masked by position.
+        autocast: The number format in which fp32 weights are multiplied.
+
+    Raises:
+        DataError: the examples hold no label.
+    """
+    if not any(example.spans for example in examples):
+        raise DataError("the held-out conversations have no labelled token")
+    by_length = sorted(range(len(examples)), key=lambda order: -len(examples[order]))
+    nats_GK = np.zeros((len(examples), len(KINDS)))
+    tokens_GK = np.zeros_like(nats_GK)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for at in range(0, len(by_length), batch):
+                orders = by_length[at : at + batch]
+                nats, tokens = _measure([examples[order] for order in orders], model, pad_id, autocast)
+                nats_GK[orders], tokens_GK[orders] = nats, tokens
+    finally:
+        model.train(was_training)
+    return Likelihood(tuple(example.id for example in examples), nats_GK, tokens_GK)
+
+
+def _measure(
+    examples: Sequence[Example], model: nn.Module, pad_id: int, autocast: torch.dtype | None
+) -> tuple[Floats, Floats]:
+    device = next(model.parameters()).device
+    rows, positions, kinds = _places(examples)
+    piece = collate(examples, pad_id).to(device)
+    rows_N, positions_N = torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head = causal.get_output_embeddings()
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        hidden_BTD = causal.get_decoder()(input_ids=piece.input_ids_BT, use_cache=False).last_hidden_state
+        # Gathered before the head meets them: the logits of whole conversations would not fit beside a large vocabulary.
+        hidden_ND = hidden_BTD[rows_N, positions_N - 1]
+        targets_N = piece.input_ids_BT[rows_N, positions_N]
+        nats = [
+            functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+            for hidden, targets in zip(hidden_ND.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+        ]
+    cells = rows * len(KINDS) + kinds
+    size = len(examples) * len(KINDS)
+    shape = (len(examples), len(KINDS))
+    sums = np.bincount(cells, weights=torch.cat(nats).double().cpu().numpy(), minlength=size).reshape(shape)
+    return sums, np.bincount(cells, minlength=size).astype(np.float64).reshape(shape)
+
+
+def _places(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return row, position and column of the kind for every labelled token; the first of a text has nothing before it."""
+    found = [
+        (row, position, KINDS.index(span.kind))
+        for row, example in enumerate(examples)
+        for span in example.spans
+        for position in range(max(span.start, 1), span.stop)
+    ]
+    rows, positions, kinds = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    return rows, positions, kinds

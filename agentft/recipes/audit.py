@@ -1,0 +1,189 @@
+"""The audit of a dataset: read it as a training run would, tokenise, check, report; nothing is trained or loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from agentft import progress
+from agentft.data.audit import Audit, Seen
+from agentft.data.records import Conversation, Rejection
+from agentft.data.render import MsagentTemplate, get_template
+from agentft.data.sources import ReadReport
+from agentft.data.token_text import TokenText
+from agentft.data.tokens import SegmentEncoder
+from agentft.errors import DataError
+from agentft.model.load import load_tokenizer, locate_model, stop_token
+from agentft.recipes.audit_page import html_page
+from agentft.recipes.audit_report import AuditReport, print_report
+from agentft.recipes.config import AuditConfig
+from agentft.recipes.conversation_view import print_conversation
+from agentft.recipes.rows import open_rows
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+"""Conversations that are tokenised, and held, at a time."""
+
+_WIDTH = 120
+"""Columns of a report that does not go to a terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditResult:
+    """What an audit came to."""
+
+    passed: bool
+    findings: int
+    """Codes that make it fail."""
+    output: Path | None
+    """Folder of the report; None for a view, which writes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """What turns a conversation into tokens, and tokens into text."""
+
+    template: Any
+    encoder: SegmentEncoder
+    text: TokenText
+    stop_token: str
+
+    def tokenize(self, conversations: list[Conversation]) -> list[Seen]:
+        segments = [tuple(self.template.render(conversation)) for conversation in conversations]
+        examples = self.encoder.encode([(c.id, s) for c, s in zip(conversations, segments, strict=True)])
+        return [Seen(*entry) for entry in zip(conversations, segments, examples, strict=True)]
+
+
+def audit(config: AuditConfig) -> AuditResult:
+    """Audit a dataset, or show one conversation of it.
+
+    Raises:
+        DataError: a source cannot be read, or has no conversation `view`.
+        ConfigError, ModelError: the settings contradict each other, or the tokenizer cannot be loaded.
+    """
+    started = time.perf_counter()
+    desk = _set_up(config)
+    if config.view is not None:
+        _view(config, config.view, desk)
+        return AuditResult(True, 0, None)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    report = _look_at_all(config, desk, output, started)
+    # utf-8 whatever the terminal: a report must not fail at the words it reports.
+    with (output / "report.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for target in (_screen(), Console(file=file, width=_WIDTH, markup=False, emoji=False, highlight=False)):
+            print_report(report, target)
+    _write(output / "audit.json", json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
+    if config.audit.page:
+        _write(output / "audit.html", html_page(report, desk.text))
+    return AuditResult(not report.failing, len(report.failing), output)
+
+
+def _set_up(config: AuditConfig) -> _Desk:
+    tokenizer = load_tokenizer(locate_model(config.model), config.model)
+    stop = stop_token(config.model, tokenizer)
+    template = get_template(config.model.template, stop)
+    return _Desk(template, SegmentEncoder(tokenizer), TokenText(tokenizer), stop)
+
+
+def _look_at_all(config: AuditConfig, desk: _Desk, output: Path, started: float) -> AuditReport:
+    options = config.audit
+    read = ReadReport()
+    rows = open_rows(config.dataset, read)
+    audit = Audit(
+        config.dataset,
+        desk.text,
+        stop_token=desk.stop_token,
+        verbatim=isinstance(desk.template, MsagentTemplate),
+        examples=options.examples,
+        sample=options.sample,
+    )
+    rejected = output / "rejected.jsonl"
+    with rejected.open("w", encoding="utf-8") as quarantine, _counting() as show:
+
+        def set_aside(rejection: Rejection) -> None:
+            quarantine.write(json.dumps(_line(rejection), ensure_ascii=False) + "\n")
+
+        for batch in _batches(rows.conversations(read), _BATCH):
+            kept: list[tuple[Conversation, bool]] = []
+            for item, heldout in batch:
+                if isinstance(item, Rejection):
+                    audit.reject(item)
+                    set_aside(item)
+                else:
+                    kept.append((item, heldout))
+            for seen, (_, heldout) in zip(desk.tokenize([c for c, _ in kept]), kept, strict=True):
+                rejection = audit.add(seen.conversation, seen.segments, seen.example, heldout=heldout)
+                if rejection is not None:
+                    set_aside(rejection)
+            show(read.rows)
+    audit.finish(read, separate=rows.heldout is not None, similarity=options.similarity)
+    return AuditReport(config, read, audit, output, time.perf_counter() - started)
+
+
+def _view(config: AuditConfig, wanted: str, desk: _Desk) -> None:
+    """Find one conversation and print it with its labels."""
+    read = ReadReport()
+    for item, _ in open_rows(config.dataset, read).conversations(read):
+        if item.id != wanted:
+            continue
+        if isinstance(item, Rejection):
+            raise DataError(f"view={wanted}: {item.origin}: set aside, {item.reason}: {item.detail}")
+        (seen,) = desk.tokenize([item])
+        print_conversation(seen, desk.text, _screen(), max_length=config.dataset.max_length)
+        return
+    raise DataError(
+        f"view={wanted}: none of {read.rows:,} conversations has that id; a report names ids beside file:line"
+    )
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _line(rejection: Rejection) -> dict[str, Any]:
+    return {
+        "source": rejection.origin.source,
+        "line": rejection.origin.line,
+        "id": rejection.id,
+        "reason": rejection.reason,
+        "detail": rejection.detail,
+    }
+
+
+def _screen() -> Console:
+    # The dataset's words are shown as they are: no markup, no emoji codes.
+    return Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+class _counting:  # noqa: N801  # reads as a verb: with _counting() as show
+    """A line on a terminal that says how far the audit is; nothing elsewhere."""
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._status = progress.console().status("reading") if progress.console().is_terminal else None
+        if self._status is not None:
+            self._status.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def _show(self, rows: int) -> None:
+        if self._status is not None:
+            self._status.update(f"{rows:,} rows read")

@@ -1,0 +1,72 @@
+"""The raw rows of a dataset, whatever kind it is: the one place that matches the settings of `dataset` to a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from agentft.data import synthetic
+from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
+from agentft.data.records import Conversation, Origin, Rejection
+from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
+from agentft.errors import ConfigError
+
+Rows = Iterable[RawRow | Rejection]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRows:
+    """Rows of the training source and, where the dataset has one of its own for it, of the held-out source."""
+
+    train: Rows
+    heldout: Rows | None
+    form: Any
+
+    def conversations(self, report: ReadReport) -> Iterator[tuple[Conversation | Rejection, bool]]:
+        """Everything that the rows hold, and whether it comes from the held-out source."""
+        for rows, heldout in ((self.train, False), (self.heldout, True)):
+            if rows is not None:
+                for item in read_conversations(rows, form=self.form, report=report):
+                    yield item, heldout
+
+
+def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
+    """Open the source or sources of a dataset.
+
+    Raises:
+        DataError: a path is missing or holds nothing.
+        ConfigError: no source reads this kind of dataset.
+    """
+    form = getattr(config, "form", "msagent")
+    match config:
+        case SyntheticConfig():
+            return DatasetRows(
+                _synthetic(config, "train", config.conversations), _synthetic(config, "heldout", config.heldout), form
+            )
+        case LocalConfig():
+            test = None if config.test_path is None else read_local(config.test_path, report=report)
+            return DatasetRows(read_local(config.path, report=report), test, form)
+        case ModelScopeConfig():
+            from agentft.data.modelscope_rows import read_modelscope
+
+            def split(name: str) -> Rows:
+                return read_modelscope(config.id, name, revision=config.revision, cache_dir=config.cache_dir)
+
+            heldout = None if config.test_split is None else split(config.test_split)
+            return DatasetRows(split(config.train_split), heldout, form)
+        case _:
+            raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
+
+
+def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
+    records = synthetic.generate(
+        count,
+        seed=config.seed,
+        languages={"en": 1 - config.chinese, "zh": config.chinese},
+        part=part,
+        unseen_tools=config.split is Split.unseen_tools,
+        max_rounds=config.max_rounds,
+    )
+    for number, record in enumerate(records, start=1):
+        yield RawRow(Origin(f"synthetic-{part}", number), record)

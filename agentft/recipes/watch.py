@@ -1,0 +1,94 @@
+"""The held-out conversations during training: their loss by kind, answers where they decide, and when to stop early."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentft.evaluation.config import EvaluationConfig
+from agentft.evaluation.definitions import METRICS, PAPER_NAMES, conversation_sums
+from agentft.evaluation.likelihood import measure_likelihood
+from agentft.evaluation.metrics import score_records
+from agentft.evaluation.step_scores import StepScore
+from agentft.recipes.exam import answer_all, exam_steps, own_model
+from agentft.runs import RunFolder
+from agentft.tracking import read_metrics
+
+if TYPE_CHECKING:
+    from agentft.recipes.train import Bench
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Measures at every `evaluation.steps`, and remembers what decides."""
+
+    def __init__(
+        self, config: EvaluationConfig, bench: Bench, run: RunFolder, *, total_steps: int, autocast: torch.dtype | None
+    ) -> None:
+        self._config = config
+        self._bench = bench
+        self._run = run
+        self._total_steps = total_steps
+        self._autocast = autocast
+        count = config.conversations
+        self._examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
+        self._steps = exam_steps(bench.data, bench.template, config.generates_during_training or 1)
+        self._values: list[float] = []
+        """Of `best_metric`, evaluation by evaluation."""
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Return what was measured, by name."""
+        bench = self._bench
+        likelihood = measure_likelihood(
+            bench.model, self._examples, batch=self._config.batch, pad_id=bench.pad_id, autocast=self._autocast
+        )
+        values = likelihood.losses()
+        words = f"held-out loss {values['loss']:.4f}"
+        if self._config.generates_during_training:
+            values |= self._answer()
+            words += f", {self._config.best_metric} {values[self._config.best_metric]:.4f}"
+        log.info("step %d of %d: %s", step, self._total_steps, words)
+        self._values.append(values[self._config.best_metric])
+        if self.is_exhausted():
+            log.info(
+                "no better %s in %d evaluations: training ends early", self._config.best_metric, self._config.patience
+            )
+        return values
+
+    def resume(self, step: int) -> None:
+        """Take up what was measured until `step`, which the loop goes on from."""
+        key = f"eval/{self._config.best_metric}"
+        rows = read_metrics(self._run.metrics_file)
+        self._values = [float(row[key]) for row in rows if row["step"] <= step and row.get(key) is not None]
+
+    def is_exhausted(self) -> bool:
+        """Whether `evaluation.patience` evaluations in a row have brought nothing better."""
+        if not self._config.patience or not self._values:
+            return False
+        lowest_is_best = self._config.best_metric == "loss"
+        best = min(self._values) if lowest_is_best else max(self._values)
+        return len(self._values) - 1 - self._values.index(best) >= self._config.patience
+
+    def _answer(self) -> dict[str, float]:
+        bench = self._bench
+        answerer = own_model(bench.model, bench.tokenizer, self._config, stop_id=bench.stop_id)
+        answers = answer_all("during training", answerer, self._steps)
+        values = metric_values(score_records(answer.step.record(answer.text) for answer in answers))
+        # What decides must be a number at every evaluation: a model that has nothing to measure comes last.
+        return {self._config.best_metric: 0.0} | values if self._config.best_metric != "loss" else values
+
+
+def metric_values(scores: Sequence[StepScore]) -> dict[str, float]:
+    """Return every defined metric of scored steps by name, without intervals."""
+    _, numerators_GM, denominators_GM = conversation_sums(scores)
+    sums = zip(METRICS, numerators_GM.sum(0), denominators_GM.sum(0), strict=True)
+    values = {
+        definition.name: float(top / bottom)
+        for definition, top, bottom in sums
+        if bottom and not definition.name.startswith("legacy")
+    }
+    return values | {alias: values[name] for alias, name in PAPER_NAMES.items() if name in values}

@@ -1,0 +1,386 @@
+"""What the audit finds, and that it does not take the word of the code it checks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from agentft.data.audit import Audit
+from agentft.data.calls import ToolRequest
+from agentft.data.config import DatasetConfig, Split
+from agentft.data.findings import CODES, Findings, Level
+from agentft.data.label_trace import trace_labels
+from agentft.data.offered_tools import OfferedTool
+from agentft.data.overlap import Ledger
+from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.render import Kind
+from agentft.data.sources import RawRow, ReadReport, read_conversations
+from agentft.data.token_text import TokenText
+from agentft.data.tokens import IGNORE_INDEX, Example
+from agentft.data.tool_schemas import check_request, schema_of
+
+SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'
+CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'
+RESULT = '<|startofexec|>```JSON\n{"high": "14:20"}\n```<|endofexec|>'
+
+
+def record(name: str, user: str = "When is high tide?", assistant: str = "", system: str = SYSTEM) -> dict:
+    answer = assistant or f"{CALL}\n\n{RESULT}\nAt 14:20."
+    turns = [("system", system), ("user", user), ("assistant", answer)]
+    return {"id": name, "conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+def conversation(value: dict, line: int = 1) -> Conversation:
+    outcome = read_record(value, Origin("data.jsonl", line))
+    assert not isinstance(outcome, Rejection), outcome
+    return outcome[0]
+
+
+@pytest.fixture(scope="session")
+def text(byte_tokenizer) -> TokenText:
+    return TokenText(byte_tokenizer)
+
+
+@pytest.fixture
+def audited(encoder, template, text):
+    """Audit records as a training run would read them."""
+
+    def run(records: list[dict], **settings) -> Audit:
+        config = DatasetConfig(name="test", **{"test_ratio": 0.5, "max_rejected": 1.0, **settings})
+        audit = Audit(config, text, stop_token=template.stop_token, verbatim=True, examples=3, sample=4)
+        report = ReadReport()
+        rows = [RawRow(Origin("data.jsonl", line), value) for line, value in enumerate(records, 1)]
+        for item in read_conversations(rows, report=report):
+            if isinstance(item, Rejection):
+                audit.reject(item)
+            else:
+                segments = template.render(item)
+                (example,) = encoder.encode([(item.id, segments)])
+                audit.add(item, segments, example, heldout=False)
+        audit.finish(report, separate=False, similarity=0.8)
+        return audit
+
+    return run
+
+
+def codes(audit: Audit) -> dict[str, int]:
+    return {finding.code: finding.count for finding in audit.findings.all()}
+
+
+# --- Labels ---
+
+
+def example_of(value: Conversation, encoder, template) -> Example:
+    (example,) = encoder.encode([(value.id, template.render(value))])
+    return example
+
+
+def problem(value: Conversation, example: Example, labels, text, template, verbatim: bool = True) -> str | None:
+    found = trace_labels(value, example.input_ids, labels, text, stop_token=template.stop_token, verbatim=verbatim)
+    return None if found is None else found.code
+
+
+def test_the_labels_of_every_golden_conversation_are_traced_to_the_agent(golden_conversations, encoder, template, text):
+    for value in golden_conversations.values():
+        example = example_of(value, encoder, template)
+        assert problem(value, example, example.labels, text, template) is None, value.id
+        assert problem(value, example, example.labels, text, template, verbatim=False) is None, value.id
+
+
+@pytest.mark.parametrize("kind", [Kind.system, Kind.user, Kind.observation, Kind.header])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one_token"])
+def test_a_label_on_foreign_text_is_found_wherever_it_lies(
+    kind: Kind, whole: bool, golden_conversations, encoder, template, text
+):
+    seen = 0
+    for value in golden_conversations.values():
+        segments = template.render(value)
+        example = example_of(value, encoder, template)
+        kinds = text.kinds(example.input_ids, segments)
+        # Blank edges belong to nobody; a label on white space alone is not foreign text.
+        visible = np.array([bool(text.text(example.input_ids[i : i + 1]).strip()) for i in range(len(example))])
+        places = np.flatnonzero((kinds == kind) & (example.labels == IGNORE_INDEX) & visible)
+        if not len(places):
+            continue
+        seen += 1
+        places = places if whole else places[len(places) // 2 : len(places) // 2 + 1]
+        labels = example.labels
+        labels[places] = example.input_ids[places]
+        assert problem(value, example, labels, text, template) == "label_in_context", value.id
+    assert seen
+
+
+def test_a_missing_and_a_shifted_label_are_found(encoder, template, text):
+    value = conversation(record("a"))
+    example = example_of(value, encoder, template)
+    labels = example.labels
+    first, last = example.steps()[-1]
+    labels[last - 1] = IGNORE_INDEX
+    assert problem(value, example, labels, text, template) == "label_missing", "the stop token"
+    labels = example.labels
+    labels[first : first + 2] = IGNORE_INDEX
+    assert problem(value, example, labels, text, template) == "label_missing"
+    shifted = np.concatenate([example.labels[1:], [IGNORE_INDEX]]).astype(np.int32)
+    assert problem(value, example, shifted, text, template) == "label_in_context"
+    nothing = np.full_like(example.input_ids, IGNORE_INDEX)
+    assert problem(value, example, nothing, text, template) == "no_label"
+
+
+def test_a_whole_observation_under_labels_is_found_in_any_template(encoder, template, text):
+    value = conversation(record("a"))
+    example = example_of(value, encoder, template)
+    labels = example.labels
+    places = text.kinds(example.input_ids, template.render(value)) == Kind.observation
+    labels[places] = example.input_ids[places]
+    assert problem(value, example, labels, text, template, verbatim=False) == "label_in_context"
+
+
+def test_tokens_give_their_text_back_to_the_byte(encoder, template, text, golden_conversations):
+    for value in golden_conversations.values():
+        segments = template.render(value)
+        (example,) = encoder.encode([(value.id, segments)])
+        whole = "".join(segment.text for segment in segments)
+        assert text.text(example.input_ids) == whole
+        pieces = list(text.pieces(example.input_ids))
+        assert "".join(piece for piece, _ in pieces) == whole
+        assert sum(count for _, count in pieces) == len(example)
+
+
+# --- Calls ---
+
+
+def tool(*parameters: dict) -> OfferedTool:
+    return OfferedTool("t", "", tuple(parameters))
+
+
+@pytest.mark.parametrize(
+    ("declared", "value", "expected"),
+    [
+        ({"type": "string"}, "x", []),
+        ({"type": "str"}, 5, ["argument_breaks_schema"]),
+        ({"type": "integer"}, "5", ["argument_as_text"]),
+        ({"type": "integer"}, "five", ["argument_breaks_schema"]),
+        ({"type": "integer"}, 5.0, []),
+        ({"type": "boolean"}, "True", ["argument_as_text"]),
+        ({"type": "something"}, [1], []),
+        ({}, {"any": 1}, []),
+        ({"enum": ["a", "b"]}, "c", ["argument_breaks_schema"]),
+        ({"enum": []}, "c", []),
+        ({"type": "integer", "minimum": 1}, 0, ["argument_breaks_schema"]),
+        ({"type": "array", "items": {"type": "integer"}}, [1, "x"], ["argument_breaks_schema"]),
+        (
+            {"type": "object", "properties": {"a": {"type": "string"}}, "required_fields": ["a"]},
+            {},
+            ["argument_breaks_schema"],
+        ),
+        ({"type": "string", "nullable": True}, None, []),
+        ({"$ref": "http://127.0.0.1:9/never"}, "fetched", []),
+        ({"pattern": "(a+)+$", "type": "string"}, "a" * 60 + "b", []),
+        ({"type": "integer", "minimum": "low", "enum": "abc"}, 3, []),
+    ],
+)
+def test_arguments_are_checked_against_their_declaration(declared: dict, value: object, expected: list[str]):
+    found = check_request(ToolRequest("t", {"p": value}), [tool({"name": "p", **declared})])
+    assert [code for code, _, _ in found] == expected
+
+
+def test_what_is_required_or_unknown_has_codes_of_its_own():
+    declared = tool({"name": "a", "required": True}, {"name": "b", "required": "false"})
+    assert [c for c, _, _ in check_request(ToolRequest("t", {"b": 1, "c": 1}), [declared])] == [
+        "missing_parameter",
+        "undeclared_parameter",
+    ]
+    assert [c for c, _, _ in check_request(ToolRequest("u", {}), [declared])] == ["unknown_tool"]
+    assert [c for c, _, _ in check_request(ToolRequest("u", {}), [])] == ["call_without_tool_list"]
+    assert check_request(ToolRequest("t", {"x": 1}), [OfferedTool("t", "", None)]) == []
+    twice = [declared, tool({"name": "x"})]
+    assert check_request(ToolRequest("t", {"x": 1}), twice) == [], "the declaration that fits counts"
+
+
+def test_a_parameter_list_is_a_json_schema():
+    from jsonschema import Draft202012Validator
+
+    schema = schema_of([{"name": "a", "required": True, "type": "int"}, {"name": "b", "description": "text"}])
+    Draft202012Validator.check_schema(schema)
+    assert schema == {"type": "object", "properties": {"a": {"type": ["integer"]}, "b": {}}, "required": ["a"]}
+
+
+def test_every_quality_finding_is_made_where_it_is_and_nowhere_else(audited):
+    broken_call = "<|startofthink|>```JSON\n{nonsense\n```<|endofthink|>"
+    other_call = CALL.replace("tide", "moon")
+    records = [
+        record("sound-1", "one question about tides"),
+        record("sound-2", "another question about tides"),
+        record("unknown", "a", other_call),
+        record("unreadable", "b", broken_call),
+        record("unsaid", "c", f"{CALL}\n\n{RESULT}"),
+        record("undeclared", "d", CALL.replace('"Husum"', '"Husum", "day": 1') + f"\n\n{RESULT}\nSo."),
+        record("missing", "e", CALL.replace('"harbour": "Husum"', "") + f"\n\n{RESULT}\nSo."),
+        record("wrong", "f", CALL.replace('"Husum"', "7") + f"\n\n{RESULT}\nSo."),
+        record("unoffered", "g", system="You help."),
+        record("uncalled", "h", f"{RESULT}\nSo."),
+        record("flawed", "i", system=SYSTEM.replace("}]}", "}]}]")),
+        record("sound-1", "one question about tides"),
+        record("sound-1", "the same id again"),
+        record("copy", "one question about tides"),
+        record("asks-again", "one question about tides", "No tool is needed."),
+    ]
+    audit = audited(records)
+    assert codes(audit) == {
+        "unknown_tool": 1,
+        "unreadable_call": 1,
+        "empty_summary": 1,
+        "ends_with_call": 2,
+        "undeclared_parameter": 1,
+        "missing_parameter": 1,
+        "argument_breaks_schema": 1,
+        "call_without_tool_list": 1,
+        "exec_without_call": 1,
+        "flawed_tool_entry": 1,
+        "duplicate": 1,
+        "duplicate_id": 1,
+        "duplicate_content": 1,
+        "duplicate_user_side": 1,
+    }
+    by_code = {finding.code: finding.examples[0] for finding in audit.findings.all()}
+    assert (by_code["unknown_tool"].id, str(by_code["unknown_tool"].origin)) == ("unknown", "data.jsonl:3")
+    assert by_code["unreadable_call"].detail.startswith("not_json: ")
+    assert audit.findings["unreadable_call"].topics == {"not_json": 1}
+    assert by_code["exec_without_call"].id == "uncalled"
+    assert by_code["duplicate_content"].detail == "the same content as 'sound-1' (data.jsonl:1)"
+    assert audit.findings.failing([]) == []
+    assert [f.code for f in audit.findings.failing(["unknown_tool"])] == ["unknown_tool"]
+
+
+def test_statistics_add_up(audited, golden_conversations, encoder, template):
+    records = [record(f"x-{n}", f"question number {n}") for n in range(6)] + [record("y-1", "涨潮是几点？")]
+    audit = audited(records, max_length=16)
+    statistics = audit.statistics
+    whole = statistics.whole
+    assert (whole.conversations, whole.calls, whole.observations, whole.rounds) == (7, 7, 7, 7)
+    assert sum(statistics.tokens_by_kind.values()) == whole.tokens == sum(statistics.lengths)
+    assert whole.trained == sum(statistics.tokens_by_kind[kind] for kind in (Kind.text, Kind.call, Kind.stop))
+    assert statistics.tokens_by_kind[Kind.stop] == statistics.steps == 14
+    assert statistics.tokens_by_kind[Kind.system] == 7 * len(SYSTEM)
+    assert {name: t.conversations for name, t in statistics.by_source().items()} == {"x": 6, "y": 1}
+    assert {name: t.conversations for name, t in statistics.by_language.items()} == {"en": 6, "zh": 1}
+    for groups in (statistics.by_prefix, statistics.by_file, statistics.by_language, statistics.by_rounds):
+        assert sum(tally.tokens for tally in groups.values()) == whole.tokens
+    assert statistics.tools_called == {"tide": 7}
+    assert whole.too_long == 7
+    assert codes(audit)["too_long"] == 7
+
+
+def test_too_many_lost_rows_break_the_audit(audited):
+    records = [record(f"a-{n}", f"question {n}") for n in range(8)] + [{"id": "b"}, {"id": "c"}]
+    assert "too_many_set_aside" not in codes(audited(records, max_rejected=0.2))
+    assert codes(audited(records, max_rejected=0.19))["too_many_set_aside"] == 1
+
+
+def test_a_split_that_leaves_a_part_empty_breaks_the_audit(audited):
+    assert codes(audited([record("only")])) == {"empty_part": 1}
+
+
+# --- Who shares what ---
+
+
+def ledger_of(records: list[dict], heldout: set[int]) -> Ledger:
+    ledger = Ledger()
+    for line, value in enumerate(records, 1):
+        ledger.add(conversation(value, line), heldout=line - 1 in heldout)
+    return ledger
+
+
+def assigned(ledger: Ledger, *, separate: bool = True) -> Findings:
+    findings = Findings(5)
+    ledger.assign_parts(findings, split=Split.content, test_ratio=0.5, seed=1, separate=separate)
+    return findings
+
+
+def test_the_split_that_training_makes_holds(golden_conversations):
+    records = [record(f"a-{n}", f"question {n // 2}", f"answer {n}") for n in range(40)]
+    ledger = ledger_of(records, set())
+    findings = assigned(ledger, separate=False)
+    ledger.find_duplicates(findings)
+    assert {finding.code for finding in findings.all()} == {"duplicate_user_side"}
+    assert {ledger.part_of(n) for n in range(40)} == {"train", "heldout"}
+
+
+def test_a_split_that_leaks_is_found():
+    records = [record("a", "same words"), record("b", "same  words\n", "other answer"), record("c", "same words")]
+    ledger = ledger_of(records, {1})
+    findings = assigned(ledger)
+    assert [ledger.part_of(n) for n in range(3)] == ["neither", "heldout", "neither"], "as training leaves them out"
+    ledger.parts = np.array([0, 1, 0], dtype=np.int8)  # and if it did not
+    ledger.find_duplicates(findings)
+    assert findings["user_side_straddles"].count == 1
+    assert findings["content_straddles"].count == 0
+    ledger.parts = np.array([1, 0, 0], dtype=np.int8)
+    leaked = Findings(5)
+    ledger.find_duplicates(leaked)
+    assert leaked["content_straddles"].examples[0].detail == "the same content as 'c' (data.jsonl:3)"
+    assert all(CODES[code][0] is Level.broken for code in ("user_side_straddles", "content_straddles"))
+
+
+def test_near_duplicates_are_found_across_the_split_only():
+    asked = "Could you please book me a table for four people at an Italian restaurant this Friday evening"
+    records = [
+        record("near", asked.upper() + "?!"),
+        record("changed", asked.replace("Friday", "Monday")),
+        record("far", "What is the weather going to be like in Hamburg on the first of May next year"),
+        record("short", "Yes, please"),
+        record("held", asked),
+        record("held-short", "yes please!"),
+        record("held-far", "Transfer two hundred euros from my savings account to my landlord's account now"),
+    ]
+    ledger = ledger_of(records, {4, 5, 6})
+    findings = assigned(ledger)
+    assert ledger.find_near_duplicates(findings, 0.8) == 2, "short turns are not compared"
+    (example,) = findings["near_duplicate_across_split"].examples
+    assert example.id == "held"
+    assert "about 100%" in example.detail
+    assert "'near'" in example.detail
+
+
+def test_nothing_to_compare_is_no_error(audited):
+    assert codes(audited([{"id": "a"}, {"id": "b"}])) == {"empty_part": 1}
+    short = ledger_of([record("a", "Yes"), record("b", "No")], {1})
+    findings = assigned(short)
+    assert short.find_near_duplicates(findings, 0.8) == 0
+    assert findings.all() == []
+
+
+def test_memory_holds_no_texts(audited):
+    """What is kept of a conversation does not grow with its text."""
+
+    def kept(words: int) -> int:
+        audit = audited([record(f"a-{n}", f"{n} " + "word " * words) for n in range(20)])
+        ledger = audit._ledger
+        return sum(map(len, (ledger._users, ledger._contents, ledger._said, ledger._sketches)))
+
+    assert kept(2000) == kept(200)
+
+
+def test_findings_are_bounded_and_say_where(audited):
+    audit = audited([record(f"a-{n}", f"question {n}", CALL.replace("tide", f"tool{n}")) for n in range(50)])
+    unknown = audit.findings["unknown_tool"]
+    assert (unknown.count, unknown.conversations, len(unknown.examples)) == (50, 50, 3)
+    with pytest.raises(KeyError):
+        audit.findings.add("no_such_code", Origin("x", 1), None, "")
+    shown = audit.shown()
+    assert 4 <= len(shown) <= 6
+    assert set(shown["a-0"][1]) == {"unknown_tool", "ends_with_call"}
+
+
+def test_the_sample_is_the_same_in_any_order(audited):
+    records = [record(f"a-{n}", f"question {n}") for n in range(30)]
+    assert list(audited(records).shown()) == list(audited(records[::-1]).shown())
+
+
+@pytest.mark.slow
+def test_real_conversations_pass_every_invariant(shared_data, audited):
+    lines = (shared_data / "dev.jsonl").read_text(encoding="utf-8").splitlines()
+    audit = audited([json.loads(line) for line in lines], max_length=100_000)
+    assert audit.findings.failing([]) == []

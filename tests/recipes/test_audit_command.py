@@ -1,0 +1,250 @@
+"""The audit as a command: exit codes that guard a pipeline, files that say why, a page and a view to look at."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from agentft import audit as command
+from agentft.config import AuditConfig, compose, register_schemas, settings, to_config
+from agentft.data.findings import CODES
+from agentft.errors import ConfigError
+from agentft.recipes.audit import audit
+from agentft.recipes.audit_report import length_bars
+from agentft.recipes.saved import SCHEMAS
+
+CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'
+RESULT = '<|startofexec|>```JSON\n{"high": "14:20"}\n```<|endofexec|>'
+SYSTEM = '1. {"name": "tide", "parameters": [{"name": "harbour", "required": true}]}'
+
+
+def line(name: str, user: str, assistant: str = f"{CALL}\n\n{RESULT}\nAt 14:20.") -> str:
+    turns = (("system", SYSTEM), ("user", user), ("assistant", assistant))
+    return json.dumps({"id": name, "conversations": [{"from": r, "value": v} for r, v in turns]}) + "\n"
+
+
+def config(*overrides: str) -> AuditConfig:
+    register_schemas()
+    return to_config(compose("audit", ["model=tiny", *overrides]), AuditConfig)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = [line(f"good-{n}", f"question {n} about the tides") for n in range(20)]
+    lines.append(line("bad-1", "and the moon?", CALL.replace("tide", "[red]moon\x1b[31m")[:-14] + "<|endofthink|>"))
+    lines.append('{"id": "broken-1"}\n')
+    lines.append(line("markup <b>&", "a <script>alert(1)</script> in the text"))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["agentft/audit.py", "model=tiny", *arguments])
+    try:
+        return command.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_a_sound_dataset_passes_and_the_report_is_written(data: Path, tmp_path: Path, monkeypatch, capsys):
+    output = tmp_path / "report"
+    ratio = "dataset.test_ratio=0.3"
+    assert run(monkeypatch, "dataset=local", f"dataset.path={data}", ratio, f"output={output}") == 0
+    said = capsys.readouterr().out
+    assert "passed" in said
+    assert f"{data}:21 bad-1" in said
+    assert sorted(path.name for path in output.iterdir()) == [
+        "audit.html",
+        "audit.json",
+        "rejected.jsonl",
+        "report.txt",
+    ]
+    numbers = json.loads((output / "audit.json").read_text(encoding="utf-8"))
+    assert numbers["passed"] is True
+    assert numbers["rows"] == 23
+    assert numbers["whole"]["conversations"] == 22
+    assert sum(part["conversations"] for part in numbers["parts"].values()) == 22
+    (rejected,) = (output / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(rejected) == {
+        "source": str(data),
+        "line": 22,
+        "id": "broken-1",
+        "reason": "conversations_missing",
+        "detail": "no field 'conversations'",
+    }
+    assert (output / "report.txt").read_text(encoding="utf-8").count("unknown_tool") == 1
+
+
+@pytest.mark.parametrize(
+    "setting", ["audit.fail_on=[unknown_tool]", "dataset.max_rejected=0.01", "dataset.max_length=300"]
+)
+def test_the_exit_code_is_3_where_the_data_should_not_be_used(setting: str, data: Path, tmp_path: Path, monkeypatch):
+    given = ["dataset=local", f"dataset.path={data}", "dataset.test_ratio=0.3", "audit.page=false", setting]
+    assert run(monkeypatch, *given, f"output={tmp_path / 'out'}") == 3
+    assert json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))["passed"] is False
+    assert not (tmp_path / "out" / "audit.html").exists()
+
+
+def test_a_label_in_the_wrong_place_fails_the_command(data: Path, tmp_path: Path, monkeypatch):
+    """As if the mask law were broken: the audit must not believe `render.py`."""
+    from agentft.data import render
+
+    leaky = frozenset({*render.TRAINED_KINDS, render.Kind.observation})
+    monkeypatch.setattr(render, "TRAINED_KINDS", leaky)
+    given = ["dataset=local", f"dataset.path={data}", "dataset.test_ratio=0.3", f"output={tmp_path / 'out'}"]
+    assert run(monkeypatch, *given) == 3
+    findings = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))["findings"]
+    assert (findings[0]["code"], findings[0]["level"], findings[0]["count"]) == ("label_in_context", "broken", 21)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["audit.fail_on=[unknown_tol]"], 2, "audit.fail_on=unknown_tol: no such finding"),
+        (["audit.fail_onn=[]"], 2, "audit.fail_onn: no such setting; did you mean audit.fail_on?"),
+        (["dataset=local"], 2, "dataset.path: missing"),
+        (["dataset=local", "dataset.path=nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+        (["view=nobody"], 1, "view=nobody: none of"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_report(
+    arguments: list[str], code: int, expected: str, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    given = arguments if "dataset=local" in arguments else ["dataset.conversations=3", "dataset.heldout=2", *arguments]
+    assert run(monkeypatch, *given) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"audit.py: {expected}")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.rglob("audit.*"))
+
+
+def test_composing_needs_no_heavy_library(tmp_path: Path, root: Path):
+    code = (
+        "import sys; sys.argv = ['audit', '--help']; from agentft.audit import main; main();"
+        "sys.exit(' '.join(m for m in ('torch', 'transformers', 'numpy', 'jsonschema') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m agentft.audit ")
+
+
+def test_the_view_shows_what_is_trained_without_colours_too(data: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "dataset=local", f"dataset.path={data}", "view=good-3") == 0
+    said = capsys.readouterr().out
+    order = re.findall(r"^ *([+-]\w+) \d+", said, flags=re.MULTILINE)
+    assert [name for name in order if name != "-header"] == [
+        *("-system", "-user", "+call", "+stop", "-observation", "+text", "+stop")
+    ]
+    assert "[red]" not in said
+    assert list(tmp_path.glob("runs")) == []
+
+
+def test_the_words_of_a_dataset_cannot_command_the_terminal(data: Path, tmp_path: Path, monkeypatch, capsys):
+    given = ["dataset=local", f"dataset.path={data}", f"output={tmp_path / 'out'}"]
+    run(monkeypatch, *given)
+    run(monkeypatch, *given, "view=bad-1")
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "[red]moon" in said
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        assert "src" not in values
+        assert tag != "link"
+        self.scripts += tag == "script"
+        self.ids.add(values.get("id") or "")
+        if tag == "a":
+            self.links.append(values["href"] or "")
+        if tag not in ("meta", "input", "path", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "rect"):
+            assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(data: Path, tmp_path: Path, monkeypatch):
+    output = tmp_path / "out"
+    run(monkeypatch, "dataset=local", f"dataset.path={data}", "dataset.test_ratio=0.3", f"output={output}")
+    page = (output / "audit.html").read_text(encoding="utf-8")
+    reader = _Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert reader.scripts == 1
+    assert "http" not in page
+    assert {link.removeprefix("#") for link in reader.links} <= reader.ids
+    assert reader.links, "a finding leads to its conversation"
+    assert "&lt;script&gt;alert(1)" in page
+    assert 'class="run k-call on"' in page
+    assert 'class="run k-observation"' in page
+    assert 'class="run k-observation on"' not in page
+
+
+def test_the_same_split_as_a_training_run(tmp_path: Path):
+    """The audit counts what `prepare_data` trains on."""
+    from agentft.data.render import get_template
+    from agentft.data.tokens import SegmentEncoder
+    from agentft.model.load import load_tokenizer, locate_model, stop_token
+    from agentft.recipes.prepare import prepare_data
+
+    settings_given = ["dataset.conversations=30", "dataset.heldout=8", "dataset.max_rejected=1"]
+    composed = config(*settings_given, f"output={tmp_path}")
+    result = audit(composed)
+    assert result.passed
+    numbers = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(locate_model(composed.model), composed.model)
+    template = get_template("msagent", stop_token(composed.model, tokenizer))
+    prepared = prepare_data(composed.dataset, template, SegmentEncoder(tokenizer))
+    parts = {name: part["conversations"] - part["too_long"] for name, part in numbers["parts"].items()}
+    assert (parts["train"], parts["heldout"]) == (len(prepared.train), len(prepared.heldout))
+
+
+def test_bars_meet_the_limit_and_lose_nobody():
+    lengths = [1, 10, 99, 100, 101, 199, 200, 201, 5000]
+    bars = length_bars(lengths, 100)
+    assert sum(count for _, _, count in bars) == len(lengths)
+    assert sum(count for start, _, count in bars if start > 100) == 5
+    assert any(stop == 100 for _, stop, _ in bars)
+    assert bars[-1][1] == 5000
+    assert length_bars([], 100) == []
+
+
+def test_every_malformed_record_leaves_the_audit_standing(shared_data: Path, tmp_path: Path):
+    composed = config("dataset=local", f"dataset.path={shared_data / 'malformed.jsonl'}", f"output={tmp_path}")
+    assert not audit(composed).passed
+    numbers = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert numbers["rows"] == 110
+    assert {f["code"] for f in numbers["findings"] if f["level"] == "broken"} <= {"empty_part", "too_many_set_aside"}
+    (tmp_path / "audit.html").read_text(encoding="utf-8").encode()
+
+
+def test_limits_are_those_of_a_training_run():
+    with pytest.raises(ConfigError, match=r"dataset\.max_length=9999 exceeds model\.context"):
+        config("dataset.max_length=9999")
+
+
+def test_every_code_and_setting_is_in_the_docs(root: Path):
+    words = (root / "docs" / "audit.md").read_text(encoding="utf-8")
+    own = [key for key in settings(AuditConfig) if key.split(".")[0] not in SCHEMAS and key != "audit"]
+    for name in [*CODES, *own]:
+        assert f"`{name}`" in words, f"docs/audit.md does not name {name}"
+    for code, (_, meaning) in CODES.items():
+        assert meaning in words, code
