@@ -34,6 +34,8 @@ class Attention(StrEnum):
     """The fastest implementation that is installed and fits the device; the choice is printed."""
     flash = "flash"
     """The package flash-attn, or refuse."""
+    tiled = "tiled"
+    """agentft's own for bf16 on a CPU; see `agentft.model.attention`."""
     sdpa = "sdpa"
     eager = "eager"
 
@@ -75,9 +77,9 @@ class ModelConfig:
     cache_dir: str | None = None
     """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
     template: str = "msagent"
-    """How conversations become text; see docs/data_format.md."""
+    """How conversations become text: msagent, native, chatml, qwen2.5, qwen3 or llama3; see docs/templates.md."""
     stop_token: str | None = None
-    """Token that ends every step of the agent; null: the tokenizer's end-of-sequence token."""
+    """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Linear layers that LoRA adapts when `sft_type.targets` is null."""
     learning_rate_scale: float = 1.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ModelError
+from agentft.model import attention as tiled_attention
 from agentft.model import conversion
 from agentft.model.cache import build_once, cache_root
 from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource, RandomShape
@@ -146,6 +147,12 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
             )
         case Attention.flash:
             return "flash_attention_2"
+        case Attention.tiled:
+            tiled_attention.register()
+            return tiled_attention.NAME
+        case Attention.auto if not device.is_cuda and dtype is torch.bfloat16:
+            log.info("model.attention=auto: tiled")
+            return choose_attention(Attention.tiled, device, dtype)
         case Attention.auto:
             name = "flash_attention_2" if fits else "sdpa"
             log.info("model.attention=auto: %s", name)
