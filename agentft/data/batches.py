@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -34,16 +34,23 @@ class Batch:
     tokens: int
     """Positions that hold a token, padding left out."""
     targets: int
-    """Labelled positions that some earlier position predicts; the weight of the batch in its step's loss."""
+    """Labelled positions that some earlier position predicts."""
+    weights_BT: torch.Tensor | None = None
+    """What each position counts in the loss as a label, fp32; None where all count 1."""
+    weight: float = field(kw_only=True)
+    """Sum of the weights of the targets: the share of the batch in its step's loss. Equals `targets` without weights."""
 
     def to(self, device: torch.device) -> Batch:
         """Move the tensors, without waiting for the copy."""
+        weights = self.weights_BT
         return Batch(
             ids=self.ids,
             input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
             labels_BT=self.labels_BT.to(device, non_blocking=True),
             tokens=self.tokens,
             targets=self.targets,
+            weights_BT=None if weights is None else weights.to(device, non_blocking=True),
+            weight=self.weight,
         )
 
 
@@ -114,10 +121,18 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     for row, example in enumerate(examples):
         ids[row, : len(example)] = example.input_ids
         labels[row, : len(example)] = example.labels
+    targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    weights = None
+    if any(example.span_weights is not None for example in examples):
+        weights = np.zeros((len(examples), width), dtype=np.float32)
+        for row, example in enumerate(examples):
+            weights[row, : len(example)] = example.loss_weights
     return Batch(
         ids=tuple(example.id for example in examples),
         input_ids_BT=torch.from_numpy(ids),
         labels_BT=torch.from_numpy(labels),
         tokens=sum(len(example) for example in examples),
-        targets=int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        targets=targets,
+        weights_BT=None if weights is None else torch.from_numpy(weights),
+        weight=targets if weights is None else float(weights[:, 1:].sum(dtype=np.float64)),
     )

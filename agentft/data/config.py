@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
 
 from agentft.errors import ConfigError
 
@@ -15,6 +15,37 @@ class Split(StrEnum):
     """By a hash of the conversation's text: the same conversations are held out whatever the sample size."""
     unseen_tools = "unseen_tools"
     """Tools are held out: no tool that a held-out conversation calls is called in training."""
+
+
+class TooLong(Enum):
+    """What becomes of a conversation of more than `max_length` tokens."""
+
+    fit = "fit"
+    """Long tool results are shortened, visibly; where that is not enough the oldest rounds are left out."""
+    drop = "drop"
+    """It is set aside."""
+    split = "split"
+    """Its rounds are spread over several examples, each with as much of the context before as fits."""
+
+
+@dataclass(kw_only=True)
+class SpanWeights:
+    """How much a labelled token counts in the loss, by what it is; the loss is divided by the sum of weights.
+
+    A weight is positive: what is not trained at all is context, and `agentft.data.render` alone decides that.
+    """
+
+    text: float = 1.0
+    """Text before a call, answers and summaries."""
+    call: float = 1.0
+    """Calls: name and parameters with their marks. The paper of ModelScope-Agent weighs them 2."""
+    stop: float = 1.0
+    """The token that ends a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "call", "stop"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"dataset.span_weights.{name}={getattr(self, name)}: expected a positive number")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +65,11 @@ class DatasetConfig:
     seed: int = 42
     """Decides the split and the order of the sample; separate from the seed of the training."""
     max_length: int = 2048
-    """Tokens of one example; longer conversations are set aside and counted."""
+    """Tokens of one example; `too_long` says what becomes of longer conversations."""
+    too_long: TooLong = TooLong.fit
+    """What becomes of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every question."""
+    span_weights: SpanWeights = field(default_factory=SpanWeights)
+    """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
     max_rejected: float = 0.1
     """Largest share of rows that may be set aside; above it the run stops and says why."""
 

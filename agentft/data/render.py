@@ -11,9 +11,10 @@ the first would make the second unreachable in generation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, replace
+from enum import IntEnum, StrEnum
 from itertools import groupby
+from typing import Protocol
 
 from agentft.data.grammar import Call, Observation, Part
 from agentft.data.records import Conversation, Message
@@ -47,11 +48,50 @@ class Segment:
     kind: Kind
     special: bool = False
     """The text names one special token. All other text is encoded as plain text, whatever marks it contains."""
+    history: bool = False
+    """Belongs to a round that this example shows as context only; another example of the conversation trains it."""
+
+    @property
+    def spoken(self) -> bool:
+        """Whether the agent says this."""
+        return self.kind in TRAINED_KINDS
 
     @property
     def trained(self) -> bool:
         """Whether these tokens become labels."""
-        return self.kind in TRAINED_KINDS
+        return self.spoken and not self.history
+
+
+class CallForm(StrEnum):
+    """How the calls of a step are written; `agentft.evaluation.parse.to_msagent` reads each of them."""
+
+    msagent = "msagent"
+    """JSON with `api_name` and `parameters` between think marks."""
+    hermes = "hermes"
+    """JSON with `name` and `arguments` between `<tool_call>` and `</tool_call>`."""
+    llama = "llama"
+    """Bare JSON with `name` and `parameters`; several are joined by `; `, text before them ends with `<|python_tag|>`."""
+
+
+class Template(Protocol):
+    """A layout: conversation -> segments."""
+
+    @property
+    def stop_token(self) -> str:
+        """The special token that ends every step."""
+
+    @property
+    def call_form(self) -> CallForm:
+        """How calls are written."""
+
+    def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
+        """Lay the conversation out; the first `context_rounds` rounds are shown and not trained."""
+
+    def problem(self, conversation: Conversation) -> tuple[str, str] | None:
+        """Say, as (reason, detail), why this layout cannot hold the conversation; None where it can."""
+
+    def notes(self, conversation: Conversation) -> list[str]:
+        """Codes of what the layout writes otherwise than the source; they are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +102,24 @@ class MsagentTemplate:
     """
 
     stop_token: str
+    call_form = CallForm.msagent
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out; joined texts without stops are the original text."""
         segments: list[Segment] = []
-        for message in conversation.messages:
+        for message, history in with_history(conversation, context_rounds):
             separator = "\n\n" if segments else ""
             segments.append(Segment(f"{separator}<|{message.role}|>:", Kind.header))
-            segments.extend(self._body(message))
+            segments.extend(as_history(self._body(message)) if history else self._body(message))
         return segments
+
+    def problem(self, conversation: Conversation) -> tuple[str, str] | None:
+        """Nothing: this is the layout that conversations are read from."""
+        return None
+
+    def notes(self, conversation: Conversation) -> list[str]:
+        """Nothing: every byte is kept."""
+        return []
 
     def _body(self, message: Message) -> Iterator[Segment]:
         if message.role == "system":
@@ -81,19 +130,29 @@ class MsagentTemplate:
             yield from render_assistant(message.parts, self.stop_token)
 
 
-TEMPLATES = {"msagent": MsagentTemplate}
-"""Name in `model.template` -> layout."""
-
-
 def get_template(name: str, stop_token: str) -> MsagentTemplate:
-    """Return the layout `name`, ending every step with `stop_token`.
+    """Return the layout `msagent`, ending every step with `stop_token`; `agentft.data.native` chooses among all layouts.
 
     Raises:
-        ConfigError: no layout of that name.
+        ConfigError: another name.
     """
-    if name not in TEMPLATES:
-        raise ConfigError(f"model.template={name!r}: unknown; expected one of {', '.join(sorted(TEMPLATES))}")
-    return TEMPLATES[name](stop_token)
+    if name != "msagent":
+        raise ConfigError(f"model.template={name!r}: unknown; expected msagent")
+    return MsagentTemplate(stop_token)
+
+
+def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
+    """Yield the messages, each with whether it belongs to the first `context_rounds` rounds."""
+    rounds = 0
+    for message in conversation.messages:
+        rounds += message.role == "user"
+        yield message, 0 < rounds <= context_rounds
+
+
+def as_history(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Yield the segments with what the agent says as context."""
+    for segment in segments:
+        yield replace(segment, history=True) if segment.spoken else segment
 
 
 def render_assistant(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:

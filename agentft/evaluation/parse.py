@@ -6,11 +6,15 @@ construction. What stands between the marks is read by `agentft.data.calls`, as 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from agentft.data.calls import CallFailure, ToolRequest, read_call_body
+from agentft.data.calls import CallFailure, JsonRefused, ToolRequest, read_call_body, read_json
+from agentft.data.native import LLAMA_CALL_START
+from agentft.data.render import CallForm
 
 THINK_START = "<|startofthink|>"
 THINK_END = "<|endofthink|>"
@@ -87,6 +91,85 @@ def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> ParsedReply:
         end = span.end()
     pieces.append(own_words[end:])
     return ParsedReply(tuple(attempts), "\n".join(piece.strip() for piece in pieces if piece.strip()))
+
+
+_HERMES_SPAN = re.compile(r"<tool_call>(?P<body>.*?)(?:(?P<closed></tool_call>)|\Z)", re.DOTALL)
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+_INVENTED = {
+    CallForm.hermes: ("<tool_response>", "<|im_start|>"),
+    CallForm.llama: ("<|start_header_id|>", "<|eom_id|>"),
+}
+"""What no agent says itself: from here on a result or another turn is invented."""
+_DECODER = json.JSONDecoder(strict=False)
+
+
+def to_msagent(text: str, form: CallForm) -> str:
+    """Write one step that a model said in a native form with MSAgent marks, so that one reader scores all layouts.
+
+    A call that is malformed in its own form is malformed after it, for the same reason where both forms have it. Text is
+    kept, MSAgent marks in it too: a model that answers with them called all the same.
+    """
+    if form is CallForm.msagent:
+        return text
+    own_words = _cut(_ROLE_HEADER.sub("", text, count=1), (*END_OF_SEQUENCE_TEXTS, *_INVENTED[form]))
+    if form is CallForm.llama:
+        return "\n".join(_llama_pieces(own_words))
+    own_words = _EMPTY_THOUGHT.sub("", own_words, count=1)
+    return _HERMES_SPAN.sub(_hermes_call, own_words)
+
+
+def _hermes_call(span: re.Match[str]) -> str:
+    if span["closed"] is None:
+        return THINK_START + _unreadable(span["body"])
+    return _msagent_call(span["body"], "arguments")
+
+
+def _llama_pieces(text: str) -> Iterator[str]:
+    before, tag, calls = text.partition("<|python_tag|>")
+    if not tag:
+        if not LLAMA_CALL_START.match(text):
+            yield text
+            return
+        before, calls = "", text
+    yield before
+    if not calls.strip():
+        yield THINK_START + THINK_END
+    position = 0
+    while rest := calls[position:].lstrip(" \t\r\n;"):
+        position = len(calls) - len(rest)
+        try:
+            _, end = _DECODER.raw_decode(calls, position)
+        except (ValueError, RecursionError):
+            # Words behind a call are words; a call that is broken off, or words alone where a call was announced, are not.
+            broken = rest.startswith(("{", "[")) or position == len(calls) - len(calls.lstrip())
+            yield THINK_START + _unreadable(rest) + THINK_END if broken else rest
+            return
+        yield _msagent_call(calls[position:end], "parameters")
+        position = end
+
+
+def _msagent_call(body: str, arguments: str) -> str:
+    try:
+        value = read_json(body)
+    except JsonRefused:
+        return THINK_START + _unreadable(body) + THINK_END
+    renamed = [_renamed(item, arguments) for item in value] if isinstance(value, list) else _renamed(value, arguments)
+    # The same JSON; a bracket can stand in its strings only, where a reader must not take it for a mark.
+    text = json.dumps(renamed, ensure_ascii=False).replace("<", "\\u003c")
+    return f"{THINK_START}```JSON\n{text}\n```{THINK_END}"
+
+
+def _renamed(item: Any, arguments: str) -> Any:
+    """The request under MSAgent's names; what is missing or of a wrong type stays so."""
+    if not isinstance(item, dict):
+        return item
+    return {"api_name": item.get("name"), "parameters": item.get(arguments, {})}
+
+
+def _unreadable(body: str) -> str:
+    """The body of a malformed call, so that it is no call in MSAgent form either."""
+    body = body.replace("<|", "< |")
+    return body if isinstance(read_call_body(body), CallFailure) else f"malformed: {body}"
 
 
 def _cut(text: str, marks: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentft.data.records import Conversation
-from agentft.data.render import MsagentTemplate
+from agentft.data.render import CallForm, Template, render_assistant, with_history
 from agentft.data.tokens import Example, Ids
+from agentft.evaluation.parse import to_msagent
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
 
 
@@ -25,6 +26,9 @@ class Step:
     stop: int
     """Position after the reference's stop token."""
     reference: str
+    """In MSAgent form, whatever the layout: scores are comparable across layouts."""
+    call_form: CallForm = CallForm.msagent
+    """How the model was asked to write calls."""
 
     @property
     def context_hash(self) -> str:
@@ -32,14 +36,14 @@ class Step:
         return hashlib.sha256(self.input_ids[: self.start].tobytes()).hexdigest()[:16]
 
     def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
-        """Join the step with what a model answered; `seen_tools` are the tools that training called."""
+        """Join the step with what a model answered, in MSAgent form; `seen_tools` are the tools that training called."""
         conversation = self.conversation
         called = {request.name for call in conversation.calls for request in call.requests}
         return StepRecord(
             conversation_id=conversation.id,
             step=self.index,
             reference=self.reference,
-            prediction=prediction,
+            prediction=to_msagent(prediction, self.call_form),
             offered=_offered(conversation),
             language=conversation.language,
             rounds=conversation.rounds,
@@ -47,37 +51,36 @@ class Step:
         )
 
 
-def conversation_steps(conversation: Conversation, example: Example, template: MsagentTemplate) -> list[Step]:
+def conversation_steps(conversation: Conversation, example: Example, template: Template) -> list[Step]:
     """Return the steps of one conversation in order; `example` is its tokenised form."""
-    references = _reference_texts(conversation, template)
+    references = _reference_texts(conversation, example.context_rounds)
     return [
-        Step(conversation, index, example.input_ids, start, stop, reference)
+        Step(conversation, index, example.input_ids, start, stop, reference, template.call_form)
         for index, ((start, stop), reference) in enumerate(zip(example.steps(), references, strict=True))
     ]
 
 
-def all_steps(
-    conversations: Iterable[Conversation], examples: Sequence[Example], template: MsagentTemplate
-) -> list[Step]:
+def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example], template: Template) -> list[Step]:
     """Return the steps of many conversations, in order."""
     by_id = {example.id: example for example in examples}
     return [step for c in conversations if c.id in by_id for step in conversation_steps(c, by_id[c.id], template)]
 
 
-def _reference_texts(conversation: Conversation, template: MsagentTemplate) -> list[str]:
-    """Collect what is trained, step by step, from the same segments that made the labels."""
+def _reference_texts(conversation: Conversation, context_rounds: int) -> list[str]:
+    """Collect what the agent says, step by step, in the words of the data, without the rounds that are only shown."""
     texts: list[str] = []
-    open_step = False
-    for segment in template.render(conversation):
-        if not segment.trained:
-            continue
-        if segment.special:
-            open_step = False
-        elif open_step:
-            texts[-1] += segment.text
-        else:
-            texts.append(segment.text)
-            open_step = True
+    for message, history in with_history(conversation, context_rounds):
+        open_step = False
+        for segment in () if history else render_assistant(message.parts, ""):
+            if not segment.spoken:
+                continue
+            if segment.special:
+                open_step = False
+            elif open_step:
+                texts[-1] += segment.text
+            else:
+                texts.append(segment.text)
+                open_step = True
     return texts
 
 

@@ -33,7 +33,7 @@ class TiledCausalAttention(torch.autograd.Function):
         """Return the attended values, `[B, H, T, D]`."""
         batch, heads, length, width = query_BHTD.shape
         groups = key_BGTD.shape[1]
-        query = (query_BHTD * scale).view(batch * groups, heads // groups, length, width)
+        query = (query_BHTD * scale).reshape(batch * groups, heads // groups, length, width).contiguous()
         key, value = (x.reshape(batch * groups, length, width) for x in (key_BGTD, value_BGTD))
         out = torch.empty_like(query)
         kept: list[torch.Tensor] = []
@@ -48,7 +48,7 @@ class TiledCausalAttention(torch.autograd.Function):
         return out.view(batch, heads, length, width)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         grad_BHTD = gradients[0]
         grad = grad_BHTD.reshape(query.shape)
@@ -117,7 +117,7 @@ def tiled_attention_forward(
         )
         return result
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
-    out_BHTD: torch.Tensor = TiledCausalAttention.apply(query, key, value, scale)
+    out_BHTD: torch.Tensor = TiledCausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 

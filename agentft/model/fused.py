@@ -70,7 +70,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return y_MO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_OI, a_RI, b_OR, h_MR, keep_MI = ctx.saved_tensors
         g_MO = gradients[0].reshape(-1, gradients[0].shape[-1])
         x_MI = x.reshape(-1, x.shape[-1])
@@ -101,7 +101,7 @@ class RmsNormFunction(torch.autograd.Function):
         return weight_I * normed
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_I, rate = ctx.saved_tensors
         gw = (gradients[0] * weight_I).float()
         normed = x.float() * rate
@@ -119,7 +119,7 @@ class GatedSiluFunction(torch.autograd.Function):
         return functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         grad = gradients[0]
         grad_up = functional.silu(gate).mul_(grad)
@@ -171,7 +171,8 @@ def _lora_forward(module: Any) -> Any:
             return out
         dropout = probability if module.training else 0.0
         scale = module.scaling["default"]
-        result: torch.Tensor = LoraLinearFunction.apply(x, base.weight, base.bias, a.weight, b.weight, scale, dropout)
+        inputs = (x, base.weight, base.bias, a.weight, b.weight, scale, dropout)
+        result: torch.Tensor = LoraLinearFunction.apply(*inputs)  # type: ignore[no-untyped-call]
         return result
 
     return forward
@@ -189,7 +190,8 @@ _GATED_MLPS = frozenset({"LlamaMLP", "Qwen2MLP", "Qwen3MLP"})
 
 def _norm_forward(module: Any) -> Any:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = RmsNormFunction.apply(hidden_states, module.weight, module.variance_epsilon)
+        norm: Any = RmsNormFunction.apply
+        result: torch.Tensor = norm(hidden_states, module.weight, module.variance_epsilon)
         return result
 
     return forward
@@ -203,7 +205,7 @@ def _is_frozen_gated_mlp(module: nn.Module) -> bool:
 
 def _mlp_forward(module: Any) -> Any:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        product = GatedSiluFunction.apply(module.gate_proj(x), module.up_proj(x))
+        product = GatedSiluFunction.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
         result: torch.Tensor = module.down_proj(product)
         return result
 

@@ -31,6 +31,8 @@ class TrainingConfig:
     """Passes over the sample; may be a fraction."""
     max_steps: int = -1
     """Stop after so many steps; -1: by `epochs`."""
+    stop_at: float = 1.0
+    """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
     micro_batch: int = 1
     """Conversations in one forward pass."""
     accumulation: int = 16
@@ -76,6 +78,8 @@ class TrainingConfig:
             raise ConfigError(f"training.max_steps={self.max_steps}: expected -1 (by epochs) or a positive number")
         if self.epochs <= 0:
             raise ConfigError(f"training.epochs={self.epochs}: expected a positive number")
+        if not 0.0 < self.stop_at <= 1.0:
+            raise ConfigError(f"training.stop_at={self.stop_at}: expected a share of all steps above 0, at most 1")
         if self.learning_rate <= 0:
             raise ConfigError(f"training.learning_rate={self.learning_rate}: expected a positive number")
         if not 0.0 <= self.warmup <= 1.0:

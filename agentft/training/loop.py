@@ -84,6 +84,8 @@ class Outcome:
     """Where this process's time went, by phase."""
     stopped: bool
     """The loop was asked to stop before its last step."""
+    paused: bool = False
+    """It stopped at `training.stop_at`, and a larger share goes on from there."""
 
 
 @dataclass
@@ -91,6 +93,7 @@ class _Window:
     """Sums since the last logged step."""
 
     loss: float = 0.0
+    weight: float = 0.0
     targets: int = 0
     tokens: int = 0
     positions: int = 0
@@ -114,9 +117,10 @@ def train_model(job: Job) -> Outcome:
     if counters.step and job.stop_requested():
         log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
         return Outcome(counters, clock.seconds, stopped=True)
+    end = pause_step(total, job.config.stop_at)
     job.objective.train()
     with progress_bar("training", total, counters.step) as bar:
-        while counters.step < total:
+        while counters.step < end:
             with clock.phase("data"):
                 batches = step_batches(job, counters.step)
             loss_sum, grad_norm = _update(job, batches, optimizer, scaler, clock)
@@ -125,22 +129,31 @@ def train_model(job: Job) -> Outcome:
             counters.step += 1
             _count(counters, window, batches, loss_sum)
             last = counters.step == total
-            if counters.step % job.config.logging_steps == 0 or last:
+            if counters.step % job.config.logging_steps == 0 or counters.step == end:
                 _log_window(job, counters, window, rate, grad_norm)
                 window = _Window()
-            _show(bar, counters, loss_sum / sum(b.targets for b in batches), clock)
+            _show(bar, counters, loss_sum / sum(b.weight for b in batches), clock)
             best = False
             if job.evaluation_steps and (counters.step % job.evaluation_steps == 0 or last):
                 with clock.phase("evaluation"):
                     best = _evaluate(job, counters)
-            stop = job.stop_requested() and not last
+            asked = job.stop_requested()
+            stop = (asked or counters.step == end) and not last
             if last or stop or best or (job.config.save_steps and counters.step % job.config.save_steps == 0):
                 with clock.phase("saving"):
                     _save(job, counters, optimizer, schedule, scaler)
             if stop:
-                log.warning("asked to stop: saved after step %d of %d", counters.step, total)
-                return Outcome(counters, clock.seconds, stopped=True)
-    return Outcome(counters, clock.seconds, stopped=False)
+                log.warning(
+                    "%s: saved after step %d of %d", "asked to stop" if asked else "paused", counters.step, total
+                )
+                return Outcome(counters, clock.seconds, stopped=True, paused=not asked)
+    # Short of all steps only when the checkpoint had reached `end` before.
+    return Outcome(counters, clock.seconds, stopped=counters.step < total, paused=counters.step < total)
+
+
+def pause_step(total: int, stop_at: float) -> int:
+    """Return the step at which `training.stop_at` ends a training of `total` steps."""
+    return max(1, min(total, round(stop_at * total)))
 
 
 def step_batches(job: Job, number: int) -> list[Batch]:
@@ -154,13 +167,13 @@ def _update(
     job: Job, batches: list[Batch], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clock: Clock
 ) -> tuple[float, float]:
     """Make one optimiser step and return the summed loss and the gradient's norm before clipping."""
-    targets = sum(batch.targets for batch in batches)
+    weight = sum(batch.weight for batch in batches)
     losses: list[torch.Tensor] = []
     for batch in batches:
         with clock.phase("forward"):
             loss = job.objective(batch)
         with clock.phase("backward"):
-            scaler.scale(loss / targets).backward()
+            scaler.scale(loss / weight).backward()
         losses.append(loss.detach())
     with clock.phase("optimiser"):
         scaler.unscale_(optimizer)
@@ -171,7 +184,7 @@ def _update(
         if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or job.fp16):
             ids = ", ".join(name for batch in batches for name in batch.ids)
             raise TrainingError(
-                f"loss {loss_sum / targets} with gradient norm {grad_norm}: not finite, so the weights were not "
+                f"loss {loss_sum / weight} with gradient norm {grad_norm}: not finite, so the weights were not "
                 f"changed; conversations of this step: {ids}. A lower training.learning_rate or model.dtype=fp32 may help"
             )
         scaler.step(optimizer)
@@ -186,6 +199,7 @@ def _count(counters: Counters, window: _Window, batches: list[Batch], loss_sum: 
     counters.tokens += tokens
     counters.targets += targets
     window.loss += loss_sum
+    window.weight += sum(batch.weight for batch in batches)
     window.tokens += tokens
     window.targets += targets
     window.positions += sum(batch.input_ids_BT.numel() for batch in batches)
@@ -193,7 +207,7 @@ def _count(counters: Counters, window: _Window, batches: list[Batch], loss_sum: 
 
 def _log_window(job: Job, counters: Counters, window: _Window, rate: float, grad_norm: float) -> None:
     values = {
-        "train/loss": window.loss / window.targets,
+        "train/loss": window.loss / window.weight,
         "train/learning_rate": rate,
         "train/grad_norm": grad_norm,
         "train/epoch": job.plan.epoch(counters.step),

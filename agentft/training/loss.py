@@ -33,29 +33,44 @@ class LabelledLoss(nn.Module):
         self.autocast = autocast
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the cross-entropy summed over the batch's labelled positions: a scalar, fp32."""
+        """Return the cross-entropy summed over the batch's labelled positions, each by its weight: a scalar, fp32."""
         device_type = batch.input_ids_BT.device.type
         with torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden_BTD = _decoder(self.model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
             targets_BT = batch.labels_BT[:, 1:]
             labelled_BT = targets_BT != IGNORE_INDEX
             hidden_ND = hidden_BTD[:, :-1][labelled_BT]
-            loss: torch.Tensor = chunked_cross_entropy(hidden_ND, targets_BT[labelled_BT], output_head(self.model))
+            weights_BT = batch.weights_BT
+            loss: torch.Tensor = chunked_cross_entropy(
+                hidden_ND,
+                targets_BT[labelled_BT],
+                output_head(self.model),
+                None if weights_BT is None else weights_BT[:, 1:][labelled_BT],
+            )
             return loss
 
 
-def chunked_cross_entropy(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
+def chunked_cross_entropy(
+    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, weights_N: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum the cross-entropy of `head(hidden)` against `targets` over N positions, `CHUNK` of them at a time."""
     if len(targets_N) <= CHUNK:
-        return _summed(hidden_ND, targets_N, head)
+        return _summed(hidden_ND, targets_N, head, weights_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
-    for hidden, targets in zip(torch.split(hidden_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True):
-        total = total + checkpoint(_summed, hidden, targets, head, use_reentrant=False)
+    for at in range(0, len(targets_N), CHUNK):
+        piece = slice(at, at + CHUNK)
+        weights = None if weights_N is None else weights_N[piece]
+        total = total + checkpoint(_summed, hidden_ND[piece], targets_N[piece], head, weights, use_reentrant=False)
     return total
 
 
-def _summed(hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
-    return functional.cross_entropy(head(hidden_ND).float(), targets_N, reduction="sum")
+def _summed(
+    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, weights_N: torch.Tensor | None
+) -> torch.Tensor:
+    logits_NV = head(hidden_ND).float()
+    if weights_N is None:
+        return functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+    return (functional.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
 
 
 def causal_model(model: nn.Module) -> Any:
