@@ -106,7 +106,8 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m agentft.compare", description="Compare runs: what differs, what it scored, what is best."
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folder, sweep folder, or a folder of these; or two files of predictions")
+    kinds = "run folder, sweep folder, or a folder of these; or two files of predictions"
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=kinds)
     parser.add_argument(
         "--answers", default=ANSWERS, metavar="NAME", help="of two runs: which answers, predictions/NAME.jsonl"
     )

@@ -276,8 +276,9 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
     def task(composed: DictConfig) -> float | None:
         config = to_config(composed, root)
         run = HydraConfig.get()
-        if isinstance(config, TrainConfig):
-            config.run_dir = _readable(run.runtime.output_dir)
+        training: object = config  # mypy would take the three kinds of config for one
+        if isinstance(training, TrainConfig):
+            training.run_dir = _readable(run.runtime.output_dir)
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
             return recipe(config)

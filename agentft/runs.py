@@ -28,7 +28,8 @@ from typing import Any, Literal, Self
 from agentft.errors import RunError
 from agentft.secrets import redact_command, redact_strings, redact_text
 
-RunState = Literal["running", "finished", "failed", "stopped"]
+RunState = Literal["running", "finished", "failed", "stopped", "paused"]
+"""`paused`: it reached `training.stop_at`, saved and examined, and a larger share goes on."""
 
 SWEEP_FOLDER_VARIABLE = "AGENTFT_SWEEP_DIR"
 """The environment variable by which a launcher tells its jobs which sweep folder they belong to."""

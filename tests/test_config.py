@@ -324,7 +324,8 @@ def test_a_sweep_makes_one_folder_per_job_named_by_its_swept_values(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AGENTFT_SWEEP_DIR", raising=False)
     # Hydra's own launcher runs the jobs in this process; ours is tested in test_launcher.py.
-    configs = run(monkeypatch, "-m", "hydra/launcher=basic", "model=tiny", "sft_type=lora,full", "training.learning_rate=1e-3,1e-2")
+    swept = ("sft_type=lora,full", "training.learning_rate=1e-3,1e-2")
+    configs = run(monkeypatch, "-m", "hydra/launcher=basic", "model=tiny", *swept)
     assert [Path(config.run_dir).name for config in configs] == [
         "0_lora_learning_rate-0.001",
         "1_lora_learning_rate-0.01",

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "agentft"
 
 FLOORS = {
     5: ("config", "launch", "plugins", "sweeping", "audit"),
-    4: ("recipes", "compare", "comparison", "score", "read"),
+    4: ("recipes", "compare", "comparison", "dashboard", "score", "read"),
     3: ("training", "evaluation"),
     2: ("model",),
     1: ("data",),

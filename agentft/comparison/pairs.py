@@ -64,12 +64,11 @@ def compare_pair(a: Path, b: Path, answers: str = ANSWERS, *, draws: int = 10_00
         EvaluationError: they are not answers to the same exam, or a file cannot be read.
         RunError: a run holds no such answers.
     """
-    files = [predictions_file(path, answers) for path in (a, b)]
-    modes = [_mode(file) for file in files]
-    if modes[0] != modes[1]:
-        raise EvaluationError(f"not the same exam: A was measured by {modes[0]}, B by {modes[1]}")
-    found = compare_runs(*(read_scores(file) for file in files), draws=draws, seed=seed)
-    return Pair(*files, found)
+    file_a, file_b = predictions_file(a, answers), predictions_file(b, answers)
+    mode_a, mode_b = _mode(file_a), _mode(file_b)
+    if mode_a != mode_b:
+        raise EvaluationError(f"not the same exam: A was measured by {mode_a}, B by {mode_b}")
+    return Pair(file_a, file_b, compare_runs(read_scores(file_a), read_scores(file_b), draws=draws, seed=seed))
 
 
 def predictions_file(path: Path, answers: str = ANSWERS) -> Path:

@@ -127,7 +127,7 @@ def predictions_page(steps: Sequence[ReadStep], title: str) -> str:
     """Return the page: filters by kind of error, then the steps, those with most errors first."""
     ordered = sorted(steps, key=_order)
     counts = Counter(kind for step in steps for kind in step.kinds)
-    filters = {"wrong": "wrong", "right": "right", "call": "call steps", "words": "answer steps"} | KINDS
+    filters = {"wrong": "wrong", "right": "calls right", "call": "call steps", "words": "answer steps"} | KINDS
     buttons = "".join(
         f'<button data-kind="{kind}" aria-pressed="false">{label} {counts[kind]:,}</button>'
         for kind, label in filters.items()

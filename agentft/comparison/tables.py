@@ -119,8 +119,8 @@ def table_notes(ranking: Ranking) -> list[str]:
 
 
 def _state(run: ComparedRun) -> str:
-    if run.state == "running" and run.step is not None and run.steps:
-        return f"running {run.step}/{run.steps}"
+    if run.state in ("running", "paused") and run.step is not None and run.steps:
+        return f"{run.state} {run.step}/{run.steps}"
     return run.state
 
 

@@ -121,9 +121,13 @@ def _check_endpoint(config: EvaluationConfig) -> None:
                 "such as http://localhost:8000/v1"
             )
         if not config.served_model:
-            raise ConfigError("evaluation.served_model: evaluation.engine=openai needs the model's name at the endpoint")
+            raise ConfigError(
+                "evaluation.served_model: evaluation.engine=openai needs the model's name at the endpoint"
+            )
         if config.mode is Mode.likelihood:
-            raise ConfigError("evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers")
+            raise ConfigError(
+                "evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers"
+            )
     elif config.base_url is not None:
         raise ConfigError(f"evaluation.base_url={config.base_url} is for evaluation.engine=openai")
     try:

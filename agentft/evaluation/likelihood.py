@@ -145,13 +145,14 @@ def _measure(
         targets_N = piece.input_ids_BT[rows_N, positions_N]
         nats = [
             functional.cross_entropy(head(hidden).float(), targets, reduction="none")
-            for hidden, targets in zip(hidden_ND.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+            for hidden, targets in zip(torch.split(hidden_ND, _CHUNK), torch.split(targets_N, _CHUNK), strict=True)
         ]
     cells = rows * len(KINDS) + kinds
     size = len(examples) * len(KINDS)
     shape = (len(examples), len(KINDS))
-    sums = np.bincount(cells, weights=torch.cat(nats).double().cpu().numpy(), minlength=size).reshape(shape)
-    return sums, np.bincount(cells, minlength=size).astype(np.float64).reshape(shape)
+    weights = torch.cat(nats).double().cpu().numpy()
+    sums, tokens = np.bincount(cells, weights=weights, minlength=size), np.bincount(cells, minlength=size)
+    return sums.astype(np.float64).reshape(shape), tokens.astype(np.float64).reshape(shape)
 
 
 def _places(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from agentft.data.grammar import Call, Observation, Part
 from agentft.data.records import Conversation
+from agentft.data.tokens import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class StepPlace:
 
 
 def step_places(conversation: Conversation) -> list[StepPlace]:
-    """Return the places of all steps, in the order of `agentft.evaluation.steps`: what is blank is no step."""
+    """Return the places of all steps of a conversation in order; what is blank is no step."""
     places: list[StepPlace] = []
     for number, message in enumerate(conversation.messages):
         start = 0
@@ -50,6 +51,17 @@ def step_places(conversation: Conversation) -> list[StepPlace]:
                 places.append(StepPlace(number, start, start + len(parts)))
             start += len(parts)
     return places
+
+
+def shown_steps(conversations: Iterable[Conversation], examples: Iterable[Example]) -> dict[str, int]:
+    """Return, by conversation id, how many steps at its start are shown and not asked; 0 is left out.
+
+    A long conversation is an exam in several pieces, each with some earlier rounds as context: step 0 of such a piece
+    stands behind them.
+    """
+    asked = {example.id: len(example.steps()) for example in examples}
+    shown = {each.id: len(step_places(each)) - asked[each.id] for each in conversations if each.id in asked}
+    return {name: steps for name, steps in shown.items() if steps}
 
 
 def _observations(parts: Sequence[Part]) -> tuple[Observation, ...]:

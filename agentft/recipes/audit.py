@@ -16,13 +16,14 @@ from rich.console import Console
 
 from agentft import progress
 from agentft.data.audit import Audit, Seen
+from agentft.data.native import choose_template
 from agentft.data.records import Conversation, Rejection
-from agentft.data.render import MsagentTemplate, get_template
+from agentft.data.render import MsagentTemplate
 from agentft.data.sources import ReadReport
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import DataError
-from agentft.model.load import load_tokenizer, locate_model, stop_token
+from agentft.model.load import load_tokenizer, locate_model
 from agentft.recipes.audit_page import html_page
 from agentft.recipes.audit_report import AuditReport, print_report
 from agentft.recipes.config import AuditConfig
@@ -91,9 +92,8 @@ def audit(config: AuditConfig) -> AuditResult:
 
 def _set_up(config: AuditConfig) -> _Desk:
     tokenizer = load_tokenizer(locate_model(config.model), config.model)
-    stop = stop_token(config.model, tokenizer)
-    template = get_template(config.model.template, stop)
-    return _Desk(template, SegmentEncoder(tokenizer), TokenText(tokenizer), stop)
+    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
+    return _Desk(template, SegmentEncoder(tokenizer), TokenText(tokenizer), template.stop_token)
 
 
 def _look_at_all(config: AuditConfig, desk: _Desk, output: Path, started: float) -> AuditReport:

@@ -1,17 +1,31 @@
-"""Answer a run's held-out conversations again, with any of its checkpoints, and score the answers."""
+"""Answer a run's held-out conversations again, with any of its checkpoints or a served model, and score the answers."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from agentft import progress
+from agentft.data.native import choose_template
+from agentft.data.render import Template
+from agentft.data.tokens import SegmentEncoder
 from agentft.errors import CheckpointError, RunError
+from agentft.evaluation.config import Engine, EvaluationConfig, Mode
+from agentft.evaluation.openai_engine import OpenAIEngine, endpoint_of
+from agentft.evaluation.places import shown_steps
 from agentft.model.adapters import load_trained_state
-from agentft.recipes.config import EvaluateConfig
-from agentft.recipes.exam import exam_steps, own_candidate, sit_exam, write_exam
+from agentft.model.config import FullConfig
+from agentft.model.load import load_tokenizer, locate_model
+from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.exam import Candidate, exam_steps, own_candidate, sit_exam, write_exam
+from agentft.recipes.modes import sit_likelihood, sit_replay
+from agentft.recipes.prepare import PreparedData, prepare_data
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import saved_config
 from agentft.recipes.train import Bench, set_up_bench
@@ -26,48 +40,114 @@ class EvaluateResult:
     """What an evaluation came to."""
 
     objective: float
-    """`arg_f1`, 0 where it is not defined."""
+    """`arg_f1`, `conv_replay_success` or minus the loss, by `evaluation.mode`; 0 where it is not defined."""
     metrics_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """What every way of measuring needs: the questions and how they are laid out."""
+
+    template: Template
+    encoder: SegmentEncoder
+    data: PreparedData
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate `config.checkpoint` of the run `config.run` on the run's own held-out conversations.
 
+    With `evaluation.engine=openai` a served model answers instead, and no weights are loaded.
+
     Raises:
         RunError: no such run, or its data is no longer what it was trained on.
         CheckpointError: no such checkpoint, or it is damaged.
+        EvaluationError: the endpoint gives no answers.
     """
     opened = RunFolder.open(config.run)
     trained = saved_config(opened.path)
     settings = config.evaluation or trained.evaluation
     with RunFolder.create(opened.path) as run:
         progress.set_up_logging(run.path / "evaluate.log")
-        bench = set_up_bench(dataclasses.replace(trained, threads=config.threads or trained.threads))
-        _refuse_other_data(bench, run)
+        trained = dataclasses.replace(trained, threads=config.threads or trained.threads)
+        if settings.engine is Engine.openai:
+            desk = _desk_without_weights(trained, run)
+            return _answer(_name(settings), _served(settings, desk.data), desk, settings, run)
+        bench = set_up_bench(trained)
+        _refuse_other_data(bench.data, run)
         _load_weights(bench, run, config.checkpoint)
+        name = _name(settings, config.checkpoint)
+        if settings.mode is Mode.likelihood:
+            return _likelihood(name, trained, bench, settings, run)
         candidate = own_candidate(
             bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
         )
-        exam = sit_exam(
-            f"evaluate-{config.checkpoint}",
-            candidate,
-            exam_steps(bench.data, bench.template, settings.conversations),
-            settings,
-            run=run,
-            seen_tools=bench.data.train_tools,
-        )
-        write_exam(exam, run, bench.data.train_tools)
-        show_exams([exam], run, examples=settings.examples)
-        log.info("metrics: %s", run.metrics(exam.name))
-        return EvaluateResult(exam.value("arg_f1") or 0.0, run.metrics(exam.name))
+        desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
+        return _answer(name, candidate, desk, settings, run)
 
 
-def _refuse_other_data(bench: Bench, run: RunFolder) -> None:
+def _name(settings: EvaluationConfig, checkpoint: str | None = None) -> str:
+    prefix = "evaluate" if settings.mode is Mode.teacher_forced else settings.mode.value
+    who = checkpoint if checkpoint is not None else f"{settings.engine.value}-{settings.served_model}"
+    plain = re.sub(r"[^\w.-]+", "-", who)
+    return f"{prefix}-{plain}"
+
+
+def _answer(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> EvaluateResult:
+    """Ask the candidate, teacher-forced or in replay, score the answers and write them down."""
+    if settings.mode is Mode.replay:
+        report = sit_replay(name, candidate, desk.data, desk.template, desk.encoder, settings, run=run)
+        objective = report["metrics"]["conv_replay_success"]["value"]
+    else:
+        steps = exam_steps(desk.data, desk.template, settings.conversations)
+        exam = sit_exam(name, candidate, steps, settings, run=run, seen_tools=desk.data.train_tools)
+        write_exam(exam, run, desk.data)
+        show_exams([exam], run, examples=settings.examples, file=f"report-{name}.txt")
+        objective = exam.value("arg_f1")
+    log.info("metrics: %s", run.metrics(name))
+    return EvaluateResult(objective or 0.0, run.metrics(name))
+
+
+def _likelihood(
+    name: str, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder
+) -> EvaluateResult:
+    count = settings.conversations
+    examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
+    full = isinstance(trained.sft_type, FullConfig) and bench.dtype != torch.float32
+    report: dict[str, Any] = sit_likelihood(
+        name,
+        bench.model,
+        examples,
+        settings,
+        pad_id=bench.pad_id,
+        autocast=bench.dtype if full else None,
+        run=run,
+    )
+    log.info("metrics: %s", run.metrics(name))
+    return EvaluateResult(-report["metrics"]["loss"]["value"], run.metrics(name))
+
+
+def _desk_without_weights(trained: TrainConfig, run: RunFolder) -> _Desk:
+    """Lay out the same exam as the run's: its tokenizer decides which conversations fit."""
+    tokenizer = load_tokenizer(locate_model(trained.model), trained.model)
+    template = choose_template(trained.model.template, tokenizer, trained.model.stop_token)
+    encoder = SegmentEncoder(tokenizer)
+    data = prepare_data(trained.dataset, template, encoder)
+    _refuse_other_data(data, run)
+    return _Desk(template, encoder, data)
+
+
+def _served(settings: EvaluationConfig, data: PreparedData) -> Candidate:
+    endpoint = endpoint_of(settings)
+    engine = OpenAIEngine(endpoint, shown_steps(data.heldout, data.heldout_examples))
+    return Candidate(engine, endpoint.identity())
+
+
+def _refuse_other_data(data: PreparedData, run: RunFolder) -> None:
     saved = read_json(run.data_manifest)["fingerprint"]
-    if saved != bench.data.fingerprint:
+    if saved != data.fingerprint:
         raise RunError(
             f"{run.data_manifest}: the run was made with data {saved[:12]}, the same settings now give "
-            f"{bench.data.fingerprint[:12]}: the files of the dataset have changed, so the exam would be another one"
+            f"{data.fingerprint[:12]}: the files of the dataset have changed, so the exam would be another one"
         )
 
 

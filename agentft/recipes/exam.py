@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.comparison.predictions_page import predictions_page, read_steps
-from agentft.data.render import MsagentTemplate
-from agentft.errors import RunError
+from agentft.data.render import Template
+from agentft.errors import ConfigError, RunError
 from agentft.evaluation.answer_file import Answerer, AnswerFile, OnAnswer
-from agentft.evaluation.config import EvaluationConfig
+from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.generate import Answer, GreedyGenerator
 from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
-from agentft.evaluation.places import step_places
+from agentft.evaluation.places import shown_steps, step_places
 from agentft.evaluation.step_scores import StepScore
 from agentft.evaluation.steps import Step, all_steps
 from agentft.model.adapters import trained_state
@@ -103,6 +103,19 @@ def own_model(model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, sto
     return _OwnModel(model, generator)
 
 
+def require_own_exam(config: EvaluationConfig) -> None:
+    """Refuse settings that say what `evaluate.py` measures: a training measures its own model, by the headline.
+
+    Raises:
+        ConfigError: another mode or engine.
+    """
+    if config.mode is not Mode.teacher_forced or config.engine is not Engine.transformers:
+        raise ConfigError(
+            f"evaluation.mode={config.mode.value} evaluation.engine={config.engine.value} is for evaluate.py: a training "
+            "answers with its own model, teacher-forced, and logs the likelihood at every evaluation.steps"
+        )
+
+
 def weights_digest(model: nn.Module) -> str:
     """Return 16 hex digits of what training has made of the trained parameters."""
     import torch
@@ -110,11 +123,11 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(trained_state(model).items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def exam_steps(data: PreparedData, template: MsagentTemplate, conversations: int) -> list[Step]:
+def exam_steps(data: PreparedData, template: Template, conversations: int) -> list[Step]:
     """Return the steps of the first `conversations` held-out conversations; -1: of all."""
     chosen = data.heldout if conversations < 0 else data.heldout[:conversations]
     return all_steps(chosen, data.heldout_examples, template)
@@ -206,20 +219,23 @@ def finished_answers(
     ]:
         return None
     answers = [
-        Answer(step, row["prediction"], row["tokens"], row["finish"]) for step, row in zip(steps, rows, strict=True)
+        Answer(step, row.get("raw", row["prediction"]), row["tokens"], row["finish"])
+        for step, row in zip(steps, rows, strict=True)
     ]
     return answers, float(report["seconds"])
 
 
-def prediction_rows(
-    answers: Sequence[Answer], scores: Sequence[StepScore], seen_tools: frozenset[str]
-) -> list[dict[str, Any]]:
-    """Return one plain object a step: ids, what was asked, reference, raw answer, scores."""
+def prediction_rows(answers: Sequence[Answer], scores: Sequence[StepScore], data: PreparedData) -> list[dict[str, Any]]:
+    """Return one plain object a step: ids, what was asked, reference, answer, scores.
+
+    Reference and answer are in MSAgent form; `raw` is there where the model wrote its calls in another.
+    """
+    shown = shown_steps(data.heldout, data.heldout_examples)
     rows = []
     for answer, score in zip(answers, scores, strict=True):
         step = answer.step
-        record = step.record(answer.text, seen_tools)
-        place = step_places(step.conversation)[step.index]
+        record = step.record(answer.text, data.train_tools)
+        place = step_places(step.conversation)[shown.get(step.conversation.id, 0) + step.index]
         rows.append(
             {
                 "conversation_id": record.conversation_id,
@@ -229,6 +245,7 @@ def prediction_rows(
                 "observations": [each.source for each in place.observations(step.conversation)],
                 "reference": record.reference,
                 "prediction": record.prediction,
+                **({} if answer.text == record.prediction else {"raw": answer.text}),
                 "offered": None
                 if record.offered is None
                 else [{"name": tool.name, "parameters": tool.parameters} for tool in record.offered],
@@ -243,9 +260,9 @@ def prediction_rows(
     return rows
 
 
-def write_exam(exam: Exam, run: RunFolder, seen_tools: frozenset[str]) -> list[dict[str, Any]]:
+def write_exam(exam: Exam, run: RunFolder, data: PreparedData) -> list[dict[str, Any]]:
     """Write predictions, their page and metrics into the run folder and return the prediction rows."""
-    rows = prediction_rows(exam.answers, exam.scores, seen_tools)
+    rows = prediction_rows(exam.answers, exam.scores, data)
     write_results(exam.name, rows, exam.report.to_json(), run, seconds=exam.seconds, identity=exam.identity)
     return rows
 

@@ -13,12 +13,13 @@ from itertools import chain
 from typing import Any
 
 from agentft.data import synthetic
-from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
+from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig, TooLong
+from agentft.data.fit import Fitted, Outcome, Piece, fit_conversations
 from agentft.data.records import Conversation, Origin, Rejection
-from agentft.data.render import MsagentTemplate
+from agentft.data.render import Template
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 from agentft.data.splits import divide, in_sample_order
-from agentft.data.tokens import Example, SegmentEncoder, tokenize
+from agentft.data.tokens import Example, SegmentEncoder, weigh
 from agentft.errors import ConfigError, DataError
 from agentft.progress import progress_bar
 from agentft.runs import RunFolder
@@ -35,6 +36,12 @@ class Account:
     """Rows set aside, in reading or because they do not fit."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Usable conversations in neither part, by reason."""
+    fitted: dict[str, Counter[str]] = field(default_factory=dict)
+    """Part -> what became of its conversations, see `agentft.data.fit.Outcome`."""
+    changed: list[dict[str, Any]] = field(default_factory=list)
+    """Every conversation that is not used whole, and what of it is not used."""
+    layout: Counter[str] = field(default_factory=Counter)
+    """What the template writes otherwise than the source."""
 
     def reasons(self) -> dict[str, int]:
         """Rows set aside, by reason, commonest first."""
@@ -55,7 +62,7 @@ class PreparedData:
     account: Account
 
 
-def prepare_data(config: DatasetConfig, template: MsagentTemplate, encoder: SegmentEncoder) -> PreparedData:
+def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> PreparedData:
     """Read, divide, sample and tokenise a dataset.
 
     Raises:
@@ -65,21 +72,21 @@ def prepare_data(config: DatasetConfig, template: MsagentTemplate, encoder: Segm
     started = time.perf_counter()
     account = Account()
     train_pool, heldout_pool = _read_parts(config, account)
-    train = _fit(train_pool, config.sample, config.max_length, template, encoder, account, "train")
-    heldout = _fit(heldout_pool, config.test_sample, config.max_length, template, encoder, account, "heldout")
+    train = _fit(train_pool, config, template, encoder, account, "train")
+    heldout = _fit(heldout_pool, config, template, encoder, account, "heldout")
     _check_losses(account, config)
     if not train or not heldout:
         raise DataError(
             f"no {'training' if not train else 'held-out'} conversation is left of {account.read.rows} rows; "
             f"set aside: {account.reasons()}"
         )
-    examples = [example for _, example in train]
-    heldout_examples = [example for _, example in heldout]
+    examples = [weigh(piece.example, config.span_weights) for piece in train]
+    heldout_examples = [piece.example for piece in heldout]
     prepared = PreparedData(
         train=examples,
-        heldout=[conversation for conversation, _ in heldout],
+        heldout=[piece.conversation for piece in heldout],
         heldout_examples=heldout_examples,
-        train_tools=frozenset(r.name for c, _ in train for call in c.calls for r in call.requests),
+        train_tools=frozenset(r.name for p in train for call in p.conversation.calls for r in call.requests),
         fingerprint=_fingerprint(chain(examples, heldout_examples)),
         account=account,
     )
@@ -117,9 +124,10 @@ def _rows(
         case ModelScopeConfig():
             from agentft.data.modelscope_rows import read_modelscope
 
-            common = {"revision": config.revision, "cache_dir": config.cache_dir}
-            test = None if config.test_split is None else read_modelscope(config.id, config.test_split, **common)
-            return read_modelscope(config.id, config.train_split, **common), test
+            def split(name: str) -> Iterator[RawRow | Rejection]:
+                return read_modelscope(config.id, name, revision=config.revision, cache_dir=config.cache_dir)
+
+            return split(config.train_split), None if config.test_split is None else split(config.test_split)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 
@@ -147,37 +155,51 @@ def _accounted(rows: Iterable[RawRow | Rejection], form: Any, account: Account) 
 
 def _fit(
     pool: list[Conversation],
-    sample: int,
-    max_length: int,
-    template: MsagentTemplate,
+    config: DatasetConfig,
+    template: Template,
     encoder: SegmentEncoder,
     account: Account,
     part: str,
-) -> list[tuple[Conversation, Example]]:
-    """Tokenise in sample order until `sample` conversations fit; what does not fit is set aside and counted."""
+) -> list[Piece]:
+    """Tokenise in sample order until enough conversations fit; what does not fit is set aside and counted."""
+    sample, too_long = config.sample, config.too_long
+    if part == "heldout":
+        # A round that training would leave out is still a question of the exam.
+        sample, too_long = config.test_sample, TooLong.drop if too_long is TooLong.drop else TooLong.split
     if sample > len(pool):
         log.warning("dataset: a sample of %d was asked for, the %s part has %d conversations", sample, part, len(pool))
     wanted = len(pool) if sample < 0 else min(sample, len(pool))
-    fitted: list[tuple[Conversation, Example]] = []
+    outcomes = account.fitted[part] = Counter()
+    pieces: list[Piece] = []
+    used = 0
     with progress_bar(f"tokenising {part}", wanted) as bar:
-        for conversation, example in zip(pool, tokenize(pool, template, encoder), strict=False):
-            if len(fitted) == wanted:
+        for fitted in fit_conversations(pool, template, encoder, config.max_length, too_long):
+            if used == wanted:
                 break
-            problem = _problem(example, max_length)
-            if problem is None:
-                fitted.append((conversation, example))
-                bar.advance()
-            else:
-                account.rejections.append(Rejection(conversation.origin, *problem, id=conversation.id))
-    return fitted
+            outcomes[str(fitted.outcome)] += 1
+            if fitted.outcome is not Outcome.whole:
+                account.changed.append(_change(fitted, part))
+            if fitted.problem is not None:
+                origin = fitted.original.origin
+                account.rejections.append(Rejection(origin, *fitted.problem, id=fitted.original.id))
+                continue
+            account.layout.update(template.notes(fitted.original))
+            pieces += fitted.pieces
+            used += 1
+            bar.advance()
+    return pieces
 
 
-def _problem(example: Example, max_length: int) -> tuple[str, str] | None:
-    if len(example) > max_length:
-        return "too_long", f"{len(example)} tokens, dataset.max_length is {max_length}"
-    if not example.spans:
-        return "no_label", "the agent says nothing in this conversation"
-    return None
+def _change(fitted: Fitted, part: str) -> dict[str, Any]:
+    return {
+        "id": fitted.original.id,
+        "part": part,
+        "outcome": str(fitted.outcome),
+        "tokens": fitted.tokens,
+        "examples": [piece.conversation.id for piece in fitted.pieces],
+        "shortened_observations": fitted.shortened_observations,
+        "steps_left_out": list(fitted.steps_left_out),
+    }
 
 
 def _check_losses(account: Account, config: DatasetConfig) -> None:
@@ -197,6 +219,8 @@ def _fingerprint(examples: Iterable[Example]) -> str:
         digest.update(example.id.encode())
         digest.update(example.input_ids.tobytes())
         digest.update(repr(example.spans).encode())
+        if example.span_weights is not None:
+            digest.update(repr(example.span_weights).encode())
     return digest.hexdigest()
 
 
@@ -207,18 +231,30 @@ def _report(prepared: PreparedData, seconds: float) -> None:
     log.info(
         "data: %d rows -> %d training and %d held-out conversations; %s tokens to train on, %.0f %% of them labelled (%.1f s)",
         account.read.rows,
-        len(prepared.train),
-        len(prepared.heldout),
+        _used(account, "train"),
+        _used(account, "heldout"),
         f"{tokens:,}",
         100 * trained / tokens,
         seconds,
     )
     if account.rejections:
         log.warning("data: %d rows set aside: %s", len(account.rejections), account.reasons())
+    for part, outcomes in account.fitted.items():
+        if set(outcomes) - {str(Outcome.whole)}:
+            steps = sum(len(change["steps_left_out"]) for change in account.changed if change["part"] == part)
+            log.warning("data: fitting to dataset.max_length, %s: %s; %d steps left out", part, dict(outcomes), steps)
+    if account.layout:
+        log.info("data: written otherwise by model.template: %s", dict(account.layout.most_common()))
     if account.left_out:
         log.info("data: in neither part: %s", dict(account.left_out))
     if account.read.notices:
         log.info("data: kept, and noted: %s", dict(account.read.notices.most_common()))
+
+
+def _used(account: Account, part: str) -> int:
+    """Conversations of a part that gave at least one example."""
+    outcomes = account.fitted[part]
+    return outcomes.total() - outcomes[str(Outcome.set_aside)]
 
 
 def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
@@ -235,8 +271,11 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "set_aside": account.reasons(),
             "in_neither_part": dict(account.left_out),
             "notices": dict(account.read.notices),
+            "layout": dict(account.layout),
+            "fitting": {"outcomes": account.fitted, "changed": account.changed},
             "train": {
-                "conversations": len(prepared.train),
+                "examples": len(prepared.train),
+                "conversations": _used(account, "train"),
                 "tokens": sum(len(e) for e in prepared.train),
                 "labelled_tokens": sum(e.trained_tokens for e in prepared.train),
                 "steps": sum(len(e.steps()) for e in prepared.train),
@@ -244,7 +283,8 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
                 "ids": [e.id for e in prepared.train],
             },
             "heldout": {
-                "conversations": len(prepared.heldout),
+                "examples": len(prepared.heldout),
+                "conversations": _used(account, "heldout"),
                 "steps": sum(len(e.steps()) for e in prepared.heldout_examples),
                 "ids": [c.id for c in prepared.heldout],
                 "content_hashes": [c.content_hash for c in prepared.heldout],

@@ -27,15 +27,15 @@ HEADLINE = {
 """Metric -> its name in the table."""
 
 
-def show_exams(exams: Sequence[Exam | None], run: RunFolder, *, examples: int) -> None:
-    """Print the table of headline metrics and example answers, and write both to `report.txt`."""
+def show_exams(exams: Sequence[Exam | None], run: RunFolder, *, examples: int, file: str = "report.txt") -> None:
+    """Print the table of headline metrics and example answers, and write both to `file` in the run folder."""
     from rich.console import Console
 
     sat = [exam for exam in exams if exam is not None]
     if not sat:
         return
-    with (run.path / "report.txt").open("w", encoding="utf-8") as file:
-        for target in (console(), Console(file=file, width=110)):
+    with (run.path / file).open("w", encoding="utf-8") as report:
+        for target in (console(), Console(file=report, width=110)):
             target.print(metrics_table(sat))
             for number, answers in enumerate(example_answers(sat, examples), start=1):
                 target.print(_example_table(number, [exam.name for exam in sat], answers))

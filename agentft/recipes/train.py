@@ -15,7 +15,8 @@ import torch
 
 from agentft import progress, runtime
 from agentft.data.batches import StepPlan
-from agentft.data.render import MsagentTemplate, get_template
+from agentft.data.native import choose_template
+from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.adapters import count_parameters, prepare_for_training, save_final
 from agentft.model.config import FullConfig
@@ -26,10 +27,9 @@ from agentft.model.load import (
     load_model,
     load_tokenizer,
     locate_model,
-    stop_token,
 )
 from agentft.recipes.config import TrainConfig
-from agentft.recipes.exam import Exam, exam_steps, own_candidate, sit_exam, write_exam
+from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
@@ -51,6 +51,8 @@ class TrainResult:
     objective: float
     """The number a sweep sorts by: `arg_f1` of the answers after training, or minus the best held-out loss."""
     summary: dict[str, Any]
+    paused: bool = False
+    """It has reached `training.stop_at` and not its last step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Bench:
     dtype: torch.dtype
     files: ModelFiles
     tokenizer: Any
-    template: MsagentTemplate
+    template: Template
     stop_id: int
     data: PreparedData
     model: torch.nn.Module
@@ -88,11 +90,12 @@ def train(config: TrainConfig) -> TrainResult:
             run.update_status(state, error=f"{type(error).__name__}: {error}")
             log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, KeyboardInterrupt))
             raise
-        run.update_status("finished", objective=result.objective)
+        run.update_status("paused" if result.paused else "finished", objective=result.objective)
         return result
 
 
 def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
+    require_own_exam(config.evaluation)
     bench = set_up_bench(config)
     write_manifest(bench.data, run)
     run.write_record(
@@ -129,7 +132,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
         show_exams([before, after], run, examples=config.evaluation.examples)
         log.info("time: %s", describe_seconds(outcome.seconds))
         log.info("run folder: %s", run.path)
-    return TrainResult(run.path, _objective(outcome, after), summary)
+    return TrainResult(run.path, _objective(outcome, after), summary, outcome.paused)
 
 
 def set_up_bench(config: TrainConfig) -> Bench:
@@ -140,8 +143,7 @@ def set_up_bench(config: TrainConfig) -> Bench:
     attention = choose_attention(config.model.attention, device, dtype)
     files = locate_model(config.model)
     tokenizer = load_tokenizer(files, config.model)
-    stop = stop_token(config.model, tokenizer)
-    template = get_template(config.model.template, stop)
+    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
     encoder = SegmentEncoder(tokenizer)
     data = prepare_data(config.dataset, template, encoder)
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
@@ -149,7 +151,7 @@ def set_up_bench(config: TrainConfig) -> Bench:
     model = load_model(files, config.model, device=device, dtype=weights_dtype, attention=attention)
     model = prepare_for_training(model, config.sft_type, config.model)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
-    return Bench(device, dtype, files, tokenizer, template, encoder.special_id(stop), data, model)
+    return Bench(device, dtype, files, tokenizer, template, encoder.special_id(template.stop_token), data, model)
 
 
 def _exam_before(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam | None:
@@ -169,10 +171,8 @@ def _examine(name: str, config: TrainConfig, bench: Bench, run: RunFolder, track
         fingerprint=bench.files.fingerprint,
     )
     # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
-    exam = sit_exam(
-        name, candidate, steps, config.evaluation, run=run, seen_tools=bench.data.train_tools, reuse=True
-    )
-    rows = write_exam(exam, run, bench.data.train_tools)
+    exam = sit_exam(name, candidate, steps, config.evaluation, run=run, seen_tools=bench.data.train_tools, reuse=True)
+    rows = write_exam(exam, run, bench.data)
     tracker.log_predictions(name, rows)
     return exam
 
@@ -218,7 +218,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
 
     # Dropout draws from here on: what was measured before must not change the training.
     runtime.seed_everything(config.seed)
-    return train_model(
+    outcome = train_model(
         Job(
             objective=objective,
             examples=bench.data.train,
@@ -237,12 +237,16 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
             fp16=bench.dtype is torch.float16,
         )
     )
+    if outcome.paused:
+        # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run goes on.
+        run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=watch.loss())
+    return outcome
 
 
 def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any]:
     """Return everything that decides the losses of a run; a checkpoint goes on only where it is equal."""
     training = asdict(config.training)
-    for free in ("resume", "allow_changes", "save_steps", "save_total_limit", "logging_steps"):
+    for free in ("resume", "allow_changes", "stop_at", "save_steps", "save_total_limit", "logging_steps"):
         del training[free]
     return {
         "data": bench.data.fingerprint,
@@ -266,7 +270,9 @@ def choices(config: TrainConfig) -> dict[str, str]:
 
 def run_id(config: TrainConfig) -> str:
     """Return a short id that stays the same when the run is resumed in its folder."""
-    tree = json.dumps(asdict(config), sort_keys=True, default=str)
+    settings = asdict(config)
+    del settings["training"]["stop_at"]  # it says how far to go this time
+    tree = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.definitions import METRICS, PAPER_NAMES, conversation_sums
-from agentft.evaluation.likelihood import measure_likelihood
+from agentft.evaluation.likelihood import Likelihood, measure_likelihood
 from agentft.evaluation.metrics import score_records
 from agentft.evaluation.step_scores import StepScore
 from agentft.recipes.exam import answer_all, exam_steps, own_model
@@ -42,11 +42,7 @@ class Watch:
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Return what was measured, by name."""
-        bench = self._bench
-        likelihood = measure_likelihood(
-            bench.model, self._examples, batch=self._config.batch, pad_id=bench.pad_id, autocast=self._autocast
-        )
-        values = likelihood.losses()
+        values = self._measure().losses()
         words = f"held-out loss {values['loss']:.4f}"
         if self._config.generates_during_training:
             values |= self._answer()
@@ -58,6 +54,10 @@ class Watch:
                 "no better %s in %d evaluations: training ends early", self._config.best_metric, self._config.patience
             )
         return values
+
+    def loss(self) -> float:
+        """Return the held-out loss as it is now, and remember nothing of it."""
+        return self._measure().loss
 
     def resume(self, step: int) -> None:
         """Take up what was measured until `step`, which the loop goes on from."""
@@ -72,6 +72,12 @@ class Watch:
         lowest_is_best = self._config.best_metric == "loss"
         best = min(self._values) if lowest_is_best else max(self._values)
         return len(self._values) - 1 - self._values.index(best) >= self._config.patience
+
+    def _measure(self) -> Likelihood:
+        bench = self._bench
+        return measure_likelihood(
+            bench.model, self._examples, batch=self._config.batch, pad_id=bench.pad_id, autocast=self._autocast
+        )
 
     def _answer(self) -> dict[str, float]:
         bench = self._bench

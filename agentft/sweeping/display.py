@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 
 _REFRESH_SECONDS = 1.0
 _LINE_SECONDS = 60.0
-_COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "stopped": "yellow", "waiting": "dim"}
-_ORDER = ("running", "failed", "stopped", "waiting", "finished")
+_COLOURS = {
+    "running": "cyan",
+    "finished": "green",
+    "failed": "red",
+    "paused": "yellow",
+    "stopped": "yellow",
+    "waiting": "dim",
+}
+_ORDER = ("running", "failed", "stopped", "waiting", "paused", "finished")
 
 
 class Display:
@@ -65,14 +72,14 @@ class Display:
         """A job started or ended."""
         if self._live is not None:
             return
-        done = sum(each.state in ("finished", "failed", "stopped") for each in self._jobs)
+        done = sum(each.is_done or each.state in ("failed", "stopped") for each in self._jobs)
         match job.state:
             case "running":
                 attempt = f" (attempt {job.attempts})" if job.attempts > 1 else ""
                 words = f"started{attempt}: {' '.join(job.swept) or 'no overrides'}"
-            case "finished":
+            case "finished" | "paused":
                 objective = job.objective
-                words = f"finished in {_duration(job.seconds)}" + (
+                words = f"{job.state} after {_duration(job.seconds)}" + (
                     "" if objective is None else f", objective {objective:.4f}"
                 )
             case _:
@@ -103,7 +110,7 @@ class Display:
         if len(shown) > room:
             shown = sorted(shown, key=lambda job: (_ORDER.index(job.state), job.number))[: room - 1]
         for job in shown:
-            how_far = _progress(job) if job.state in ("running", "finished") else [""] * len(_COLUMNS)
+            how_far = _progress(job) if job.is_done or job.state == "running" else [""] * len(_COLUMNS)
             swept = " ".join(override.rpartition(".")[2] for override in job.swept)
             table.add_row(str(job.number), Text(swept), Text(job.outcome[:70], _COLOURS[job.state]), *how_far)
         if len(shown) < len(self._jobs):
@@ -128,7 +135,7 @@ def _progress(job: Job) -> list[str]:
     step, steps = status.get("step"), status.get("steps")
     where = f"{step}/{steps}" if step is not None and steps else ""
     metric = ""
-    if job.state == "finished":
+    if job.is_done:
         try:
             metric = _number(read_json(job.folder / "summary.json").get("after", {}).get("arg_f1"))
         except Exception:

@@ -21,13 +21,14 @@ from agentft.errors import RunError
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 
-JobState = Literal["waiting", "running", "finished", "failed", "stopped"]
+JobState = Literal["waiting", "running", "finished", "failed", "stopped", "paused"]
+"""`paused`: it ended well at a share of its steps and was not sent further; see `agentft.sweeping.halving`."""
 
 FILE = "job.json"
 LOG = "job.log"
 
-NOT_IN_IDENTITY = ("run_dir", "output_dir", "tracking")
-"""Settings that say where a job writes, not what it computes."""
+NOT_IN_IDENTITY = ("run_dir", "output_dir", "tracking", "training.stop_at")
+"""Settings that say where a job writes and how far it goes this time, not what it computes."""
 
 
 @dataclass(kw_only=True)
@@ -61,6 +62,13 @@ class Job:
     seconds: float | None = None
     """Of the last attempt."""
     pid: int | None = None
+    rungs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Share of its steps -> what it had come to there, in successive halving."""
+
+    @property
+    def is_done(self) -> bool:
+        """It went as far as it was sent."""
+        return self.state in ("finished", "paused")
 
     @property
     def name(self) -> str:
@@ -103,7 +111,8 @@ class Job:
 
     def take_over(self, record: Mapping[str, Any]) -> None:
         """Go on from what `job.json` of an earlier launch says."""
-        for name in ("number", "state", "attempts", "exit_code", "signal", "reason", "started", "ended", "seconds"):
+        kept = ("number", "state", "attempts", "exit_code", "signal", "reason", "started", "ended", "seconds", "rungs")
+        for name in kept:
             setattr(self, name, record.get(name, getattr(self, name)))
         if self.attempts:
             # A checkpoint goes on only with the same number of threads, so a job keeps the number it began with.
@@ -117,6 +126,9 @@ class Job:
 def identity_of(settings: Mapping[str, Any]) -> str:
     """16 hex digits that two jobs share if they compute the same."""
     kept = {name: value for name, value in settings.items() if name not in NOT_IN_IDENTITY}
+    for name, value in kept.items():
+        if isinstance(value, Mapping):
+            kept[name] = {inner: each for inner, each in value.items() if f"{name}.{inner}" not in NOT_IN_IDENTITY}
     text = json.dumps(kept, sort_keys=True, default=str, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

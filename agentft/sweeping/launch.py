@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from agentft.errors import RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.sweeping.display import Display
+from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import Job, earlier_jobs, free_folder, identity_of, varying
 from agentft.sweeping.pool import Pool, Rules
 from agentft.sweeping.slots import make_slots, visible_gpus
@@ -50,6 +51,8 @@ class LaunchOptions(Rules):
     slots: int | None = None
     gpus_per_job: int = 1
     threads_per_job: int | None = None
+    eta: int | None = None
+    rungs: int = 3
 
 
 class _FailedJob(JobReturn):
@@ -76,6 +79,7 @@ def launch(
     A failed job does not disturb the others; Hydra raises its error when all have ended.
     """
     setup_globals()
+    halving = None if options.eta is None else Halving(options.eta, options.rungs)
     sweep = Path(str(config.hydra.sweep.dir)).absolute()
     slots = make_slots(options.slots, options.gpus_per_job, options.threads_per_job, visible_gpus())
     sweep.mkdir(parents=True, exist_ok=True)
@@ -86,14 +90,18 @@ def launch(
             job.write()
         waiting = [job for job in distinct if job.state != "finished"]
         display = Display(sweep, distinct, slots)
+
+        def run(due: Sequence[Job]) -> signal.Signals | None:
+            return Pool(slots, options, seen=display.seen, tick=display.tick).run(due)
+
         with display:
-            stopped = Pool(slots, options, seen=display.seen, tick=display.tick).run(waiting)
+            stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
         _report(sweep, distinct, config, display)
     if stopped == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped is not None:
         raise SystemExit(128 + stopped)
-    failed = [job for job in distinct if job.state != "finished"]
+    failed = [job for job in distinct if not job.is_done]
     return [outcome_of(job, job_config, failed, len(distinct)) for job, job_config in zip(jobs, configs, strict=True)]
 
 
@@ -198,7 +206,7 @@ def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Displ
         write_sweep_tables(sweep, display.console)
     except Exception as error:  # the jobs' results are on disk: no fault of a table may cost the sweep its outcome
         display.say(f"no table: {type(error).__name__}: {error}")
-    left = [job for job in jobs if job.state != "finished"]
+    left = [job for job in jobs if not job.is_done]
     display.say(f"sweep folder: {readable(sweep)}")
     if not left:
         return
@@ -224,8 +232,7 @@ def _again(sweep: Path, config: DictConfig) -> str:
 
 def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:
     """What Hydra and its sweepers are told of a job; `failed` are all of the sweep that did not finish."""
-    finished = job.state == "finished"
-    outcome = JobReturn() if finished else _FailedJob()
+    outcome = JobReturn() if job.is_done else _FailedJob()
     outcome.overrides = list(job.overrides)
     outcome.hydra_cfg = OmegaConf.create({"hydra": composed.hydra})
     with open_dict(composed):
@@ -233,8 +240,8 @@ def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int
     outcome.cfg = composed
     outcome.working_dir = str(job.folder)
     outcome.task_name = "agentft"
-    outcome.status = JobStatus.COMPLETED if finished else JobStatus.FAILED
-    if finished:
+    outcome.status = JobStatus.COMPLETED if job.is_done else JobStatus.FAILED
+    if job.is_done:
         outcome.return_value = job.objective
     else:
         reasons = "; ".join(f"{each.name}: {each.reason}" for each in failed[:_EXPLAINED])

@@ -132,9 +132,9 @@ class Pool:
         own = job.status if _changed(job.folder / "status.json") != entry.status_before else {}
         own = own if "state" in own else {}
         said = str(own.get("error") or "")
-        if (own["state"] == "finished") if own else (code == 0):
+        if (own["state"] in ("finished", "paused")) if own else (code == 0):
             # Its results are whole then, even if it was asked to stop, or died, in the last moment.
-            job.state, job.reason = "finished", None
+            job.state, job.reason = ("paused" if own.get("state") == "paused" else "finished"), None
         elif entry.limit is not None:
             job.state = "failed" if entry.limit.startswith("time") else "stopped"
             job.reason = entry.limit

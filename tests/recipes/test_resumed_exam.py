@@ -95,8 +95,9 @@ def test_a_killed_exam_goes_on_to_the_same_bytes(whole, tmp_path, asked):
     assert asked == [steps - there, steps]
     for name in ("before", "after"):
         assert predictions(run, name) == predictions(whole, name)
-        assert read_json(run / "metrics" / f"{name}.json")["metrics"] == (
-            read_json(whole / "metrics" / f"{name}.json")["metrics"]
+        assert (
+            read_json(run / "metrics" / f"{name}.json")["metrics"]
+            == (read_json(whole / "metrics" / f"{name}.json")["metrics"])
         )
     assert not list((run / "predictions").glob("*.partial.jsonl"))
 

@@ -33,6 +33,10 @@ class AgentftLauncherConfig:
     """Minutes that an attempt may take; null: no limit."""
     grace: float = 20.0
     """Seconds that a job has to end by itself when it is stopped, before it is killed."""
+    eta: int | None = None
+    """Successive halving: one job in `eta` goes on from each rung; null: all jobs run to their end."""
+    rungs: int = 3
+    """Rungs of successive halving; the last is the end, each other at 1 / eta of the steps of the next."""
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="agentft", node=AgentftLauncherConfig, provider="agentft")

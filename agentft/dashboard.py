@@ -1,0 +1,204 @@
+"""The W&B workspace of a project, from a spec in code: `python -m agentft.dashboard` prints it, `--push` saves it.
+
+Curves of training, the tool metrics of every run side by side, swept settings against the score, what differs between
+runs. The spec names only what `recipes/train.py` logs. Needs the extra `dashboard` (wandb-workspaces).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentft.errors import AgentftError, ConfigError, RunError
+from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
+from agentft.secrets import redact_text
+from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
+
+AFTER = "after"
+"""Name of the exam after training: its scores stand in a run's summary as `after.<metric>`."""
+
+VIEW = "agentftruns"
+"""Name of the workspace in its address (`?nw=...`): pushing again replaces it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Line plots, one panel a key of the history."""
+
+    title: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A setting, by its dotted name, as a column of the parallel coordinates."""
+
+    setting: str
+    log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dashboard:
+    """What the workspace shows."""
+
+    curves: tuple[Curves, ...] = (
+        Curves("Training", ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm")),
+        Curves("Held-out loss by kind of token", ("eval/loss_call", "eval/loss_text", "eval/loss_stop")),
+        Curves("Answers during training", tuple(f"eval/{name}" for name in HEADLINE)),
+        Curves("Cost", ("train/tokens", "train/tokens_per_second", "train/padding_share")),
+    )
+    bars: tuple[str, ...] = ("arg_f1", *(name for name in HEADLINE if name != "arg_f1"))
+    """Metrics of the exam after training, each as one bar a run."""
+    axes: tuple[Axis, ...] = (
+        Axis("sft_type.rank", log=True),
+        Axis("training.learning_rate", log=True),
+        Axis("dataset.sample"),
+    )
+    """Swept settings."""
+    metric: str = "arg_f1"
+    """What they are seen against, and what runs are sorted by."""
+
+
+def build_workspace(dashboard: Dashboard, project: str, entity: str = "") -> Any:
+    """Return a `wandb_workspaces` workspace; nothing is sent.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    workspaces, panels = _library()
+    score = panels.SummaryMetric(f"{AFTER}.{dashboard.metric}")
+    columns = [
+        panels.ParallelCoordinatesPlotColumn(
+            metric=panels.Config(axis.setting), display_name=axis.setting.rpartition(".")[2], log=axis.log
+        )
+        for axis in dashboard.axes
+    ]
+    columns.append(panels.ParallelCoordinatesPlotColumn(metric=score, display_name=dashboard.metric))
+    scores = [panels.BarPlot(title=name, metrics=[f"{AFTER}.{name}"]) for name in dashboard.bars]
+    sections = {
+        "Settings against score": [panels.ParallelCoordinatesPlot(columns=columns)],
+        "After training": scores,
+        **{each.title: [panels.LinePlot(title=key, x=STEP, y=[key]) for key in each.keys] for each in dashboard.curves},
+        "What differs": [panels.RunComparer(diff_only="split")],
+    }
+    _name_panels(sections)
+    return workspaces.Workspace(
+        name="agentft",
+        entity=entity,
+        project=project,
+        sections=[workspaces.Section(name=name, panels=each, is_open=True) for name, each in sections.items()],
+        settings=workspaces.WorkspaceSettings(x_axis=STEP, max_runs=100),
+        runset_settings=workspaces.RunsetSettings(
+            order=[workspaces.Ordering(workspaces.Summary(f"{AFTER}.{dashboard.metric}"), ascending=False)]
+        ),
+    )
+
+
+def workspace_json(workspace: Any) -> str:
+    """Return what W&B would be sent, as JSON; the same for the same dashboard."""
+    spec = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    named = {"name": workspace.name, "entity": workspace.entity, "project": workspace.project, "spec": spec}
+    return json.dumps(named, indent=2, ensure_ascii=False) + "\n"
+
+
+def push(workspace: Any) -> str:
+    """Save the workspace on the W&B server, in the place of an earlier one of agentft, and return its address.
+
+    Raises:
+        ConfigError: there is no key.
+        RunError: the server refused.
+    """
+    _refuse_without_key()
+    import wandb
+
+    try:
+        workspace.entity = workspace.entity or wandb.Api().default_entity
+        address = f"https://wandb.ai/{workspace.entity}/{workspace.project}?nw={VIEW}"
+        with contextlib.suppress(ValueError):  # no such workspace yet
+            workspace._internal_id = type(workspace).from_url(address)._internal_id
+        workspace._internal_name = f"nw-{VIEW}-v"
+        workspace.save()
+    except Exception as error:
+        where = f"{workspace.entity or '<your entity>'}/{workspace.project}"
+        raise RunError(f"{where}: W&B did not take the workspace: {redact_text(str(error))[:300]}") from error
+    return str(workspace.url)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    options = _parse_options(arguments)
+    try:
+        if options.push:
+            _refuse_without_key()
+        if options.metric not in METRICS_BY_NAME:
+            raise ConfigError(f"--metric {options.metric}: expected one of {', '.join(METRICS_BY_NAME)}")
+        bars = (options.metric, *(name for name in Dashboard().bars if name != options.metric))
+        workspace = build_workspace(Dashboard(metric=options.metric, bars=bars), options.project, options.entity)
+        if options.json:
+            _write(Path(options.json), workspace_json(workspace))
+        if options.push:
+            sys.stdout.write(push(workspace) + "\n")
+        elif not options.json:
+            sys.stdout.write(workspace_json(workspace))
+    except AgentftError as error:
+        sys.stderr.write(f"dashboard: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        # By name: an optional package, unknown to the type checker.
+        return importlib.import_module("wandb_workspaces.workspaces"), importlib.import_module(
+            "wandb_workspaces.reports.v2"
+        )
+    except ImportError as error:
+        raise ConfigError(f"wandb-workspaces is needed ({error}): pip install 'agentft[dashboard]'") from error
+
+
+def _name_panels(sections: dict[str, list[Any]]) -> None:
+    """Panels draw random names for themselves; with these, the same spec gives the same JSON."""
+    for i, panels in enumerate(sections.values()):
+        for j, panel in enumerate(panels):
+            panel._id = f"agentft{i:02}{j:02}"
+
+
+def _refuse_without_key() -> None:
+    try:
+        resolve_mode(TrackingConfig(mode=TrackingMode.online), os.environ)
+    except ConfigError:
+        raise ConfigError(
+            "--push needs a key for W&B: set WANDB_API_KEY or run `wandb login`; without --push, the workspace is printed"
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m agentft.dashboard", description="The W&B workspace of a project, printed as JSON or saved."
+    )
+    parser.add_argument("--project", default=TrackingConfig().project, help="W&B project (default: agentft)")
+    parser.add_argument("--entity", default="", help="W&B user or team (default: that of the key)")
+    parser.add_argument("--metric", default="arg_f1", help="what settings are seen against (default: arg_f1)")
+    parser.add_argument("--json", metavar="FILE", help="write the workspace as JSON")
+    parser.add_argument("--push", action="store_true", help="save it on the W&B server; needs a key")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Steps as messages of a chat-completions endpoint, and its answers as the text that agentft scores.
+
+A step's history becomes messages with native tool calls; the tools that the system text lists become `tools`, and its
+words about marks go. Where the list cannot be read, everything is said in the marks of the text instead. What comes back,
+content and tool calls, becomes one text in MSAgent's layout, read and scored like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from agentft.data.calls import JsonRefused, read_json
+from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, Observation, Part
+from agentft.data.native import read_system
+from agentft.evaluation.places import step_places
+from agentft.evaluation.steps import Step
+
+_TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
+_PYTHON_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "dict": "object",
+}
+_LONGEST_NAME = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStep:
+    """What is sent for one step."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    names: Mapping[str, str]
+    """Name of a tool as it is sent -> its own: endpoints allow letters, digits, `_` and `-` only."""
+
+
+def chat_step(step: Step, shown: int = 0) -> ChatStep:
+    """Lay out the context of a step; its own reference is not in it.
+
+    Args:
+        step: What is asked.
+        shown: Steps at the start of the conversation that are context only, see `shown_steps`.
+    """
+    conversation = step.conversation
+    system = read_system(conversation.system)
+    tools = [json.loads(tool) for tool in system.tools]
+    called = [request.name for call in conversation.calls for request in call.requests]
+    sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
+    place = step_places(conversation)[shown + step.index]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system.text}] if system.text else []
+    for number, message in enumerate(conversation.messages[: place.message + 1]):
+        if message.role == "user":
+            messages.append({"role": "user", "content": message.source})
+        elif message.role == "assistant":
+            parts = message.parts[: place.start] if number == place.message else message.parts
+            messages += _assistant(parts, sent, f"{number}", native=bool(tools))
+    return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
+
+
+def answer_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return an endpoint's message as one text: its words, then its calls between marks."""
+    pieces = [words] if (words := _content(message.get("content"))) else []
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            pieces.append(_call_text(function, names))
+    return "\n".join(pieces)
+
+
+def _assistant(
+    parts: Sequence[Part], sent: Mapping[str, str], prefix: str, *, native: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield an assistant turn as messages: words and calls, then a result for each call, and so on.
+
+    Without tools in the request there is no native call: then everything is said in the marks of the text.
+    """
+    said: list[Part] = []
+    results: list[Observation] = []
+    number = 0
+    for part in (*parts, None):
+        if results and not isinstance(part, Observation) and (part is None or part.source.strip()):
+            yield from _exchange(said, results, sent, f"{prefix}_{number}", native=native)
+            said, results, number = [], [], number + 1
+        if isinstance(part, Observation):
+            results.append(part)
+        elif part is not None:
+            said.append(part)
+    if any(part.source.strip() for part in said):
+        yield from _exchange(said, results, sent, f"{prefix}_{number}", native=native)
+
+
+def _exchange(
+    said: Sequence[Part], results: Sequence[Observation], sent: Mapping[str, str], prefix: str, *, native: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield what the agent said at one step and what its tools returned."""
+    calls = [part for part in said if isinstance(part, Call)]
+    if not native or not results or not calls or any(call.failure for call in calls):
+        yield {"role": "assistant", "content": "".join(part.source for part in said).strip()}
+        if results:
+            yield {"role": "user", "content": "\n".join(result.source for result in results)}
+        return
+    requests = [request for call in calls for request in call.requests]
+    words = "".join(part.source for part in said if not isinstance(part, Call)).strip()
+    ids = [f"call_{prefix}_{i}" for i in range(len(requests))]
+    yield {
+        "role": "assistant",
+        "content": words or None,
+        "tool_calls": [
+            {
+                "id": name,
+                "type": "function",
+                "function": {
+                    "name": sent.get(request.name, request.name),
+                    "arguments": json.dumps(request.parameters, ensure_ascii=False),
+                },
+            }
+            for name, request in zip(ids, requests, strict=True)
+        ],
+    }
+    # Every call must be answered once: results beyond the last call stand with it, a call without one gets an empty text.
+    bodies = [result.body.strip() for result in results]
+    bodies[len(ids) - 1 :] = ["\n".join(bodies[len(ids) - 1 :])] if len(bodies) >= len(ids) else []
+    for name, body in zip_longest(ids, bodies, fillvalue=""):
+        yield {"role": "tool", "tool_call_id": name, "content": body}
+
+
+def _safe_names(names: Sequence[str]) -> dict[str, str]:
+    safe: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:_LONGEST_NAME] or "tool"
+        number, candidate = 2, plain
+        while candidate in safe.values():
+            suffix = f"_{number}"
+            candidate, number = plain[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
+        safe[name] = candidate
+    return safe
+
+
+def _declared(tool: Mapping[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
+    function = tool["function"]
+    parameters = _valid_types(function["parameters"])
+    return {"type": "function", "function": {**function, "name": sent[function["name"]], "parameters": parameters}}
+
+
+def _valid_types(schema: Any) -> Any:
+    """A schema with the types that JSON schema knows: datasets also write Python's, which endpoints refuse."""
+    if isinstance(schema, list):
+        return [_valid_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    valid = {key: value if key in ("default", "enum") else _valid_types(value) for key, value in schema.items()}
+    if isinstance(valid.get("type"), str):
+        kind = _PYTHON_TYPES.get(valid["type"].lower(), valid["type"].lower())
+        valid.pop("type")
+        return valid | ({"type": kind} if kind in _TYPES else {})
+    return valid
+
+
+def _content(content: object) -> str:
+    """The words of a message: a text, or the text parts of a list."""
+    if isinstance(content, str):
+        return content.strip()
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in parts if isinstance(text, str)).strip()
+    return ""
+
+
+def _call_text(function: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    name = function.get("name")
+    own = names.get(name, name) if isinstance(name, str) else ""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        # What is no JSON stays a text: parameters that are no object, and never read as other fields of the call.
+        with contextlib.suppress(JsonRefused):
+            arguments = read_json(arguments) if arguments.strip() else {}
+    body = {"api_name": own, "parameters": {} if arguments is None else arguments}
+    return _between_marks(json.dumps(body, ensure_ascii=False))
+
+
+def _between_marks(body: str) -> str:
+    if MARK.search(body):
+        body = body.replace("<|", "\\u003c|")  # the same JSON: a bracket stands in strings only
+    return f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"

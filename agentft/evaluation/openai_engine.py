@@ -1,0 +1,246 @@
+"""Answers from any endpoint for chat completions in OpenAI's manner: a served model or a commercial one.
+
+Standard library only. The key comes from the environment, goes to the endpoint's own address and nowhere else: redirects
+are not followed, and nothing that is raised or logged holds it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from agentft.errors import ConfigError, EvaluationError
+from agentft.evaluation.answer_file import OnAnswer
+from agentft.evaluation.chat import ChatStep, answer_text, chat_step
+from agentft.evaluation.config import EvaluationConfig
+from agentft.evaluation.generate import Answer, Finish
+from agentft.evaluation.steps import Step
+from agentft.secrets import redact_text
+
+log = logging.getLogger(__name__)
+
+_TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 60.0
+_LARGEST_REPLY = 32 * 1024 * 1024
+_LAYOUT = "chat-v1"
+"""Part of an answer's identity: changes whenever a step is laid out in other messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where a model is served and how it is asked."""
+
+    url: str
+    """Up to and with `/v1`."""
+    model: str
+    max_new_tokens: int
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Laid over each request; None removes a field."""
+    at_once: int = 8
+    timeout: float = 120.0
+    retries: int = 5
+    key: str | None = field(default=None, repr=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides an answer beside its step; never the key."""
+        return {
+            "engine": "openai",
+            "url": self.url,
+            "model": self.model,
+            "max_new_tokens": self.max_new_tokens,
+            "request": self.fields,
+            "layout": _LAYOUT,
+        }
+
+    def request(self, chat: ChatStep) -> dict[str, Any]:
+        """Return the body of a request."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": chat.messages,
+            "temperature": 0,
+            "max_tokens": self.max_new_tokens,
+        }
+        if chat.tools:
+            body["tools"] = chat.tools
+        body |= self.fields
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def endpoint_of(config: EvaluationConfig) -> Endpoint:
+    """Return the endpoint of the settings, with its key from the environment.
+
+    Raises:
+        ConfigError: the address holds a name and password.
+    """
+    url = (config.base_url or "").rstrip("/")
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            "evaluation.base_url holds a name or password; the key belongs into the environment variable "
+            f"{config.api_key_variable} (evaluation.api_key_variable)"
+        )
+    key = os.environ.get(config.api_key_variable, "").strip() or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{config.api_key_variable} holds no key: it has characters that no header may have")
+    if key and parts.scheme == "http" and not _is_this_machine(url):
+        log.warning("the key in %s goes to %s unencrypted", config.api_key_variable, parts.hostname)
+    return Endpoint(
+        url=url,
+        model=config.served_model or "",
+        max_new_tokens=config.max_new_tokens,
+        fields=config.request_fields(),
+        at_once=config.batch,
+        timeout=config.request_timeout,
+        retries=config.retries,
+        key=key,
+    )
+
+
+class OpenAIEngine:
+    """Answers steps by asking an endpoint, several at once."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        shown_steps: Mapping[str, int] | None = None,
+        *,
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
+        """`shown_steps` are those that `agentft.evaluation.places.shown_steps` gives; `pause` waits between attempts."""
+        self._endpoint = endpoint
+        self._shown_steps = shown_steps or {}
+        self._stop = threading.Event()
+        self._pause = pause or self._stop.wait
+        # Redirects are not followed: they would carry the key to another address.
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if _is_this_machine(endpoint.url):
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+        """Answer all steps and return them in the order given; `on_answer` hears of each in this thread.
+
+        Raises:
+            EvaluationError: a request is refused, or still fails after the last attempt; answers so far have been told.
+        """
+        self._stop.clear()
+        answers: dict[int, Answer] = {}
+        with ThreadPoolExecutor(self._endpoint.at_once, thread_name_prefix="chat") as pool:
+            futures = {pool.submit(self._ask, step): order for order, step in enumerate(steps)}
+            left = set(futures)
+            try:
+                while left:
+                    done, left = wait(left, return_when=FIRST_COMPLETED)
+                    # First what succeeded: a failure beside it must not cost it.
+                    for future in sorted(done, key=lambda each: each.exception() is not None):
+                        answers[futures[future]] = future.result()
+                        if on_answer is not None:
+                            on_answer(answers[futures[future]])
+            finally:
+                self._stop.set()
+                for future in left:
+                    future.cancel()
+        return [answers[order] for order in range(len(steps))]
+
+    def _ask(self, step: Step) -> Answer:
+        chat = chat_step(step, self._shown_steps.get(step.conversation.id, 0))
+        body = json.dumps(self._endpoint.request(chat)).encode()
+        reply = self._post(body, f"{step.conversation.id} step {step.index}")
+        try:
+            choice = reply["choices"][0]
+            message = choice["message"]
+            if not isinstance(message, dict):
+                raise TypeError("message is no object")
+        except (KeyError, IndexError, TypeError) as error:
+            raise EvaluationError(
+                f"{self._endpoint.url}: the reply has no choices[0].message ({type(error).__name__}: {error}): "
+                f"{self._quoted(json.dumps(reply))}"
+            ) from None
+        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        usage = reply.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return Answer(step, answer_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
+
+    def _post(self, body: bytes, what: str) -> dict[str, Any]:
+        pause = _FIRST_PAUSE
+        for attempt in range(self._endpoint.retries + 1):
+            wait_for = None
+            try:
+                return self._send(body)
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {self._quoted(_body(error))}"
+                if error.code not in _TRY_AGAIN:
+                    raise EvaluationError(f"{self._endpoint.url}: {what}: refused with {problem}") from None
+                wait_for = _seconds(error.headers.get("Retry-After"))
+            except (OSError, http.client.HTTPException) as error:
+                problem = self._quoted(f"{type(error).__name__}: {error}")
+            except (ValueError, RecursionError) as error:
+                problem = self._quoted(f"the reply is no JSON object: {error}")
+            if attempt == self._endpoint.retries or self._stop.is_set():
+                break
+            delay = min(pause if wait_for is None else wait_for, _LONGEST_PAUSE)
+            log.warning("%s: %s: %s; again in %.0f s", self._endpoint.url, what, problem, delay)
+            self._pause(delay)
+            pause *= 2
+        raise EvaluationError(
+            f"{self._endpoint.url}: {what}: attempt {attempt + 1} of {self._endpoint.retries + 1} failed: {problem}. "
+            "Start again to go on from the answers that are there"
+        )
+
+    def _send(self, body: bytes) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "agentft"}
+        if self._endpoint.key:
+            headers["Authorization"] = f"Bearer {self._endpoint.key}"
+        request = urllib.request.Request(
+            f"{self._endpoint.url}/chat/completions", data=body, headers=headers, method="POST"
+        )
+        with self._opener.open(request, timeout=self._endpoint.timeout) as response:
+            content = response.read(_LARGEST_REPLY + 1)
+        if len(content) > _LARGEST_REPLY:
+            raise ValueError(f"more than {_LARGEST_REPLY:,} bytes")
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError(f"found {type(value).__name__}")
+        return value
+
+    def _quoted(self, text: str) -> str:
+        """What a stranger said, short, on one line and without the key."""
+        if self._endpoint.key:
+            text = text.replace(self._endpoint.key, "<redacted>")
+        return redact_text(" ".join(text.split()))[:400]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Turns every redirect into the HTTP error that it is."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _is_this_machine(url: str) -> bool:
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return max(float(text), 0.0) if text else None
+    except ValueError:
+        return None  # a date: the usual pause serves

@@ -1,0 +1,156 @@
+"""Successive halving: every job trains to the first rung, the best of them go on to the next, the others stay there.
+
+A rung is a share of a job's own steps. Up to it a job is exactly the beginning of its full training: the schedule is that
+of all steps (`training.stop_at`), and who is sent on goes on from its checkpoint in its folder. What counts at a rung is
+the exam of the weights there (`arg_f1`), then the held-out loss. All jobs reach a rung before any is sent on, so the
+outcome does not depend on which machine was faster. (Jamieson and Talwalkar, 2016, arXiv 1502.07943.)
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentft.errors import ConfigError, RunError
+from agentft.runs import read_json
+from agentft.sweeping.jobs import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Halving:
+    """`hydra.launcher.eta` and `hydra.launcher.rungs`."""
+
+    eta: int
+    """One job in `eta` goes on from a rung."""
+    rungs: int
+    """The last is the end of training."""
+
+    def __post_init__(self) -> None:
+        for name in ("eta", "rungs"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"hydra.launcher.{name}={getattr(self, name)}: expected at least 2")
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of all steps at each rung: 1/9, 1/3, 1 for `eta=3`, `rungs=3`."""
+        return [float(f"{self.eta ** (rung - self.rungs):.6g}") for rung in range(1, self.rungs + 1)]
+
+    def survivors(self, jobs: int) -> int:
+        """How many of so many jobs are sent on."""
+        return math.ceil(jobs / self.eta)
+
+
+def run_halving(
+    jobs: Sequence[Job],
+    halving: Halving,
+    run: Callable[[Sequence[Job]], signal.Signals | None],
+    say: Callable[[str], None],
+) -> signal.Signals | None:
+    """Take `jobs` up the rungs; `run` runs some of them and returns the signal that ended it early, as this does.
+
+    What a job came to at a rung stands in its `job.json`, so the same call again repeats nothing. A job that failed is
+    left out of the choice; when a later call brings it through, the choice is made anew with it.
+    """
+    # Those that an earlier sweep without halving has finished have nothing to win here.
+    competing = [job for job in jobs if job.state != "finished" or job.rungs]
+    commands = {job.identity: list(job.command) for job in competing}
+    entered = []
+    for number, share in enumerate(halving.shares, start=1):
+        entered.append(len(competing))
+        due = [job for job in competing if _measured(job, share) is None]
+        before = f", {len(competing) - len(due)} were there before" if len(due) < len(competing) else ""
+        say(f"rung {number} of {halving.rungs}: {len(competing)} jobs to {share:.3g} of their steps{before}")
+        _send(due, share, commands)
+        stopped = run(due)
+        for job in due:
+            if job.is_done:
+                job.rungs[_key(share)] = _read(job)
+                job.write()
+        if stopped is not None:
+            return stopped
+        if number < halving.rungs:
+            competing = _best(competing, share, halving.survivors(len(competing)))
+            say(f"  go on: {', '.join(job.name for job in competing) or 'none'}")
+    say(_account(jobs, entered))
+    return None
+
+
+def _send(due: Sequence[Job], share: float, commands: dict[str, list[str]]) -> None:
+    for job in due:
+        job.command = [*commands[job.identity], f"training.stop_at={_key(share)}"]
+        if job.state == "paused":
+            job.state = "waiting"
+            job.write()
+
+
+def _best(competing: Sequence[Job], share: float, count: int) -> list[Job]:
+    """The best `count` of those that reached the rung; the others are marked as left there."""
+    reached = [job for job in competing if _measured(job, share) is not None]
+    reached.sort(key=lambda job: (*rank_key(_measured(job, share) or {}), job.number))
+    for job in reached[count:]:
+        if job.state == "waiting":  # it was at this rung in an earlier launch
+            job.state = "paused"
+            job.write()
+    return sorted(reached[:count], key=lambda job: job.number)
+
+
+def rank_key(measured: dict[str, Any]) -> tuple[float, float]:
+    """Sorts the best first: by objective, then by held-out loss; what was not measured comes last."""
+    objective, loss = measured.get("objective"), measured.get("loss")
+    return (math.inf if objective is None else -objective, math.inf if loss is None else loss)
+
+
+def _measured(job: Job, share: float) -> dict[str, Any] | None:
+    """What a job came to at a rung; of one that has finished and never stopped there, what it came to at its end."""
+    if _key(share) in job.rungs:
+        return job.rungs[_key(share)]
+    return _read(job) if job.state == "finished" else None
+
+
+def _key(share: float) -> str:
+    return f"{share:g}"
+
+
+def _read(job: Job) -> dict[str, Any]:
+    """What the run folder says of the weights as they are now."""
+    status = job.status
+    try:
+        tokens = read_json(job.folder / "summary.json").get("tokens")
+    except RunError:
+        tokens = None
+    return {
+        "step": _number(status.get("step")),
+        "steps": _number(status.get("steps")),
+        "tokens": _number(tokens),
+        "objective": job.objective,
+        "loss": _number(status.get("eval_loss")),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _account(jobs: Sequence[Job], entered: Sequence[int]) -> str:
+    """How many reached each rung, and what that saved."""
+    words = f"successive halving: {' -> '.join(map(str, entered))} jobs"
+    spent, whole = budget([job.rungs for job in jobs])
+    if not whole:
+        return words
+    return f"{words}; {spent:,.0f} tokens, {spent / whole:.0%} of about {whole:,.0f} for all to the end"
+
+
+def budget(rungs: Sequence[dict[str, dict[str, Any]]]) -> tuple[float, float]:
+    """Tokens that jobs were trained on, and about how many all of them would have taken to their ends."""
+    spent = whole = 0.0
+    for reached in rungs:
+        if not reached:
+            continue
+        last = reached[max(reached, key=float)]
+        if last["tokens"] and last["step"] and last["steps"]:
+            spent += last["tokens"]
+            whole += last["tokens"] * last["steps"] / last["step"]
+    return spent, whole

@@ -1,0 +1,176 @@
+"""A replay follows the record exactly as long as the calls match, with the model's own words in its history."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from agentft.data.native import ChatmlTemplate
+from agentft.data.records import Origin, read_record
+from agentft.data.tokens import tokenize
+from agentft.evaluation.generate import Answer
+from agentft.evaluation.places import step_places
+from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
+from agentft.evaluation.steps import all_steps, conversation_steps
+
+
+class Scripted:
+    """Answers the reference, or what `said` has for a step, and remembers what was asked."""
+
+    def __init__(self, said=None):
+        self.said = said or {}
+        self.asked = []
+
+    def answer(self, steps, on_answer=None):
+        self.asked += steps
+        return [
+            Answer(step, self.said.get((step.conversation.id, step.index), step.reference), 1, "stop") for step in steps
+        ]
+
+
+def call(name, **parameters):
+    body = json.dumps({"api_name": name, "parameters": parameters})
+    return f"<|startofthink|>```JSON\n{body}\n```<|endofthink|>"
+
+
+def conversation(name="c"):
+    result = '<|startofexec|>```JSON\n{"ok": 1}\n```<|endofexec|>'
+    turns = [
+        ("system", "You may call tools."),
+        ("user", "Weather in Rome, then Oslo?"),
+        (
+            "assistant",
+            f"{call('weather', city='Rome')}\n\n{result}\nNow Oslo.\n{call('weather', city='Oslo')}\n{result}\nSunny.",
+        ),
+        ("user", "Thanks. And the news?"),
+        ("assistant", f"{call('news')}{result}\n Nothing new. "),
+    ]
+    record = {"id": name, "conversations": [{"from": role, "value": value} for role, value in turns]}
+    found = read_record(record, Origin("x", 1))
+    assert isinstance(found, tuple), found
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def replayable(golden_conversations):
+    return [each for each in golden_conversations.values() if is_replayable(each)]
+
+
+def test_a_perfect_model_sees_the_contexts_of_teacher_forcing_and_succeeds(replayable, template, encoder):
+    assert len(replayable) > 5
+    model = Scripted()
+    episodes = replay(replayable, template, encoder, model)
+    steps = all_steps(replayable, list(tokenize(replayable, template, encoder)), template)
+    key = {(step.conversation.id, step.index): step.context_hash for step in steps}
+    assert {(step.conversation.id, step.index): step.context_hash for step in model.asked} == key
+    assert all(episode.diverged is None for episode in episodes)
+    report = replay_report(episodes, len(replayable), draws=50, seed=0)
+    assert report["metrics"]["conv_replay_success"]["value"] == 1
+    assert report["metrics"]["steps_until_divergence"]["numerator"] == len(steps) == report["counts"]["steps_asked"]
+
+
+def test_places_are_the_steps(golden_conversations, template, encoder):
+    conversations = list(golden_conversations.values())
+    steps = all_steps(conversations, list(tokenize(conversations, template, encoder)), template)
+    for step in steps:
+        parts = step_places(step.conversation)[step.index].parts(step.conversation)
+        assert "".join(part.source for part in parts).strip() == step.reference
+
+
+def test_replacing_every_step_by_itself_changes_nothing(golden_conversations, template):
+    for each in golden_conversations.values():
+        places = step_places(each)
+        own = ["".join(part.source for part in place.parts(each)).strip() for place in places]
+        again = with_replies(each, places, own)
+        assert [m.source for m in again.messages] == [m.source for m in each.messages]
+        assert template.render(again) == template.render(each)
+
+
+def test_own_words_stay_in_the_history_and_recorded_results_follow(template, encoder, byte_tokenizer):
+    said = {
+        ("c", 0): 'I look.<|startofthink|>{"parameters": {"city": "Rome"}, "api_name": "weather"}<|endofthink|>'
+        "<|startofexec|>an invented result",
+        ("c", 2): "It rains, I made that up.",
+    }
+    model = Scripted(said)
+    (episode,) = replay([conversation()], template, encoder, model)
+    assert episode.diverged is None
+    assert episode.steps_until_divergence == 5
+    last = model.asked[-1]
+    text = byte_tokenizer.decode(last.input_ids[: last.start])
+    assert 'I look.<|startofthink|>{"parameters"' in text
+    assert "invented result" not in text
+    assert "It rains, I made that up." in text
+    assert "Sunny." not in text
+    assert text.count("<|startofexec|>") == 3
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "why"),
+    [
+        (0, call("weather", city="Oslo"), "wrong_value"),
+        (0, call("weather", city="Rome") + call("news"), "extra_call"),
+        (1, "I give up.", "missed_call"),
+        (2, call("weather", city="Rome"), "spurious_call"),
+        (2, " ", "nothing_said"),
+        (3, '<|startofthink|>{"api_name": "news"', "malformed"),
+    ],
+)
+def test_an_episode_ends_where_the_record_cannot_answer(step, text, why, template, encoder):
+    model = Scripted({("c", step): text})
+    (episode,) = replay([conversation()], template, encoder, model)
+    assert why in episode.diverged.split()
+    assert episode.steps_until_divergence == step
+    assert len(model.asked) == step + 1
+    report = replay_report([episode], 1, draws=20, seed=0)
+    assert report["metrics"]["conv_replay_success"]["value"] == 0
+    assert report["diverged_at_step"] == {str(step): 1}
+
+
+def test_conversations_are_independent_and_the_means_are_over_conversations(template, encoder):
+    conversations = [conversation(name) for name in "abcd"]
+    model = Scripted({("b", 1): "no", ("c", 3): "no"})
+    episodes = replay(conversations, template, encoder, model)
+    report = replay_report(episodes, 6, draws=200, seed=0)
+    metric = report["metrics"]["steps_until_divergence"]
+    assert (metric["numerator"], metric["denominator"]) == (5 + 1 + 3 + 5, 4)
+    success = report["metrics"]["conv_replay_success"]
+    assert (success["numerator"], success["denominator"]) == (2, 4)
+    assert success["low"] < 0.5 < success["high"]
+    assert report["counts"]["conversations_without_readable_calls"] == 2
+    assert "|replay|" in report["signature"]
+
+
+def test_rounds_that_are_only_shown_are_not_asked(template, encoder):
+    each = conversation()
+    model = Scripted()
+    (episode,) = replay([each], template, encoder, model, shown_steps={"c": 3})
+    assert episode.diverged is None
+    assert [(step.index, step.reference) for step in model.asked] == [(0, call("news")), (1, "Nothing new.")]
+    (example,) = tokenize([each], template, encoder)
+    contexts = [step.context_hash for step in conversation_steps(each, example, template)]
+    assert [step.context_hash for step in model.asked] == contexts[3:]
+
+
+def test_a_native_layout_is_replayed_in_its_own_form(encoder):
+    template = ChatmlTemplate("<|im_end|>")
+    said = {
+        ("c", 0): '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
+        ("c", 2): "<think>An unfinished thought",
+    }
+    (episode,) = replay([conversation()], template, encoder, Scripted(said))
+    assert episode.diverged == "no_such_layout"
+    assert episode.steps_until_divergence == 2
+    assert episode.words[0] == call("weather", city="Rome")
+
+
+def test_without_any_call_there_is_nothing_to_replay():
+    report = replay_report([], 3, draws=20, seed=0)
+    assert report["metrics"]["conv_replay_success"]["value"] is None
+
+
+def test_words_for_others_are_cut():
+    assert own_words("a b <|startofexec|>x") == "a b"
+    assert own_words("a</s>b") == "a"
+    assert own_words("a<|user|>:b") == "a"
