@@ -1,8 +1,8 @@
 """Does successive halving find what the full grid finds, and for how much of its training?
 
-    python benchmarks/halving.py                              27 tiny configurations, 5 seeds: about 25 minutes on 2 cores
-    python benchmarks/halving.py --seeds 1 --conversations 96            a look, 3 minutes
-    python benchmarks/halving.py model=smollm2-135m dataset.max_length=2048      any other settings
+    python benchmarks/halving.py                            27 tiny configurations, 5 seeds: about 40 minutes (estimated)
+    python benchmarks/halving.py --seeds 1 --conversations 96   a look, 3.5 minutes
+    python benchmarks/halving.py model=smollm2-135m dataset.max_length=2048     any other settings
 
 For each seed the grid is trained whole and by `agentft.sweeping.halving`, with the same settings, each in a folder of its
 own; the winner is the best by arg_f1, then by held-out loss (a tiny model of bytes never gets an argument right, so there
@@ -64,11 +64,12 @@ def main() -> None:
         place = names.index(halved.winner.name) + 1
         same += place == 1
         shares.append(halved.tokens / whole.tokens)
+        print(f"seed {seed}: grid {whole.winner.name} {_words(whole.winner)}, {whole.tokens:,.0f} tokens")
         print(
-            f"seed {seed}: grid {whole.winner.name} {_words(whole.winner)}; halving {halved.winner.name} "
-            f"{_words(halved.winner)}, place {place} of {len(names)} in the grid; {shares[-1]:.1%} of {whole.tokens:,.0f} tokens",
-            flush=True,
+            f"  halving {halved.winner.name} {_words(halved.winner)}: place {place} of {len(names)} in the grid,",
+            end=" ",
         )
+        print(f"{shares[-1]:.1%} of the tokens", flush=True)
     print(f"same winner on {same} of {options.seeds} seeds with {sum(shares) / len(shares):.1%} of the tokens")
 
 

@@ -96,7 +96,9 @@ def test_the_map_in_the_readme_lists_every_room():
 
 
 def test_importing_a_room_prints_nothing_and_loads_no_torch_where_none_is_needed():
-    light = "agentft.config, agentft.recipes.config, agentft.data.records, agentft.tracking, agentft.runs, agentft.score"
+    light = (
+        "agentft.config, agentft.recipes.config, agentft.data.records, agentft.tracking, agentft.runs, agentft.score"
+    )
     code = f"import {light}, sys; sys.exit(' '.join(m for m in ('torch', 'transformers', 'wandb') if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -67,7 +67,7 @@ class EvaluationConfig:
     """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
     served_model: str | None = None
     """Name of the model at the endpoint."""
-    api_key_variable: str = "OPENAI_API_KEY"
+    auth_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; without it, requests carry none."""
     request: str | None = None
     """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`."""

@@ -88,13 +88,13 @@ def endpoint_of(config: EvaluationConfig) -> Endpoint:
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
             "evaluation.base_url holds a name or password; the key belongs into the environment variable "
-            f"{config.api_key_variable} (evaluation.api_key_variable)"
+            f"{config.auth_variable} (evaluation.auth_variable)"
         )
-    key = os.environ.get(config.api_key_variable, "").strip() or None
+    key = os.environ.get(config.auth_variable, "").strip() or None
     if key and not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{config.api_key_variable} holds no key: it has characters that no header may have")
+        raise ConfigError(f"{config.auth_variable} holds no key: it has characters that no header may have")
     if key and parts.scheme == "http" and not _is_this_machine(url):
-        log.warning("the key in %s goes to %s unencrypted", config.api_key_variable, parts.hostname)
+        log.warning("the key in %s goes to %s unencrypted", config.auth_variable, parts.hostname)
     return Endpoint(
         url=url,
         model=config.served_model or "",

@@ -155,10 +155,14 @@ def test_no_special_token_is_added_at_chunk_borders(golden_conversations, templa
 
 
 def test_the_law_is_stated_once():
-    """Only render.py says which kinds are trained; nothing else in the package compares kinds with the law."""
+    """render.py alone says which kinds are trained. Reports may read the law; nothing that makes labels consults it again."""
     package = Path(__file__).resolve().parents[2] / "agentft"
-    homes = [p.name for p in package.rglob("*.py") if re.search(r"\bTRAINED_KINDS\b", p.read_text(encoding="utf-8"))]
-    assert homes == ["render.py"]
+    sources = {path.relative_to(package): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    home = Path("data/render.py")
+    assert [path for path, text in sources.items() if re.search(r"^TRAINED_KINDS\b.*=", text, re.MULTILINE)] == [home]
+    makers = [path for path in sources if path.parts[0] in ("data", "training", "model") and path != home]
+    assert len(makers) > 40
+    assert [path for path in makers if "TRAINED_KINDS" in sources[path]] == []
     assert frozenset({Kind.text, Kind.call, Kind.stop}) == TRAINED_KINDS
 
 

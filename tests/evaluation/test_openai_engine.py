@@ -262,7 +262,7 @@ def test_requests_are_greedy_bounded_and_can_be_changed(steps, monkeypatch):
             engine=Engine.openai,
             base_url=f"{chat.url}/",
             served_model="m",
-            api_key_variable="MY_KEY",
+            auth_variable="MY_KEY",
             request='{"max_tokens": null, "max_completion_tokens": 9, "seed": 1}',
         )
         endpoint = endpoint_of(config)

@@ -200,7 +200,7 @@ def test_settings_of_a_run_reach_the_command_line_whatever_they_hold(finished, t
     texts = ['{"a": "b\\"c"}', "x\\", "it's", "${here}", "null", "", 'a\\\\"', "1"]
     for text in texts:
         saved = saved_config(finished)
-        saved.evaluation.api_key_variable = text
+        saved.evaluation.auth_variable = text
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(config_to_yaml(saved), encoding="utf-8")
