@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from agentft.data import synthetic
-from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig, TooLong
+from agentft.data.config import DatasetConfig, TooLong
 from agentft.data.fit import Fitted, Outcome, Piece, fit_conversations
-from agentft.data.records import Conversation, Origin, Rejection
+from agentft.data.records import Conversation, Rejection
 from agentft.data.render import Template
-from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
+from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.splits import divide, in_sample_order
 from agentft.data.tokens import Example, SegmentEncoder, weigh
-from agentft.errors import ConfigError, DataError
+from agentft.errors import DataError
 from agentft.progress import progress_bar
+from agentft.recipes.rows import open_rows
 from agentft.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -96,53 +96,18 @@ def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEnco
 
 def _read_parts(config: DatasetConfig, account: Account) -> tuple[list[Conversation], list[Conversation]]:
     """Return the training and the held-out conversations, each in its nested sample order."""
-    train_rows, heldout_rows = _rows(config, account)
-    form = getattr(config, "form", "msagent")
-    train = list(_accounted(train_rows, form, account))
-    if heldout_rows is None:
+    rows = open_rows(config, account.read)
+    train = list(_accounted(rows.train, rows.form, account))
+    if rows.heldout is None:
         parts = divide(train, split=config.split, test_ratio=config.test_ratio, seed=config.seed)
         account.left_out.update(parts.set_aside)
         return parts.train, parts.heldout
-    heldout = list(_accounted(heldout_rows, form, account))
+    heldout = list(_accounted(rows.heldout, rows.form, account))
     users = {conversation.user_hash for conversation in heldout}
     apart = [conversation for conversation in train if conversation.user_hash not in users]
     if len(apart) < len(train):
         account.left_out["held_out_too"] += len(train) - len(apart)
     return in_sample_order(apart, config.seed), in_sample_order(heldout, config.seed)
-
-
-def _rows(
-    config: DatasetConfig, account: Account
-) -> tuple[Iterable[RawRow | Rejection], Iterable[RawRow | Rejection] | None]:
-    """Return raw rows for training and, where the source has a part of its own for it, for the held-out set."""
-    match config:
-        case SyntheticConfig():
-            return _synthetic(config, "train", config.conversations), _synthetic(config, "heldout", config.heldout)
-        case LocalConfig():
-            test = None if config.test_path is None else read_local(config.test_path, report=account.read)
-            return read_local(config.path, report=account.read), test
-        case ModelScopeConfig():
-            from agentft.data.modelscope_rows import read_modelscope
-
-            def split(name: str) -> Iterator[RawRow | Rejection]:
-                return read_modelscope(config.id, name, revision=config.revision, cache_dir=config.cache_dir)
-
-            return split(config.train_split), None if config.test_split is None else split(config.test_split)
-        case _:
-            raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
-
-
-def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
-    records = synthetic.generate(
-        count,
-        seed=config.seed,
-        languages={"en": 1 - config.chinese, "zh": config.chinese},
-        part=part,
-        unseen_tools=config.split is Split.unseen_tools,
-        max_rounds=config.max_rounds,
-    )
-    for number, record in enumerate(records, start=1):
-        yield RawRow(Origin(f"synthetic-{part}", number), record)
 
 
 def _accounted(rows: Iterable[RawRow | Rejection], form: Any, account: Account) -> Iterator[Conversation]:
