@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 SETTINGS_AND_TOKENIZER = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 """Files that are fetched besides weights. Only those at the top: folders hold other formats of the same weights."""
 
+SETTINGS = "config.json"
+
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -84,8 +86,7 @@ def fetch(
         ModelError: unknown id or revision, no access, no network, a file name that leads out of the folder, contents
             that are not what the hub lists, a full disk, or nothing usable in the repository; one line each.
     """
-    if not _MODEL_ID.fullmatch(model_id) or ".." in model_id:
-        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
+    _check_id(hub, model_id)
     record = _record_path(hub, model_id, revision, cache_dir)
     if offline:
         return _from_cache(hub, model_id, revision, cache_dir, record)
@@ -108,6 +109,34 @@ def fetch(
     return FetchedModel(folder, listing.commit)
 
 
+def fetch_settings(
+    hub: Hub, model_id: str, revision: str | None, cache_dir: str | None, offline: bool = False
+) -> dict[str, Any]:
+    """Fetch a model's config.json alone, so that its size is known before its weights are asked for.
+
+    Raises:
+        ModelError: see `fetch`.
+    """
+    _check_id(hub, model_id)
+    if offline:
+        folder = _from_cache(
+            hub, model_id, revision, cache_dir, _record_path(hub, model_id, revision, cache_dir)
+        ).folder
+        return read_json(folder / SETTINGS)
+    try:
+        listing = hub.list_files(model_id, revision)
+        check_file_names(listing.files, f"{hub.name}: {model_id}")
+        if SETTINGS not in listing.files:
+            raise _no_settings(f"{hub.name}: {model_id}")
+        folder = hub.download(model_id, revision, listing, [SETTINGS], cache_dir)
+    except ModelError:
+        raise
+    except Exception as error:  # the clients raise some thirty unrelated types
+        raise ModelError(explain(hub, model_id, revision, error)) from error
+    _verify(hub, model_id, folder, listing, [SETTINGS])
+    return read_json(folder / SETTINGS)
+
+
 def wanted_files(names: Iterable[str], origin: str, allow_pickle: bool, trust_remote_code: bool) -> list[str]:
     """Choose what is fetched of a repository's files.
 
@@ -115,8 +144,8 @@ def wanted_files(names: Iterable[str], origin: str, allow_pickle: bool, trust_re
         ModelError: no config.json, no weights, or pickled weights only and no `allow_pickle`.
     """
     top = sorted(name for name in names if "/" not in name)
-    if "config.json" not in top:
-        raise ModelError(f"{origin}: the repository has no config.json; is it a transformers model?")
+    if SETTINGS not in top:
+        raise _no_settings(origin)
     safe = [name for name in top if fnmatch(name, "*.safetensors")]
     weights = [name for name in safe if fnmatch(name, "model*")] or safe
     if not weights:
@@ -186,6 +215,15 @@ def _not_cached(hub: Hub, model_id: str, revision: str | None) -> ModelError:
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_id(hub: Hub, model_id: str) -> None:
+    if not _MODEL_ID.fullmatch(model_id) or ".." in model_id:
+        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
+
+
+def _no_settings(origin: str) -> ModelError:
+    return ModelError(f"{origin}: the repository has no {SETTINGS}; is it a transformers model?")
 
 
 def _stored_bytes(store: Path) -> int:

@@ -15,7 +15,8 @@ from agentft.model import conversion
 from agentft.model.cache import build_once, cache_root
 from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource, RandomShape
 from agentft.model.file_names import read_json
-from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope
+from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
+from agentft.model.hub_clients import HuggingFace, ModelScope
 from agentft.model.random_weights import random_folder
 from agentft.model.remote_code import check_remote_code
 from agentft.model.shards import weight_files
@@ -88,6 +89,21 @@ def _fetch(config: ModelConfig) -> FetchedModel:
     )
 
 
+def model_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return the contents of the model's config.json; of a model on a hub nothing else is fetched.
+
+    Raises:
+        ModelError: see `locate_model`.
+    """
+    match config.source:
+        case ModelSource.modelscope | ModelSource.huggingface:
+            hub = ModelScope() if config.source is ModelSource.modelscope else HuggingFace()
+            model_id = config.id or _needed(config, f"{config.source}_id")
+            return fetch_settings(hub, model_id, config.revision, config.cache_dir, config.offline)
+        case _:
+            return read_json(locate_model(config).folder / "config.json")
+
+
 def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
     """Load the tokenizer; it must be a fast one, since labels are found by the Rust tokenizer.
 
@@ -117,13 +133,19 @@ def stop_token(config: ModelConfig, tokenizer: Any) -> str:
     return str(token)
 
 
+def resolve_dtype(requested: Dtype, device: Device) -> Dtype:
+    """Return what is asked for, with `auto` as bf16 where the device computes in it, else fp32."""
+    if requested is not Dtype.auto:
+        return requested
+    return Dtype.bf16 if computes_in_bf16(device) else Dtype.fp32
+
+
 def choose_dtype(requested: Dtype, device: Device) -> torch.dtype:
     """Resolve `auto` to bf16 where the device computes in it, else fp32, and say which."""
     import torch
 
-    chosen = requested
+    chosen = resolve_dtype(requested, device)
     if requested is Dtype.auto:
-        chosen = Dtype.bf16 if computes_in_bf16(device) else Dtype.fp32
         log.info("model.dtype=auto: %s on %s", chosen, device.name)
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chosen])
     return dtype

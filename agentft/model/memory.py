@@ -11,15 +11,14 @@ the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4), counted an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from enum import StrEnum
 from typing import Any
 
 from agentft.errors import ModelError
 from agentft.model.config import Dtype, FullConfig, LoraConfig, SftConfig
-from agentft.runtime import Device
+from agentft.model.device_memory import DeviceMemory
 
 _DECODERS = ("llama", "qwen2", "qwen3", "mistral", "qwen", "baichuan")
 """`model_type`s whose blocks are the ones counted here."""
@@ -31,6 +30,14 @@ _SPELLINGS = {
     "num_attention_heads": ("num_attention_heads", "n_head"),
     "intermediate_size": ("intermediate_size", "ffn_hidden_size"),
 }
+
+FAR = 1.25
+"""Estimates beyond this share of a device's whole memory are refused: they are not that wrong."""
+
+WAYS_OUT = (
+    "try training.gradient_checkpointing=true, training.micro_batch=1, a smaller dataset.max_length, model.dtype=bf16, "
+    "sft_type=lora or a smaller model"
+)
 
 ADAM_BYTES = 8
 """AdamW's mean gradient and mean squared gradient in fp32, for each trained parameter."""
@@ -236,36 +243,28 @@ def _block_bytes(shape: ModelShape, b: int, length: int, *, eager: bool) -> int:
     return 3 * b * shape.inner + 2 * b * (shape.query_width + shape.key_width) + attention + 8
 
 
-def free_memory_bytes(device: Device) -> int | None:
-    """Memory that is free on `device`: of the GPU, or of this machine or container; None where nobody tells."""
-    if device.is_cuda:
-        import torch
+class Fit(StrEnum):
+    """How an estimate compares with a device."""
 
-        return int(torch.cuda.mem_get_info()[0])
-    limits = []
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        limits.append(_available_here())
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if (most := _number(Path(limit))) is not None:
-            limits.append(most - (_number(Path(used)) or 0))
-    return min(limits, default=None)
+    fits = "fits"
+    """With a tenth to spare; also where nobody tells how much there is."""
+    tight = "tight"
+    """Less than that is free."""
+    impossible = "impossible"
+    """Even an empty device is too small by far, by a quarter of its whole memory and more."""
 
 
-def judge(estimate: MemoryEstimate, free: int | None, device_name: str) -> tuple[bool, str]:
-    """Compare with what is free: whether it fits with a tenth to spare, and the line that says so."""
+def judge(estimate: MemoryEstimate, memory: DeviceMemory | None, device_name: str) -> tuple[Fit, str]:
+    """Compare with the device, and say in one line what was found."""
     line = f"memory: {estimate}"
-    if free is None:
-        return True, line
-    line += f"; free on {device_name}: {_gigabytes(free)} GB"
-    if estimate.total * 1.1 <= free:
-        return True, line
-    return False, line + (
-        "; it will hardly fit: try training.gradient_checkpointing=true, training.micro_batch=1, a smaller "
-        "dataset.max_length, model.dtype=bf16, sft_type=lora or a smaller model"
-    )
+    if memory is None:
+        return Fit.fits, line
+    line += f"; free on {device_name}: {_gigabytes(memory.free)} of {_gigabytes(memory.total)} GB"
+    if estimate.total * 1.1 <= memory.free:
+        return Fit.fits, line
+    if estimate.total <= memory.total * FAR:
+        return Fit.tight, f"{line}; it will hardly fit: {WAYS_OUT}"
+    return Fit.impossible, f"{line}; it cannot fit: {WAYS_OUT}"
 
 
 def _shared(count: int, ranks: int, shared: bool) -> int:
@@ -274,19 +273,3 @@ def _shared(count: int, ranks: int, shared: bool) -> int:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f}"
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or `max`: no limit
-        return None
-
-
-def _available_here() -> int:
-    """Memory that can be had without swapping: Linux's own estimate, else pages that are free."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -30,6 +30,7 @@ from agentft.model.load import (
 )
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
+from agentft.recipes.memory_check import check_memory
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
@@ -96,6 +97,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
     require_own_exam(config.evaluation)
+    estimate = check_memory(config)
     bench = set_up_bench(config)
     write_manifest(bench.data, run)
     run.write_record(
@@ -107,6 +109,8 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
             "threads": bench.device.threads,
             "dtype": str(bench.dtype).removeprefix("torch."),
             "model_fingerprint": bench.files.fingerprint,
+            "model_commit": bench.files.commit,
+            "estimated_memory_bytes": estimate and estimate.total,
             "data_fingerprint": bench.data.fingerprint,
             "run_id": run_id(config),
         },
@@ -246,7 +250,15 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
 def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any]:
     """Return everything that decides the losses of a run; a checkpoint goes on only where it is equal."""
     training = asdict(config.training)
-    for free in ("resume", "allow_changes", "stop_at", "save_steps", "save_total_limit", "logging_steps"):
+    for free in (
+        "resume",
+        "allow_changes",
+        "stop_at",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "memory_check",
+    ):
         del training[free]
     return {
         "data": bench.data.fingerprint,

@@ -23,6 +23,14 @@ class Resume(StrEnum):
     """Go on from a checkpoint or refuse."""
 
 
+class MemoryCheck(StrEnum):
+    refuse = "refuse"
+    """Say what is needed, and refuse what cannot fit by far."""
+    warn = "warn"
+    """Say it, and go on."""
+    off = "off"
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """The loop. One step is one update of the weights, from `micro_batch x accumulation x ranks` conversations."""
@@ -57,6 +65,8 @@ class TrainingConfig:
     """Gradients are scaled down to this L2 norm; 0: never."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA only."""
+    memory_check: MemoryCheck = MemoryCheck.refuse
+    """Whether a training whose estimated memory exceeds the device's is refused before its weights are fetched."""
     logging_steps: int = 20
     """Steps between lines of `metrics.jsonl` and of the log."""
     save_steps: int = 50

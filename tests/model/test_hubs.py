@@ -116,6 +116,18 @@ def test_the_revision_is_resolved_and_the_second_time_only_asked_for(
         assert (changed.folder / "tokenizer.json").read_bytes() == b'{"changed": true}'
 
 
+def test_settings_come_without_weights_and_are_not_fetched_twice(name: str, served: Repository, tmp_path: Path) -> None:
+    client: hub.Hub = {"modelscope": ModelScope, "huggingface": HuggingFace}[name]()
+    assert hub.fetch_settings(client, "owner/small", None, str(tmp_path)) == {"model_type": "llama"}
+    assert {
+        what for command, what, _ in served.log if command == "GET" and what.endswith((".json", ".safetensors"))
+    } == {"config.json"}
+    folder = download(name, tmp_path).folder
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(everything(folder))
+    assert [what for command, what, _ in served.log if command == "GET"].count("config.json") == 1
+    assert hub.fetch_settings(client, "owner/small", None, str(tmp_path), offline=True) == {"model_type": "llama"}
+
+
 def test_offline_finds_what_was_downloaded_without_a_request(name: str, served: Repository, tmp_path: Path) -> None:
     first = download(name, tmp_path)
     served.log.clear()

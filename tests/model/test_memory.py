@@ -14,10 +14,11 @@ from agentft.config import conf_dir
 from agentft.errors import ModelError
 from agentft.model.adapters import count_parameters
 from agentft.model.config import Dtype, FullConfig, LoraConfig, SftConfig
+from agentft.model.device_memory import DeviceMemory, device_memory
 from agentft.model.memory import (
+    Fit,
     MemoryEstimate,
     estimate_memory,
-    free_memory_bytes,
     full_layer_bytes,
     judge,
     lora_layer_bytes,
@@ -193,12 +194,20 @@ def test_the_old_scripts_job_fits_a_card_of_24_gigabytes() -> None:
         checkpointing=True,
     )
     assert 15.4e9 < estimate.weights < 15.5e9
-    fits, line = judge(estimate, 24_000_000_000, "a card")
-    assert fits, line
-    fits, line = judge(estimate, 16_000_000_000, "a card")
-    assert not fits
+    fit, line = judge(estimate, DeviceMemory(24_000_000_000, 24_000_000_000), "a card")
+    assert fit is Fit.fits, line
+    fit, line = judge(estimate, DeviceMemory(15_000_000_000, 16_000_000_000), "a card")
+    assert fit is Fit.tight
     assert "hardly fit" in line
+    fit, line = judge(estimate, DeviceMemory(12_000_000_000, 12_000_000_000), "a card")
+    assert fit is Fit.impossible
+    assert "cannot fit" in line
     assert "\n" not in line
+
+
+def test_what_others_use_now_warns_and_never_refuses() -> None:
+    estimate = MemoryEstimate(10**9, 0, 0, 0, 0, 0)
+    assert judge(estimate, DeviceMemory(0, 10**9), "a card")[0] is Fit.tight
 
 
 def test_one_line_names_every_kind() -> None:
@@ -208,7 +217,7 @@ def test_one_line_names_every_kind() -> None:
     assert str(estimate) == (
         "weights 2.00 + trained 0.01 + gradients 0.00 + optimizer 0.00 + activations 0.50 + logits 0.00 = 2.51 GB"
     )
-    assert judge(estimate, None, "somewhere") == (True, f"memory: {estimate}")
+    assert judge(estimate, None, "somewhere") == (Fit.fits, f"memory: {estimate}")
 
 
 def test_what_is_not_counted_is_refused() -> None:
@@ -218,7 +227,7 @@ def test_what_is_not_counted_is_refused() -> None:
         model_shape({"model_type": "llama", "vocab_size": 10})
 
 
-def test_free_memory_is_a_plausible_number() -> None:
-    free = free_memory_bytes(Device("cpu", "CPU", 1))
-    assert free is not None
-    assert 10**7 < free < 10**14
+def test_memory_of_this_machine_is_a_plausible_number() -> None:
+    memory = device_memory(Device("cpu", "CPU", 1))
+    assert memory is not None
+    assert 10**7 < memory.free <= memory.total < 10**14

@@ -1,0 +1,78 @@
+"""Before weights are asked for, a training says what it needs; what cannot fit by far is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from agentft.config import compose, register_schemas, to_train_config
+from agentft.errors import ModelError
+from agentft.model.config import RandomShape
+from agentft.model.random_weights import random_folder
+from agentft.recipes.memory_check import check_memory
+from agentft.recipes.train import train
+from agentft.runs import read_json
+from tests.model.loopback_hubs import Repository, serve
+
+HUGE = {"model_type": "llama", "vocab_size": 128_000, "hidden_size": 131_072, "num_hidden_layers": 500}
+HUGE |= {"num_attention_heads": 128, "intermediate_size": 500_000}
+"""A model of more than a hundred thousand billion parameters, whose file of settings is small."""
+
+
+def config(tmp_path, *overrides):
+    register_schemas()
+    quick = [
+        *("dataset.conversations=12", "dataset.heldout=4", "training.accumulation=4", "training.max_steps=1"),
+        *("evaluation.before=false", "evaluation.after=false", "evaluation.steps=0", "tracking=disabled", "threads=1"),
+        *(f"model.cache_dir='{tmp_path}/cache'", f"run_dir='{tmp_path}/run'"),
+    ]
+    return to_train_config(compose("train", [*quick, *overrides]))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("modelscope_hub._legacy_api.time.sleep", lambda _: None)
+    random_folder(RandomShape(hidden=16, intermediate=32), 4096, tmp_path / "model")
+    repository = Repository({path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()})
+    with serve("modelscope", repository) as url:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", url)
+        yield repository
+
+
+FROM_HUB = ["model=auto", "model.id=owner/small"]
+
+
+def test_what_cannot_fit_is_refused_before_its_weights_are_fetched(tmp_path, hub):
+    hub.files["config.json"] = json.dumps(HUGE).encode()
+    with pytest.raises(ModelError, match=r"cannot fit: try .*training\.memory_check=warn goes on"):
+        train(config(tmp_path, *FROM_HUB))
+    fetched = [what for command, what, _ in hub.log if command == "GET" and not what.startswith("/api")]
+    assert fetched == ["config.json"]
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "failed"
+
+
+def test_the_check_can_be_a_warning_or_nothing(tmp_path, hub, caplog):
+    hub.files["config.json"] = json.dumps(HUGE).encode()
+    with caplog.at_level(logging.WARNING):
+        estimate = check_memory(config(tmp_path, *FROM_HUB, "training.memory_check=warn"))
+    assert estimate is not None
+    assert estimate.total > 10**14
+    assert "cannot fit" in caplog.text
+    assert check_memory(config(tmp_path, *FROM_HUB, "training.memory_check=off")) is None
+
+
+def test_an_architecture_that_is_not_counted_says_so_and_goes_on(tmp_path, hub, caplog):
+    hub.files["config.json"] = b'{"model_type": "mamba"}'
+    with caplog.at_level(logging.INFO):
+        assert check_memory(config(tmp_path, *FROM_HUB)) is None
+    assert "no memory estimate for model_type 'mamba'" in caplog.text
+
+
+def test_a_run_from_a_hub_records_commit_and_estimate(tmp_path, hub):
+    run = train(config(tmp_path, *FROM_HUB)).run_dir
+    record = read_json(run / "run.json")
+    assert record["model_commit"].startswith("master, files ")
+    assert 0 < record["estimated_memory_bytes"] < 10**9
+    assert "memory: weights" in (run / "train.log").read_text(encoding="utf-8")
