@@ -7,6 +7,9 @@ from enum import Enum, StrEnum
 
 from agentft.errors import ConfigError
 
+MAX_WEIGHT = 100.0
+"""Showings of one conversation in an epoch: a greater weight is a slip, and would fill the memory."""
+
 
 class Split(StrEnum):
     """How the held-out part is chosen."""
@@ -108,15 +111,46 @@ class SyntheticConfig(DatasetConfig):
 
 
 @dataclass(kw_only=True)
+class WeightedPath:
+    """One of several local sources."""
+
+    path: str
+    """A file or a folder, as `dataset.path`."""
+    weight: float = 1.0
+    """How often each of its training conversations is shown in an epoch: 0.5 keeps half of them, 2 shows each twice."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight <= MAX_WEIGHT:
+            raise ConfigError(
+                f"dataset.sources: the weight of {self.path} is {self.weight}, expected a number above 0, at most "
+                f"{MAX_WEIGHT:g}; to leave a source out, do not name it"
+            )
+
+
+@dataclass(kw_only=True)
 class LocalConfig(DatasetConfig):
     """Conversations in local files."""
 
-    path: str
+    path: str | None = None
     """A file (json, jsonl, csv, parquet; gz or zst) or a folder of such files."""
+    sources: list[WeightedPath] = field(default_factory=list)
+    """In place of `path`: several files or folders, each with a weight, `[{path: a.jsonl, weight: 2}, {path: b}]`."""
     test_path: str | None = None
     """A file of held-out conversations; null: held out of `path` by `split` and `test_ratio`."""
     form: str = "auto"
     """Layout of the records: auto, msagent, openai, sharegpt or react."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None and not self.sources:
+            raise ConfigError(
+                "dataset.path: missing; give dataset.path=<value>. A file (json, jsonl, csv, parquet; gz or zst) or a "
+                "folder of such files; several go into dataset.sources"
+            )
+        if self.path is not None and self.sources:
+            raise ConfigError(
+                f"dataset.path={self.path} and dataset.sources: expected one of them; name the path among the sources"
+            )
 
 
 @dataclass(kw_only=True)

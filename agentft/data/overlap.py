@@ -21,7 +21,7 @@ from agentft.data.config import Split
 from agentft.data.findings import Findings
 from agentft.data.grammar import Call
 from agentft.data.records import Conversation, Origin
-from agentft.data.splits import divide
+from agentft.data.splits import divide, keep_apart
 from agentft.errors import DataError
 
 Part = Literal["train", "heldout", "neither"]
@@ -47,6 +47,7 @@ class Ledger:
         self._source_of = array("I")
         self._line_of = array("Q")
         self._given = bytearray()
+        self._weights = array("d")
         self._users = bytearray()
         self._contents = bytearray()
         self._said = bytearray()
@@ -55,6 +56,8 @@ class Ledger:
         self._sketches = bytearray()
         self._sketched = array("Q")
         self.parts = np.zeros(0, dtype=np.int8)
+        self.left_out: Counter[str] = Counter()
+        """Conversations in neither part, by reason."""
 
     def add(self, conversation: Conversation, *, heldout: bool) -> None:
         """Enter a conversation; `heldout`: its source is the held-out one of two."""
@@ -63,6 +66,7 @@ class Ledger:
         self._source_of.append(self._sources.setdefault(origin.source, len(self._sources)))
         self._line_of.append(origin.line)
         self._given.append(heldout)
+        self._weights.append(conversation.weight)
         self._users += bytes.fromhex(conversation.user_hash)
         self._contents += bytes.fromhex(conversation.content_hash)
         turns = [message.source for message in conversation.messages if message.role == "user"]
@@ -86,21 +90,22 @@ class Ledger:
 
     def assign_parts(self, findings: Findings, *, split: Split, test_ratio: float, seed: int, separate: bool) -> None:
         """Divide as a training run would; `separate`: the held-out part has a source of its own."""
-        self.parts = np.frombuffer(bytes(self._given), dtype=np.int8).copy()
-        if separate:
-            users = _short_keys(self._users)
-            shared = np.isin(users, users[self.parts == _HELDOUT])
-            self.parts[shared & (self.parts == _TRAIN)] = _NEITHER
-        else:
-            lines = cast("Sequence[Conversation]", [_Line(self, index) for index in range(len(self))])
-            try:
+        lines = cast("Sequence[Conversation]", [_Line(self, index) for index in range(len(self))])
+        self.parts = np.full(len(self), _NEITHER, dtype=np.int8)
+        try:
+            if separate:
+                given = [
+                    [line for line, held in zip(lines, self._given, strict=True) if held == part] for part in (0, 1)
+                ]
+                parts = keep_apart(*given, seed=seed)
+            else:
                 parts = divide(lines, split=split, test_ratio=test_ratio, seed=seed)
-            except DataError as error:
-                findings.add("empty_part", Origin("split", 0), None, str(error))
-                return
-            self.parts[:] = _NEITHER
-            for number, part in ((_TRAIN, parts.train), (_HELDOUT, parts.heldout)):
-                self.parts[[line.index for line in cast("Sequence[_Line]", part)]] = number
+        except DataError as error:
+            findings.add("empty_part", Origin("split", 0), None, str(error))
+            return
+        self.left_out = parts.set_aside
+        for number, part in ((_TRAIN, parts.train), (_HELDOUT, parts.heldout)):
+            self.parts[[line.index for line in cast("Sequence[_Line]", part)]] = number
         for number, name in ((_TRAIN, "training"), (_HELDOUT, "held-out")):
             if separate and not (self.parts == number).any():
                 findings.add("empty_part", Origin("split", 0), None, f"no conversation is left for the {name} part")
@@ -177,6 +182,10 @@ class _Line:
     @property
     def content_hash(self) -> str:
         return self.ledger._contents[32 * self.index : 32 * self.index + 32].hex()
+
+    @property
+    def weight(self) -> float:
+        return self.ledger._weights[self.index]
 
     @property
     def calls(self) -> tuple[Call, ...]:

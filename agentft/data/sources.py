@@ -41,6 +41,15 @@ class LocalSource:
 
 
 @dataclass(slots=True)
+class SourceCount:
+    """What one source gave."""
+
+    weight: float = 1.0
+    rows: int = 0
+    kept: int = 0
+
+
+@dataclass(slots=True)
 class ReadReport:
     """What became of everything that was read. Filled while the streams are consumed."""
 
@@ -52,6 +61,10 @@ class ReadReport:
     notices_shown: dict[str, list[Notice]] = field(default_factory=dict)
     """The first few of each code."""
     files: list[str] = field(default_factory=list)
+    sources: dict[str, SourceCount] = field(default_factory=dict)
+    """Each source as it was given, a file, a folder or a dataset: what it gave."""
+    source_of_file: dict[str, str] = field(default_factory=dict)
+    """File of a folder -> the folder."""
     skipped_files: list[str] = field(default_factory=list)
     """Files of a folder whose names say that they hold no data."""
     blank_lines: int = 0
@@ -61,6 +74,16 @@ class ReadReport:
     def rows(self) -> int:
         """Everything that was read, blank lines aside."""
         return self.kept + self.rejected.total()
+
+    def source_of(self, origin: Origin) -> str:
+        """The source, as it was given, that a row comes from."""
+        return self.source_of_file.get(origin.source, origin.source)
+
+    def count(self, row: RawRow | Rejection, *, kept: bool) -> None:
+        """Count one row of its source."""
+        source = self.sources.setdefault(self.source_of(row.origin), SourceCount(getattr(row, "weight", 1.0)))
+        source.rows += 1
+        source.kept += kept
 
     def note(self, notices: Iterable[Notice]) -> None:
         """Count notices and keep the first few of each code."""
@@ -85,7 +108,7 @@ def read_local(
     """Rows of local files: json, jsonl, csv (also .gz and .zst) and parquet; a folder stands for its files, sorted.
 
     Raises:
-        DataError: a path is missing, empty, of an unknown kind, or holds no row at all.
+        DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
     """
     report = report if report is not None else ReadReport()
     given = [paths] if isinstance(paths, (str, Path, LocalSource)) else list(paths)
@@ -97,12 +120,24 @@ def read_local(
             raise DataError(f"{source.path}: weight {source.weight} is not positive")
         if not Path(source.path).exists():
             raise DataError(f"{source.path}: no such file or folder")
+    _refuse_overlap(sources)
     return _read_sources(sources, report)
+
+
+def _refuse_overlap(sources: list[LocalSource]) -> None:
+    """A file that two sources hold would have two weights, and be a duplicate of itself."""
+    resolved = [(source.path, Path(source.path).resolve()) for source in sources]
+    for at, (path, place) in enumerate(resolved):
+        for other, above in resolved[:at] + resolved[at + 1 :]:
+            if place.is_relative_to(above):
+                where = "given twice" if place == above else f"inside {other}, which is given too"
+                raise DataError(f"{path}: {where}; name each file once")
 
 
 def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
     for source in sources:
         path = Path(source.path)
+        report.sources[str(source.path)] = SourceCount(source.weight)
         files = _folder_files(path, report) if path.is_dir() else [path]
         if path.is_dir() and not files:
             raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
@@ -110,6 +145,8 @@ def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[Ra
             # A file name that is no UTF-8 must not break the report that names it.
             name = str(file if file is not path else source.path).encode("utf-8", "backslashreplace").decode()
             report.files.append(name)
+            if file is not path:
+                report.source_of_file[name] = str(source.path)
             if file is not path and (flaw := _unsafe_in_folder(file, path)):
                 yield Rejection(Origin(name, 0), *flaw)
                 continue
@@ -165,19 +202,19 @@ def read_conversations(
     report = report if report is not None else ReadReport()
     ids = _IdRegister()
     for row in rows:
-        if isinstance(row, Rejection):
-            report.rejected[row.reason] += 1
-            yield row
-            continue
-        outcome = read_record(row.value, row.origin, form=form, weight=row.weight)
+        outcome = (
+            row if isinstance(row, Rejection) else read_record(row.value, row.origin, form=form, weight=row.weight)
+        )
         if isinstance(outcome, Rejection):
             report.rejected[outcome.reason] += 1
+            report.count(row, kept=False)
             yield outcome
             continue
         conversation, notices = outcome
         unique_id = ids.register(conversation)
         if unique_id is None:
             report.rejected["duplicate"] += 1
+            report.count(row, kept=False)
             yield Rejection(row.origin, "duplicate", "the same id and content came before", conversation.id)
             continue
         if unique_id != conversation.id:
@@ -186,6 +223,7 @@ def read_conversations(
             conversation = replace(conversation, id=unique_id)
         report.note(notices)
         report.kept += 1
+        report.count(row, kept=True)
         yield conversation
 
 

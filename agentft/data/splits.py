@@ -6,17 +6,14 @@ is in it. The held-out set is fixed before sampling: every sample size sits the 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from agentft.data.config import Split
 from agentft.data.records import Conversation
+from agentft.data.source_weights import hash_share, in_showing_order, sort_by_hash
 from agentft.errors import DataError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +21,9 @@ class Parts:
     """A dataset divided, each part in its nested order: the first n of it are the sample of size n."""
 
     train: list[Conversation]
+    """As often as the weight of its source says, see `agentft.data.source_weights`."""
     heldout: list[Conversation]
+    """Each once."""
     set_aside: Counter[str] = field(default_factory=Counter)
     """Conversations in neither part, counted by reason."""
 
@@ -41,7 +40,7 @@ def divide(conversations: Iterable[Conversation], *, split: Split, test_ratio: f
     if split is Split.unseen_tools:
         parts = _divide_by_tools(pool, test_ratio, seed)
     else:
-        chosen = [_share(conversation.user_hash, seed) < test_ratio for conversation in pool]
+        chosen = [_in_heldout(conversation, seed, test_ratio) for conversation in pool]
         parts = Parts(
             train=[c for c, held in zip(pool, chosen, strict=True) if not held],
             heldout=[c for c, held in zip(pool, chosen, strict=True) if held],
@@ -52,21 +51,30 @@ def divide(conversations: Iterable[Conversation], *, split: Split, test_ratio: f
             f"the {empty} part is empty: {len(pool)} conversations divided by {split} at test_ratio={test_ratio}; "
             "give more conversations or another dataset.test_ratio"
         )
-    return Parts(
-        train=in_sample_order(parts.train, seed),
-        heldout=in_sample_order(parts.heldout, seed),
-        set_aside=parts.set_aside,
-    )
+    return _in_order(parts, seed)
+
+
+def keep_apart(train: Iterable[Conversation], heldout: Iterable[Conversation], *, seed: int) -> Parts:
+    """Order two parts that have sources of their own; what the held-out users say too is not trained on."""
+    held = list(heldout)
+    users = {conversation.user_hash for conversation in held}
+    given = list(train)
+    parts = Parts([c for c in given if c.user_hash not in users], held)
+    if len(parts.train) < len(given):
+        parts.set_aside["held_out_too"] = len(given) - len(parts.train)
+    return _in_order(parts, seed)
+
+
+def _in_order(parts: Parts, seed: int) -> Parts:
+    train = in_showing_order(parts.train, seed)
+    if left_out := len(parts.train) - len({id(conversation) for conversation in train}):
+        parts.set_aside["left_out_by_weight"] = left_out
+    return Parts(train, in_sample_order(parts.heldout, seed), parts.set_aside)
 
 
 def in_sample_order(conversations: Sequence[Conversation], seed: int) -> list[Conversation]:
     """Order conversations so that the first n are the sample of size n: larger samples contain the smaller ones."""
     return sort_by_hash(conversations, key=lambda conversation: conversation.content_hash, seed=seed)
-
-
-def sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> list[T]:
-    """Sort by a seeded hash of each item's own key, equal keys in their given order."""
-    return sorted(items, key=lambda item: _digest(f"order-{seed}-{key(item)}"))
 
 
 def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> Parts:
@@ -87,7 +95,7 @@ def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> 
     parts = Parts(train=[], heldout=[])
     for conversation, names in zip(pool, called, strict=True):
         if not names:
-            part = parts.heldout if _share(conversation.user_hash, seed) < test_ratio else parts.train
+            part = parts.heldout if _in_heldout(conversation, seed, test_ratio) else parts.train
             part.append(conversation)
         elif names <= heldout_tools:
             parts.heldout.append(conversation)
@@ -98,10 +106,5 @@ def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> 
     return parts
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _share(key: str, seed: int) -> float:
-    """Map a key to [0, 1), uniformly."""
-    return int.from_bytes(_digest(f"split-{seed}-{key}")[:8], "big") / 2**64
+def _in_heldout(conversation: Conversation, seed: int, test_ratio: float) -> bool:
+    return hash_share(f"split-{seed}-{conversation.user_hash}") < test_ratio

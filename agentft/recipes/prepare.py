@@ -17,7 +17,7 @@ from agentft.data.fit import Fitted, Outcome, Piece, fit_conversations
 from agentft.data.records import Conversation, Rejection
 from agentft.data.render import Template
 from agentft.data.sources import RawRow, ReadReport, read_conversations
-from agentft.data.splits import divide, in_sample_order
+from agentft.data.splits import divide, keep_apart
 from agentft.data.tokens import Example, SegmentEncoder, weigh
 from agentft.errors import DataError
 from agentft.progress import progress_bar
@@ -36,6 +36,8 @@ class Account:
     """Rows set aside, in reading or because they do not fit."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Usable conversations in neither part, by reason."""
+    by_source: dict[str, Counter[str]] = field(default_factory=dict)
+    """Part -> conversations used by source; in training each as often as an epoch shows it."""
     fitted: dict[str, Counter[str]] = field(default_factory=dict)
     """Part -> what became of its conversations, see `agentft.data.fit.Outcome`."""
     changed: list[dict[str, Any]] = field(default_factory=list)
@@ -100,14 +102,10 @@ def _read_parts(config: DatasetConfig, account: Account) -> tuple[list[Conversat
     train = list(_accounted(rows.train, rows.form, account))
     if rows.heldout is None:
         parts = divide(train, split=config.split, test_ratio=config.test_ratio, seed=config.seed)
-        account.left_out.update(parts.set_aside)
-        return parts.train, parts.heldout
-    heldout = list(_accounted(rows.heldout, rows.form, account))
-    users = {conversation.user_hash for conversation in heldout}
-    apart = [conversation for conversation in train if conversation.user_hash not in users]
-    if len(apart) < len(train):
-        account.left_out["held_out_too"] += len(train) - len(apart)
-    return in_sample_order(apart, config.seed), in_sample_order(heldout, config.seed)
+    else:
+        parts = keep_apart(train, _accounted(rows.heldout, rows.form, account), seed=config.seed)
+    account.left_out.update(parts.set_aside)
+    return parts.train, parts.heldout
 
 
 def _accounted(rows: Iterable[RawRow | Rejection], form: Any, account: Account) -> Iterator[Conversation]:
@@ -135,22 +133,29 @@ def _fit(
         log.warning("dataset: a sample of %d was asked for, the %s part has %d conversations", sample, part, len(pool))
     wanted = len(pool) if sample < 0 else min(sample, len(pool))
     outcomes = account.fitted[part] = Counter()
+    by_source = account.by_source[part] = Counter()
+    shown_before: set[str] = set()
     pieces: list[Piece] = []
     used = 0
     with progress_bar(f"tokenising {part}", wanted) as bar:
         for fitted in fit_conversations(pool, template, encoder, config.max_length, too_long):
             if used == wanted:
                 break
-            outcomes[str(fitted.outcome)] += 1
-            if fitted.outcome is not Outcome.whole:
+            original = fitted.original
+            again = original.weight > 1 and original.id in shown_before
+            shown_before.add(original.id)
+            if not again:
+                outcomes[str(fitted.outcome)] += 1
+                account.layout.update(template.notes(original) if fitted.problem is None else ())
+            if fitted.outcome is not Outcome.whole and not again:
                 account.changed.append(_change(fitted, part))
             if fitted.problem is not None:
-                origin = fitted.original.origin
-                account.rejections.append(Rejection(origin, *fitted.problem, id=fitted.original.id))
+                if not again:
+                    account.rejections.append(Rejection(original.origin, *fitted.problem, id=original.id))
                 continue
-            account.layout.update(template.notes(fitted.original))
             pieces += fitted.pieces
             used += 1
+            by_source[account.read.source_of(original.origin)] += 1
             bar.advance()
     return pieces
 
@@ -222,6 +227,15 @@ def _used(account: Account, part: str) -> int:
     return outcomes.total() - outcomes[str(Outcome.set_aside)]
 
 
+def _sources(account: Account) -> list[dict[str, Any]]:
+    """What each source gave and how much of it is used; `train` counts a conversation as often as an epoch shows it."""
+    return [
+        {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}
+        | {part: used[name] for part, used in account.by_source.items()}
+        for name, source in account.read.sources.items()
+    ]
+
+
 def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
     """Write what the run trains on and is measured by, and every row that was set aside, into the run folder."""
     account = prepared.account
@@ -231,6 +245,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "fingerprint": prepared.fingerprint,
             "rows": account.read.rows,
             "files": account.read.files,
+            "sources": _sources(account),
             "skipped_files": account.read.skipped_files,
             "blank_lines": account.read.blank_lines,
             "set_aside": account.reasons(),

@@ -9,7 +9,7 @@ from typing import Any
 from agentft.data import synthetic
 from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
 from agentft.data.records import Conversation, Origin, Rejection
-from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
+from agentft.data.sources import LocalSource, RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import ConfigError
 
 Rows = Iterable[RawRow | Rejection]
@@ -46,7 +46,7 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             )
         case LocalConfig():
             test = None if config.test_path is None else read_local(config.test_path, report=report)
-            return DatasetRows(read_local(config.path, report=report), test, form)
+            return DatasetRows(read_local(_local_sources(config), report=report), test, form)
         case ModelScopeConfig():
             from agentft.data.modelscope_rows import read_modelscope
 
@@ -57,6 +57,12 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             return DatasetRows(split(config.train_split), heldout, form)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
+
+
+def _local_sources(config: LocalConfig) -> list[LocalSource]:
+    if config.path is not None:
+        return [LocalSource(config.path)]
+    return [LocalSource(source.path, source.weight) for source in config.sources]
 
 
 def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
