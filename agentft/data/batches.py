@@ -136,3 +136,17 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         weights_BT=None if weights is None else torch.from_numpy(weights),
         weight=targets if weights is None else float(weights[:, 1:].sum(dtype=np.float64)),
     )
+
+
+def empty_batch(pad_id: int) -> Batch:
+    """Return a batch without a label, for a rank that has no micro-batch left while the others have: its loss is 0."""
+    import torch
+
+    return Batch(
+        ids=(),
+        input_ids_BT=torch.full((1, 2), pad_id),
+        labels_BT=torch.full((1, 2), IGNORE_INDEX),
+        tokens=0,
+        targets=0,
+        weight=0,
+    )

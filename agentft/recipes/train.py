@@ -38,6 +38,7 @@ from agentft.recipes.watch import Watch
 from agentft.runs import RunFolder, RunState
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
+from agentft.training.engine import SingleEngine
 from agentft.training.loop import Job, Outcome, train_model
 from agentft.training.loss import LabelledLoss
 
@@ -185,6 +186,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
     """Train, with everything the loop needs to know said here."""
     training = config.training
     full = isinstance(config.sft_type, FullConfig)
+    fp16 = bench.dtype is torch.float16
     objective = LabelledLoss(bench.model, autocast=bench.dtype if full and bench.dtype != torch.float32 else None)
     checkpointing = training.gradient_checkpointing
     if checkpointing or (checkpointing is None and bench.device.is_cuda):
@@ -224,7 +226,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
     runtime.seed_everything(config.seed)
     outcome = train_model(
         Job(
-            objective=objective,
+            engine=SingleEngine(objective, training, fp16=fp16),
             examples=bench.data.train,
             plan=plan,
             config=training,
@@ -238,7 +240,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
             log=record,
             on_resume=go_on,
             stop_requested=watch.is_exhausted,
-            fp16=bench.dtype is torch.float16,
+            fp16=fp16,
         )
     )
     if outcome.paused:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from agentft.errors import CheckpointError
 from agentft.model.cache import file_digest
+from agentft.training.tensor_stream import TensorStream, stream_of, write_stream
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,11 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor] | TensorStream], state: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint under `root` and return its folder; whoever reads it sees all of it or nothing.
+
+    Of a stream one tensor at a time is held.
 
     Raises:
         CheckpointError: the disk refused; earlier checkpoints are untouched.
@@ -49,7 +52,8 @@ def save_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         for name, group in tensors.items():
-            save_file({key: tensor.contiguous() for key, tensor in group.items()}, work / f"{name}.safetensors")
+            stream = group if isinstance(group, TensorStream) else stream_of(group)
+            write_stream(stream, work / f"{name}.safetensors")
         (work / _STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         _write_manifest(work)
         shutil.rmtree(target, ignore_errors=True)
@@ -63,14 +67,13 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking every file against the manifest.
+def load_checkpoint(path: Path, *, check: bool = True) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest, unless that has just been done.
 
     Raises:
         CheckpointError: a file is missing, extra, of another size or of another digest.
     """
-    problem = find_damage(path)
-    if problem:
+    if check and (problem := find_damage(path)):
         raise CheckpointError(f"{path}: {problem}")
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
@@ -103,8 +106,8 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_newest(root: Path) -> Checkpoint | None:
-    """Load the newest checkpoint that is whole, saying loudly which were not; None where there are none at all.
+def newest_whole(root: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, saying loudly which were not; None where there are none at all.
 
     Raises:
         CheckpointError: there are checkpoints and all of them are damaged. Starting afresh then is the user's decision.
@@ -113,7 +116,7 @@ def load_newest(root: Path) -> Checkpoint | None:
     for path in reversed(paths):
         problem = find_damage(path)
         if problem is None:
-            return load_checkpoint(path)
+            return path
         log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problem)
     if paths:
         raise CheckpointError(
@@ -123,33 +126,17 @@ def load_newest(root: Path) -> Checkpoint | None:
     return None
 
 
+def load_newest(root: Path) -> Checkpoint | None:
+    """Load `newest_whole`."""
+    path = newest_whole(root)
+    return None if path is None else load_checkpoint(path, check=False)
+
+
 def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
     """Delete old checkpoints beyond the newest `keep` and the best one."""
     for path in list_checkpoints(root)[:-keep]:
         if path.name != f"step-{best_step or 0:06d}":
             shutil.rmtree(path)
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Split an optimiser's state into tensors by `<parameter>.<name>` and plain settings."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, slots in state["state"].items()
-        for name, value in slots.items()
-    }
-    return tensors, state["param_groups"]
-
-
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
-) -> None:
-    """Put a packed state back."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _write_manifest(folder: Path) -> None:

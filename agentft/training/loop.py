@@ -1,7 +1,8 @@
 """The training loop, in the open: batches, loss, backward, clip, step, log, evaluate, save.
 
-One step's loss is the sum of its cross-entropies over the sum of its labelled tokens, whatever micro-batches they fell
-into; so 8 micro-batches of 1 and 2 of 4 are the same update.
+One step's loss is the sum of its cross-entropies over the sum of its labelled tokens, whatever micro-batches and ranks
+they fell on; so 8 micro-batches of 1, 2 of 4, and 4 on each of 2 ranks are the same update. Every rank runs this loop; what
+differs is the share of a step's micro-batches, and that rank 0 writes.
 """
 
 from __future__ import annotations
@@ -16,25 +17,24 @@ from typing import Any
 
 import torch
 
-from agentft.data.batches import Batch, StepPlan, collate, micro_batches
+from agentft.data.batches import Batch, StepPlan, collate, empty_batch, micro_batches
+from agentft.data.shares import share_out
 from agentft.data.tokens import Example
 from agentft.errors import CheckpointError, TrainingError
-from agentft.model.adapters import load_trained_state, trained_state
 from agentft.progress import Bar, progress_bar
 from agentft.training import random_state
 from agentft.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
-    load_newest,
-    pack_optimizer,
+    load_checkpoint,
+    newest_whole,
     prune_checkpoints,
     save_checkpoint,
-    unpack_optimizer,
 )
 from agentft.training.clock import Clock
 from agentft.training.config import Resume, TrainingConfig
-from agentft.training.loss import LabelledLoss
-from agentft.training.optim import build_optimizer, build_schedule
+from agentft.training.engine import Engine
+from agentft.training.optim import build_schedule
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 class Job:
     """Everything a training needs; the loop reads it and changes only the model."""
 
-    objective: LabelledLoss
+    engine: Engine
+    """Holds the model in training, alone or with other ranks."""
     examples: Sequence[Example]
     plan: StepPlan
     config: TrainingConfig
@@ -108,40 +109,40 @@ def train_model(job: Job) -> Outcome:
         CheckpointError: `resume` cannot be honoured.
     """
     total = job.plan.total_steps
-    optimizer = build_optimizer(job.objective, job.config)
-    schedule = build_schedule(optimizer, total, job.config)
-    scaler = torch.amp.GradScaler(job.device.type, enabled=job.fp16)
-    counters = _resume(job, optimizer, schedule, scaler)
+    schedule = build_schedule(job.engine.optimizer, total, job.config)
+    counters = _resume(job, schedule)
     clock = Clock()
     window = _Window()
-    if counters.step and job.stop_requested():
+    world = job.engine.world
+    if counters.step and world.any(job.stop_requested()):
         log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
         return Outcome(counters, clock.seconds, stopped=True)
     end = pause_step(total, job.config.stop_at)
-    job.objective.train()
+    job.engine.model.train()
     with progress_bar("training", total, counters.step) as bar:
         while counters.step < end:
             with clock.phase("data"):
                 batches = step_batches(job, counters.step)
-            loss_sum, grad_norm = _update(job, batches, optimizer, scaler, clock)
+                size = _measure(job, batches)
+            loss_sum, grad_norm = _update(job, batches, size.weight, clock)
             rate = float(schedule.get_last_lr()[0])
             schedule.step()
             counters.step += 1
-            _count(counters, window, batches, loss_sum)
+            _count(counters, window, size, loss_sum)
             last = counters.step == total
             if counters.step % job.config.logging_steps == 0 or counters.step == end:
                 _log_window(job, counters, window, rate, grad_norm)
                 window = _Window()
-            _show(bar, counters, loss_sum / sum(b.weight for b in batches), clock)
+            _show(bar, counters, loss_sum / size.weight, clock)
             best = False
             if job.evaluation_steps and (counters.step % job.evaluation_steps == 0 or last):
                 with clock.phase("evaluation"):
                     best = _evaluate(job, counters)
-            asked = job.stop_requested()
+            asked = world.any(job.stop_requested())
             stop = (asked or counters.step == end) and not last
             if last or stop or best or (job.config.save_steps and counters.step % job.config.save_steps == 0):
                 with clock.phase("saving"):
-                    _save(job, counters, optimizer, schedule, scaler)
+                    _save(job, counters, schedule)
             if stop:
                 log.warning(
                     "%s: saved after step %d of %d", "asked to stop" if asked else "paused", counters.step, total
@@ -157,52 +158,70 @@ def pause_step(total: int, stop_at: float) -> int:
 
 
 def step_batches(job: Job, number: int) -> list[Batch]:
-    """Return the micro-batches of one step, on the device."""
+    """Return this rank's micro-batches of one step, on the device; as many as every other rank has."""
+    world = job.engine.world
     lengths = [len(example) for example in job.examples]
     groups = micro_batches(job.plan.step(number), lengths, job.config.micro_batch)
-    return [collate([job.examples[i] for i in group], job.pad_id).to(job.device) for group in groups]
+    shares = share_out([sum(lengths[i] for i in group) for group in groups], world.size)
+    batches = [collate([job.examples[i] for i in groups[at]], job.pad_id) for at in shares[world.rank]]
+    idle = max(map(len, shares)) - len(batches)
+    return [batch.to(job.device) for batch in [*batches, *(empty_batch(job.pad_id) for _ in range(idle))]]
 
 
-def _update(
-    job: Job, batches: list[Batch], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clock: Clock
-) -> tuple[float, float]:
-    """Make one optimiser step and return the summed loss and the gradient's norm before clipping."""
-    weight = sum(batch.weight for batch in batches)
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What one step holds, over all ranks."""
+
+    weight: float
+    targets: int
+    tokens: int
+    positions: int
+
+
+def _measure(job: Job, batches: list[Batch]) -> _Size:
+    sums = job.engine.world.totals(
+        [
+            sum(batch.weight for batch in batches),
+            sum(batch.targets for batch in batches),
+            sum(batch.tokens for batch in batches),
+            sum(batch.input_ids_BT.numel() for batch in batches),
+        ]
+    )
+    return _Size(sums[0], *(int(each) for each in sums[1:]))
+
+
+def _update(job: Job, batches: list[Batch], weight: float, clock: Clock) -> tuple[float, float]:
+    """Make one optimiser step and return the loss summed over all ranks and the gradient's norm before clipping."""
+    engine = job.engine
     losses: list[torch.Tensor] = []
-    for batch in batches:
-        with clock.phase("forward"):
-            loss = job.objective(batch)
-        with clock.phase("backward"):
-            scaler.scale(loss / weight).backward()
+    for number, batch in enumerate(batches, start=1):
+        with engine.micro_batch(last=number == len(batches)):
+            with clock.phase("forward"):
+                loss = engine.loss(batch)
+            with clock.phase("backward"):
+                engine.backward(loss / weight)
         losses.append(loss.detach())
     with clock.phase("optimiser"):
-        scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = job.config.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        loss_sum = float(torch.stack(losses).sum())
+        grad_norm = float(engine.clip(job.config.max_grad_norm))
+        loss_sum = float(engine.world.sum(torch.stack(losses).sum()))
         if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or job.fp16):
             ids = ", ".join(name for batch in batches for name in batch.ids)
             raise TrainingError(
                 f"loss {loss_sum / weight} with gradient norm {grad_norm}: not finite, so the weights were not "
                 f"changed; conversations of this step: {ids}. A lower training.learning_rate or model.dtype=fp32 may help"
             )
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        engine.step()
     return loss_sum, grad_norm
 
 
-def _count(counters: Counters, window: _Window, batches: list[Batch], loss_sum: float) -> None:
-    tokens = sum(batch.tokens for batch in batches)
-    targets = sum(batch.targets for batch in batches)
-    counters.tokens += tokens
-    counters.targets += targets
+def _count(counters: Counters, window: _Window, size: _Size, loss_sum: float) -> None:
+    counters.tokens += size.tokens
+    counters.targets += size.targets
     window.loss += loss_sum
-    window.weight += sum(batch.weight for batch in batches)
-    window.tokens += tokens
-    window.targets += targets
-    window.positions += sum(batch.input_ids_BT.numel() for batch in batches)
+    window.weight += size.weight
+    window.tokens += size.tokens
+    window.targets += size.targets
+    window.positions += size.positions
 
 
 def _log_window(job: Job, counters: Counters, window: _Window, rate: float, grad_norm: float) -> None:
@@ -242,57 +261,59 @@ def _evaluate(job: Job, counters: Counters) -> bool:
     return better
 
 
-def _save(
-    job: Job,
-    counters: Counters,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    optimizer_tensors, groups = pack_optimizer(optimizer)
+def _save(job: Job, counters: Counters, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    engine = job.engine
+    weights, optimizer = engine.weights(), engine.optimizer_state()
     random_tensors, random_plain = random_state.capture()
     plain_schedule = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+    if not engine.world.is_main:
+        # In the order in which rank 0 writes them.
+        weights.take_part()
+        optimizer.take_part()
+        return
     save_checkpoint(
         job.checkpoints,
         counters.step,
-        {"trained": trained_state(job.objective.model), "optimizer": optimizer_tensors, "random": random_tensors},
+        {"trained": weights, "optimizer": optimizer, "random": random_tensors},
         {
             "counters": asdict(counters),
             "identity": dict(job.identity),
-            "optimizer_groups": groups,
+            "engine": engine.settings(),
             "schedule": plain_schedule,
-            "scaler": scaler.state_dict(),
             "random": random_plain,
         },
     )
     prune_checkpoints(job.checkpoints, job.config.save_total_limit, counters.best_step)
 
 
-def _resume(
-    job: Job,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> Counters:
-    mode = job.config.resume
+def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counters:
+    checkpoint = _find_checkpoint(job)
+    if checkpoint is None:
+        return Counters()
+    _refuse_other_identity(job, checkpoint)
+    state = checkpoint.state
+    job.engine.load(checkpoint.tensors["trained"], checkpoint.tensors["optimizer"], state["engine"])
+    lambdas = [None] * len(job.engine.optimizer.param_groups)
+    schedule.load_state_dict(state["schedule"] | {"lr_lambdas": lambdas})
+    random_state.restore(checkpoint.tensors["random"], state["random"])
+    log.info("going on from %s", checkpoint.path)
+    job.on_resume(checkpoint.step)
+    return Counters(**state["counters"])
+
+
+def _find_checkpoint(job: Job) -> Checkpoint | None:
+    """Return the checkpoint to go on from. Rank 0 looks for it and checks it, so that all take the same."""
+    mode, world = job.config.resume, job.engine.world
     if mode is Resume.never:
         if list_checkpoints(job.checkpoints):
             raise CheckpointError(f"{job.checkpoints} has checkpoints; training.resume=auto goes on from the newest")
-        return Counters()
-    checkpoint = load_newest(job.checkpoints)
-    if checkpoint is None:
+        return None
+    path = world.broadcast(newest_whole(job.checkpoints) if world.is_main else None)
+    if path is None:
         if mode is Resume.must:
             raise CheckpointError(f"{job.checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
-        return Counters()
-    _refuse_other_identity(job, checkpoint)
-    load_trained_state(job.objective.model, checkpoint.tensors["trained"])
-    unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer_groups"])
-    schedule.load_state_dict(checkpoint.state["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-    scaler.load_state_dict(checkpoint.state["scaler"])
-    random_state.restore(checkpoint.tensors["random"], checkpoint.state["random"])
-    log.info("going on from %s", checkpoint.path)
-    job.on_resume(checkpoint.step)
-    return Counters(**checkpoint.state["counters"])
+        return None
+    return load_checkpoint(path, check=False)
 
 
 def _refuse_other_identity(job: Job, checkpoint: Checkpoint) -> None:

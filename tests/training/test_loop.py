@@ -13,6 +13,7 @@ from agentft.model.adapters import prepare_for_training, trained_state
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.training.checkpoint import list_checkpoints
 from agentft.training.config import Resume, TrainingConfig
+from agentft.training.engine import SingleEngine
 from agentft.training.loop import Job, train_model
 from agentft.training.loss import LabelledLoss
 
@@ -35,7 +36,7 @@ def _job(folder, model, examples, *, sft=LORA, steps=6, micro=1, accumulation=2,
         save_total_limit=5,
     )
     job = Job(
-        objective=LabelledLoss(trainable),
+        engine=SingleEngine(LabelledLoss(trainable), training),
         examples=examples,
         plan=StepPlan(
             examples=len(examples), examples_per_step=micro * accumulation, epochs=1, max_steps=steps, seed=5
@@ -89,8 +90,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_model, examples
     second, part_two = _job(tmp_path / "cut", tiny_model(), examples, sft=sft, steps=7)
     train_model(second)
     assert part_one + part_two == losses
-    final = trained_state(whole.objective.model)
-    for name, tensor in trained_state(second.objective.model).items():
+    final = trained_state(whole.engine.model)
+    for name, tensor in trained_state(second.engine.model).items():
         assert torch.equal(tensor, final[name]), name
 
 
@@ -119,10 +120,10 @@ def test_a_loss_that_is_not_finite_never_reaches_the_optimiser(tmp_path, tiny_mo
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
     job, _ = _job(tmp_path, model, examples)
-    before = {name: tensor.clone() for name, tensor in trained_state(job.objective.model).items()}
+    before = {name: tensor.clone() for name, tensor in trained_state(job.engine.model).items()}
     with pytest.raises(TrainingError, match=r"not finite.*conversations of this step"):
         train_model(job)
-    for name, tensor in trained_state(job.objective.model).items():
+    for name, tensor in trained_state(job.engine.model).items():
         assert torch.equal(tensor, before[name]), name
 
 
@@ -144,9 +145,9 @@ def test_the_last_checkpoints_and_the_best_one_are_kept(tmp_path, tiny_model, ex
 
 def test_only_the_adapter_learns_under_lora(tmp_path, tiny_model, examples):
     job, _ = _job(tmp_path, tiny_model(), examples, steps=2)
-    frozen = {n: p.clone() for n, p in job.objective.model.named_parameters() if not p.requires_grad}
+    frozen = {n: p.clone() for n, p in job.engine.model.named_parameters() if not p.requires_grad}
     train_model(job)
     assert frozen
-    for name, parameter in job.objective.model.named_parameters():
+    for name, parameter in job.engine.model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name

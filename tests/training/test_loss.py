@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agentft.data.batches import collate
+from agentft.data.batches import collate, empty_batch
 from agentft.data.tokens import IGNORE_INDEX
 from agentft.training import loss as loss_module
 from agentft.training.loss import LabelledLoss
@@ -63,3 +63,15 @@ def test_the_stop_token_is_trained_though_it_is_also_the_pad_token(examples, byt
     batch = collate(examples[:3], pad_id=stop)
     labelled_stops = int((batch.labels_BT == stop).sum())
     assert labelled_stops == sum(len(example.steps()) for example in examples[:3])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_empty_batch_has_no_loss_and_no_gradient_but_takes_part(tiny_model, tied):
+    """A rank without a micro-batch runs one, since the others exchange weights in every pass."""
+    model = tiny_model(tied=tied)
+    loss = LabelledLoss(model)(empty_batch(pad_id=0))
+    loss.backward()
+    assert float(loss) == 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name

@@ -1,0 +1,204 @@
+"""What the loop asks of whoever holds weights, gradients and optimiser: one process here, many in `agentft.distributed`.
+
+The law that every engine keeps: after `micro_batch(last=True)` the gradient is the sum over all ranks and all
+micro-batches of what was given to `backward`, and a checkpoint holds whole tensors by parameter name, whatever the engine
+and the number of ranks were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from agentft.data.batches import Batch
+from agentft.errors import CheckpointError
+from agentft.model.adapters import load_trained_state, trained_state
+from agentft.training.config import TrainingConfig
+from agentft.training.loss import LabelledLoss
+from agentft.training.optim import build_optimizer
+from agentft.training.tensor_stream import TensorStream, stream_of
+from agentft.world import ALONE, World
+
+
+class Engine(Protocol):
+    """Holds the model in training."""
+
+    name: str
+    world: World
+    model: nn.Module
+    """The model as the recipe loaded it; its parameters are whole only inside `whole()`."""
+    optimizer: torch.optim.Optimizer
+    """Its `param_groups` carry the learning rate that the schedule sets."""
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surround one forward and backward pass; with `last` the gradients are then summed over ranks.
+
+        Every rank makes the same number of them, since some engines exchange weights in every pass.
+        """
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the summed, weighted cross-entropy of this rank's batch: a scalar, fp32."""
+
+    def backward(self, share: torch.Tensor) -> None:
+        """Add the gradient of a share of the step's loss."""
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradient down to the L2 norm `limit` and return its norm before that, over all ranks' parameters."""
+
+    def step(self) -> None:
+        """Update the weights and forget the gradient."""
+
+    def discard(self) -> None:
+        """Forget the gradient without an update."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, `model` holds whole parameters on every rank and can be run by each alone: evaluation, generation."""
+
+    def weights(self) -> TensorStream:
+        """Return the trained parameters, whole, by name. Collective to go through."""
+
+    def optimizer_state(self) -> TensorStream:
+        """Return the optimiser's tensors, whole, as `<parameter>.<slot>`. Collective to go through."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what else decides the next update, as JSON."""
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    ) -> None:
+        """Take up what any engine saved, on any number of ranks.
+
+        Raises:
+            CheckpointError: the optimiser's tensors are not those of these parameters.
+            ConfigError: the saved weights train other parameters.
+        """
+
+
+class SingleEngine:
+    """One process, one device, plain torch."""
+
+    name = "single"
+
+    def __init__(
+        self, objective: LabelledLoss, config: TrainingConfig, *, fp16: bool = False, world: World = ALONE
+    ) -> None:
+        self.world = world
+        self.objective = objective
+        self.model = objective.model
+        self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
+        self._scales = fp16
+        device_type = next(objective.parameters()).device.type
+        self._scaler = torch.amp.GradScaler(device_type, enabled=fp16)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self.objective(batch)
+        return loss
+
+    def backward(self, share: torch.Tensor) -> None:
+        self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, limit: float) -> torch.Tensor:
+        self._scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+
+    def step(self) -> None:
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        yield
+
+    def weights(self) -> TensorStream:
+        return stream_of(trained_state(self.model))
+
+    def optimizer_state(self) -> TensorStream:
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        return stream_of(
+            {
+                f"{names[parameter]}.{slot}": torch.as_tensor(value)
+                for parameter, slots in self.optimizer.state.items()
+                for slot, value in slots.items()
+            }
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"groups": plain_groups(self.optimizer), "scaler": self._scaler.state_dict()}
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    ) -> None:
+        load_trained_state(self.model, dict(weights))
+        load_optimizer(self.optimizer, self.model, optimizer, settings["groups"])
+        self._scaler.load_state_dict(dict(settings.get("scaler", {})))
+
+
+def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of the parameter groups without the parameters, as JSON."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Put `plain_groups` back.
+
+    Raises:
+        CheckpointError: another number of groups.
+    """
+    if len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the checkpoint's optimiser has {len(groups)} groups of parameters, this one {len(optimizer.param_groups)}"
+        )
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update(saved)
+
+
+def slots_by_parameter(tensors: Mapping[str, torch.Tensor], known: set[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Sort `<parameter>.<slot>` by parameter.
+
+    Raises:
+        CheckpointError: a tensor belongs to no known parameter.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, slot = key.rpartition(".")
+        if name not in known:
+            raise CheckpointError(
+                f"the checkpoint's optimiser has a state for {name!r}, which this model does not train"
+            )
+        found.setdefault(name, {})[slot] = tensor
+    return found
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    """Put a saved state into an optimiser over whole parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = slots_by_parameter(tensors, {name for p, name in names.items() if p.requires_grad})
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    packed, index = [], 0
+    for group, saved in zip(optimizer.param_groups, groups, strict=False):
+        packed.append({**saved, "params": list(range(index, index + len(group["params"])))})
+        for parameter in group["params"]:
+            if names[parameter] in states:
+                state[index] = states[names[parameter]]
+            index += 1
+    if len(groups) != len(optimizer.param_groups):
+        restore_groups(optimizer, groups)  # says what differs
+    optimizer.load_state_dict({"state": state, "param_groups": packed})
