@@ -1,16 +1,19 @@
 """Examples -> steps of micro-batches: a plan that depends on the seed and the step number alone.
 
 Because step k can be asked for directly, resuming needs no replay: the step number is the data position.
+
+A micro-batch is padded (one example a row) or packed (its examples end to end in one row, each seeing itself alone). Which
+of the two changes the number of positions that are computed, never the step's examples or its loss.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded examples. B rows, T positions.
+    """Right-padded examples, or packed ones in a single row. B rows, T positions.
 
-    There is no attention mask: padding stands on the right, where causal attention never looks, and without a mask
-    attention takes its fast causal path.
+    There is no attention mask: padding stands on the right, where causal attention never looks, and packed examples are
+    told apart by `boundaries`; without a mask attention takes its fast causal path.
     """
 
     ids: tuple[str, ...]
@@ -39,19 +42,29 @@ class Batch:
     """What each position counts in the loss as a label, fp32; None where all count 1."""
     weight: float = field(kw_only=True)
     """Sum of the weights of the targets: the share of the batch in its step's loss. Equals `targets` without weights."""
+    position_ids_BT: torch.Tensor | None = None
+    """Of a packed row: positions that start again with each example."""
+    boundaries: torch.Tensor | None = None
+    """Of a packed row of E examples: where each starts, and the row's end; int32, shape [E + 1]."""
+    longest: int = 0
+    """Of a packed row: tokens of its longest example."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.input_ids_BT.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """Move the tensors, without waiting for the copy."""
-        weights = self.weights_BT
-        return Batch(
-            ids=self.ids,
-            input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
-            labels_BT=self.labels_BT.to(device, non_blocking=True),
-            tokens=self.tokens,
-            targets=self.targets,
-            weights_BT=None if weights is None else weights.to(device, non_blocking=True),
-            weight=self.weight,
-        )
+        """Move the tensors, on CUDA from pinned memory and without waiting for the copy."""
+        import torch
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+            return pinned.to(device, non_blocking=True)
+
+        return Batch(**{kind.name: move(getattr(self, kind.name)) for kind in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -102,13 +115,43 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+def micro_batches(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int], size: int) -> list[list[int]]:
     """Cut one step into micro-batches of similar length, longest first.
 
     The step's loss is one sum over its tokens, so which examples share a forward pass changes padding, not the update.
     """
     by_length = sorted(indices, key=lambda index: -lengths[index])
     return [by_length[at : at + size] for at in range(0, len(by_length), size)]
+
+
+def pack_rows(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Divide one step over rows of at most `row_tokens` tokens: longest first, each into the fullest row with room.
+
+    Best fit decreasing (Johnson, 1974, SIAM J. Comput. 3(4)): at most 11/9 of the fewest rows possible, plus four. An
+    example longer than a row has one to itself.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda index: -lengths[index]):
+        fits = [row for row, left in enumerate(room) if left >= lengths[index]]
+        if fits:
+            row = min(fits, key=lambda row: room[row])
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def step_groups(
+    indices: Sequence[int], lengths: Mapping[int, int], *, micro_batch: int, row_tokens: int | None
+) -> list[list[int]]:
+    """Return which examples of one step share a forward pass: packed into rows of `row_tokens`, or padded where None."""
+    if row_tokens is None:
+        return micro_batches(indices, lengths, micro_batch)
+    return pack_rows(indices, lengths, row_tokens)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -149,4 +192,31 @@ def empty_batch(pad_id: int) -> Batch:
         tokens=0,
         targets=0,
         weight=0,
+    )
+
+
+def collate_packed(examples: Sequence[Example]) -> Batch:
+    """Lay examples end to end in one row, without padding; nothing predicts the first token of an example."""
+    import torch
+
+    starts = np.cumsum([0] + [len(example) for example in examples], dtype=np.int32)
+    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
+    labels[starts[:-1]] = IGNORE_INDEX
+    targets = int((labels != IGNORE_INDEX).sum())
+    weights = None
+    if any(example.span_weights is not None for example in examples):
+        weights = np.concatenate([example.loss_weights for example in examples])
+        weights[starts[:-1]] = 0.0
+    return Batch(
+        ids=tuple(example.id for example in examples),
+        input_ids_BT=torch.from_numpy(ids)[None],
+        labels_BT=torch.from_numpy(labels)[None],
+        tokens=len(ids),
+        targets=targets,
+        weights_BT=None if weights is None else torch.from_numpy(weights)[None],
+        weight=targets if weights is None else float(weights.sum(dtype=np.float64)),
+        position_ids_BT=torch.from_numpy(np.concatenate([np.arange(len(e), dtype=np.int64) for e in examples]))[None],
+        boundaries=torch.from_numpy(starts),
+        longest=max(len(example) for example in examples),
     )

@@ -41,6 +41,7 @@ from agentft.training.clock import describe_seconds
 from agentft.training.engine import SingleEngine
 from agentft.training.loop import Job, Outcome, train_model
 from agentft.training.loss import LabelledLoss
+from agentft.training.packing import choose_row_tokens
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +242,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
             on_resume=go_on,
             stop_requested=watch.is_exhausted,
             fp16=fp16,
+            row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.model, cuda=bench.device.is_cuda),
         )
     )
     if outcome.paused:

@@ -42,7 +42,10 @@ class TrainingConfig:
     stop_at: float = 1.0
     """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
     micro_batch: int = 1
-    """Conversations in one forward pass."""
+    """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one."""
+    packing: str = "auto"
+    """Lay several conversations end to end in a row, each seeing itself alone: true, false, or auto, which packs on CUDA,
+    where it saves time, and not on the CPU, where it costs some. The update is the same; the choice is printed."""
     accumulation: int = 16
     """Forward passes in one step. The loss is weighed by supervised tokens over all of them."""
     learning_rate: float
@@ -79,6 +82,9 @@ class TrainingConfig:
     """Go on from a checkpoint although data, model, settings or threads differ; every difference is logged."""
 
     def __post_init__(self) -> None:
+        self.packing = self.packing.lower()
+        if self.packing not in ("auto", "true", "false"):
+            raise ConfigError(f"training.packing={self.packing}: expected auto, true or false")
         for name in ("micro_batch", "accumulation", "logging_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)}: expected at least 1")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from agentft.data.batches import Batch, StepPlan, collate, empty_batch, micro_batches
+from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty_batch, step_groups
 from agentft.data.shares import share_out
 from agentft.data.tokens import Example
 from agentft.errors import CheckpointError, TrainingError
@@ -63,6 +63,8 @@ class Job:
     stop_requested: Callable[[], bool] = lambda: False
     """Asked after every step; when true the loop saves and returns."""
     fp16: bool = False
+    row_tokens: int | None = None
+    """Tokens in a packed row; None: micro-batches are padded."""
 
 
 @dataclass
@@ -160,12 +162,18 @@ def pause_step(total: int, stop_at: float) -> int:
 def step_batches(job: Job, number: int) -> list[Batch]:
     """Return this rank's micro-batches of one step, on the device; as many as every other rank has."""
     world = job.engine.world
-    lengths = [len(example) for example in job.examples]
-    groups = micro_batches(job.plan.step(number), lengths, job.config.micro_batch)
+    indices = job.plan.step(number)
+    lengths = {i: len(job.examples[i]) for i in indices}
+    groups = step_groups(indices, lengths, micro_batch=job.config.micro_batch, row_tokens=job.row_tokens)
     shares = share_out([sum(lengths[i] for i in group) for group in groups], world.size)
-    batches = [collate([job.examples[i] for i in groups[at]], job.pad_id) for at in shares[world.rank]]
+    batches = [_collate(job, groups[at]) for at in shares[world.rank]]
     idle = max(map(len, shares)) - len(batches)
     return [batch.to(job.device) for batch in [*batches, *(empty_batch(job.pad_id) for _ in range(idle))]]
+
+
+def _collate(job: Job, group: list[int]) -> Batch:
+    examples = [job.examples[i] for i in group]
+    return collate(examples, job.pad_id) if job.row_tokens is None else collate_packed(examples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +192,7 @@ def _measure(job: Job, batches: list[Batch]) -> _Size:
             sum(batch.weight for batch in batches),
             sum(batch.targets for batch in batches),
             sum(batch.tokens for batch in batches),
-            sum(batch.input_ids_BT.numel() for batch in batches),
+            sum(batch.positions for batch in batches),
         ]
     )
     return _Size(sums[0], *(int(each) for each in sums[1:]))

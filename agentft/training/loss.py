@@ -36,7 +36,10 @@ class LabelledLoss(nn.Module):
         """Return the cross-entropy summed over the batch's labelled positions, each by its weight: a scalar, fp32."""
         device_type = batch.input_ids_BT.device.type
         with torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = _decoder(self.model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+            # With a cache transformers would drop the borders between packed conversations without a word.
+            hidden_BTD = _decoder(self.model)(
+                input_ids=batch.input_ids_BT, use_cache=False, **packed_arguments(batch)
+            ).last_hidden_state
             targets_BT = batch.labels_BT[:, 1:]
             labelled_BT = targets_BT != IGNORE_INDEX
             hidden_ND = hidden_BTD[:, :-1][labelled_BT]
@@ -48,6 +51,23 @@ class LabelledLoss(nn.Module):
                 None if weights_BT is None else weights_BT[:, 1:][labelled_BT],
             )
             return loss
+
+
+def packed_arguments(batch: Batch) -> dict[str, Any]:
+    """What tells a transformers model where the conversations of a packed row begin; nothing for a padded batch.
+
+    Positions that start again give torch's kernels a block-diagonal mask; flash attention and our own tiles read the
+    boundaries and leave out what the mask would hide.
+    """
+    if batch.boundaries is None:
+        return {}
+    return {
+        "position_ids": batch.position_ids_BT,
+        "cu_seq_lens_q": batch.boundaries,
+        "cu_seq_lens_k": batch.boundaries,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }
 
 
 def chunked_cross_entropy(

@@ -78,16 +78,30 @@ def test_micro_batches_do_not_change_the_update(tmp_path, tiny_model, examples, 
 
 
 @pytest.mark.parametrize("sft", [LORA, FULL], ids=["lora", "full"])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_model, examples, sft):
-    whole, losses = _job(tmp_path / "whole", tiny_model(), examples, sft=sft, steps=7)
+def test_packing_does_not_change_the_update(tmp_path, tiny_model, examples, sft):
+    still = dataclasses.replace(sft, dropout=0.0) if sft is LORA else sft
+    more = {"sft": still, "steps": 3, "accumulation": 5}
+    reference, losses = _job(tmp_path / "a", tiny_model(), examples, **more)
+    packed, again = _job(tmp_path / "b", tiny_model(), examples, **more, row_tokens=1200)
+    train_model(reference)
+    train_model(packed)
+    for (_, left), (_, right) in zip(losses, again, strict=True):
+        assert right == pytest.approx(left, rel=2e-5)
+
+
+@pytest.mark.parametrize("sft", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("row_tokens", [None, 1000], ids=["padded", "packed"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_model, examples, sft, row_tokens):
+    more = {"sft": sft, "steps": 7, "accumulation": 2 if row_tokens is None else 3, "row_tokens": row_tokens}
+    whole, losses = _job(tmp_path / "whole", tiny_model(), examples, **more)
     train_model(whole)
-    first, part_one = _job(tmp_path / "cut", tiny_model(), examples, sft=sft, steps=7)
+    first, part_one = _job(tmp_path / "cut", tiny_model(), examples, **more)
     stops = iter([False, False, True])
     outcome = train_model(dataclasses.replace(first, stop_requested=lambda: next(stops)))
     assert outcome.stopped
     assert outcome.counters.step == 3
     torch.manual_seed(999)  # a new process starts with other random streams
-    second, part_two = _job(tmp_path / "cut", tiny_model(), examples, sft=sft, steps=7)
+    second, part_two = _job(tmp_path / "cut", tiny_model(), examples, **more)
     train_model(second)
     assert part_one + part_two == losses
     final = trained_state(whole.engine.model)
