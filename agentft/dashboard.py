@@ -51,7 +51,9 @@ class Dashboard:
 
     curves: tuple[Curves, ...] = (
         Curves("Training", ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm")),
-        Curves("Held-out loss by kind of token", ("eval/loss_call", "eval/loss_text", "eval/loss_stop")),
+        Curves(
+            "Held-out loss by kind of token", ("eval/loss_call", "eval/loss_text", "eval/loss_stop", "eval/loss_frame")
+        ),
         Curves("Answers during training", tuple(f"eval/{name}" for name in HEADLINE)),
         Curves("Cost", ("train/tokens", "train/tokens_per_second", "train/padding_share")),
     )

@@ -41,12 +41,14 @@ class SpanWeights:
     text: float = 1.0
     """Text before a call, answers and summaries."""
     call: float = 1.0
-    """Calls: name and parameters with their marks. The paper of ModelScope-Agent weighs them 2."""
+    """Names and parameters of calls. The paper of ModelScope-Agent weighs them 2."""
+    frame: float = 1.0
+    """The rest of a call: marks, fence, braces, field names and other fields."""
     stop: float = 1.0
     """The token that ends a step."""
 
     def __post_init__(self) -> None:
-        for name in ("text", "call", "stop"):
+        for name in ("text", "call", "frame", "stop"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"dataset.span_weights.{name}={getattr(self, name)}: expected a positive number")
 

@@ -145,6 +145,8 @@ _LLAMA_TOOLS = (
 LLAMA_CALL_START = re.compile(r'\s*\{\s*"name"\s*:')
 """A Llama step that begins so is a call."""
 
+_MARK_LIKE = re.compile(r"</?\w+>|<\|")
+
 
 @dataclass(frozen=True, slots=True)
 class _NativeTemplate:
@@ -270,9 +272,9 @@ class ChatmlTemplate(_NativeTemplate):
             if isinstance(piece, str):
                 yield Segment(piece + end, Kind.text)
             else:
-                yield from self._worded("<tool_call>\n", Kind.call)
-                yield Segment(_json_call(piece, "arguments"), Kind.call)
-                yield from self._worded(f"\n</tool_call>{end}", Kind.call)
+                yield from self._worded("<tool_call>\n", Kind.frame)
+                yield from _json_call(piece, "arguments")
+                yield from self._worded(f"\n</tool_call>{end}", Kind.frame)
         yield Segment(self.stop_token, Kind.stop, special=True)
         yield Segment("\n", Kind.header)
 
@@ -327,13 +329,15 @@ class Llama3Template(_NativeTemplate):
         yield from self._header("assistant")
         pieces = list(_pieces(parts))
         text = "\n".join(piece for piece in pieces if isinstance(piece, str))
-        calls = "; ".join(_json_call(piece, "parameters") for piece in pieces if not isinstance(piece, str))
+        calls = [piece for piece in pieces if not isinstance(piece, str)]
         if text:
             yield Segment(text, Kind.text)
         if text and calls:
-            yield from self._worded("<|python_tag|>", Kind.call)
-        if calls:
-            yield Segment(calls, Kind.call)
+            yield from self._worded("<|python_tag|>", Kind.frame)
+        for number, call in enumerate(calls):
+            if number:
+                yield Segment("; ", Kind.frame)
+            yield from _json_call(call, "parameters")
         yield Segment(self.stop_token, Kind.stop, special=True)
 
     def _reads_as_call(self, text: str) -> bool:
@@ -349,10 +353,17 @@ def _pieces(parts: Sequence[Part]) -> Iterator[str | ToolRequest]:
             yield part.source.strip()
 
 
-def _json_call(request: ToolRequest, arguments: str) -> str:
-    text = json.dumps({"name": request.name, arguments: request.parameters}, ensure_ascii=False)
-    # The same JSON; a bracket can stand in its strings only, where a reader must not take it for a mark.
-    return text.replace("<", "\\u003c") if re.search(r"</?\w+>|<\|", text) else text
+def _json_call(request: ToolRequest, arguments: str) -> Iterator[Segment]:
+    """A request as JSON, its name and its parameters apart from the rest."""
+    name, parameters = (json.dumps(value, ensure_ascii=False) for value in (request.name, request.parameters))
+    if _MARK_LIKE.search(name) or _MARK_LIKE.search(parameters):
+        # The same JSON; a bracket can stand in its strings only, where a reader must not take it for a mark.
+        name, parameters = (text.replace("<", "\\u003c") for text in (name, parameters))
+    yield Segment('{"name": "', Kind.frame)
+    yield Segment(name[1:-1], Kind.call)
+    yield Segment(f'", "{arguments}": ', Kind.frame)
+    yield Segment(parameters, Kind.call)
+    yield Segment("}", Kind.frame)
 
 
 def _result_text(observation: Part) -> str:

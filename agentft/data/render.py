@@ -16,6 +16,7 @@ from enum import IntEnum, StrEnum
 from itertools import groupby
 from typing import Protocol
 
+from agentft.data.call_places import Place, call_places
 from agentft.data.grammar import Call, Observation, Part
 from agentft.data.records import Conversation, Message
 from agentft.errors import ConfigError
@@ -32,12 +33,18 @@ class Kind(IntEnum):
     text = 4
     """The agent's own words: text before a call, answers, summaries."""
     call = 5
+    """Names and parameters of calls."""
     stop = 6
     """The token that ends a step."""
+    frame = 7
+    """The rest of a call: its marks, fence, braces, field names and other fields."""
 
 
-TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop})
+TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop, Kind.frame})
 """The mask law of agentft. Everything else is context and gets `IGNORE_INDEX`."""
+
+CALL_KINDS = frozenset({Kind.call, Kind.frame})
+"""What a call is made of: one piece for the tokenizer, so that telling them apart changes no token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +191,26 @@ def _render_step(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:
 
 
 def _clip(parts: Iterable[Part], start: int, stop: int) -> Iterator[Segment]:
-    """Yield the parts of a step between two character positions of its joined source."""
+    """Yield the parts of a step between two character positions of its joined source, which cut texts only."""
     position = 0
     for part in parts:
         end = position + len(part.source)
         text = part.source[max(start - position, 0) : max(stop - position, 0)]
-        if text:
-            yield Segment(text, Kind.call if isinstance(part, Call) else Kind.text)
+        if isinstance(part, Call):
+            yield from call_segments(part.source, call_places(part))
+        elif text:
+            yield Segment(text, Kind.text)
         position = end
+
+
+def call_segments(text: str, places: Iterable[Place]) -> Iterator[Segment]:
+    """Cut the text of a call into its names and parameters, which stand at `places`, and its frame."""
+    end = 0
+    for start, stop in places:
+        if start > end:
+            yield Segment(text[end:start], Kind.frame)
+        if stop > start:
+            yield Segment(text[start:stop], Kind.call)
+        end = stop
+    if end < len(text):
+        yield Segment(text[end:], Kind.frame)

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
+from agentft.data.mixed_chunks import KindRun, kind_runs
 from agentft.data.records import Conversation
-from agentft.data.render import Kind, Segment, Template
+from agentft.data.render import CALL_KINDS, Kind, Segment, Template
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -137,17 +138,23 @@ class SegmentEncoder:
             known: ids of chunks by text, read and added to: for texts that differ in a few places.
         """
         chunks = [list(_chunks(segments)) for _, segments in conversations]
-        texts = [
-            "".join(s.text for s in chunk) for chunk_list in chunks for chunk in chunk_list if not chunk[0].special
-        ]
+        plain = [chunk for chunk_list in chunks for chunk in chunk_list if not (chunk[0].special or _mixed(chunk))]
+        texts = ["".join(s.text for s in chunk) for chunk in plain]
         encoded = iter(self._encode_texts(texts) if known is None else self._encode_unknown(texts, known))
+        mixed = iter(self._encode_mixed([chunk for chunk_list in chunks for chunk in chunk_list if _mixed(chunk)]))
         return [
-            self._assemble(name, chunk_list, encoded, context_rounds)
+            self._assemble(name, chunk_list, encoded, mixed, context_rounds)
             for (name, _), chunk_list in zip(conversations, chunks, strict=True)
         ]
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._text_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_mixed(self, chunks: list[list[Segment]]) -> list[tuple[list[int], list[KindRun]]]:
+        """Ids and runs of kinds of chunks that hold several kinds; the places of tokens in the text cost some speed."""
+        texts = ["".join(segment.text for segment in chunk) for chunk in chunks]
+        encodings = self._text_tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(e.ids, kind_runs(chunk, e.offsets)) for e, chunk in zip(encodings, chunks, strict=True)]
 
     def _encode_unknown(self, texts: list[str], known: dict[str, list[int]]) -> list[list[int]]:
         unknown = [text for text in dict.fromkeys(texts) if text not in known]
@@ -155,19 +162,29 @@ class SegmentEncoder:
         return [known[text] for text in texts]
 
     def _assemble(
-        self, name: str, chunks: list[list[Segment]], encoded: Iterator[list[int]], context_rounds: int
+        self,
+        name: str,
+        chunks: list[list[Segment]],
+        encoded: Iterator[list[int]],
+        mixed: Iterator[tuple[list[int], list[KindRun]]],
+        context_rounds: int,
     ) -> Example:
         ids: list[int] = []
         spans: list[Span] = []
         for chunk in chunks:
             first = chunk[0]
             start = len(ids)
+            runs: list[KindRun] = []
             if first.special:
                 ids.append(self.special_id(first.text))
+            elif _mixed(chunk):
+                found, runs = next(mixed)
+                ids.extend(found)
             else:
                 ids.extend(next(encoded))
             if first.trained and len(ids) > start:
-                spans.append(Span(start, len(ids), first.kind))
+                runs = runs or [(0, len(ids) - start, first.kind)]
+                spans.extend(Span(start + begin, start + end, kind) for begin, end, kind in runs)
         return Example(
             id=name, input_ids=np.asarray(ids, dtype=np.int32), spans=tuple(spans), context_rounds=context_rounds
         )
@@ -203,12 +220,17 @@ def _chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
 def _joins(left: Segment, right: Segment) -> bool:
     if left.special or right.special or left.spoken != right.spoken:
         return False
-    return not left.spoken or left.kind == right.kind
+    return not left.spoken or left.kind == right.kind or {left.kind, right.kind} <= CALL_KINDS
+
+
+def _mixed(chunk: Sequence[Segment]) -> bool:
+    """Whether the agent's words in a chunk are of several kinds."""
+    return len(chunk) > 1 and chunk[0].spoken and any(segment.kind is not chunk[0].kind for segment in chunk)
 
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
     """Return the example with a weight for each span; unchanged where all count alike."""
-    by_kind = {Kind.text: weights.text, Kind.call: weights.call, Kind.stop: weights.stop}
+    by_kind = {Kind.text: weights.text, Kind.call: weights.call, Kind.frame: weights.frame, Kind.stop: weights.stop}
     if set(by_kind.values()) == {1.0}:
         return example
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))

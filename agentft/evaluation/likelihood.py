@@ -26,7 +26,7 @@ from agentft.evaluation.metrics import SCORING_VERSION, Metric
 from agentft.evaluation.resampling import Floats, ratio_intervals
 
 KINDS = tuple(sorted(TRAINED_KINDS))
-"""Columns of `Likelihood`: what the agent says in words, its calls, and the token that ends a step."""
+"""Columns of `Likelihood`: what the agent says in words, its calls, the token that ends a step, and the frame of calls."""
 
 _CHUNK = 1024
 """Labelled positions whose logits exist at once."""
@@ -46,7 +46,7 @@ class Likelihood:
         return float(self.nats_GK.sum() / self.tokens_GK.sum())
 
     def losses(self) -> dict[str, float]:
-        """Return `loss` and, by kind, `loss_text`, `loss_call`, `loss_stop`; a kind that does not occur is left out."""
+        """Return `loss` and `loss_text`, `loss_call`, `loss_stop`, `loss_frame`; a kind that does not occur is left out."""
         nats_K, tokens_K = self.nats_GK.sum(0), self.tokens_GK.sum(0)
         by_kind = {
             f"loss_{kind.name}": float(nats / tokens)

@@ -27,10 +27,11 @@ from agentft.recipes.conversation_view import Run, labelled_runs, visible
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #68707f; --line: #d9dde4; --paper: #ffffff; --panel: #f7f8fa;
-  --call: 34, 160, 90; --text: 40, 120, 220; --stop: 200, 60, 50; --user: #9a6a00; --observation: #8d3fa3;
+  --call: 34, 160, 90; --frame: 128, 178, 148;
+  --text: 40, 120, 220; --stop: 200, 60, 50; --user: #9a6a00; --observation: #8d3fa3;
   --bad: #b3261e; --warn: #9a6a00; --note: #2a6f97; --good: #1f7a43; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #98a1b0; --line: #39404c; --paper: #14171c;
-  --panel: #1c2027; --call: 70, 200, 130; --text: 110, 170, 255; --stop: 240, 110, 95; --user: #e0b050;
+  --panel: #1c2027; --call: 70, 200, 130; --frame: 96, 140, 112; --text: 110, 170, 255; --stop: 240, 110, 95; --user: #e0b050;
   --observation: #d59be6; --bad: #ff8a80; --warn: #e0b050; --note: #7cc0e8; --good: #6fd39a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   max-width: 1280px; padding: 0 1.5rem; }
@@ -62,8 +63,8 @@ input { font: inherit; width: 22rem; max-width: 100%; padding: .25rem .5rem; mar
 .k-header > span, .k-system > span { color: var(--soft); } .k-user > span { color: var(--user); }
 .k-observation > span { color: var(--observation); }
 .on u { text-decoration: none; background: rgba(var(--c), .20); } .on u:nth-child(even) { background: rgba(var(--c), .38); }
-.k-call { --c: var(--call); } .k-text { --c: var(--text); } .k-stop { --c: var(--stop); }
-.on:not(.k-call):not(.k-text):not(.k-stop) { --c: var(--stop); outline: 2px solid var(--bad); }
+.k-call { --c: var(--call); } .k-frame { --c: var(--frame); } .k-text { --c: var(--text); } .k-stop { --c: var(--stop); }
+.on:not(.k-call):not(.k-frame):not(.k-text):not(.k-stop) { --c: var(--stop); outline: 2px solid var(--bad); }
 """
 
 _SCRIPT = """
@@ -88,6 +89,7 @@ _COLOURS = {
     Kind.text: "rgb(var(--text))",
     Kind.call: "rgb(var(--call))",
     Kind.stop: "rgb(var(--stop))",
+    Kind.frame: "rgb(var(--frame))",
 }
 
 

@@ -21,6 +21,7 @@ _STYLES: dict[Kind, tuple[str, str]] = {
     Kind.observation: ("magenta", "magenta"),
     Kind.text: ("black on #8fc7ff", "black on #c4e2ff"),
     Kind.call: ("black on #7fd88f", "black on #b5ecc0"),
+    Kind.frame: ("black on #d5e8d8", "black on #e6f3e8"),
     Kind.stop: ("white on #c04040", "white on #c04040"),
 }
 """Kind -> styles of its tokens, in turn, so that the borders of trained tokens can be seen."""

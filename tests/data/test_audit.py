@@ -261,7 +261,9 @@ def test_statistics_add_up(audited, golden_conversations, encoder, template):
     whole = statistics.whole
     assert (whole.conversations, whole.calls, whole.observations, whole.rounds) == (7, 7, 7, 7)
     assert sum(statistics.tokens_by_kind.values()) == whole.tokens == sum(statistics.lengths)
-    assert whole.trained == sum(statistics.tokens_by_kind[kind] for kind in (Kind.text, Kind.call, Kind.stop))
+    assert whole.trained == sum(
+        statistics.tokens_by_kind[kind] for kind in (Kind.text, Kind.call, Kind.frame, Kind.stop)
+    )
     assert statistics.tokens_by_kind[Kind.stop] == statistics.steps == 14
     assert statistics.tokens_by_kind[Kind.system] == 7 * len(SYSTEM)
     assert {name: t.conversations for name, t in statistics.by_source().items()} == {"x": 6, "y": 1}

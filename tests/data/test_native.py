@@ -100,6 +100,20 @@ def tide() -> Conversation:
     )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_and_arguments_are_told_from_the_frame_of_a_call(name: str):
+    tokenizer, encoder, template = family(name)
+    (example,) = tokenize([tide()], template, encoder)
+    said = {
+        kind: [tokenizer.decode(example.input_ids[s.start : s.stop]) for s in example.spans if s.kind is kind]
+        for kind in (Kind.call, Kind.frame)
+    }
+    assert said[Kind.call] == ["tide", '{"harbour": "Husum"}', "tide", '{"harbour": "Kiel"}']
+    frame = "".join(said[Kind.frame])
+    assert frame.count('{"name": "') == 2
+    assert "Husum" not in frame
+
+
 # --- The layouts, letter by letter ---
 
 
@@ -327,7 +341,7 @@ def test_observations_users_and_systems_are_never_trained(name, golden_conversat
     _, _, template = family(name)
     for talk in golden_conversations.values():
         for segment in template.render(talk):
-            assert segment.trained == (segment.kind in (Kind.text, Kind.call, Kind.stop))
+            assert segment.trained == (segment.kind in (Kind.text, Kind.call, Kind.frame, Kind.stop))
         trained = "".join(segment.text for segment in template.render(talk) if segment.trained)
         for message in talk.messages:
             assert message.role == "assistant" or message.source not in trained

@@ -30,13 +30,17 @@ CASES = [
 
 
 def _readable(example, tokenizer) -> str:
-    """One line a run of tokens with one fate: `+` trained, `-` context."""
+    """One line a run of tokens with one fate: `+` and what it is where it is trained, `-context` elsewhere."""
+    fates = ["-context"] * len(example)
+    for span in example.spans:
+        fates[span.start : span.stop] = [f"+{span.kind.name}"] * (span.stop - span.start)
+    assert [fate[0] == "+" for fate in fates] == (example.labels != IGNORE_INDEX).tolist()
     lines = []
     position = 0
-    for trained, group in groupby(example.labels != IGNORE_INDEX):
+    for fate, group in groupby(fates):
         length = len(list(group))
         text = tokenizer.decode(example.input_ids[position : position + length], skip_special_tokens=False)
-        lines += [f"{'+trained' if trained else '-context'} |{line}|" for line in text.split("\n")]
+        lines += [f"{fate:<8} |{line}|" for line in text.split("\n")]
         position += length
     return "\n".join(lines) + "\n"
 
@@ -163,7 +167,7 @@ def test_the_law_is_stated_once():
     makers = [path for path in sources if path.parts[0] in ("data", "training", "model") and path != home]
     assert len(makers) > 40
     assert [path for path in makers if "TRAINED_KINDS" in sources[path]] == []
-    assert frozenset({Kind.text, Kind.call, Kind.stop}) == TRAINED_KINDS
+    assert frozenset({Kind.text, Kind.call, Kind.frame, Kind.stop}) == TRAINED_KINDS
 
 
 def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data: Path, template, encoder):

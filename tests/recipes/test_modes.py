@@ -66,7 +66,7 @@ def evaluations(run: Path, name: str) -> list[float]:
 
 
 def test_each_evaluation_during_training_logs_the_loss_of_each_kind(finished):
-    for name in ("loss", "loss_text", "loss_call", "loss_stop"):
+    for name in ("loss", "loss_text", "loss_call", "loss_frame", "loss_stop"):
         assert len(evaluations(finished, f"eval/{name}")) == 3
     assert evaluations(finished, "eval/arg_f1") == []
 
