@@ -298,8 +298,8 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         if full_error:
             raise
         _leave(program, error, 2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        _leave(program, "interrupted", 130)
+    except KeyboardInterrupt as error:
+        _leave(program, str(error) or "interrupted", getattr(error, "exit_code", 130))
     for failure in failures:
         _leave(program, failure, 2 if isinstance(failure, ConfigError) else 1)
 

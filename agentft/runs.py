@@ -210,6 +210,15 @@ class RunFolder:
         self.write_text(self.config_file, config_yaml)
         self.write_json(self.record_file, redact_strings(record))
 
+    def was_started_before(self) -> bool:
+        """Whether `run.json` tells of an earlier start."""
+        return self.record_file.exists() and bool(read_json(self.record_file).get("earlier"))
+
+    def add_to_record(self, **fields: Any) -> None:
+        """Adds to `run.json` what becomes known only after the start."""
+        self._must_be_held()
+        self.write_json(self.record_file, redact_strings({**read_json(self.record_file), **fields}))
+
     def update_status(self, state: RunState, **fields: Any) -> None:
         """Replaces `status.json`; fields of earlier updates of this process stay until they are given again."""
         self._must_be_held()

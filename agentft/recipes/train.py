@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from agentft import progress, runtime
+from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
 from agentft.data.native import choose_template
 from agentft.data.render import Template
@@ -30,12 +30,14 @@ from agentft.model.load import (
 )
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
+from agentft.recipes.identity import identity
 from agentft.recipes.memory_check import check_memory
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
 from agentft.recipes.watch import Watch
 from agentft.runs import RunFolder, RunState
+from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.engine import SingleEngine
@@ -82,22 +84,34 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         AgentftError: anything the user can act on; the run folder's status says so too.
+        StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder goes on.
     """
-    with RunFolder.create(config.run_dir) as run:
+    with StopSignals() as signals, RunFolder.create(config.run_dir) as run:
         progress.set_up_logging(run.log_file)
         run.update_status("running", step=0)
         try:
-            result = _train(config, run)
+            result = _train(config, run, signals)
         except BaseException as error:
-            state: RunState = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.update_status(state, error=f"{type(error).__name__}: {error}")
-            log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, KeyboardInterrupt))
+            _conclude(error, run)
             raise
         run.update_status("paused" if result.paused else "finished", objective=result.objective)
         return result
 
 
-def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
+def _conclude(error: BaseException, run: RunFolder) -> None:
+    """Write down how a run ended that did not finish; nothing here may hide `error`."""
+    asked = isinstance(error, KeyboardInterrupt)
+    state: RunState = "stopped" if asked else "failed"
+    log.error("%s: %s", type(error).__name__, error, exc_info=not asked)
+    try:
+        run.update_status(state, error=f"{type(error).__name__}: {error}")
+    except OSError as second:  # a full disk, most likely the reason of the first
+        log.error("%s cannot be written: %s", run.status_file, second)
+    if isinstance(error, StopSignal) and error.asks_for_another_turn:
+        slurm.requeue()
+
+
+def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainResult:
     require_own_exam(config.evaluation)
     estimate = check_memory(config)
     bench = set_up_bench(config)
@@ -128,7 +142,7 @@ def _train(config: TrainConfig, run: RunFolder) -> TrainResult:
     )
     with tracker:
         before = _exam_before(config, bench, run, tracker)
-        outcome = _fit(config, bench, run, tracker)
+        outcome = _fit(config, bench, run, tracker, signals)
         save_final(bench.model, bench.tokenizer, run.final)
         after = _examine("after", config, bench, run, tracker) if config.evaluation.after else None
         summary = _summary(bench, outcome, before, after)
@@ -183,7 +197,7 @@ def _examine(name: str, config: TrainConfig, bench: Bench, run: RunFolder, track
     return exam
 
 
-def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Outcome:
+def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, signals: StopSignals) -> Outcome:
     """Train, with everything the loop needs to know said here."""
     training = config.training
     full = isinstance(config.sft_type, FullConfig)
@@ -207,9 +221,17 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
     )
     watch = Watch(config.evaluation, bench, run, total_steps=plan.total_steps, autocast=objective.autocast)
 
-    def go_on(step: int) -> None:
+    def start(step: int, changes: list[str]) -> None:
+        if step == 0 and run.was_started_before():
+            log.warning("no checkpoint was saved before: the training starts at step 0 again")
         tracker.rewind(step)
         watch.resume(step)
+        if changes:
+            run.add_to_record(allowed_changes=changes)
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        with signals.at_once():
+            return watch.evaluate(step)
 
     def record(values: Mapping[str, float], step: int) -> None:
         tracker.log(values, step=step)
@@ -225,57 +247,32 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) ->
 
     # Dropout draws from here on: what was measured before must not change the training.
     runtime.seed_everything(config.seed)
-    outcome = train_model(
-        Job(
-            engine=SingleEngine(objective, training, fp16=fp16),
-            examples=bench.data.train,
-            plan=plan,
-            config=training,
-            pad_id=bench.pad_id,
-            device=runtime.torch_device(bench.device),
-            checkpoints=run.checkpoints,
-            identity=identity(config, bench, plan),
-            evaluate=watch.evaluate,
-            evaluation_steps=config.evaluation.steps,
-            best_metric=config.evaluation.best_metric,
-            log=record,
-            on_resume=go_on,
-            stop_requested=watch.is_exhausted,
-            fp16=fp16,
-            row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.model, cuda=bench.device.is_cuda),
-        )
+    job = Job(
+        engine=SingleEngine(objective, training, fp16=fp16),
+        examples=bench.data.train,
+        plan=plan,
+        config=training,
+        pad_id=bench.pad_id,
+        device=runtime.torch_device(bench.device),
+        checkpoints=run.checkpoints,
+        identity=identity(config, bench, plan),
+        evaluate=evaluate,
+        evaluation_steps=config.evaluation.steps,
+        best_metric=config.evaluation.best_metric,
+        log=record,
+        on_start=start,
+        stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
+        fp16=fp16,
+        row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.model, cuda=bench.device.is_cuda),
     )
+    with signals.deferred():
+        outcome = train_model(job)
+    steps = f"{outcome.counters.step} of {plan.total_steps}"
+    signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} goes on from there")
     if outcome.paused:
         # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run goes on.
         run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=watch.loss())
     return outcome
-
-
-def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any]:
-    """Return everything that decides the losses of a run; a checkpoint goes on only where it is equal."""
-    training = asdict(config.training)
-    for free in (
-        "resume",
-        "allow_changes",
-        "stop_at",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "memory_check",
-    ):
-        del training[free]
-    return {
-        "data": bench.data.fingerprint,
-        "model": bench.files.fingerprint,
-        "sft_type": asdict(config.sft_type),
-        "dtype": str(bench.dtype),
-        "seed": config.seed,
-        "threads": bench.device.threads,
-        "device": bench.device.name,
-        "torch": torch.__version__,
-        "total_steps": plan.total_steps,
-        "training": {key: str(value) for key, value in training.items()},
-    }
 
 
 def choices(config: TrainConfig) -> dict[str, str]:
@@ -301,6 +298,7 @@ def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | 
         "labelled_tokens": counters.targets,
         "best_value": counters.best_value,
         "best_step": counters.best_step,
+        "skipped_steps": counters.skipped,
         "trained_parameters": parameters.trained,
         "parameters": parameters.total,
         "peak_memory_bytes": runtime.peak_memory_bytes(bench.device),

@@ -56,15 +56,29 @@ def save_checkpoint(
             write_stream(stream, work / f"{name}.safetensors")
         (work / _STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         _write_manifest(work)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            set_aside(target)
         work.rename(target)
         _sync(root)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise CheckpointError(
-            f"{target}: cannot write the checkpoint: {error}; earlier checkpoints are intact"
+            f"{target}: cannot write the checkpoint: {error}. It needs {_bytes_of(tensors):,} bytes and more for its "
+            f"state, {_free_bytes(root)} are free; earlier checkpoints are intact"
         ) from error
     return target
+
+
+def _bytes_of(tensors: Mapping[str, Mapping[str, torch.Tensor] | TensorStream]) -> int:
+    streams = (group if isinstance(group, TensorStream) else stream_of(group) for group in tensors.values())
+    return sum(kind.bytes for stream in streams for kind in stream.kinds.values())
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
 
 
 def load_checkpoint(path: Path, *, check: bool = True) -> Checkpoint:
@@ -106,17 +120,22 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(root: Path) -> Path | None:
+def newest_whole(root: Path, *, fallback: bool = True) -> Path | None:
     """Return the newest checkpoint that is whole, saying loudly which were not; None where there are none at all.
 
     Raises:
-        CheckpointError: there are checkpoints and all of them are damaged. Starting afresh then is the user's decision.
+        CheckpointError: all of them are damaged, or the newest is and `fallback` is off. Starting afresh then is the
+            user's decision.
     """
     paths = list_checkpoints(root)
     for path in reversed(paths):
         problem = find_damage(path)
         if problem is None:
             return path
+        if not fallback:
+            raise CheckpointError(
+                f"{path} is damaged ({problem}); training.fallback=true goes on from the checkpoint before it"
+            )
         log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problem)
     if paths:
         raise CheckpointError(
@@ -132,11 +151,42 @@ def load_newest(root: Path) -> Checkpoint | None:
     return None if path is None else load_checkpoint(path, check=False)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is not to be used again to `<name>.aside-<n>`, where a person can still look at it."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.aside-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def clear_unfinished(root: Path, after: int) -> None:
+    """Make room before a training goes on from step `after`; only the process that holds the run folder may do this.
+
+    What a killed process left half written or half deleted is removed. Checkpoints of later steps, which could not be
+    used, are set aside: the retention must not count them.
+    """
+    for path in root.glob(".step-*") if root.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+    for path in list_checkpoints(root):
+        if _step_of(path) > after:
+            log.warning("checkpoint %s is not used; it is now %s", path, set_aside(path).name)
+
+
 def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
     """Delete old checkpoints beyond the newest `keep` and the best one."""
     for path in list_checkpoints(root)[:-keep]:
-        if path.name != f"step-{best_step or 0:06d}":
-            shutil.rmtree(path)
+        if _step_of(path) != best_step:
+            # Renamed first: killed in between, half a checkpoint must not look like a damaged one.
+            gone = path.with_name(f".{path.name}.gone")
+            path.rename(gone)
+            shutil.rmtree(gone)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _write_manifest(folder: Path) -> None:

@@ -31,6 +31,13 @@ class MemoryCheck(StrEnum):
     off = "off"
 
 
+class NonFinite(StrEnum):
+    stop = "stop"
+    """End the training; the last checkpoint stays."""
+    skip = "skip"
+    """Leave the step out, with its conversations in the log, and count it."""
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """The loop. One step is one update of the weights, from `micro_batch x accumulation x ranks` conversations."""
@@ -42,7 +49,8 @@ class TrainingConfig:
     stop_at: float = 1.0
     """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
     micro_batch: int = 1
-    """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one."""
+    """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one. Halved, with the same
+    conversations in a step, where memory runs out."""
     packing: str = "auto"
     """Lay several conversations end to end in a row, each seeing itself alone: true, false, or auto, which packs on CUDA,
     where it saves time, and not on the CPU, where it costs some. The update is the same; the choice is printed."""
@@ -66,6 +74,10 @@ class TrainingConfig:
     """AdamW's addend in the denominator."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this L2 norm; 0: never."""
+    nonfinite: NonFinite = NonFinite.stop
+    """What a step does whose loss or gradient is NaN or infinite; it never changes the weights."""
+    nonfinite_limit: int = 3
+    """With `nonfinite=skip`: steps that may be left out in a row; one more ends the training."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA only."""
     memory_check: MemoryCheck = MemoryCheck.refuse
@@ -78,8 +90,10 @@ class TrainingConfig:
     """Checkpoints to keep besides the best one."""
     resume: Resume = Resume.auto
     """What to do with the checkpoints of the run folder."""
+    fallback: bool = True
+    """Go on from the checkpoint before where the newest is damaged; false: refuse."""
     allow_changes: bool = False
-    """Go on from a checkpoint although data, model, settings or threads differ; every difference is logged."""
+    """Go on from a checkpoint although data, model, settings or threads differ; `run.json` names every difference."""
 
     def __post_init__(self) -> None:
         self.packing = self.packing.lower()
@@ -88,6 +102,8 @@ class TrainingConfig:
         for name in ("micro_batch", "accumulation", "logging_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)}: expected at least 1")
+        if self.nonfinite_limit < 0:
+            raise ConfigError(f"training.nonfinite_limit={self.nonfinite_limit}: expected 0 or more")
         if self.save_steps < 0:
             raise ConfigError(f"training.save_steps={self.save_steps}: expected 0 (at the end only) or more")
         if self.max_steps < -1 or self.max_steps == 0:

@@ -54,7 +54,7 @@ class Engine(Protocol):
         """Update the weights and forget the gradient."""
 
     def discard(self) -> None:
-        """Forget the gradient without an update."""
+        """Forget the gradient without an update, clipped or not."""
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, `model` holds whole parameters on every rank and can be run by each alone: evaluation, generation."""
@@ -94,6 +94,7 @@ class SingleEngine:
         self._scales = fp16
         device_type = next(objective.parameters()).device.type
         self._scaler = torch.amp.GradScaler(device_type, enabled=fp16)
+        self._unscaled = False
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -107,15 +108,18 @@ class SingleEngine:
 
     def clip(self, limit: float) -> torch.Tensor:
         self._scaler.unscale_(self.optimizer)
+        self._unscaled = True
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
 
     def step(self) -> None:
         self._scaler.step(self.optimizer)
-        self._scaler.update()
         self.discard()
 
     def discard(self) -> None:
+        if self._unscaled:  # the scaler takes one `update` for each `unscale_`
+            self._scaler.update()
+            self._unscaled = False
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager

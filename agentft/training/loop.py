@@ -2,11 +2,12 @@
 
 One step's loss is the sum of its cross-entropies over the sum of its labelled tokens, whatever micro-batches and ranks
 they fell on; so 8 micro-batches of 1, 2 of 4, and 4 on each of 2 ranks are the same update. Every rank runs this loop; what
-differs is the share of a step's micro-batches, and that rank 0 writes.
+differs is the share of a step's micro-batches, and that rank 0 writes. M micro-batches of one rank's step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -22,9 +23,11 @@ from agentft.data.shares import share_out
 from agentft.data.tokens import Example
 from agentft.errors import CheckpointError, TrainingError
 from agentft.progress import Bar, progress_bar
+from agentft.signals import StopSignal
 from agentft.training import random_state
 from agentft.training.checkpoint import (
     Checkpoint,
+    clear_unfinished,
     list_checkpoints,
     load_checkpoint,
     newest_whole,
@@ -34,7 +37,10 @@ from agentft.training.checkpoint import (
 from agentft.training.clock import Clock
 from agentft.training.config import Resume, TrainingConfig
 from agentft.training.engine import Engine
+from agentft.training.guards import NumberGuard
+from agentft.training.identity import require_same
 from agentft.training.optim import build_schedule
+from agentft.training.out_of_memory import accumulate_within_memory
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +60,12 @@ class Job:
     identity: Mapping[str, Any]
     """What decides the losses besides the loop; a checkpoint of another identity is refused."""
     evaluate: Callable[[int], Mapping[str, float]]
-    """Step -> metrics on the held-out conversations."""
+    """Step -> metrics on the held-out conversations. One that raises `StopSignal` is made after the resume."""
     evaluation_steps: int
     best_metric: str
     log: Callable[[Mapping[str, float], int], None]
-    on_resume: Callable[[int], None] = lambda step: None
-    """Told the step that the loop goes on from."""
+    on_start: Callable[[int, list[str]], None] = lambda step, changes: None
+    """Told the step that the loop starts from, and what differs from the run that saved it."""
     stop_requested: Callable[[], bool] = lambda: False
     """Asked after every step; when true the loop saves and returns."""
     fp16: bool = False
@@ -76,6 +82,13 @@ class Counters:
     targets: int = 0
     best_value: float | None = None
     best_step: int | None = None
+    evaluated: int = 0
+    """The last step that was evaluated."""
+    micro_batch: int = 0
+    """Conversations in one forward pass, once a step did not fit into memory; 0: as configured."""
+    skipped: int = 0
+    """Steps left out because a number was not finite."""
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +125,15 @@ def train_model(job: Job) -> Outcome:
     """
     total = job.plan.total_steps
     schedule = build_schedule(job.engine.optimizer, total, job.config)
+    guard = NumberGuard(job.engine, job.config, fp16=job.fp16)
     counters = _resume(job, schedule)
     clock = Clock()
     window = _Window()
     world = job.engine.world
+    if counters.step and _evaluation_is_due(job, counters):
+        # The run was stopped in the middle of it.
+        with clock.phase("evaluation"):
+            _evaluate(job, counters)
     if counters.step and world.any(job.stop_requested()):
         log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
         return Outcome(counters, clock.seconds, stopped=True)
@@ -123,10 +141,9 @@ def train_model(job: Job) -> Outcome:
     job.engine.model.train()
     with progress_bar("training", total, counters.step) as bar:
         while counters.step < end:
-            with clock.phase("data"):
-                batches = step_batches(job, counters.step)
-                size = _measure(job, batches)
-            loss_sum, grad_norm = _update(job, batches, size.weight, clock)
+            batches, size, losses_M = _accumulate(job, counters, clock)
+            with clock.phase("optimiser"):
+                loss_sum, grad_norm = _update(job, counters, guard, batches, size, losses_M)
             rate = float(schedule.get_last_lr()[0])
             schedule.step()
             counters.step += 1
@@ -135,10 +152,10 @@ def train_model(job: Job) -> Outcome:
             if counters.step % job.config.logging_steps == 0 or counters.step == end:
                 _log_window(job, counters, window, rate, grad_norm)
                 window = _Window()
-            _show(bar, counters, loss_sum / size.weight, clock)
+            _show(bar, counters, loss_sum / (size.weight or math.nan), clock)
             best = False
-            if job.evaluation_steps and (counters.step % job.evaluation_steps == 0 or last):
-                with clock.phase("evaluation"):
+            if _evaluation_is_due(job, counters):
+                with clock.phase("evaluation"), contextlib.suppress(StopSignal):
                     best = _evaluate(job, counters)
             asked = world.any(job.stop_requested())
             stop = (asked or counters.step == end) and not last
@@ -159,12 +176,12 @@ def pause_step(total: int, stop_at: float) -> int:
     return max(1, min(total, round(stop_at * total)))
 
 
-def step_batches(job: Job, number: int) -> list[Batch]:
+def step_batches(job: Job, number: int, micro_batch: int) -> list[Batch]:
     """Return this rank's micro-batches of one step, on the device; as many as every other rank has."""
     world = job.engine.world
     indices = job.plan.step(number)
     lengths = {i: len(job.examples[i]) for i in indices}
-    groups = step_groups(indices, lengths, micro_batch=job.config.micro_batch, row_tokens=job.row_tokens)
+    groups = step_groups(indices, lengths, micro_batch=micro_batch, row_tokens=job.row_tokens)
     shares = share_out([sum(lengths[i] for i in group) for group in groups], world.size)
     batches = [_collate(job, groups[at]) for at in shares[world.rank]]
     idle = max(map(len, shares)) - len(batches)
@@ -198,28 +215,49 @@ def _measure(job: Job, batches: list[Batch]) -> _Size:
     return _Size(sums[0], *(int(each) for each in sums[1:]))
 
 
-def _update(job: Job, batches: list[Batch], weight: float, clock: Clock) -> tuple[float, float]:
-    """Make one optimiser step and return the loss summed over all ranks and the gradient's norm before clipping."""
+def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch], _Size, torch.Tensor]:
+    """Add up the gradients of one step: (micro-batches, sums over ranks, summed losses (M,) of this rank)."""
     engine = job.engine
-    losses: list[torch.Tensor] = []
-    for number, batch in enumerate(batches, start=1):
-        with engine.micro_batch(last=number == len(batches)):
-            with clock.phase("forward"):
-                loss = engine.loss(batch)
-            with clock.phase("backward"):
-                engine.backward(loss / weight)
-        losses.append(loss.detach())
-    with clock.phase("optimiser"):
-        grad_norm = float(engine.clip(job.config.max_grad_norm))
-        loss_sum = float(engine.world.sum(torch.stack(losses).sum()))
-        if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or job.fp16):
-            ids = ", ".join(name for batch in batches for name in batch.ids)
-            raise TrainingError(
-                f"loss {loss_sum / weight} with gradient norm {grad_norm}: not finite, so the weights were not "
-                f"changed; conversations of this step: {ids}. A lower training.learning_rate or model.dtype=fp32 may help"
-            )
+
+    def attempt(micro_batch: int) -> tuple[list[Batch], _Size, torch.Tensor]:
+        with clock.phase("data"):
+            batches = step_batches(job, counters.step, micro_batch)
+            size = _measure(job, batches)
+        losses: list[torch.Tensor] = []
+        for number, batch in enumerate(batches, start=1):
+            with engine.micro_batch(last=number == len(batches)):
+                with clock.phase("forward"):
+                    loss = engine.loss(batch)
+                with clock.phase("backward"):
+                    engine.backward(loss / (size.weight or 1.0))
+            losses.append(loss.detach())
+        return batches, size, torch.stack(losses)
+
+    wanted = counters.micro_batch or job.config.micro_batch
+    fitting, made = accumulate_within_memory(
+        attempt, wanted, engine.discard, step=counters.step + 1, alone=engine.world.size == 1
+    )
+    if fitting != wanted:
+        counters.micro_batch = fitting
+    return made
+
+
+def _update(
+    job: Job, counters: Counters, guard: NumberGuard, batches: list[Batch], size: _Size, losses_M: torch.Tensor
+) -> tuple[float, float]:
+    """Make one optimiser step, or leave it out; return the loss over all ranks and the gradient's norm before clipping."""
+    engine = job.engine
+    grad_norm = float(engine.clip(job.config.max_grad_norm))
+    loss = float(engine.world.sum(losses_M.sum()))
+    if guard.refuses(counters.step + 1, batches, losses_M, weight=size.weight, loss=loss, grad_norm=grad_norm):
+        counters.skipped += 1
+        counters.skipped_in_a_row += 1
+        guard.require_end(counters.skipped_in_a_row)
+        engine.discard()
+    else:
+        counters.skipped_in_a_row = 0
         engine.step()
-    return loss_sum, grad_norm
+    return loss, grad_norm
 
 
 def _count(counters: Counters, window: _Window, size: _Size, loss_sum: float) -> None:
@@ -234,7 +272,7 @@ def _count(counters: Counters, window: _Window, size: _Size, loss_sum: float) ->
 
 def _log_window(job: Job, counters: Counters, window: _Window, rate: float, grad_norm: float) -> None:
     values = {
-        "train/loss": window.loss / window.weight,
+        "train/loss": window.loss / (window.weight or math.nan),
         "train/learning_rate": rate,
         "train/grad_norm": grad_norm,
         "train/epoch": job.plan.epoch(counters.step),
@@ -243,6 +281,8 @@ def _log_window(job: Job, counters: Counters, window: _Window, rate: float, grad
         "train/labelled_share": window.targets / window.tokens,
         "train/padding_share": 1 - window.tokens / window.positions,
     }
+    if counters.skipped:
+        values["train/skipped_steps"] = counters.skipped
     job.log(values, counters.step)
 
 
@@ -252,17 +292,26 @@ def _show(bar: Bar, counters: Counters, loss: float, clock: Clock) -> None:
     bar.advance(1, loss=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
 
 
+def _evaluation_is_due(job: Job, counters: Counters) -> bool:
+    if not job.evaluation_steps or counters.evaluated == counters.step:
+        return False
+    return counters.step % job.evaluation_steps == 0 or counters.step == job.plan.total_steps
+
+
 def _evaluate(job: Job, counters: Counters) -> bool:
     """Measure, log, and say whether this is the best step so far."""
     metrics = job.evaluate(counters.step)
+    counters.evaluated = counters.step
     job.log({f"eval/{name}": value for name, value in metrics.items()}, counters.step)
     value = metrics.get(job.best_metric)
     if value is None:
         raise TrainingError(
             f"evaluation.best_metric={job.best_metric} has no value at step {counters.step}; measured: {', '.join(metrics)}"
         )
-    better = counters.best_value is None or (
-        value < counters.best_value if job.best_metric == "loss" else value > counters.best_value
+    # A NaN is never better: every comparison with it is false, also of later values with it.
+    better = not math.isnan(value) and (
+        counters.best_value is None
+        or (value < counters.best_value if job.best_metric == "loss" else value > counters.best_value)
     )
     if better:
         counters.best_value, counters.best_step = value, counters.step
@@ -297,15 +346,20 @@ def _save(job: Job, counters: Counters, schedule: torch.optim.lr_scheduler.LRSch
 def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counters:
     checkpoint = _find_checkpoint(job)
     if checkpoint is None:
+        if job.engine.world.is_main:
+            clear_unfinished(job.checkpoints, after=0)
+        job.on_start(0, [])
         return Counters()
-    _refuse_other_identity(job, checkpoint)
     state = checkpoint.state
+    changes = require_same(checkpoint.path, state["identity"], job.identity, allow=job.config.allow_changes)
+    if job.engine.world.is_main:
+        clear_unfinished(job.checkpoints, after=checkpoint.step)
     job.engine.load(checkpoint.tensors["trained"], checkpoint.tensors["optimizer"], state["engine"])
     lambdas = [None] * len(job.engine.optimizer.param_groups)
     schedule.load_state_dict(state["schedule"] | {"lr_lambdas": lambdas})
     random_state.restore(checkpoint.tensors["random"], state["random"])
     log.info("going on from %s", checkpoint.path)
-    job.on_resume(checkpoint.step)
+    job.on_start(checkpoint.step, changes)
     return Counters(**state["counters"])
 
 
@@ -316,25 +370,9 @@ def _find_checkpoint(job: Job) -> Checkpoint | None:
         if list_checkpoints(job.checkpoints):
             raise CheckpointError(f"{job.checkpoints} has checkpoints; training.resume=auto goes on from the newest")
         return None
-    path = world.broadcast(newest_whole(job.checkpoints) if world.is_main else None)
+    path = world.broadcast(newest_whole(job.checkpoints, fallback=job.config.fallback) if world.is_main else None)
     if path is None:
         if mode is Resume.must:
             raise CheckpointError(f"{job.checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
         return None
     return load_checkpoint(path, check=False)
-
-
-def _refuse_other_identity(job: Job, checkpoint: Checkpoint) -> None:
-    saved, current = checkpoint.state["identity"], dict(job.identity)
-    changed = [
-        f"{key} was {saved.get(key)!r}, is {current.get(key)!r}"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]
-    if changed and not job.config.allow_changes:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to another training: {'; '.join(changed)}. Use another run folder, "
-            "or go on regardless with training.allow_changes=true"
-        )
-    for change in changed:
-        log.warning("going on although %s", change)

@@ -33,3 +33,15 @@ def restore(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = plain["numpy"]
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def torch_streams() -> list[torch.Tensor]:
+    """Return the states that dropout draws from: torch's on the CPU and on every CUDA device."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_torch_streams(states: list[torch.Tensor]) -> None:
+    """Put back what `torch_streams` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])

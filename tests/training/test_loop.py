@@ -135,7 +135,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_optimiser(tmp_path, tiny_mo
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
     job, _ = _job(tmp_path, model, examples)
     before = {name: tensor.clone() for name, tensor in trained_state(job.engine.model).items()}
-    with pytest.raises(TrainingError, match=r"not finite.*conversations of this step"):
+    with pytest.raises(
+        TrainingError, match=r"loss nan in the micro-batches of conversations .*The weights are not finite before"
+    ):
         train_model(job)
     for name, tensor in trained_state(job.engine.model).items():
         assert torch.equal(tensor, before[name]), name

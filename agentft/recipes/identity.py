@@ -1,0 +1,63 @@
+"""What decides the losses of a run, so that a checkpoint goes on only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from agentft.data.batches import StepPlan
+from agentft.recipes.config import TrainConfig
+
+if TYPE_CHECKING:
+    from agentft.recipes.train import Bench
+
+_FREE = (
+    "resume",
+    "fallback",
+    "allow_changes",
+    "stop_at",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "memory_check",
+)
+"""Settings of the loop that say where it saves and what it shows, not what it computes."""
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
+"""Packages whose release can change a loss in its last bits."""
+
+
+def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any]:
+    """Return everything that decides the losses of a run, by the words in which a difference is told."""
+    training = {key: str(value) for key, value in asdict(config.training).items() if key not in _FREE}
+    return {
+        "data": bench.data.fingerprint,
+        "model": bench.files.fingerprint,
+        "tokenizer": tokenizer_fingerprint(bench.tokenizer),
+        "sft_type": asdict(config.sft_type),
+        "dtype": str(bench.dtype),
+        "seed": config.seed,
+        "processes": config.distributed.processes,
+        "threads": bench.device.threads,
+        "device": bench.device.name,
+        "versions": versions(),
+        "total_steps": plan.total_steps,
+        "training": training,
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Digest over the vocabulary with its ids, special tokens included."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    text = json.dumps([type(tokenizer).__name__, vocabulary], ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the releases of what computes a loss; of Python, the two numbers that matter."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python} | {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -1,0 +1,134 @@
+"""What a signal does: noted where work can be saved, raised where there is nothing to save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from agentft import slurm
+from agentft.signals import StopSignal, StopSignals
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_outside_of_a_training_ends_the_work_with_the_conventional_code(number):
+    with StopSignals(), pytest.raises(StopSignal) as stop:
+        os.kill(os.getpid(), number)
+    assert stop.value.exit_code == CODES[number]
+    assert str(stop.value) == f"stopped by {number.name}"
+
+
+def test_a_deferred_signal_is_noted_and_raised_when_asked():
+    with StopSignals() as signals:
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested is signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)  # repetitions disturb nothing
+        with pytest.raises(StopSignal, match="stopped by SIGTERM, saved"):
+            signals.raise_if_requested(", saved")
+
+
+def test_ctrl_c_a_second_time_does_not_wait():
+    with StopSignals() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(StopSignal):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_long_work_within_a_deferred_block_ends_at_once():
+    with StopSignals() as signals, signals.deferred():
+        with pytest.raises(StopSignal), signals.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopSignal), signals.at_once():
+            pytest.fail("a signal that was noted before must end it before it begins")
+
+
+def test_handlers_are_put_back_and_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        usual = signal.getsignal(signal.SIGTERM)
+        with StopSignals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not usual
+        assert signal.getsignal(signal.SIGTERM) is usual
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_leaves_the_signals_alone():
+    seen = []
+
+    def work() -> None:
+        with StopSignals() as signals:
+            seen.append((signals.is_requested(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, signal.getsignal(signal.SIGTERM))]
+
+
+# --- SLURM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A program of that name first on PATH, which writes down how it was called; returns the calls."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    calls = tmp_path / "calls"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\nexit ${{SCONTROL_EXIT:-0}}\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return lambda: calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_a_job_is_queued_again_by_its_id(scontrol, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    assert slurm.requeue()
+    assert scontrol() == ["requeue 1234"]
+
+
+def test_a_task_of_an_array_is_queued_again_by_array_and_task(scontrol, monkeypatch):
+    for name, value in {"JOB_ID": "1240", "ARRAY_JOB_ID": "1234", "ARRAY_TASK_ID": "7"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert slurm.requeue()
+    assert scontrol() == ["requeue 1234_7"]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "1234", "SLURM_PROCID": "1"},
+        {"SLURM_JOB_ID": "1234", slurm.REQUEUED_BY_LAUNCHER: "1234"},
+    ],
+    ids=["not in SLURM", "second task", "job of a sweep"],
+)
+def test_one_process_of_a_job_asks(scontrol, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert not slurm.requeue()
+    assert scontrol() == []
+
+
+def test_a_refusal_is_told(scontrol, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.setenv("SCONTROL_EXIT", "1")
+    assert not slurm.requeue()
+    assert "submit it again by hand" in caplog.text
+
+
+def test_a_session_of_salloc_is_no_batch_job(monkeypatch):
+    assert slurm.is_batch_job({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"})
+    assert not slurm.is_batch_job({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "interactive"})
+    assert not slurm.is_batch_job({})
