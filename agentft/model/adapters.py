@@ -1,14 +1,17 @@
-"""What is trained: adapters on a frozen model, or the model itself."""
+"""What is trained: adapters on a frozen model, its last blocks, or the model itself."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ConfigError
-from agentft.model.config import FullConfig, LoraConfig, ModelConfig, SftConfig
-from agentft.model.fused import fuse_layers
+from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, SftConfig
+from agentft.model.freeze import train_last_blocks
+from agentft.model.lora import attach_lora, save_adapter
+from agentft.model.pissa import is_start
 
 if TYPE_CHECKING:
     import torch
@@ -27,46 +30,27 @@ def prepare_for_training(model: Any, sft: SftConfig, model_config: ModelConfig) 
     """Make `model` trainable as `sft` says; what is trained is kept in fp32.
 
     Raises:
-        ConfigError: no linear layer has a name in `sft_type.targets`.
+        ConfigError: the model has no such layers.
     """
-
     match sft:
         case LoraConfig():
-            trainable = _attach_lora(model, sft, model_config)
-            fuse_layers(trainable)
+            trainable = attach_lora(model, sft, model_config)
         case FullConfig():
             trainable = model.float()
             trainable.requires_grad_(True)
+        case FreezeConfig():
+            trainable = train_last_blocks(model, sft)
         case _:
             raise ConfigError(f"sft_type={sft.name}: unknown")
     module: torch.nn.Module = trainable
     return module
 
 
-def _attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
-    import torch
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import TaskType, get_peft_model
-
-    targets = sft.targets or model_config.lora_targets
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    unknown = sorted(set(targets) - linear)
-    if unknown:
-        raise ConfigError(
-            f"sft_type.targets: no linear layer is called {', '.join(unknown)}; model={model_config.name} has: "
-            f"{', '.join(sorted(linear))}"
-        )
-    return get_peft_model(
-        model,
-        PeftLoraConfig(
-            r=sft.rank,
-            lora_alpha=sft.alpha,
-            lora_dropout=sft.dropout,
-            target_modules=sorted(targets),
-            bias="none",
-            task_type=TaskType.CAUSAL_LM,
-        ),
-    )
+def rate_factors(sft: SftConfig) -> Mapping[str, float]:
+    """Return by part of a parameter's name what its learning rate is over the others'; empty: all alike."""
+    if isinstance(sft, LoraConfig) and sft.learning_rate_ratio != 1.0:
+        return {".lora_B.": sft.learning_rate_ratio}
+    return {}
 
 
 def count_parameters(model: torch.nn.Module) -> ParameterCount:
@@ -78,8 +62,13 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained parameters by name, sharing memory with the model."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Return by name, sharing memory with the model, what a checkpoint keeps: all that the files of the model do not hold."""
+    return {name: p.detach() for name, p in _kept(model).items()}
+
+
+def _kept(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters, and the frozen start of a PiSSA adapter."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or is_start(name)}
 
 
 def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -90,7 +79,7 @@ def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -
     """
     import torch
 
-    current = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    current = _kept(model)
     if current.keys() != state.keys():
         odd = sorted(current.keys() ^ state.keys())
         raise ConfigError(f"the saved weights train other parameters than this model: {', '.join(odd[:4])} ...")
@@ -105,5 +94,8 @@ def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -
 
 def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the adapter (or the whole model) as safetensors with its tokenizer, loadable without agentft."""
-    model.save_pretrained(folder)
+    if hasattr(model, "peft_config"):
+        save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

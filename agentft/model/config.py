@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -112,6 +113,19 @@ class SftConfig:
     """What `training.learning_rate` is unless given."""
 
 
+ALL_LINEAR = "all-linear"
+"""In `sft_type.targets`: every linear layer but the output head."""
+
+
+class LoraStart(StrEnum):
+    """What the adapters are before the first step; with either the model begins as it came."""
+
+    zero = "zero"
+    """B is zero and A random."""
+    pissa = "pissa"
+    """The largest singular values of each weight (Meng et al., 2024, arXiv 2404.02948), taken out of the frozen part."""
+
+
 @dataclass(kw_only=True)
 class LoraConfig(SftConfig):
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): W + alpha / rank * B A, with W frozen."""
@@ -123,15 +137,86 @@ class LoraConfig(SftConfig):
     dropout: float = 0.1
     """Share of the adapters' inputs that is dropped in training."""
     targets: list[str] | None = None
-    """Names of linear layers; null: the model's `lora_targets`."""
+    """Names of linear layers, or [all-linear] for all but the output head; null: the model's `lora_targets`."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv 2312.03732), for large ranks."""
+    dora: bool = False
+    """Train each weight's column norms beside its direction (Liu et al., 2024, arXiv 2402.09353)."""
+    learning_rate_ratio: float = 1.0
+    """Rate of B over that of A: LoRA+ (Hayou et al., 2024, arXiv 2402.12354) advises 16; 1: the same."""
+    start: LoraStart = LoraStart.zero
+    """What the adapters are before the first step."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"sft_type.rank={self.rank}: expected at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"sft_type.dropout={self.dropout}: expected 0 <= dropout < 1")
+        if not 0.0 < self.learning_rate_ratio < float("inf"):
+            raise ConfigError(f"sft_type.learning_rate_ratio={self.learning_rate_ratio}: expected a positive number")
+        if self.targets is not None and (not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1)):
+            raise ConfigError(
+                f"sft_type.targets=[{','.join(self.targets)}]: expected names of layers, or {ALL_LINEAR} alone"
+            )
+        if self.dora and self.start is LoraStart.pissa:
+            raise ConfigError(
+                "sft_type.dora=true with sft_type.start=pissa: one of the two; both redefine the frozen part"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class QuantKind(StrEnum):
+    """Which 4-bit numbers stand for a weight."""
+
+    nf4 = "nf4"
+    """Quantiles of a normal distribution."""
+    fp4 = "fp4"
+
+
+@dataclass(kw_only=True)
+class QloraConfig(LoraConfig):
+    """Adapters on a base in 4 or 8 bits (Dettmers et al., 2023, arXiv 2305.14314); needs the extra `quantization`."""
+
+    bits: int = 4
+    """4, or 8 (LLM.int8, Dettmers et al., 2022, arXiv 2208.07339)."""
+    kind: QuantKind = QuantKind.nf4
+    """The 4-bit numbers."""
+    double_quantization: bool = True
+    """Quantise the scales of the blocks too: 0.4 bits a weight less, in 4 bits only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in (4, 8):
+            raise ConfigError(f"sft_type.bits={self.bits}: expected 4 or 8")
+        if self.dora and self.bits == 8:
+            raise ConfigError("sft_type.dora=true with sft_type.bits=8: peft cannot; use sft_type.bits=4")
 
 
 @dataclass(kw_only=True)
 class FullConfig(SftConfig):
     """All parameters are trained."""
+
+
+@dataclass(kw_only=True)
+class FreezeConfig(SftConfig):
+    """The last blocks are trained, all below stays as it is."""
+
+    layers: int = 2
+    """Blocks at the end that are trained, each whole."""
+    embeddings: bool = False
+    """Train the input embeddings too; where the head is tied to them, both."""
+    head: bool = False
+    """Train the output head too, and the norm before it; where it is tied to the embeddings, both."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 0 or (self.layers == 0 and not (self.embeddings or self.head)):
+            raise ConfigError(f"sft_type.layers={self.layers}: nothing would be trained; expected at least 1")
+
+
+def trains_weights(sft: SftConfig) -> bool:
+    """Whether weights of the model itself are trained: they are fp32, and matrix products run in `model.dtype`."""
+    return isinstance(sft, FullConfig | FreezeConfig)

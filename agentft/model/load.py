@@ -17,6 +17,7 @@ from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource, Ran
 from agentft.model.file_names import read_json
 from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
 from agentft.model.hub_clients import HuggingFace, ModelScope
+from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
 from agentft.model.remote_code import check_remote_code
 from agentft.model.shards import weight_files
@@ -184,9 +185,15 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
 
 
 def load_model(
-    files: ModelFiles, config: ModelConfig, *, device: Device, dtype: torch.dtype, attention: str
+    files: ModelFiles,
+    config: ModelConfig,
+    *,
+    device: Device,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: Any = None,
 ) -> torch.nn.Module:
-    """Load the weights in `dtype` onto `device`, in evaluation mode.
+    """Load the weights in `dtype` onto `device`, in evaluation mode; `quantization` from `quantization_config`.
 
     Raises:
         ModelError: the weights cannot be loaded.
@@ -202,12 +209,16 @@ def load_model(
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
+            **({} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}),
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
     # Packed or padded training rows must never meet a cache; generation passes its own.
     model.config.use_cache = False
-    module: torch.nn.Module = model.to(device.kind).eval()
+    if quantization is None:
+        model = model.to(device.kind)
+    keep_weights_as_quantized(model)
+    module: torch.nn.Module = model.eval()
     return module
 
 

@@ -17,7 +17,16 @@ from enum import StrEnum
 from typing import Any
 
 from agentft.errors import ModelError
-from agentft.model.config import Dtype, FullConfig, LoraConfig, SftConfig
+from agentft.model.config import (
+    ALL_LINEAR,
+    Dtype,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    LoraStart,
+    QloraConfig,
+    SftConfig,
+)
 from agentft.model.device_memory import DeviceMemory
 
 _DECODERS = ("llama", "qwen2", "qwen3", "mistral", "qwen", "baichuan")
@@ -74,11 +83,20 @@ class ModelShape:
         return attention | {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
 
     @property
+    def block_matrices(self) -> int:
+        """Number of parameters in the matrices of one block."""
+        return sum(a * b for a, b in self.linear_layers.values())
+
+    @property
+    def block_parameters(self) -> int:
+        """Number of parameters of one block: matrices, biases, norms."""
+        biases = (self.query_width + 2 * self.key_width) * self.qkv_bias
+        return self.block_matrices + 2 * self.hidden + biases + 2 * self.head_size * self.qk_norm
+
+    @property
     def parameters(self) -> int:
-        """Number of parameters: embeddings (once if tied), final norm, and in each block matrices, biases, norms."""
-        block = sum(a * b for a, b in self.linear_layers.values()) + 2 * self.hidden
-        block += (self.query_width + 2 * self.key_width) * self.qkv_bias + 2 * self.head_size * self.qk_norm
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * block + self.hidden
+        """Number of parameters: embeddings (once if tied), final norm, blocks."""
+        return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * self.block_parameters + self.hidden
 
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """Number of parameters of adapters A (rank x in) and B (out x rank) on each target of each block."""
@@ -123,7 +141,7 @@ class MemoryEstimate:
     weights: int
     """What computes: frozen weights, or the bf16 copies of trained ones."""
     trained: int
-    """What is trained, in fp32."""
+    """What is trained, in fp32; with a PiSSA start its frozen half too."""
     gradients: int
     optimizer: int
     activations: int
@@ -174,32 +192,66 @@ def estimate_memory(
     shape = model_shape(settings)
     b = 4 if dtype is Dtype.fp32 else 2
     tokens = max_length * micro_batch
+    layers = shape.layers
     match sft:
         case LoraConfig():
-            targets = sft.targets or lora_targets
+            targets = adapted_layers(shape, sft, lora_targets)
             trained = shape.lora_parameters(sft.rank, targets)
-            weights = shape.parameters * b
+            weights = frozen_bytes(shape, b, sft)
             layer = lora_layer_bytes(shape, b, max_length, sft, targets, eager=eager, mask_bytes=mask_bytes)
             layer_input = b * shape.hidden
         case FullConfig():
             trained = shape.parameters
-            matrices = shape.layers * sum(x * y for x, y in shape.linear_layers.values()) + shape.vocab * shape.hidden
-            weights = matrices * b if b < 4 else 0
+            weights = (layers * shape.block_matrices + shape.vocab * shape.hidden) * b if b < 4 else 0
             layer = full_layer_bytes(shape, b, max_length, eager=eager)
             layer_input = 4 * shape.hidden
+        case FreezeConfig():
+            trained = trained_parameters(shape, sft)
+            weights = (shape.parameters - trained) * b + (trained * b if b < 4 else 0)
+            layer = full_layer_bytes(shape, b, max_length, eager=eager)
+            layer_input = 4 * shape.hidden
+            # Below the first trained block nothing is kept, unless gradients have to reach the embeddings.
+            layers = shape.layers if sft.embeddings else min(sft.layers, shape.layers)
         case _:
             raise ModelError(f"no memory estimate for sft_type={sft.name}")
-    per_token = shape.layers * layer_input + layer if checkpointing else shape.layers * layer
+    copies = 2 if isinstance(sft, LoraConfig) and sft.start is LoraStart.pissa else 1
+    per_token = layers * layer_input + layer * min(layers, 1) if checkpointing else layers * layer
     final_norm = 8 * shape.hidden
     return MemoryEstimate(
         weights=_shared(weights, ranks, zero_stage >= 3),
-        trained=_shared(4 * trained, ranks, zero_stage >= 3),
+        trained=_shared(4 * trained * copies, ranks, zero_stage >= 3),
         gradients=_shared(4 * trained, ranks, zero_stage >= 2),
         optimizer=_shared(ADAM_BYTES * trained, ranks, zero_stage >= 1),
         activations=tokens * (per_token + final_norm),
         # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
         logits=min(tokens, logit_positions) * shape.vocab * (2 * b + 12),
     )
+
+
+def adapted_layers(shape: ModelShape, sft: LoraConfig, lora_targets: Sequence[str]) -> list[str]:
+    """Return the names of the matrices that adapters stand beside."""
+    chosen = sft.targets or lora_targets
+    return [name for name in shape.linear_layers if name in chosen or ALL_LINEAR in chosen]
+
+
+def frozen_bytes(shape: ModelShape, b: int, sft: LoraConfig) -> int:
+    """Bytes of the frozen weights: b each, or those of the blocks' matrices in 4 or 8 bits with their scales.
+
+    A scale of 4 bytes for 64 weights (0.5 bits each), itself in 8 bits by blocks of 256 with double quantisation (0.127
+    bits); in 8 bits one for each row.
+    """
+    if not isinstance(sft, QloraConfig):
+        return shape.parameters * b
+    matrices = shape.layers * shape.block_matrices
+    scale = (8 / 64 + 32 / (64 * 256) if sft.double_quantization else 32 / 64) if sft.bits == 4 else 0.0
+    return (shape.parameters - matrices) * b + round(matrices * (sft.bits + scale) / 8)
+
+
+def trained_parameters(shape: ModelShape, sft: FreezeConfig) -> int:
+    """Number of parameters that are trained when the rest is frozen; tied embeddings once."""
+    embedding = shape.vocab * shape.hidden
+    both = sft.embeddings + sft.head if not shape.tied else min(sft.embeddings + sft.head, 1)
+    return min(sft.layers, shape.layers) * shape.block_parameters + both * embedding + sft.head * shape.hidden
 
 
 def lora_layer_bytes(

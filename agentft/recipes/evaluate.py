@@ -20,7 +20,7 @@ from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.openai_engine import OpenAIEngine, endpoint_of
 from agentft.evaluation.places import shown_steps
 from agentft.model.adapters import load_trained_state
-from agentft.model.config import FullConfig
+from agentft.model.config import trains_weights
 from agentft.model.load import load_tokenizer, locate_model
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.exam import Candidate, exam_steps, own_candidate, sit_exam, write_exam
@@ -112,14 +112,14 @@ def _likelihood(
 ) -> EvaluateResult:
     count = settings.conversations
     examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
-    full = isinstance(trained.sft_type, FullConfig) and bench.dtype != torch.float32
+    mixed = trains_weights(trained.sft_type) and bench.dtype != torch.float32
     report: dict[str, Any] = sit_likelihood(
         name,
         bench.model,
         examples,
         settings,
         pad_id=bench.pad_id,
-        autocast=bench.dtype if full else None,
+        autocast=bench.dtype if mixed else None,
         run=run,
     )
     log.info("metrics: %s", run.metrics(name))

@@ -21,7 +21,7 @@ import yaml
 from agentft.data.config import LocalConfig, ModelScopeConfig, SyntheticConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.model.config import FullConfig, LoraConfig, ModelConfig
+from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, QloraConfig
 from agentft.recipes.config import AuditConfig, EvaluateConfig, TrainConfig
 from agentft.tracking import TrackingConfig
 from agentft.training.config import DistributedConfig, TrainingConfig
@@ -37,7 +37,12 @@ ROOTS: dict[str, type] = {
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"schema_model": ModelConfig},
-    "sft_type": {"schema_lora": LoraConfig, "schema_full": FullConfig},
+    "sft_type": {
+        "schema_lora": LoraConfig,
+        "schema_qlora": QloraConfig,
+        "schema_full": FullConfig,
+        "schema_freeze": FreezeConfig,
+    },
     "dataset": {
         "schema_synthetic": SyntheticConfig,
         "schema_local": LocalConfig,

@@ -18,8 +18,8 @@ from agentft.data.batches import StepPlan
 from agentft.data.native import choose_template
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder
-from agentft.model.adapters import count_parameters, prepare_for_training, save_final
-from agentft.model.config import FullConfig
+from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors, save_final
+from agentft.model.config import FullConfig, trains_weights
 from agentft.model.load import (
     ModelFiles,
     choose_attention,
@@ -28,6 +28,7 @@ from agentft.model.load import (
     load_tokenizer,
     locate_model,
 )
+from agentft.model.quantization import quantization_config
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
 from agentft.recipes.identity import identity
@@ -161,6 +162,7 @@ def set_up_bench(config: TrainConfig) -> Bench:
     runtime.seed_everything(config.seed)
     dtype = choose_dtype(config.model.dtype, device)
     attention = choose_attention(config.model.attention, device, dtype)
+    quantization = quantization_config(config.sft_type, dtype)
     files = locate_model(config.model)
     tokenizer = load_tokenizer(files, config.model)
     template = choose_template(config.model.template, tokenizer, config.model.stop_token)
@@ -168,7 +170,9 @@ def set_up_bench(config: TrainConfig) -> Bench:
     data = prepare_data(config.dataset, template, encoder)
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
     weights_dtype = torch.float32 if isinstance(config.sft_type, FullConfig) else dtype
-    model = load_model(files, config.model, device=device, dtype=weights_dtype, attention=attention)
+    model = load_model(
+        files, config.model, device=device, dtype=weights_dtype, attention=attention, quantization=quantization
+    )
     model = prepare_for_training(model, config.sft_type, config.model)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
     return Bench(device, dtype, files, tokenizer, template, encoder.special_id(template.stop_token), data, model)
@@ -200,9 +204,11 @@ def _examine(name: str, config: TrainConfig, bench: Bench, run: RunFolder, track
 def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, signals: StopSignals) -> Outcome:
     """Train, with everything the loop needs to know said here."""
     training = config.training
-    full = isinstance(config.sft_type, FullConfig)
+    mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
     fp16 = bench.dtype is torch.float16
-    objective = LabelledLoss(bench.model, autocast=bench.dtype if full and bench.dtype != torch.float32 else None)
+    objective = LabelledLoss(
+        bench.model, autocast=bench.dtype if mixed else None, rate_factors=rate_factors(config.sft_type)
+    )
     checkpointing = training.gradient_checkpointing
     if checkpointing or (checkpointing is None and bench.device.is_cuda):
         bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

@@ -9,6 +9,7 @@ Axes: B batch, T positions, N labelled positions, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,11 +27,23 @@ CHUNK = 1024
 class LabelledLoss(nn.Module):
     """A causal language model and its loss as one module, so that a wrapper for many ranks sees one forward pass."""
 
-    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
-        """Wrap `model`; with `autocast`, matrix products of fp32 weights run in that dtype."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        autocast: torch.dtype | None = None,
+        rate_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        """Wrap `model`.
+
+        Args:
+            autocast: Matrix products of fp32 weights run in this dtype.
+            rate_factors: For the optimiser: part of a parameter's name -> its learning rate over the others'.
+        """
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.rate_factors = dict(rate_factors or {})
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy summed over the batch's labelled positions, each by its weight: a scalar, fp32."""

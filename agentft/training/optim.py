@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,15 +12,28 @@ from torch import nn
 from agentft.training.config import Schedule, TrainingConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) over the trained parameters; only matrices decay."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, rate_factors: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) over the trained parameters; only matrices decay.
+
+    Args:
+        rate_factors: part of a parameter's name -> its peak rate over the others'; None: as the model itself says.
+    """
+    rate_factors = getattr(model, "rate_factors", {}) if rate_factors is None else rate_factors
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = next((f for part, f in rate_factors.items() if part in name), 1.0)
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    # Those at the plain rate first: the first group's rate is the one that is logged.
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0] != 1.0, -item[0][1]))
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": decay, "lr": factor * config.learning_rate}
+            for (factor, decay), parameters in ordered
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

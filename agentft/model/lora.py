@@ -1,0 +1,113 @@
+"""Low-rank adapters and their relatives: attached to a model, and written as plain peft reads them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from agentft.errors import ConfigError
+from agentft.model.config import ALL_LINEAR, LoraConfig, LoraStart, ModelConfig
+from agentft.model.fused import fuse_layers
+from agentft.model.pissa import START, begin_with_principal_part, fold_start
+
+log = logging.getLogger(__name__)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
+    """Freeze `model` and put adapters beside the layers that `sft.targets` names.
+
+    Raises:
+        ConfigError: no linear layer has such a name.
+    """
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, peft_config(sft, find_targets(model, sft, model_config)))
+    if sft.start is LoraStart.pissa:
+        begin_with_principal_part(adapted, sft)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    fuse_layers(adapted)
+    _say_what_is_not_fused(adapted)
+    return adapted
+
+
+def peft_config(sft: LoraConfig, targets: list[str]) -> Any:
+    """Return peft's settings for adapters as `sft` says."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import TaskType
+
+    return PeftLoraConfig(
+        r=sft.rank,
+        lora_alpha=sft.alpha,
+        lora_dropout=sft.dropout,
+        target_modules=targets,
+        bias="none",
+        use_rslora=sft.rslora,
+        use_dora=sft.dora,
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list[str]:
+    """Return the last names of the layers to adapt, sorted.
+
+    Raises:
+        ConfigError: no linear layer has such a name.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    targets = sft.targets or model_config.lora_targets
+    if targets == [ALL_LINEAR]:
+        return sorted(linear)
+    if unknown := sorted(set(targets) - linear):
+        raise ConfigError(
+            f"sft_type.targets: no linear layer is called {', '.join(unknown)}; model={model_config.name} has: "
+            f"{', '.join(sorted(linear))}, or {ALL_LINEAR}"
+        )
+    return sorted(set(targets))
+
+
+def _say_what_is_not_fused(model: Any) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    plain = [module for module in model.modules() if isinstance(module, LoraLayer) and "forward" not in vars(module)]
+    if not plain:
+        return
+    reasons = []
+    if any(module.use_dora.get("default") for module in plain):
+        reasons.append("DoRA")
+    if any(START in module.lora_A for module in plain):
+        reasons.append("a PiSSA start")
+    if any(type(module.get_base_layer()).__module__.startswith("bitsandbytes") for module in plain):
+        reasons.append("a quantised base")
+    log.info("%d adapted layers run as peft wrote them: %s", len(plain), " and ".join(reasons) or "of another shape")
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter as peft reads it beside the model as it came; a PiSSA start is folded into twice the rank."""
+    config = model.peft_config["default"]
+    if START not in model.peft_config:
+        model.save_pretrained(folder)
+        return
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    folded = {name: tensor.contiguous() for name, tensor in fold_start(state).items()}
+    save_file(folded, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    # Twice the rank with the same factor: alpha / r, or alpha / sqrt(r).
+    factor = math.sqrt(2) if config.use_rslora else 2
+    plain = type(config)(**{**config.to_dict(), "r": 2 * config.r, "lora_alpha": factor * config.lora_alpha})
+    plain.inference_mode = True
+    plain.save_pretrained(str(folder))

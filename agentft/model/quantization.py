@@ -1,0 +1,122 @@
+"""Frozen weights in 4 or 8 bits by bitsandbytes, which is an extra; and what those weights are as plain numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from agentft.errors import ModelError
+from agentft.model.config import QloraConfig, SftConfig
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+INSTALL = "pip install 'agentft[quantization]'"
+
+
+def require_bitsandbytes(sft: SftConfig) -> None:
+    """Refuse a quantised base where the package is not installed.
+
+    Raises:
+        ModelError: with the line that installs it.
+    """
+    if isinstance(sft, QloraConfig) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"sft_type={sft.name} needs the package bitsandbytes: {INSTALL}")
+
+
+def quantization_config(sft: SftConfig, dtype: torch.dtype) -> Any:
+    """Return what transformers needs to load weights quantised; None where the base is not.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or does not start.
+    """
+    if not isinstance(sft, QloraConfig):
+        return None
+    require_bitsandbytes(sft)
+    import_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    if sft.bits == 8:
+        log.info("sft_type.bits=8: inputs of the quantised layers are rounded to fp16, then to 8 bits")
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=sft.kind.value,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=sft.double_quantization,
+    )
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without the kernels that it would fetch from a hub and run.
+
+    Raises:
+        ModelError: it does not start here.
+    """
+    with _without_hub_kernels():
+        try:
+            import bitsandbytes
+        except Exception as error:  # it looks for CUDA libraries while it is imported
+            raise ModelError(f"bitsandbytes does not start: {error}; install it again: {INSTALL}") from error
+    # Each product in 8 bits would say that it rounds its input to fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return bitsandbytes
+
+
+@contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    # With the package `kernels` installed, importing bitsandbytes on a CPU with bf16 downloads code and runs it.
+    if "bitsandbytes" in sys.modules or "kernels" in sys.modules:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would advise to install that package
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+
+
+def keep_weights_as_quantized(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers from repacking themselves on a CPU with bf16 when they first run outside training.
+
+    That repacking rounds the scales, so an evaluation in the middle of a training would change the frozen weights.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dense_weight(layer: Any) -> torch.Tensor:
+    """Return the weight that a linear layer computes with, quantised or not: fp32, shape [outputs, inputs]."""
+    weight = layer.weight
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(layer)
+    dense: torch.Tensor = weight.detach().float()
+    return dense
+
+
+def rounded_weight(weight: torch.Tensor, sft: QloraConfig) -> torch.Tensor:
+    """Return `weight` as it is after quantising and back, in its own dtype: what a quantised base computes with."""
+    bnb: Any = import_bitsandbytes()
+    if sft.bits == 8:
+        rows, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        restored: torch.Tensor = bnb.functional.int8_vectorwise_dequant(rows, scale)
+        return restored.to(weight.dtype)
+    packed, state = bnb.functional.quantize_4bit(
+        weight, quant_type=sft.kind.value, compress_statistics=sft.double_quantization
+    )
+    restored = bnb.functional.dequantize_4bit(packed, state)
+    return restored.to(weight.dtype)
