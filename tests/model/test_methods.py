@@ -33,6 +33,7 @@ from agentft.model.config import (
 )
 from agentft.model.quantization import dense_weight, quantization_config, rounded_weight
 from agentft.training.config import TrainingConfig
+from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer, build_schedule
 
 MODEL = ModelConfig(name="tiny")
@@ -165,7 +166,7 @@ def test_the_learning_rate_of_b_is_the_ratio_times_that_of_a_all_the_way():
     sft = lora(learning_rate_ratio=16.0)
     adapted = prepare_for_training(tiny(), sft, MODEL)
     config = training(warmup=0.5)
-    optimizer = build_optimizer(adapted, config, rate_factors(sft))
+    optimizer = build_optimizer(LabelledLoss(adapted, rate_factors=rate_factors(sft)), config)
     schedule = build_schedule(optimizer, 4, config)
     names = {id(p): name for name, p in adapted.named_parameters()}
     for _ in range(4):
