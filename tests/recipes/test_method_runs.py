@@ -74,4 +74,4 @@ def test_fp16_trains_with_a_loss_scale_that_is_kept(sft: str, tmp_path):
     assert all(math.isfinite(loss) for _, loss in losses(run))
     assert losses(run)[-1][1] < losses(run)[0][1]
     state = read_json(run / "checkpoints" / "step-000004" / "state.json")
-    assert state["scaler"]["scale"] >= 2.0
+    assert state["engine"]["scaler"]["scale"] >= 2.0
