@@ -2,7 +2,8 @@
 
 One JSON object a line and step: `conversation_id`, `step` (0, 1, ...), `reference` (raw assistant text of the step),
 `prediction` (raw model text); optionally `offered` (tool names, or objects with `name` and `parameters`), `after_call`,
-`language`, `rounds`, `seen_tool`. Ends with status 1 and one line `file:line: ...` where the file is no exam.
+`language`, `rounds`, `seen_tool`, `piece_of` (id of the whole, where a long conversation was asked in pieces: they are
+drawn together for the intervals). Ends with status 1 and one line `file:line: ...` where the file is no exam.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from agentft.evaluation.metrics import (
 )
 
 _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
+    "piece_of": (str, "a string"),
     "language": (str, "a string"),
     "rounds": (int, "an integer"),
     "seen_tool": (bool, "true or false"),

@@ -246,7 +246,9 @@ class _Rounds:
     def part(self, name: str, first: int, last: int) -> Conversation:
         """The rounds `first` to `last`, exclusive, under the system message."""
         turns = (message for round_ in self._rounds[first:last] for message in round_)
-        return replace(self._conversation, id=name, messages=(*self._head, *turns))
+        whole = self._conversation.id
+        piece_of = None if name == whole else whole
+        return replace(self._conversation, id=name, messages=(*self._head, *turns), piece_of=piece_of)
 
     def steps_before(self, first: int) -> int:
         """How many steps the rounds before `first` hold."""

@@ -31,7 +31,7 @@ class OfferedTool:
     """Empty where not even a name could be found."""
     description: str
     parameters: tuple[dict[str, Any], ...] | None
-    """One object per declared parameter with at least a `name`; None where the declaration cannot be read."""
+    """One object per declared parameter with at least a `name`; None where there is no declaration, or none to be read."""
     url: str | None = None
     problem: str | None = None
     """What is wrong with the entry, None where nothing is."""
@@ -83,8 +83,10 @@ def _read_entry(system: str, start: int) -> tuple[OfferedTool, int]:
     if not isinstance(name, str) or not name:
         return _recover_entry(system, start, "no name")
     description = entry.get("description")
-    parameters = _read_parameters(entry.get("parameters"))
-    if parameters is None and problem is None:
+    declared = entry.get("parameters")
+    # Without the field (some describe a whole API under `paths` instead) what can be given is not known.
+    parameters = None if declared is None else _read_parameters(declared)
+    if parameters is None and declared is not None and problem is None:
         problem = "parameters are neither a list of named objects nor a JSON schema"
     url = entry.get("url")
     tool = OfferedTool(
@@ -106,8 +108,6 @@ def _recover_entry(system: str, start: int, problem: str) -> tuple[OfferedTool, 
 
 
 def _read_parameters(declared: object) -> tuple[dict[str, Any], ...] | None:
-    if declared is None:
-        return ()
     if isinstance(declared, dict):
         return _from_json_schema(declared)
     if not isinstance(declared, list):

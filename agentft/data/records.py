@@ -65,7 +65,9 @@ class Conversation:
     origin: Origin
     offered: tuple[OfferedTool, ...]
     weight: float = 1.0
-    """Relative weight of the source it came from."""
+    """How often an epoch shows it, by the source it came from; see `agentft.data.source_weights`."""
+    piece_of: str | None = None
+    """Id of the conversation that this is a part of, where one too long was split; None: it is whole."""
 
     @property
     def system(self) -> str:

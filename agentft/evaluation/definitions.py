@@ -168,7 +168,7 @@ METRICS_BY_NAME = {definition.name: definition for definition in METRICS}
 def conversation_sums(
     scores: Sequence[StepScore], definitions: Sequence[MetricDefinition] = METRICS
 ) -> tuple[list[str], Floats, Floats]:
-    """Add up steps by conversation.
+    """Add up steps by conversation, the pieces of one together.
 
     Steps and conversations are put in order of their ids first, so every later sum is the same whatever the order of
     `scores`.
@@ -176,10 +176,10 @@ def conversation_sums(
     Returns:
         Conversation ids, numerators [G, M] and denominators [G, M].
     """
-    ordered = sorted(scores, key=lambda score: (score.conversation_id, score.step))
+    ordered = sorted(scores, key=lambda score: (score.whole_id, score.conversation_id, score.step))
     ids: list[str] = []
     rows: list[list[tuple[float, float]]] = []
-    for conversation_id, steps in groupby(ordered, key=lambda score: score.conversation_id):
+    for conversation_id, steps in groupby(ordered, key=lambda score: score.whole_id):
         members = list(steps)
         ids.append(conversation_id)
         rows.append([_sums(members, definition) for definition in definitions])

@@ -9,7 +9,7 @@ Axes: B batch, T positions, N labelled positions, D hidden width, G conversation
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from agentft.data.render import TRAINED_KINDS
 from agentft.data.tokens import Example
 from agentft.errors import DataError
 from agentft.evaluation.metrics import SCORING_VERSION, Metric
-from agentft.evaluation.resampling import Floats, ratio_intervals
+from agentft.evaluation.resampling import Floats, ratio_intervals, sum_pieces
 
 KINDS = tuple(sorted(TRAINED_KINDS))
 """Columns of `Likelihood`: what the agent says in words, its calls, the token that ends a step, and the frame of calls."""
@@ -55,11 +55,16 @@ class Likelihood:
         }
         return {"loss": self.loss} | by_kind
 
-    def to_json(self, *, draws: int, seed: int) -> dict[str, Any]:
-        """Return losses and perplexities with 95 % intervals by bootstrap over conversations."""
+    def to_json(self, *, draws: int, seed: int, piece_of: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return losses and perplexities with 95 % intervals by bootstrap over conversations.
+
+        Args:
+            piece_of: Id of a piece of a long conversation -> id of the whole; its pieces are drawn together.
+        """
         names = ["", *(f"_{kind.name}" for kind in KINDS)]
-        nats = np.column_stack([self.nats_GK.sum(1), self.nats_GK])
-        tokens = np.column_stack([self.tokens_GK.sum(1), self.tokens_GK])
+        wholes = [(piece_of or {}).get(name, name) for name in self.ids]
+        nats = sum_pieces(np.column_stack([self.nats_GK.sum(1), self.nats_GK]), wholes)
+        tokens = sum_pieces(np.column_stack([self.tokens_GK.sum(1), self.tokens_GK]), wholes)
         found = ratio_intervals(nats, tokens, draws=draws, seed=seed)
         losses: dict[str, Metric] = {}
         perplexities: dict[str, Metric] = {}
@@ -75,9 +80,9 @@ class Likelihood:
             shown, lowest, highest = ends
             perplexities[f"perplexity{name}"] = Metric(shown, *sums, lowest, highest, None, None, clusters)
         return {
-            "signature": f"agentft-eval|{SCORING_VERSION}|likelihood|nats:token|n:{len(self.ids)}",
+            "signature": f"agentft-eval|{SCORING_VERSION}|likelihood|nats:token|n:{len(set(wholes))}",
             "metrics": {name: metric.to_json() for name, metric in (losses | perplexities).items()},
-            "counts": {"conversations": len(self.ids), "labelled_tokens": int(self.tokens_GK.sum())},
+            "counts": {"conversations": len(set(wholes)), "labelled_tokens": int(self.tokens_GK.sum())},
             "bootstrap": {"draws": draws, "seed": seed, "unit": "conversation", "interval": "percentile 95 %"},
         }
 

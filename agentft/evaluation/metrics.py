@@ -194,7 +194,7 @@ def aggregate(
         if legacy[name].value is None:
             metrics[name] = Metric(None, legacy[name].numerator, legacy[name].denominator, None, None, None)
     return EvaluationReport(
-        signature=signature(len({score.conversation_id for score in ordered}), mode=mode),
+        signature=signature(len({score.whole_id for score in ordered}), mode=mode),
         metrics=metrics,
         counts=_counts(ordered, usable),
         breakdowns=_breakdowns(usable, draws, seed),
@@ -275,7 +275,7 @@ def _counts(scores: Sequence[StepScore], usable: Sequence[StepScore]) -> dict[st
     wellformed = sum(score.wellformed for score in usable)
     rouge_samples = sum(score.rouge_l is not None for score in answers)
     return {
-        "conversations": len({score.conversation_id for score in scores}),
+        "conversations": len({score.whole_id for score in scores}),
         "steps": len(scores),
         "quarantined_references": len(scores) - len(usable),
         "action_steps": len(actions),

@@ -24,7 +24,7 @@ from agentft.evaluation.generate import Answer
 from agentft.evaluation.metrics import Metric, signature
 from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, EXEC_START, USER_TAGS
 from agentft.evaluation.places import StepPlace, step_places
-from agentft.evaluation.resampling import ratio_intervals
+from agentft.evaluation.resampling import ratio_intervals, sum_pieces
 from agentft.evaluation.step_scores import StepScore, score_step
 from agentft.evaluation.steps import Step, conversation_steps
 
@@ -125,14 +125,14 @@ def with_replies(conversation: Conversation, places: Sequence[StepPlace], replie
 
 def replay_report(episodes: Sequence[Episode], conversations: int, *, draws: int, seed: int) -> dict[str, Any]:
     """Return `steps_until_divergence` and `conv_replay_success` with intervals over conversations, and where it ended."""
-    ids = [episode.conversation.id for episode in episodes]
-    order = sorted(range(len(ids)), key=lambda index: ids[index])
-    sums_GM = np.array(
-        [[episodes[i].steps_until_divergence, episodes[i].diverged is None] for i in order], dtype=np.float64
-    ).reshape(-1, 2)
+    wholes = [episode.conversation.piece_of or episode.conversation.id for episode in episodes]
+    sums_EM = np.array([[e.steps_until_divergence, e.diverged is None] for e in episodes], dtype=np.float64)
+    # Pieces of one conversation are replayed each on its own and drawn together.
+    sums_GM = sum_pieces(sums_EM.reshape(-1, 2), wholes)
+    counts_GM = sum_pieces(np.ones((len(wholes), 2)), wholes)
     metrics = {name: Metric(None, 0, 0, None, None, None) for name in METRICS}
     if episodes:
-        found = ratio_intervals(sums_GM, np.ones_like(sums_GM), draws=draws, seed=seed)
+        found = ratio_intervals(sums_GM, counts_GM, draws=draws, seed=seed)
         for m, name in enumerate(METRICS):
             metrics[name] = Metric(
                 value=float(found.values[m]),
@@ -140,9 +140,9 @@ def replay_report(episodes: Sequence[Episode], conversations: int, *, draws: int
                 denominator=float(len(episodes)),
                 low=float(found.low[m]),
                 high=float(found.high[m]),
-                se=float(found.se_cr1[m]) if len(episodes) > 1 else None,
+                se=float(found.se_cr1[m]) if len(sums_GM) > 1 else None,
                 se_cr0=float(found.se_cr0[m]),
-                conversations=len(episodes),
+                conversations=len(sums_GM),
             )
     diverged = [episode for episode in episodes if episode.diverged is not None]
     return {

@@ -10,7 +10,7 @@ Axes: G conversations (clusters), M metrics, D draws. NaN stands for 0/0 inside 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -26,6 +26,14 @@ MOST_EXACT_FLIPS = 20
 _CELLS_PER_CHUNK = 2_000_000
 _TIE = 1e-12
 """Statistics nearer than this are equal: rounding must not decide a p value."""
+
+
+def sum_pieces(rows_GM: Floats, wholes: Sequence[str]) -> Floats:
+    """Add up the rows of equal `wholes`: pieces of one conversation are alike, and are drawn together."""
+    _, group_G = np.unique(np.array(wholes, dtype=np.str_), return_inverse=True)
+    sums = np.zeros((int(group_G.max(initial=-1)) + 1, rows_GM.shape[1]))
+    np.add.at(sums, group_G, rows_GM)
+    return sums
 
 
 @dataclass(frozen=True, slots=True)

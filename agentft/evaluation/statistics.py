@@ -5,6 +5,7 @@ The array methods are in `agentft.evaluation.resampling`; the ones that callers 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -144,6 +145,7 @@ def compare_runs(
         EvaluationError: the runs did not sit the same exam (other conversations, steps or references).
     """
     _require_same_exam(a, b)
+    a, b = _with_same_pieces(a, b)
     ids, a_top, a_bottom = conversation_sums(a, definitions)
     _, b_top, b_bottom = conversation_sums(b, definitions)
     found = difference_intervals((a_top, a_bottom), (b_top, b_bottom), draws=draws, seed=seed)
@@ -218,6 +220,18 @@ def _require_same_exam(a: Sequence[StepScore], b: Sequence[StepScore]) -> None:
             f"not the same exam: {len(changed)} reference(s) differ, such as {name!r} step {step}. "
             "Evaluate both runs on the same version of the data"
         )
+
+
+def _with_same_pieces(a: Sequence[StepScore], b: Sequence[StepScore]) -> tuple[list[StepScore], list[StepScore]]:
+    """A run of before pieces were noted does not know its own; what one run knows holds for both."""
+    wholes = {score.conversation_id: score.piece_of for score in (*a, *b) if score.piece_of is not None}
+    left, right = (
+        [dataclasses.replace(score, piece_of=wholes.get(score.conversation_id)) for score in run]
+        if wholes
+        else list(run)
+        for run in (a, b)
+    )
+    return left, right
 
 
 def _discordant_steps(a: Sequence[StepScore], b: Sequence[StepScore]) -> tuple[int, int]:

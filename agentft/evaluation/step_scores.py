@@ -42,6 +42,8 @@ class StepRecord:
     """One step to be scored."""
 
     conversation_id: str
+    piece_of: str | None = None
+    """Id of the whole, where this conversation is one of the pieces of a longer one; intervals take the pieces together."""
     step: int
     """0, 1, ... through the whole conversation."""
     reference: str
@@ -65,6 +67,8 @@ class StepScore:
     """Counts of one step. Unless said otherwise a field is 0 or empty where it does not apply."""
 
     conversation_id: str
+    piece_of: str | None = None
+    """Id of the whole, where this conversation is one of the pieces of a longer one."""
     step: int
     reference_hash: str
     """First 16 hex digits of the SHA-256 of the raw reference: two runs sat the same exam if these agree."""
@@ -126,6 +130,11 @@ class StepScore:
         """The same after repair."""
         return self.exact_repaired == self.reference_calls == self.attempts_repaired
 
+    @property
+    def whole_id(self) -> str:
+        """The conversation that was recorded as one: what is drawn, and counted, as one."""
+        return self.conversation_id if self.piece_of is None else self.piece_of
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object from which `from_json` restores the score."""
         return dataclasses.asdict(self)
@@ -156,6 +165,7 @@ def score_step(
     failure = next((attempt.failure for attempt in reference.attempts if attempt.failure), None)
     common: dict[str, Any] = {
         "conversation_id": record.conversation_id,
+        "piece_of": record.piece_of,
         "step": record.step,
         "reference_hash": hash_reference(record.reference),
         "language": record.language or detect_language(record.reference),

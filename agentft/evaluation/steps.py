@@ -41,6 +41,7 @@ class Step:
         called = {request.name for call in conversation.calls for request in call.requests}
         return StepRecord(
             conversation_id=conversation.id,
+            piece_of=conversation.piece_of,
             step=self.index,
             reference=self.reference,
             prediction=to_msagent(prediction, self.call_form),

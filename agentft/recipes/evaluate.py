@@ -121,6 +121,7 @@ def _likelihood(
         pad_id=bench.pad_id,
         autocast=bench.dtype if mixed else None,
         run=run,
+        piece_of={each.id: each.piece_of for each in bench.data.heldout if each.piece_of is not None},
     )
     log.info("metrics: %s", run.metrics(name))
     return EvaluateResult(-report["metrics"]["loss"]["value"], run.metrics(name))

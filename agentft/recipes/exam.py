@@ -239,6 +239,7 @@ def prediction_rows(answers: Sequence[Answer], scores: Sequence[StepScore], data
         rows.append(
             {
                 "conversation_id": record.conversation_id,
+                **({} if record.piece_of is None else {"piece_of": record.piece_of}),
                 "step": record.step,
                 "context_hash": step.context_hash,
                 "user": place.user(step.conversation),

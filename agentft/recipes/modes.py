@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,11 +75,12 @@ def sit_likelihood(
     pad_id: int,
     autocast: torch.dtype | None,
     run: RunFolder,
+    piece_of: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Measure the loss of the references, write the files and return the report."""
+    """Measure the loss of the references, write the files and return the report; `piece_of` as in `Likelihood`."""
     started = time.perf_counter()
     found = measure_likelihood(model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast)
-    report = found.to_json(draws=config.draws, seed=config.seed)
+    report = found.to_json(draws=config.draws, seed=config.seed, piece_of=piece_of)
     report["conversations"] = found.rows()
     run.write_json(run.metrics(name), report | {"seconds": round(time.perf_counter() - started, 3)})
     for metric, value in report["metrics"].items():

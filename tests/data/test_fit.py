@@ -143,6 +143,17 @@ def test_a_conversation_is_split_at_its_rounds_with_what_context_fits(template, 
     check_laws(fitted, byte_tokenizer, template, 2500, TooLong.split)
 
 
+def test_pieces_say_whose_they_are(template, encoder):
+    conversation = made(*((f"question {n} " + "w" * 300, [200], f"answer {n}") for n in range(6)))
+    for mode, wholes in ((TooLong.split, {"c"}), (TooLong.fit, {None})):
+        pieces = fit(conversation, template, encoder, 2000, mode).pieces
+        assert {piece.conversation.piece_of for piece in pieces} == wholes
+        steps = all_steps([p.conversation for p in pieces], [p.example for p in pieces], template)
+        assert {(s.record("").conversation_id, s.record("").piece_of) for s in steps} == {
+            (piece.conversation.id, *wholes) for piece in pieces
+        }
+
+
 def test_a_round_that_fits_nowhere_is_left_out_and_the_others_are_not(template, encoder, byte_tokenizer):
     conversation = made(("a", [], "b"), ("huge " * 500, [], "c"), ("d", [], "e"))
     fitted = fit(conversation, template, encoder, 500, TooLong.split)

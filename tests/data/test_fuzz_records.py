@@ -2,12 +2,9 @@
 
 import json
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from agentft.data.grammar import MARK, Call, Observation, Text
 from agentft.data.records import Conversation, Origin, Rejection, read_record
@@ -267,18 +264,12 @@ def fuzz_bytes(count: int, seed: int, path: Path) -> tuple[int, int]:
     return kept, dropped
 
 
-def test_two_thousand_mutated_records_raise_nothing(tmp_path: Path) -> None:
-    kept, dropped = fuzz(1_500, seed=1)
-    assert min(kept, dropped) > 150, "the mutations must reach both outcomes"
-    kept, dropped = fuzz_bytes(500, 2, tmp_path / "fuzz.jsonl")
-    assert min(kept, dropped) > 50
-
-
-@pytest.mark.slow
 def test_twenty_thousand_mutated_records_raise_nothing(tmp_path: Path) -> None:
-    started = time.process_time()
-    outcomes = [fuzz(16_000, seed=3), fuzz_bytes(4_000, 4, tmp_path / "fuzz.jsonl")]
-    print(f"\nkept and rejected {outcomes} in {time.process_time() - started:.0f} s")
+    kept, dropped = fuzz(16_000, seed=3)
+    assert kept + dropped == 16_000
+    assert min(kept, dropped) > 1_600, "the mutations must reach both outcomes"
+    kept, dropped = fuzz_bytes(4_000, 4, tmp_path / "fuzz.jsonl")
+    assert min(kept, dropped) > 400
 
 
 def test_a_foreign_text_never_becomes_trainable() -> None:

@@ -100,3 +100,12 @@ def test_a_kind_that_does_not_occur_is_null_and_nothing_at_all_is_refused(model,
     assert found.to_json(draws=20, seed=0)["metrics"]["perplexity_call"]["value"] is None
     with pytest.raises(DataError, match="no labelled token"):
         measure_likelihood(model, [Example("x", examples[0].input_ids, ())], batch=1, pad_id=0)
+
+
+def test_pieces_of_one_conversation_are_drawn_together(model, examples):
+    found = measure_likelihood(model, examples, batch=4, pad_id=0)
+    piece_of = {example.id: f"whole {at // 2}" for at, example in enumerate(examples)}
+    apart, joined = (found.to_json(draws=100, seed=1, piece_of=of)["metrics"]["loss"] for of in (None, piece_of))
+    assert (joined["value"], joined["numerator"]) == pytest.approx((apart["value"], apart["numerator"]))
+    assert apart["conversations"] == len(examples)
+    assert joined["conversations"] == math.ceil(len(examples) / 2)

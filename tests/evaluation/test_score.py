@@ -130,3 +130,10 @@ def test_scoring_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["step_em"]["value"] == 1.0
+
+
+def test_pieces_are_one_conversation_where_the_file_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = [STEP | {"conversation_id": f"long/{n}"} for n in (1, 2)]
+    for given, conversations in ((pieces, 2), ([each | {"piece_of": "long"} for each in pieces], 1)):
+        assert main([str(write(tmp_path, *given)), "--json", "--draws", "20"]) == 0
+        assert json.loads(capsys.readouterr().out)["counts"]["conversations"] == conversations

@@ -208,3 +208,40 @@ def test_runs_on_different_exams_are_refused() -> None:
         compare_runs([*a, a[0]], a)
     with pytest.raises(EvaluationError, match="without scored steps"):
         compare_runs(a, [])
+
+
+def pieces_and_wholes(seed: int) -> tuple[list[StepScore], list[StepScore]]:
+    """60 conversations of 4 alike steps: each asked in two pieces, and the same steps each as one conversation."""
+    rng = random.Random(seed)
+    pieces, wholes = [], []
+    for i in range(60):
+        chance = rng.random()
+        for step in range(4):
+            words = {"reference": RIGHT, "prediction": RIGHT if rng.random() < chance else WRONG}
+            name, part = f"c{i:03}", f"c{i:03}/{step // 2 + 1}"
+            wholes.append(StepRecord(conversation_id=name, step=step, **words))
+            pieces.append(StepRecord(conversation_id=part, piece_of=name, step=step % 2, **words))
+    return score_records(pieces), score_records(wholes)
+
+
+def test_pieces_of_one_conversation_are_one_in_every_interval() -> None:
+    pieces, wholes = pieces_and_wholes(1)
+    joined, whole = (aggregate(scores, draws=500, seed=0) for scores in (pieces, wholes))
+    for name in ("tool_acc", "param_em", "arg_f1", "conv_em", "plan_acc"):
+        assert joined.metrics[name] == whole.metrics[name]
+    assert joined.counts == whole.counts
+    assert joined.signature == whole.signature
+    apart = aggregate([dataclasses.replace(s, piece_of=None) for s in pieces], draws=500, seed=0)
+    narrow, wide = (found.metrics["param_em"] for found in (apart, whole))
+    assert apart.counts["conversations"] == 2 * whole.counts["conversations"]
+    assert narrow.high - narrow.low < 0.9 * (wide.high - wide.low), "taken apart, they claim to know more than they do"
+
+
+def test_pieces_are_one_in_paired_tests_even_where_one_run_does_not_know_them() -> None:
+    (a, a_whole), (b, b_whole) = pieces_and_wholes(1), pieces_and_wholes(2)
+    expected = compare_runs(a_whole, b_whole, draws=500, seed=0)
+    unaware = [dataclasses.replace(score, piece_of=None) for score in a]
+    for left, right in ((a, b), (unaware, b)):
+        found = compare_runs(left, right, draws=500, seed=0)
+        assert found.metrics == expected.metrics
+        assert found.conversations == 60
