@@ -61,7 +61,7 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dic
     from agentft.data.tokens import IGNORE_INDEX
     from agentft.model import adapters
     from agentft.model.config import Attention, LoraConfig, ModelConfig, ModelSource
-    from agentft.model.load import choose_attention, load_model, load_tokenizer, locate_model
+    from agentft.model.load import choose_attention, choose_kernels, load_model, load_tokenizer, locate_model
     from agentft.training.loss import LabelledLoss
 
     device = runtime.set_up(threads)
@@ -72,11 +72,13 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dic
     attention = Attention.auto if variant == "agentft" else Attention.sdpa
     name = choose_attention(attention, device, torch.bfloat16)
     model: Any = load_model(files, config, device=device, dtype=torch.bfloat16, attention=name)
+    lora = LoraConfig(name="lora", default_learning_rate=1e-3)
+    kernels = choose_kernels(config, lora, device, torch.bfloat16) if variant == "agentft" else None
     if variant != "agentft":
-        adapters.fuse_layers = lambda _: 0  # type: ignore[attr-defined]
+        adapters.fuse_layers = lambda *_: 0  # type: ignore[attr-defined]
     runtime.seed_everything(0)
-    model = adapters.prepare_for_training(model, LoraConfig(name="lora", default_learning_rate=1e-3), config).train()
-    objective = LabelledLoss(model)
+    model = adapters.prepare_for_training(model, lora, config, kernels).train()
+    objective = LabelledLoss(model, kernels=kernels)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def plain_loss(batch: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from agentft.errors import ConfigError
 from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, SftConfig
 from agentft.model.freeze import train_last_blocks
 from agentft.model.lora import attach_lora, save_adapter
+from agentft.model.native import Kernels
 from agentft.model.pissa import is_start
 
 if TYPE_CHECKING:
@@ -26,15 +27,17 @@ class ParameterCount:
         return f"{self.trained:,} of {self.total:,} parameters are trained ({self.trained / self.total:.2%})"
 
 
-def prepare_for_training(model: Any, sft: SftConfig, model_config: ModelConfig) -> torch.nn.Module:
-    """Make `model` trainable as `sft` says; what is trained is kept in fp32.
+def prepare_for_training(
+    model: Any, sft: SftConfig, model_config: ModelConfig, kernels: Kernels | None = None
+) -> torch.nn.Module:
+    """Make `model` trainable as `sft` says; what is trained is kept in fp32. `kernels` compute parts of what is frozen.
 
     Raises:
         ConfigError: the model has no such layers.
     """
     match sft:
         case LoraConfig():
-            trainable = attach_lora(model, sft, model_config)
+            trainable = attach_lora(model, sft, model_config, kernels)
         case FullConfig():
             trainable = model.float()
             trainable.requires_grad_(True)

@@ -44,7 +44,7 @@ class TiledCausalAttention(torch.autograd.Function):
         key, value = (x.reshape(batch * groups, length, width) for x in (key_BGTD, value_BGTD))
         out = torch.empty_like(query)
         kept: list[torch.Tensor] = []
-        ctx.tiles = list(_tiles(boundaries or (0, length)))
+        ctx.tiles = list(tiles(boundaries or (0, length)))
         keep = max(stop - first for first, _, stop in ctx.tiles) <= KEEP_UP_TO
         for first, start, stop in ctx.tiles:
             weights = _weights(query, key, first, start, stop)
@@ -84,7 +84,7 @@ class TiledCausalAttention(torch.autograd.Function):
         )
 
 
-def _tiles(boundaries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def tiles(boundaries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """First key that a tile of queries sees, its first query, and the position after its last one."""
     for first, end in pairwise(boundaries):
         for start in range(first, end, TILE):

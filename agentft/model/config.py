@@ -41,6 +41,14 @@ class Attention(StrEnum):
     eager = "eager"
 
 
+class KernelChoice(StrEnum):
+    auto = "auto"
+    """Compiled where adapters are trained in bf16 on a CPU and a C compiler is there; the choice is printed."""
+    compiled = "compiled"
+    """Compiled, or refuse."""
+    torch = "torch"
+
+
 @dataclass(kw_only=True)
 class RandomShape:
     """Shape of a model with random weights."""
@@ -91,6 +99,9 @@ class ModelConfig:
     """Number format of the weights that are loaded and of the computation."""
     attention: Attention = Attention.auto
     """Implementation of attention. The old script's `use_flash_attn` is `auto`: flash where it is there and fits."""
+    kernels: KernelChoice = KernelChoice.auto
+    """What computes norms, rotary positions, activations, softmax and dropout of a frozen model: torch, or our C code, which
+    is built once a machine; see docs/performance.md."""
     offline: bool = False
     """Use what earlier runs have downloaded, and never the network."""
     allow_pickle: bool = False

@@ -13,10 +13,20 @@ from agentft.errors import ModelError
 from agentft.model import attention as tiled_attention
 from agentft.model import conversion
 from agentft.model.cache import build_once, cache_root
-from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource, RandomShape
+from agentft.model.config import (
+    Attention,
+    Dtype,
+    KernelChoice,
+    LoraConfig,
+    ModelConfig,
+    ModelSource,
+    RandomShape,
+    SftConfig,
+)
 from agentft.model.file_names import read_json
 from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
 from agentft.model.hub_clients import HuggingFace, ModelScope
+from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
 from agentft.model.remote_code import check_remote_code
@@ -182,6 +192,28 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
             return name
         case _:
             return str(requested)
+
+
+def choose_kernels(config: ModelConfig, sft: SftConfig, device: Device, dtype: torch.dtype) -> Kernels | None:
+    """Load the compiled row-wise functions where they serve, or None, and say what `auto` took.
+
+    Raises:
+        ModelError: `compiled` was asked for and cannot run here.
+    """
+    import torch
+
+    fits = device.kind == "cpu" and dtype is torch.bfloat16 and isinstance(sft, LoraConfig)
+    if config.kernels is KernelChoice.torch or (config.kernels is KernelChoice.auto and not fits):
+        return None
+    kernels = load_kernels(config.cache_dir) if fits else None
+    if config.kernels is KernelChoice.auto:
+        log.info("model.kernels=auto: %s", "torch" if kernels is None else "compiled")
+    elif kernels is None:
+        raise ModelError(
+            "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names); "
+            "model.kernels=auto takes torch where one of them is missing"
+        )
+    return kernels
 
 
 def load_model(

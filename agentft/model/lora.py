@@ -10,6 +10,7 @@ from typing import Any
 from agentft.errors import ConfigError
 from agentft.model.config import ALL_LINEAR, LoraConfig, LoraStart, ModelConfig
 from agentft.model.fused import fuse_layers
+from agentft.model.native import Kernels
 from agentft.model.pissa import START, begin_with_principal_part, fold_start
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
+def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig, kernels: Kernels | None = None) -> Any:
     """Freeze `model` and put adapters beside the layers that `sft.targets` names.
 
     Raises:
@@ -31,7 +32,7 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    fuse_layers(adapted)
+    fuse_layers(adapted, kernels)
     _say_what_is_not_fused(adapted)
     return adapted
 

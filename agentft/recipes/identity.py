@@ -40,6 +40,7 @@ def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any
         "tokenizer": tokenizer_fingerprint(bench.tokenizer),
         "sft_type": asdict(config.sft_type),
         "dtype": str(bench.dtype),
+        "kernels": "torch" if bench.kernels is None else "compiled",
         "seed": config.seed,
         "processes": config.distributed.processes,
         "threads": bench.device.threads,

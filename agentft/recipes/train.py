@@ -24,10 +24,12 @@ from agentft.model.load import (
     ModelFiles,
     choose_attention,
     choose_dtype,
+    choose_kernels,
     load_model,
     load_tokenizer,
     locate_model,
 )
+from agentft.model.native import Kernels
 from agentft.model.quantization import quantization_config
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
@@ -73,6 +75,8 @@ class Bench:
     stop_id: int
     data: PreparedData
     model: torch.nn.Module
+    kernels: Kernels | None = None
+    """Compiled parts that compute with torch, where they serve."""
 
     @property
     def pad_id(self) -> int:
@@ -163,6 +167,7 @@ def set_up_bench(config: TrainConfig) -> Bench:
     dtype = choose_dtype(config.model.dtype, device)
     attention = choose_attention(config.model.attention, device, dtype)
     quantization = quantization_config(config.sft_type, dtype)
+    kernels = choose_kernels(config.model, config.sft_type, device, dtype)
     files = locate_model(config.model)
     tokenizer = load_tokenizer(files, config.model)
     template = choose_template(config.model.template, tokenizer, config.model.stop_token)
@@ -173,9 +178,10 @@ def set_up_bench(config: TrainConfig) -> Bench:
     model = load_model(
         files, config.model, device=device, dtype=weights_dtype, attention=attention, quantization=quantization
     )
-    model = prepare_for_training(model, config.sft_type, config.model)
+    model = prepare_for_training(model, config.sft_type, config.model, kernels)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
-    return Bench(device, dtype, files, tokenizer, template, encoder.special_id(template.stop_token), data, model)
+    stop_id = encoder.special_id(template.stop_token)
+    return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, kernels)
 
 
 def _exam_before(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam | None:
@@ -207,7 +213,10 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, si
     mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
     fp16 = bench.dtype is torch.float16
     objective = LabelledLoss(
-        bench.model, autocast=bench.dtype if mixed else None, rate_factors=rate_factors(config.sft_type)
+        bench.model,
+        autocast=bench.dtype if mixed else None,
+        rate_factors=rate_factors(config.sft_type),
+        kernels=bench.kernels,
     )
     checkpointing = training.gradient_checkpointing
     if checkpointing or (checkpointing is None and bench.device.is_cuda):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agentft.data.batches import Batch
 from agentft.data.tokens import IGNORE_INDEX
+from agentft.model.native import Kernels
 
 CHUNK = 1024
 """Labelled positions whose logits exist at once; of several chunks each is recomputed in the backward pass."""
@@ -33,16 +34,19 @@ class LabelledLoss(nn.Module):
         *,
         autocast: torch.dtype | None = None,
         rate_factors: Mapping[str, float] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         """Wrap `model`.
 
         Args:
             autocast: Matrix products of fp32 weights run in this dtype.
             rate_factors: For the optimiser: part of a parameter's name -> its learning rate over the others'.
+            kernels: Compute the loss behind a frozen head in bf16.
         """
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.kernels = kernels
         self.rate_factors = dict(rate_factors or {})
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -62,6 +66,7 @@ class LabelledLoss(nn.Module):
                 targets_BT[labelled_BT],
                 output_head(self.model),
                 None if weights_BT is None else weights_BT[:, 1:][labelled_BT],
+                self.kernels,
             )
             return loss
 
@@ -84,9 +89,17 @@ def packed_arguments(batch: Batch) -> dict[str, Any]:
 
 
 def chunked_cross_entropy(
-    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, weights_N: torch.Tensor | None = None
+    hidden_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    head: nn.Module,
+    weights_N: torch.Tensor | None = None,
+    kernels: Kernels | None = None,
 ) -> torch.Tensor:
     """Sum the cross-entropy of `head(hidden)` against `targets` over N positions, `CHUNK` of them at a time."""
+    if kernels is not None and _is_frozen_linear(head) and hidden_ND.dtype is torch.bfloat16:
+        inputs = (hidden_ND, head.weight, targets_N, weights_N, kernels)
+        compiled: torch.Tensor = FrozenHeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
+        return compiled
     if len(targets_N) <= CHUNK:
         return _summed(hidden_ND, targets_N, head, weights_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -95,6 +108,44 @@ def chunked_cross_entropy(
         weights = None if weights_N is None else weights_N[piece]
         total = total + checkpoint(_summed, hidden_ND[piece], targets_N[piece], head, weights, use_reentrant=False)
     return total
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy behind a frozen head, whose gradient is made in the forward pass: no logits outlive their chunk."""
+
+    CHUNK = 256
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        weights_N: torch.Tensor | None,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        """Return the loss, fp32."""
+        total = torch.zeros((), dtype=torch.float32)
+        gradients = []
+        for at in range(0, len(targets_N), FrozenHeadLoss.CHUNK):
+            piece = slice(at, at + FrozenHeadLoss.CHUNK)
+            logits_NV = functional.linear(hidden_ND[piece], weight_VD)
+            weights = None if weights_N is None else weights_N[piece]
+            total += kernels.cross_entropy_(logits_NV, targets_N[piece], weights).sum()
+            gradients.append(logits_NV @ weight_VD)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden_ND))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradients[0], None, None, None, None
+
+
+def _is_frozen_linear(head: Any) -> bool:
+    return (
+        type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and head.weight.is_contiguous()
+    )
 
 
 def _summed(
