@@ -181,7 +181,8 @@ def step_batches(job: Job, number: int, micro_batch: int) -> list[Batch]:
     world = job.engine.world
     indices = job.plan.step(number)
     lengths = {i: len(job.examples[i]) for i in indices}
-    groups = step_groups(indices, lengths, micro_batch=micro_batch, row_tokens=job.row_tokens)
+    row_tokens = job.row_tokens and job.row_tokens * micro_batch // job.config.micro_batch
+    groups = step_groups(indices, lengths, micro_batch=micro_batch, row_tokens=row_tokens)
     shares = share_out([sum(lengths[i] for i in group) for group in groups], world.size)
     batches = [_collate(job, groups[at]) for at in shares[world.rank]]
     idle = max(map(len, shares)) - len(batches)

@@ -143,9 +143,9 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 def _is_frozen_linear(head: Any) -> bool:
-    return (
-        type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and head.weight.is_contiguous()
-    )
+    is_linear = bool(type(head) is nn.Linear)
+    bias: Any = getattr(head, "bias", None)
+    return is_linear and bias is None and not head.weight.requires_grad and bool(head.weight.is_contiguous())
 
 
 def _summed(
