@@ -1,0 +1,108 @@
+"""A process that has imported everything and forks one training a time, so that a trial costs no imports.
+
+Reads one JSON object a line: `settings` (overrides, composed on top of `BASE`), `run_dir`, `log`, `sabotage`. Answers with
+the child's process id, and with its exit status when it has ended. Nothing here computes a gradient before the fork, and
+torch has one thread: a forked child then computes what a fresh process computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+torch.set_num_threads(1)
+
+import sabotage  # noqa: E402
+
+from agentft.config import compose, to_train_config  # noqa: E402
+from agentft.errors import AgentftError  # noqa: E402
+from agentft.recipes.config import TrainConfig  # noqa: E402
+from agentft.recipes.train import set_up_bench, train  # noqa: E402
+
+BASE = [
+    "model=tiny",
+    "model.shape.hidden=32",
+    "model.shape.intermediate=64",
+    "dataset=local",
+    f"dataset.path={Path(__file__).resolve().parents[1] / 'golden' / 'conversations.jsonl'}",
+    "dataset.test_ratio=0.2",
+    "sft_type.dropout=0.1",
+    "training.accumulation=2",
+    "training.micro_batch=1",
+    "training.max_steps=18",
+    "training.logging_steps=1",
+    "training.save_steps=3",
+    "training.learning_rate=0.01",
+    "evaluation.steps=5",
+    "evaluation.before=false",
+    "evaluation.after=false",
+    "tracking=disabled",
+    "threads=1",
+    "run_dir=runs/none",
+]
+
+
+@functools.cache
+def composed(settings: tuple[str, ...]) -> TrainConfig:
+    """Compose `BASE` and `settings`; Hydra takes longer than a small training step."""
+    given = {setting.partition("=")[0] for setting in settings}
+    kept = [setting for setting in BASE if setting.partition("=")[0] not in given]
+    if any(setting == "sft_type=full" for setting in settings):
+        kept.remove("sft_type.dropout=0.1")
+    return to_train_config(compose("train", [*kept, *settings]))
+
+
+def run_child(request: dict) -> int:
+    """Train as the entry point does and return the exit code that it would give."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    if request.get("cwd"):
+        os.chdir(request["cwd"])
+    os.environ.update(request.get("environment", {}))
+    sabotage.apply(request.get("sabotage", []))
+    try:
+        train(dataclasses.replace(composed(tuple(request.get("settings", []))), run_dir=request["run_dir"]))
+    except AgentftError as error:
+        print(f"{type(error).__name__}: {error}")
+        return 1
+    except KeyboardInterrupt as error:
+        print(error)
+        return getattr(error, "exit_code", 130)
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+def main() -> None:
+    warm = composed(())
+    set_up_bench(warm)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        composed(tuple(request.get("settings", [])))
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                code = run_child(request)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(json.dumps({"pid": pid}), flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
