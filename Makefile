@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test test-slow check format real sweep clean
+.PHONY: help install quickstart test test-slow faults check format real sweep clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,11 @@ quickstart: install  ## Fine-tune a real model on generated conversations and sh
 
 test: install  ## Run the default tests.
 	$(BIN)/python -m pytest
+
+faults: install  ## Run the whole fault matrix and write its table (about 25 minutes of CPU).
+	rm -f faults.jsonl
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" --faults-ledger=faults.jsonl
+	$(BIN)/python tests/faults/table.py faults.jsonl
 
 test-slow: install  ## Run the longer experiments.
 	$(BIN)/python -m pytest -m slow

@@ -334,6 +334,7 @@ def _parse_arguments() -> argparse.Namespace:
         raise ConfigError(re.sub(r"=\S*", "=...", message) + _hint_for_flags(message))
 
     parser.error = refuse  # type: ignore[method-assign]
+    sys.argv[1:] = _with_packaged_folder(sys.argv[1:])
     arguments = parser.parse_args()
     if arguments.config_path is not None:
         raise ConfigError("--config-path: not supported; --config-dir adds a folder to conf/")
@@ -342,6 +343,16 @@ def _parse_arguments() -> argparse.Namespace:
     if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
         raise ConfigError(f"--config-dir {arguments.config_dir}: no such folder")
     return arguments
+
+
+def _with_packaged_folder(words: Sequence[str]) -> list[str]:
+    """`--config-dir sweeps` where no such folder is here: the one that came with agentft."""
+    found = list(words)
+    for i, word in enumerate(found[:-1]):
+        folder = conf_dir().parent / found[i + 1]
+        if word in ("--config-dir", "-cd") and not Path(found[i + 1]).is_dir() and folder.is_dir():
+            found[i + 1] = str(folder)
+    return found
 
 
 OLD_OPTIONS = {
@@ -781,8 +792,8 @@ def help_text(program: str, config_name: str, config_dir: str | None = None) -> 
     for entry in yaml.safe_load((conf_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]:
         if isinstance(entry, dict):
             defaults.update({group.removeprefix("optional "): option for group, option in entry.items()})
-    program = _AS_MODULES.get(config_name, program)
-    lines = [f"usage: python {program} [flags] [group=option ...] [setting=value ...]", ""]
+    started = f"python {_AS_MODULES.get(config_name, program)}" if program.endswith(".py") else program
+    lines = [f"usage: {started} [flags] [group=option ...] [setting=value ...]", ""]
     lines.append("Groups and their options (* is the default):")
     for group, default in defaults.items():
         for i, option in enumerate(options(group, folders)):
@@ -790,7 +801,10 @@ def help_text(program: str, config_name: str, config_dir: str | None = None) -> 
             star = "*" if option == default else " "
             words = textwrap.shorten(_first_sentence(path), 80, placeholder=" ...")
             lines.append(f"  {group if i == 0 else '':<12} {star}{option:<20} {words}")
-    lines += ["", "Examples:", _EXAMPLES.get(config_name, "").rstrip(), ""]
+    examples = _EXAMPLES.get(config_name, "").rstrip()
+    if not program.endswith(".py"):
+        examples = re.sub(r"python (-m agentft\.|)(\w+)(\.py|)(?= )", r"agentft-\2", examples)
+    lines += ["", "Examples:", examples, ""]
     lines += [
         "Flags, before all settings:",
         "  --cfg job          print the composed settings and stop; with --resolve, references replaced",

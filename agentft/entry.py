@@ -1,0 +1,32 @@
+"""The entry points that compose a config: `train.py` and `evaluate.py`, installed `agentft-train` and `agentft-evaluate`."""
+
+from __future__ import annotations
+
+import sys
+
+from agentft.config import EvaluateConfig, TrainConfig, compose_and_run
+from agentft.recipes.as_trained import with_run_settings
+
+
+def train() -> None:
+    """Fine-tune a model by the command line."""
+    compose_and_run("train", TrainConfig, _train)
+
+
+def evaluate() -> None:
+    """Answer a run's held-out conversations again and score them, by the command line."""
+    sys.argv[1:] = with_run_settings(sys.argv[1:])
+    compose_and_run("evaluate", EvaluateConfig, _evaluate)
+
+
+def _train(config: TrainConfig) -> float:
+    # Imported here: composing, refusing a typo and --help must not wait for torch.
+    from agentft.recipes.train import train
+
+    return train(config).objective
+
+
+def _evaluate(config: EvaluateConfig) -> float:
+    from agentft.recipes.evaluate import evaluate
+
+    return evaluate(config).objective

@@ -1,0 +1,101 @@
+"""The wheel: everything a run needs is inside, and its commands work from any folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout[-1500:]}{done.stderr[-2500:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("building a wheel without the network needs setuptools in this environment")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("agentft", "conf", "sweeps"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source / file)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source, cwd=target)
+    (made,) = target.glob("agentft-*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the commands of an environment that has the wheel, and this one's packages behind it."""
+    environment = tmp_path_factory.mktemp("with space and ü") / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=wheel.parent)
+    python = environment / "bin" / "python"
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
+    return python.parent
+
+
+@pytest.fixture(autouse=True)
+def _the_checkout_is_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
+def test_the_wheel_holds_every_module_and_every_config(wheel: Path):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
+        assert f"agentft/{file.relative_to(ROOT)}" in names
+    for file in (ROOT / "agentft").rglob("*.py"):
+        assert str(file.relative_to(ROOT)) in names
+    beside = {name.split("/")[0] for name in names} - {"agentft"}
+    assert all(name.endswith(".dist-info") for name in beside), f"the wheel puts {beside} beside the package"
+
+
+def test_every_command_exists_and_can_be_loaded(installed: Path, tmp_path: Path):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    named = {"train", "evaluate", "compare", "audit", "score", "read", "dashboard"}
+    assert {f"agentft-{name}" for name in named} <= scripts.keys()
+    for script in scripts:
+        assert (installed / script).is_file()
+    code = "import importlib; " + "; ".join(
+        f"getattr(importlib.import_module('{target.partition(':')[0]}'), '{target.partition(':')[2]}')"
+        for target in scripts.values()
+    )
+    where = run(installed / "python", "-c", code + "; import agentft; print(agentft.__file__)", cwd=tmp_path).stdout
+    assert str(installed.parent) in where
+
+
+def test_the_installed_command_composes_from_its_own_configs_and_finds_the_launcher(installed: Path, tmp_path: Path):
+    shown = run(installed / "agentft-train", "--cfg", "job", "sft_type.rank=5", cwd=tmp_path).stdout
+    assert "rank: 5" in shown
+    hydra = run(installed / "agentft-train", "--cfg", "hydra", cwd=tmp_path).stdout
+    assert "hydra_plugins.agentft_launcher.AgentftLauncher" in hydra
+    sweep = ("--config-dir", "sweeps", "--config-name", "lora_rank")
+    assert "sft_type" in run(installed / "agentft-train", *sweep, "--cfg", "job", cwd=tmp_path).stdout
+    assert run(installed / "agentft-train", "--help", cwd=tmp_path).stdout.startswith("usage: agentft-train [flags]")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_installed_commands_train_compare_and_sweep(installed: Path, tmp_path: Path):
+    small = ["model=tiny", "model.shape.hidden=32", "dataset.conversations=8", "dataset.heldout=2", "tracking=disabled"]
+    small += ["training.max_steps=2", "evaluation.before=false", "evaluation.conversations=1", "threads=1"]
+    run(installed / "agentft-train", *small, "run_dir=one", cwd=tmp_path)
+    assert (tmp_path / "one" / "final" / "adapter_model.safetensors").is_file()
+    run(installed / "agentft-evaluate", "run=one", cwd=tmp_path)
+    run(installed / "agentft-train", "-m", *small, "seed=1,2", "hydra.sweep.dir=two", cwd=tmp_path)
+    assert "seed" in run(installed / "agentft-compare", "two", cwd=tmp_path).stdout
