@@ -17,8 +17,10 @@ import numpy as np
 
 from agentft.data.config import DatasetConfig
 from agentft.data.findings import Findings
+from agentft.data.fit import Fitted, Outcome
+from agentft.data.fit_account import FitAccount, Fitting
 from agentft.data.grammar import Call, Observation, Part
-from agentft.data.label_trace import trace_labels
+from agentft.data.label_trace import LabelProblem, trace_labels
 from agentft.data.overlap import Ledger
 from agentft.data.records import Conversation, Origin, Rejection
 from agentft.data.render import Kind, Segment
@@ -85,6 +87,10 @@ class Statistics:
     offered_per_conversation: Counter[int] = field(default_factory=Counter)
     called_per_conversation: Counter[int] = field(default_factory=Counter)
     steps: int = 0
+    fitting: dict[str, Fitting] = field(default_factory=dict)
+    """`train` and `heldout`: what fitting to `dataset.max_length` makes of them, as a training run would."""
+    shown_by_source: dict[str, Counter[str]] = field(default_factory=dict)
+    """Source as it was given -> part -> conversations, in training as often as an epoch shows them."""
     heldout_turns_compared: int = 0
 
     def by_source(self) -> dict[str, Tally]:
@@ -118,6 +124,9 @@ class Audit:
         self._stop_token = stop_token
         self._verbatim = verbatim
         self._ledger = Ledger()
+        self._fits = FitAccount()
+        self.unfit: list[Rejection] = []
+        """Conversations that fitting sets aside; known when the audit is finished."""
         self._sample_size = sample
         self._sample: list[tuple[int, int, Seen]] = []
         self._exemplary: dict[str, Seen] = {}
@@ -129,34 +138,50 @@ class Audit:
         if rejection.reason in _OF_REJECTIONS:
             self.findings.add(_OF_REJECTIONS[rejection.reason], rejection.origin, rejection.id, rejection.detail)
 
-    def add(
-        self, conversation: Conversation, segments: Sequence[Segment], example: Example, *, heldout: bool
-    ) -> Rejection | None:
-        """Take in one conversation; the rejection that a training run would answer with, or None."""
-        seen = Seen(conversation, tuple(segments), example)
-        labels = example.labels
-        trained = int((labels != IGNORE_INDEX).sum())
+    def add(self, seen: Seen, *, fitted: Fitted, as_heldout: Fitted, heldout: bool) -> None:
+        """Take in one conversation.
+
+        Args:
+            seen: The conversation as a whole, whatever its length.
+            fitted: What training would make of it.
+            as_heldout: What the held-out part would.
+            heldout: It comes from the held-out source of two.
+        """
+        conversation, example = seen.conversation, seen.example
+        trained = int((example.labels != IGNORE_INDEX).sum())
         self._count(conversation, seen, trained)
         self._check_turns(seen)
         self._check_calls(seen)
         self._check_tools(seen)
-        problem = trace_labels(
-            conversation,
-            example.input_ids,
-            labels,
-            self._text,
-            stop_token=self._stop_token,
-            verbatim=self._verbatim,
-        )
-        if problem is not None:
+        if (problem := self._trace(fitted, trained)) is not None:
             self._find(problem.code, seen, problem.detail)
         self._ledger.add(conversation, heldout=heldout)
+        self._fits.add(
+            tokens=len(example), trained=trained, steps=len(example.steps()), train=fitted, heldout=as_heldout
+        )
         self._keep_in_sample(seen)
-        if len(example) <= self._config.max_length:
-            return None
-        detail = f"{len(example)} tokens, dataset.max_length is {self._config.max_length}"
-        self._find("too_long", seen, detail)
-        return Rejection(conversation.origin, "too_long", detail, id=conversation.id)
+        if len(example) > self._config.max_length:
+            made = {Outcome.spread: f"split into {len(fitted.pieces)}"}.get(fitted.outcome, str(fitted.outcome))
+            detail = f"{len(example):,} tokens, dataset.max_length is {self._config.max_length:,}; in training: {made}"
+            self._find("too_long", seen, detail, topic=made.split(" into")[0])
+
+    def _trace(self, fitted: Fitted, trained: int) -> LabelProblem | None:
+        """Follow the labels that training would see back to the record: those of all examples made of it."""
+        if not trained:
+            return LabelProblem("no_label", "no token of this conversation has a label")
+        for piece in fitted.pieces:
+            problem = trace_labels(
+                piece.conversation,
+                piece.example.input_ids,
+                piece.example.labels,
+                self._text,
+                stop_token=self._stop_token,
+                verbatim=self._verbatim,
+                context_rounds=piece.example.context_rounds,
+            )
+            if problem is not None:
+                return problem
+        return None
 
     def finish(self, report: ReadReport, *, separate: bool, similarity: float) -> None:
         """Settle duplicates, split and losses; `separate`: the held-out part had a source of its own."""
@@ -172,9 +197,15 @@ class Audit:
             self.findings, split=config.split, test_ratio=config.test_ratio, seed=config.seed, separate=separate
         )
         self._count_parts()
+        self._count_fitting(report)
         ledger.find_duplicates(self.findings)
         self.statistics.heldout_turns_compared = ledger.find_near_duplicates(self.findings, similarity)
         self._check_losses(report.rows)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Usable conversations in neither part, by reason."""
+        return self._ledger.left_out
 
     def part_of(self, name: str) -> str:
         """Where the split put the conversation of that id."""
@@ -283,9 +314,24 @@ class Audit:
             tally.tokens += lengths[index]
             tally.too_long += lengths[index] > self._config.max_length
 
+    def _count_fitting(self, report: ReadReport) -> None:
+        """Sum up what fitting makes of each part, and list what it sets aside."""
+        ledger, statistics = self._ledger, self.statistics
+        for index in range(len(ledger)):
+            part = ledger.part_of(index)
+            times = 0 if part == "neither" else ledger.showings(index)
+            if times:
+                into = statistics.fitting.setdefault(part, Fitting())
+                self._fits.count(index, into, heldout=part == "heldout", times=times)
+            source = report.source_of(ledger.origin(index))
+            statistics.shown_by_source.setdefault(source, Counter())[part] += times
+        for index, as_heldout, (reason, detail) in self._fits.set_aside():
+            if ledger.part_of(index) == ("heldout" if as_heldout else "train"):
+                self.unfit.append(Rejection(ledger.origin(index), reason, detail, id=ledger.ids[index]))
+
     def _check_losses(self, rows: int) -> None:
         # As a training run counts: a repetition is no loss.
-        lost = self.rejections.total() - self.rejections["duplicate"] + self.statistics.whole.too_long
+        lost = self.rejections.total() - self.rejections["duplicate"] + len(self.unfit)
         if rows and lost / rows > self._config.max_rejected:
             detail = (
                 f"{lost:,} of {rows:,} rows ({lost / rows:.1%}), dataset.max_rejected={self._config.max_rejected} "

@@ -39,13 +39,21 @@ class _Step:
 
 
 def trace_labels(
-    conversation: Conversation, input_ids: Ids, labels: Ids, text: TokenText, *, stop_token: str, verbatim: bool
+    conversation: Conversation,
+    input_ids: Ids,
+    labels: Ids,
+    text: TokenText,
+    *,
+    stop_token: str,
+    verbatim: bool,
+    context_rounds: int = 0,
 ) -> LabelProblem | None:
     """Compare the labels of an example with the texts of its conversation; None where every label is right.
 
     Args:
         verbatim: the template keeps the agent's words letter by letter, and ends each step with `stop_token`. Where it
             does not, only foreign text under a label is an error; what cannot be compared is `label_untraced`.
+        context_rounds: Rounds at the start whose words have no labels here; another example of the conversation has them.
     """
     labelled = labels != IGNORE_INDEX
     if not labelled.any():
@@ -56,7 +64,7 @@ def trace_labels(
     if text.unknown_id is not None and (input_ids == text.unknown_id).any():
         return LabelProblem("label_untraced", "the tokenizer does not know some characters")
     masked, trained = _runs(input_ids, labelled, text)
-    steps = _steps(conversation)
+    steps = _steps(conversation, context_rounds)
     if verbatim:
         return _compare(masked, trained, steps, _squeeze(stop_token))
     return _search(masked, trained, steps, conversation)
@@ -74,7 +82,7 @@ def _runs(input_ids: Ids, labelled: np.ndarray, text: TokenText) -> tuple[list[s
     return squeezed[0::2], squeezed[1::2]
 
 
-def _steps(conversation: Conversation) -> list[_Step]:
+def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
     """The conversation as its record has it; the last step has no words, only what comes after the last ones."""
     steps = [_Step()]
     words: list[str] = []
@@ -86,12 +94,14 @@ def _steps(conversation: Conversation) -> list[_Step]:
         words.clear()
         steps[-1].context.append(_squeeze(source))
 
+    rounds = 0
     for message in conversation.messages:
+        rounds += message.role == "user"
         if message.role != "assistant":
             context(message.source)
             continue
         for part in message.parts:
-            if isinstance(part, Observation):
+            if isinstance(part, Observation) or rounds <= context_rounds:
                 context(part.source)
             else:
                 words.append(part.source)

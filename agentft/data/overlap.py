@@ -21,6 +21,7 @@ from agentft.data.config import Split
 from agentft.data.findings import Findings
 from agentft.data.grammar import Call
 from agentft.data.records import Conversation, Origin
+from agentft.data.source_weights import showing_keys
 from agentft.data.splits import divide, keep_apart
 from agentft.errors import DataError
 
@@ -44,6 +45,7 @@ class Ledger:
     def __init__(self) -> None:
         self.ids: list[str] = []
         self._sources: dict[str, int] = {}
+        self._names: list[str] = []
         self._source_of = array("I")
         self._line_of = array("Q")
         self._given = bytearray()
@@ -58,12 +60,16 @@ class Ledger:
         self.parts = np.zeros(0, dtype=np.int8)
         self.left_out: Counter[str] = Counter()
         """Conversations in neither part, by reason."""
+        self._seed = 0
 
     def add(self, conversation: Conversation, *, heldout: bool) -> None:
         """Enter a conversation; `heldout`: its source is the held-out one of two."""
         origin = conversation.origin
         self.ids.append(conversation.id)
-        self._source_of.append(self._sources.setdefault(origin.source, len(self._sources)))
+        if origin.source not in self._sources:
+            self._sources[origin.source] = len(self._names)
+            self._names.append(origin.source)
+        self._source_of.append(self._sources[origin.source])
         self._line_of.append(origin.line)
         self._given.append(heldout)
         self._weights.append(conversation.weight)
@@ -86,10 +92,11 @@ class Ledger:
 
     def origin(self, index: int) -> Origin:
         """Where a conversation comes from."""
-        return Origin(list(self._sources)[self._source_of[index]], self._line_of[index])
+        return Origin(self._names[self._source_of[index]], self._line_of[index])
 
     def assign_parts(self, findings: Findings, *, split: Split, test_ratio: float, seed: int, separate: bool) -> None:
         """Divide as a training run would; `separate`: the held-out part has a source of its own."""
+        self._seed = seed
         lines = cast("Sequence[Conversation]", [_Line(self, index) for index in range(len(self))])
         self.parts = np.full(len(self), _NEITHER, dtype=np.int8)
         try:
@@ -113,6 +120,13 @@ class Ledger:
     def part_of(self, index: int) -> Part:
         """Where the split put a conversation."""
         return _PARTS[int(self.parts[index])]
+
+    def showings(self, index: int) -> int:
+        """How often an epoch shows a conversation; in the held-out part each is shown once."""
+        if self.parts[index] == _HELDOUT:
+            return 1
+        content = self._contents[32 * index : 32 * index + 32].hex()
+        return len(showing_keys(content, self._weights[index], self._seed))
 
     def find_duplicates(self, findings: Findings) -> None:
         """Equal contents and equal user sides: within the whole, and across the split."""

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from agentft import progress
 from agentft.data.audit import Audit, Seen
+from agentft.data.config import DatasetConfig, TooLong
+from agentft.data.fit import Fitted, Outcome, fit_conversations
 from agentft.data.native import choose_template
 from agentft.data.records import Conversation, Rejection
 from agentft.data.render import MsagentTemplate
@@ -60,9 +62,27 @@ class _Desk:
     stop_token: str
 
     def tokenize(self, conversations: list[Conversation]) -> list[Seen]:
+        """Each conversation as a whole, whatever its length."""
         segments = [tuple(self.template.render(conversation)) for conversation in conversations]
         examples = self.encoder.encode([(c.id, s) for c, s in zip(conversations, segments, strict=True)])
         return [Seen(*entry) for entry in zip(conversations, segments, examples, strict=True)]
+
+    def fit(self, conversations: list[Conversation], config: DatasetConfig) -> Iterator[tuple[Seen, Fitted, Fitted]]:
+        """Each conversation as a whole, what training makes of it, and what the held-out part does."""
+
+        def fitted(members: list[Conversation], policy: TooLong) -> Iterator[Fitted]:
+            return fit_conversations(members, self.template, self.encoder, config.max_length, policy)
+
+        in_training = list(fitted(conversations, config.too_long))
+        changed = [each.original for each in in_training if each.outcome is not Outcome.whole]
+        wholes, heldout_policy = iter(self.tokenize(changed)), config.too_long.of_heldout
+        others = fitted(changed, heldout_policy)
+        for each in in_training:
+            if each.outcome is Outcome.whole:
+                segments = tuple(self.template.render(each.original))
+                yield Seen(each.original, segments, each.pieces[0].example), each, each
+            else:
+                yield next(wholes), each, each if config.too_long is heldout_policy else next(others)
 
 
 def audit(config: AuditConfig) -> AuditResult:
@@ -122,12 +142,13 @@ def _look_at_all(config: AuditConfig, desk: _Desk, output: Path, started: float)
                     set_aside(item)
                 else:
                     kept.append((item, heldout))
-            for seen, (_, heldout) in zip(desk.tokenize([c for c, _ in kept]), kept, strict=True):
-                rejection = audit.add(seen.conversation, seen.segments, seen.example, heldout=heldout)
-                if rejection is not None:
-                    set_aside(rejection)
+            fits = desk.fit([conversation for conversation, _ in kept], config.dataset)
+            for (seen, fitted, as_heldout), (_, heldout) in zip(fits, kept, strict=True):
+                audit.add(seen, fitted=fitted, as_heldout=as_heldout, heldout=heldout)
             show(read.rows)
-    audit.finish(read, separate=rows.heldout is not None, similarity=options.similarity)
+        audit.finish(read, separate=rows.heldout is not None, similarity=options.similarity)
+        for rejection in audit.unfit:
+            set_aside(rejection)
     return AuditReport(config, read, audit, output, time.perf_counter() - started)
 
 

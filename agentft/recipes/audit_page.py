@@ -12,15 +12,19 @@ from agentft.data.render import TRAINED_KINDS, Kind
 from agentft.data.token_text import TokenText
 from agentft.recipes.audit_report import (
     BARS_UP_TO_LIMIT,
+    FITTING_COLUMNS,
     PART_NAMES,
+    SOURCE_COLUMNS,
     TALLY_COLUMNS,
     AuditReport,
     by_rounds,
     extent,
+    fitting_rows,
     length_bars,
     mean,
     most_called,
     place,
+    source_rows,
     tally_cells,
 )
 from agentft.recipes.conversation_view import Run, labelled_runs, visible
@@ -145,6 +149,12 @@ def _panels(report: AuditReport) -> Iterable[str]:
     if statistics.lengths:
         words = f"{points}; {over:,} are longer than dataset.max_length={limit:,}"
         yield _panel("Length in tokens", _histogram(length_bars(statistics.lengths, limit), limit), words)
+    if rows := source_rows(report):
+        yield _panel("Sources", _table(("", *SOURCE_COLUMNS), [rows]))
+    if statistics.fitting:
+        policy = report.config.dataset.too_long
+        words = f"dataset.too_long={policy.value}; held-out conversations: {policy.of_heldout.value}"
+        yield _panel("Fitting to max_length", _table(("", *FITTING_COLUMNS), [fitting_rows(statistics)]), words)
     yield _panel("Tokens", _tokens(report))
     groups = [
         [[name, *tally_cells(tally)] for name, tally in group]

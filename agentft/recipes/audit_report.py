@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentft.data.audit import Audit, Statistics, Tally
 from agentft.data.findings import Example, Finding, Level
+from agentft.data.fit import Outcome
 from agentft.data.render import TRAINED_KINDS, Kind
 from agentft.data.sources import ReadReport
 from agentft.recipes.config import AuditConfig
@@ -49,7 +50,7 @@ class AuditReport:
     @property
     def kept_share(self) -> float:
         """Share of the rows that a training run could use."""
-        kept = self.statistics.whole.conversations - self.statistics.whole.too_long
+        kept = self.statistics.whole.conversations - len(self.audit.unfit)
         return kept / self.read.rows if self.read.rows else 0.0
 
     def level_of(self, finding: Finding) -> str:
@@ -70,6 +71,14 @@ class AuditReport:
             "blank_lines": self.read.blank_lines,
             "kept_share": self.kept_share,
             "set_aside": dict(self.audit.rejections.most_common()),
+            "set_aside_in_fitting": dict(Counter(rejection.reason for rejection in self.audit.unfit).most_common()),
+            "too_long": self.config.dataset.too_long.value,
+            "fitting": {part: made.to_json() for part, made in statistics.fitting.items()},
+            "in_neither_part": dict(self.audit.left_out),
+            "sources_read": {
+                name: dataclasses.asdict(count) | dict(statistics.shown_by_source.get(name, {}))
+                for name, count in self.read.sources.items()
+            },
             "notices": dict(self.read.notices.most_common()),
             "whole": dataclasses.asdict(statistics.whole),
             **{
@@ -110,7 +119,8 @@ class AuditReport:
         whole = self.statistics.whole
         return (
             f"{self.read.rows:,} rows: {whole.conversations:,} conversations read, {whole.too_long:,} of them longer "
-            f"than {self.config.dataset.max_length:,} tokens; {self.audit.rejections.total():,} set aside in reading. "
+            f"than {self.config.dataset.max_length:,} tokens; {self.audit.rejections.total():,} set aside in reading, "
+            f"{len(self.audit.unfit):,} in fitting. "
             f"{whole.tokens:,} tokens, {whole.trained:,} trained ({whole.share_trained:.1%}), in {self.seconds:.1f} s"
         )
 
@@ -150,6 +160,39 @@ def tally_cells(tally: Tally) -> list[str]:
     return [*(f"{count:,}" for count in counts), f"{tally.share_trained:.1%}", f"{tally.too_long:,}"]
 
 
+SOURCE_COLUMNS = ("weight", "rows", "kept", "shown in an epoch", "held out")
+
+
+def source_rows(report: AuditReport) -> list[list[str]]:
+    """A row for each of several sources, cells below `SOURCE_COLUMNS`; none where there is one."""
+    if len(report.read.sources) < 2:
+        return []
+    rows = []
+    for name, count in report.read.sources.items():
+        shown = report.statistics.shown_by_source.get(name, Counter())
+        counts = (count.rows, count.kept, shown["train"], shown["heldout"])
+        rows.append([name, f"{count.weight:g}", *(f"{each:,}" for each in counts)])
+    return rows
+
+
+FITTING_COLUMNS = (
+    *(outcome.value.replace("_", " ") for outcome in Outcome),
+    *("examples", "tokens", "trained", "steps kept", "results shortened"),
+)
+
+
+def fitting_rows(statistics: Statistics) -> list[list[str]]:
+    """A row for each part: conversations by outcome, and what comes of them; cells below `FITTING_COLUMNS`."""
+    rows = []
+    for part, made in statistics.fitting.items():
+        outcomes = [f"{made.outcomes[outcome.value]:,}" for outcome in Outcome]
+        trained = f"{made.trained / max(made.tokens, 1):.1%}"
+        steps = f"{made.steps_kept:,} of {made.steps:,}"
+        sums = [f"{made.examples:,}", f"{made.tokens:,}", trained, steps, f"{made.shortened_observations:,}"]
+        rows.append([PART_NAMES[part], *outcomes, *sums])
+    return sorted(rows, reverse=True)
+
+
 def by_rounds(statistics: Statistics) -> list[tuple[str, Tally]]:
     """Groups by number of rounds, fewest first."""
     return sorted(statistics.by_rounds.items(), key=lambda item: int(item[0].split(" ", 1)[0].strip("(") or 0))
@@ -182,6 +225,8 @@ def print_report(report: AuditReport, console: Console) -> None:
     console.print(visible(", ".join(report.read.files[:8]) or config.dataset.name))
     console.print(report.headline())
     _print_groups(report, console)
+    _print_sources(report, console)
+    _print_fitting(report, console)
     _print_tokens(report, console)
     _print_lengths(report, console)
     _print_tools(report, console)
@@ -207,6 +252,26 @@ def _print_groups(report: AuditReport, console: Console) -> None:
             tally = statistics.by_part[name]
             parts.add_row(words, f"{tally.conversations:,}", f"{tally.tokens:,}", f"{tally.too_long:,}")
     console.print(parts)
+
+
+def _print_sources(report: AuditReport, console: Console) -> None:
+    if rows := source_rows(report):
+        table = _table("source", *SOURCE_COLUMNS)
+        for cells in rows:
+            table.add_row(*map(visible, cells))
+        console.print(table)
+
+
+def _print_fitting(report: AuditReport, console: Console) -> None:
+    dataset = report.config.dataset
+    table = _table(f"fitting to {dataset.max_length:,}", *FITTING_COLUMNS)
+    for cells in fitting_rows(report.statistics):
+        table.add_row(*cells)
+    console.print(table)
+    console.print(
+        f"dataset.too_long={dataset.too_long.value}; held-out conversations: {dataset.too_long.of_heldout.value}"
+        + "".join(f"; in neither part: {count:,} {reason}" for reason, count in report.audit.left_out.items())
+    )
 
 
 def _print_tokens(report: AuditReport, console: Console) -> None:

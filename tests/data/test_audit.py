@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from agentft.data.audit import Audit
+from agentft.data.audit import Audit, Seen
 from agentft.data.calls import ToolRequest
-from agentft.data.config import DatasetConfig, Split
+from agentft.data.config import DatasetConfig, Split, TooLong
 from agentft.data.findings import CODES, Findings, Level
+from agentft.data.fit import fit_conversations
 from agentft.data.label_trace import trace_labels
 from agentft.data.offered_tools import OfferedTool
 from agentft.data.overlap import Ledger
@@ -58,7 +59,12 @@ def audited(encoder, template, text):
             else:
                 segments = template.render(item)
                 (example,) = encoder.encode([(item.id, segments)])
-                audit.add(item, segments, example, heldout=False)
+                fitted, as_heldout = (
+                    next(fit_conversations([item], template, encoder, config.max_length, policy))
+                    for policy in (config.too_long, config.too_long.of_heldout)
+                )
+                seen = Seen(item, tuple(segments), example)
+                audit.add(seen, fitted=fitted, as_heldout=as_heldout, heldout=False)
         audit.finish(report, separate=False, similarity=0.8)
         return audit
 
@@ -146,6 +152,33 @@ def test_tokens_give_their_text_back_to_the_byte(encoder, template, text, golden
         pieces = list(text.pieces(example.input_ids))
         assert "".join(piece for piece, _ in pieces) == whole
         assert sum(count for _, count in pieces) == len(example)
+
+
+def test_the_labels_of_pieces_are_traced_and_a_round_that_is_only_shown_has_none(encoder, template, text):
+    turns = [{"from": "system", "value": SYSTEM}]
+    for n in range(6):
+        said = f"{CALL}\n\n{RESULT}\nAt 14:2{n}."
+        turns += [{"from": "user", "value": f"question {n}"}, {"from": "assistant", "value": said}]
+    value = conversation({"id": "long", "conversations": turns})
+    (fitted,) = fit_conversations([value], template, encoder, 1000, TooLong.split)
+    assert any(piece.example.context_rounds for piece in fitted.pieces)
+    for piece in fitted.pieces:
+        example, shown = piece.example, piece.example.context_rounds
+
+        def traced(labels, rounds, piece=piece):
+            found = trace_labels(
+                *(piece.conversation, piece.example.input_ids, labels, text),
+                stop_token=template.stop_token,
+                verbatim=True,
+                context_rounds=rounds,
+            )
+            return None if found is None else found.code
+
+        assert traced(example.labels, shown) is None
+        if shown:
+            assert traced(example.labels, 0) == "label_missing"
+            (whole,) = encoder.encode([("whole", template.render(piece.conversation))])
+            assert traced(whole.labels, shown) == "label_in_context"
 
 
 # --- Calls ---

@@ -142,7 +142,7 @@ def test_the_view_shows_what_is_trained_without_colours_too(data: Path, tmp_path
     said = capsys.readouterr().out
     order = re.findall(r"^ *([+-]\w+) \d+", said, flags=re.MULTILINE)
     assert [name for name in order if name != "-header"] == [
-        *("-system", "-user", "+call", "+stop", "-observation", "+text", "+stop")
+        *("-system", "-user", "+frame", "+call", "+frame", "+call", "+frame", "+stop", "-observation", "+text", "+stop")
     ]
     assert "[red]" not in said
     assert list(tmp_path.glob("runs")) == []
@@ -198,23 +198,58 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(data: Pat
     assert 'class="run k-observation on"' not in page
 
 
-def test_the_same_split_as_a_training_run(tmp_path: Path):
-    """The audit counts what `prepare_data` trains on."""
+def prepared_by(composed: AuditConfig):
     from agentft.data.render import get_template
     from agentft.data.tokens import SegmentEncoder
     from agentft.model.load import load_tokenizer, locate_model, stop_token
     from agentft.recipes.prepare import prepare_data
 
-    settings_given = ["dataset.conversations=30", "dataset.heldout=8", "dataset.max_rejected=1"]
-    composed = config(*settings_given, f"output={tmp_path}")
-    result = audit(composed)
-    assert result.passed
-    numbers = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(locate_model(composed.model), composed.model)
     template = get_template("msagent", stop_token(composed.model, tokenizer))
-    prepared = prepare_data(composed.dataset, template, SegmentEncoder(tokenizer))
-    parts = {name: part["conversations"] - part["too_long"] for name, part in numbers["parts"].items()}
-    assert (parts["train"], parts["heldout"]) == (len(prepared.train), len(prepared.heldout))
+    return prepare_data(composed.dataset, template, SegmentEncoder(tokenizer))
+
+
+def numbers_of(composed: AuditConfig) -> dict:
+    audit(composed)
+    return json.loads((Path(composed.output) / "audit.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("too_long", ["fit", "split", "drop"])
+def test_the_audit_says_what_a_training_run_will_make_of_every_part(too_long: str, tmp_path: Path):
+    """Weights, split and fitting as `prepare_data` does them: the same conversations, examples, tokens and labels."""
+    for name, count in (("a", 30), ("b", 20)):
+        rounds = [(f"{name} {n}: " + "tide? " * 30, f"{CALL}\n\n{RESULT}\nAt 14:20.") for n in range(count)]
+        turns = [[("user", q), ("assistant", a)] * (1 + n % 6) for n, (q, a) in enumerate(rounds)]
+        lines = [
+            json.dumps(
+                {"id": f"{name}-{n}", "conversations": [{"from": r, "value": v} for r, v in [("system", SYSTEM), *t]]}
+            )
+            for n, t in enumerate(turns)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sources = f"[{{path: '{tmp_path}/a.jsonl', weight: 1.5}}, {{path: '{tmp_path}/b.jsonl', weight: 0.5}}]"
+    composed = config(
+        *("dataset=local", f"dataset.sources={sources}", f"output={tmp_path / 'out'}", "dataset.max_rejected=1"),
+        *("dataset.test_ratio=0.3", "dataset.max_length=1000", f"dataset.too_long={too_long}"),
+    )
+    numbers, prepared = numbers_of(composed), prepared_by(composed)
+    account = prepared.account
+    for part, examples in (("train", prepared.train), ("heldout", prepared.heldout_examples)):
+        fitting = numbers["fitting"][part]
+        assert fitting["outcomes"] == dict(account.fitted[part])
+        assert fitting["examples"] == len(examples)
+        assert fitting["tokens"] == sum(map(len, examples))
+        assert fitting["trained"] == sum(example.trained_tokens for example in examples)
+        left_out = sum(len(change["steps_left_out"]) for change in account.changed if change["part"] == part)
+        assert fitting["steps_left_out"] == left_out
+        if too_long != "drop":
+            sources_given = {name: count[part] for name, count in numbers["sources_read"].items()}
+            assert sources_given == dict(account.by_source[part])
+    assert numbers["in_neither_part"] == dict(account.left_out)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(each["id"] for each in rejected) == sorted(each.id for each in account.rejections)
+    assert numbers["set_aside_in_fitting"] == account.reasons()
+    assert numbers["parts"]["train"]["too_long"] > 3
 
 
 def test_bars_meet_the_limit_and_lose_nobody():
