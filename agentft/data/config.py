@@ -76,7 +76,7 @@ class DatasetConfig:
     """Decides the split and the order of the sample; separate from the seed of the training."""
     max_length: int = 2048
     """Tokens of one example; `too_long` says what becomes of longer conversations."""
-    too_long: TooLong = TooLong.fit
+    too_long: TooLong = TooLong.split
     """What becomes of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every question."""
     span_weights: SpanWeights = field(default_factory=SpanWeights)
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
