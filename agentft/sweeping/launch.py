@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.sweeping.display import Display
 from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import Job, earlier_jobs, free_folder, identity_of, varying
-from agentft.sweeping.pool import Pool, Rules
-from agentft.sweeping.slots import make_slots, visible_gpus
+from agentft.sweeping.options import LaunchOptions
+from agentft.sweeping.pool import Pool
 
 _OURS = (
     "hydra.run.dir",
@@ -44,15 +43,11 @@ _EXPLAINED = 5
 """Failures told at length: when all fail, they fail alike."""
 
 
-@dataclass(kw_only=True)
-class LaunchOptions(Rules):
-    """`hydra.launcher.*`; each is explained there."""
-
-    slots: int | None = None
-    gpus_per_job: int = 1
-    threads_per_job: int | None = None
-    eta: int | None = None
-    rungs: int = 3
+_LIBRARIES = {
+    "TrainConfig": ("agentft.config", "agentft.recipes.train", "peft", "transformers.models.auto"),
+    "EvaluateConfig": ("agentft.config", "agentft.recipes.evaluate", "peft", "transformers.models.auto"),
+}
+"""Schema of a program's settings -> what its jobs import."""
 
 
 class _FailedJob(JobReturn):
@@ -81,7 +76,7 @@ def launch(
     setup_globals()
     halving = None if options.eta is None else Halving(options.eta, options.rungs)
     sweep = Path(str(config.hydra.sweep.dir)).absolute()
-    slots = make_slots(options.slots, options.gpus_per_job, options.threads_per_job, visible_gpus())
+    slots = options.make_slots(len(job_overrides))
     sweep.mkdir(parents=True, exist_ok=True)
     with _only_launcher(sweep):
         jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
@@ -92,9 +87,11 @@ def launch(
         display = Display(sweep, distinct, slots)
 
         def run(due: Sequence[Job]) -> signal.Signals | None:
-            return Pool(slots, options, seen=display.seen, tick=display.tick).run(due)
+            return Pool(slots, options, place, seen=display.seen, tick=display.tick).run(due)
 
-        with display:
+        # For a single job, importing once is importing no less.
+        modules = _LIBRARIES.get(getattr(OmegaConf.get_type(config), "__name__", ""), ()) if len(waiting) > 1 else ()
+        with contextlib.closing(options.make_place(slots, sweep, modules, display.say)) as place, display:
             stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
         _report(sweep, distinct, config, display)
     if stopped == signal.SIGINT:

@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
+from agentft.errors import RunError
 from agentft.sweeping.jobs import LOG, Job, last_words
-from agentft.sweeping.processes import JobProcess, describe_exit
+from agentft.sweeping.places import Place
+from agentft.sweeping.processes import Attempt, describe_exit
 from agentft.sweeping.slots import Slot
 
 POLL_SECONDS = 0.1
@@ -40,7 +42,7 @@ class Running:
 
     job: Job
     slot: Slot
-    process: JobProcess
+    process: Attempt
     status_before: int
     """mtime of `status.json` at the start, which tells an earlier attempt's word from this one's."""
     limit: str | None = None
@@ -54,12 +56,14 @@ class Pool:
         self,
         slots: Sequence[Slot],
         rules: Rules,
+        place: Place,
         *,
         seen: Callable[[Job], None] = lambda job: None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._free = deque(slots)
         self._rules = rules
+        self._place = place
         self._seen = seen
         self._tick = tick
         self._stop: signal.Signals | None = None
@@ -101,8 +105,8 @@ class Pool:
         job.folder.mkdir(parents=True, exist_ok=True)
         header = f"$ {job.command_line}\n"
         try:
-            process = JobProcess(job.command, job.environment, job.folder / LOG, header)
-        except OSError as error:
+            process = self._place.start(job, header)
+        except (OSError, RunError) as error:
             self._free.appendleft(slot)
             tries[id(job)] = 0
             job.state, job.reason, job.ended = "failed", f"could not be started: {error}", _now()
@@ -135,6 +139,8 @@ class Pool:
         if (own["state"] in ("finished", "paused")) if own else (code == 0):
             # Its results are whole then, even if it was asked to stop, or died, in the last moment.
             job.state, job.reason = ("paused" if own.get("state") == "paused" else "finished"), None
+        elif entry.process.lost is not None and entry.limit is None:
+            job.state, job.reason = "failed", entry.process.lost
         elif entry.limit is not None:
             job.state = "failed" if entry.limit.startswith("time") else "stopped"
             job.reason = entry.limit

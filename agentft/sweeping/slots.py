@@ -26,7 +26,9 @@ class Slot:
         """The variables that keep a job inside its slot."""
         count = str(threads or self.threads)
         devices = {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
-        return devices | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "RAYON_NUM_THREADS": count}
+        # NumPy's pool would start at its import, where jobs are forked; nothing heavy is left to it.
+        numpy = {"OPENBLAS_NUM_THREADS": "1"}
+        return devices | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "RAYON_NUM_THREADS": count} | numpy
 
 
 def make_slots(

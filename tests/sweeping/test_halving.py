@@ -28,7 +28,7 @@ from agentft.training.checkpoint import load_newest
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import pause_step
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 TINY = [
     *("model=tiny", "tracking=disabled", "dataset.conversations=12", "dataset.heldout=3", "dataset.max_length=8192"),
     *("training.accumulation=2", "training.logging_steps=1", "training.save_steps=0", "training.learning_rate=0.01"),

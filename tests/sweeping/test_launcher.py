@@ -27,118 +27,7 @@ from agentft.sweeping.launch import outcome_of
 from agentft.sweeping.processes import describe_exit
 from agentft.sweeping.slots import make_slots, visible_gpus
 
-REPOSITORY = Path(__file__).parent.parent
-
-PROGRAM = """
-import json, os, resource, signal, subprocess, sys, time
-from pathlib import Path
-import hydra
-from hydra.core.hydra_config import HydraConfig
-
-sys.path.append(os.environ["PLUGINS"])
-
-
-@hydra.main(version_base="1.3", config_path=None, config_name="stub")
-def main(config):
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    began = time.time()
-    act = "ok" if config.act != "sleep" and Path("mended").exists() else config.act
-    if act == "raise":
-        raise ValueError("a broken thing")
-    if act == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if act == "exit":
-        sys.exit(3)
-    if act == "quiet_exit":
-        (folder / "status.json").write_text(json.dumps({"state": "failed", "error": "SystemExit: 0"}))
-        sys.exit(0)
-    if act == "memory":
-        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-        bytearray(2**31)
-    if act == "flaky" and not (folder / "tried").exists():
-        (folder / "tried").touch()
-        raise RuntimeError("the first time goes wrong")
-    if act in ("sleep", "stubborn"):
-        if act == "stubborn":
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-        child = subprocess.Popen(["sleep", "321"], start_new_session=act == "stubborn")
-        (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
-        try:
-            time.sleep(120)
-        except KeyboardInterrupt:
-            (folder / "asked").touch()
-            raise
-    time.sleep(config.seconds)
-    seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "AGENTFT_SWEEP_DIR")}
-    (folder / "seen.json").write_text(json.dumps({"text": config.text, "began": began, "ended": time.time(), **seen}))
-    (folder / "status.json").write_text(json.dumps({"state": "finished", "objective": 0.25}))
-
-
-main()
-"""
-
-STUB = """
-defaults: [_self_, override hydra/launcher: agentft]
-act: ok
-text: ""
-seconds: 0.0
-threads: null
-hydra:
-  output_subdir: null
-  job_logging: {root: null}
-"""
-
-
-class Sweep:
-    """A folder with the small program, and what its launches leave there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "job.py").write_text(PROGRAM)
-        (folder / "stub.yaml").write_text(STUB)
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
-            "PLUGINS": str(REPOSITORY / "agentft" / "plugins"),
-            "PYTHONPATH": str(REPOSITORY),
-        }
-
-    def command(self, *overrides: str, out: str = "out") -> list[str]:
-        where = f"hydra.sweep.dir={out}"
-        return [sys.executable, "job.py", "--config-dir", ".", "-m", where, *overrides]
-
-    def launch(self, *overrides: str, out: str = "out", **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*overrides, out=out),
-            cwd=self.folder,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*overrides),
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def jobs(self, out: str = "out") -> dict[int, dict[str, Any]]:
-        records = [json.loads(path.read_text()) for path in (self.folder / out).glob("*/job.json")]
-        return {record["number"]: record for record in records}
-
-    def seen(self, out: str = "out") -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted((self.folder / out).glob("*/seen.json"))]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    return Sweep(tmp_path)
+REPOSITORY = Path(__file__).parents[2]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
@@ -158,7 +47,7 @@ def is_alive(pid: int) -> bool:
 # --- A job that dies costs only itself ---
 
 
-def test_every_death_is_survived_and_named_and_the_same_command_does_only_what_is_left(sweep: Sweep) -> None:
+def test_every_death_is_survived_and_named_and_the_same_command_does_only_what_is_left(sweep: Any) -> None:
     overrides = ["act=ok,raise,kill,exit,quiet_exit,memory", "hydra.launcher.slots=2"]
     done = sweep.launch(*overrides)
     assert done.returncode == 1
@@ -190,7 +79,7 @@ def test_every_death_is_survived_and_named_and_the_same_command_does_only_what_i
     assert sweep.jobs()[1]["attempts"] == 2
 
 
-def test_the_printed_command_runs_one_job_alone_and_the_sweep_then_leaves_it_alone(sweep: Sweep) -> None:
+def test_the_printed_command_runs_one_job_alone_and_the_sweep_then_leaves_it_alone(sweep: Any) -> None:
     done = sweep.launch("act=ok,raise")
     (command,) = re.findall(r"alone: (.*)", done.stderr)
     (sweep.folder / "mended").touch()
@@ -210,7 +99,7 @@ def test_the_printed_command_runs_one_job_alone_and_the_sweep_then_leaves_it_alo
     assert sweep.jobs()[1]["attempts"] == 1
 
 
-def test_a_job_is_tried_again_as_often_as_asked(sweep: Sweep) -> None:
+def test_a_job_is_tried_again_as_often_as_asked(sweep: Any) -> None:
     done = sweep.launch("act=flaky,raise", "hydra.launcher.retry=1")
     assert done.returncode == 1
     jobs = sweep.jobs()
@@ -218,7 +107,7 @@ def test_a_job_is_tried_again_as_often_as_asked(sweep: Sweep) -> None:
     assert "(attempt 2)" in done.stderr
 
 
-def test_a_job_over_its_time_limit_is_ended_with_all_it_started(sweep: Sweep) -> None:
+def test_a_job_over_its_time_limit_is_ended_with_all_it_started(sweep: Any) -> None:
     done = sweep.launch("act=sleep,stubborn,ok", *LIMIT)
     assert done.returncode == 1
     jobs = sweep.jobs()
@@ -235,7 +124,7 @@ LIMIT = ["hydra.launcher.time_limit=0.05", "hydra.launcher.grace=1", "hydra.laun
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, None), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_stopping_the_launcher_leaves_no_child_alive(sweep: Sweep, number: signal.Signals, code: int | None) -> None:
+def test_stopping_the_launcher_leaves_no_child_alive(sweep: Any, number: signal.Signals, code: int | None) -> None:
     launcher = sweep.start("act=sleep,stubborn,ok", "hydra.launcher.slots=2", "hydra.launcher.grace=1.5")
     pids = [sweep.folder / f"out/{i}/pids" for i in range(2)]
     wait_for(lambda: all(path.exists() and path.read_text().count(" ") for path in pids))
@@ -249,7 +138,7 @@ def test_stopping_the_launcher_leaves_no_child_alive(sweep: Sweep, number: signa
     assert "3 of 3 jobs are not finished" in said
 
 
-def test_one_launcher_at_a_time_works_in_a_sweep_folder(sweep: Sweep) -> None:
+def test_one_launcher_at_a_time_works_in_a_sweep_folder(sweep: Any) -> None:
     first = sweep.start("act=sleep", "hydra.launcher.grace=1")
     wait_for((sweep.folder / "out/0/pids").exists)
     second = sweep.launch("act=sleep")
@@ -262,7 +151,7 @@ def test_one_launcher_at_a_time_works_in_a_sweep_folder(sweep: Sweep) -> None:
 # --- What a job is given ---
 
 
-def test_values_and_folders_reach_the_job_as_they_were_typed(sweep: Sweep) -> None:
+def test_values_and_folders_reach_the_job_as_they_were_typed(sweep: Any) -> None:
     texts = ["a b", "a=b", "a,b", 'say "Grüße" 你好', "it's", "[x]{y: 1}", "back\\slash", "null"]
     quoted = ",".join('"' + text.replace('"', '\\"') + '"' for text in texts)
     out = "an out, with=ümlaut"
@@ -276,7 +165,7 @@ def test_values_and_folders_reach_the_job_as_they_were_typed(sweep: Sweep) -> No
     assert any(line.startswith("sweep folder: an out, with=ümlaut") for line in words)
 
 
-def test_running_jobs_never_share_a_gpu(sweep: Sweep) -> None:
+def test_running_jobs_never_share_a_gpu(sweep: Any) -> None:
     done = sweep.launch(
         "seconds=0.3,0.31,0.32,0.33,0.34", "hydra.launcher.gpus_per_job=2", CUDA_VISIBLE_DEVICES="3,7,GPU-ab,1,5"
     )
