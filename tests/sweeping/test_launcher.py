@@ -289,6 +289,14 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert json.loads((folder / "run.json").read_text())["sweep"] == str(tmp_path / "sweep")
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == 5
+    alone = json.loads((folders[3] / "job.json").read_text())["shell"].replace("sweep/3_", "alone/3_")
+    subprocess.run(alone, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=200, check=True)
+    weights = [
+        tmp_path / where / folders[3].name / "final" / "adapter_model.safetensors" for where in ("sweep", "alone")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes(), (
+        "an interpreter of its own comes to the same, bit for bit"
+    )
     assert compare([str(tmp_path / "sweep")]) == 0
     assert "best" in capsys.readouterr().out
 
@@ -302,30 +310,39 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
 DEATHS = """
 import os, resource, signal, sys
 
-seed = next((int(word[5:]) for word in sys.argv if word.startswith("seed=") and word[5:].isdigit()), None)
-if "hydra.mode=RUN" in sys.argv and not os.path.exists("mended"):
-
-    def die(*_):
-        if seed in (4, 15):
-            raise RuntimeError("injected")
-        if seed in (8, 19):
-            sys.exit(3)
+def die(*_):
+    seed = next((int(word[5:]) for word in sys.argv if word.startswith("seed=") and word[5:].isdigit()), None)
+    if "hydra.mode=RUN" not in sys.argv or os.path.exists("mended"):
+        return
+    if seed in (4, 15):
+        raise RuntimeError("injected")
+    if seed in (8, 19):
+        sys.exit(3)
+    if seed == 11:
         os.kill(os.getpid(), signal.SIGKILL)
-
     if seed == 23:
-        resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
-    elif seed in (4, 8, 11, 15, 19):
-        signal.signal(signal.SIGALRM, die)
-        signal.setitimer(signal.ITIMER_REAL, 4 + seed / 4)
+        resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))  # less than it has: the next allocation fails
+
+def arm():
+    signal.signal(signal.SIGPROF, die)
+    signal.setitimer(signal.ITIMER_PROF, 1.5)
+
+os.register_at_fork(after_in_child=arm)
 """
-"""Python runs `sitecustomize.py` at its start: six of 24 jobs die by exception, exit, SIGKILL or want of memory."""
+"""Python runs `sitecustomize.py` at its start, in the process that jobs are forked from too: after 1.5 s of CPU time six
+of 24 jobs die by exception, exit, SIGKILL or want of memory."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_chaos_of_24_real_jobs_loses_six_names_six_and_repeats_six(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(DEATHS)
-    steady = ["training.max_steps=40", "hydra.launcher.slots=2", "hydra.sweep.dir=sweep"]
+    steady = [
+        "training.max_steps=40",
+        "hydra.launcher.slots=2",
+        "hydra.launcher.threads_per_job=1",
+        "hydra.sweep.dir=sweep",
+    ]
     command = [sys.executable, str(REPOSITORY / "train.py"), "-m", "seed=range(24)", *TINY, *steady]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
     first = subprocess.run(
@@ -338,6 +355,7 @@ def test_chaos_of_24_real_jobs_loses_six_names_six_and_repeats_six(tmp_path: Pat
     assert all("injected" in failed[i] for i in (4, 15))
     assert all("exit code 3" in failed[i] for i in (8, 19))
     assert "SIGKILL" in failed[11]
+    assert "memory" in failed[23].lower()
     assert first.returncode == 1
 
     (tmp_path / "mended").touch()
