@@ -26,7 +26,7 @@ from pathlib import Path
 
 act = sys.argv[1]
 print("ran", __name__, sys.argv[1:], sys.path[0], os.environ["MINE"], os.environ.get("NOT_MINE"), Path.cwd(), flush=True)
-print(sys.stdin.read() == "", os.getsid(0) == os.getpid(), threading.active_count(), signal.getsignal(signal.SIGINT).__name__)
+print(sys.stdin.read() == "", os.getsid(0) == os.getpid(), threading.active_count(), str(signal.getsignal(signal.SIGINT)).split(" at ")[0])
 print(sys.modules["__main__"].act, Path(__file__).name, flush=True)
 atexit.register(lambda: print("cleaned up"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("a thread ended", flush=True))).start()
@@ -114,8 +114,8 @@ def test_jobs_run_beside_each_other_and_each_end_is_its_own(server: ForkServer, 
 def test_a_stopped_fork_ends_with_all_it_started(server: ForkServer, program: Path) -> None:
     attempt = server.start([sys.executable, str(program), "sleep"], {"MINE": ""}, Path("log"), "")
     pids = wait_for_pids(Path("pids"))
-    attempt.stop(grace=20.0)
-    assert end_of(attempt) == -signal.SIGINT
+    attempt.stop(grace=4.0)
+    assert end_of(attempt) in (-signal.SIGINT, -signal.SIGTERM), "the second where a shell made us ignore the first"
     wait_until_gone([pids[0]])
     os.kill(pids[1], signal.SIGKILL)  # a session of its own, left by a clean end as it would be by a fresh process
 
