@@ -137,8 +137,8 @@ _HERMES_TOOLS = (
 )
 
 _LLAMA_TOOLS = (
-    "You have access to the following functions. To call a function, please respond with JSON for a function call. "
-    'Respond in the format {{"name": function name, "parameters": dictionary of argument name and its value}}. '
+    "You have access to the following functions. To call a function, please respond with JSON for a function call."
+    'Respond in the format {{"name": function name, "parameters": dictionary of argument name and its value}}.'
     "Do not use variables.\n\n{tools}"
 )
 
@@ -301,7 +301,8 @@ class Qwen3Template(ChatmlTemplate):
 class Llama3Template(_NativeTemplate):
     """`<|start_header_id|>role<|end_header_id|>`, text, `<|eot_id|>`; results come from the role ipython.
 
-    The tools stand in the system message, and no date does: the dates of Meta's own layout change from day to day.
+    The tools stand in the system message, before its text, and no date does: the dates of Meta's own layout change from
+    day to day.
     """
 
     call_form = CallForm.llama
@@ -318,8 +319,15 @@ class Llama3Template(_NativeTemplate):
         yield from body
         yield Segment(self.stop_token, Kind.header, special=True)
 
+    def _system(self, system: NativeSystem) -> Iterator[Segment]:
+        if system.tools:
+            yield from self._worded(self._tools(system.tools), Kind.system)
+        if system.text:
+            yield Segment(system.text, Kind.system)
+
     def _tools(self, tools: Sequence[str]) -> str:
-        return _LLAMA_TOOLS.format(tools="\n\n".join(tools))
+        indented = (json.dumps(json.loads(tool), ensure_ascii=False, indent=4) for tool in tools)
+        return _LLAMA_TOOLS.format(tools="".join(f"{tool}\n\n" for tool in indented))
 
     def _results(self, observations: Iterable[Part]) -> Iterator[Segment]:
         for part in observations:
@@ -431,8 +439,10 @@ def detect_family(tokenizer: Any) -> str:
         return "llama3"
     if "<|im_start|>" in tokens and "<|im_end|>" in tokens:
         own = str(tokenizer.chat_template or "")
-        if "<think>" in tokens or "enable_thinking" in own:
+        if "enable_thinking" in own or ("<think>" in tokens and (not own or "<think>" in own)):
             return "qwen3"
+        if "<think>" in tokens:  # Qwen3 of July 2025, which never thinks and has no default system text
+            return "chatml"
         return "qwen2.5" if "<tool_call>" in tokens or "created by Alibaba Cloud" in own else "chatml"
     raise ConfigError(
         "model.template=native: the tokenizer has neither <|im_start|> nor <|start_header_id|>, so its layout is not known; "

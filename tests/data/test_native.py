@@ -135,11 +135,11 @@ QWEN_TIDE = (
     "<|im_start|>assistant\n{think}Welcome.<|im_end|>\n"
 )
 LLAMA_TIDE = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou help. Be short:\n\nYou have access to the "
-    "following functions. To call a function, please respond with JSON for a function call. Respond in the format "
-    '{"name": function name, "parameters": dictionary of argument name and its value}. Do not use variables.\n\n'
-    + json.dumps(TIDE_DECLARATION)
-    + "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHigh tide in Husum and Kiel?<|eot_id|>"
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou have access to the "
+    "following functions. To call a function, please respond with JSON for a function call.Respond in the format "
+    '{"name": function name, "parameters": dictionary of argument name and its value}.Do not use variables.\n\n'
+    + json.dumps(TIDE_DECLARATION, indent=4)
+    + "\n\nYou help. Be short:<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHigh tide in Husum and Kiel?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nI look.<|python_tag|>"
     '{"name": "tide", "parameters": {"harbour": "Husum"}}; {"name": "tide", "parameters": {"harbour": "Kiel"}}<|eot_id|>'
     '<|start_header_id|>ipython<|end_header_id|>\n\n{"high": "14:20"}<|eot_id|>'
