@@ -9,23 +9,28 @@ aside, and each of these outcomes is counted and listed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import islice
+from itertools import islice, pairwise
+from typing import NamedTuple, TypeVar
 
 from agentft.data.config import TooLong
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation, Part, segment_steps
 from agentft.data.records import Conversation, Message
 from agentft.data.render import Template
-from agentft.data.tokens import Example, SegmentEncoder
+from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
 
 MIN_OBSERVATION_CHARACTERS = 100
 """Tool results are not shortened below this: less would be no evidence for what the agent says next."""
 
 _BATCH = 512
+_BATCH_CHARACTERS = 2_000_000
 _PRECISION = 16
 """Characters: how near the common length of shortened tool results comes to the greatest that fits."""
+T = TypeVar("T")
+
 _FENCE = re.compile(r"(\s*```[^\S\n]*\w*\s*)(.*?)(\s*```\s*)", re.DOTALL)
 
 
@@ -75,17 +80,61 @@ def fit_conversations(
     too_long: TooLong,
 ) -> Iterator[Fitted]:
     """Render, tokenise and fit conversations, a batch at a time, in order."""
+    return fit_each(((conversation, too_long) for conversation in conversations), template, encoder, max_length)
+
+
+def fit_each(
+    items: Iterable[tuple[Conversation, TooLong]], template: Template, encoder: SegmentEncoder, max_length: int
+) -> Iterator[Fitted]:
+    """Fit each conversation in its own way, in order.
+
+    The tokenizer works on one batch while the next is read and rendered: it needs the interpreter only for its results.
+    """
     fitter = _Fitter(template, encoder, max_length)
-    iterator = iter(conversations)
-    while batch := list(islice(iterator, _BATCH)):
-        problems = [template.problem(conversation) for conversation in batch]
-        sound = [c for c, problem in zip(batch, problems, strict=True) if problem is None]
-        examples = iter(encoder.encode([(c.id, template.render(c)) for c in sound]))
-        for conversation, problem in zip(batch, problems, strict=True):
-            if problem is not None:
-                yield _set_aside(conversation, 0, problem)
-            else:
-                yield fitter.fit(Piece(conversation, next(examples)), too_long)
+    with ThreadPoolExecutor(1, "tokenizer") as tokenizer:
+        waiting: _Batch | None = None
+        for batch in _batches(items):
+            started = fitter.start(batch, tokenizer)
+            if waiting is not None:
+                yield from fitter.finish(waiting)
+            waiting = started
+        if waiting is not None:
+            yield from fitter.finish(waiting)
+
+
+def _batches(items: Iterable[tuple[Conversation, TooLong]]) -> Iterator[list[tuple[Conversation, TooLong]]]:
+    """Cut a stream by number and, since the tokenizer's results take about 100 bytes a token, by characters."""
+    batch: list[tuple[Conversation, TooLong]] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += sum(len(message.source) for message in item[0].messages)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    items: list[tuple[Conversation, TooLong]]
+    drafts: list[Draft | tuple[str, str]]
+    """For each conversation its chunks, or why the layout cannot hold it."""
+    encoded: Future[list[EncodedChunk]]
+
+
+class _Attempt(NamedTuple):
+    """Something to render and measure."""
+
+    conversation: Conversation
+    context_rounds: int = 0
+
+
+_Known = dict[Hashable, EncodedChunk]
+
+_Way = Generator[list[_Attempt], list[Piece], T]
+"""A way to fit: asks for attempts, some at a time, is sent what they gave, and returns what it chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,36 +142,94 @@ class _Fitter:
     template: Template
     encoder: SegmentEncoder
     max_length: int
-    known: dict[str, list[int]] = field(default_factory=dict)
-    """Ids of the chunks of the conversation at hand, most of which every attempt shares."""
 
-    def fit(self, whole: Piece, too_long: TooLong) -> Fitted:
+    def start(self, items: list[tuple[Conversation, TooLong]], tokenizer: ThreadPoolExecutor) -> _Batch:
+        """Render a batch and hand its chunks to the tokenizer's thread."""
+        drafts: list[Draft | tuple[str, str]] = []
+        for conversation, _ in items:
+            problem = self.template.problem(conversation)
+            drafts.append(problem or self.encoder.draft(conversation.id, self.template.render(conversation)))
+        chunks = [chunk for draft in drafts if isinstance(draft, Draft) for chunk in draft.to_encode]
+        return _Batch(items, drafts, tokenizer.submit(self.encoder.encode_chunks, chunks))
+
+    def finish(self, batch: _Batch) -> Iterator[Fitted]:
+        """Take the tokenizer's results of a batch; fit what is too long, all of it together."""
+        encoded = iter(batch.encoded.result())
+        fitted: list[Fitted | _Unfitted] = []
+        for (conversation, too_long), draft in zip(batch.items, batch.drafts, strict=True):
+            if not isinstance(draft, Draft):
+                fitted.append(_set_aside(conversation, 0, draft))
+                continue
+            chunks = draft.to_encode
+            found = list(islice(encoded, len(chunks)))
+            example = self.encoder.finish(draft, iter(found))
+            settled = self._settle(Piece(conversation, example), too_long)
+            if isinstance(settled, _Unfitted):
+                settled.known.update((chunk.key, each) for chunk, each in zip(chunks, found, strict=True))
+            fitted.append(settled)
+        self._fit_together([each for each in fitted if isinstance(each, _Unfitted)])
+        for each in fitted:
+            yield each if isinstance(each, Fitted) else each.outcome or self._too_long(each.whole)
+
+    def _settle(self, whole: Piece, too_long: TooLong) -> Fitted | _Unfitted:
+        """What becomes of a conversation, or that it is to be fitted."""
         conversation, tokens = whole.conversation, len(whole.example)
         if not whole.example.spans:
             return _set_aside(conversation, tokens, ("no_label", "the agent says nothing in this conversation"))
         if tokens <= self.max_length:
             return Fitted(conversation, tokens, Outcome.whole, (whole,))
-        self.known.clear()
-        fitted: Fitted | None = None
-        match too_long:
-            case TooLong.fit:
-                fitted = self._newest_rounds(conversation, tokens)
-            case TooLong.split:
-                fitted = self._split(conversation, tokens)
-            case TooLong.drop:
-                pass
-        return fitted or _set_aside(
-            conversation, tokens, ("too_long", f"{tokens} tokens, dataset.max_length is {self.max_length}")
-        )
+        if too_long is TooLong.drop:
+            return self._too_long(whole)
+        fit = self._newest_rounds if too_long is TooLong.fit else self._split
+        return _Unfitted(whole, fit(whole))
 
-    def _newest_rounds(self, conversation: Conversation, tokens: int) -> Fitted | None:
+    def _too_long(self, whole: Piece) -> Fitted:
+        tokens = len(whole.example)
+        detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
+        return _set_aside(whole.conversation, tokens, ("too_long", detail))
+
+    def _fit_together(self, unfitted: Sequence[_Unfitted]) -> None:
+        """Go all their ways side by side, so that the attempts of many conversations are encoded in one call."""
+        running = [(each, next(each.way)) for each in unfitted]
+        while running:
+            answers = self._attempt([(each.known, attempts) for each, attempts in running])
+            still_running: list[tuple[_Unfitted, list[_Attempt]]] = []
+            for (each, _), pieces in zip(running, answers, strict=True):
+                try:
+                    still_running.append((each, each.way.send(pieces)))
+                except StopIteration as end:
+                    each.outcome = end.value
+            running = still_running
+
+    def _attempt(self, requests: Sequence[tuple[_Known, list[_Attempt]]]) -> Iterator[list[Piece]]:
+        """Render and encode; only chunks that a conversation has not shown before go to the tokenizer."""
+        drafts = [
+            [
+                self.encoder.draft(made.id, self.template.render(made, context_rounds), context_rounds)
+                for made, context_rounds in attempts
+            ]
+            for _, attempts in requests
+        ]
+        unknown = [
+            {chunk.key: chunk for draft in own for chunk in draft.to_encode if chunk.key not in known}
+            for (known, _), own in zip(requests, drafts, strict=True)
+        ]
+        encoded = iter(self.encoder.encode_chunks([chunk for chunks in unknown for chunk in chunks.values()]))
+        for (known, attempts), own, chunks in zip(requests, drafts, unknown, strict=True):
+            known.update((key, next(encoded)) for key in chunks)
+            examples = [self.encoder.finish(draft, (known[chunk.key] for chunk in draft.to_encode)) for draft in own]
+            yield [Piece(attempt.conversation, e) for attempt, e in zip(attempts, examples, strict=True)]
+
+    def _newest_rounds(self, whole: Piece) -> _Way[Fitted | None]:
         """As many of the newest rounds as fit with their tool results shortened."""
+        conversation, tokens = whole.conversation, len(whole.example)
         rounds = _Rounds(conversation)
-        sizes = self._sizes(_Rounds(shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)))
+        least = shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)
+        sizes = yield from _sizes(_Rounds(least), (yield [_Attempt(least)])[0])
         for first in range(len(rounds)):
             if first + 1 < len(rounds) and sizes.head + sum(sizes.rounds[first:]) > self.max_length:
                 continue
-            piece = self._shortened(rounds.part(conversation.id, first, len(rounds)))
+            piece = yield from self._shortened(rounds.part(conversation.id, first, len(rounds)))
             if piece is not None and piece.example.spans:
                 outcome = Outcome.rounds_left_out if first else Outcome.shortened
                 left_out = tuple(range(rounds.steps_before(first)))
@@ -131,52 +238,44 @@ class _Fitter:
                 )
         return None
 
-    def _split(self, conversation: Conversation, tokens: int) -> Fitted | None:
+    def _split(self, whole: Piece) -> _Way[Fitted | None]:
         """Every round in one example, in order; examples begin with as many of the rounds before as fit."""
+        conversation = whole.conversation
         rounds = _Rounds(conversation)
-        sizes = self._sizes(rounds)
+        sizes = yield from _sizes(rounds, whole)
         pieces: list[Piece] = []
         left_out: list[int] = []
         first = 0
         while first < len(rounds):
             name = f"{conversation.id}/{len(pieces) + 1}"
-            piece = self._longest_from(rounds, sizes, name, first)
-            piece = piece or self._shortened(rounds.part(name, first, first + 1))
+            piece = yield from self._longest_from(rounds, sizes, name, first)
+            if piece is None:
+                piece = yield from self._shortened(rounds.part(name, first, first + 1))
             if piece is None:
                 left_out += range(rounds.steps_before(first), rounds.steps_before(first + 1))
                 first += 1
                 continue
             last = first + piece.conversation.rounds
             if piece.example.spans:
-                pieces.append(self._with_context(rounds, sizes, piece, first))
+                pieces.append((yield from self._with_context(rounds, sizes, piece, first)))
             first = last
         if not pieces:
             return None
         shortened = _count_shortened(conversation, pieces)
-        return Fitted(conversation, tokens, Outcome.spread, tuple(pieces), shortened, tuple(left_out))
+        return Fitted(conversation, len(whole.example), Outcome.spread, tuple(pieces), shortened, tuple(left_out))
 
-    def _sizes(self, rounds: _Rounds) -> _Sizes:
-        """Tokens of each round and of the system message before them, from encoding each round alone."""
-        alone = [rounds.part("", at, at + 1) for at in range(len(rounds))]
-        encoded = self.encoder.encode([("", self.template.render(c)) for c in alone], known=self.known)
-        lengths = [len(example) for example in encoded]
-        if len(rounds) < 2:
-            return _Sizes(0, lengths)
-        head = lengths[0] + lengths[1] - len(self._piece(rounds.part("", 0, 2)).example)
-        return _Sizes(head, [length - head for length in lengths])
-
-    def _longest_from(self, rounds: _Rounds, sizes: _Sizes, name: str, first: int) -> Piece | None:
+    def _longest_from(self, rounds: _Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Piece | None]:
         """The rounds from `first` on, as many as fit unchanged."""
         last = first + 1
         while last < len(rounds) and sizes.head + sum(sizes.rounds[first : last + 1]) <= self.max_length:
             last += 1
         for end in range(last, first, -1):
-            piece = self._piece(rounds.part(name, first, end))
+            (piece,) = yield [_Attempt(rounds.part(name, first, end))]
             if len(piece.example) <= self.max_length:
                 return piece
         return None
 
-    def _with_context(self, rounds: _Rounds, sizes: _Sizes, piece: Piece, first: int) -> Piece:
+    def _with_context(self, rounds: _Rounds, sizes: _Sizes, piece: Piece, first: int) -> _Way[Piece]:
         """The piece with as many rounds before it as fit, shown and not trained."""
         # The piece's own rounds may have been shortened, so they are taken as they are.
         own = piece.conversation.messages[-2 * piece.conversation.rounds :]
@@ -187,14 +286,14 @@ class _Fitter:
             context += 1
         for count in range(context, 0, -1):
             before = rounds.part(piece.conversation.id, first - count, first)
-            longer = self._piece(replace(before, messages=(*before.messages, *own)), count)
+            (longer,) = yield [_Attempt(replace(before, messages=(*before.messages, *own)), count)]
             if len(longer.example) <= self.max_length:
                 return longer
         return piece
 
-    def _shortened(self, conversation: Conversation) -> Piece | None:
+    def _shortened(self, conversation: Conversation) -> _Way[Piece | None]:
         """The conversation with its tool results cut to the greatest common length that fits; None where none does."""
-        piece = self._piece(conversation)
+        (piece,) = yield [_Attempt(conversation)]
         if len(piece.example) <= self.max_length:
             return piece
         longest = max(
@@ -206,7 +305,7 @@ class _Fitter:
         low, high = MIN_OBSERVATION_CHARACTERS, longest
         limit = low
         while low <= high and (fitting is None or high - low >= _PRECISION):
-            piece = self._piece(shorten_observations(conversation, limit))
+            (piece,) = yield [_Attempt(shorten_observations(conversation, limit))]
             if len(piece.example) <= self.max_length:
                 fitting, low = piece, limit + 1
             elif fitting is None:
@@ -216,10 +315,29 @@ class _Fitter:
             limit = (low + high) // 2
         return fitting
 
-    def _piece(self, conversation: Conversation, context_rounds: int = 0) -> Piece:
-        segments = self.template.render(conversation, context_rounds)
-        (example,) = self.encoder.encode([(conversation.id, segments)], context_rounds, self.known)
-        return Piece(conversation, example)
+
+@dataclass(slots=True)
+class _Unfitted:
+    """A conversation that is too long, while a way to fit it is sought."""
+
+    whole: Piece
+    way: _Way[Fitted | None]
+    known: _Known = field(default_factory=dict)
+    """What its chunks became, most of which every attempt shares."""
+    outcome: Fitted | None = None
+
+
+def _sizes(rounds: _Rounds, whole: Piece) -> _Way[_Sizes]:
+    """Tokens of each round and of the system message before them, by where the steps of `whole` end."""
+    length = len(whole.example)
+    if len(rounds) < 2:
+        return _Sizes(0, [length])
+    steps = whole.example.steps()
+    ends = [steps[rounds.steps_before(last) - 1][1] for last in range(1, len(rounds))]
+    lengths = [stop - start for start, stop in pairwise([0, *ends, length])]
+    (second,) = yield [_Attempt(rounds.part("", 1, 2))]
+    head = len(second.example) - lengths[1]
+    return _Sizes(head, [lengths[0] - head, *lengths[1:]])
 
 
 @dataclass(frozen=True, slots=True)

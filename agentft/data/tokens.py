@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from agentft.data.config import SpanWeights
 from agentft.data.mixed_chunks import KindRun, kind_runs
 from agentft.data.records import Conversation
-from agentft.data.render import CALL_KINDS, Kind, Segment, Template
+from agentft.data.render import CALL_KINDS, TRAINED_KINDS, Kind, Segment, Template
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,69 +125,89 @@ class SegmentEncoder:
             )
         return self._special_ids[token]
 
-    def encode(
-        self,
-        conversations: Sequence[tuple[str, Sequence[Segment]]],
-        context_rounds: int = 0,
-        known: dict[str, list[int]] | None = None,
-    ) -> list[Example]:
-        """Tokenise (id, segments) pairs in one batched call.
+    @property
+    def largest_id(self) -> int:
+        """The greatest id of the vocabulary, added tokens included."""
+        return max(self._special_ids.values())
 
-        Args:
-            context_rounds: noted in the examples.
-            known: ids of chunks by text, read and added to: for texts that differ in a few places.
-        """
-        chunks = [list(_chunks(segments)) for _, segments in conversations]
-        plain = [chunk for chunk_list in chunks for chunk in chunk_list if not (chunk[0].special or _mixed(chunk))]
-        texts = ["".join(s.text for s in chunk) for chunk in plain]
-        encoded = iter(self._encode_texts(texts) if known is None else self._encode_unknown(texts, known))
-        mixed = iter(self._encode_mixed([chunk for chunk_list in chunks for chunk in chunk_list if _mixed(chunk)]))
-        return [
-            self._assemble(name, chunk_list, encoded, mixed, context_rounds)
-            for (name, _), chunk_list in zip(conversations, chunks, strict=True)
-        ]
+    def encode(self, conversations: Sequence[tuple[str, Sequence[Segment]]], context_rounds: int = 0) -> list[Example]:
+        """Tokenise (id, segments) pairs in one batched call; `context_rounds` is noted in the examples."""
+        drafts = [self.draft(name, segments, context_rounds) for name, segments in conversations]
+        encoded = iter(self.encode_chunks([chunk for draft in drafts for chunk in draft.to_encode]))
+        return [self.finish(draft, encoded) for draft in drafts]
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._text_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def draft(self, name: str, segments: Iterable[Segment], context_rounds: int = 0) -> Draft:
+        """Cut segments into the chunks that are encoded each by itself."""
+        return Draft(name, list(_chunks(segments)), context_rounds)
 
-    def _encode_mixed(self, chunks: list[list[Segment]]) -> list[tuple[list[int], list[KindRun]]]:
-        """Ids and runs of kinds of chunks that hold several kinds; the places of tokens in the text cost some speed."""
-        texts = ["".join(segment.text for segment in chunk) for chunk in chunks]
-        encodings = self._text_tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [(e.ids, kind_runs(chunk, e.offsets)) for e, chunk in zip(encodings, chunks, strict=True)]
+    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[EncodedChunk]:
+        """Ids and kinds of each chunk, with all cores. Other threads of this process run meanwhile."""
+        plain = [chunk.text for chunk in chunks if not chunk.mixed]
+        mixed = [chunk.text for chunk in chunks if chunk.mixed]
+        of_plain = iter(self._text_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
+        # Of these the places of tokens in the text are asked for, which costs some speed.
+        of_mixed = iter(self._text_tokenizer.encode_batch(mixed, add_special_tokens=False))
+        encoded: list[EncodedChunk] = []
+        for chunk in chunks:
+            found = next(of_mixed if chunk.mixed else of_plain)
+            encoded.append((found.ids, kind_runs(chunk.mixed, found.offsets) if chunk.mixed else None))
+        return encoded
 
-    def _encode_unknown(self, texts: list[str], known: dict[str, list[int]]) -> list[list[int]]:
-        unknown = [text for text in dict.fromkeys(texts) if text not in known]
-        known.update(zip(unknown, self._encode_texts(unknown), strict=True))
-        return [known[text] for text in texts]
-
-    def _assemble(
-        self,
-        name: str,
-        chunks: list[list[Segment]],
-        encoded: Iterator[list[int]],
-        mixed: Iterator[tuple[list[int], list[KindRun]]],
-        context_rounds: int,
-    ) -> Example:
+    def finish(self, draft: Draft, encoded: Iterator[EncodedChunk]) -> Example:
+        """Make the example of a draft; takes what its chunks became from `encoded`."""
         ids: list[int] = []
         spans: list[Span] = []
-        for chunk in chunks:
-            first = chunk[0]
+        for chunk in draft.chunks:
             start = len(ids)
-            runs: list[KindRun] = []
-            if first.special:
-                ids.append(self.special_id(first.text))
-            elif _mixed(chunk):
-                found, runs = next(mixed)
-                ids.extend(found)
+            runs = None
+            if chunk.special:
+                ids.append(self.special_id(chunk.text))
             else:
-                ids.extend(next(encoded))
-            if first.trained and len(ids) > start:
-                runs = runs or [(0, len(ids) - start, first.kind)]
-                spans.extend(Span(start + begin, start + end, kind) for begin, end, kind in runs)
+                found, runs = next(encoded)
+                ids.extend(found)
+            if chunk.trained is not None and len(ids) > start:
+                for begin, end, kind in runs or [(0, len(ids) - start, chunk.trained)]:
+                    spans.append(Span(start + begin, start + end, kind))
         return Example(
-            id=name, input_ids=np.asarray(ids, dtype=np.int32), spans=tuple(spans), context_rounds=context_rounds
+            id=draft.name,
+            input_ids=np.asarray(ids, dtype=np.int32),
+            spans=tuple(spans),
+            context_rounds=draft.context_rounds,
         )
+
+
+EncodedChunk = tuple[list[int], list[KindRun] | None]
+"""Ids, and where the chunk holds several kinds, which of them are of which."""
+
+
+class Chunk(NamedTuple):
+    """A run of text that the tokenizer takes in one piece."""
+
+    special: bool
+    trained: Kind | None
+    """What its labels are, or the first of it; None for context."""
+    text: str
+    mixed: tuple[Segment, ...] = ()
+    """Of what the chunk consists, where it is of several kinds."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for chunks that are encoded alike."""
+        return (self.text, tuple((part.kind, len(part.text)) for part in self.mixed)) if self.mixed else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A conversation cut into chunks that the tokenizer has not seen yet."""
+
+    name: str
+    chunks: list[Chunk]
+    context_rounds: int
+
+    @property
+    def to_encode(self) -> list[Chunk]:
+        """The chunks that are text, in order."""
+        return [chunk for chunk in self.chunks if not chunk.special]
 
 
 def _all_marks_special(tokenizer_json: str) -> str:
@@ -202,30 +222,39 @@ def _all_marks_special(tokenizer_json: str) -> str:
     return json.dumps(tokenizer, ensure_ascii=False)
 
 
-def _chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-    """Join neighbours that are encoded together: all context, or the agent's words of one kind; special tokens stand alone.
+def _chunks(segments: Iterable[Segment]) -> Iterator[Chunk]:
+    """Join neighbours that are encoded together: all context, or a text or call of the agent; special tokens stand alone.
 
     The agent's words are cut alike whether an example trains them or shows them, so both give the same ids.
     """
-    chunk: list[Segment] = []
+    joined: list[Segment] = []
+    fate: Kind | None = None
     for segment in segments:
-        if chunk and not _joins(chunk[-1], segment):
-            yield chunk
-            chunk = []
-        chunk.append(segment)
-    if chunk:
-        yield chunk
+        own = _FATES[segment.kind]
+        if joined and (segment.special or own is not fate):
+            yield _join(joined)
+            joined = []
+        if segment.special:
+            yield Chunk(True, segment.kind if segment.trained else None, segment.text)
+            continue
+        fate = own
+        joined.append(segment)
+    if joined:
+        yield _join(joined)
 
 
-def _joins(left: Segment, right: Segment) -> bool:
-    if left.special or right.special or left.spoken != right.spoken:
-        return False
-    return not left.spoken or left.kind == right.kind or {left.kind, right.kind} <= CALL_KINDS
+_FATES = {kind: Kind.call if kind in CALL_KINDS else kind if kind in TRAINED_KINDS else None for kind in Kind}
+"""What a segment is to the tokenizer: neighbours with one fate are one text."""
 
 
-def _mixed(chunk: Sequence[Segment]) -> bool:
-    """Whether the agent's words in a chunk are of several kinds."""
-    return len(chunk) > 1 and chunk[0].spoken and any(segment.kind is not chunk[0].kind for segment in chunk)
+def _join(segments: list[Segment]) -> Chunk:
+    first = segments[0]
+    trained = first.kind if first.trained else None
+    if len(segments) == 1:
+        return Chunk(False, trained, first.text)
+    text = "".join([segment.text for segment in segments])
+    mixed = first.spoken and any(segment.kind is not first.kind for segment in segments)
+    return Chunk(False, trained, text, tuple(segments) if mixed else ())
 
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
