@@ -55,8 +55,8 @@ def set_up_logging(log_file: Path) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, total: float, done: float = 0) -> Iterator[Bar]:
-    """Show a bar with share, speed words, elapsed time and time left while the body runs."""
+def progress_bar(title: str, total: float | None, done: float = 0) -> Iterator[Bar]:
+    """Show a bar with share, speed words, elapsed time and time left while the body runs; None: the end is not known."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -11,11 +11,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from agentft.data.records import Conversation
+from agentft.data.grammar import Call
+
+
+class Divisible(Protocol):
+    """What decides a conversation's part and its place there: a conversation, or what is kept of one."""
+
+    @property
+    def content_hash(self) -> str:
+        """Digest of all its text, hexadecimal."""
+
+    @property
+    def user_hash(self) -> str:
+        """Digest of its user turns, hexadecimal."""
+
+    @property
+    def weight(self) -> float:
+        """Of its source."""
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """What it calls."""
+
 
 T = TypeVar("T")
+D = TypeVar("D", bound=Divisible)
 
 
 def hash_share(key: str) -> float:
@@ -43,7 +65,7 @@ def showing_keys(content_hash: str, weight: float, seed: int) -> list[bytes]:
     return keys
 
 
-def in_showing_order(conversations: Iterable[Conversation], seed: int) -> list[Conversation]:
+def in_showing_order(conversations: Iterable[D], seed: int) -> list[D]:
     """The showings of an epoch, in an order whose first n are the sample of size n; a conversation can occur again."""
     showings = ((key, c) for c in conversations for key in showing_keys(c.content_hash, c.weight, seed))
     return [conversation for _, conversation in sorted(showings, key=lambda showing: showing[0])]

@@ -9,26 +9,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from agentft.data.config import Split
-from agentft.data.records import Conversation
-from agentft.data.source_weights import hash_share, in_showing_order, sort_by_hash
+from agentft.data.source_weights import Divisible, hash_share, in_showing_order, sort_by_hash
 from agentft.errors import DataError
+
+D = TypeVar("D", bound=Divisible)
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(Generic[D]):
     """A dataset divided, each part in its nested order: the first n of it are the sample of size n."""
 
-    train: list[Conversation]
+    train: list[D]
     """As often as the weight of its source says, see `agentft.data.source_weights`."""
-    heldout: list[Conversation]
+    heldout: list[D]
     """Each once."""
     set_aside: Counter[str] = field(default_factory=Counter)
     """Conversations in neither part, counted by reason."""
 
 
-def divide(conversations: Iterable[Conversation], *, split: Split, test_ratio: float, seed: int) -> Parts:
+def divide(conversations: Iterable[D], *, split: Split, test_ratio: float, seed: int) -> Parts[D]:
     """Divide conversations into a training and a held-out part.
 
     Conversations with the same user side go to the same part, whatever the agent answered.
@@ -40,7 +42,7 @@ def divide(conversations: Iterable[Conversation], *, split: Split, test_ratio: f
     if split is Split.unseen_tools:
         parts = _divide_by_tools(pool, test_ratio, seed)
     else:
-        chosen = [_in_heldout(conversation, seed, test_ratio) for conversation in pool]
+        chosen = [is_held_out(conversation.user_hash, seed, test_ratio) for conversation in pool]
         parts = Parts(
             train=[c for c, held in zip(pool, chosen, strict=True) if not held],
             heldout=[c for c, held in zip(pool, chosen, strict=True) if held],
@@ -54,7 +56,7 @@ def divide(conversations: Iterable[Conversation], *, split: Split, test_ratio: f
     return _in_order(parts, seed)
 
 
-def keep_apart(train: Iterable[Conversation], heldout: Iterable[Conversation], *, seed: int) -> Parts:
+def keep_apart(train: Iterable[D], heldout: Iterable[D], *, seed: int) -> Parts[D]:
     """Order two parts that have sources of their own; what the held-out users say too is not trained on."""
     held = list(heldout)
     users = {conversation.user_hash for conversation in held}
@@ -65,19 +67,19 @@ def keep_apart(train: Iterable[Conversation], heldout: Iterable[Conversation], *
     return _in_order(parts, seed)
 
 
-def _in_order(parts: Parts, seed: int) -> Parts:
+def _in_order(parts: Parts[D], seed: int) -> Parts[D]:
     train = in_showing_order(parts.train, seed)
     if left_out := len(parts.train) - len({id(conversation) for conversation in train}):
         parts.set_aside["left_out_by_weight"] = left_out
     return Parts(train, in_sample_order(parts.heldout, seed), parts.set_aside)
 
 
-def in_sample_order(conversations: Sequence[Conversation], seed: int) -> list[Conversation]:
+def in_sample_order(conversations: Sequence[D], seed: int) -> list[D]:
     """Order conversations so that the first n are the sample of size n: larger samples contain the smaller ones."""
     return sort_by_hash(conversations, key=lambda conversation: conversation.content_hash, seed=seed)
 
 
-def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> Parts:
+def _divide_by_tools(pool: list[D], test_ratio: float, seed: int) -> Parts[D]:
     """Hold tools out, by hash of the name, until about `test_ratio` of the calling conversations use them.
 
     A conversation that calls held-out and other tools alike belongs to neither part and is set aside.
@@ -92,10 +94,10 @@ def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> 
             break
         heldout_tools.add(name)
         covered += uses[name]
-    parts = Parts(train=[], heldout=[])
+    parts: Parts[D] = Parts(train=[], heldout=[])
     for conversation, names in zip(pool, called, strict=True):
         if not names:
-            part = parts.heldout if _in_heldout(conversation, seed, test_ratio) else parts.train
+            part = parts.heldout if is_held_out(conversation.user_hash, seed, test_ratio) else parts.train
             part.append(conversation)
         elif names <= heldout_tools:
             parts.heldout.append(conversation)
@@ -106,5 +108,6 @@ def _divide_by_tools(pool: list[Conversation], test_ratio: float, seed: int) -> 
     return parts
 
 
-def _in_heldout(conversation: Conversation, seed: int, test_ratio: float) -> bool:
-    return hash_share(f"split-{seed}-{conversation.user_hash}") < test_ratio
+def is_held_out(user_hash: str, seed: int, test_ratio: float) -> bool:
+    """Whether `Split.content` holds out what this user says."""
+    return hash_share(f"split-{seed}-{user_hash}") < test_ratio

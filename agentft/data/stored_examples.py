@@ -1,0 +1,140 @@
+"""Tokenised examples on the disk: appended one by one, mapped into memory when read, whatever their number.
+
+| file | holds |
+|---|---|
+| `ids.bin` | the ids of all examples end to end, 2 bytes each where the vocabulary allows it, else 4 |
+| `spans.bin` | start, stop and kind of every trained run |
+| `names.bin` | the ids that name the examples, UTF-8 |
+| `examples.npy` | for each example where its part of those files begins, and its counts; one more row for the ends |
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from agentft.data.config import SpanWeights
+from agentft.data.render import Kind
+from agentft.data.tokens import Example, Span, weigh
+
+Rows = npt.NDArray[np.int64]
+
+_COLUMNS = ("token", "span", "name", "context_rounds", "trained", "steps")
+_SPAN_NUMBERS = 3
+
+
+class ExampleWriter:
+    """Appends examples to the files of a folder."""
+
+    def __init__(self, folder: Path, largest_id: int) -> None:
+        """Begin the files; `largest_id` is the greatest id of the vocabulary."""
+        self._folder = folder
+        self._id_type = np.uint16 if largest_id < 2**16 else np.uint32
+        self._ids, self._spans, self._names = ((folder / f"{n}.bin").open("wb") for n in ("ids", "spans", "names"))
+        self._table = array("q")
+        self._token = self._span = self._name = 0
+
+    def append(self, example: Example) -> int:
+        """Write an example and return its row. Its span weights are a setting and not written."""
+        numbers = [number for span in example.spans for number in (span.start, span.stop, span.kind)]
+        steps = len(example.steps())
+        self._table.extend((self._token, self._span, self._name, example.context_rounds, example.trained_tokens, steps))
+        self._ids.write(example.input_ids.astype(self._id_type).tobytes())
+        self._spans.write(array("i", numbers).tobytes())
+        self._token += len(example)
+        self._span += len(example.spans)
+        self._name += self._names.write(example.id.encode())
+        return len(self._table) // len(_COLUMNS) - 1
+
+    def close(self) -> None:
+        """Finish the files."""
+        for file in (self._ids, self._spans, self._names):
+            file.close()
+        self._table.extend((self._token, self._span, self._name, 0, 0, self._id_type().itemsize))
+        np.save(self._folder / "examples.npy", np.asarray(self._table, dtype=np.int64).reshape(-1, len(_COLUMNS)))
+
+
+class StoredExamples(Sequence[Example]):
+    """The examples of a folder in the order of `rows`, in which a row may occur again; each is read when asked for."""
+
+    def __init__(self, folder: Path, rows: Rows | None = None, weights: SpanWeights | None = None) -> None:
+        """Open what `ExampleWriter` wrote; `rows`: which of it in which order, default all; `weights` of their spans."""
+        table: npt.NDArray[np.int64] = np.load(folder / "examples.npy")
+        id_type = np.dtype(f"u{table[-1, -1]}")
+        self._table = table
+        self._ids = _mapped(folder / "ids.bin", id_type)
+        self._spans = _mapped(folder / "spans.bin", np.dtype(np.int32)).reshape(-1, _SPAN_NUMBERS)
+        self._names = _mapped(folder / "names.bin", np.dtype(np.uint8))
+        self._rows = np.arange(len(table) - 1) if rows is None else rows
+        self._weights = weights
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StoredExamples: ...
+
+    def __getitem__(self, index: int | slice) -> Example | StoredExamples:
+        if isinstance(index, slice):
+            return self.chosen(self._rows[index])
+        row = self._rows[index]
+        token, span, _, context_rounds, _, _ = self._table[row].tolist()
+        token_end, span_end = self._table[row + 1, :2].tolist()
+        example = Example(
+            id=self._name(row),
+            input_ids=self._ids[token:token_end].astype(np.int32),
+            spans=tuple(Span(start, stop, _KINDS[kind]) for start, stop, kind in self._spans[span:span_end].tolist()),
+            context_rounds=context_rounds,
+        )
+        return example if self._weights is None else weigh(example, self._weights)
+
+    def __iter__(self) -> Iterator[Example]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def chosen(self, rows: Rows, weights: SpanWeights | None = None) -> StoredExamples:
+        """Other rows of the same files, their spans weighed by `weights` if given."""
+        other = object.__new__(StoredExamples)
+        other._table, other._ids, other._spans, other._names = self._table, self._ids, self._spans, self._names
+        other._rows, other._weights = rows, weights or self._weights
+        return other
+
+    @property
+    def ids(self) -> list[str]:
+        """The names of the examples, in order."""
+        return [self._name(row) for row in self._rows]
+
+    @property
+    def lengths(self) -> Rows:
+        """Tokens of each example, in order."""
+        lengths: Rows = np.diff(self._table[:, 0])[self._rows]
+        return lengths
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labelled tokens of all examples."""
+        return int(self._table[self._rows, 4].sum())
+
+    @property
+    def steps(self) -> int:
+        """How often the agent speaks in all examples."""
+        return int(self._table[self._rows, 5].sum())
+
+    def _name(self, row: Any) -> str:
+        return self._names[self._table[row, 2] : self._table[row + 1, 2]].tobytes().decode()
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The numbers of a file, read when they are touched; an empty file cannot be mapped."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)

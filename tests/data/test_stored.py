@@ -1,0 +1,72 @@
+"""What is on the disk is what was written: conversations and examples, equal in every field."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agentft.data.config import SpanWeights
+from agentft.data.records import Conversation
+from agentft.data.sources import read_conversations, read_local
+from agentft.data.stored_conversations import ConversationWriter, StoredConversations, from_line, to_line
+from agentft.data.stored_examples import ExampleWriter, StoredExamples
+from agentft.data.tokens import tokenize, weigh
+
+WEIGHTS = SpanWeights(text=1.0, call=2.0, stop=0.5)
+
+
+def test_a_conversation_comes_back_equal(golden_conversations):
+    for conversation in golden_conversations.values():
+        assert from_line(to_line(conversation)) == conversation
+
+
+def test_every_conversation_that_is_kept_of_the_malformed_set_comes_back_equal(shared_data):
+    """Quirks, failed calls and marks inside strings included."""
+    items = read_conversations(read_local([shared_data / "malformed.jsonl", shared_data / "dev.jsonl"]))
+    kept = [item for item in items if isinstance(item, Conversation)]
+    assert any(call.failure is not None for c in kept for call in c.calls)
+    for conversation in kept:
+        assert from_line(to_line(conversation)) == conversation
+
+
+def test_conversations_are_read_by_number_and_slice_in_a_chosen_order(tmp_path, golden_conversations):
+    talks = list(golden_conversations.values())
+    writer = ConversationWriter(tmp_path / "talks")
+    assert [writer.append(talk) for talk in talks] == list(range(len(talks)))
+    writer.close()
+    stored = StoredConversations(tmp_path / "talks")
+    assert list(stored) == talks
+    chosen = StoredConversations(tmp_path / "talks", np.array([2, 0, 2]))
+    assert list(chosen) == [talks[2], talks[0], talks[2]]
+    assert list(chosen[:2]) == [talks[2], talks[0]]
+    assert chosen[-1] == talks[2]
+    with pytest.raises(IndexError):
+        chosen[3]
+
+
+@pytest.mark.parametrize("largest_id", [257, 2**16])
+def test_an_example_comes_back_equal_whatever_the_width_of_its_ids(
+    tmp_path, golden_conversations, template, encoder, largest_id
+):
+    examples = list(tokenize(golden_conversations.values(), template, encoder))
+    writer = ExampleWriter(tmp_path, largest_id)
+    rows = [writer.append(example) for example in examples]
+    writer.close()
+    stored = StoredExamples(tmp_path)
+    for row, example in zip(rows, examples, strict=True):
+        assert_equal(stored[row], example)
+    chosen = stored.chosen(np.array([3, 1, 3]), WEIGHTS)
+    assert_equal(chosen[0], weigh(examples[3], WEIGHTS))
+    assert [example.id for example in chosen[1:]] == chosen.ids[1:] == [examples[1].id, examples[3].id]
+    assert chosen.lengths.tolist() == [len(examples[k]) for k in (3, 1, 3)]
+    assert chosen.trained_tokens == sum(examples[k].trained_tokens for k in (3, 1, 3))
+    assert chosen.steps == sum(len(examples[k].steps()) for k in (3, 1, 3))
+
+
+def assert_equal(one, other):
+    assert (one.id, one.spans, one.context_rounds, one.span_weights) == (
+        *(other.id, other.spans, other.context_rounds, other.span_weights),
+    )
+    assert one.input_ids.dtype == other.input_ids.dtype
+    assert np.array_equal(one.input_ids, other.input_ids)
+    assert np.array_equal(one.labels, other.labels)
