@@ -82,6 +82,10 @@ class DatasetConfig:
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
     max_rejected: float = 0.1
     """Largest share of rows that may be set aside; above it the run stops and says why."""
+    cache: bool = True
+    """Keep the tokenised data, and use what a run with the same data, settings, tokenizer and code has kept."""
+    cache_limit_gb: float = 20.0
+    """Size of that cache, in 10^9 bytes; above it the data that was not used for longest is removed."""
 
     def __post_init__(self) -> None:
         if self.sample < -1 or self.sample == 0:
@@ -92,6 +96,10 @@ class DatasetConfig:
             raise ConfigError(f"dataset.test_ratio={self.test_ratio}: expected a share between 0 and 1")
         if self.max_length < 16:
             raise ConfigError(f"dataset.max_length={self.max_length}: expected at least 16 tokens")
+        if not self.cache_limit_gb > 0:
+            raise ConfigError(
+                f"dataset.cache_limit_gb={self.cache_limit_gb}: expected a size; dataset.cache=false: none"
+            )
         if not 0.0 <= self.max_rejected <= 1.0:
             raise ConfigError(f"dataset.max_rejected={self.max_rejected}: expected a share between 0 and 1")
 

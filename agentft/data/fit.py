@@ -8,7 +8,6 @@ aside, and each of these outcomes is counted and listed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,21 +16,17 @@ from itertools import islice, pairwise
 from typing import NamedTuple, TypeVar
 
 from agentft.data.config import TooLong
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation, Part, segment_steps
-from agentft.data.records import Conversation, Message
+from agentft.data.grammar import Observation, segment_steps
+from agentft.data.records import Conversation
 from agentft.data.render import Template
+from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, shorten_observations
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
-
-MIN_OBSERVATION_CHARACTERS = 100
-"""Tool results are not shortened below this: less would be no evidence for what the agent says next."""
 
 _BATCH = 512
 _BATCH_CHARACTERS = 2_000_000
 _PRECISION = 16
 """Characters: how near the common length of shortened tool results comes to the greatest that fits."""
 T = TypeVar("T")
-
-_FENCE = re.compile(r"(\s*```[^\S\n]*\w*\s*)(.*?)(\s*```\s*)", re.DOTALL)
 
 
 class Outcome(StrEnum):
@@ -223,9 +218,9 @@ class _Fitter:
     def _newest_rounds(self, whole: Piece) -> _Way[Fitted | None]:
         """As many of the newest rounds as fit with their tool results shortened."""
         conversation, tokens = whole.conversation, len(whole.example)
-        rounds = _Rounds(conversation)
+        rounds = Rounds(conversation)
         least = shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)
-        sizes = yield from _sizes(_Rounds(least), (yield [_Attempt(least)])[0])
+        sizes = yield from _sizes(Rounds(least), (yield [_Attempt(least)])[0])
         for first in range(len(rounds)):
             if first + 1 < len(rounds) and sizes.head + sum(sizes.rounds[first:]) > self.max_length:
                 continue
@@ -234,14 +229,19 @@ class _Fitter:
                 outcome = Outcome.rounds_left_out if first else Outcome.shortened
                 left_out = tuple(range(rounds.steps_before(first)))
                 return Fitted(
-                    conversation, tokens, outcome, (piece,), _count_shortened(conversation, [piece]), left_out
+                    conversation,
+                    tokens,
+                    outcome,
+                    (piece,),
+                    count_shortened(conversation, [piece.conversation]),
+                    left_out,
                 )
         return None
 
     def _split(self, whole: Piece) -> _Way[Fitted | None]:
         """Every round in one example, in order; examples begin with as many of the rounds before as fit."""
         conversation = whole.conversation
-        rounds = _Rounds(conversation)
+        rounds = Rounds(conversation)
         sizes = yield from _sizes(rounds, whole)
         pieces: list[Piece] = []
         left_out: list[int] = []
@@ -261,10 +261,10 @@ class _Fitter:
             first = last
         if not pieces:
             return None
-        shortened = _count_shortened(conversation, pieces)
+        shortened = count_shortened(conversation, (piece.conversation for piece in pieces))
         return Fitted(conversation, len(whole.example), Outcome.spread, tuple(pieces), shortened, tuple(left_out))
 
-    def _longest_from(self, rounds: _Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Piece | None]:
+    def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Piece | None]:
         """The rounds from `first` on, as many as fit unchanged."""
         last = first + 1
         while last < len(rounds) and sizes.head + sum(sizes.rounds[first : last + 1]) <= self.max_length:
@@ -275,7 +275,7 @@ class _Fitter:
                 return piece
         return None
 
-    def _with_context(self, rounds: _Rounds, sizes: _Sizes, piece: Piece, first: int) -> _Way[Piece]:
+    def _with_context(self, rounds: Rounds, sizes: _Sizes, piece: Piece, first: int) -> _Way[Piece]:
         """The piece with as many rounds before it as fit, shown and not trained."""
         # The piece's own rounds may have been shortened, so they are taken as they are.
         own = piece.conversation.messages[-2 * piece.conversation.rounds :]
@@ -327,7 +327,7 @@ class _Unfitted:
     outcome: Fitted | None = None
 
 
-def _sizes(rounds: _Rounds, whole: Piece) -> _Way[_Sizes]:
+def _sizes(rounds: Rounds, whole: Piece) -> _Way[_Sizes]:
     """Tokens of each round and of the system message before them, by where the steps of `whole` end."""
     length = len(whole.example)
     if len(rounds) < 2:
@@ -346,64 +346,6 @@ class _Sizes:
 
     head: int
     rounds: list[int]
-
-
-class _Rounds:
-    """A conversation as its system message and its rounds: a question and what the agent made of it."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self._head = conversation.messages[:1] if conversation.messages[0].role == "system" else ()
-        turns = conversation.messages[len(self._head) :]
-        self._rounds = [turns[at : at + 2] for at in range(0, len(turns), 2)]
-        self._steps = [sum(len(segment_steps(message.parts)) for message in turns) for turns in self._rounds]
-
-    def __len__(self) -> int:
-        return len(self._rounds)
-
-    def part(self, name: str, first: int, last: int) -> Conversation:
-        """The rounds `first` to `last`, exclusive, under the system message."""
-        turns = (message for round_ in self._rounds[first:last] for message in round_)
-        whole = self._conversation.id
-        piece_of = None if name == whole else whole
-        return replace(self._conversation, id=name, messages=(*self._head, *turns), piece_of=piece_of)
-
-    def steps_before(self, first: int) -> int:
-        """How many steps the rounds before `first` hold."""
-        return sum(self._steps[:first])
-
-
-def shorten_observations(conversation: Conversation, limit: int) -> Conversation:
-    """Cut every tool result after `limit` characters and say there how much is missing."""
-    messages = tuple(
-        message if message.role != "assistant" else _shorten_message(message, limit)
-        for message in conversation.messages
-    )
-    return replace(conversation, messages=messages)
-
-
-def _shorten_message(message: Message, limit: int) -> Message:
-    parts: tuple[Part, ...] = tuple(
-        _shorten(part, limit) if isinstance(part, Observation) else part for part in message.parts
-    )
-    return replace(message, source="".join(part.source for part in parts), parts=parts)
-
-
-def _shorten(observation: Observation, limit: int) -> Observation:
-    fence = _FENCE.fullmatch(observation.body)
-    before, text, after = fence.groups() if fence else ("", observation.body, "")
-    missing = len(text) - limit
-    note = f"... [{missing} characters left out]"
-    if missing <= len(note):
-        return observation
-    return Observation(f"{EXEC_OPEN}{before}{text[:limit]}{note}{after}{EXEC_CLOSE}")
-
-
-def _count_shortened(conversation: Conversation, pieces: Sequence[Piece]) -> int:
-    """How many tool results of the pieces are not those of the conversation."""
-    whole = {part.source for message in conversation.messages for part in message.parts}
-    shown = [p.source for c in pieces for m in c.conversation.messages for p in m.parts if isinstance(p, Observation)]
-    return len(set(shown) - whole)
 
 
 def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> Fitted:

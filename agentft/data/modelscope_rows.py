@@ -7,10 +7,12 @@ load, so it fails without the hub even where all files are cached; a copy read a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from agentft.data.records import Origin, Rejection
 from agentft.data.sources import RawRow
@@ -33,14 +35,45 @@ def read_modelscope(
     Raises:
         DataError: the id is no `owner/name`, or the client cannot load the split; the message says what it said.
     """
+    _require_hub_id(dataset_id)
+    return _read(dataset_id, split, revision, cache_dir, weight)
+
+
+def _require_hub_id(dataset_id: str) -> None:
     if not _DATASET_ID.fullmatch(dataset_id):
         raise DataError(f"{dataset_id!r} is no dataset id; expected owner/name, such as damo/MSAgent-Bench")
     if Path(dataset_id).exists():
         raise DataError(f"{dataset_id}: a local path of this name would be read in place of the hub; use dataset=local")
-    return _read(dataset_id, split, revision, cache_dir, weight)
+
+
+def digest_modelscope(
+    dataset_id: str, split: str, *, revision: str = "master", cache_dir: str | None = None
+) -> list[str] | None:
+    """Digests of the tables that the client keeps of a split; None where it keeps none on the disk.
+
+    Raises:
+        DataError: as `read_modelscope`.
+    """
+    _require_hub_id(dataset_id)
+    tables = getattr(_load(dataset_id, split, revision, cache_dir), "cache_files", None)
+    if not tables:
+        return None
+    digests: list[str] = []
+    for table in tables:
+        with Path(table["filename"]).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
 
 
 def _read(dataset_id: str, split: str, revision: str, cache_dir: str | None, weight: float) -> Iterator[RawRow]:
+    number = 0
+    for number, row in enumerate(_load(dataset_id, split, revision, cache_dir), 1):
+        yield RawRow(Origin(dataset_id, number), row, weight)
+    if number == 0:
+        raise DataError(f"{dataset_id}: split {split!r} holds no record")
+
+
+def _load(dataset_id: str, split: str, revision: str, cache_dir: str | None) -> Any:
     try:
         from modelscope.msdatasets import MsDataset
     except ImportError as error:
@@ -49,7 +82,7 @@ def _read(dataset_id: str, split: str, revision: str, cache_dir: str | None, wei
         ) from error
     chosen = {} if cache_dir is None else {"cache_dir": cache_dir}
     try:
-        dataset = MsDataset.load(dataset_id, split=split, version=revision, trust_remote_code=False, **chosen)
+        return MsDataset.load(dataset_id, split=split, version=revision, trust_remote_code=False, **chosen)
     except Exception as error:  # the client, the hub and the reader of the files each raise types of their own
         said = f"{type(error).__name__}: {error}".split("\n")[0][:300]
         offline = [
@@ -60,8 +93,3 @@ def _read(dataset_id: str, split: str, revision: str, cache_dir: str | None, wei
             f"{dataset_id}: split {split!r} at revision {revision!r} cannot be loaded from the ModelScope hub ({said}).{hint} "
             "Check the id and split; if the hub is out of reach, read a downloaded copy with dataset=local"
         ) from error
-    number = 0
-    for number, row in enumerate(dataset, 1):
-        yield RawRow(Origin(dataset_id, number), row, weight)
-    if number == 0:
-        raise DataError(f"{dataset_id}: split {split!r} holds no record")

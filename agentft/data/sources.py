@@ -9,11 +9,13 @@ Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from agentft.data.files import READABLE_SUFFIXES, FileFlaw, data_suffix, read_file
 from agentft.data.forms import Form
@@ -138,7 +140,7 @@ def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[Ra
     for source in sources:
         path = Path(source.path)
         report.sources[str(source.path)] = SourceCount(source.weight)
-        files = _folder_files(path, report) if path.is_dir() else [path]
+        files = folder_files(path, report) if path.is_dir() else [path]
         if path.is_dir() and not files:
             raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
         for file in files:
@@ -147,7 +149,7 @@ def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[Ra
             report.files.append(name)
             if file is not path:
                 report.source_of_file[name] = str(source.path)
-            if file is not path and (flaw := _unsafe_in_folder(file, path)):
+            if file is not path and (flaw := unsafe_in_folder(file, path)):
                 yield Rejection(Origin(name, 0), *flaw)
                 continue
             yield from _read_one(file, name, source.weight, report, alone=file is path)
@@ -170,7 +172,7 @@ def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone
         yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
 
 
-def _folder_files(folder: Path, report: ReadReport) -> list[Path]:
+def folder_files(folder: Path, report: ReadReport) -> list[Path]:
     """Data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
     files: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=False):
@@ -184,7 +186,7 @@ def _folder_files(folder: Path, report: ReadReport) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
+def unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
     """Why a file found in a folder is not opened, or None."""
     if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
         return "link_out_of_folder", f"leads to {file.resolve()}; name that file itself to read it"
@@ -193,6 +195,25 @@ def _unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
     if file.stat().st_size == 0:
         return "empty_file", "the file is empty"
     return None
+
+
+def digest_local(paths: str | Path | LocalSource | Sequence[str | Path | LocalSource]) -> list[list[Any]]:
+    """What `read_local` would read, by name and sha256, in its order; files that it would skip or refuse by their name."""
+    given = [paths] if isinstance(paths, (str, Path, LocalSource)) else paths
+    found: list[list[Any]] = []
+    for source in given:
+        path = Path(source.path if isinstance(source, LocalSource) else source)
+        report = ReadReport()
+        for file in folder_files(path, report) if path.is_dir() else [path]:
+            flaw = unsafe_in_folder(file, path) if file is not path else None
+            found.append([str(file), flaw or (_digest(file) if file.is_file() else None)])
+        found.append([str(path), report.skipped_files])
+    return found
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_conversations(

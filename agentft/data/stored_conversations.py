@@ -1,6 +1,6 @@
 """Conversations on the disk: appended one by one, read back one by one, so that their number costs no memory.
 
-A stored conversation is a line of JSON: its id, its origin, its weight and its turns, an assistant's cut into its parts.
+A stored conversation is a line of JSON: its id, its origin, its weight, what it is a piece of and its turns, an assistant's cut into its parts.
 Requests and offered tools are read again from the text they stand in, by the functions that read them the first time.
 """
 
@@ -33,16 +33,16 @@ def to_line(conversation: Conversation) -> bytes:
         for message in conversation.messages
     ]
     origin = conversation.origin
-    record = [conversation.id, origin.source, origin.line, conversation.weight, turns]
+    record = [conversation.id, conversation.piece_of, origin.source, origin.line, conversation.weight, turns]
     return _ENCODER.encode(record).encode() + b"\n"
 
 
 def from_line(line: bytes) -> Conversation:
     """Read what `to_line` wrote: an equal conversation."""
-    name, source, number, weight, turns = json.loads(line)
+    name, piece_of, source, number, weight, turns = json.loads(line)
     messages = tuple(_message(role, body) for role, body in turns)
     offered = read_offered_tools(messages[0].source) if messages[0].role == "system" else ()
-    return Conversation(name, messages, Origin(source, number), offered, weight)
+    return Conversation(name, messages, Origin(source, number), offered, weight, piece_of)
 
 
 def _message(role: Any, body: Any) -> Message:

@@ -20,6 +20,8 @@ from agentft.data.stored_examples import StoredExamples
 from agentft.data.tokens import SegmentEncoder
 from agentft.recipes.account import Account, read_account
 from agentft.recipes.build_data import ABOUT, ACCOUNT, HELDOUT, ORDER, build_data
+from agentft.recipes.data_cache import open_cache
+from agentft.recipes.data_key import code_is_as_loaded, key_ingredients, key_of
 from agentft.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -48,12 +50,36 @@ def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEnco
         ConfigError: the settings contradict each other.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="agentft-data-") as folder:
-        build_data(config, template, encoder, Path(folder))
-        prepared = _open(Path(folder), config)
+    prepared = _cached(config, template, encoder) if config.cache else None
+    if prepared is None:
+        with tempfile.TemporaryDirectory(prefix="agentft-data-") as folder:
+            build_data(config, template, encoder, Path(folder))
+            prepared = _open(Path(folder), config)
     prepared.account.check_losses(config)
     _report(prepared, time.perf_counter() - started)
     return prepared
+
+
+def _cached(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> PreparedData | None:
+    """The data from the cache, made there if need be; None where it cannot be kept."""
+    cache = open_cache(config.cache_limit_gb)
+    ingredients = None if cache is None else key_ingredients(config, template, encoder)
+    if cache is None or ingredients is None:
+        return None
+    if not code_is_as_loaded():
+        log.warning("data: not cached, the code in %s changed after this process began", Path(__file__).parent.parent)
+        return None
+
+    def about() -> dict[str, Any] | None:
+        """What the key is made of, if that is still what it was."""
+        return ingredients if ingredients == key_ingredients(config, template, encoder) else None
+
+    return cache.fetch(
+        key_of(ingredients),
+        build=lambda folder: build_data(config, template, encoder, folder),
+        open_=lambda folder: _open(folder, config),
+        about=about,
+    )
 
 
 def _open(folder: Path, config: DatasetConfig) -> PreparedData:

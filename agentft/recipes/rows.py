@@ -9,7 +9,7 @@ from typing import Any
 from agentft.data import synthetic
 from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
 from agentft.data.records import Conversation, Origin, Rejection
-from agentft.data.sources import LocalSource, RawRow, ReadReport, read_conversations, read_local
+from agentft.data.sources import LocalSource, RawRow, ReadReport, digest_local, read_conversations, read_local
 from agentft.errors import ConfigError
 
 Rows = Iterable[RawRow | Rejection]
@@ -57,6 +57,29 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             return DatasetRows(split(config.train_split), heldout, form)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
+
+
+def source_digests(config: DatasetConfig) -> Any:
+    """The bytes of the sources by name and digest, as JSON: equal ones give equal rows. None where a source shows no bytes.
+
+    Raises:
+        DataError: a hub cannot be asked.
+    """
+    match config:
+        case LocalConfig():
+            test = None if config.test_path is None else digest_local(config.test_path)
+            return [digest_local(_local_sources(config)), test]
+        case ModelScopeConfig():
+            from agentft.data.modelscope_rows import digest_modelscope
+
+            splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
+            digests = [
+                digest_modelscope(config.id, split, revision=config.revision, cache_dir=config.cache_dir)
+                for split in splits
+            ]
+            return None if None in digests else digests
+        case _:
+            return []  # made from the settings alone
 
 
 def _local_sources(config: LocalConfig) -> list[LocalSource]:

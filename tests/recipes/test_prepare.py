@@ -1,0 +1,401 @@
+"""Prepared data: what the short way in memory gives, whatever the order of work, and the same from the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentft.data import synthetic
+from agentft.data.config import LocalConfig, Split, TooLong, WeightedPath
+from agentft.data.fit import fit_conversations
+from agentft.data.records import Conversation
+from agentft.data.render import get_template
+from agentft.data.sources import read_conversations, read_local
+from agentft.data.splits import divide, keep_apart
+from agentft.data.tokens import SegmentEncoder
+from agentft.errors import DataError
+from agentft.model.random_weights import byte_tokenizer as make_tokenizer
+from agentft.recipes import build_data, data_key, prepare
+from agentft.recipes.account import Account, read_account, write_account
+from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
+from agentft.runs import RunFolder
+
+COUNT = 150
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    """Conversations of one to three rounds, a broken line, a blank one, a repetition and an id with other content."""
+    path = tmp_path_factory.mktemp("data") / "talks.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) for record in synthetic.generate(COUNT, seed=3)]
+    again = json.loads(lines[7])
+    again["conversations"][1]["value"] += " Please."
+    path.write_text("\n".join([*lines, "{broken", "", lines[5], json.dumps(again), ""]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("AGENTFT_DATA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def settings(data_file: Path, **changes) -> LocalConfig:
+    defaults = {"name": "local", "path": str(data_file), "max_length": 1100, "test_ratio": 0.2, "max_rejected": 0.9}
+    return LocalConfig(**{**defaults, **changes})
+
+
+CASES = {
+    "all": {},
+    "drop": {"too_long": TooLong.drop},
+    "split": {"too_long": TooLong.split},
+    "sample": {"sample": 20, "test_sample": 5},
+    "more than there is": {"sample": 1000},
+    "unseen tools": {"split": Split.unseen_tools, "max_length": 2000},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, template, encoder, tmp_path):
+    config = settings(data_file, cache=False, **CASES[case])
+    prepared = prepare_data(config, template, encoder)
+    train, heldout, outcomes = in_memory(config, template, encoder)
+    assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
+    assert [show(example) for example in prepared.heldout_examples] == [show(piece.example) for piece in heldout]
+    assert list(prepared.heldout) == [piece.conversation for piece in heldout]
+    assert prepared.train_tools == {r.name for p in train for call in p.conversation.calls for r in call.requests}
+    assert prepared.account.fitted == outcomes
+    manifest = json.loads(manifest_of(prepared, tmp_path)[0])
+    assert manifest["train"]["ids"] == [piece.example.id for piece in train]
+    assert manifest["train"]["tokens"] == sum(len(piece.example) for piece in train)
+    assert manifest["train"]["labelled_tokens"] == sum(piece.example.trained_tokens for piece in train)
+    assert manifest["train"]["steps"] == sum(len(piece.example.steps()) for piece in train)
+    assert manifest["heldout"]["content_hashes"] == [piece.conversation.content_hash for piece in heldout]
+    assert manifest["set_aside"]["duplicate"] == 1
+
+
+def test_sources_with_weights_and_an_exam_of_its_own_are_prepared_as_in_memory(data_file, template, encoder, tmp_path):
+    exam = tmp_path / "exam.jsonl"
+    lines = data_file.read_text(encoding="utf-8").split("\n")
+    other = [json.dumps(record) for record in synthetic.generate(10, seed=4, part="heldout")]
+    exam.write_text("\n".join([*lines[:5], *other]), encoding="utf-8")
+    for name, part in (("a", lines[:60]), ("b", lines[60:COUNT])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part), encoding="utf-8")
+    sources = [
+        WeightedPath(path=str(tmp_path / "a.jsonl"), weight=2.5),
+        WeightedPath(path=str(tmp_path / "b.jsonl"), weight=0.4),
+    ]
+    for sample in (-1, 30):
+        config = settings(data_file, path=None, sources=sources, test_path=str(exam), cache=False, sample=sample)
+        prepared = prepare_data(config, template, encoder)
+        train, heldout, _ = in_memory(config, template, encoder)
+        assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
+        assert list(prepared.heldout) == [piece.conversation for piece in heldout]
+        assert prepared.account.left_out["held_out_too"] == 5
+        assert prepared.account.left_out["left_out_by_weight"] > 10
+    assert max(Counter(prepared.train.ids).values()) > 1
+
+
+def in_memory(config, template, encoder):
+    """Training pieces, held-out pieces and outcomes by the parts of agentft put together without a disk."""
+
+    def read(paths):
+        return [item for item in read_conversations(read_local(paths)) if isinstance(item, Conversation)]
+
+    from agentft.recipes.rows import _local_sources
+
+    if config.test_path is None:
+        parts = divide(read(_local_sources(config)), split=config.split, test_ratio=config.test_ratio, seed=config.seed)
+    else:
+        parts = keep_apart(read(_local_sources(config)), read(config.test_path), seed=config.seed)
+    found, outcomes = [], {}
+    for part, pool, sample, too_long in (
+        ("train", parts.train, config.sample, config.too_long),
+        (
+            "heldout",
+            parts.heldout,
+            config.test_sample,
+            config.too_long if config.too_long is TooLong.drop else TooLong.split,
+        ),
+    ):
+        pieces, used, counted = [], 0, Counter()
+        for fitted in fit_conversations(pool, template, encoder, config.max_length, too_long):
+            if used == sample:
+                break
+            counted[str(fitted.outcome)] += 1
+            pieces += fitted.pieces
+            used += bool(fitted.pieces)
+        outcomes[part] = counted
+        found.append(pieces)
+    return *found, outcomes
+
+
+def show(example) -> tuple:
+    return example.id, example.input_ids.tolist(), example.spans, example.context_rounds, example.span_weights
+
+
+def manifest_of(prepared: PreparedData, folder: Path) -> tuple[bytes, bytes]:
+    with RunFolder.create(folder / f"run-{time.monotonic_ns()}") as run:
+        write_manifest(prepared, run)
+        return run.data_manifest.read_bytes(), run.rejected_file.read_bytes()
+
+
+def test_from_the_cache_everything_is_the_same_byte_for_byte(data_file, template, encoder, cache, tmp_path, caplog):
+    config = settings(data_file)
+    with caplog.at_level(logging.INFO):
+        kept = prepare_data(config, template, encoder)
+        assert "kept in the cache" in caplog.text
+        assert "from the cache" not in caplog.text
+        cached = prepare_data(config, template, encoder)
+    assert "data: from the cache" in caplog.text
+    fresh = prepare_data(dataclasses.replace(config, cache=False), template, encoder)
+    assert manifest_of(kept, tmp_path) == manifest_of(cached, tmp_path) == manifest_of(fresh, tmp_path)
+    assert [show(e) for e in cached.train] == [show(e) for e in fresh.train]
+    assert list(cached.heldout) == list(fresh.heldout)
+    assert kept.account == cached.account == fresh.account
+    assert kept.account.reasons() == {"too_long": kept.account.reasons()["too_long"], "not_json": 1, "duplicate": 1}
+
+
+def test_every_part_of_an_account_survives_its_file(data_file, template, encoder, tmp_path):
+    account = prepare_data(settings(data_file, cache=False), template, encoder).account
+    account.layout.update(["z", "a", "a"])
+    account.left_out.update(["held_out_too"])
+    assert account.read.notices_shown
+    assert account.changed
+    for part in dataclasses.fields(Account):
+        assert getattr(account, part.name), part.name
+    write_account(account, tmp_path / "account.json")
+    again = read_account(tmp_path / "account.json")
+    assert again == account
+    assert type(again.read.notices) is Counter
+    assert list(again.layout.items()) == list(account.layout.items())
+
+
+def test_jobs_that_differ_in_nothing_that_decides_tokens_share_the_cache(data_file, template, encoder, cache):
+    prepare_data(settings(data_file), template, encoder)
+    prepare_data(settings(data_file, name="mine", max_rejected=0.8, cache_limit_gb=3.0), template, encoder)
+    assert len(entries(cache)) == 1
+    with pytest.raises(DataError, match="max_rejected"):
+        prepare_data(settings(data_file, max_rejected=0.0), template, encoder)
+    assert len(entries(cache)) == 1
+
+
+def _other_code(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    shutil.copytree(data_key._PACKAGE / "data", package / "data")
+    shutil.copytree(data_key._PACKAGE / "recipes", package / "recipes")
+    monkeypatch.setattr(data_key, "_PACKAGE", package)
+    with (package / "data" / "synthetic" / "words_zh.py").open("a") as file:
+        file.write("# another line\n")
+    for path in package.rglob("*.py"):
+        os.utime(path, (1, 1))
+
+
+CHANGES: dict[str, dict] = {
+    "max_length": {"max_length": 1000},
+    "too_long": {"too_long": TooLong.drop},
+    "seed": {"seed": 1},
+    "sample": {"sample": 20},
+    "test_ratio": {"test_ratio": 0.3},
+    "form": {"form": "msagent"},
+}
+
+
+@pytest.mark.parametrize("part", ["data", *CHANGES, "template", "tokenizer", "code", "library"])
+def test_whatever_decides_the_tokens_makes_another_entry(
+    part, data_file, template, encoder, cache, tmp_path, monkeypatch
+):
+    path = Path(shutil.copy(data_file, tmp_path / "talks.jsonl"))
+    before = prepare_data(settings(path), template, encoder)
+    config = settings(path, **CHANGES.get(part, {}))
+    match part:
+        case "data":
+            text = path.read_text(encoding="utf-8")
+            stat = path.stat()
+            path.write_text(text.replace(" the ", " tha "), encoding="utf-8")
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            assert path.stat().st_size == stat.st_size
+        case "template":
+            template = get_template("msagent", "!")
+        case "tokenizer":
+            tokenizer = make_tokenizer()
+            tokenizer.add_tokens(["weather"])
+            encoder = SegmentEncoder(tokenizer)
+        case "code":
+            _other_code(monkeypatch, tmp_path)
+        case "library":
+            monkeypatch.setattr(data_key, "_version", lambda name: "0.0.1")
+    after = prepare_data(config, template, encoder)
+    assert len(entries(cache)) == 2
+    fresh = prepare_data(dataclasses.replace(config, cache=False), template, encoder)
+    assert after.fingerprint == fresh.fingerprint
+    if part not in ("code", "library", "form"):
+        assert after.fingerprint != before.fingerprint
+
+
+def test_code_that_changed_after_the_process_began_is_not_cached(
+    data_file, template, encoder, cache, tmp_path, monkeypatch, caplog
+):
+    _other_code(monkeypatch, tmp_path)
+    later = time.time() + 5
+    os.utime(tmp_path / "package" / "data" / "render.py", (later, later))
+    prepare_data(settings(data_file), template, encoder)
+    assert "changed after this process began" in caplog.text
+    assert entries(cache) == []
+
+
+def test_data_that_changes_while_it_is_read_is_refused(data_file, template, encoder, cache, tmp_path, monkeypatch):
+    path = Path(shutil.copy(data_file, tmp_path / "talks.jsonl"))
+
+    def build_and_change(*arguments):
+        build_data.build_data(*arguments)
+        path.write_bytes(path.read_bytes() + b"\n")
+
+    monkeypatch.setattr(prepare, "build_data", build_and_change)
+    with pytest.raises(DataError, match="changed while they were read"):
+        prepare_data(settings(path), template, encoder)
+    assert entries(cache) == []
+
+
+def _spoil(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a changed bit": lambda entry: _spoil(entry / "ids.bin"),
+    "a cut file": lambda entry: os.truncate(entry / "examples.npy", 200),
+    "a lost file": lambda entry: (entry / "account.json").unlink(),
+    "no manifest": lambda entry: (entry / "manifest.json").unlink(),
+    "half a manifest": lambda entry: os.truncate(entry / "manifest.json", 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_built_anew_and_said(damage, data_file, template, encoder, cache, caplog):
+    before = prepare_data(settings(data_file), template, encoder)
+    (entry,) = entries(cache)
+    DAMAGES[damage](entry)
+    after = prepare_data(settings(data_file), template, encoder)
+    assert "is damaged" in caplog.text
+    assert after.fingerprint == before.fingerprint
+    assert entries(cache) == [entry]
+    caplog.clear()
+    assert prepare_data(settings(data_file), template, encoder).account == after.account
+    assert "damaged" not in caplog.text
+
+
+def entries(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if not path.name.startswith(".")]
+
+
+def _in_process(work: Callable[..., None], *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def test_of_processes_that_begin_at_once_one_builds_and_all_get_the_same(
+    data_file, template, encoder, cache, tmp_path, monkeypatch
+):
+    def counted(*arguments):
+        with (tmp_path / "builds").open("a") as file:
+            file.write("x")
+        build_data.build_data(*arguments)
+
+    def work(number: int) -> None:
+        prepared = prepare_data(settings(data_file), template, encoder)
+        (tmp_path / f"result-{number}").write_text(prepared.fingerprint + str(len(prepared.train)))
+
+    monkeypatch.setattr(prepare, "build_data", counted)
+    processes = [_in_process(work, number) for number in range(4)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert (tmp_path / "builds").read_text() == "x"
+    assert len({(tmp_path / f"result-{number}").read_text() for number in range(4)}) == 1
+
+
+@pytest.mark.parametrize("moment", ["while tokenising", "before it is sealed"])
+def test_a_killed_builder_leaves_nothing_that_is_taken_for_good(
+    moment, data_file, template, encoder, cache, tmp_path, monkeypatch
+):
+    reached = tmp_path / "reached"
+
+    def stop_here() -> None:
+        reached.touch()
+        time.sleep(600)
+
+    def build_then_stop(*arguments):
+        build_data.build_data(*arguments)
+        stop_here()
+
+    append = build_data.ExampleWriter.append
+
+    def append_then_stop(writer, example):
+        row = append(writer, example)
+        if row == 20:
+            stop_here()
+        return row
+
+    with monkeypatch.context() as patch:
+        if moment == "while tokenising":
+            patch.setattr(build_data.ExampleWriter, "append", append_then_stop)
+        else:
+            patch.setattr(prepare, "build_data", build_then_stop)
+        process = _in_process(prepare_data, settings(data_file), template, encoder)
+        while not reached.exists():
+            assert process.is_alive()
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert entries(cache) == []
+    assert any(path.is_dir() for path in cache.iterdir())
+    prepared = prepare_data(settings(data_file), template, encoder)
+    assert [path.name[:1] for path in cache.iterdir() if path.is_dir()] != ["."]
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+    assert prepared.fingerprint == prepare_data(settings(data_file, cache=False), template, encoder).fingerprint
+
+
+def test_above_its_limit_the_cache_forgets_what_was_not_used_for_longest(data_file, template, encoder, cache):
+    for seed in (1, 2):
+        prepare_data(settings(data_file, seed=seed), template, encoder)
+    old, new = sorted(entries(cache), key=lambda entry: (entry / "manifest.json").stat().st_mtime_ns)
+    os.utime(old / "manifest.json", (1, 1))
+    os.utime(new / "manifest.json", (2, 2))
+    size = sum(file.stat().st_size for entry in (old, new) for file in entry.iterdir())
+    opened = prepare_data(settings(data_file, seed=1), template, encoder)  # now the one that was used last
+    prepare_data(settings(data_file, seed=3, cache_limit_gb=1.1 * size / 1e9), template, encoder)
+    assert old in entries(cache)
+    assert new not in entries(cache)
+    assert len(opened.train[0]) > 0
+
+
+def test_without_a_place_to_write_the_data_is_prepared_all_the_same(
+    data_file, template, encoder, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("AGENTFT_DATA_CACHE", str(tmp_path / "file" / "cache"))
+    prepared = prepare_data(settings(data_file), template, encoder)
+    assert len(prepared.train) > 50
+    assert "data: no cache" in caplog.text
+
+
+def test_the_ids_of_a_mapped_example_are_the_callers_own(data_file, template, encoder, cache):
+    prepared = prepare_data(settings(data_file), template, encoder)
+    example = prepared.train[0]
+    example.input_ids[:] = 0
+    assert not np.array_equal(prepared.train[0].input_ids, example.input_ids)
