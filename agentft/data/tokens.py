@@ -21,7 +21,7 @@ import numpy.typing as npt
 from agentft.data.config import SpanWeights
 from agentft.data.mixed_chunks import KindRun, kind_runs
 from agentft.data.records import Conversation
-from agentft.data.render import CALL_KINDS, TRAINED_KINDS, Kind, Segment, Template
+from agentft.data.render import CALL_KINDS, Kind, Segment, Template
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _chunks(segments: Iterable[Segment]) -> Iterator[Chunk]:
     joined: list[Segment] = []
     fate: Kind | None = None
     for segment in segments:
-        own = _FATES[segment.kind]
+        own = (Kind.call if segment.kind in CALL_KINDS else segment.kind) if segment.spoken else None
         if joined and (segment.special or own is not fate):
             yield _join(joined)
             joined = []
@@ -241,10 +241,6 @@ def _chunks(segments: Iterable[Segment]) -> Iterator[Chunk]:
         joined.append(segment)
     if joined:
         yield _join(joined)
-
-
-_FATES = {kind: Kind.call if kind in CALL_KINDS else kind if kind in TRAINED_KINDS else None for kind in Kind}
-"""What a segment is to the tokenizer: neighbours with one fate are one text."""
 
 
 def _join(segments: list[Segment]) -> Chunk:
