@@ -328,10 +328,17 @@ class _Unfitted:
 
 
 def _sizes(rounds: Rounds, whole: Piece) -> _Way[_Sizes]:
-    """Tokens of each round and of the system message before them, by where the steps of `whole` end."""
+    """Tokens of each round and of the system message before them."""
     length = len(whole.example)
     if len(rounds) < 2:
         return _Sizes(0, [length])
+    if rounds.ends_with_result():
+        # Where the last thing in a round is a tool's result, its tokens run on into the next question: measured apart.
+        attempts = [_Attempt(rounds.part("", at, at + 1)) for at in range(len(rounds))]
+        *alone, both = yield [*attempts, _Attempt(rounds.part("", 0, 2))]
+        sizes = [len(piece.example) for piece in alone]
+        head = sizes[0] + sizes[1] - len(both.example)
+        return _Sizes(head, [size - head for size in sizes])
     steps = whole.example.steps()
     ends = [steps[rounds.steps_before(last) - 1][1] for last in range(1, len(rounds))]
     lengths = [stop - start for start, stop in pairwise([0, *ends, length])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation, Part, segment_steps
@@ -38,6 +38,15 @@ class Rounds:
     def steps_before(self, first: int) -> int:
         """How many steps the rounds before `first` hold."""
         return sum(self._steps[:first])
+
+    def ends_with_result(self) -> bool:
+        """Whether a round before the last ends with a tool's result, on which the agent says nothing."""
+        turns = (round_[-1].parts for round_ in self._rounds[:-1])
+        return any(isinstance(next(_visible(reversed(parts)), None), Observation) for parts in turns)
+
+
+def _visible(parts: Iterable[Part]) -> Iterator[Part]:
+    return (part for part in parts if part.source.strip())
 
 
 def shorten_observations(conversation: Conversation, limit: int) -> Conversation:
