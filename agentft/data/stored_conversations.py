@@ -1,7 +1,7 @@
 """Conversations on the disk: appended one by one, read back one by one, so that their number costs no memory.
 
-A stored conversation is a line of JSON: its id, its origin, its weight, what it is a piece of and its turns, an assistant's cut into its parts.
-Requests and offered tools are read again from the text they stand in, by the functions that read them the first time.
+A stored conversation is a line of JSON: its id, what it is a piece of, its origin, its weight and its turns, an assistant's
+cut into parts. Requests and offered tools are read again from the text they stand in, by what read them the first time.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from agentft.data.config import SpanWeights
-from agentft.data.records import Conversation
+from agentft.data.records import Conversation, Origin
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, from_line, to_line
 from agentft.data.stored_examples import ExampleWriter, StoredExamples
@@ -18,6 +20,8 @@ WEIGHTS = SpanWeights(text=1.0, call=2.0, stop=0.5)
 def test_a_conversation_comes_back_equal(golden_conversations):
     for conversation in golden_conversations.values():
         assert from_line(to_line(conversation)) == conversation
+        other = dataclasses.replace(conversation, weight=2.5, piece_of="whole", origin=Origin("a\u2028b", 7))
+        assert from_line(to_line(other)) == other
 
 
 def test_every_conversation_that_is_kept_of_the_malformed_set_comes_back_equal(shared_data):
