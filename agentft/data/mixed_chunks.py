@@ -6,10 +6,8 @@ A token that carries any character of a call's name or parameters is of that kin
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import groupby
-
-import numpy as np
 
 from agentft.data.render import Kind, Segment
 
@@ -19,17 +17,25 @@ KindRun = tuple[int, int, Kind]
 
 def kind_runs(chunk: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[KindRun]:
     """The runs of one kind among the tokens of a chunk of frame and call; `offsets` are their places in its text."""
-    bounds = np.cumsum([0] + [len(segment.text) for segment in chunk])
-    is_call = np.zeros(int(bounds[-1]) + 1, dtype=np.int32)
-    for segment, start, stop in zip(chunk, bounds, bounds[1:], strict=False):
-        is_call[start:stop] = segment.kind is Kind.call
-    before = np.concatenate([[0], np.cumsum(is_call)])
-    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    starts = [start for start, _ in offsets]
     # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
-    stops = np.minimum(np.maximum(places[:, 1], places[:, 0] + 1), len(is_call))
-    calls = before[stops] > before[np.minimum(places[:, 0], len(is_call))]
+    stops = [max(stop, start + 1) for start, stop in offsets]
     runs: list[KindRun] = []
-    for called, group in groupby(calls.tolist()):
-        start = runs[-1][1] if runs else 0
-        runs.append((start, start + len(list(group)), Kind.call if called else Kind.frame))
+    end = done = 0
+    for segment in chunk:
+        begin, end = end, end + len(segment.text)
+        if segment.kind is not Kind.call or begin == end:
+            continue
+        first, last = max(bisect_right(stops, begin), done), bisect_left(starts, end)
+        if first >= last:
+            continue
+        if runs and first == done:
+            runs[-1] = (runs[-1][0], last, Kind.call)
+        else:
+            if first > done:
+                runs.append((done, first, Kind.frame))
+            runs.append((first, last, Kind.call))
+        done = last
+    if done < len(starts):
+        runs.append((done, len(starts), Kind.frame))
     return runs

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, overload
 
@@ -38,18 +39,24 @@ class ExampleWriter:
         self._ids, self._spans, self._names = ((folder / f"{n}.bin").open("wb") for n in ("ids", "spans", "names"))
         self._table = array("q")
         self._token = self._span = self._name = 0
+        self.digests: list[bytes] = []
+        """SHA-256 of all that was written of each example."""
 
     def append(self, example: Example) -> int:
         """Write an example and return its row. Its span weights are a setting and not written."""
         numbers = [number for span in example.spans for number in (span.start, span.stop, span.kind)]
+        name, ids, spans = example.id.encode(), example.input_ids.astype(self._id_type).tobytes(), array("i", numbers)
         steps = len(example.steps())
         self._table.extend((self._token, self._span, self._name, example.context_rounds, example.trained_tokens, steps))
-        self._ids.write(example.input_ids.astype(self._id_type).tobytes())
-        self._spans.write(array("i", numbers).tobytes())
+        self._ids.write(ids)
+        self._spans.write(spans.tobytes())
+        self._names.write(name)
         self._token += len(example)
         self._span += len(example.spans)
-        self._name += self._names.write(example.id.encode())
-        return len(self._table) // len(_COLUMNS) - 1
+        self._name += len(name)
+        header = f"{len(name)} {len(ids)} {example.context_rounds} ".encode()
+        self.digests.append(sha256(b"".join((header, name, ids, spans.tobytes()))).digest())
+        return len(self.digests) - 1
 
     def close(self) -> None:
         """Finish the files."""

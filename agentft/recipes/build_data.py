@@ -17,7 +17,6 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,8 +32,8 @@ from agentft.data.source_weights import showing_keys
 from agentft.data.sources import RawRow, read_conversations
 from agentft.data.splits import divide, is_held_out, keep_apart
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, index_of
-from agentft.data.stored_examples import ExampleWriter, StoredExamples
-from agentft.data.tokens import Example, SegmentEncoder
+from agentft.data.stored_examples import ExampleWriter
+from agentft.data.tokens import SegmentEncoder
 from agentft.errors import DataError
 from agentft.progress import progress_bar
 from agentft.recipes.account import Account, write_account
@@ -295,11 +294,9 @@ class _Builder:
         talks = [row for use in heldout for row in use.talks]
         order = {name: np.asarray(of, dtype=np.int64) for name, of in (*rows.items(), ("talks", talks))}
         np.savez(self._folder / ORDER, train=order["train"], heldout=order["heldout"], talks=order["talks"])
-        examples = StoredExamples(self._folder)
-        digest = sha256()
-        weighed = examples.chosen(order["train"], self._config.span_weights)
-        for example in chain(weighed, examples.chosen(order["heldout"])):
-            _digest(example, digest)
+        digest = sha256(repr(self._config.span_weights).encode())
+        for row in (*rows["train"], -1, *rows["heldout"]):
+            digest.update(self._examples.digests[row] if row >= 0 else b"heldout")
         about = {
             "fingerprint": digest.hexdigest(),
             "train_tools": sorted(frozenset[str]().union(*(use.tools for use in train))),
@@ -319,14 +316,6 @@ def _change(fitted: Fitted, part: str) -> dict[str, Any]:
         "shortened_observations": fitted.shortened_observations,
         "steps_left_out": list(fitted.steps_left_out),
     }
-
-
-def _digest(example: Example, digest: Any) -> None:
-    digest.update(example.id.encode())
-    digest.update(example.input_ids.tobytes())
-    digest.update(repr(example.spans).encode())
-    if example.span_weights is not None:
-        digest.update(repr(example.span_weights).encode())
 
 
 @contextmanager

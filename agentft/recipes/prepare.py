@@ -37,7 +37,7 @@ class PreparedData:
     train_tools: frozenset[str]
     """Names of the tools that training conversations call."""
     fingerprint: str
-    """Digest of the training ids and labels in their order, and of the held-out ones."""
+    """Digest of the training ids, labels and weights in their order, and of the held-out ones."""
     heldout_content_hashes: list[str]
     account: Account
 
