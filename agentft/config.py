@@ -44,7 +44,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from agentft.errors import AgentftError, ConfigError
-from agentft.recipes.config import AuditConfig, EvaluateConfig, TrainConfig
+from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.recipes.saved import ROOTS, SCHEMAS, config_from_yaml, config_to_yaml, saved_config
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.secrets import is_secret_name, redact_text
@@ -52,6 +52,7 @@ from agentft.secrets import is_secret_name, redact_text
 __all__ = [
     "AuditConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "TrainConfig",
     "compose",
     "compose_and_run",
@@ -65,7 +66,7 @@ __all__ = [
     "to_train_config",
 ]
 
-C = TypeVar("C", TrainConfig, EvaluateConfig, AuditConfig)
+C = TypeVar("C", TrainConfig, EvaluateConfig, AuditConfig, ExportConfig)
 
 VERSION_BASE = "1.3"
 
@@ -773,6 +774,11 @@ _EXAMPLES = {
   python evaluate.py run=runs/<run>                      the final weights of a run
   python evaluate.py run=runs/<run> checkpoint=best evaluation.conversations=50
 """,
+    "export": """\
+  python -m agentft.export run=runs/<run>                        a whole model, for transformers, vLLM and the hubs
+  python -m agentft.export run=runs/<run> merge=false out=mine   the adapter alone
+  python -m agentft.export run=runs/<run> push=modelscope:owner/name         and upload it, private unless private=false
+""",
     "audit": """\
   python -m agentft.audit dataset=local dataset.path=my.jsonl     what is in it, what is trained, what is wrong
   python -m agentft.audit dataset=local dataset.path=my.jsonl view=<id>       one conversation with its labels
@@ -781,7 +787,7 @@ Exit code 0: all is well; 3: an invariant is broken, or a finding of audit.fail_
 """,
 }
 
-_AS_MODULES = {"audit": "-m agentft.audit"}
+_AS_MODULES = {"audit": "-m agentft.audit", "export": "-m agentft.export"}
 """Entry points inside the package, and how they are started."""
 
 

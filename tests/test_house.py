@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "agentft"
 
 FLOORS = {
-    5: ("config", "entry", "launch", "plugins", "sweeping", "audit"),
+    5: ("config", "entry", "launch", "plugins", "sweeping", "audit", "export"),
     4: ("recipes", "compare", "comparison", "dashboard", "score", "read"),
     3: ("training", "evaluation"),
     2: ("model",),

@@ -126,9 +126,9 @@ def _declaration(tool: OfferedTool) -> dict[str, Any]:
 # --- The layouts ---
 
 
-_HERMES_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+HERMES_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
-_HERMES_TOOLS = (
+HERMES_TOOLS = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}\n</tools>\n\n"
     "For each function call, return a json object with function name and arguments within "
@@ -136,7 +136,7 @@ _HERMES_TOOLS = (
     '{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
 )
 
-_LLAMA_TOOLS = (
+LLAMA_TOOLS = (
     "You have access to the following functions. To call a function, please respond with JSON for a function call."
     'Respond in the format {{"name": function name, "parameters": dictionary of argument name and its value}}.'
     "Do not use variables.\n\n{tools}"
@@ -249,7 +249,7 @@ class ChatmlTemplate(_NativeTemplate):
         yield Segment("\n", Kind.header)
 
     def _tools(self, tools: Sequence[str]) -> str:
-        return _HERMES_TOOLS.format(tools="".join(f"\n{tool}" for tool in tools))
+        return HERMES_TOOLS.format(tools="".join(f"\n{tool}" for tool in tools))
 
     def _results(self, observations: Iterable[Part]) -> Iterator[Segment]:
         body: list[Segment] = []
@@ -327,7 +327,7 @@ class Llama3Template(_NativeTemplate):
 
     def _tools(self, tools: Sequence[str]) -> str:
         indented = (json.dumps(json.loads(tool), ensure_ascii=False, indent=4) for tool in tools)
-        return _LLAMA_TOOLS.format(tools="".join(f"{tool}\n\n" for tool in indented))
+        return LLAMA_TOOLS.format(tools="".join(f"{tool}\n\n" for tool in indented))
 
     def _results(self, observations: Iterable[Part]) -> Iterator[Segment]:
         for part in observations:
@@ -385,14 +385,14 @@ NAMES = ("msagent", "native", "chatml", "qwen2.5", "qwen3", "llama3")
 """Values of `model.template`; `native` is one of the four behind it, by the tokenizer."""
 
 _FAMILIES: dict[str, tuple[type[_NativeTemplate], str, tuple[str, ...], str | None]] = {
-    "chatml": (ChatmlTemplate, "<|im_end|>", _HERMES_MARKS, None),
+    "chatml": (ChatmlTemplate, "<|im_end|>", HERMES_MARKS, None),
     "qwen2.5": (
         ChatmlTemplate,
         "<|im_end|>",
-        _HERMES_MARKS,
+        HERMES_MARKS,
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     ),
-    "qwen3": (Qwen3Template, "<|im_end|>", _HERMES_MARKS, None),
+    "qwen3": (Qwen3Template, "<|im_end|>", HERMES_MARKS, None),
     "llama3": (Llama3Template, "<|eot_id|>", ("<|python_tag|>",), None),
 }
 

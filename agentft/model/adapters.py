@@ -95,10 +95,10 @@ def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -
             parameter.copy_(state[name])
 
 
-def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_final(model: Any, sft: SftConfig, tokenizer: Any, folder: Path) -> None:
     """Write the adapter (or the whole model) as safetensors with its tokenizer, loadable without agentft."""
-    if hasattr(model, "peft_config"):
-        save_adapter(model, folder)
+    if isinstance(sft, LoraConfig):
+        save_adapter(model, sft, folder)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

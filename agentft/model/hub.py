@@ -30,7 +30,7 @@ SETTINGS_AND_TOKENIZER = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 
 SETTINGS = "config.json"
 
-_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,7 @@ def _not_cached(hub: Hub, model_id: str, revision: str | None) -> ModelError:
 
 
 def _check_id(hub: Hub, model_id: str) -> None:
-    if not _MODEL_ID.fullmatch(model_id) or ".." in model_id:
+    if not MODEL_ID.fullmatch(model_id) or ".." in model_id:
         raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
 
 

@@ -51,6 +51,8 @@ class ModelFiles:
     """Digest over settings, tokenizer and the headers of the weight files."""
     commit: str | None = None
     """What the asked revision stood for on the hub; None where there is none."""
+    converted: bool = False
+    """Rewritten from an old layout: the source itself cannot be loaded."""
 
 
 def locate_model(config: ModelConfig) -> ModelFiles:
@@ -74,7 +76,8 @@ def locate_model(config: ModelConfig) -> ModelFiles:
                 raise ModelError(f"model.path={folder}: expected a folder with config.json, weights and tokenizer")
     check_remote_code(folder, trusted=config.trust_remote_code)
     weight_files(folder, allow_pickle=config.allow_pickle)
-    if conversion.needs_conversion(read_json(folder / "config.json")):
+    converted = conversion.needs_conversion(read_json(folder / "config.json"))
+    if converted:
         folder = conversion.converted_folder(
             folder,
             fingerprint=fingerprint(folder),
@@ -82,7 +85,7 @@ def locate_model(config: ModelConfig) -> ModelFiles:
             cache_dir=config.cache_dir,
             allow_pickle=config.allow_pickle,
         )
-    return ModelFiles(folder, fingerprint(folder), commit)
+    return ModelFiles(folder, fingerprint(folder), commit, converted)
 
 
 def _fetch(config: ModelConfig) -> FetchedModel:
@@ -153,13 +156,18 @@ def resolve_dtype(requested: Dtype, device: Device) -> Dtype:
 
 def choose_dtype(requested: Dtype, device: Device) -> torch.dtype:
     """Resolve `auto` to bf16 where the device computes in it, else fp32, and say which."""
-    import torch
-
     chosen = resolve_dtype(requested, device)
     if requested is Dtype.auto:
         log.info("model.dtype=auto: %s on %s", chosen, device.name)
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chosen])
-    return dtype
+    return torch_dtype(chosen)
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """Return torch's own name of a number format, `auto` excepted."""
+    import torch
+
+    found: torch.dtype = getattr(torch, _TORCH_NAMES[dtype])
+    return found
 
 
 def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ConfigError
 from agentft.model.config import ALL_LINEAR, LoraConfig, LoraStart, ModelConfig
 from agentft.model.fused import fuse_layers
 from agentft.model.native import Kernels
-from agentft.model.pissa import START, begin_with_principal_part, fold_start
+from agentft.model.pissa import START, begin_with_principal_part, fold_start, is_start
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +98,50 @@ def _say_what_is_not_fused(model: Any) -> None:
     log.info("%d adapted layers run as peft wrote them: %s", len(plain), " and ".join(reasons) or "of another shape")
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, sft: LoraConfig, folder: Path) -> None:
     """Write the adapter as peft reads it beside the model as it came; a PiSSA start is folded into twice the rank."""
-    config = model.peft_config["default"]
     if START not in model.peft_config:
         model.save_pretrained(folder)
         return
+    state = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    write_adapter(state, sft, folder)
+
+
+def write_adapter(
+    state: dict[str, torch.Tensor],
+    sft: LoraConfig,
+    folder: Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write a checkpoint's adapter as plain peft reads it.
+
+    Args:
+        state: tensors by their names in training.
+        base: what peft loads the model from.
+        revision: of that base on its hub.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
-    folded = {name: tensor.contiguous() for name, tensor in fold_start(state).items()}
-    save_file(folded, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    # Twice the rank with the same factor: alpha / r, or alpha / sqrt(r).
-    factor = math.sqrt(2) if config.use_rslora else 2
-    plain = type(config)(**{**config.to_dict(), "r": 2 * config.r, "lora_alpha": factor * config.lora_alpha})
-    plain.inference_mode = True
-    plain.save_pretrained(str(folder))
+    plain = plain_adapter_state(state)
+    save_file({k: v.contiguous() for k, v in plain.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in plain})
+    config = peft_config(sft, targets)
+    if sft.start is LoraStart.pissa:
+        # Twice the rank with the same factor: alpha / r, or alpha / sqrt(r).
+        config.r, config.lora_alpha = 2 * sft.rank, sft.alpha * (math.sqrt(2) if sft.rslora else 2)
+    config.inference_mode = True
+    config.base_model_name_or_path, config.revision = base, revision
+    config.save_pretrained(str(folder))
+
+
+def plain_adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the names that peft saves."""
+    if any(is_start(name) for name in state):
+        return fold_start(state)
+    return {
+        name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", "."): tensor
+        for name, tensor in state.items()
+    }

@@ -8,7 +8,7 @@ from agentft.data.config import DatasetConfig
 from agentft.data.findings import CODES
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.model.config import ModelConfig, SftConfig
+from agentft.model.config import Dtype, ModelConfig, SftConfig
 from agentft.tracking import TrackingConfig
 from agentft.training.config import DistributedConfig, TrainingConfig
 
@@ -105,3 +105,23 @@ class AuditConfig:
                 f"dataset.max_length={self.dataset.max_length} exceeds model.context={self.model.context} "
                 f"of model={self.model.name}"
             )
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """`python -m agentft.export run=<run folder>`: a folder that transformers, vLLM and the hubs load as it is."""
+
+    run: str
+    """Run folder that `train.py` made."""
+    checkpoint: str = "final"
+    """`final`, `best`, `last` or a step number."""
+    merge: bool = True
+    """Join the adapter with its base into a whole model; false: the adapter alone."""
+    dtype: Dtype = Dtype.auto
+    """Number format of the weights of a whole model; auto: that which the run computed in."""
+    out: str | None = None
+    """Folder to write; null: `export` or `adapter` in the run folder."""
+    push: str | None = None
+    """`modelscope:owner/name` or `huggingface:owner/name`: upload the folder there, by the hub's own login."""
+    private: bool = True
+    """A repository that the upload has to create is private."""

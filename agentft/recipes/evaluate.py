@@ -156,12 +156,17 @@ def _load_weights(bench: Bench, run: RunFolder, name: str) -> None:
     """Put the weights of a checkpoint into the model: `base` leaves it untrained."""
     if name == "base":
         return
-    checkpoint = load_checkpoint(_find_checkpoint(run, name))
+    checkpoint = load_checkpoint(find_checkpoint(run, name))
     load_trained_state(bench.model, checkpoint.tensors["trained"])
     log.info("weights: %s", checkpoint.path)
 
 
-def _find_checkpoint(run: RunFolder, name: str) -> Path:
+def find_checkpoint(run: RunFolder, name: str) -> Path:
+    """Return the folder of the checkpoint `final`, `best`, `last` or of a step.
+
+    Raises:
+        CheckpointError: not there.
+    """
     paths = list_checkpoints(run.checkpoints)
     if not paths:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint; has the run saved one?")

@@ -22,7 +22,7 @@ from agentft.data.config import LocalConfig, ModelScopeConfig, SyntheticConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, QloraConfig
-from agentft.recipes.config import AuditConfig, EvaluateConfig, TrainConfig
+from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.tracking import TrackingConfig
 from agentft.training.config import DistributedConfig, TrainingConfig
 
@@ -32,6 +32,7 @@ ROOTS: dict[str, type] = {
     "schema_train": TrainConfig,
     "schema_evaluate": EvaluateConfig,
     "schema_audit": AuditConfig,
+    "schema_export": ExportConfig,
 }
 """Schemas of the primary configs."""
 

@@ -148,7 +148,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainRe
     with tracker:
         before = _exam_before(config, bench, run, tracker)
         outcome = _fit(config, bench, run, tracker, signals)
-        save_final(bench.model, bench.tokenizer, run.final)
+        save_final(bench.model, config.sft_type, bench.tokenizer, run.final)
         after = _examine("after", config, bench, run, tracker) if config.evaluation.after else None
         summary = _summary(bench, outcome, before, after)
         tracker.summary(summary)

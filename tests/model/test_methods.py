@@ -129,7 +129,7 @@ def test_a_saved_adapter_gives_the_same_outputs_in_plain_peft(method: str, tmp_p
     adapted = prepare_for_training(tiny(), sft, MODEL)
     train(adapted.train(), sft)
     wanted = logits(adapted)
-    save_final(adapted, byte_tokenizer, tmp_path)
+    save_final(adapted, sft, byte_tokenizer, tmp_path)
     plain = PeftModel.from_pretrained(tiny(), tmp_path)
     assert torch.allclose(logits(plain), wanted, atol=2e-5)
     assert torch.allclose(logits(plain.merge_and_unload()), wanted, atol=2e-5)

@@ -1,0 +1,180 @@
+"""An export, loaded by transformers and peft alone, says what the evaluation of its run said, and stops where it stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from agentft.config import ExportConfig, compose, register_schemas, to_train_config
+from agentft.errors import ConfigError, RunError
+from agentft.recipes.export import export
+from agentft.recipes.train import train
+from agentft.runs import read_json
+from tests.data.chat_messages import before_steps, msagent_messages, native_messages
+
+QUICK = [
+    *("model=tiny", "model.shape.hidden=32", "model.shape.intermediate=64", "dataset.conversations=12"),
+    *("dataset.heldout=3", "training.accumulation=4", "training.max_steps=3", "training.logging_steps=1"),
+    *("training.learning_rate=0.03", "evaluation.steps=0", "evaluation.max_new_tokens=12", "evaluation.draws=20"),
+    *("evaluation.before=false", "tracking=disabled", "threads=1"),
+]
+
+
+def run_of(folder, *overrides: str):
+    register_schemas()
+    config = to_train_config(compose("train", [*QUICK, *overrides, f"run_dir='{folder}'"]))
+    return train(config).run_dir, config
+
+
+def heldout(config):
+    """The held-out conversations as any client would read them."""
+    from agentft.data.native import choose_template
+    from agentft.data.tokens import SegmentEncoder
+    from agentft.model.load import load_tokenizer, locate_model
+    from agentft.recipes.prepare import prepare_data
+
+    tokenizer = load_tokenizer(locate_model(config.model), config.model)
+    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
+    data = prepare_data(config.dataset, template, SegmentEncoder(tokenizer))
+    chosen = data.heldout[: config.evaluation.conversations] if config.evaluation.conversations > 0 else data.heldout
+    return {conversation.id: conversation for conversation in chosen}
+
+
+def says_what_the_evaluation_said(model, folder, run, config) -> int:
+    """Ask every held-out step by chat template and `generate`; return how many ended by themselves."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = GenerationConfig.from_pretrained(folder)
+    conversations = heldout(config)
+    rows = [json.loads(line) for line in (run / "predictions" / "after.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) > 3
+    ended = 0
+    for row in rows:
+        conversation = conversations[row["conversation_id"]]
+        if config.model.template == "msagent":
+            messages, tools = msagent_messages(conversation), None
+        else:
+            messages, tools = native_messages(conversation)
+        inputs = tokenizer.apply_chat_template(
+            before_steps(messages)[row["step"]],
+            tools=tools,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.no_grad():
+            output = model.generate(**inputs, generation_config=settings, max_new_tokens=12)
+        said = output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert len(said) == row["tokens"]
+        if row["finish"] == "stop":
+            assert said.pop() == tokenizer.eos_token_id
+            ended += 1
+        assert tokenizer.decode(said, skip_special_tokens=False) == row.get("raw", row["prediction"])
+    return ended
+
+
+RUNS = {
+    "pissa": ["sft_type.start=pissa", "sft_type.targets=[all-linear]"],
+    "full": ["sft_type=full"],
+    "qlora": ["sft_type=qlora"],
+    "dora": ["sft_type.dora=true"],
+    "freeze": ["sft_type=freeze", "sft_type.layers=1"],
+    "chatml": ["model.template=chatml"],
+}
+BY_DEFAULT = ("pissa", "full")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in RUNS]
+)
+def test_plain_transformers_says_what_the_evaluation_said(method: str, tmp_path, monkeypatch):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
+    monkeypatch.setenv("SOME_API_TOKEN", "not-to-be-seen-anywhere")
+    run, config = run_of(tmp_path / "run", *RUNS[method], "model.notes='of not-to-be-seen-anywhere'")
+    out = export(ExportConfig(run=str(run))).folder
+    assert out == run / "export"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype is torch.float32
+    assert (
+        model.generation_config.eos_token_id
+        == model.config.eos_token_id
+        == AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|im_end|>")
+    )
+    says_what_the_evaluation_said(model, out, run, config)
+    text = "".join(path.read_text("utf-8", errors="replace") for path in out.iterdir())
+    assert str(tmp_path) not in text
+    assert "not-to-be-seen-anywhere" not in text
+    card = (out / "README.md").read_text("utf-8")
+    assert card.startswith("---\nbase_model: tiny\n")
+    assert "| arg_f1 |" in card or "Measured" not in card
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("README.md", "chat_template.jinja", "config.json", "configuration.json", "generation_config.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ]
+
+
+def test_the_adapter_alone_says_what_the_evaluation_said(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    run, config = run_of(tmp_path / "run", "sft_type.start=pissa", "sft_type.rslora=true")
+    out = export(ExportConfig(run=str(run), merge=False, out=str(tmp_path / "mine"))).folder
+    assert out == tmp_path / "mine"
+    assert not (out / "model.safetensors").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    says_what_the_evaluation_said(model, out, run, config)
+    with pytest.raises(RunError, match="is there already"):
+        export(ExportConfig(run=str(run), merge=False, out=str(out)))
+
+
+def test_a_converted_model_is_exported_as_what_it_became(tmp_path):
+    from tests.model.test_qwen_v1 import old_folder, old_settings, random_state
+
+    settings = old_settings(seq_length=2048)
+    source = old_folder(tmp_path / "old", settings, random_state(settings))
+    of_old = ["model=auto", "model.source=local", f"model.path='{source}'", f"model.cache_dir='{tmp_path}/cache'"]
+    of_old += [
+        "model.context=2048",
+        "model.dtype=fp32",
+        "model.lora_targets=[q_proj,k_proj,v_proj]",
+        "dataset.heldout=4",
+    ]
+    overrides = [override for override in QUICK if not override.startswith("model")]
+    register_schemas()
+    config = to_train_config(compose("train", [*overrides, *of_old, f"run_dir='{tmp_path}/run'"]))
+    run = train(config).run_dir
+    out = export(ExportConfig(run=str(run))).folder
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert (
+        tokenizer("你好 <|im_start|>1234").input_ids
+        == AutoTokenizer.from_pretrained(run / "final")("你好 <|im_start|>1234").input_ids
+    )
+
+
+def test_what_cannot_be_exported_is_said(tmp_path):
+    run, _ = run_of(tmp_path / "run", "sft_type=full", "evaluation.after=false")
+    with pytest.raises(ConfigError, match="there is no adapter"):
+        export(ExportConfig(run=str(run), merge=False))
+    for odd in ("owner/name", "modelscope:name", "huggingface:../name", "elsewhere:owner/name"):
+        with pytest.raises(ConfigError, match="expected modelscope:owner/name"):
+            export(ExportConfig(run=str(run), push=odd))
+    record = read_json(run / "run.json") | {"model_fingerprint": "another"}
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="has changed since"):
+        export(ExportConfig(run=str(run)))
+    assert not (run / "export").exists()
+
+
+def test_the_command_line_refuses_a_typo_before_anything_is_loaded(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "agentft.export", f"run={tmp_path}", "marge=false"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "marge: no such setting; did you mean merge?" in done.stderr
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
