@@ -104,12 +104,11 @@ _LLAMA3 = (
 {{- '<|begin_of_text|>' -}}
 {%- set system = text(messages[0].content) if messages and messages[0].role == 'system' else '' -%}
 {%- if system or tools -%}
-{{- header('system') + system -}}
+{{- header('system') -}}
 {%- if tools -%}
-{{- '\\n\\n' if system -}}
-{{- TOOLS_BEFORE -}}{%- for tool in tools -%}{{- ('' if loop.first else '\\n\\n') + (tool | tojson) -}}{%- endfor -%}
-{{- TOOLS_AFTER -}}
+{{- TOOLS_BEFORE -}}{%- for tool in tools -%}{{- (tool | tojson(indent=4)) + '\\n\\n' -}}{%- endfor -%}{{- TOOLS_AFTER -}}
 {%- endif -%}
+{{- system -}}
 {{- STOP -}}
 {%- endif -%}
 {%- for message in messages -%}

@@ -37,6 +37,8 @@ class Attention(StrEnum):
     """The package flash-attn, or refuse."""
     tiled = "tiled"
     """agentft's own for bf16 on a CPU; see `agentft.model.attention`."""
+    flex = "flex"
+    """torch's flex attention, on CUDA."""
     sdpa = "sdpa"
     eager = "eager"
 

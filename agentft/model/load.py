@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ModelError
 from agentft.model import attention as tiled_attention
-from agentft.model import conversion
+from agentft.model import conversion, flex
 from agentft.model.cache import build_once, cache_root
 from agentft.model.config import (
     Attention,
@@ -174,7 +174,7 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
     """Resolve the attention setting to a name that transformers knows, and say which `auto` took.
 
     Raises:
-        ModelError: `flash` was asked for and cannot run here.
+        ModelError: `flash` or `flex` was asked for and cannot run here.
     """
     import torch
     from transformers.utils import is_flash_attn_2_available
@@ -191,6 +191,8 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
         case Attention.tiled:
             tiled_attention.register()
             return tiled_attention.NAME
+        case Attention.flex:
+            return flex.register(device)
         case Attention.auto if not device.is_cuda and dtype is torch.bfloat16:
             log.info("model.attention=auto: tiled")
             return choose_attention(Attention.tiled, device, dtype)
