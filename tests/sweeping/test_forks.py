@@ -26,7 +26,8 @@ from pathlib import Path
 
 act = sys.argv[1]
 print("ran", __name__, sys.argv[1:], sys.path[0], os.environ["MINE"], os.environ.get("NOT_MINE"), Path.cwd(), flush=True)
-print(sys.stdin.read() == "", os.getsid(0) == os.getpid(), threading.active_count(), str(signal.getsignal(signal.SIGINT)).split(" at ")[0])
+interrupt = str(signal.getsignal(signal.SIGINT)).split(" at ")[0]
+print(sys.stdin.read() == "", os.getsid(0) == os.getpid(), threading.active_count(), interrupt)
 print(sys.modules["__main__"].act, Path(__file__).name, flush=True)
 atexit.register(lambda: print("cleaned up"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("a thread ended", flush=True))).start()
