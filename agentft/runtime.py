@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -73,6 +74,19 @@ def peak_memory_bytes(device: Device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_in_use_bytes(kind: str) -> int:
+    """Memory held now: by the CUDA allocator for `cuda`, else by this process; its peak where the system tells no more."""
+    if kind == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_reserved())
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return peak_memory_bytes(Device(kind, kind, 1))
 
 
 def torch_device(device: Device) -> torch.device:

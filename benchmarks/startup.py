@@ -1,15 +1,21 @@
-"""How long composing takes before anything is loaded: `python train.py --cfg job`, against an empty `import hydra`.
+"""How long a command takes before it works: composing, and from the command to the first update of the weights.
 
-    python benchmarks/startup.py
+    python benchmarks/startup.py                 # composing: `python train.py --cfg job`, against an empty `import hydra`
+    python benchmarks/startup.py --first-step    # CPU seconds until the optimiser's first step has ended
 
-Both are timed in turn; the median of each and their ratio are printed.
+Composing is timed in turn with its reference; medians and their ratios are printed. The first step is that of a model of
+two small blocks with random weights on synthetic conversations, so that it shows what comes before a step; the process
+ends there. CPU seconds count user and system time of the process and of those it waited for, since wall time depends on
+what else the machine does. Both are with a warm file cache: the first round is not counted.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +26,32 @@ COMMANDS = {
     "train.py sft_type.rnak=4 (refused)": [sys.executable, "train.py", "sft_type.rnak=4"],
     "import hydra": [sys.executable, "-c", "import hydra"],
 }
+JOB = (
+    "model=tiny", "dataset.conversations=40", "evaluation.before=false", "evaluation.after=false",
+    "evaluation.steps=0", "tracking=disabled", "threads=1",
+)  # fmt: skip
+REFERENCES = {
+    "import torch": "import torch",
+    "import torch, transformers' Llama, peft": (
+        "import torch; from transformers import LlamaForCausalLM, AutoTokenizer; from peft import get_peft_model"
+    ),
+}
+
+_SPENT = """
+def spent(*_):
+    import os, resource
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(sum(u.ru_utime + u.ru_stime for u in used), flush=True)
+    os._exit(0)
+"""
+_FIRST_STEP = """
+import runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+register_optimizer_step_post_hook(spent)
+sys.argv = ["train.py", *sys.argv[1:]]
+sys.path.insert(0, "")
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
 def _seconds(command: list[str]) -> float:
@@ -28,14 +60,43 @@ def _seconds(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def main(rounds: int = 7) -> None:
+def _cpu_seconds(code: str, *arguments: str) -> float:
+    command = [sys.executable, "-c", _SPENT + code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return float(done.stdout.split()[-1])
+
+
+def composing(rounds: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(rounds):
         for name, command in COMMANDS.items():
             times[name].append(_seconds(command))
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
-        print(f"{name:<36} {median:.2f} s   {median / medians['import hydra']:.1f} x import hydra")
+        print(f"{name:<42} {median:.2f} s   {median / medians['import hydra']:.1f} x import hydra")
+
+
+def first_step(rounds: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in ("command to first step", *REFERENCES)}
+    for number in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            spent = [_cpu_seconds(_FIRST_STEP, *JOB, f"run_dir={folder}/run")]
+        spent += [_cpu_seconds(f"{code}\nspent()") for code in REFERENCES.values()]
+        if number:
+            for values, seconds in zip(times.values(), spent, strict=True):
+                values.append(seconds)
+    for name, values in times.items():
+        print(f"{name:<42} {statistics.median(values):.2f} CPU-s   (lowest {min(values):.2f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    (first_step if arguments.first_step else composing)(arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors, save_final
 from agentft.model.config import FullConfig, trains_weights
+from agentft.model.light_imports import import_model_libraries
 from agentft.model.load import (
     ModelFiles,
     choose_attention,
@@ -162,6 +163,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainRe
 
 def set_up_bench(config: TrainConfig) -> Bench:
     """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
+    import_model_libraries()
     device = runtime.set_up(config.threads)
     runtime.seed_everything(config.seed)
     dtype = choose_dtype(config.model.dtype, device)

@@ -1,10 +1,11 @@
-"""Where the time of a training goes."""
+"""Where the time of a training goes, and what a person sees of it while it runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class Clock:
@@ -12,7 +13,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._first: dict[str, int] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -23,9 +23,35 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def count(self, name: str, total: int) -> int:
-        """Return how far the counter `name` has moved since it was first seen by this clock."""
-        return total - self._first.setdefault(name, total)
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of the steps themselves, without evaluation and saving."""
+        return sum(self.seconds.get(name, 0.0) for name in ("data", "forward", "backward", "optimiser"))
+
+
+@dataclass
+class Meter:
+    """What this process has worked through, over all ranks: for the words beside the progress bar."""
+
+    tokens: int = 0
+    targets: int = 0
+    positions: int = 0
+
+    def add(self, *, tokens: int, targets: int, positions: int) -> None:
+        """Count one step."""
+        self.tokens += tokens
+        self.targets += targets
+        self.positions += positions
+
+    def words(self, clock: Clock, loss: float, memory_bytes: int) -> dict[str, str]:
+        """Return what to show: loss, speed, share of tokens with a label, share of positions that are padding, memory."""
+        return {
+            "loss": f"loss {loss:.3f}",
+            "speed": f"{self.tokens / max(clock.training_seconds, 1e-9):,.0f} tokens/s",
+            "labelled": f"{self.targets / max(self.tokens, 1):.0%} labelled",
+            "padding": f"{1 - self.tokens / max(self.positions, 1):.0%} padding",
+            "memory": f"{memory_bytes / 1e9:.1f} GB",
+        }
 
 
 def describe_seconds(seconds: Mapping[str, float]) -> str:

@@ -22,7 +22,8 @@ from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty
 from agentft.data.shares import share_out
 from agentft.data.tokens import Example
 from agentft.errors import CheckpointError, TrainingError
-from agentft.progress import Bar, progress_bar
+from agentft.progress import progress_bar
+from agentft.runtime import memory_in_use_bytes
 from agentft.signals import StopSignal
 from agentft.training import random_state
 from agentft.training.checkpoint import (
@@ -34,7 +35,7 @@ from agentft.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from agentft.training.clock import Clock
+from agentft.training.clock import Clock, Meter
 from agentft.training.config import Resume, TrainingConfig
 from agentft.training.engine import Engine
 from agentft.training.guards import NumberGuard
@@ -128,6 +129,7 @@ def train_model(job: Job) -> Outcome:
     guard = NumberGuard(job.engine, job.config, fp16=job.fp16)
     counters = _resume(job, schedule)
     clock = Clock()
+    meter = Meter()
     window = _Window()
     world = job.engine.world
     if counters.step and _evaluation_is_due(job, counters):
@@ -152,7 +154,9 @@ def train_model(job: Job) -> Outcome:
             if counters.step % job.config.logging_steps == 0 or counters.step == end:
                 _log_window(job, counters, window, rate, grad_norm)
                 window = _Window()
-            _show(bar, counters, loss_sum / (size.weight or math.nan), clock)
+            meter.add(tokens=size.tokens, targets=size.targets, positions=size.positions)
+            memory = memory_in_use_bytes(job.device.type)
+            bar.advance(1, **meter.words(clock, loss_sum / (size.weight or math.nan), memory))
             best = False
             if _evaluation_is_due(job, counters):
                 with clock.phase("evaluation"), contextlib.suppress(StopSignal):
@@ -248,8 +252,9 @@ def _update(
 ) -> tuple[float, float]:
     """Make one optimiser step, or leave it out; return the loss over all ranks and the gradient's norm before clipping."""
     engine = job.engine
-    grad_norm = float(engine.clip(job.config.max_grad_norm))
-    loss = float(engine.world.sum(losses_M.sum()))
+    # One copy from the device for both: the only time in a step that the host waits for it.
+    norm, total = engine.clip(job.config.max_grad_norm), engine.world.sum(losses_M.sum())
+    grad_norm, loss = torch.stack([norm.to(total), total]).tolist()
     if guard.refuses(counters.step + 1, batches, losses_M, weight=size.weight, loss=loss, grad_norm=grad_norm):
         counters.skipped += 1
         counters.skipped_in_a_row += 1
@@ -285,12 +290,6 @@ def _log_window(job: Job, counters: Counters, window: _Window, rate: float, grad
     if counters.skipped:
         values["train/skipped_steps"] = counters.skipped
     job.log(values, counters.step)
-
-
-def _show(bar: Bar, counters: Counters, loss: float, clock: Clock) -> None:
-    spent = sum(clock.seconds.get(name, 0.0) for name in ("data", "forward", "backward", "optimiser"))
-    speed = clock.count("tokens", counters.tokens) / max(spent, 1e-9)
-    bar.advance(1, loss=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
 
 
 def _evaluation_is_due(job: Job, counters: Counters) -> bool:
