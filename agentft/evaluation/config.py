@@ -51,6 +51,8 @@ class EvaluationConfig:
     """Answers generated at once; for `engine=openai`, requests under way at once."""
     max_new_tokens: int = 512
     """An answer is cut here, which is counted."""
+    speculation: int = 16
+    """Tokens that are guessed ahead from what was said before, and checked at once; 0: none. Answers are the same."""
     best_metric: str = "loss"
     """Decides the best checkpoint: `loss`, or a metric such as `arg_f1`, for which answers are generated during training."""
     patience: int = 0
@@ -80,7 +82,7 @@ class EvaluationConfig:
         for name in ("batch", "max_new_tokens", "draws"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"evaluation.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("patience", "conversations_during", "retries"):
+        for name in ("patience", "conversations_during", "retries", "speculation"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluation.{name}={getattr(self, name)}: expected 0 or more")
         if self.conversations < -1 or self.conversations == 0:

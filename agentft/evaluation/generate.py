@@ -1,14 +1,15 @@
 """Greedy answers to every step of many conversations.
 
 Teacher-forced steps of one conversation share their prefix: the context of step k+1 extends that of step k. So each
-conversation is prefilled once, whole, and each of its steps starts from a prefix of that one cache. Steps then decode side
-by side in slots; a slot whose answer is finished takes the next step at once, so no row waits for the longest answer.
-
-Axes: R active rows, Q new tokens, P positions, V vocabulary.
+conversation is computed once, whole, and each of its steps starts from a prefix of that one history; conversations that
+begin alike share their beginning too. Steps are then answered side by side; a place whose answer is finished takes the next
+step at once, so no answer waits for the longest. What an answer is likely to copy is guessed and checked several tokens at
+a time, see `agentft.evaluation.guesses`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from agentft.evaluation.slots import SlotCache
+from agentft.evaluation.guesses import Guesser, SaidBefore
+from agentft.evaluation.slots import History, Row, RowModel
 from agentft.evaluation.steps import Step
 
 TEXT_STOPS = ("<|startofexec|>", "<|user|>", "<|system|>")
@@ -26,8 +28,11 @@ TEXT_STOPS = ("<|startofexec|>", "<|user|>", "<|system|>")
 _TAIL_TOKENS = 24
 """Tokens decoded to look for a text stop; the longest stop takes fewer in any byte-level vocabulary."""
 
+_ALIKE = 256
+"""Conversations whose first tokens are these many and equal are computed one after the other, to share what is equal."""
+
 Finish = Literal["stop", "text_stop", "length"]
-Prefix = list[tuple[torch.Tensor, torch.Tensor]]
+OnAnswer = Callable[["Answer"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,123 +47,156 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Row:
-    """A step being answered in a slot."""
+class _Reply:
+    """An answer under way."""
 
     order: int
     step: Step
+    history: History
+    guesser: Guesser
     ids: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Where its newest token stands, which no forward pass has seen yet."""
+        return self.step.start + len(self.ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """A conversation computed up to its last step."""
+
+    ids: list[int]
+    history: History
 
 
 class GreedyGenerator:
     """Answers steps greedily with a transformers model."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, stop_id: int, slots: int, max_new_tokens: int) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, stop_id: int, slots: int, max_new_tokens: int, speculation: int = 16
+    ) -> None:
+        """`slots` answers are under way at once; at most `speculation` tokens are guessed ahead, none if 0."""
+        self._model = RowModel(model)
         self._tokenizer = tokenizer
         self._stop_id = stop_id
         self._slots = slots
         self._max_new_tokens = max_new_tokens
-        self._device = next(model.parameters()).device
+        self._speculation = speculation
+        self.counts: Counter[str] = Counter()
+        """Work done: `prompt_tokens` computed, `passes`, tokens `guessed`, and of these `right`."""
 
     @torch.inference_mode()
-    def answer(self, steps: Sequence[Step], on_answer: Callable[[Answer], None] | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
-        if not steps:
-            return []
-        # Long contexts first: the attended width then only shrinks, and running out of memory happens at once.
-        queue = sorted(
-            enumerate(steps), key=lambda item: (-len(item[1].input_ids), item[1].conversation.id, item[1].start)
-        )
-        source = self._prefilled(queue)
-        positions = max(step.start for step in steps) + self._max_new_tokens
-        cache: SlotCache | None = None
-        rows: dict[int, _Row] = {}
         answers: dict[int, Answer] = {}
-        exhausted = False
-        while not exhausted or rows:
-            while not exhausted and len(rows) < self._slots:
-                item = next(source, None)
-                if item is None:
-                    exhausted = True
-                    break
-                row, prefix, first_id = item
-                cache = cache or SlotCache(len(prefix), self._slots, positions)
-                slot = next(index for index in range(self._slots) if index not in rows)
-                cache.load(slot, prefix, row.step.start)
-                rows[slot] = row
-                self._take(rows, slot, first_id, answers, on_answer)
-            if rows and cache is not None:
-                self._decode(rows, cache, answers, on_answer)
-        return [answers[order] for order in range(len(steps))]
+        said_before = SaidBefore()
 
-    def _prefilled(self, queue: Sequence[tuple[int, Step]]) -> Iterator[tuple[_Row, Prefix, int]]:
-        """Yield each queued step with its conversation's cache and its first greedy token."""
-        for _, group in groupby(queue, key=lambda item: item[1].conversation.id):
-            items = list(group)
-            prefix, first_ids = self._prefill(items[0][1], sorted(step.start for _, step in items))
-            for order, step in items:
-                yield _Row(order, step), prefix, first_ids[step.start]
+        def finish(reply: _Reply, how: Finish) -> None:
+            said_before.add(reply.ids)
+            ids = reply.ids[:-1] if how == "stop" else reply.ids
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+            answers[reply.order] = Answer(reply.step, text, len(reply.ids), how)
+            if on_answer is not None:
+                on_answer(answers[reply.order])
 
-    def _prefill(self, step: Step, starts: Sequence[int]) -> tuple[Prefix, dict[int, int]]:
-        """Run one conversation up to its last step; return the cache and the next token after each of `starts`."""
-        ids = torch.from_numpy(step.input_ids[: starts[-1]].astype("int64"))[None].to(self._device)
-        keep = torch.tensor([start - 1 for start in starts], device=self._device)
-        output = self._model(input_ids=ids, use_cache=True, logits_to_keep=keep)
-        prefix = [(layer.keys[0], layer.values[0]) for layer in output.past_key_values.layers]
-        next_ids = output.logits[0].argmax(-1).tolist()
-        return prefix, dict(zip(starts, next_ids, strict=True))
+        with self._model.attached():
+            source = self._begun(steps, said_before)
+            under_way: list[_Reply] = []
+            while True:
+                while len(under_way) < self._slots and (begun := next(source, None)) is not None:
+                    reply, first_id = begun
+                    how = self._take(reply, first_id)
+                    if how is None:
+                        under_way.append(reply)
+                    else:
+                        finish(reply, how)
+                if not under_way:
+                    return [answers[order] for order in range(len(steps))]
+                ends = self._go_on(under_way)
+                for reply, how in zip(under_way, ends, strict=True):
+                    if how is not None:
+                        finish(reply, how)
+                under_way = [reply for reply, how in zip(under_way, ends, strict=True) if how is None]
 
-    def _decode(
-        self,
-        rows: dict[int, _Row],
-        cache: SlotCache,
-        answers: dict[int, Answer],
-        on_answer: Callable[[Answer], None] | None,
-    ) -> None:
-        """Run one forward pass: every active row feeds its newest token and gets the next."""
-        slots = sorted(rows)
-        ids_RQ = torch.tensor([[rows[slot].ids[-1]] for slot in slots], device=self._device)
-        columns_RQ = torch.tensor(
-            [[rows[slot].step.start + len(rows[slot].ids) - 1] for slot in slots], device=self._device
-        )
-        cache.aim(torch.tensor(slots, device=self._device), columns_RQ)
-        seen_RP = torch.arange(int(columns_RQ.max()) + 1, device=self._device)[None, :] <= columns_RQ
-        output = self._model(
-            input_ids=ids_RQ,
-            position_ids=columns_RQ,
-            attention_mask=seen_RP[:, None, None, :],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        for slot, next_id in zip(slots, output.logits[:, -1].argmax(-1).tolist(), strict=True):
-            self._take(rows, slot, next_id, answers, on_answer)
+    def _begun(self, steps: Sequence[Step], said_before: SaidBefore) -> Iterator[tuple[_Reply, int]]:
+        """Yield each step with its context computed, and its first greedy token."""
+        prefix = _Prefix([], self._model.history(0))
+        for group in _in_order(steps):
+            starts = sorted(step.start for _, step in group)
+            prefix, first_ids = self._compute(group[0][1].input_ids[: starts[-1]].tolist(), starts, prefix)
+            for order, step in group:
+                # A pass writes its guesses before it knows whether they are right.
+                history = self._model.history(step.start + self._max_new_tokens + self._speculation)
+                history.copy(prefix.history, step.start)
+                guesser = Guesser(prefix.ids[: step.start], said_before, self._speculation)
+                yield _Reply(order, step, history, guesser), first_ids[step.start]
 
-    def _take(
-        self,
-        rows: dict[int, _Row],
-        slot: int,
-        next_id: int,
-        answers: dict[int, Answer],
-        on_answer: Callable[[Answer], None] | None,
-    ) -> None:
-        """Add a token to a row; when that ends the answer, free the slot."""
-        row = rows[slot]
-        finish = self._finish(row, next_id)
-        if finish is None:
-            return
-        del rows[slot]
-        ids = row.ids[:-1] if finish == "stop" else row.ids
-        answer = Answer(row.step, self._tokenizer.decode(ids, skip_special_tokens=False), len(row.ids), finish)
-        answers[row.order] = answer
-        if on_answer is not None:
-            on_answer(answer)
+    def _compute(self, ids: list[int], starts: Sequence[int], last: _Prefix) -> tuple[_Prefix, dict[int, int]]:
+        """Compute a conversation up to its last step, on top of what it shares with the `last` one.
 
-    def _finish(self, row: _Row, next_id: int) -> Finish | None:
-        row.ids.append(next_id)
-        if next_id == self._stop_id:
+        Returns:
+            The conversation, and the next token after each of `starts`.
+        """
+        # The token before the first step is asked for its next one, so it is computed in any case.
+        shared = min(_common(ids, last.ids), starts[0] - 1)
+        history = self._model.history(len(ids))
+        history.copy(last.history, shared)
+        row = Row(history, shared, ids[shared:], [start - 1 - shared for start in starts])
+        (next_ids,) = self._model.next_ids([row])
+        self.counts["prompt_tokens"] += len(row.ids)
+        return _Prefix(ids, history), dict(zip(starts, next_ids, strict=True))
+
+    def _go_on(self, under_way: Sequence[_Reply]) -> list[Finish | None]:
+        """Run one pass over all answers under way; say of each how it ended, None if it did not."""
+        rows = []
+        for reply in under_way:
+            guess = reply.guesser.guess(self._max_new_tokens - len(reply.ids) - 1)
+            ids = [reply.ids[-1], *guess]
+            rows.append(Row(reply.history, reply.position, ids, range(len(ids))))
+        self.counts["passes"] += 1
+        found = self._model.next_ids(rows)
+        return [self._check(reply, row.ids[1:], said) for reply, row, said in zip(under_way, rows, found, strict=True)]
+
+    def _check(self, reply: _Reply, guess: Sequence[int], said: Sequence[int]) -> Finish | None:
+        """Take the tokens that the model says, as long as what they were computed from is what it said."""
+        right = next((i for i, (a, b) in enumerate(zip(guess, said, strict=False)) if a != b), len(guess))
+        reply.guesser.learn(len(guess), right)
+        self.counts["guessed"] += len(guess)
+        self.counts["right"] += right
+        for token in said[: right + 1]:
+            how = self._take(reply, token)
+            if how is not None:
+                return how
+        return None
+
+    def _take(self, reply: _Reply, token: int) -> Finish | None:
+        """Add a token to an answer; say whether that ends it."""
+        reply.ids.append(token)
+        reply.guesser.add(token)
+        if token == self._stop_id:
             return "stop"
-        tail = self._tokenizer.decode(row.ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+        tail = self._tokenizer.decode(reply.ids[-_TAIL_TOKENS:], skip_special_tokens=False)
         if any(stop in tail for stop in TEXT_STOPS):
             return "text_stop"
-        return "length" if len(row.ids) >= self._max_new_tokens else None
+        return "length" if len(reply.ids) >= self._max_new_tokens else None
+
+
+def _in_order(steps: Sequence[Step]) -> list[list[tuple[int, Step]]]:
+    """Return the steps by conversation, each with its place in `steps`.
+
+    Long conversations come first, so that running out of memory happens at once; those that begin alike stand together.
+    """
+    by_length = sorted(enumerate(steps), key=lambda item: (item[1].conversation.id, item[1].start))
+    groups = [list(group) for _, group in groupby(by_length, key=lambda item: item[1].conversation.id)]
+    beginnings = [group[0][1].input_ids[:_ALIKE].tobytes() for group in groups]
+    longest: dict[bytes, int] = {}
+    for group, beginning in zip(groups, beginnings, strict=True):
+        longest[beginning] = max(longest.get(beginning, 0), group[-1][1].start)
+    keys = [(-longest[b], b, g[-1][1].input_ids.tolist()) for g, b in zip(groups, beginnings, strict=True)]
+    return [groups[i] for i in sorted(range(len(groups)), key=keys.__getitem__)]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -98,7 +98,12 @@ def own_candidate(
 def own_model(model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_id: int) -> Answerer:
     """Return what answers with a model in this process."""
     generator = GreedyGenerator(
-        model, tokenizer, stop_id=stop_id, slots=config.batch, max_new_tokens=config.max_new_tokens
+        model,
+        tokenizer,
+        stop_id=stop_id,
+        slots=config.batch,
+        max_new_tokens=config.max_new_tokens,
+        speculation=config.speculation,
     )
     return _OwnModel(model, generator)
 
