@@ -141,7 +141,7 @@ def read_run(folder: Path) -> ComparedRun:
         before=_scores(_read(folder / "metrics" / "before.json")),
         signature=str(after.get("signature", "")),
         errors={str(kind): int(count) for kind, count in (after.get("errors") or {}).items()},
-        loss=_number(status.get("eval_loss"), summary.get("best_value")),
+        loss=_number(status.get("eval_loss"), summary.get("best_loss")),
         step=_whole(summary.get("steps"), status.get("step")),
         steps=_whole(status.get("steps"), summary.get("steps")),
         tokens=_whole(summary.get("tokens"), status.get("train_tokens")),

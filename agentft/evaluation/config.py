@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,6 +27,8 @@ class Engine(StrEnum):
 
     transformers = "transformers"
     """The run's model, in this process."""
+    vllm = "vllm"
+    """The run's model, by the package vllm on a GPU."""
     openai = "openai"
     """A model behind an endpoint for chat completions, at `base_url`."""
 
@@ -53,10 +57,10 @@ class EvaluationConfig:
     """An answer is cut here, which is counted."""
     speculation: int = 16
     """Tokens that are guessed ahead from what was said before, and checked at once; 0: none. Answers are the same."""
-    best_metric: str = "loss"
-    """Decides the best checkpoint: `loss`, or a metric such as `arg_f1`, for which answers are generated during training."""
+    best_metric: str = "arg_f1"
+    """Decides the best checkpoint: a metric of answers, generated during training, or `loss`. The loss decides ties."""
     patience: int = 0
-    """Training ends after so many evaluations in a row without a better `best_metric`; 0: never early."""
+    """Training ends after so many evaluations in a row that were no better; 0: never early."""
     draws: int = 10_000
     """Bootstrap draws over conversations for the 95 % intervals."""
     seed: int = 0
@@ -78,6 +82,9 @@ class EvaluationConfig:
     retries: int = 5
     """Further attempts of a request that met a busy, failing or silent endpoint."""
 
+    vllm_options: str | None = None
+    """JSON object of further arguments of `vllm.LLM` for `engine=vllm`: `{"gpu_memory_utilization": 0.8}`."""
+
     def __post_init__(self) -> None:
         for name in ("batch", "max_new_tokens", "draws"):
             if getattr(self, name) < 1:
@@ -92,17 +99,43 @@ class EvaluationConfig:
         if self.patience and not self.steps:
             raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.steps=0")
         _check_best_metric(self.best_metric)
-        _check_endpoint(self)
+        _check_engine(self)
 
     @property
     def generates_during_training(self) -> int:
         """Held-out conversations answered at each evaluation during training."""
         return self.conversations_during or (0 if self.best_metric == "loss" else 16)
 
+    def rank(self, measured: Mapping[str, float]) -> list[float] | None:
+        """Return what evaluations during training are ordered by, the larger the better; None: of no worth.
+
+        First whether `best_metric` has a value (0/0 has none), then the value, then minus the loss.
+        """
+        loss = measured["loss"]
+        if math.isnan(loss):
+            return None
+        if self.best_metric == "loss":
+            return [1.0, -loss, -loss]
+        value = measured.get(self.best_metric)
+        return [0.0, 0.0, -loss] if value is None else [1.0, value, -loss]
+
     def request_fields(self) -> dict[str, object]:
         """What `request` lays over each request."""
-        fields: dict[str, object] = json.loads(self.request or "{}")
-        return fields
+        return _json_object("request", self.request)
+
+    def vllm_arguments(self) -> dict[str, object]:
+        """What `vllm_options` adds."""
+        return _json_object("vllm_options", self.vllm_options)
+
+
+def _json_object(name: str, text: str | None) -> dict[str, object]:
+    try:
+        fields = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"evaluation.{name}={text!r}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"evaluation.{name}={text!r}: expected a JSON object")
+    return fields
 
 
 def _check_best_metric(name: str) -> None:
@@ -115,7 +148,7 @@ def _check_best_metric(name: str) -> None:
         raise ConfigError(f"evaluation.best_metric={name}: expected loss or one of {', '.join(known)}")
 
 
-def _check_endpoint(config: EvaluationConfig) -> None:
+def _check_engine(config: EvaluationConfig) -> None:
     if config.engine is Engine.openai:
         if not (config.base_url or "").startswith(("http://", "https://")):
             raise ConfigError(
@@ -126,15 +159,9 @@ def _check_endpoint(config: EvaluationConfig) -> None:
             raise ConfigError(
                 "evaluation.served_model: evaluation.engine=openai needs the model's name at the endpoint"
             )
-        if config.mode is Mode.likelihood:
-            raise ConfigError(
-                "evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers"
-            )
     elif config.base_url is not None:
         raise ConfigError(f"evaluation.base_url={config.base_url} is for evaluation.engine=openai")
-    try:
-        fields = config.request_fields()
-    except ValueError as error:
-        raise ConfigError(f"evaluation.request={config.request!r}: not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"evaluation.request={config.request!r}: expected a JSON object")
+    if config.engine is not Engine.transformers and config.mode is Mode.likelihood:
+        raise ConfigError("evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers")
+    config.request_fields()
+    config.vllm_arguments()

@@ -94,9 +94,7 @@ class GreedyGenerator:
 
         def finish(reply: _Reply, how: Finish) -> None:
             said_before.add(reply.ids)
-            ids = reply.ids[:-1] if how == "stop" else reply.ids
-            text = self._tokenizer.decode(ids, skip_special_tokens=False)
-            answers[reply.order] = Answer(reply.step, text, len(reply.ids), how)
+            answers[reply.order] = _answer(reply.step, reply.ids, how, self._tokenizer)
             if on_answer is not None:
                 on_answer(answers[reply.order])
 
@@ -174,12 +172,29 @@ class GreedyGenerator:
         """Add a token to an answer; say whether that ends it."""
         reply.ids.append(token)
         reply.guesser.add(token)
-        if token == self._stop_id:
-            return "stop"
-        tail = self._tokenizer.decode(reply.ids[-_TAIL_TOKENS:], skip_special_tokens=False)
-        if any(stop in tail for stop in TEXT_STOPS):
-            return "text_stop"
-        return "length" if len(reply.ids) >= self._max_new_tokens else None
+        how = _end(reply.ids, self._tokenizer, self._stop_id)
+        return "length" if how is None and len(reply.ids) >= self._max_new_tokens else how
+
+
+def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_id: int) -> Answer:
+    """Return the answer in the tokens that another engine generated, cut where this one would have stopped."""
+    for length in range(1, len(ids) + 1):
+        if (how := _end(ids[:length], tokenizer, stop_id)) is not None:
+            return _answer(step, ids[:length], how, tokenizer)
+    return _answer(step, ids, "length", tokenizer)
+
+
+def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Answer:
+    said = ids[:-1] if how == "stop" else ids
+    return Answer(step, tokenizer.decode(said, skip_special_tokens=False), len(ids), how)
+
+
+def _end(ids: Sequence[int], tokenizer: Any, stop_id: int) -> Finish | None:
+    """Say whether the newest token ends an answer."""
+    if ids[-1] == stop_id:
+        return "stop"
+    tail = tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+    return "text_stop" if any(stop in tail for stop in TEXT_STOPS) else None
 
 
 def _in_order(steps: Sequence[Step]) -> list[list[tuple[int, Step]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import tempfile
 import unicodedata
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
@@ -63,10 +64,15 @@ class JiebaTokenizer:
 
     def __init__(self) -> None:
         try:
-            self._jieba = importlib.import_module("jieba")
+            jieba = importlib.import_module("jieba")
         except ModuleNotFoundError:
-            raise EvaluationError("rouge_l_jieba needs the package jieba: pip install jieba") from None
-        self._jieba.setLogLevel("WARNING")
+            raise EvaluationError("rouge_l_jieba needs the package jieba: pip install 'agentft[jieba]'") from None
+        jieba.setLogLevel("WARNING")
+        self._jieba = jieba.Tokenizer()
+        # jieba would read its dictionary from a file in the machine's shared temporary folder, whoever wrote that.
+        with tempfile.TemporaryDirectory() as folder:
+            self._jieba.tmp_dir = folder
+            self._jieba.initialize()
 
     def tokenize(self, text: str) -> list[str]:
         """Return the words of `text`."""

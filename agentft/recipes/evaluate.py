@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from agentft.errors import CheckpointError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.openai_engine import OpenAIEngine, endpoint_of
 from agentft.evaluation.places import shown_steps
-from agentft.model.adapters import load_trained_state
+from agentft.evaluation.vllm_engine import VllmEngine, VllmModel, require_vllm
+from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import trains_weights
 from agentft.model.load import load_tokenizer, locate_model
 from agentft.recipes.config import EvaluateConfig, TrainConfig
@@ -61,13 +65,15 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     Raises:
         RunError: no such run, or its data is no longer what it was trained on.
         CheckpointError: no such checkpoint, or it is damaged.
-        EvaluationError: the endpoint gives no answers.
+        EvaluationError: the endpoint gives no answers, or vllm is asked for and not installed.
     """
     opened = RunFolder.open(config.run)
     trained = saved_config(opened.path)
     settings = config.evaluation or trained.evaluation
     with RunFolder.create(opened.path) as run:
         progress.set_up_logging(run.path / "evaluate.log")
+        if settings.engine is Engine.vllm:
+            require_vllm()  # before weights are loaded
         trained = dataclasses.replace(trained, threads=config.threads or trained.threads)
         if settings.engine is Engine.openai:
             desk = _desk_without_weights(trained, run)
@@ -82,6 +88,9 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
         )
         desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
+        if settings.engine is Engine.vllm:
+            with _by_vllm(candidate, trained, bench, settings, run) as candidate:
+                return _answer(f"{name}-vllm", candidate, desk, settings, run)
         return _answer(name, candidate, desk, settings, run)
 
 
@@ -141,6 +150,30 @@ def _served(settings: EvaluationConfig, data: PreparedData) -> Candidate:
     endpoint = endpoint_of(settings)
     engine = OpenAIEngine(endpoint, shown_steps(data.heldout, data.heldout_examples))
     return Candidate(engine, endpoint.identity())
+
+
+@contextmanager
+def _by_vllm(
+    own: Candidate, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder
+) -> Iterator[Candidate]:
+    """Hand the weights over to vLLM by way of files, and make room for it on the device."""
+    with tempfile.TemporaryDirectory(prefix="vllm-", dir=run.path) as name:
+        folder = Path(name)
+        save_final(bench.model, bench.tokenizer, folder)
+        bench.model.to("cpu")
+        torch.cuda.empty_cache()
+        adapted = (folder / "adapter_config.json").is_file()
+        model = VllmModel(
+            folder=bench.files.folder if adapted else folder,
+            adapter=folder if adapted else None,
+            dtype=str(bench.dtype).removeprefix("torch."),
+            context=min(trained.model.context, trained.dataset.max_length + settings.max_new_tokens),
+            trust_remote_code=trained.model.trust_remote_code,
+            options=settings.vllm_arguments(),
+        )
+        engine = VllmEngine(model, bench.tokenizer, stop_id=bench.stop_id, max_new_tokens=settings.max_new_tokens)
+        changes = {"engine": "vllm", "version": engine.version, "options": dict(model.options)}
+        yield Candidate(engine, own.identity | changes)
 
 
 def _refuse_other_data(data: PreparedData, run: RunFolder) -> None:

@@ -58,7 +58,7 @@ class TrainResult:
 
     run_dir: Path
     objective: float
-    """The number a sweep sorts by: `arg_f1` of the answers after training, or minus the best held-out loss."""
+    """The number a sweep sorts by: `arg_f1` of the answers after training; without them the best `evaluation.best_metric`."""
     summary: dict[str, Any]
     paused: bool = False
     """It has reached `training.stop_at` and not its last step."""
@@ -158,7 +158,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainRe
         show_exams([before, after], run, examples=config.evaluation.examples)
         log.info("time: %s", describe_seconds(outcome.seconds))
         log.info("run folder: %s", run.path)
-    return TrainResult(run.path, _objective(outcome, after), summary, outcome.paused)
+    return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
 
 
 def set_up_bench(config: TrainConfig) -> Bench:
@@ -276,6 +276,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, si
         evaluate=evaluate,
         evaluation_steps=config.evaluation.steps,
         best_metric=config.evaluation.best_metric,
+        rank=config.evaluation.rank,
         log=record,
         on_start=start,
         stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
@@ -314,6 +315,7 @@ def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | 
         "tokens": counters.tokens,
         "labelled_tokens": counters.targets,
         "best_value": counters.best_value,
+        "best_loss": counters.best_loss,
         "best_step": counters.best_step,
         "skipped_steps": counters.skipped,
         "trained_parameters": parameters.trained,
@@ -327,7 +329,9 @@ def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | 
     return summary
 
 
-def _objective(outcome: Outcome, after: Exam | None) -> float:
+def _objective(outcome: Outcome, after: Exam | None, best_metric: str) -> float:
     if after is not None:
         return after.value("arg_f1") or 0.0
-    return -(outcome.counters.best_value or float("inf"))
+    if best_metric != "loss":
+        return outcome.counters.best_value or 0.0
+    return -(outcome.counters.best_loss or float("inf"))

@@ -37,8 +37,8 @@ class Watch:
         count = config.conversations
         self._examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
         self._steps = exam_steps(bench.data, bench.template, config.generates_during_training or 1)
-        self._values: list[float] = []
-        """Of `best_metric`, evaluation by evaluation."""
+        self._ranks: list[list[float]] = []
+        """Of the evaluations so far; an empty one is below every other."""
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Return what was measured, by name."""
@@ -46,9 +46,10 @@ class Watch:
         words = f"held-out loss {values['loss']:.4f}"
         if self._config.generates_during_training:
             values |= self._answer()
-            words += f", {self._config.best_metric} {values[self._config.best_metric]:.4f}"
+            value = values.get(self._config.best_metric)
+            words += f", {self._config.best_metric} {'undefined (0/0)' if value is None else f'{value:.4f}'}"
         log.info("step %d of %d: %s", step, self._total_steps, words)
-        self._values.append(values[self._config.best_metric])
+        self._ranks.append(self._config.rank(values) or [])
         if self.is_exhausted():
             log.info(
                 "no better %s in %d evaluations: training ends early", self._config.best_metric, self._config.patience
@@ -61,17 +62,15 @@ class Watch:
 
     def resume(self, step: int) -> None:
         """Take up what was measured until `step`, which the loop goes on from."""
-        key = f"eval/{self._config.best_metric}"
-        rows = read_metrics(self._run.metrics_file)
-        self._values = [float(row[key]) for row in rows if row["step"] <= step and row.get(key) is not None]
+        rows = [row for row in read_metrics(self._run.metrics_file) if row["step"] <= step and "eval/loss" in row]
+        measured = [{name.removeprefix("eval/"): row[name] for name in row if row[name] is not None} for row in rows]
+        self._ranks = [(self._config.rank(each) or []) if "loss" in each else [] for each in measured]
 
     def is_exhausted(self) -> bool:
         """Whether `evaluation.patience` evaluations in a row have brought nothing better."""
-        if not self._config.patience or not self._values:
+        if not self._config.patience or not self._ranks:
             return False
-        lowest_is_best = self._config.best_metric == "loss"
-        best = min(self._values) if lowest_is_best else max(self._values)
-        return len(self._values) - 1 - self._values.index(best) >= self._config.patience
+        return len(self._ranks) - 1 - self._ranks.index(max(self._ranks)) >= self._config.patience
 
     def _measure(self) -> Likelihood:
         bench = self._bench
@@ -83,9 +82,7 @@ class Watch:
         bench = self._bench
         answerer = own_model(bench.model, bench.tokenizer, self._config, stop_id=bench.stop_id)
         answers = answer_all("during training", answerer, self._steps)
-        values = metric_values(score_records(answer.step.record(answer.text) for answer in answers))
-        # What decides must be a number at every evaluation: a model that has nothing to measure comes last.
-        return {self._config.best_metric: 0.0} | values if self._config.best_metric != "loss" else values
+        return metric_values(score_records(answer.step.record(answer.text) for answer in answers))
 
 
 def metric_values(scores: Sequence[StepScore]) -> dict[str, float]:

@@ -21,7 +21,7 @@ import torch
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty_batch, step_groups
 from agentft.data.shares import share_out
 from agentft.data.tokens import Example
-from agentft.errors import CheckpointError, TrainingError
+from agentft.errors import CheckpointError
 from agentft.progress import progress_bar
 from agentft.runtime import memory_in_use_bytes
 from agentft.signals import StopSignal
@@ -64,6 +64,9 @@ class Job:
     """Step -> metrics on the held-out conversations. One that raises `StopSignal` is made after the resume."""
     evaluation_steps: int
     best_metric: str
+    """Whose value at the best step is kept."""
+    rank: Callable[[Mapping[str, float]], list[float] | None]
+    """What evaluations are ordered by, the larger the better; None: of no worth."""
     log: Callable[[Mapping[str, float], int], None]
     on_start: Callable[[int, list[str]], None] = lambda step, changes: None
     """Told the step that the loop starts from, and what differs from the run that saved it."""
@@ -81,7 +84,10 @@ class Counters:
     step: int = 0
     tokens: int = 0
     targets: int = 0
+    best_rank: list[float] | None = None
     best_value: float | None = None
+    """Of `best_metric`; None where it has none, as 0/0."""
+    best_loss: float | None = None
     best_step: int | None = None
     evaluated: int = 0
     """The last step that was evaluated."""
@@ -303,18 +309,11 @@ def _evaluate(job: Job, counters: Counters) -> bool:
     metrics = job.evaluate(counters.step)
     counters.evaluated = counters.step
     job.log({f"eval/{name}": value for name, value in metrics.items()}, counters.step)
-    value = metrics.get(job.best_metric)
-    if value is None:
-        raise TrainingError(
-            f"evaluation.best_metric={job.best_metric} has no value at step {counters.step}; measured: {', '.join(metrics)}"
-        )
-    # A NaN is never better: every comparison with it is false, also of later values with it.
-    better = not math.isnan(value) and (
-        counters.best_value is None
-        or (value < counters.best_value if job.best_metric == "loss" else value > counters.best_value)
-    )
+    rank = job.rank(metrics)
+    better = rank is not None and (counters.best_rank is None or rank > counters.best_rank)
     if better:
-        counters.best_value, counters.best_step = value, counters.step
+        counters.best_rank, counters.best_step = rank, counters.step
+        counters.best_value, counters.best_loss = metrics.get(job.best_metric), metrics.get("loss")
     return better
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
-import time
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentft import score
 from agentft.errors import EvaluationError
 from agentft.evaluation.rouge import CjkTokenizer, JiebaTokenizer, RougeLScorer, detect_language, lcs_length, rouge_l
 
@@ -108,22 +111,41 @@ def test_lcs_is_symmetric_and_bounded(left: list[int], right: list[int]) -> None
     assert lcs_length(left, left) == len(left)
 
 
-def test_long_texts_neither_recurse_nor_crawl() -> None:
+def test_long_texts_do_not_recurse() -> None:
     rng = random.Random(1)
     left, right = ([rng.randrange(500) for _ in range(4_000)] for _ in range(2))
-    start = time.perf_counter()
     assert 0 < rouge_l(left, right).fmeasure < 1
-    assert time.perf_counter() - start < 1.0  # the table of rouge_score takes 8 s
 
 
-def test_jieba_is_an_extra_that_says_so() -> None:
-    try:
-        import jieba  # noqa: F401
-    except ModuleNotFoundError:
-        with pytest.raises(EvaluationError, match="pip install jieba"):
-            JiebaTokenizer()
-    else:
-        assert "".join(JiebaTokenizer().tokenize("今天，天气很好。")) == "今天天气很好"
+def test_jieba_is_an_extra_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(EvaluationError, match=r"pip install 'agentft\[jieba\]'"):
+        JiebaTokenizer()
+
+
+def test_jieba_counts_words_where_the_headline_counts_characters(tmp_path: Path) -> None:
+    pytest.importorskip("jieba", reason="the extra agentft[jieba] is not installed")
+    tokenizer = JiebaTokenizer()
+    assert tokenizer.tokenize("今天，ＡＰＩ天气很好。") == ["今天", "api", "天气", "很", "好"]
+    # 今天天气 / 很 / 好 against 今天天气 / 不错: one word of three and two; characters: 4 of 6 each
+    steps = [{"conversation_id": "c", "step": 0, "reference": "今天天气不错", "prediction": "今天天气很好"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
+    output = tmp_path / "report.json"
+    assert score.main([str(path), "--jieba", "--draws", "10", "--output", str(output)]) == 0
+    metrics = json.loads(output.read_text(encoding="utf-8"))["metrics"]
+    assert metrics["rouge_l_jieba"]["value"] == pytest.approx(2 * 1 / (3 + 2))
+    assert metrics["rouge_l"]["value"] == pytest.approx(4 / 6)
+
+
+def test_the_dictionary_is_not_read_from_the_shared_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("jieba", reason="the extra agentft[jieba] is not installed")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "jieba.cache").write_bytes(b"planted")
+    assert "".join(JiebaTokenizer().tokenize("今天")) == "今天"
+    assert [path.name for path in tmp_path.iterdir()] == ["jieba.cache"]
 
 
 def test_language_by_script() -> None:

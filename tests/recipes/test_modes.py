@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def evaluations(run: Path, name: str) -> list[float]:
 def test_each_evaluation_during_training_logs_the_loss_of_each_kind(finished):
     for name in ("loss", "loss_text", "loss_call", "loss_frame", "loss_stop"):
         assert len(evaluations(finished, f"eval/{name}")) == 3
-    assert evaluations(finished, "eval/arg_f1") == []
+    assert len(evaluations(finished, "eval/arg_f1")) == 3, "answered too: they decide which checkpoint is the best"
 
 
 def test_likelihood_gives_the_loss_that_training_ended_with(finished):
@@ -126,7 +127,6 @@ def test_the_best_checkpoint_is_that_of_the_metric_that_decides(tmp_path, monkey
     result = train(
         config(
             tmp_path / "run",
-            "evaluation.best_metric=arg_f1",
             "evaluation.conversations_during=2",
             "training.save_total_limit=1",
             "evaluation.after=false",
@@ -152,19 +152,20 @@ def test_patience_ends_the_training_and_holds_when_it_is_started_again(tmp_path,
     class Fake(Watch):
         def _measure(self):
             found = super()._measure()
-            step = len(self._values) * 2 + 2
+            step = len(self._ranks) * 2 + 2
             found.nats_GK[:] = found.tokens_GK * values[step]
             return found
 
     monkeypatch.setattr("agentft.recipes.train.Watch", Fake)
     assert Fake.evaluate is original
-    quick = config(tmp_path / "run", "evaluation.patience=1", "evaluation.after=false")
+    by_loss = ("evaluation.best_metric=loss", "evaluation.after=false")
+    quick = config(tmp_path / "run", "evaluation.patience=1", *by_loss)
     result = train(quick)
     assert result.summary["steps"] == 4, "0.6 is no better than 0.5"
     assert evaluations(result.run_dir, "eval/loss") == pytest.approx([0.5, 0.6])
     again = train(quick)
     assert again.summary["steps"] == 4, "a training that has ended early does not go on"
-    patient = train(config(tmp_path / "run", "evaluation.patience=2", "evaluation.after=false"))
+    patient = train(config(tmp_path / "run", "evaluation.patience=2", *by_loss))
     assert patient.summary["steps"] == 6
     assert patient.summary["best_step"] == 6
 
@@ -173,8 +174,47 @@ def test_metrics_that_cannot_decide_are_refused():
     for name in ("nonsense", "hallucinated_tool_rate"):
         with pytest.raises(ConfigError, match="best_metric"):
             EvaluationConfig(best_metric=name)
-    assert EvaluationConfig(best_metric="argument_f1").generates_during_training == 16
-    assert EvaluationConfig().generates_during_training == 0
+    assert EvaluationConfig().best_metric == "arg_f1"
+    assert EvaluationConfig().generates_during_training == 16
+    assert EvaluationConfig(conversations_during=5).generates_during_training == 5
+    assert EvaluationConfig(best_metric="loss").generates_during_training == 0
+
+
+def test_the_loss_decides_between_equal_values_and_no_value_is_below_every_value():
+    rank = EvaluationConfig(best_metric="tool_precision").rank
+    better_and_better = [
+        {"loss": 0.2},  # 0/0: never called
+        {"loss": 0.1},
+        {"loss": 3.0, "tool_precision": 0.0},
+        {"loss": 2.0, "tool_precision": 0.0},
+        {"loss": 9.0, "tool_precision": 0.5},
+    ]
+    ranks = [rank(each) for each in better_and_better]
+    assert ranks == sorted(ranks)
+    assert len({tuple(each) for each in ranks}) == 5
+    assert rank({"loss": math.nan, "tool_precision": 1.0}) is None
+    by_loss = EvaluationConfig(best_metric="loss").rank
+    assert by_loss({"loss": 1.0, "arg_f1": 0.0}) > by_loss({"loss": 2.0, "arg_f1": 1.0})
+
+
+def test_a_metric_without_a_value_is_written_as_none_and_not_as_zero(tmp_path, monkeypatch):
+    values = {2: {}, 4: {"tool_precision": 0.0}, 6: {}}
+    monkeypatch.setattr(Watch, "_answer", lambda self: values[len(self._ranks) * 2 + 2])
+    result = train(config(tmp_path / "run", "evaluation.best_metric=tool_precision", "evaluation.after=false"))
+    assert evaluations(result.run_dir, "eval/tool_precision") == [0.0]
+    assert (result.summary["best_step"], result.summary["best_value"]) == (4, 0.0)
+    assert result.objective == 0.0
+
+
+def test_patience_counts_again_from_the_best_when_a_training_is_started_again(tmp_path, monkeypatch):
+    """Values of 0/0 in the history count as evaluations too."""
+    answers = {2: {"arg_f1": 0.3}, 4: {}, 6: {"arg_f1": 0.2}}
+    monkeypatch.setattr(Watch, "_answer", lambda self: answers[len(self._ranks) * 2 + 2])
+    quick = config(tmp_path / "run", "evaluation.patience=1", "evaluation.after=false")
+    assert train(quick).summary["steps"] == 4
+    assert train(quick).summary["steps"] == 4
+    patient = config(tmp_path / "run", "evaluation.patience=2", "evaluation.after=false")
+    assert train(patient).summary["steps"] == 6
 
 
 @pytest.mark.parametrize("setting", ["mode=replay", "mode=likelihood"])

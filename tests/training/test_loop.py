@@ -9,6 +9,7 @@ import torch
 
 from agentft.data.batches import StepPlan
 from agentft.errors import CheckpointError, TrainingError
+from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import prepare_for_training, trained_state
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.training.checkpoint import list_checkpoints
@@ -49,6 +50,7 @@ def _job(folder, model, examples, *, sft=LORA, steps=6, micro=1, accumulation=2,
         evaluate=lambda step: {"loss": 1.0 / step},
         evaluation_steps=0,
         best_metric="loss",
+        rank=EvaluationConfig(best_metric="loss").rank,
         log=lambda values, step: losses.append((step, values["train/loss"])) if "train/loss" in values else None,
     )
     return dataclasses.replace(job, **changes), losses
