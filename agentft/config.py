@@ -280,6 +280,8 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         training: object = config  # mypy would take the three kinds of config for one
         if isinstance(training, TrainConfig):
             training.run_dir = _readable(run.runtime.output_dir)
+        if isinstance(training, EvaluateConfig) and Path(run.runtime.output_dir).absolute() != Path.cwd():
+            training.output = training.output or _readable(run.runtime.output_dir)
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
             return recipe(config)

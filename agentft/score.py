@@ -165,7 +165,7 @@ def _read_record(line: bytes) -> StepRecord:
 
 def _read_object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise EvaluationError(f"not UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
@@ -173,6 +173,13 @@ def _read_object(line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EvaluationError(f"found {_shown(value)}; expected a JSON object")
     return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _require(value: dict[str, Any], name: str, kind: type, words: str) -> None:

@@ -20,7 +20,7 @@ THINK_START = "<|startofthink|>"
 THINK_END = "<|endofthink|>"
 EXEC_START = "<|startofexec|>"
 
-END_OF_SEQUENCE_TEXTS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+END_OF_SEQUENCE_TEXTS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 """How the end tokens of common models read when they are decoded to text."""
 
 USER_TAGS = ("<|user|>", "<|im_start|>user", "<|start_header_id|>user")

@@ -56,6 +56,8 @@ class EvaluateConfig:
     tracking: TrackingConfig
     threads: int | None = None
     """CPU threads for torch; null: as the run was trained with."""
+    output: str | None = None
+    """Folder that answers and scores go to; null: the run's own. A job of a sweep gets one to itself."""
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +32,9 @@ from agentft.recipes.exam import Candidate, exam_steps, own_candidate, sit_exam,
 from agentft.recipes.modes import sit_likelihood, sit_replay
 from agentft.recipes.prepare import PreparedData, prepare_data
 from agentft.recipes.report import show_exams
-from agentft.recipes.saved import saved_config
+from agentft.recipes.saved import config_to_yaml, saved_config
 from agentft.recipes.train import Bench, set_up_bench
-from agentft.runs import RunFolder, read_json
+from agentft.runs import RunFolder, RunState, read_json
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -60,43 +61,82 @@ class _Desk:
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate `config.checkpoint` of the run `config.run` on the run's own held-out conversations.
 
-    With `evaluation.engine=openai` a served model answers instead, and no weights are loaded.
+    With `evaluation.engine=openai` a served model answers instead, and no weights are loaded. With `output` the run's
+    folder is only read.
 
     Raises:
         RunError: no such run, or its data is no longer what it was trained on.
         CheckpointError: no such checkpoint, or it is damaged.
         EvaluationError: the endpoint gives no answers, or vllm is asked for and not installed.
     """
-    opened = RunFolder.open(config.run)
-    trained = saved_config(opened.path)
+    source = RunFolder.open(config.run)
+    trained = saved_config(source.path)
     settings = config.evaluation or trained.evaluation
-    with RunFolder.create(opened.path) as run:
-        progress.set_up_logging(run.path / "evaluate.log")
-        if settings.engine is Engine.vllm:
-            require_vllm()  # before weights are loaded
-        trained = dataclasses.replace(trained, threads=config.threads or trained.threads)
-        if settings.engine is Engine.openai:
-            desk = _desk_without_weights(trained, run)
-            return _answer(_name(settings), _served(settings, desk.data), desk, settings, run)
-        bench = set_up_bench(trained)
-        _refuse_other_data(bench.data, run)
-        _load_weights(bench, run, config.checkpoint)
-        name = _name(settings, config.checkpoint)
-        if settings.mode is Mode.likelihood:
-            return _likelihood(name, trained, bench, settings, run)
-        candidate = own_candidate(
-            bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
-        )
-        desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
-        if settings.engine is Engine.vllm:
-            with _by_vllm(candidate, trained, bench, settings, run) as candidate:
-                return _answer(f"{name}-vllm", candidate, desk, settings, run)
-        return _answer(name, candidate, desk, settings, run)
+    trained = dataclasses.replace(trained, threads=config.threads or trained.threads)
+    with RunFolder.create(config.output or source.path) as target:
+        progress.set_up_logging(target.path / "evaluate.log")
+        if config.output is None:
+            return _evaluate(trained, settings, config.checkpoint, source, target)
+        return _evaluate_apart(trained, settings, config.checkpoint, source, target)
+
+
+def _evaluate_apart(
+    trained: TrainConfig, settings: EvaluationConfig, checkpoint: str, source: RunFolder, target: RunFolder
+) -> EvaluateResult:
+    """Evaluate into a folder that looks like a run's, so that tables and comparisons of runs read it."""
+    saved = dataclasses.replace(trained, evaluation=settings, run_dir=str(target.path))
+    evaluated = {"run": str(source.path), "checkpoint": checkpoint}
+    target.write_record(
+        config_yaml=config_to_yaml(saved),
+        command=[sys.executable, *sys.argv],
+        choices=None,
+        extra={"evaluated": evaluated},
+    )
+    target.update_status("running")
+    try:
+        result = _evaluate(trained, settings, checkpoint, source, target, name="after")
+    except BaseException as error:
+        state: RunState = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        target.update_status(state, error=f"{type(error).__name__}: {error}")
+        raise
+    target.update_status("finished", objective=result.objective)
+    return result
+
+
+def _evaluate(
+    trained: TrainConfig,
+    settings: EvaluationConfig,
+    checkpoint: str,
+    source: RunFolder,
+    target: RunFolder,
+    name: str | None = None,
+) -> EvaluateResult:
+    if settings.engine is Engine.vllm:
+        require_vllm()  # before weights are loaded
+    if settings.engine is Engine.openai:
+        desk = _desk_without_weights(trained, source)
+        return _answer(name or _name(settings), _served(settings, desk.data), desk, settings, target)
+    name = name or _name(settings, checkpoint)
+    bench = set_up_bench(trained)
+    _refuse_other_data(bench.data, source)
+    _load_weights(bench, source, checkpoint)
+    if settings.mode is Mode.likelihood:
+        return _likelihood(name, trained, bench, settings, target)
+    candidate = own_candidate(
+        bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
+    )
+    desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
+    if settings.engine is Engine.vllm:
+        with _by_vllm(candidate, trained, bench, settings, target) as candidate:
+            return _answer(name, candidate, desk, settings, target)
+    return _answer(name, candidate, desk, settings, target)
 
 
 def _name(settings: EvaluationConfig, checkpoint: str | None = None) -> str:
     prefix = "evaluate" if settings.mode is Mode.teacher_forced else settings.mode.value
     who = checkpoint if checkpoint is not None else f"{settings.engine.value}-{settings.served_model}"
+    if settings.engine is Engine.vllm:
+        who += "-vllm"
     plain = re.sub(r"[^\w.-]+", "-", who)
     return f"{prefix}-{plain}"
 

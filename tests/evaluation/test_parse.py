@@ -24,7 +24,7 @@ def test_role_header_is_no_part_of_the_answer(header: str) -> None:
     assert parse_reply(f"{header}今天晴").text == "今天晴"
 
 
-@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<END>"])
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<END>"])
 def test_nothing_after_the_end_of_sequence_counts(end: str) -> None:
     assert parse_reply(f"yes{end}and {call('invented')}", stop_texts=("<END>",)).text == "yes"
     assert not parse_reply(f"yes{end}{call('invented')}", stop_texts=("<END>",)).has_call

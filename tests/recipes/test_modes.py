@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentft.compare import main as compare
+from agentft.comparison.runs import read_runs
 from agentft.config import compose, register_schemas, to_config, to_train_config
 from agentft.errors import ConfigError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
@@ -250,3 +251,41 @@ def test_settings_of_a_run_reach_the_command_line_whatever_they_hold(finished, t
     for untouched in (["run=x"], ["run=x", "evaluation=short", "evaluation.batch=3"]):
         assert with_run_settings(untouched) == untouched
     assert with_run_settings(["run=nowhere", "evaluation.batch=3"])[0] == "evaluation=default"
+
+
+def test_a_sweep_over_runs_leaves_the_settings_of_each_to_its_job(finished):
+    sweep = ["-m", f"run={finished},other", "evaluation.batch=3"]
+    assert with_run_settings(sweep) == ["-m", "evaluation=as_trained", *sweep[1:]]
+    of_a_job = with_run_settings(["evaluation=as_trained", "evaluation.batch=3", f"run={finished}"])
+    composed = to_config(compose("evaluate", of_a_job), EvaluateConfig).evaluation
+    assert composed == dataclasses.replace(saved_config(finished).evaluation, batch=3)
+
+
+def test_an_evaluation_into_a_folder_of_its_own_leaves_the_run_as_it_was_and_compares_with_it(finished, tmp_path):
+    saved = saved_config(finished)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+    settings = dataclasses.replace(saved.evaluation, conversations=3)
+    apart = EvaluateConfig(
+        run=str(finished), evaluation=settings, tracking=saved.tracking, output=str(tmp_path / "apart")
+    )
+    result = evaluate(apart)
+    assert result.metrics_file == tmp_path / "apart" / "metrics" / "after.json"
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"} == before
+    (read,) = read_runs([tmp_path / "apart"])
+    assert (read.state, read.number("arg_f1")) == ("finished", result.objective)
+    assert saved_config(tmp_path / "apart").evaluation.conversations == 3
+    ours = (tmp_path / "apart" / "predictions" / "after.jsonl").read_text(encoding="utf-8").splitlines()
+    assert set(ours) <= set((finished / "predictions" / "after.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.slow
+def test_a_sweep_over_settings_of_an_evaluation_ends_in_a_table(finished, tmp_path):
+    command = [sys.executable, "evaluate.py", "-m", f"run={finished}", "evaluation.max_new_tokens=2,6"]
+    sweep = tmp_path / "sweep"
+    quick = ["evaluation.conversations=2", f"hydra.sweep.dir={sweep}", "hydra.launcher.slots=1"]
+    done = subprocess.run([*command, *quick], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (sweep / "sweep.csv").read_text(encoding="utf-8")
+    assert table.count("finished") == 2
+    cut = [read_json(path)["identity"]["max_new_tokens"] for path in sorted(sweep.glob("*/metrics/after.json"))]
+    assert cut == [2, 6]
