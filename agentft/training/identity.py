@@ -45,4 +45,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             # As text: a checkpoint holds JSON, where a path or an enumeration has become one.
-            yield f"{prefix}{name}", repr(value)
+            yield f"{prefix}{name}", repr(str(value) if isinstance(value, str) else value)
