@@ -199,7 +199,7 @@ def _by_vllm(
     """Hand the weights over to vLLM by way of files, and make room for it on the device."""
     with tempfile.TemporaryDirectory(prefix="vllm-", dir=run.path) as name:
         folder = Path(name)
-        save_final(bench.model, bench.tokenizer, folder)
+        save_final(bench.model, trained.sft_type, bench.tokenizer, folder)
         bench.model.to("cpu")
         torch.cuda.empty_cache()
         adapted = (folder / "adapter_config.json").is_file()
