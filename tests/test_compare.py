@@ -109,6 +109,29 @@ def test_what_follows_from_a_choice_is_left_out_and_equal_names_are_told_apart(t
     }
 
 
+def test_a_setting_that_follows_a_swept_one_is_left_out(tmp_path: Path) -> None:
+    for i, (rank_, seed) in enumerate([(4, 1), (8, 1), (4, 2), (8, 2)]):
+        folder = make_run(tmp_path / f"{i}", {"sft_type.rank": rank_, "sft_type.alpha": 2 * rank_, "seed": seed})
+        write(folder / "job.json", {"state": "finished", "swept": [f"sft_type.rank={rank_}", f"seed={seed}"]})
+    assert differing_settings(read_runs([tmp_path])) == {"sft_type.rank": "rank", "seed": "seed"}
+    write(
+        tmp_path / "3" / "job.json", {"state": "finished", "swept": ["sft_type.rank=8", "sft_type.alpha=16", "seed=2"]}
+    )
+    assert "sft_type.alpha" in differing_settings(read_runs([tmp_path])), "somebody set it"
+
+
+def test_a_page_by_loss_shows_the_loss_and_calls_the_least_the_best(tmp_path: Path) -> None:
+    for i, loss in enumerate((3.0, 1.0, 2.0)):
+        folder = make_run(tmp_path / "s" / f"{i}", {"sft_type.rank": 2**i}, right=lambda k: False, loss=loss)
+        write(folder / "job.json", {"state": "finished", "seconds": 60.0 * (i + 1)})
+    assert main([str(tmp_path / "s"), "--sort", "loss", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h2>loss against rank</h2>" in page
+    assert "<h2>loss against minutes of the whole run</h2>" in page
+    colours = dict(re.findall(r'<polyline[^>]*class="line wide" style="--c:(rgb[^"]*)" data-run="(\d)"', page))
+    assert {run: colour for colour, run in colours.items()}["1"] == "rgb(68,1,84)", "the deepest"
+
+
 def test_the_best_is_marked_and_so_is_what_cannot_be_told_from_it(tmp_path: Path) -> None:
     make_run(tmp_path / "0_good", {"sft_type.rank": 1}, right=lambda i: i % 10 != 0)
     make_run(tmp_path / "1_nearly", {"sft_type.rank": 2}, right=lambda i: i % 10 not in (0,) and i != 1)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from html import escape
 
 from agentft.comparison.fit import fit_sample_curve
-from agentft.comparison.ranking import Ranking
-from agentft.comparison.runs import ComparedRun
+from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
+from agentft.comparison.runs import NUMBERS, ComparedRun
 from agentft.comparison.svg import Plot, Scale, category_scale, colour_of, linear_scale, setting_scale
 from agentft.comparison.tables import setting_text
+from agentft.evaluation.definitions import METRICS_BY_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +28,23 @@ class Charts:
 
     def __init__(self, ranking: Ranking) -> None:
         self._ranking = ranking
-        self._metric = ranking.metric if ranking.metric in ranking.metrics else next(iter(ranking.metrics), "")
-        self._scored = [run for run in ranking.runs if self._metric in run.scores]
-        values = [run.scores[self._metric].value for run in self._scored]
+        known = [*ranking.metrics, *(name for name in NUMBERS if name == ranking.metric)]
+        self._metric = ranking.metric if ranking.metric in known else next(iter(known), "")
+        self._is_share = self._metric in METRICS_BY_NAME
+        self._least_is_best = self._metric in LOWER_IS_BETTER
+        self._scored = [run for run in ranking.runs if run.number(self._metric) is not None]
+        values = [self._value(run) for run in self._scored]
         low, high = (min(values), max(values)) if values else (0.0, 0.0)
+        shares = {run.name: (self._value(run) - low) / (high - low) if high > low else 0.6 for run in self._scored}
         self._colours = {
-            run.name: colour_of((run.scores[self._metric].value - low) / (high - low) if high > low else 0.6)
-            for run in self._scored
+            name: colour_of(1 - share if self._least_is_best and high > low else share)
+            for name, share in shares.items()
         }
+
+    def _value(self, run: ComparedRun) -> float:
+        value = run.number(self._metric)
+        assert value is not None, "only of runs that have it"
+        return value
 
     def panels(self) -> Iterator[Panel]:
         """In the order in which they are read."""
@@ -66,19 +76,23 @@ class Charts:
         if len(self._scored) < 2:
             return
         for key, short in self._ranking.differing.items():
-            scale, place = _setting_axis([run.settings.get(key) for run in self._scored], short)
+            values = [run.settings.get(key) for run in self._scored]
+            if len({setting_text(value) for value in values}) < 2:
+                continue  # of an unfinished sweep: it will differ
+            scale, place = _setting_axis(values, short)
             plot = Plot(scale, self._metric_scale(self._scored))
             by_place: dict[float, list[ComparedRun]] = {}
             for run in self._scored:
                 by_place.setdefault(place(run.settings.get(key)), []).append(run)
-            means = [
-                (x, sum(run.scores[self._metric].value for run in runs) / len(runs))
-                for x, runs in sorted(by_place.items())
-            ]
+            means = [(x, sum(self._value(run) for run in runs) / len(runs)) for x, runs in sorted(by_place.items())]
             plot.line(means, kind="mean")
             for x, runs in by_place.items():
                 self._marks(plot, runs, x)
-            yield Panel(f"{self._metric} against {short}", plot.svg(), "Bars: 95 % intervals. Grey line: means.")
+            yield Panel(
+                f"{self._metric} against {short}",
+                plot.svg(),
+                ("Bars: 95 % intervals. " if self._is_share else "") + "Grey line: means.",
+            )
 
     def _parallel(self) -> Iterator[Panel]:
         settings = list(self._ranking.differing.items())
@@ -88,7 +102,9 @@ class Charts:
         for key, short in settings:
             scale, place = _setting_axis([run.settings.get(key) for run in self._scored], short)
             axes.append((scale, lambda run, key=key, place=place: place(run.settings.get(key))))  # type: ignore[misc]
-        names = [self._metric, *(name for name in ("tool_acc", "rouge_l") if name != self._metric)]
+        names = [
+            name for name in dict.fromkeys((self._metric, "arg_f1", "tool_acc", "rouge_l")) if name in METRICS_BY_NAME
+        ]
         for name in (name for name in names if all(name in run.scores for run in self._scored)):
             values = [run.scores[name].value for run in self._scored]
             if name != self._metric and len(set(values)) == 1:
@@ -102,9 +118,9 @@ class Charts:
     def _sample_size(self) -> Iterator[Panel]:
         sized = [run for run in self._scored if run.train_examples]
         sizes = sorted({run.train_examples or 0 for run in sized})
-        if len(sizes) < 3:
+        if len(sizes) < 3 or not self._is_share:
             return
-        best = {size: max(r.scores[self._metric].value for r in sized if r.train_examples == size) for size in sizes}
+        best = {size: max(self._value(r) for r in sized if r.train_examples == size) for size in sizes}
         fit = fit_sample_curve(list(best), list(best.values()))
         assert fit is not None
         ahead = 2 * sizes[-1]
@@ -132,15 +148,16 @@ class Charts:
             ("peak_memory_bytes", "peak memory, GiB", 2.0**30),
         )
         for name, label, unit in costs:
+            if name == self._metric:
+                continue
+            worth = 1 if self._least_is_best else -1
             known = [(run, cost / unit) for run in self._scored if (cost := run.number(name)) is not None]
             if len({round(cost, 3) for _, cost in known}) < 2:
                 continue
             plot = Plot(linear_scale([cost for _, cost in known], label), self._metric_scale([run for run, _ in known]))
             frontier: list[tuple[float, float]] = []
-            for cost, value in sorted(
-                ((c, r.scores[self._metric].value) for r, c in known), key=lambda p: (p[0], -p[1])
-            ):
-                if not frontier or value > frontier[-1][1]:
+            for cost, value in sorted(((c, self._value(r)) for r, c in known), key=lambda p: (p[0], worth * p[1])):
+                if not frontier or worth * value < worth * frontier[-1][1]:
                     frontier += [(cost, frontier[-1][1])] if frontier else []
                     frontier.append((cost, value))
             plot.line(frontier, kind="mean")
@@ -169,7 +186,7 @@ class Charts:
 
     def _metric_scale(self, runs: Sequence[ComparedRun]) -> Scale:
         ends = [value for run in runs for value in _ends(run, self._metric)]
-        return linear_scale(ends, f"{self._metric} (%)", percent=True)
+        return linear_scale(ends, f"{self._metric} (%)" if self._is_share else self._metric, percent=self._is_share)
 
     def _marks(self, plot: Plot, runs: Sequence[ComparedRun], x: float) -> None:
         """Runs of one value side by side, the best left."""
@@ -179,15 +196,17 @@ class Charts:
 
     def _mark(self, plot: Plot, run: ComparedRun, x: float, aside: float = 0.0) -> None:
         """A run's metric with its interval, `aside` pixels beside its place."""
-        score, colour = run.scores[self._metric], self._colours[run.name]
-        if score.low is not None and score.high is not None:
+        score, colour, value = run.scores.get(self._metric), self._colours[run.name], self._value(run)
+        if score is not None and score.low is not None and score.high is not None:
             plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
-        plot.dot(x, score.value, f"{run.name}: {100 * score.value:.1f}", colour=colour, run=run.name, aside=aside)
+        words = f"{100 * value:.1f}" if self._is_share else f"{value:.4g}"
+        plot.dot(x, value, f"{run.name}: {words}", colour=colour, run=run.name, aside=aside)
 
 
 def _ends(run: ComparedRun, metric: str) -> list[float]:
-    score = run.scores[metric]
-    return [value for value in (score.low, score.value, score.high) if value is not None]
+    score = run.scores.get(metric)
+    ends = [run.number(metric)] if score is None else [score.low, score.value, score.high]
+    return [value for value in ends if value is not None]
 
 
 def _setting_axis(values: Sequence[object], label: str) -> tuple[Scale, Callable[[object], float]]:

@@ -92,7 +92,21 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, str]:
         values = {_hashable(run.settings.get(key)) for run in known}
         if len(values) > 1 and not (key not in swept and _follows_from_choice(key, known)):
             differing.append(key)
+    differing = [key for key in differing if not _follows_from_swept(key, differing, known)]
     return {key: _short(key, differing) for key in differing}
+
+
+def _follows_from_swept(key: str, differing: Sequence[str], runs: Sequence[ComparedRun]) -> bool:
+    """Whether nobody set it and a setting of its group that was swept decides it: `alpha` that follows `rank`."""
+    if any(not run.swept or key in run.swept for run in runs):
+        return False
+    group = key.rpartition(".")[0]
+    for other in differing:
+        if group and other.rpartition(".")[0] == group and all(other in run.swept for run in runs):
+            pairs = {(_hashable(run.settings.get(other)), _hashable(run.settings.get(key))) for run in runs}
+            if len(pairs) == len({value for value, _ in pairs}):
+                return True
+    return False
 
 
 def _follows_from_choice(key: str, runs: Sequence[ComparedRun]) -> bool:

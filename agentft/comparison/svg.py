@@ -23,7 +23,7 @@ class Scale:
 def linear_scale(values: Sequence[float], label: str, *, percent: bool = False, turned: bool = False) -> Scale:
     """Evenly spaced, with a margin of 5 % and round ticks; `turned` has the low end on top."""
     low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
+    margin = 0.05 * (high - low) or abs(high) * 0.05 or (0.05 if percent else 0.5)
     low, high = low - margin, high + margin
     ticks = [tick for tick in _round_ticks(low, high) if not percent or 0 <= tick <= 1]
     words = [f"{100 * t:g}" if percent else _short_number(t) for t in ticks]
