@@ -6,6 +6,8 @@ again, limits and reports is decided by the pool, which sees only attempts.
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,15 +142,26 @@ class NodeJob:
         )
 
 
-def run_on_node(job: NodeJob) -> int:
-    """Run a job on the machine where this is called, and return its exit code; interrupted, it ends the job first."""
-    process = FreshProcess(job.command, job.environment, Path(job.log), job.header, job.working_folder)
+def run_on_node(job: NodeJob, stop: threading.Event) -> int:
+    """Run a job on the machine where this is called, and return its exit code; once `stop` is set it is ended first."""
+    command = [*_TIED, *job.command] if sys.platform == "linux" else job.command
+    process = FreshProcess(command, job.environment, Path(job.log), job.header, job.working_folder)
     while (code := process.poll()) is None:
-        try:
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            process.stop(job.grace)
+        if stop.wait(_LOOK_SECONDS):
+            if not process.stopping:
+                process.stop(job.grace)
+            time.sleep(_LOOK_SECONDS)
     return code
+
+
+_LOOK_SECONDS = 0.1
+_TIED = [
+    sys.executable,
+    "-c",
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])",
+]
+"""Begin of a command that dies with the thread that started it (PR_SET_PDEATHSIG): a queue that has killed our process
+would give its cores to the next job."""
 
 
 def _size(path: Path) -> int:

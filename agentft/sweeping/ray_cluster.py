@@ -1,14 +1,13 @@
-"""Jobs as tasks of a Ray cluster: Ray finds the machine and the GPUs, the job there is a process of its own.
+"""Jobs on a Ray cluster: Ray finds the machine and the GPUs, the job there is a process of its own.
 
-A task is nothing but the job's command, so that Ray's workers, which are used again, hold nothing of a run. All machines
+What Ray runs does nothing but start the job's command and wait for it. All machines
 must see the sweep folder under the same path and have agentft installed as this one has.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
+import threading
 from typing import Any
 
 from agentft.errors import ConfigError
@@ -33,40 +32,57 @@ class RayCluster:
             ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"hydra.launcher.address={address}: {error}") from error
-        self._task = ray.remote(run_on_node)
-        self._needs = {"num_cpus": threads, "num_gpus": gpus, "max_retries": 0}
+        self._node = ray.remote(NodeAgent)
+        # Two calls at a time: the job, and the word to end it.
+        self._needs = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
 
     def start(self, job: Job, header: str) -> QueuedAttempt:
         """Hand the job to Ray, which starts it as soon as its cores and GPUs are free."""
-        log = job.folder / LOG
-        task = self._task.options(name=job.name, **self._needs)
-        return RayAttempt(self._ray, log, lambda: task.remote(NodeJob.of(job, header, self._grace)))
+        agent = self._node.options(**self._needs).remote()
+        return RayAttempt(self._ray, agent, job, header, self._grace)
 
     def close(self) -> None:
         """Leave the cluster; a Ray that was started here ends."""
         self._ray.shutdown()
 
 
-class RayAttempt(QueuedAttempt):
-    """A task of Ray."""
+class NodeAgent:
+    """An actor of Ray, one for each job: it has the job's cores and GPUs."""
 
-    def __init__(self, ray: Any, log: Path, submit: Callable[[], Any]) -> None:
-        super().__init__(log)
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+
+    def run(self, job: NodeJob) -> int:
+        """Run the job to its end."""
+        return run_on_node(job, self._stop)
+
+    def stop(self) -> None:
+        """End the job, which ends `run`."""
+        self._stop.set()
+
+
+class RayAttempt(QueuedAttempt):
+    """A job of a Ray cluster."""
+
+    def __init__(self, ray: Any, agent: Any, job: Job, header: str, grace: float) -> None:
+        super().__init__(job.folder / LOG)
         self._ray = ray
-        self._reference = submit()
+        self._agent = agent
+        self._reference = agent.run.remote(NodeJob.of(job, header, grace))
         self._code: int | None = None
 
     def _result(self) -> int | None:
         if self._code is None and self._ray.wait([self._reference], timeout=0)[0]:
             try:
                 self._code = int(self._ray.get(self._reference))
-            except self._ray.exceptions.TaskCancelledError:
-                self._code = 1
-                self.lost = "cancelled in Ray's queue"
             except Exception as error:
                 self._code = 1
                 self.lost = f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._ray.kill(self._agent)
         return self._code
 
     def _cancel(self, *, force: bool) -> None:
-        self._ray.cancel(self._reference, force=force)
+        if force or not self.seconds:  # it may still wait for its cores
+            self._ray.kill(self._agent)
+        else:
+            self._agent.stop.remote()

@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from agentft.errors import ConfigError, RunError
 from agentft.sweeping.jobs import LOG, Job
@@ -35,9 +35,12 @@ class NodeTask:
 
         place = submitit.JobEnvironment()
         log = self.job.log if place.global_rank == 0 else f"{self.job.log}.node{place.global_rank}"
+        stop = threading.Event()
         # SLURM asks a cancelled job by SIGTERM, which submitit would pass over.
-        signal.signal(signal.SIGTERM, _interrupt)
-        return run_on_node(dataclasses.replace(self.job, log=log, environment=self.job.environment | nodes_of(place)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        job = dataclasses.replace(self.job, log=log, environment=self.job.environment | nodes_of(place))
+        return run_on_node(job, stop)
 
     def checkpoint(self) -> Any:
         """Called by submitit, within the job's last seconds: what is to be run when it starts again."""
@@ -121,7 +124,3 @@ def nodes_of(place: Any) -> dict[str, str]:
         "AGENTFT_FIRST_HOST": place.hostnames[0],
         "AGENTFT_JOB_ID": str(place.job_id),
     }
-
-
-def _interrupt(number: int, _: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(number).name)

@@ -99,7 +99,7 @@ class Sweep:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
             check=False,
         )
 
