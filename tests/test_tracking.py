@@ -18,7 +18,8 @@ import pytest
 
 from agentft.errors import ConfigError, RunError
 from agentft.runs import RunFolder, read_json
-from agentft.tracking import STEP, Tracker, TrackingConfig, TrackingMode, _exit_code, read_metrics, resolve_mode
+from agentft.tracking import STEP, Tracker, TrackingConfig, TrackingMode, read_metrics, resolve_mode
+from agentft.tracking.wandb_surroundings import exit_code
 
 KEY = "sentinel0123456789abcdef0123456789abcdef"
 TOKEN = "sentinel-ms'token\"7654321"
@@ -370,7 +371,7 @@ def test_nothing_is_lost_in_silence_outside_the_block(local):
     ],
 )
 def test_wandb_is_told_how_the_process_ends(error, code):
-    assert _exit_code(None if error is None else type(error), error) == code
+    assert exit_code(None if error is None else type(error), error) == code
 
 
 def test_a_full_disk_is_named(local, monkeypatch):

@@ -1,128 +1,38 @@
-"""What a run tells the world while it trains: `metrics.jsonl` in the run folder, and Weights & Biases.
-
-`metrics.jsonl` is the truth that runs are compared by: it survives SIGKILL, and every mode of W&B writes it. W&B shows
-the same numbers in a dashboard; whatever goes wrong there is a line in the log and never the end of a training.
-"""
+"""The tracker of a run: every value goes into `metrics.jsonl`, and to W&B where that is on."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import math
-import netrc
 import os
 import re
-import sys
 import time
-import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from configparser import ConfigParser
-from configparser import Error as ConfigParserError
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from agentft.errors import ConfigError, RunError
+from agentft.errors import RunError
 from agentft.runs import RunFolder, json_text, read_json, sweep_folder
-from agentft.secrets import redact_command, redact_strings, redact_text
+from agentft.secrets import redact_strings, redact_text
+from agentft.tracking.config import TrackingConfig, WandbMode, resolve_mode
+from agentft.tracking.metrics_file import open_metrics, write_all
+from agentft.tracking.wandb_surroundings import (
+    cell,
+    cut,
+    environment,
+    exit_code,
+    forget_service,
+    lower_is_better,
+    process_left_alone,
+    short,
+)
 
 _log = logging.getLogger(__name__)
 
 STEP = "train/global_step"
 """The axis of every curve: steps of the optimiser. W&B's own step starts at 0 again when an offline run is resumed."""
-
-
-class TrackingMode(StrEnum):
-    """Whether Weights & Biases hears of a run; `metrics.jsonl` is written in every mode."""
-
-    auto = "auto"
-    """Online with a key (`WANDB_API_KEY` or netrc), offline without one."""
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
-@dataclass(kw_only=True)
-class TrackingConfig:
-    """Where the numbers of a run go besides its own folder."""
-
-    name: str = "wandb"
-    """The option of the group `tracking` that was chosen."""
-    project: str = "agentft"
-    """The W&B project that collects the runs."""
-    entity: str | None = None
-    """The W&B user or team that owns the project; null: the default of the account."""
-    mode: TrackingMode = TrackingMode.auto
-    """Online, offline or not at all; `WANDB_MODE` in the environment decides when this is `auto`."""
-    group: str | None = None
-    """Runs that a dashboard shows together; null: the sweep, for a run that belongs to one."""
-    run_name: str | None = None
-    """The name a dashboard shows; null: the choices and swept values of the run."""
-    tags: list[str] = field(default_factory=list)
-    """Words to filter by, besides the choices of model, sft_type, dataset and distributed."""
-
-
-WandbMode = Literal["online", "offline", "disabled"]
-
-
-def resolve_mode(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[WandbMode, str]:
-    """The mode that W&B runs in, and one sentence saying why.
-
-    Refuses `online` without a key: W&B would ask for one on the terminal, and a job in a queue would wait for ever.
-    """
-    key = _key_found(environ)
-    wanted, source = str(config.mode), f"tracking.mode={config.mode}"
-    if config.mode == TrackingMode.auto and (named := environ.get("WANDB_MODE")):
-        wanted, source = {"run": "online", "dryrun": "offline"}.get(named, named), f"WANDB_MODE={named}"
-    match wanted:
-        case "disabled":
-            return "disabled", f"{source}; only metrics.jsonl is written"
-        case "offline":
-            return "offline", f"{source}; upload later with `wandb sync`"
-        case "online" if key is not None:
-            return "online", f"{source}, with the key of {key}"
-        case "online":
-            raise ConfigError(
-                f"{source}, but there is no key for {_base_url(environ)}: "
-                "set WANDB_API_KEY, run `wandb login`, or choose tracking.mode=offline and `wandb sync` later"
-            )
-        case "auto" if key is not None:
-            return "online", f"tracking.mode=auto found a key: {key}"
-        case "auto":
-            return "offline", "tracking.mode=auto found no key (WANDB_API_KEY or netrc); upload later with `wandb sync`"
-    raise ConfigError(f"{source}: expected online, offline or disabled")
-
-
-def _key_found(environ: Mapping[str, str]) -> str | None:
-    """Where the key for the W&B server is kept, never the key."""
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if environ.get(name):
-            return name
-    home = Path(environ.get("HOME") or Path.home())
-    files = [Path(environ["NETRC"])] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    host = urllib.parse.urlsplit(_base_url(environ)).netloc
-    for file in files:
-        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            entry = netrc.netrc(str(file)).hosts.get(host)
-            if entry is not None and entry[2]:
-                return f"{file} for {host}"
-    return None
-
-
-def _base_url(environ: Mapping[str, str]) -> str:
-    """Address of the W&B server: the environment's, else what `wandb login --host` noted, else the public one."""
-    if environ.get("WANDB_BASE_URL"):
-        return environ["WANDB_BASE_URL"]
-    home = Path(environ.get("HOME") or Path.home())
-    settings = Path(environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb") / "settings"
-    parser = ConfigParser()
-    with contextlib.suppress(OSError, ConfigParserError, UnicodeDecodeError):
-        parser.read(settings, encoding="utf-8")
-        return parser.get("default", "base_url")
-    return "https://api.wandb.ai"
 
 
 class Tracker:
@@ -163,9 +73,9 @@ class Tracker:
             "entity": config.entity,
             # An agent of `wandb sweep` has already named the run.
             "id": None if os.environ.get("WANDB_SWEEP_ID") else run_id,
-            "group": config.group or group or (self._sweep.name if self._sweep else None),
-            "name": _cut(redact_text(config.run_name or name or ""), 128) or None,
-            "tags": [_cut(redact_text(tag), 64) for tag in dict.fromkeys([*tags, *config.tags]) if tag],
+            "group": config.group or (self._sweep.name if self._sweep else group),
+            "name": cut(redact_text(config.run_name or name or ""), 128) or None,
+            "tags": [cut(redact_text(tag), 64) for tag in dict.fromkeys([*tags, *config.tags]) if tag],
             "job_type": job_type,
         }
         self._wandb: Any = None
@@ -183,7 +93,7 @@ class Tracker:
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
-        self._metrics = _open_metrics(self._run.metrics_file)
+        self._metrics = open_metrics(self._run.metrics_file)
         if self.mode != "disabled":
             self._start_wandb()
         return self
@@ -191,7 +101,7 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if self._wandb is not None:
-                self._try("finish", lambda: self._wandb.finish(exit_code=_exit_code(kind, error)))
+                self._try("finish", lambda: self._wandb.finish(exit_code=exit_code(kind, error)))
         finally:
             self._wandb = None
             self._cleanup.close()
@@ -209,7 +119,7 @@ class Tracker:
         line = json_text({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         try:
             # One write a line: a killed process leaves whole lines, and the system keeps what was written.
-            _write_all(self._metrics, line.encode())
+            write_all(self._metrics, line.encode())
             if any(key.startswith("eval/") for key in values):
                 os.fsync(self._metrics)
         except OSError as error:
@@ -236,7 +146,7 @@ class Tracker:
         self._run.write_text(
             self._run.metrics_file, "".join(line for line in lines if json.loads(line)["step"] <= step)
         )
-        self._metrics = _open_metrics(self._run.metrics_file)
+        self._metrics = open_metrics(self._run.metrics_file)
         _log.info("resumed at step %d: %d later lines of metrics.jsonl moved to %s", step, len(later), rewound.name)
 
     def log_predictions(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -248,7 +158,7 @@ class Tracker:
             import wandb
 
             columns = list(dict.fromkeys(key for row in rows for key in row))
-            data = [[_cell(row.get(column)) for column in columns] for row in rows]
+            data = [[cell(row.get(column)) for column in columns] for row in rows]
             table = wandb.Table(columns=columns, data=data, allow_mixed_types=True)
             self._wandb.log({f"predictions/{name}": table, STEP: self._step})
 
@@ -284,11 +194,11 @@ class Tracker:
         folder = self.wandb_folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._cleanup.enter_context(_environment(self._variables(folder)))
+            self._cleanup.enter_context(environment(self._variables(folder)))
             self._wandb = self._init(self.mode)
         except Exception as error:
-            _log.warning("W&B did not start (%s): %s", self.mode, _short(error))
-            _forget_service()  # it would still count the run id as in use
+            _log.warning("W&B did not start (%s): %s", self.mode, short(error))
+            forget_service()  # it would still count the run id as in use
             if self.mode == "online":
                 self._start_offline_instead()
         if self._wandb is not None:
@@ -298,8 +208,8 @@ class Tracker:
         try:
             self._wandb = self._init("offline")
         except Exception as error:
-            _log.warning("W&B did not start offline either: %s; metrics.jsonl is written", _short(error))
-            _forget_service()
+            _log.warning("W&B did not start offline either: %s; metrics.jsonl is written", short(error))
+            forget_service()
             return
         self.mode, self.why = "offline", "the W&B server did not answer; upload later with `wandb sync`"
         _log.warning("W&B goes on offline; upload later with: wandb sync %s", self._wandb.settings.sync_dir)
@@ -334,7 +244,7 @@ class Tracker:
             settings["finish_timeout"] = (
                 300.0  # seconds for a lost network, after which the data waits for `wandb sync`
             )
-        with _process_left_alone():
+        with process_left_alone():
             return wandb.init(
                 **self._identity,
                 mode=mode,
@@ -370,7 +280,7 @@ class Tracker:
                 self._define_axis(prefix)
             if prefix == "eval" and key not in self._defined:
                 self._defined.add(key)
-                best = "min" if _lower_is_better(key) else "max"
+                best = "min" if lower_is_better(key) else "max"
                 self._wandb.define_metric(key, step_metric=STEP, summary=f"{best},last")
         self._wandb.log({**values, STEP: step})
 
@@ -380,119 +290,8 @@ class Tracker:
             call()
         except Exception as error:
             self._failures += 1
-            _log.warning("W&B: %s failed: %s; metrics.jsonl goes on", what, _short(error))
+            _log.warning("W&B: %s failed: %s; metrics.jsonl goes on", what, short(error))
             if isinstance(error, ConnectionError) or self._failures >= 3:
                 _log.warning("W&B is left alone from here on; what it has is in %s", self.wandb_folder)
                 self._wandb = None
-                _forget_service()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, also of a running or killed run, with nan and inf as numbers again."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist; expected the metrics of a run") from None
-    lines = text.split("\n")
-    unfinished = lines.pop()  # empty, or a line that is being written
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RunError(f"{path}:{number}: not JSON ({error}): {line[:60]!r}") from error
-        rows.append(
-            {key: _NUMBERS.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
-        )
-    if unfinished:
-        _log.warning("%s: the last line is unfinished and left out", path)
-    return rows
-
-
-_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _open_metrics(path: Path) -> int:
-    """The file to append to, without the half line that a full disk or a power cut may have left at its end."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
-    size = os.fstat(handle).st_size
-    tail = os.pread(handle, 1 << 20, max(0, size - (1 << 20)))
-    unfinished = len(tail) - (tail.rfind(b"\n") + 1)
-    if unfinished:
-        _log.warning("%s: an unfinished last line of %d bytes is cut off", path, unfinished)
-        os.ftruncate(handle, size - unfinished)
-    return handle
-
-
-def _write_all(handle: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(handle, content) :]
-
-
-def _lower_is_better(key: str) -> bool:
-    return re.search(r"loss|perplexity|error|fail|invalid|missed|false|seconds", key.rpartition("/")[2]) is not None
-
-
-def _exit_code(kind: type[BaseException] | None, error: BaseException | None) -> int:
-    """What the process will end with: 0 finished, 130 by Ctrl-C, what `sys.exit` was given, else 1."""
-    if kind is None:
-        return 0
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 130 if issubclass(kind, KeyboardInterrupt) else 1
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact_text(value)
-    return value if value is None or isinstance(value, bool | int | float) else redact_text(json_text(value))
-
-
-def _cut(text: str, length: int) -> str:
-    """The longest name that the W&B server takes."""
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _short(error: BaseException) -> str:
-    return redact_text(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-def _forget_service() -> None:
-    """Ends the helper process of W&B, or what is left of it; its own clean-up at exit would stumble over that."""
-    with contextlib.suppress(Exception):
-        import wandb
-
-        wandb.teardown()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that hold inside the block: the next run of this process has its own folders."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _process_left_alone() -> Iterator[None]:
-    """W&B records `sys.argv`, and takes over `sys.excepthook` to print each traceback once more, secrets and all.
-
-    It can be told neither. Its hooks only learn the exit code, which `Tracker` gives it.
-    """
-    before = sys.argv, sys.excepthook, sys.exit
-    sys.argv = redact_command(sys.argv)
-    try:
-        yield
-    finally:
-        sys.argv, sys.excepthook, sys.exit = before
+                forget_service()

@@ -1,0 +1,11 @@
+"""What a run tells the world while it trains: `metrics.jsonl` in the run folder, and Weights & Biases.
+
+`metrics.jsonl` is the truth that runs are compared by: it survives SIGKILL, and every mode of W&B writes it. W&B shows
+the same numbers in a dashboard; whatever goes wrong there is a line in the log and never the end of a training.
+"""
+
+from agentft.tracking.config import TrackingConfig, TrackingMode, resolve_mode
+from agentft.tracking.metrics_file import read_metrics
+from agentft.tracking.tracker import STEP, Tracker
+
+__all__ = ["STEP", "Tracker", "TrackingConfig", "TrackingMode", "read_metrics", "resolve_mode"]
