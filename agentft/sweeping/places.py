@@ -155,13 +155,15 @@ def run_on_node(job: NodeJob, stop: threading.Event) -> int:
 
 
 _LOOK_SECONDS = 0.1
-_TIED = [
-    sys.executable,
-    "-c",
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])",
-]
+_TIE = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+_TIED = [sys.executable, "-c", _TIE]
 """Begin of a command that dies with the thread that started it (PR_SET_PDEATHSIG): a queue that has killed our process
-would give its cores to the next job."""
+would give its cores to the next job. It hears SIGINT, which Ray's workers ignore."""
 
 
 def _size(path: Path) -> int:
