@@ -14,6 +14,7 @@ from agentft import config as composition
 from agentft.config import (
     OLD_OPTIONS,
     EvaluateConfig,
+    ExportConfig,
     TrainConfig,
     compose,
     compose_and_run,
@@ -420,7 +421,8 @@ def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
 def setting_tables() -> str:
     """The tables of docs/configuration.md."""
     lines: list[str] = []
-    for title, root in (("The run", TrainConfig), ("`evaluate.py`", EvaluateConfig)):
+    roots = (("The run", TrainConfig), ("`evaluate.py`", EvaluateConfig), ("`python -m agentft.export`", ExportConfig))
+    for title, root in roots:
         rows = {key: setting for key, setting in settings(root).items() if "." not in key and key not in SCHEMAS}
         lines += [f"### {title}", *_table(rows)]
         if root is TrainConfig:
@@ -466,7 +468,7 @@ def test_every_setting_is_documented() -> None:
     assert found == setting_tables(), "run AGENTFT_UPDATE_DOCS=1 pytest tests/test_config.py -k every_setting"
     undocumented = [
         key
-        for root in (TrainConfig, EvaluateConfig)
+        for root in (TrainConfig, EvaluateConfig, ExportConfig)
         for key, setting in settings(root).items()
         if not setting.doc and key not in SCHEMAS
     ]
