@@ -43,6 +43,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from agentft import slurm
 from agentft.errors import AgentftError, ConfigError
 from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.recipes.saved import ROOTS, SCHEMAS, config_from_yaml, config_to_yaml, saved_config
@@ -95,10 +96,16 @@ def register_schemas() -> None:
 
 
 def _register_resolvers(swept: frozenset[str] | None) -> None:
+    OmegaConf.register_new_resolver("start_stamp", _start_stamp, replace=True)
     OmegaConf.register_new_resolver("run_slug", _run_slug, replace=True)
     OmegaConf.register_new_resolver("sweep_slug", functools.partial(_sweep_slug, swept), replace=True)
     # As text and back, 1e-4 x 10 is 0.001 and not 0.0010000000000000002.
     OmegaConf.register_new_resolver("product", lambda a, b: float(f"{a * b:.12g}"), replace=True)
+
+
+def _start_stamp(now: str) -> str:
+    """The time of the start; in a batch job of SLURM its id, which stays when the job is queued again."""
+    return f"slurm-{slurm.job_id()}" if slurm.is_batch_job() else now
 
 
 _NOT_IN_NAMES = {"output_dir", "run_dir", "tracking", "experiment", "hydra"}

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -158,6 +159,14 @@ class RunFolder:
     def write_text(self, path: Path, text: str) -> None:
         """Replaces a file as a whole: a reader, or a crash at any moment, finds the old file or the new one."""
         target = path if path.is_absolute() else self.path / path
+        try:
+            self._replace(target, text)
+        except OSError as error:
+            raise RunError(
+                f"{target}: cannot be written: {error.strerror}; {_free_bytes(self.path)} bytes are free"
+            ) from error
+
+    def _replace(self, target: Path, text: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate in a model's answer must not cost the file; inside JSON its escape means the same.
         content = redact_text(text).encode("utf-8", errors="backslashreplace")
@@ -383,6 +392,13 @@ def _close_locks_in_forked_children() -> None:
         _held_locks.clear()
 
     os.register_at_fork(after_in_child=close)
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number of"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,8 @@ from agentft.data.batches import StepPlan
 from agentft.data.native import choose_template
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder
-from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors, save_final
+from agentft.errors import RunError
+from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.config import FullConfig, trains_weights
 from agentft.model.light_imports import import_model_libraries
 from agentft.model.load import (
@@ -34,6 +35,7 @@ from agentft.model.native import Kernels
 from agentft.model.quantization import quantization_config
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
+from agentft.recipes.final import write_final
 from agentft.recipes.identity import identity
 from agentft.recipes.memory_check import check_memory
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
@@ -111,7 +113,7 @@ def _conclude(error: BaseException, run: RunFolder) -> None:
     log.error("%s: %s", type(error).__name__, error, exc_info=not asked)
     try:
         run.update_status(state, error=f"{type(error).__name__}: {error}")
-    except OSError as second:  # a full disk, most likely the reason of the first
+    except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
         log.error("%s cannot be written: %s", run.status_file, second)
     if isinstance(error, StopSignal) and error.asks_for_another_turn:
         slurm.requeue()
@@ -149,7 +151,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainRe
     with tracker:
         before = _exam_before(config, bench, run, tracker)
         outcome = _fit(config, bench, run, tracker, signals)
-        save_final(bench.model, config.sft_type, bench.tokenizer, run.final)
+        write_final(bench.model, config.sft_type, bench.tokenizer, run)
         after = _examine("after", config, bench, run, tracker) if config.evaluation.after else None
         summary = _summary(bench, outcome, before, after)
         tracker.summary(summary)

@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globa
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from agentft import slurm
 from agentft.errors import RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.sweeping.display import Display
@@ -78,6 +79,8 @@ def launch(
     sweep = Path(str(config.hydra.sweep.dir)).absolute()
     slots = options.make_slots(len(job_overrides))
     sweep.mkdir(parents=True, exist_ok=True)
+    if (place := slurm.job_id()) is not None:
+        os.environ[slurm.REQUEUED_BY_LAUNCHER] = place  # for the jobs, which do not ask themselves
     with _only_launcher(sweep):
         jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
         distinct = list({job.identity: job for job in jobs}.values())
@@ -96,6 +99,9 @@ def launch(
         _report(sweep, distinct, config, display)
     if stopped == signal.SIGINT:
         raise KeyboardInterrupt
+    if stopped == signal.SIGUSR1:  # announced by SLURM: the time is up
+        os.environ.pop(slurm.REQUEUED_BY_LAUNCHER, None)
+        slurm.requeue()
     if stopped is not None:
         raise SystemExit(128 + stopped)
     failed = [job for job in distinct if not job.is_done]

@@ -174,7 +174,7 @@ class Pool:
             self._stop = signal.Signals(number)
             self._stops += 1
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         before = {number: signal.signal(number, notice) for number in numbers}
         try:
             yield

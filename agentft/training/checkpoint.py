@@ -97,7 +97,10 @@ def load_checkpoint(path: Path, *, check: bool = True) -> Checkpoint:
 def find_damage(path: Path) -> str | None:
     """Say what is wrong with a checkpoint folder, or None."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (path / _MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)["files"]
+        if text != _manifest_text(manifest):
+            return f"{_MANIFEST} is not as it was written"
         for name, expected in manifest.items():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
@@ -165,12 +168,18 @@ def clear_unfinished(root: Path, after: int) -> None:
 
     What a killed process left half written or half deleted is removed. Checkpoints of later steps, which could not be
     used, are set aside: the retention must not count them.
+
+    Raises:
+        CheckpointError: such a checkpoint cannot be renamed.
     """
     for path in root.glob(".step-*") if root.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(root):
         if _step_of(path) > after:
-            log.warning("checkpoint %s is not used; it is now %s", path, set_aside(path).name)
+            try:
+                log.warning("checkpoint %s is not used; it is now %s", path, set_aside(path).name)
+            except OSError as error:
+                raise CheckpointError(f"{path} is not used and cannot be set aside: {error}") from error
 
 
 def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
@@ -179,8 +188,11 @@ def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
         if _step_of(path) != best_step:
             # Renamed first: killed in between, half a checkpoint must not look like a damaged one.
             gone = path.with_name(f".{path.name}.gone")
-            path.rename(gone)
-            shutil.rmtree(gone)
+            try:
+                path.rename(gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                log.warning("old checkpoint %s cannot be deleted: %s", path, error)
 
 
 def _step_of(path: Path) -> int:
@@ -195,9 +207,13 @@ def _write_manifest(folder: Path) -> None:
         _sync(file)
     listed = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files}
     manifest = folder / _MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": listed}, indent=1), encoding="utf-8")
+    manifest.write_text(_manifest_text(listed), encoding="utf-8")
     _sync(manifest)
     _sync(folder)
+
+
+def _manifest_text(files: Mapping[str, Any]) -> str:
+    return json.dumps({"version": 1, "files": files}, indent=1)
 
 
 def _sync(path: Path) -> None:

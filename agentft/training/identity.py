@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ log = logging.getLogger(__name__)
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Name each value that two identities do not share: `training.seed was 1, is 2`."""
-    before, now = dict(_flat(saved)), dict(_flat(current))
+    # As a checkpoint holds it: in JSON an enumeration or a path has become text.
+    before, now = dict(_flat(saved)), dict(_flat(json.loads(json.dumps(current, default=str))))
     return [
         f"{key} was {before.get(key, 'not recorded')}, is {now.get(key, 'not there')}"
         for key in sorted(before.keys() | now.keys())
@@ -44,5 +46,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            # As text: a checkpoint holds JSON, where a path or an enumeration has become one.
-            yield f"{prefix}{name}", repr(str(value) if isinstance(value, str) else value)
+            yield f"{prefix}{name}", repr(value)

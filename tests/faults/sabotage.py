@@ -183,6 +183,14 @@ def note_ids(file: str) -> None:
     loop.step_batches = step_batches
 
 
+def limit_file_size(size: str) -> None:
+    """The system refuses to write any file beyond `size` bytes."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
+
+
 def clock_set_back(seconds: str) -> None:
     """The system's clock as Python sees it stands `seconds` earlier, and jumps about."""
     original, draw = time.time, random.Random(0)
@@ -215,6 +223,15 @@ BY_NAME: dict[str, Callable[[str], None]] = {
     function.__name__: function
     for function in (
         *(slow_save, die_in_save, fail_in_save, die_at_step, signal_at_step, signal_in_save, die_in_evaluation),
-        *(signal_in_evaluation, time_of_save, forget_random, forget_cursor, note_ids, clock_set_back, spoil_loss),
+        *(
+            signal_in_evaluation,
+            time_of_save,
+            forget_random,
+            forget_cursor,
+            note_ids,
+            limit_file_size,
+            clock_set_back,
+            spoil_loss,
+        ),
     )
 }

@@ -15,39 +15,22 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
+# Libraries print when they are imported; what is said to the harness goes through a pipe of its own.
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 torch.set_num_threads(1)
 
 import sabotage  # noqa: E402
+from zygote_settings import BASE  # noqa: E402
 
 from agentft.config import compose, to_train_config  # noqa: E402
 from agentft.errors import AgentftError  # noqa: E402
 from agentft.recipes.config import TrainConfig  # noqa: E402
 from agentft.recipes.train import set_up_bench, train  # noqa: E402
-
-BASE = [
-    "model=tiny",
-    "model.shape.hidden=32",
-    "model.shape.intermediate=64",
-    "dataset=local",
-    f"dataset.path={Path(__file__).resolve().parents[1] / 'golden' / 'conversations.jsonl'}",
-    "dataset.test_ratio=0.2",
-    "sft_type.dropout=0.1",
-    "training.accumulation=2",
-    "training.micro_batch=1",
-    "training.max_steps=18",
-    "training.logging_steps=1",
-    "training.save_steps=3",
-    "training.learning_rate=0.01",
-    "evaluation.steps=5",
-    "evaluation.before=false",
-    "evaluation.after=false",
-    "tracking=disabled",
-    "threads=1",
-    "run_dir=runs/none",
-]
 
 
 @functools.cache
@@ -86,7 +69,7 @@ def run_child(request: dict) -> int:
 def main() -> None:
     warm = composed(())
     set_up_bench(warm)
-    print("ready", flush=True)
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         composed(tuple(request.get("settings", [])))
@@ -99,9 +82,9 @@ def main() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps({"pid": pid}), file=answers, flush=True)
         _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

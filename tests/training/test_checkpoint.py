@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -42,20 +41,9 @@ def test_every_flipped_bit_is_found(tmp_path):
         damaged = bytearray(content)
         damaged[position] ^= 1 << rng.randrange(8)
         file.write_bytes(bytes(damaged))
-        # A flip inside the manifest's own white space or version changes nothing that is relied upon.
-        if file.name == "manifest.json" and _same_files(content, bytes(damaged)):
-            assert find_damage(path) is None
-        else:
-            assert find_damage(path) is not None, f"{file.name} byte {position}"
+        assert find_damage(path) is not None, f"{file.name} byte {position}"
         file.write_bytes(content)
     assert find_damage(path) is None
-
-
-def _same_files(left: bytes, right: bytes) -> bool:
-    try:
-        return json.loads(left)["files"] == json.loads(right)["files"]
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 @pytest.mark.parametrize("damage", ["truncate", "zero_tail", "delete", "extra", "swap"])
