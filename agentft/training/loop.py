@@ -306,7 +306,11 @@ def _evaluation_is_due(job: Job, counters: Counters) -> bool:
 
 def _evaluate(job: Job, counters: Counters) -> bool:
     """Measure, log, and say whether this is the best step so far."""
-    metrics = job.evaluate(counters.step)
+    streams = random_state.torch_streams()
+    try:
+        metrics = job.evaluate(counters.step)
+    finally:  # what is drawn in an evaluation, whole or cut off, must not change the training
+        random_state.set_torch_streams(streams)
     counters.evaluated = counters.step
     job.log({f"eval/{name}": value for name, value in metrics.items()}, counters.step)
     rank = job.rank(metrics)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,18 +35,15 @@ def seeds(sample: int, full: int, start: int = 0) -> list:
 class Zygote:
     """See zygote.py: one child at a time."""
 
-    def __init__(self) -> None:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE.parents[1]),
-            "WANDB_MODE": "disabled",
-        }
+    def __init__(self, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+        fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1]), "WANDB_MODE": "disabled"}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=os.environ | fixed | dict(environment or {}),
+            cwd=cwd,
             text=True,
         )
         assert self._line() == "ready"

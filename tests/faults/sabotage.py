@@ -21,14 +21,17 @@ def apply(names: list[str]) -> None:
         BY_NAME[name](argument)
 
 
-def _before_each_call_of_a_save(act: Callable[[int], None]) -> None:
-    """Call `act` with a running number before every sync, rename and file of a save, and around its deletions."""
+def _before_each_call_of_a_save(act: Callable[[int, bool], None]) -> None:
+    """Call `act` with a running number before every sync, rename, file and deletion of a save.
+
+    And with whether the caller has asked that errors be ignored.
+    """
     count = 0
 
     def told(function: Callable) -> Callable:
         def call(*args, **kwargs):
             nonlocal count
-            act(count)
+            act(count, bool(kwargs.get("ignore_errors")))
             count += 1
             return function(*args, **kwargs)
 
@@ -42,13 +45,13 @@ def _before_each_call_of_a_save(act: Callable[[int], None]) -> None:
 
 def slow_save(seconds: str) -> None:
     """Sleep before every call of a save, so that a kill at a random moment meets one."""
-    _before_each_call_of_a_save(lambda _: time.sleep(float(seconds)))
+    _before_each_call_of_a_save(lambda _, __: time.sleep(float(seconds)))
 
 
 def die_in_save(number: str) -> None:
     """Be killed before the n-th call of the saves of this process."""
 
-    def act(count: int) -> None:
+    def act(count: int, _: bool) -> None:
         if count == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -61,8 +64,8 @@ def fail_in_save(argument: str) -> None:
 
     number, _, name = argument.partition(":")
 
-    def act(count: int) -> None:
-        if count == int(number):
+    def act(count: int, ignored: bool) -> None:
+        if count == int(number) and not ignored:
             raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
     _before_each_call_of_a_save(act)
@@ -108,7 +111,7 @@ def signal_at_step(argument: str) -> None:
 def signal_in_save(name: str) -> None:
     """A second signal while the first one's checkpoint is written."""
 
-    def act(_: int) -> None:
+    def act(_: int, __: bool) -> None:
         if Path(os.environ["FAULT_TIMES"]).exists():
             os.kill(os.getpid(), getattr(signal, name))
 

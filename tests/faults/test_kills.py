@@ -36,54 +36,49 @@ def _settings(seed: int) -> list[str]:
     return FULL if seed % 4 == 3 else []
 
 
-@pytest.mark.parametrize("seed", seeds(sample=2, full=110))
-def test_f01_a_kill_at_a_random_moment_changes_nothing(zygote, golden, ledger, tmp_path, seed):
+@pytest.mark.parametrize("seed", seeds(sample=1, full=25))
+def test_f01_f03_kills_at_random_moments_of_one_run_change_nothing(zygote, golden, ledger, tmp_path, seed):
+    """Six in a run: in a step, in a save, in an evaluation, while the run before is being taken up."""
     draw = random.Random(f"F01-{seed}")
-    run, settings = tmp_path / "run", _settings(seed)
-    killed = kill_at_random(zygote, run, draw, settings=settings)
-    inside = bool(unfinished_saves(run))
-    ledger("F01", seed=seed, kills=int(killed), in_save=int(killed and inside))
+    run, settings, kills, inside = tmp_path / "run", _settings(seed), 0, 0
+    for _ in range(6):
+        killed = kill_at_random(zygote, run, draw, settings=settings)
+        kills, inside = kills + killed, inside + (killed and bool(unfinished_saves(run)))
+    ledger("F01, F03", seed=seed, kills=kills, in_save=inside)
     assert_equal(finish(zygote, run, settings=settings), golden(*settings))
     assert not unfinished_saves(run)
 
 
-@pytest.mark.parametrize("seed", seeds(sample=1, full=70))
-def test_f02_a_kill_before_each_call_of_a_save_changes_nothing(zygote, golden, ledger, tmp_path, seed):
-    """Before each sync, file, rename and deletion in turn, of a save drawn at random."""
+@pytest.mark.parametrize("seed", seeds(sample=1, full=14))
+def test_f02_kills_before_each_call_of_a_save_change_nothing(zygote, golden, ledger, tmp_path, seed):
+    """Before each sync, file, rename and deletion in turn; five in a run, in the first or second save of each process."""
     draw = random.Random(f"F02-{seed}")
-    run, settings = tmp_path / "run", _settings(seed)
-    call = seed % CALLS_IN_A_SAVE + CALLS_IN_A_SAVE * draw.randrange(5)
-    assert zygote.run(run, settings=settings, sabotage=[f"die_in_save:{call}"]) == -signal.SIGKILL
+    run, settings, kills = tmp_path / "run", _settings(seed), 0
+    for i in range(5):
+        call = (5 * seed + i) % CALLS_IN_A_SAVE + CALLS_IN_A_SAVE * draw.randrange(2)
+        code = zygote.run(run, settings=settings, sabotage=[f"die_in_save:{call}"])
+        assert code in (0, -signal.SIGKILL)  # 0: there were not so many saves left
+        kills += code != 0
+        assert whole_checkpoints(run) or steps_logged(run) <= SAVE_STEPS, "one is whole once the first was saved"
     whole = whole_checkpoints(run)
-    assert whole or steps_logged(run) <= SAVE_STEPS, "some checkpoint is whole once the first was saved"
-    ledger("F02", seed=seed, kills=1, in_save=1)
+    ledger("F02", seed=seed, kills=kills, in_save=kills)
     assert_equal(finish(zygote, run, settings=settings), golden(*settings))
     assert f"going on from {run}/checkpoints/step-{max(whole, default=0):06d}" in log_of(run).read_text() or not whole
 
 
-@pytest.mark.parametrize("seed", seeds(sample=0, full=20, start=1000))
-def test_f02_a_kill_at_a_random_moment_of_a_slowed_save_changes_nothing(zygote, golden, ledger, tmp_path, seed):
+@pytest.mark.parametrize("seed", seeds(sample=0, full=8, start=1000))
+def test_f02_kills_at_random_moments_of_slowed_saves_change_nothing(zygote, golden, ledger, tmp_path, seed):
     draw = random.Random(f"F02-{seed}")
-    run = tmp_path / "run"
-    pid = zygote.start(run, sabotage=["slow_save:0.03"])
-    step = SAVE_STEPS * draw.randrange(1, STEPS // SAVE_STEPS)
-    assert wait_until(lambda: steps_logged(run) >= step and bool(unfinished_saves(run)), pid)
-    time.sleep(draw.uniform(0, 0.35))
-    inside = bool(unfinished_saves(run))
-    os.kill(pid, signal.SIGKILL)
-    killed = zygote.wait() == -signal.SIGKILL
-    ledger("F02", seed=seed, kills=int(killed), in_save=int(killed and inside))
-    assert_equal(finish(zygote, run), golden())
-
-
-@pytest.mark.parametrize("seed", seeds(sample=0, full=8))
-def test_f03_five_kills_in_one_run_change_nothing(zygote, golden, ledger, tmp_path, seed):
-    draw = random.Random(f"F03-{seed}")
     run, kills, inside = tmp_path / "run", 0, 0
-    for _ in range(5):
-        kills += kill_at_random(zygote, run, draw)
-        inside += bool(unfinished_saves(run))
-    ledger("F03", seed=seed, kills=kills, in_save=inside)
+    for _ in range(4):
+        pid = zygote.start(run, sabotage=["slow_save:0.03"])
+        if wait_until(lambda: bool(unfinished_saves(run)), pid):
+            time.sleep(draw.uniform(0, 0.35))
+            caught = bool(unfinished_saves(run))
+            os.kill(pid, signal.SIGKILL)
+            kills, inside = kills + 1, inside + caught
+        zygote.wait()
+    ledger("F02", seed=seed, kills=kills, in_save=inside)
     assert_equal(finish(zygote, run), golden())
 
 
@@ -110,12 +105,12 @@ def test_f04_a_kill_at_an_awkward_step_changes_nothing(zygote, golden, ledger, t
     assert from_zero == (case == "before the first save")
 
 
-@pytest.mark.parametrize("seed", seeds(sample=0, full=20))
+@pytest.mark.parametrize("seed", seeds(sample=0, full=4))
 def test_f14_every_conversation_once_per_epoch_in_the_order_of_the_undisturbed_run(zygote, ledger, tmp_path, seed):
     draw = random.Random(f"F14-{seed}")
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert zygote.run(whole, sabotage=[f"note_ids:{tmp_path}/whole.ids"]) == 0
-    killed = kill_at_random(zygote, run, draw, sabotage=[f"note_ids:{tmp_path}/run.ids"])
+    kills = sum(kill_at_random(zygote, run, draw, sabotage=[f"note_ids:{tmp_path}/run.ids"]) for _ in range(5))
     finish(zygote, run, sabotage=[f"note_ids:{tmp_path}/run.ids"])
     expected = dict(map(ast.literal_eval, (tmp_path / "whole.ids").read_text().splitlines()))
     # A step that was made twice, before the kill and after it, must have been the same step.
@@ -126,11 +121,11 @@ def test_f14_every_conversation_once_per_epoch_in_the_order_of_the_undisturbed_r
     examples = len(set(stream))
     for epoch in range(len(stream) // examples):
         assert set(Counter(stream[epoch * examples : (epoch + 1) * examples]).values()) == {1}
-    ledger("F14", seed=seed, kills=int(killed), in_save=0)
+    ledger("F14", seed=seed, kills=kills, in_save=0)
 
 
 @pytest.mark.parametrize("ablation", ["forget_random", "forget_cursor"])
-@pytest.mark.parametrize("seed", seeds(sample=1, full=8))
+@pytest.mark.parametrize("seed", seeds(sample=1, full=6))
 def test_without_random_state_or_data_position_the_comparison_fails(zygote, golden, ledger, tmp_path, ablation, seed):
     """The experiment bites: what a resume restores is needed, and its absence is seen."""
     draw = random.Random(f"ablation-{seed}")
@@ -142,7 +137,7 @@ def test_without_random_state_or_data_position_the_comparison_fails(zygote, gold
     assert diverges(found, golden())
 
 
-@pytest.mark.parametrize("call", range(CALLS_IN_A_SAVE + 4))
+@pytest.mark.parametrize("call", range(CALLS_IN_A_SAVE))
 @pytest.mark.faults
 def test_f18_retention_leaves_a_whole_checkpoint_wherever_it_is_cut_off(zygote, golden, ledger, tmp_path, call):
     """`save_total_limit=1` and the best step is not the last: killed around every deletion and rename."""

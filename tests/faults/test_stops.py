@@ -23,7 +23,7 @@ def _status(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
 
 
-@pytest.mark.parametrize("seed", seeds(sample=1, full=60))
+@pytest.mark.parametrize("seed", seeds(sample=1, full=36))
 def test_f05_a_signal_in_the_middle_of_a_step_saves_after_that_step(zygote, golden, ledger, tmp_path, seed):
     draw = random.Random(f"F05-{seed}")
     name, step = list(CODES)[seed % len(CODES)], draw.randrange(1, STEPS)
@@ -41,7 +41,7 @@ def test_f05_a_signal_in_the_middle_of_a_step_saves_after_that_step(zygote, gold
     assert_equal(finish(zygote, run), golden())
 
 
-@pytest.mark.parametrize("seed", seeds(sample=0, full=20, start=500))
+@pytest.mark.parametrize("seed", seeds(sample=0, full=10, start=500))
 def test_f05_a_signal_from_outside_at_a_random_moment(zygote, golden, ledger, tmp_path, seed):
     draw = random.Random(f"F05-{seed}")
     run, times = tmp_path / "run", tmp_path / "time"
