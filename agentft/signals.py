@@ -1,4 +1,4 @@
-"""What asks a process to end: SIGTERM of a scheduler, SIGUSR1 before a time limit, SIGHUP, Ctrl-C.
+"""What asks a process to end: SIGTERM of a scheduler, SIGUSR1 or SIGUSR2 before a time limit, SIGHUP, Ctrl-C.
 
 A training notes the request and saves after the step it is in. Everywhere else (loading, answering) the request ends the
 work at once, as Ctrl-C does; what those phases had done so far is on disk already.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-NOTICED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+NOTICED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
 
 class StopSignal(KeyboardInterrupt):
@@ -30,7 +30,8 @@ class StopSignal(KeyboardInterrupt):
 
     @property
     def asks_for_another_turn(self) -> bool:
-        """SIGUSR1 announces the end of a job's time. SIGTERM may be a user's `scancel`, which means it."""
+        """SIGUSR1 announces the end of a job's time. SIGTERM may be a user's `scancel`, which means it; on SIGUSR2
+        submitit, which sends it, queues the job again itself."""
         return self.signal.name == "SIGUSR1"
 
 

@@ -79,8 +79,8 @@ def launch(
     sweep = Path(str(config.hydra.sweep.dir)).absolute()
     slots = options.make_slots(len(job_overrides))
     sweep.mkdir(parents=True, exist_ok=True)
-    if (place := slurm.job_id()) is not None:
-        os.environ[slurm.REQUEUED_BY_LAUNCHER] = place  # for the jobs, which do not ask themselves
+    if (own := slurm.job_id()) is not None:
+        os.environ[slurm.REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
     with _only_launcher(sweep):
         jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
         distinct = list({job.identity: job for job in jobs}.values())
