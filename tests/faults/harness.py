@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -139,8 +140,14 @@ def kill_at_random(zygote: Zygote, run: Path, draw: random.Random, **request: ob
     ahead = draw.randrange(0, max(2, STEPS - lines))
     wait_until(lambda: steps_logged(run) >= lines + ahead, pid)
     time.sleep(draw.uniform(0.0, 0.12) if ahead else draw.uniform(0.0, 0.6))
-    os.kill(pid, signal.SIGKILL)
+    kill(pid)
     return zygote.wait() == -signal.SIGKILL
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a child that may have ended in the meantime."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def unfinished_saves(run: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import random
 import signal
 import time
@@ -18,6 +17,7 @@ from tests.faults.harness import (
     assert_equal,
     diverges,
     finish,
+    kill,
     kill_at_random,
     log_of,
     seeds,
@@ -75,7 +75,7 @@ def test_f02_kills_at_random_moments_of_slowed_saves_change_nothing(zygote, gold
         if wait_until(lambda: bool(unfinished_saves(run)), pid):
             time.sleep(draw.uniform(0, 0.35))
             caught = bool(unfinished_saves(run))
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
             kills, inside = kills + 1, inside + caught
         zygote.wait()
     ledger("F02", seed=seed, kills=kills, in_save=inside)

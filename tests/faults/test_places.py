@@ -21,6 +21,7 @@ from tests.faults.harness import (
     Zygote,
     assert_equal,
     finish,
+    kill,
     log_of,
     steps_logged,
     wait_until,
@@ -182,7 +183,7 @@ def test_f19_an_evaluation_that_is_killed_gives_the_same_predictions(zygote, led
     pid = zygote.start(run, settings=EXAM)
     wait_until(lambda: (run / "final").is_dir(), pid)
     time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
+    kill(pid)
     killed = zygote.wait() == -signal.SIGKILL
     finish(zygote, run, settings=EXAM)
     ledger("F19", kills=int(killed))

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import STEPS, assert_equal, finish, log_of, seeds, steps_logged, wait_until, whole_checkpoints
+from tests.faults.harness import (
+    STEPS,
+    assert_equal,
+    finish,
+    kill,
+    log_of,
+    seeds,
+    steps_logged,
+    wait_until,
+    whole_checkpoints,
+)
 
 CODES = {"SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130, "SIGHUP": 129}
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +60,7 @@ def test_f05_a_signal_from_outside_at_a_random_moment(zygote, golden, ledger, tm
     wait_until(lambda: steps_logged(run) >= lines, pid)
     time.sleep(draw.uniform(0, 0.1))
     before, began = steps_logged(run), time.monotonic()
-    os.kill(pid, signal.SIGTERM)
+    kill(pid, signal.SIGTERM)
     code = zygote.wait()
     figures = {}
     if code == 143 and _status(run)["error"].endswith("goes on from there"):
