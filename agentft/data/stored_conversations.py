@@ -7,6 +7,7 @@ cut into parts. Requests and offered tools are read again from the text they sta
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -94,7 +95,7 @@ class StoredConversations(Sequence[Conversation]):
     def __init__(self, path: Path, rows: Rows | None = None) -> None:
         """Open `path`, which `ConversationWriter` wrote; `rows`: which of it in which order, default all."""
         self._starts: Rows = np.load(index_of(path))
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if self._starts[-1] else np.zeros(0, np.uint8)
+        self._file = path.open("rb")  # and not mapped: pages read here and there would stay and count as memory
         self._rows = np.arange(len(self._starts) - 1) if rows is None else rows
 
     def __len__(self) -> int:
@@ -110,7 +111,8 @@ class StoredConversations(Sequence[Conversation]):
         if isinstance(index, slice):
             return self.chosen(self._rows[index])
         row = self._rows[index]
-        return from_line(self._bytes[self._starts[row] : self._starts[row + 1]].tobytes())
+        start, stop = self._starts[row : row + 2].tolist()
+        return from_line(os.pread(self._file.fileno(), stop - start, start))
 
     def __iter__(self) -> Iterator[Conversation]:
         for index in range(len(self)):
@@ -119,5 +121,5 @@ class StoredConversations(Sequence[Conversation]):
     def chosen(self, rows: Rows) -> StoredConversations:
         """Other rows of the same file."""
         other = object.__new__(StoredConversations)
-        other._starts, other._bytes, other._rows = self._starts, self._bytes, rows
+        other._starts, other._file, other._rows = self._starts, self._file, rows
         return other

@@ -9,6 +9,7 @@ are read, and those that are wanted are taken from it in the order of the sample
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -101,11 +102,19 @@ def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncode
     """Read, divide, sample and tokenise a dataset into an empty folder.
 
     Raises:
-        DataError: a source cannot be read, or a part is empty.
+        DataError: a source cannot be read, a part is empty, or the disk is full.
         ConfigError: the settings contradict each other.
     """
-    with _few_collections():
-        _Builder(config, template, encoder, folder).build()
+    try:
+        with _few_collections():
+            _Builder(config, template, encoder, folder).build()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(
+            f"{folder}: no room for the prepared data ({error.strerror}); free some, or let AGENTFT_DATA_CACHE (without the "
+            "cache: TMPDIR) name another folder"
+        ) from error
 
 
 class _Builder:

@@ -56,7 +56,7 @@ def key_ingredients(config: DatasetConfig, template: Template, encoder: SegmentE
 
 def code_is_as_loaded() -> bool:
     """False where a source file is younger than this process, whose code may then be another than the file's."""
-    return all(path.stat().st_mtime < _process_start() for path in _code())
+    return all(path.stat().st_mtime < _STARTED for path in _code())
 
 
 def _code() -> Iterator[Path]:
@@ -71,6 +71,10 @@ def _process_start() -> float:
     except (OSError, ValueError, IndexError):
         return time.time()
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+_STARTED = _process_start()
+"""Taken on import: a process that is forked later goes on with the code of the one that imported it."""
 
 
 def _version(name: str) -> str | None:

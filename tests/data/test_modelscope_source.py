@@ -45,6 +45,22 @@ print("FOUND" + json.dumps(found))
 """
 
 
+PREPARE = """
+import json, logging, sys
+from agentft.data.config import ModelScopeConfig
+from agentft.data.render import get_template
+from agentft.data.tokens import SegmentEncoder
+from agentft.model.random_weights import byte_tokenizer
+from agentft.recipes.prepare import prepare_data
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+tokenizer = byte_tokenizer()
+template, encoder = get_template("msagent", tokenizer.eos_token), SegmentEncoder(tokenizer)
+config = ModelScopeConfig(name="hub", id="damo/MSAgent-Bench", test_split="validation", cache_dir=sys.argv[1])
+data = prepare_data(config, template, encoder)
+print("FOUND" + json.dumps([sorted(data.train.ids), data.fingerprint]))
+"""
+
+
 def _hub_module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("loopback_hub", Path(__file__).with_name("loopback_hub.py"))
     assert spec is not None
@@ -55,6 +71,12 @@ def _hub_module() -> ModuleType:
 
 
 def load_all(address: str, home: Path, *loads: dict[str, str]) -> list:
+    given = json.dumps([{"cache_dir": str(home / "data"), **load} for load in loads])
+    return run_client(address, home, SCRIPT, given)[0]
+
+
+def run_client(address: str, home: Path, script: str, argument: str) -> tuple[list, str]:
+    """What the script found, with the client turned to the hub at `address`, and what it said meanwhile."""
     settings = {
         "MODELSCOPE_ENDPOINT": address,
         "MODELSCOPE_CACHE": str(home),
@@ -65,7 +87,7 @@ def load_all(address: str, home: Path, *loads: dict[str, str]) -> list:
     settings |= {"PYTHONPATH": str(REPOSITORY), "HOME": str(home)}
     settings |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}  # the client obeys them too; the hub here is local
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([{"cache_dir": str(home / "data"), **load} for load in loads])],
+        [sys.executable, "-c", script, argument],
         env=os.environ | settings,
         capture_output=True,
         text=True,
@@ -75,7 +97,7 @@ def load_all(address: str, home: Path, *loads: dict[str, str]) -> list:
     )
     answers = [line for line in run.stdout.splitlines() if line.startswith("FOUND")]
     assert answers, run.stderr[-3000:]
-    return json.loads(answers[0].removeprefix("FOUND"))
+    return json.loads(answers[0].removeprefix("FOUND")), run.stderr
 
 
 def jsonl(*records: dict) -> bytes:
@@ -124,3 +146,26 @@ def test_a_local_folder_of_the_same_name_is_not_read_by_accident(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="local path"):
         read_modelscope("damo/MSAgent-Bench")
+
+
+@pytest.mark.slow
+def test_tokens_of_a_hub_come_from_the_cache_until_its_client_has_other_tables(tmp_path, monkeypatch) -> None:
+    """The client keeps its tables by the name of the revision: that `master` has moved it sees in an empty folder only."""
+    monkeypatch.setenv("AGENTFT_DATA_CACHE", str(tmp_path / "tokens"))
+    other = [{**turn, "value": turn["value"].replace("f", "g")} for turn in TURNS]
+    exam = [TURNS[0], {"from": "user", "value": "another question"}, TURNS[2]]
+
+    def prepare(turns: list, downloads: str) -> tuple[list, str]:
+        record = {"id": "t", "conversations": repr(turns)}
+        files = {"train.jsonl": jsonl(record), "dev.jsonl": jsonl({"id": "exam", "conversations": repr(exam)})}
+        with _hub_module().loopback_hub({"damo/MSAgent-Bench": files}) as (address, _):
+            return run_client(address, tmp_path, PREPARE, str(tmp_path / downloads))
+
+    first, said_first = prepare(TURNS, "one")
+    again, said_again = prepare(TURNS, "one")
+    assert first == again
+    assert "from the cache" not in said_first
+    assert "from the cache" in said_again
+    changed, said_changed = prepare(other, "two")
+    assert "from the cache" not in said_changed
+    assert changed != first

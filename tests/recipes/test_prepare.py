@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -249,7 +250,7 @@ def test_code_that_changed_after_the_process_began_is_not_cached(
     data_file, template, encoder, cache, tmp_path, monkeypatch, caplog
 ):
     _other_code(monkeypatch, tmp_path)
-    later = time.time() + 5
+    later = data_key._STARTED + 1
     os.utime(tmp_path / "package" / "data" / "render.py", (later, later))
     prepare_data(settings(data_file), template, encoder)
     assert "changed after this process began" in caplog.text
@@ -368,6 +369,19 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_good(
     assert [path.name[:1] for path in cache.iterdir() if path.is_dir()] != ["."]
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
     assert prepared.fingerprint == prepare_data(settings(data_file, cache=False), template, encoder).fingerprint
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(data_file, template, encoder, cache, tmp_path):
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            prepare_data(settings(data_file), template, encoder)
+        except DataError as error:
+            (tmp_path / "said").write_text(str(error))
+
+    _in_process(work).join(120)
+    assert "no room for the prepared data" in (tmp_path / "said").read_text()
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
 def test_above_its_limit_the_cache_forgets_what_was_not_used_for_longest(data_file, template, encoder, cache):

@@ -1,0 +1,49 @@
+"""Memory does not grow with the data: what stays of a conversation is less than what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, resource, sys
+from agentft.data.config import SyntheticConfig
+from agentft.data.render import get_template
+from agentft.data.tokens import SegmentEncoder
+from agentft.model.random_weights import byte_tokenizer
+from agentft.recipes.prepare import prepare_data
+
+config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), sample=int(sys.argv[2]), cache=False)
+tokenizer = byte_tokenizer()
+prepared = prepare_data(config, get_template("msagent", tokenizer.eos_token), SegmentEncoder(tokenizer))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([peak, len(prepared.train), prepared.train.lengths.sum().item()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", [-1, 1000])
+def test_a_conversation_more_costs_less_than_two_kilobytes(sample, root):
+    (small, few, _), (large, many, tokens) = (prepare(root, count, sample) for count in (2_000, 12_000))
+    assert sample > 0 or many - few > 8_000
+    assert tokens > 500 * many
+    assert (large - small) / 10_000 < 2_000
+
+
+def prepare(root: Path, conversations: int, sample: int) -> list[int]:
+    """Peak memory in bytes, examples and tokens of a preparation in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(conversations), str(sample)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return figures
