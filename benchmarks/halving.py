@@ -34,7 +34,14 @@ from agentft.sweeping.jobs import Job
 SETTINGS = [
     *("model=tiny", "tracking=disabled", "dataset.max_length=8192", "dataset.heldout=24", "dataset.chinese=0"),
     *("evaluation.before=false", "evaluation.conversations=24", "evaluation.max_new_tokens=16", "evaluation.draws=10"),
-    *("evaluation.examples=0", "evaluation.steps=100000", "evaluation.batch=24", "training.save_steps=0", "threads=1"),
+    *(
+        "evaluation.examples=0",
+        "evaluation.best_metric=loss",
+        "evaluation.steps=100000",
+        "evaluation.batch=24",
+        "training.save_steps=0",
+        "threads=1",
+    ),
     'sft_type.alpha="${product:2,${sft_type.rank}}"',
 ]
 RANKS = (2, 8, 32)

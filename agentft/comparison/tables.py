@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
@@ -68,8 +69,13 @@ def csv_text(ranking: Ranking) -> str:
         for name in metrics:
             score = run.scores.get(name)
             row += [None, None, None] if score is None else [score.value, score.low, score.high]
-        writer.writerow([*row, *(getattr(run, cost) for cost in costs), str(run.folder)])
+        writer.writerow([*row, *(getattr(run, cost) for cost in costs), _readable(run.folder)])
     return out.getvalue()
+
+
+def _readable(folder: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def table_cells(

@@ -179,9 +179,10 @@ def results_of(run: Path) -> dict[str, Any]:
     """What a run came to, without where and how fast."""
     record = json.loads((run / "run.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = json.loads((run / "metrics" / "after.json").read_text())
     return {
         "losses": [{key: value for key, value in row.items() if "loss" in key or key == "step"} for row in metrics],
-        "metrics": json.loads((run / "metrics" / "after.json").read_text()),
+        "scores": {key: value for key, value in scores.items() if key != "seconds"},
         "weights": (run / "final" / "adapter_model.safetensors").read_bytes(),
         "sweep": Path(record["sweep"]).name,
         "data": record["data_fingerprint"],
