@@ -159,11 +159,12 @@ _TIE = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 _TIED = [sys.executable, "-c", _TIE]
 """Begin of a command that dies with the thread that started it (PR_SET_PDEATHSIG): a queue that has killed our process
-would give its cores to the next job. It hears SIGINT, which Ray's workers ignore."""
+would give its cores to the next job. It hears SIGINT, which Ray blocks in its processes."""
 
 
 def _size(path: Path) -> int:
