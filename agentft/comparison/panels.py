@@ -33,13 +33,10 @@ class Charts:
         self._is_share = self._metric in METRICS_BY_NAME
         self._least_is_best = self._metric in LOWER_IS_BETTER
         self._scored = [run for run in ranking.runs if run.number(self._metric) is not None]
-        values = [self._value(run) for run in self._scored]
-        low, high = (min(values), max(values)) if values else (0.0, 0.0)
-        shares = {run.name: (self._value(run) - low) / (high - low) if high > low else 0.6 for run in self._scored}
-        self._colours = {
-            name: colour_of(1 - share if self._least_is_best and high > low else share)
-            for name, share in shares.items()
-        }
+        # By place, not by value: one run that went astray would make all others look alike.
+        order = sorted({self._value(run) for run in self._scored}, reverse=self._least_is_best)
+        share = {value: i / (len(order) - 1) if len(order) > 1 else 0.6 for i, value in enumerate(order)}
+        self._colours = {run.name: colour_of(share[self._value(run)]) for run in self._scored}
 
     def _value(self, run: ComparedRun) -> float:
         value = run.number(self._metric)
