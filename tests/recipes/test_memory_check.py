@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -11,9 +12,10 @@ from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ModelError
 from agentft.model.config import RandomShape
 from agentft.model.random_weights import random_folder
-from agentft.recipes.memory_check import check_memory
+from agentft.recipes.memory_check import check_memory, estimate_training
 from agentft.recipes.train import train
 from agentft.runs import read_json
+from agentft.runtime import Device
 from tests.model.loopback_hubs import Repository, serve
 
 HUGE = {"model_type": "llama", "vocab_size": 128_000, "hidden_size": 131_072, "num_hidden_layers": 500}
@@ -76,3 +78,39 @@ def test_a_run_from_a_hub_records_commit_and_estimate(tmp_path, hub):
     assert record["model_commit"].startswith("master, files ")
     assert 0 < record["estimated_memory_bytes"] < 10**9
     assert "memory: weights" in (run / "train.log").read_text(encoding="utf-8")
+
+
+@dataclasses.dataclass
+class _Engine:
+    """The settings of an engine that the check reads."""
+
+    engine: str
+    deepspeed: dict = dataclasses.field(default_factory=dict)
+
+
+SEVEN_BILLION = {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 3584, "num_hidden_layers": 28}
+SEVEN_BILLION |= {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18_944}
+
+
+def _zero(stage, **offload):
+    return {"zero_optimization": {"stage": stage, **{name: {"device": "cpu"} for name in offload}}}
+
+
+@pytest.mark.parametrize(
+    ("engine", "gigabytes"),
+    [
+        (_Engine("ddp"), 140),
+        (_Engine("fsdp"), 24),
+        (_Engine("deepspeed", _zero(1)), 90),
+        (_Engine("deepspeed", _zero(2)), 60),
+        (_Engine("deepspeed", _zero(3)), 24),
+        (_Engine("deepspeed", _zero(3, offload_optimizer=1, offload_param=1)), 5),
+    ],
+    ids=["ddp", "fsdp", "zero1", "zero2", "zero3", "offload"],
+)
+def test_eight_ranks_need_what_their_engine_leaves_on_each(engine, gigabytes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    wanted = config(tmp_path, "sft_type=full", "model=qwen2.5-7b", "training.gradient_checkpointing=true")
+    wanted.distributed = engine
+    found = estimate_training(SEVEN_BILLION, wanted, Device("cuda", "a card", 8)).total / 1e9
+    assert 0.6 * gigabytes < found < 1.15 * gigabytes
