@@ -65,7 +65,7 @@ def read_json(text: str) -> Json:
         JsonRefused: not JSON, NaN or Infinity, deeper than `MAX_JSON_DEPTH`, a number too long to hold, or half of a
             surrogate pair (escaped, it is legal JSON and yet no text).
     """
-    if _depth(text) > MAX_JSON_DEPTH:
+    if json_depth(text) > MAX_JSON_DEPTH:
         raise JsonRefused(f"nested deeper than {MAX_JSON_DEPTH} levels")
     try:
         value = _DECODER.decode(text)
@@ -124,7 +124,8 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
-def _depth(text: str) -> int:
+def json_depth(text: str) -> int:
+    """How deeply the brackets of a JSON text are nested; 0 where there are too few of them for `MAX_JSON_DEPTH`."""
     if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:
         return 0
     deepest = depth = 0

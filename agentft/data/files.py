@@ -229,8 +229,8 @@ def parse_json_value(text: str) -> Any:
 def _object_with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise JsonTextError(
             "duplicate_key", f"an object has the key {twice[:40]!r} twice: which one counts is undefined"
         )

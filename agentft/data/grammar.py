@@ -43,7 +43,8 @@ _LOOK_ALIKE = re.compile(
 _CONNECTIVE = re.compile(
     r"""["'`”’」)]?[ ]?(?:and|or|to|,|/|-|\.{3}|…|和|与|及|以及|或|到|至|、|，)[ ]?["'`“‘「(]?""", re.IGNORECASE
 )
-_COMPLETE_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
+"""A JSON string, closed or not: a pattern that must find the end would look for it again from every quote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ def _is_json(body: str) -> bool:
 
 
 def _ends_inside_string(body: str) -> bool:
-    return '"' in _COMPLETE_STRING.sub("", body)
+    return any(not string[1] for string in _STRING.finditer(body))
 
 
 def _looks_cut(body: str) -> bool:

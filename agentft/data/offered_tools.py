@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from agentft.data.calls import MAX_JSON_DEPTH, json_depth
+
 MAX_TOOLS = 2_000
 """More numbered entries than any genuine prompt has; the rest of a longer list is left unread."""
 
@@ -74,6 +76,9 @@ def _read_entry(system: str, start: int) -> tuple[OfferedTool, int]:
         entry, end = _DECODER.raw_decode(system, start)
     except (ValueError, RecursionError) as error:
         return _recover_entry(system, start, f"no JSON: {error}")
+    if json_depth(system[start:end]) > MAX_JSON_DEPTH:
+        # Whoever reads or writes it later may stand deeper in the stack than this.
+        return _recover_entry(system, start, f"nested deeper than {MAX_JSON_DEPTH} levels")
     if _SURROGATE_ESCAPE.search(system, start, end) and not _is_text(json.dumps(entry, ensure_ascii=False)):
         return _recover_entry(system, start, "a lone surrogate")
     line_end = system.find("\n", end)

@@ -15,7 +15,7 @@ from agentft.data.grammar import Call, Observation, Text, segment_steps
 from agentft.data.native import NAMES, SystemReading, choose_template, detect_family, read_system
 from agentft.data.records import Conversation, Origin, read_record
 from agentft.data.render import CallForm, Kind
-from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 from agentft.data.turn_builder import TurnBuilder
 from agentft.errors import ConfigError
 from agentft.evaluation.parse import parse_reply, to_msagent
@@ -320,12 +320,61 @@ def _context(segments, example, start, encoder):
     raise AssertionError("no such prompt")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+FOREIGN = "\ue000"
+"""Marks every foreign text of `twins`; the agent never says it."""
+HOSTILE = st.lists(
+    st.sampled_from([*QWEN_MARKS, *LLAMA_TOKENS, "<|im_start|>", "<|im_end|>", "<think>", '{"name": "f"', "\n", "谢"])
+    | st.text(max_size=4),
+    max_size=5,
+).map("".join)
+
+
+@st.composite
+def twins(draw) -> tuple[Conversation, Conversation] | None:
+    """One talk twice: with hostile texts of users and tools, and with harmless ones in their places."""
+    rounds = draw(st.lists(st.tuples(HOSTILE, st.lists(HOSTILE, max_size=2)), min_size=1, max_size=3))
+    made = []
+    for hostile in (True, False):
+        turns = [{"from": "system", "value": FOREIGN + "".join(q for q, _ in rounds) if hostile else "x"}]
+        for question, results in rounds:
+            said = "".join(
+                f"{call('f', n=n)}{executed(json.dumps(FOREIGN + result if hostile else 'x'))}"
+                for n, result in enumerate(results)
+            )
+            turns.append({"from": "user", "value": FOREIGN + question if hostile else "x"})
+            turns.append({"from": "assistant", "value": f"{said}Done."})
+        outcome = read_record({"id": "c", "conversations": turns}, Origin("test", 1))
+        if not isinstance(outcome, tuple):
+            return None
+        made.append(outcome[0])
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "msagent"])
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(pair=twins())
+def test_foreign_text_is_never_a_label_and_never_a_control_token(name, pair):
+    if pair is None:
+        return
+    tokenizer, encoder, template = family(name)
+    hostile, harmless = tokenize(pair, template, encoder)
+    added = set(tokenizer.get_added_vocab().values())
+    controls = [[i for i in example.input_ids.tolist() if i in added] for example in (hostile, harmless)]
+    assert controls[0] == controls[1]
+    labelled = [example.input_ids[example.labels != IGNORE_INDEX].tolist() for example in (hostile, harmless)]
+    assert labelled[0] == labelled[1], "what is trained does not depend on what others say"
+    assert FOREIGN not in tokenizer.decode(labelled[0])
+    assert FOREIGN in tokenizer.decode(hostile.input_ids.tolist())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "msagent"])
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(talk=conversations())
 def test_a_rendered_step_reads_back_and_its_prompt_is_a_prefix(name, talk):
     if talk is None or family(name)[2].problem(talk) is not None:
         return
+    if name == "msagent" and any("<|im_end|>" in each.source for each in talk.calls):
+        return  # an answer ends where its text names the end of a sequence; only the native forms escape it
     _check_laws(name, talk)
 
 
