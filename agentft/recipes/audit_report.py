@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from agentft.data.audit import Audit, Statistics, Tally
 from agentft.data.findings import Example, Finding, Level
 from agentft.data.fit import Outcome
+from agentft.data.fit_account import Fitting
 from agentft.data.render import TRAINED_KINDS, Kind
 from agentft.data.sources import ReadReport
 from agentft.recipes.config import AuditConfig
@@ -175,22 +176,22 @@ def source_rows(report: AuditReport) -> list[list[str]]:
     return rows
 
 
-FITTING_COLUMNS = (
-    *(outcome.value.replace("_", " ") for outcome in Outcome),
-    *("examples", "tokens", "trained", "steps kept", "results shortened"),
-)
+FITTING_COLUMNS = ("training", "held out")
 
 
 def fitting_rows(statistics: Statistics) -> list[list[str]]:
-    """A row for each part: conversations by outcome, and what comes of them; cells below `FITTING_COLUMNS`."""
-    rows = []
-    for part, made in statistics.fitting.items():
-        outcomes = [f"{made.outcomes[outcome.value]:,}" for outcome in Outcome]
-        trained = f"{made.trained / max(made.tokens, 1):.1%}"
-        steps = f"{made.steps_kept:,} of {made.steps:,}"
-        sums = [f"{made.examples:,}", f"{made.tokens:,}", trained, steps, f"{made.shortened_observations:,}"]
-        rows.append([PART_NAMES[part], *outcomes, *sums])
-    return sorted(rows, reverse=True)
+    """What becomes of the conversations of each part, and what comes of them; cells below a name and `FITTING_COLUMNS`."""
+    parts = [statistics.fitting.get(part, Fitting()) for part in ("train", "heldout")]
+    rows = [
+        [outcome.value.replace("_", " "), *(f"{part.outcomes[outcome.value]:,}" for part in parts)]
+        for outcome in Outcome
+    ]
+    rows.append(["examples made of them", *(f"{part.examples:,}" for part in parts)])
+    rows.append(["their tokens", *(f"{part.tokens:,}" for part in parts)])
+    rows.append(["trained", *(f"{part.trained / max(part.tokens, 1):.1%}" for part in parts)])
+    rows.append(["steps kept", *(f"{part.steps_kept:,} of {part.steps:,}" for part in parts)])
+    rows.append(["results shortened", *(f"{part.shortened_observations:,}" for part in parts)])
+    return rows
 
 
 def by_rounds(statistics: Statistics) -> list[tuple[str, Tally]]:

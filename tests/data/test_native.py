@@ -18,7 +18,7 @@ from agentft.data.render import CallForm, Kind
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 from agentft.data.turn_builder import TurnBuilder
 from agentft.errors import ConfigError
-from agentft.evaluation.parse import parse_reply, to_msagent
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, parse_reply, to_msagent
 from agentft.evaluation.steps import conversation_steps
 from agentft.model.random_weights import byte_tokenizer
 
@@ -373,8 +373,9 @@ def test_foreign_text_is_never_a_label_and_never_a_control_token(name, pair):
 def test_a_rendered_step_reads_back_and_its_prompt_is_a_prefix(name, talk):
     if talk is None or family(name)[2].problem(talk) is not None:
         return
-    if name == "msagent" and any("<|im_end|>" in each.source for each in talk.calls):
-        return  # an answer ends where its text names the end of a sequence; only the native forms escape it
+    said = [part.source for m in talk.messages for part in m.parts if name == "msagent" or isinstance(part, Text)]
+    if any(end in source for end in (*END_OF_SEQUENCE_TEXTS, *USER_TAGS) for source in said):
+        return  # an answer ends where its text names the end of a sequence; calls in the native forms escape it
     _check_laws(name, talk)
 
 
