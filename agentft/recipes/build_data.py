@@ -206,10 +206,7 @@ class _Builder:
 
     def _too_long(self, part: str) -> TooLong:
         how = self._config.too_long
-        if part == "train" or how is TooLong.drop:
-            return how
-        # A round that training would leave out is still a question of the exam.
-        return TooLong.split
+        return how if part == "train" else how.of_heldout
 
     def _write(self, fitted: Fitted, part: str) -> _Use:
         """Write the examples of a conversation down; for the exam also the conversations that they render."""

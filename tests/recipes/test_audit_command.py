@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line_and_leaves_no_report(
 
 def test_composing_needs_no_heavy_library(tmp_path: Path, root: Path):
     code = (
-        "import sys; sys.argv = ['audit', '--help']; from agentft.audit import main; main();"
+        "import sys; sys.argv = ['agentft/audit.py', '--help']; from agentft.audit import main; main();"
         "sys.exit(' '.join(m for m in ('torch', 'transformers', 'numpy', 'jsonschema') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
