@@ -50,7 +50,7 @@ class EvaluationConfig:
     conversations: int = -1
     """Held-out conversations that are answered, the first of the held-out order; -1: all."""
     conversations_during: int = 0
-    """Held-out conversations answered at each evaluation during training; 0: 16 if `best_metric` needs answers, else none."""
+    """Held-out conversations answered at each evaluation of a training; 0: 16, none if `best_metric=loss`."""
     batch: int = 8
     """Answers generated at once; for `engine=openai`, requests under way at once."""
     max_new_tokens: int = 512
@@ -104,7 +104,9 @@ class EvaluationConfig:
     @property
     def generates_during_training(self) -> int:
         """Held-out conversations answered at each evaluation during training."""
-        return self.conversations_during or (0 if self.best_metric == "loss" else 16)
+        if self.conversations_during or self.best_metric == "loss":
+            return self.conversations_during
+        return 16 if self.conversations < 0 else min(16, self.conversations)
 
     def rank(self, measured: Mapping[str, float]) -> list[float] | None:
         """Return what evaluations during training are ordered by, the larger the better; None: of no worth.

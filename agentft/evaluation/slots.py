@@ -179,12 +179,14 @@ def _attend_fused(
     window: int | None,
 ) -> torch.Tensor:
     """By torch's own kernels."""
-    stop = position + query_HQD.shape[1]
+    length = query_HQD.shape[1]
+    stop = position + length
+    sees_all = length == 1 and window is None
     out_1HQD = functional.scaled_dot_product_attention(
         query_HQD[None],
         keys_GPD[None, :, :stop],
         values_GPD[None, :, :stop],
-        attn_mask=_seen(position, stop, stop, window).to(query_HQD.device),
+        attn_mask=None if sees_all else _seen(position, stop, stop, window, query_HQD.device),
         scale=scale,
         enable_gqa=query_HQD.shape[0] != keys_GPD.shape[0],
     )
@@ -221,9 +223,12 @@ def _attend_by_products(
     return out.view(heads, length, width)
 
 
-def _seen(start: int, stop: int, positions: int, window: int | None) -> torch.Tensor:
+def _seen(
+    start: int, stop: int, positions: int, window: int | None, device: torch.device | None = None
+) -> torch.Tensor:
     """Which of `positions` the tokens at `start` to `stop` see, `[stop - start, positions]`."""
-    own, other = torch.arange(start, stop)[:, None], torch.arange(positions)[None, :]
+    own = torch.arange(start, stop, device=device)[:, None]
+    other = torch.arange(positions, device=device)[None, :]
     seen = other <= own
     return seen if window is None else seen & (other > own - window)
 

@@ -178,6 +178,7 @@ def test_metrics_that_cannot_decide_are_refused():
     assert EvaluationConfig().best_metric == "arg_f1"
     assert EvaluationConfig().generates_during_training == 16
     assert EvaluationConfig(conversations_during=5).generates_during_training == 5
+    assert EvaluationConfig(conversations=3).generates_during_training == 3
     assert EvaluationConfig(best_metric="loss").generates_during_training == 0
 
 
