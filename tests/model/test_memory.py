@@ -1,6 +1,7 @@
 """The memory estimate against published sizes, numbers worked out by hand, and what torch really keeps."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,18 +13,31 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentft.config import conf_dir
 from agentft.errors import ModelError
-from agentft.model.adapters import count_parameters
-from agentft.model.config import Dtype, FullConfig, LoraConfig, SftConfig
+from agentft.model.adapters import count_parameters, prepare_for_training
+from agentft.model.config import (
+    Dtype,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    ModelConfig,
+    ModelSource,
+    QloraConfig,
+    SftConfig,
+)
 from agentft.model.device_memory import DeviceMemory, device_memory
+from agentft.model.load import ModelFiles, load_model
 from agentft.model.memory import (
     Fit,
     MemoryEstimate,
     estimate_memory,
+    frozen_bytes,
     full_layer_bytes,
     judge,
     lora_layer_bytes,
     model_shape,
+    trained_parameters,
 )
+from agentft.model.quantization import quantization_config
 from agentft.runtime import Device
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -231,3 +245,43 @@ def test_memory_of_this_machine_is_a_plausible_number() -> None:
     memory = device_memory(Device("cpu", "CPU", 1))
     assert memory is not None
     assert 10**7 < memory.free <= memory.total < 10**14
+
+
+@pytest.mark.parametrize(
+    ("layers", "embeddings", "head"), [(1, False, False), (3, True, False), (2, False, True), (1, True, True)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_freeze_trains_is_counted_as_it_is(layers: int, embeddings: bool, head: bool, tied: bool) -> None:
+    sft = FreezeConfig(name="freeze", default_learning_rate=1e-5, layers=layers, embeddings=embeddings, head=head)
+    numbers = settings("qwen2", (200, 64, 3, 4, 2, 96), tied=tied)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**numbers))
+    trained = count_parameters(prepare_for_training(model, sft, ModelConfig(name="any"))).trained
+    assert trained_parameters(model_shape(numbers), sft) == trained
+    arguments: dict[str, Any] = {"lora_targets": [], "max_length": 100, "micro_batch": 1, "checkpointing": False}
+    found = estimate_memory(numbers, sft, dtype=Dtype.fp32, **arguments)
+    assert (found.trained, found.optimizer) == (4 * trained, 8 * trained)
+    assert found.weights == 4 * (model_shape(numbers).parameters - trained)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("double", [True, False])
+def test_quantised_weights_are_counted_as_large_as_they_are(bits: int, double: bool, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
+    sft = QloraConfig(name="qlora", default_learning_rate=1e-4, bits=bits, double_quantization=double)
+    numbers = settings("llama", (200, 256, 2, 4, 4, 512))
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**numbers)).save_pretrained(tmp_path)
+    model: Any = load_model(
+        ModelFiles(tmp_path, "any"),
+        ModelConfig(name="any", source=ModelSource.local, path=str(tmp_path)),
+        device=Device("cpu", "CPU", 1),
+        dtype=torch.bfloat16,
+        attention="sdpa",
+        quantization=quantization_config(sft, torch.bfloat16),
+    )
+    kept = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in model.modules():
+        state = getattr(module.weight, "quant_state", None) if hasattr(module, "weight") else None
+        if state is not None:
+            kept += state.absmax.numel() * state.absmax.element_size()
+            kept += state.state2.absmax.numel() * 4 if state.nested else 0
+    assert frozen_bytes(model_shape(numbers), 2, sft) == pytest.approx(kept, rel=0.005)
