@@ -286,7 +286,8 @@ def _rows_attention(
         row.history.put(layer, row.position, key[0, :, new], value[0, :, new])
         assert row.history.keys is not None
         out_HMD[:, new] = attend(
-            query[0, :, new],
+            # Where the last blocks alone are trained those are fp32, and a history is of one dtype.
+            query[0, :, new].to(row.history.keys.dtype),
             row.history.keys[layer],
             row.history.values[layer],
             position=row.position,
