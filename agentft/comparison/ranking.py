@@ -26,7 +26,7 @@ DRAWS = 2000
 
 SIGNIFICANT = 0.05
 
-_NOT_SETTINGS = ("run_dir", "output_dir", "tracking.", "training.stop_at")
+_NOT_SETTINGS = ("run_dir", "output_dir", "tracking.", "training.stop_at", "dataset.cache", "model.cache_dir")
 LOWER_IS_BETTER = ("loss", "hallucinated_tool_rate", "hallucinated_param_rate", "seconds", "peak_memory_bytes")
 _TIE_BREAKERS = ("arg_f1", "tool_acc", "loss")
 _GROUPS = ("model", "sft_type", "dataset", "distributed", "training", "evaluation", "tracking")

@@ -27,8 +27,11 @@ JobState = Literal["waiting", "running", "finished", "failed", "stopped", "pause
 FILE = "job.json"
 LOG = "job.log"
 
-NOT_IN_IDENTITY = ("run_dir", "output_dir", "tracking", "training.stop_at")
-"""Settings that say where a job writes and how far it goes this time, not what it computes."""
+NOT_IN_IDENTITY = (
+    *("run_dir", "output_dir", "tracking", "training.stop_at"),
+    *("dataset.cache", "dataset.cache_limit_gb", "dataset.cache_dir", "model.cache_dir"),
+)
+"""Settings that say where a job writes and keeps things, and how far it goes this time, not what it computes."""
 
 
 @dataclass(kw_only=True)

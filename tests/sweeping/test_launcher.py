@@ -243,8 +243,15 @@ def test_a_sweeper_gets_the_objective_of_a_finished_job_and_the_error_of_a_faile
 
 
 def test_identity_is_what_a_job_computes_and_not_where() -> None:
-    settings = {"rank": 4, "run_dir": "runs/a", "output_dir": "runs", "tracking": {"mode": "offline"}}
+    settings = {
+        "rank": 4,
+        "run_dir": "runs/a",
+        "output_dir": "runs",
+        "tracking": {"mode": "offline"},
+        "dataset": {"a": 1},
+    }
     elsewhere = settings | {"run_dir": "runs/b", "output_dir": "/tmp", "tracking": {"mode": "disabled"}}
+    elsewhere["dataset"] = {"a": 1, "cache": False}
     assert identity_of(settings) == identity_of(elsewhere)
     assert identity_of(settings) != identity_of(settings | {"rank": 8})
 
