@@ -213,7 +213,7 @@ def test_optuna_proposes_and_our_launcher_runs(tmp_path: Path) -> None:
     assert len(table_of(sweep)) == 3
 
 
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
+def wait_for(condition: Any, seconds: float = 240.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
