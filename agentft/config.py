@@ -208,6 +208,8 @@ def _refuse_unknown_keys(node: DictConfig, root: type) -> None:
     """A `+` adds keys even to a dataclass node: refuse whatever no dataclass has, and secrets by interpolation."""
     for key, container in _containers(node, ""):
         schema = OmegaConf.get_type(container)
+        if schema is dict:
+            continue  # another program's settings, given through
         known = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set()
         for name in container:
             if name not in known:

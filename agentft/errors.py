@@ -35,3 +35,7 @@ class EvaluationError(AgentftError, ValueError):
 
 class RunError(AgentftError, RuntimeError):
     """A run folder is missing, incomplete or in use."""
+
+
+class RankError(AgentftError, RuntimeError):
+    """A process of a job on several has died, hung, or could not meet the others."""

@@ -55,6 +55,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self._lock: int | None = None
+        self._follows = False
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
@@ -67,6 +68,13 @@ class RunFolder:
                 f"{run.path}: the run folder cannot be made: {error.strerror}; choose another run_dir"
             ) from error
         run._take_lock()
+        return run
+
+    @classmethod
+    def follow(cls, path: str | os.PathLike[str]) -> Self:
+        """The folder of a run that rank 0 of the same job writes: here everything is read and every write is left out."""
+        run = cls(path)
+        run._follows = True
         return run
 
     @classmethod
@@ -148,6 +156,10 @@ class RunFolder:
         """Locked while a process trains here; holds who that is."""
         return self.path / ".lock"
 
+    def rank_log(self, rank: int) -> Path:
+        """What a rank other than 0 said."""
+        return self.path / "ranks" / f"rank-{rank}.log"
+
     def predictions(self, name: str) -> Path:
         """Answers with their references, one line a step of a dialogue."""
         return self.path / "predictions" / f"{_file_name(name)}.jsonl"
@@ -158,6 +170,8 @@ class RunFolder:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replaces a file as a whole: a reader, or a crash at any moment, finds the old file or the new one."""
+        if self._follows:
+            return
         target = path if path.is_absolute() else self.path / path
         try:
             self._replace(target, text)
@@ -282,7 +296,7 @@ class RunFolder:
         self._lock = lock
 
     def _must_be_held(self) -> None:
-        if self._lock is None:
+        if self._lock is None and not self._follows:
             raise RunError(
                 f"{self.path} was opened to read; only the process that made it with RunFolder.create writes its record"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +45,15 @@ class World:
 
             # An object through gloo, and not `dist.barrier`, which on GPUs would make a kernel of its own.
             dist.all_gather_object([None] * self.size, None)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0, then on the others: what it leaves on the disk they find."""
+        if not self.is_main:
+            self.barrier()
+        result = work()
+        if self.is_main:
+            self.barrier()
+        return result
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank; the others' are ignored."""
@@ -113,12 +122,19 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
     """
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
     if device_kind == "cuda":
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # The agent's store outlives the ranks: after a restart the addresses of the dead ones would be found in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "any"
+    store = PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return world
 
 

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "agentft"
 
 FLOORS = {
-    5: ("config", "entry", "launch", "plugins", "sweeping", "audit", "export"),
+    5: ("config", "entry", "worker", "launch", "plugins", "sweeping", "audit", "export"),
     4: ("recipes", "compare", "comparison", "dashboard", "score", "read"),
+    3.5: ("distributed",),
     3: ("training", "evaluation"),
     2: ("model",),
     1: ("data",),
@@ -32,7 +33,7 @@ def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def _floor(room: str) -> int:
+def _floor(room: str) -> float:
     for floor, rooms in FLOORS.items():
         if room in rooms:
             return floor

@@ -66,11 +66,11 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return by name, sharing memory with the model, what a checkpoint keeps: all that the files of the model do not hold."""
-    return {name: p.detach() for name, p in _kept(model).items()}
+    return {name: p.detach() for name, p in kept_parameters(model).items()}
 
 
-def _kept(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters, and the frozen start of a PiSSA adapter."""
+def kept_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return by name the parameters that a checkpoint keeps: the trained ones, and the frozen start of a PiSSA adapter."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad or is_start(name)}
 
 
@@ -82,23 +82,37 @@ def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -
     """
     import torch
 
-    current = _kept(model)
-    if current.keys() != state.keys():
-        odd = sorted(current.keys() ^ state.keys())
-        raise ConfigError(f"the saved weights train other parameters than this model: {', '.join(odd[:4])} ...")
+    current = kept_parameters(model)
+    require_same_parameters({name: tuple(p.shape) for name, p in current.items()}, state)
     with torch.no_grad():
         for name, parameter in current.items():
-            if parameter.shape != state[name].shape:
-                raise ConfigError(
-                    f"{name}: saved shape {tuple(state[name].shape)}, this model has {tuple(parameter.shape)}"
-                )
             parameter.copy_(state[name])
 
 
-def save_final(model: Any, sft: SftConfig, tokenizer: Any, folder: Path) -> None:
-    """Write the adapter (or the whole model) as safetensors with its tokenizer, loadable without agentft."""
+def require_same_parameters(current: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse saved weights that are not those of the kept parameters, given by name and shape.
+
+    Raises:
+        ConfigError: names or shapes differ.
+    """
+    if current.keys() != state.keys():
+        odd = sorted(current.keys() ^ state.keys())
+        raise ConfigError(f"the saved weights train other parameters than this model: {', '.join(odd[:4])} ...")
+    for name, shape in current.items():
+        if shape != tuple(state[name].shape):
+            raise ConfigError(f"{name}: saved shape {tuple(state[name].shape)}, this model has {shape}")
+
+
+def save_final(
+    model: Any, sft: SftConfig, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the adapter (or the whole model) as safetensors with its tokenizer, loadable without agentft.
+
+    `weights` are the parameters by name (of an adapter the kept ones), where the engine keeps them in shards and the model
+    does not have them whole.
+    """
     if isinstance(sft, LoraConfig):
-        save_adapter(model, sft, folder)
+        save_adapter(model, sft, folder, weights)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -98,12 +98,16 @@ def _say_what_is_not_fused(model: Any) -> None:
     log.info("%d adapted layers run as peft wrote them: %s", len(plain), " and ".join(reasons) or "of another shape")
 
 
-def save_adapter(model: Any, sft: LoraConfig, folder: Path) -> None:
-    """Write the adapter as peft reads it beside the model as it came; a PiSSA start is folded into twice the rank."""
+def save_adapter(model: Any, sft: LoraConfig, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter as peft reads it beside the model as it came; a PiSSA start is folded into twice the rank.
+
+    `weights` are its parameters by name; null: as the model has them.
+    """
     if START not in model.peft_config:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         return
-    state = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    held = dict(model.named_parameters()) if weights is None else weights
+    state = {name: tensor.detach().cpu() for name, tensor in held.items() if ".lora_" in name}
     write_adapter(state, sft, folder)
 
 

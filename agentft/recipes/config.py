@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from agentft.data.config import DatasetConfig
 from agentft.data.findings import CODES
+from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import Dtype, ModelConfig, SftConfig
 from agentft.tracking import TrackingConfig
-from agentft.training.config import DistributedConfig, TrainingConfig
+from agentft.training.config import TrainingConfig
 
 
 @dataclass(kw_only=True)

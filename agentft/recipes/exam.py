@@ -128,7 +128,8 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(trained_state(model).items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # A copy: a storage that numpy has seen can never be freed, which sharded engines do between passes.
+        digest.update(tensor.cpu().clone().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "nump
 """Packages whose release can change a loss in its last bits."""
 
 
-def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any]:
+def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 1) -> dict[str, Any]:
     """Return everything that decides the losses of a run, by the words in which a difference is told."""
     training = {key: str(value) for key, value in asdict(config.training).items() if key not in _FREE}
     return {
@@ -42,7 +42,8 @@ def identity(config: TrainConfig, bench: Bench, plan: StepPlan) -> dict[str, Any
         "dtype": str(bench.dtype),
         "kernels": "torch" if bench.kernels is None else "compiled",
         "seed": config.seed,
-        "processes": config.distributed.processes,
+        "engine": config.distributed.name,
+        "ranks": ranks,
         "threads": bench.device.threads,
         "device": bench.device.name,
         "versions": versions(),

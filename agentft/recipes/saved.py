@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import yaml
 
 from agentft.data.config import LocalConfig, ModelScopeConfig, SyntheticConfig
+from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, QloraConfig
 from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.tracking import TrackingConfig
-from agentft.training.config import DistributedConfig, TrainingConfig
+from agentft.training.config import TrainingConfig
 
 C = TypeVar("C")
 
@@ -153,6 +154,10 @@ def _build(value: Any, expected: Any, key: str, classes: Mapping[str, type]) -> 
             raise _wrong(key, value, "a list")
         (item_type,) = typing.get_args(expected)
         return [_build(item, item_type, f"{key}[{i}]", {}) for i, item in enumerate(value)]
+    if typing.get_origin(expected) is dict:
+        if not isinstance(value, dict):
+            raise _wrong(key, value, "settings by name")
+        return value
     if dataclasses.is_dataclass(expected):
         return _build_dataclass(value, typing.cast("type", expected), key, classes)
     if issubclass(expected, Enum):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from agentft.data.batches import StepPlan
 from agentft.data.native import choose_template
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder
+from agentft.distributed.engines import loads_on_cpu, make_engine
+from agentft.distributed.spread import lead
 from agentft.errors import RunError
+from agentft.evaluation.answer_file import Answerer
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.config import FullConfig, trains_weights
 from agentft.model.light_imports import import_model_libraries
@@ -34,11 +39,12 @@ from agentft.model.load import (
 from agentft.model.native import Kernels
 from agentft.model.quantization import quantization_config
 from agentft.recipes.config import TrainConfig
-from agentft.recipes.exam import Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
+from agentft.recipes.exam import Candidate, Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
 from agentft.recipes.final import write_final
 from agentft.recipes.identity import identity
 from agentft.recipes.memory_check import check_memory
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
+from agentft.recipes.ranks import is_spread, on_ranks, rank_of, resolved, threads_of_rank
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
 from agentft.recipes.watch import Watch
@@ -46,10 +52,11 @@ from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
-from agentft.training.engine import SingleEngine
+from agentft.training.engine import Engine
 from agentft.training.loop import Job, Outcome, train_model
 from agentft.training.loss import LabelledLoss
 from agentft.training.packing import choose_row_tokens
+from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -90,23 +97,40 @@ class Bench:
 def train(config: TrainConfig) -> TrainResult:
     """Run the main job in `config.run_dir` and return what it came to.
 
+    Where `distributed` asks for ranks this starts them, and each runs the job with its share of the work.
+
     Raises:
         AgentftError: anything the user can act on; the run folder's status says so too.
         StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder goes on.
     """
-    with StopSignals() as signals, RunFolder.create(config.run_dir) as run:
-        progress.set_up_logging(run.log_file)
+    if is_spread(config):
+        result: TrainResult = on_ranks(train_rank, config)
+        return result
+    return _train_as(config, ALONE)
+
+
+def train_rank(payload: str) -> TrainResult:
+    """Run this process's part of the job, whose resolved settings are `payload`; other processes run the others."""
+    config = resolved(payload)
+    with rank_of(config) as world:
+        return _train_as(dataclasses.replace(config, threads=config.threads or threads_of_rank()), world)
+
+
+def _train_as(config: TrainConfig, world: World) -> TrainResult:
+    folder = RunFolder.create(config.run_dir) if world.is_main else RunFolder.follow(config.run_dir)
+    with StopSignals() as signals, folder as run:
+        progress.set_up_logging(run.log_file if world.is_main else run.rank_log(world.rank))
         run.update_status("running", step=0)
         try:
-            result = _train(config, run, signals)
+            result = _train(config, run, signals, world)
         except BaseException as error:
-            _conclude(error, run)
+            _conclude(error, run, world)
             raise
         run.update_status("paused" if result.paused else "finished", objective=result.objective)
         return result
 
 
-def _conclude(error: BaseException, run: RunFolder) -> None:
+def _conclude(error: BaseException, run: RunFolder, world: World) -> None:
     """Write down how a run ended that did not finish; nothing here may hide `error`."""
     asked = isinstance(error, KeyboardInterrupt)
     state: RunState = "stopped" if asked else "failed"
@@ -115,14 +139,15 @@ def _conclude(error: BaseException, run: RunFolder) -> None:
         run.update_status(state, error=f"{type(error).__name__}: {error}")
     except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
         log.error("%s cannot be written: %s", run.status_file, second)
-    if isinstance(error, StopSignal) and error.asks_for_another_turn:
+    if isinstance(error, StopSignal) and error.asks_for_another_turn and world.is_main:
         slurm.requeue()
 
 
-def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainResult:
+def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_exam(config.evaluation)
     estimate = check_memory(config)
-    bench = set_up_bench(config)
+    bench = set_up_bench(config, world)
+    engine = set_up_engine(config, bench, world)
     write_manifest(bench.data, run)
     run.write_record(
         config_yaml=config_to_yaml(config),
@@ -147,12 +172,13 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainRe
         group=config.experiment,
         name=run.path.name,
         tags=list(choices(config).values()),
+        enabled=world.is_main,
     )
     with tracker:
-        before = _exam_before(config, bench, run, tracker)
-        outcome = _fit(config, bench, run, tracker, signals)
-        write_final(bench.model, config.sft_type, bench.tokenizer, run)
-        after = _examine("after", config, bench, run, tracker) if config.evaluation.after else None
+        before = _exam_before(config, bench, engine, run, tracker)
+        outcome = _fit(config, bench, engine, run, tracker, signals)
+        write_final(bench.model, config.sft_type, bench.tokenizer, run, engine)
+        after = _examine("after", config, bench, engine, run, tracker) if config.evaluation.after else None
         summary = _summary(bench, outcome, before, after)
         tracker.summary(summary)
         tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
@@ -163,7 +189,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals) -> TrainRe
     return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
 
 
-def set_up_bench(config: TrainConfig) -> Bench:
+def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
     import_model_libraries()
     device = runtime.set_up(config.threads)
@@ -172,15 +198,17 @@ def set_up_bench(config: TrainConfig) -> Bench:
     attention = choose_attention(config.model.attention, device, dtype)
     quantization = quantization_config(config.sft_type, dtype)
     kernels = choose_kernels(config.model, config.sft_type, device, dtype)
-    files = locate_model(config.model)
+    # What is fetched or converted is so once, by rank 0, and then found by the others.
+    files = world.first(lambda: locate_model(config.model))
     tokenizer = load_tokenizer(files, config.model)
     template = choose_template(config.model.template, tokenizer, config.model.stop_token)
     encoder = SegmentEncoder(tokenizer)
     data = prepare_data(config.dataset, template, encoder)
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
     weights_dtype = torch.float32 if isinstance(config.sft_type, FullConfig) else dtype
+    place = dataclasses.replace(device, kind="cpu") if loads_on_cpu(config.distributed) and world.size > 1 else device
     model = load_model(
-        files, config.model, device=device, dtype=weights_dtype, attention=attention, quantization=quantization
+        files, config.model, device=place, dtype=weights_dtype, attention=attention, quantization=quantization
     )
     model = prepare_for_training(model, config.sft_type, config.model, kernels)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
@@ -188,43 +216,62 @@ def set_up_bench(config: TrainConfig) -> Bench:
     return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, kernels)
 
 
-def _exam_before(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam | None:
-    """Measure the untrained model. Adapters start at zero, so this is the model as it came."""
-    if not config.evaluation.before:
-        return None
-    return _examine("before", config, bench, run, tracker)
-
-
-def _examine(name: str, config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker) -> Exam:
-    steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
-    candidate = own_candidate(
-        bench.model,
-        bench.tokenizer,
-        config.evaluation,
-        stop_id=bench.stop_id,
-        fingerprint=bench.files.fingerprint,
-    )
-    # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
-    exam = sit_exam(name, candidate, steps, config.evaluation, run=run, seen_tools=bench.data.train_tools, reuse=True)
-    rows = write_exam(exam, run, bench.data)
-    tracker.log_predictions(name, rows)
-    return exam
-
-
-def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, signals: StopSignals) -> Outcome:
-    """Train, with everything the loop needs to know said here."""
-    training = config.training
+def set_up_engine(config: TrainConfig, bench: Bench, world: World) -> Engine:
+    """Hand the loaded model to the engine of `distributed`."""
     mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
-    fp16 = bench.dtype is torch.float16
     objective = LabelledLoss(
         bench.model,
         autocast=bench.dtype if mixed else None,
         rate_factors=rate_factors(config.sft_type),
-        kernels=bench.kernels,
+        # They read the head's weight directly, which sharding engines gather only around a call of the head.
+        kernels=None if loads_on_cpu(config.distributed) else bench.kernels,
     )
-    checkpointing = training.gradient_checkpointing
+    checkpointing = config.training.gradient_checkpointing
     if checkpointing or (checkpointing is None and bench.device.is_cuda):
         bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    fp16 = bench.dtype is torch.float16
+    return make_engine(config.distributed, objective, config.training, world, fp16=fp16)
+
+
+def _exam_before(config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker) -> Exam | None:
+    """Measure the untrained model. Adapters start at zero, so this is the model as it came."""
+    if not config.evaluation.before:
+        return None
+    return _examine("before", config, bench, engine, run, tracker)
+
+
+def _examine(
+    name: str, config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker
+) -> Exam | None:
+    """Sit an exam with the models of all ranks; rank 0 gets it."""
+    steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
+    with engine.whole():
+        candidate = own_candidate(
+            bench.model,
+            bench.tokenizer,
+            config.evaluation,
+            stop_id=bench.stop_id,
+            fingerprint=bench.files.fingerprint,
+        )
+
+        def sit(answerer: Answerer) -> Exam:
+            # Known by its weights: on resume, what was measured before training is read and never taken from trained
+            # weights.
+            asked = Candidate(answerer, candidate.identity)
+            seen = bench.data.train_tools
+            return sit_exam(name, asked, steps, config.evaluation, run=run, seen_tools=seen, reuse=True)
+
+        exam = lead(engine.world, candidate.answerer, sit)
+    if exam is not None:
+        tracker.log_predictions(name, write_exam(exam, run, bench.data))
+    return exam
+
+
+def _fit(
+    config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker, signals: StopSignals
+) -> Outcome:
+    """Train, with everything the loop needs to know said here."""
+    training = config.training
     plan = StepPlan(
         examples=len(bench.data.train),
         examples_per_step=training.micro_batch * training.accumulation,
@@ -238,7 +285,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, si
         plan.examples_per_step,
         training.learning_rate,
     )
-    watch = Watch(config.evaluation, bench, run, total_steps=plan.total_steps, autocast=objective.autocast)
+    watch = Watch(config.evaluation, bench, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: list[str]) -> None:
         if step == 0 and run.was_started_before():
@@ -249,7 +296,8 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, si
             run.add_to_record(allowed_changes=changes)
 
     def evaluate(step: int) -> Mapping[str, float]:
-        with signals.at_once():
+        # Ranks that leave it at different places would wait for each other.
+        with signals.at_once() if engine.world.size == 1 else nullcontext():
             return watch.evaluate(step)
 
     def record(values: Mapping[str, float], step: int) -> None:
@@ -267,14 +315,14 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, si
     # Dropout draws from here on: what was measured before must not change the training.
     runtime.seed_everything(config.seed)
     job = Job(
-        engine=SingleEngine(objective, training, fp16=fp16),
+        engine=engine,
         examples=bench.data.train,
         plan=plan,
         config=training,
         pad_id=bench.pad_id,
         device=runtime.torch_device(bench.device),
         checkpoints=run.checkpoints,
-        identity=identity(config, bench, plan),
+        identity=identity(config, bench, plan, ranks=engine.world.size),
         evaluate=evaluate,
         evaluation_steps=config.evaluation.steps,
         best_metric=config.evaluation.best_metric,
@@ -282,7 +330,7 @@ def _fit(config: TrainConfig, bench: Bench, run: RunFolder, tracker: Tracker, si
         log=record,
         on_start=start,
         stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
-        fp16=fp16,
+        fp16=bench.dtype is torch.float16,
         row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.model, cuda=bench.device.is_cuda),
     )
     with signals.deferred():
@@ -305,6 +353,7 @@ def run_id(config: TrainConfig) -> str:
     """Return a short id that stays the same when the run is resumed in its folder."""
     settings = asdict(config)
     del settings["training"]["stop_at"]  # it says how far to go this time
+    del settings["distributed"], settings["threads"]  # nor does it matter where
     tree = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 

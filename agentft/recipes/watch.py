@@ -6,16 +6,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
+from agentft.distributed.spread import lead, spread_likelihood
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.definitions import METRICS, PAPER_NAMES, conversation_sums
-from agentft.evaluation.likelihood import Likelihood, measure_likelihood
+from agentft.evaluation.likelihood import Likelihood
 from agentft.evaluation.metrics import score_records
 from agentft.evaluation.step_scores import StepScore
 from agentft.recipes.exam import answer_all, exam_steps, own_model
 from agentft.runs import RunFolder
 from agentft.tracking import read_metrics
+from agentft.training.engine import Engine
 
 if TYPE_CHECKING:
     from agentft.recipes.train import Bench
@@ -27,13 +27,13 @@ class Watch:
     """Measures at every `evaluation.steps`, and remembers what decides."""
 
     def __init__(
-        self, config: EvaluationConfig, bench: Bench, run: RunFolder, *, total_steps: int, autocast: torch.dtype | None
+        self, config: EvaluationConfig, bench: Bench, engine: Engine, run: RunFolder, *, total_steps: int
     ) -> None:
         self._config = config
         self._bench = bench
         self._run = run
         self._total_steps = total_steps
-        self._autocast = autocast
+        self._engine = engine
         count = config.conversations
         self._examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
         self._steps = exam_steps(bench.data, bench.template, config.generates_during_training or 1)
@@ -41,13 +41,14 @@ class Watch:
         """Of the evaluations so far; an empty one is below every other."""
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return what was measured, by name."""
-        values = self._measure().losses()
-        words = f"held-out loss {values['loss']:.4f}"
-        if self._config.generates_during_training:
-            values |= self._answer()
-            value = values.get(self._config.best_metric)
-            words += f", {self._config.best_metric} {'undefined (0/0)' if value is None else f'{value:.4f}'}"
+        """Return what was measured, by name; the same on every rank."""
+        with self._engine.whole():
+            values = self._measure().losses()
+            words = f"held-out loss {values['loss']:.4f}"
+            if self._config.generates_during_training:
+                values |= self._answer()
+                value = values.get(self._config.best_metric)
+                words += f", {self._config.best_metric} {'undefined (0/0)' if value is None else f'{value:.4f}'}"
         log.info("step %d of %d: %s", step, self._total_steps, words)
         self._ranks.append(self._config.rank(values) or [])
         if self.is_exhausted():
@@ -58,7 +59,8 @@ class Watch:
 
     def loss(self) -> float:
         """Return the held-out loss as it is now, and remember nothing of it."""
-        return self._measure().loss
+        with self._engine.whole():
+            return self._measure().loss
 
     def resume(self, step: int) -> None:
         """Take up what was measured until `step`, which the loop goes on from."""
@@ -73,16 +75,20 @@ class Watch:
         return len(self._ranks) - 1 - self._ranks.index(max(self._ranks)) >= self._config.patience
 
     def _measure(self) -> Likelihood:
-        bench = self._bench
-        return measure_likelihood(
-            bench.model, self._examples, batch=self._config.batch, pad_id=bench.pad_id, autocast=self._autocast
+        bench, engine = self._bench, self._engine
+        batch, pad_id, autocast = self._config.batch, bench.pad_id, engine.autocast
+        return spread_likelihood(
+            engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast
         )
 
     def _answer(self) -> dict[str, float]:
-        bench = self._bench
-        answerer = own_model(bench.model, bench.tokenizer, self._config, stop_id=bench.stop_id)
-        answers = answer_all("during training", answerer, self._steps)
-        return metric_values(score_records(answer.step.record(answer.text) for answer in answers))
+        bench, world = self._bench, self._engine.world
+        own = own_model(bench.model, bench.tokenizer, self._config, stop_id=bench.stop_id)
+        answers = lead(world, own, lambda answerer: answer_all("during training", answerer, self._steps))
+        found = None
+        if answers is not None:
+            found = metric_values(score_records(answer.step.record(answer.text) for answer in answers))
+        return world.broadcast(found) or {}
 
 
 def metric_values(scores: Sequence[StepScore]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,12 +11,16 @@ from dataclasses import dataclass
 class Clock:
     """Adds up wall seconds by phase. On CUDA the phases show launch times: kernels run on after a phase ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        """`tell` hears the name of every phase that begins."""
+        self._tell = tell
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the time of the body to `name`."""
+        if self._tell is not None:
+            self._tell(name)
         started = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""How the model is trained and on which devices: the settings of the groups `training` and `distributed`."""
+"""How the model is trained: the settings of the group `training`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NonFinite(StrEnum):
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """The loop. One step is one update of the weights, from `micro_batch x accumulation x ranks` conversations."""
+    """The loop. One step is one update of the weights, from `micro_batch x accumulation` conversations over all ranks."""
 
     epochs: float = 1.0
     """Passes over the sample; may be a fraction."""
@@ -55,7 +55,7 @@ class TrainingConfig:
     """Lay several conversations end to end in a row, each seeing itself alone: true, false, or auto, which packs on CUDA,
     where it saves time, and not on the CPU, where it costs some. The update is the same; the choice is printed."""
     accumulation: int = 16
-    """Forward passes in one step. The loss is weighed by supervised tokens over all of them."""
+    """Forward passes in one step, shared out among the ranks. The loss is weighed by supervised tokens over all of them."""
     learning_rate: float
     """Peak rate, reached after the warm-up."""
     schedule: Schedule = Schedule.cosine
@@ -116,13 +116,3 @@ class TrainingConfig:
             raise ConfigError(f"training.learning_rate={self.learning_rate}: expected a positive number")
         if not 0.0 <= self.warmup <= 1.0:
             raise ConfigError(f"training.warmup={self.warmup}: expected a share of all steps between 0 and 1")
-
-
-@dataclass(kw_only=True)
-class DistributedConfig:
-    """Which engine trains, on how many processes."""
-
-    name: str
-    """The option of the group `distributed`."""
-    processes: int = 1
-    """Ranks on this machine."""

@@ -32,6 +32,8 @@ class Engine(Protocol):
     world: World
     model: nn.Module
     """The model as the recipe loaded it; its parameters are whole only inside `whole()`."""
+    autocast: torch.dtype | None
+    """What a pass outside the loss must set to compute as the loss does."""
     optimizer: torch.optim.Optimizer
     """Its `param_groups` carry the learning rate that the schedule sets."""
 
@@ -59,8 +61,8 @@ class Engine(Protocol):
     def whole(self) -> AbstractContextManager[None]:
         """Inside, `model` holds whole parameters on every rank and can be run by each alone: evaluation, generation."""
 
-    def weights(self) -> TensorStream:
-        """Return the trained parameters, whole, by name. Collective to go through."""
+    def weights(self, *, frozen: bool = False) -> TensorStream:
+        """Return what a checkpoint keeps of the weights, or with `frozen` all, whole, by name. Collective to go through."""
 
     def optimizer_state(self) -> TensorStream:
         """Return the optimiser's tensors, whole, as `<parameter>.<slot>`. Collective to go through."""
@@ -90,6 +92,7 @@ class SingleEngine:
         self.world = world
         self.objective = objective
         self.model = objective.model
+        self.autocast = objective.autocast
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
         self._scales = fp16
         device_type = next(objective.parameters()).device.type
@@ -126,8 +129,8 @@ class SingleEngine:
     def whole(self) -> Iterator[None]:
         yield
 
-    def weights(self) -> TensorStream:
-        return stream_of(trained_state(self.model))
+    def weights(self, *, frozen: bool = False) -> TensorStream:
+        return stream_of(dict(self.model.named_parameters()) if frozen else trained_state(self.model))
 
     def optimizer_state(self) -> TensorStream:
         names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}

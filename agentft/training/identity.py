@@ -27,11 +27,14 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 def require_same(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: bool) -> list[str]:
     """Return what differs where that is allowed, and say so in the log.
 
+    A training may move to another engine or number of ranks: the law of the loop makes its next losses equal but for the
+    order in which they are summed. Then it may have other threads and devices, too.
+
     Raises:
         CheckpointError: something differs and may not.
     """
     changed = differences(saved, current)
-    if changed and not allow:
+    if changed and not (allow or _only_moved(changed)):
         raise CheckpointError(
             f"{checkpoint} belongs to another training: {'; '.join(changed)}. Use another run folder, "
             "or go on regardless with training.allow_changes=true"
@@ -47,3 +50,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", repr(value)
+
+
+def _only_moved(changed: list[str]) -> bool:
+    names = {change.split(" was ", 1)[0] for change in changed}
+    return bool(names & {"engine", "ranks"}) and names <= {"engine", "ranks", "threads", "device"}

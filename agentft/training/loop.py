@@ -134,10 +134,10 @@ def train_model(job: Job) -> Outcome:
     schedule = build_schedule(job.engine.optimizer, total, job.config)
     guard = NumberGuard(job.engine, job.config, fp16=job.fp16)
     counters = _resume(job, schedule)
-    clock = Clock()
+    world = job.engine.world
+    clock = Clock(lambda phase: world.mark(f"step {counters.step + 1}, {phase}"))
     meter = Meter()
     window = _Window()
-    world = job.engine.world
     if counters.step and _evaluation_is_due(job, counters):
         # The run was stopped in the middle of it.
         with clock.phase("evaluation"):

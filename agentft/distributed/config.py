@@ -1,0 +1,68 @@
+"""Which engine trains, on how many processes and machines: the settings of the group `distributed`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from agentft.errors import ConfigError
+
+
+class EngineKind(StrEnum):
+    single = "single"
+    """One process, in the program that was started."""
+    ddp = "ddp"
+    """Every rank holds everything; gradients are summed (torch's DistributedDataParallel)."""
+    deepspeed = "deepspeed"
+    """DeepSpeed ZeRO, by `distributed.deepspeed`."""
+    fsdp = "fsdp"
+    """Weights, gradients and optimiser in shards (torch's `fully_shard`)."""
+
+
+@dataclass(kw_only=True)
+class ElasticConfig:
+    """What becomes of a job whose rank dies."""
+
+    max_restarts: int = 0
+    """How often all ranks start again, from the last good checkpoint, before the job fails."""
+    grace: int = 30
+    """Seconds that the other ranks have to end by themselves before they are killed."""
+
+
+@dataclass(kw_only=True)
+class DistributedConfig:
+    """Ranks, where they are, and what divides the work. The training is the same with every engine."""
+
+    name: str
+    """The option of the group `distributed`."""
+    engine: EngineKind = EngineKind.single
+    """What holds weights, gradients and optimiser."""
+    nproc: int | None = None
+    """Ranks on each machine; null: one for each visible GPU, without GPUs one."""
+    nnodes: int | None = None
+    """Machines; null: those of the launcher's or SLURM's job step (`SLURM_STEP_NUM_NODES`), else one."""
+    rdzv_endpoint: str | None = None
+    """`host:port` of the first machine, the same on all; null: the first host that the launcher or SLURM names."""
+    timeout: float = 1800.0
+    """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named."""
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    """What becomes of a job whose rank dies."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own configuration, key by key, for `engine=deepspeed`; `+distributed.deepspeed.<key>` adds one."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("nproc", self.nproc), ("nnodes", self.nnodes)):
+            if value is not None and value < 1:
+                raise ConfigError(f"distributed.{name}={value}: expected at least 1")
+        if self.timeout <= 0:
+            raise ConfigError(f"distributed.timeout={self.timeout}: expected a positive number of seconds")
+        if self.elastic.max_restarts < 0 or self.elastic.grace < 1:
+            raise ConfigError("distributed.elastic: expected max_restarts of 0 or more and grace of at least 1 second")
+        if self.engine is EngineKind.single and ((self.nproc or 1) > 1 or (self.nnodes or 1) > 1):
+            raise ConfigError(
+                f"distributed=single is one process; for {self.nproc or 1} x {self.nnodes or 1} choose distributed=ddp, "
+                "fsdp or one of deepspeed_*"
+            )
+        if self.deepspeed and self.engine is not EngineKind.deepspeed:
+            raise ConfigError(f"distributed.deepspeed: given, but distributed.engine={self.engine} does not read it")

@@ -1,0 +1,42 @@
+"""Every rank holds the whole model; gradients are summed while the backward pass still runs.
+
+Li et al., 2020, PyTorch Distributed (arXiv 2006.15704).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from agentft.data.batches import Batch
+from agentft.training.config import TrainingConfig
+from agentft.training.engine import SingleEngine
+from agentft.training.loss import LabelledLoss
+from agentft.world import World
+
+
+class DdpEngine(SingleEngine):
+    """`SingleEngine` with gradients summed over ranks at the end of each step."""
+
+    name = "ddp"
+
+    def __init__(self, objective: LabelledLoss, config: TrainingConfig, *, world: World, fp16: bool = False) -> None:
+        super().__init__(objective, config, fp16=fp16, world=world)
+        device = next(objective.parameters()).device
+        # The weights are equal already: every rank has loaded them and drawn adapters with the same seed.
+        self._wrapped = DistributedDataParallel(
+            objective, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self._wrapped.no_sync()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self._wrapped(batch)
+        return loss
+
+    def backward(self, share: torch.Tensor) -> None:
+        # DDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
+        super().backward(share * self.world.size)

@@ -1,0 +1,238 @@
+"""ZeRO by DeepSpeed: the optimiser's state, gradients and weights in shards, on the devices or in the machine's memory.
+
+Rajbhandari et al., 2020, ZeRO (arXiv 1910.02054); Ren et al., 2021, ZeRO-Offload (arXiv 2101.06840). The optimiser is
+agentft's own AdamW over DeepSpeed's fp32 partitions, with offload too, so no operator is compiled. Frozen weights keep
+their dtype beside adapters in fp32; a full fine-tuning in bf16 uses DeepSpeed's bf16 with fp32 masters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from agentft.data.batches import Batch
+from agentft.distributed.engines import sharded_dtype
+from agentft.model.adapters import kept_parameters, require_same_parameters
+from agentft.training.config import TrainingConfig
+from agentft.training.engine import plain_groups, restore_groups, slots_by_parameter
+from agentft.training.loss import LabelledLoss, causal_model
+from agentft.training.optim import build_optimizer
+from agentft.training.tensor_stream import Kind, TensorStream
+from agentft.world import World
+
+_STEP = "step"
+"""The one slot of AdamW that is a number: DeepSpeed keeps it once for a whole partition."""
+
+
+class DeepSpeedEngine:
+    """A DeepSpeed engine that keeps our law: sums over ranks, our micro-batches, our clipping, our checkpoints."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self, objective: LabelledLoss, config: TrainingConfig, *, world: World, settings: Mapping[str, Any]
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.world = world
+        self.model = objective.model
+        dtype = sharded_dtype(objective)
+        self.autocast = objective.autocast
+        self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        # Before weights are cut into shards, which makes all of them vectors: decay is for matrices.
+        self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
+        if self.stage == 3:
+            # Blocks are gathered whole, since our layers read weights without calling the modules that own them.
+            deepspeed.utils.set_z3_leaf_modules(objective, [type(_blocks(self.model)[0])])
+            # It lets go of a block's weights once the gradient of its input is there; above frozen embeddings the first
+            # block would have none, and lose its weights before its backward pass.
+            causal_model(self.model).get_input_embeddings().register_forward_hook(_require_gradient)
+        engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=self.optimizer,
+            config=_configuration(settings, config, dtype),
+            dist_init_required=False,
+        )
+        self._engine: Any = engine
+        self._zero: Any = engine.optimizer
+        self._api: Any = deepspeed.utils
+        self._gathered: Any = deepspeed.zero.GatheredParameters
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self._engine(batch)
+        return loss
+
+    def backward(self, share: torch.Tensor) -> None:
+        # DeepSpeed takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
+        self._engine.backward(share * self.world.size, scale_wrt_gas=False)
+
+    def clip(
+        self, limit: float
+    ) -> torch.Tensor:  # the limit stands in DeepSpeed's configuration, which clips in `step`
+        groups = self._zero._get_norm_groups() if self.stage == 3 else None
+        norm = torch.linalg.vector_norm(torch.stack(list(groups))) if groups else self._zero.scaled_global_norm()
+        norm = torch.as_tensor(norm)
+        # It says -1 where a gradient is not finite.
+        invalid = norm < 0 if groups is None else torch.stack(list(groups)).min() < 0
+        return torch.where(invalid, torch.full_like(norm, torch.nan), norm)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def discard(self) -> None:
+        self._zero.zero_grad(set_to_none=True)
+        gradients = self._zero.averaged_gradients
+        for group in list(gradients):
+            gradients[group] = None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        offload = self._zero.parameter_offload
+        # With the hooks in place each pass would gather weights, and ranks that answer different questions make
+        # different numbers of passes.
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        for parameter in self.model.parameters():
+            parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+        with self._gathered(list(self.model.parameters())):
+            yield
+        offload._register_deepspeed_module(offload.module)
+
+    def weights(self, *, frozen: bool = False) -> TensorStream:
+        found = dict(self.model.named_parameters()) if frozen else kept_parameters(self.model)
+        return self._stream({name: (p, None) for name, p in found.items()})
+
+    def optimizer_state(self) -> TensorStream:
+        self._link()
+        slots = sorted({slot for state in self.optimizer.state.values() for slot in state} - {_STEP})
+        return self._stream(
+            {f"{name}.{slot}": (p, slot) for name, p in self._trained().items() for slot in [*slots, _STEP]}
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"groups": plain_groups(self.optimizer)}
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    ) -> None:
+        kept = kept_parameters(self.model)
+        require_same_parameters({name: _shape(p) for name, p in kept.items()}, weights)
+        states = slots_by_parameter(optimizer, set(self._trained()))
+        restore_groups(self.optimizer, settings["groups"])
+        self._make_room(states)
+        for name, parameter in kept.items():
+            value = weights[name].to(self._engine.device)
+            with torch.no_grad(), self._gathered([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(value)
+            self._api.safe_set_full_fp32_param(parameter, value)
+            for slot, tensor in states.get(name, {}).items():
+                if slot != _STEP:
+                    self._api.safe_set_full_optimizer_state(parameter, tensor.to(self._engine.device), slot)
+
+    def _make_room(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Make the state that AdamW makes in its first step, for `load` to fill."""
+        if not states:
+            return
+        slots = next(iter(states.values()))
+        zero = self._zero
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            self.optimizer.state[flat] = {
+                slot: tensor.clone() if slot == _STEP else torch.zeros_like(flat) for slot, tensor in slots.items()
+            }
+        self._link()
+
+    def _link(self) -> None:
+        """Tie parameters to their places in the flat states. DeepSpeed does so after the first group's first update, when
+        the states of further groups are not there yet."""
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._link_all_hp_params()
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _stream(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> TensorStream:
+        kinds = {
+            key: Kind(
+                torch.float32 if parameter.requires_grad else parameter.dtype,
+                () if slot == _STEP else _shape(parameter),
+            )
+            for key, (parameter, slot) in wanted.items()
+        }
+        return TensorStream(kinds, self._whole_of(wanted))
+
+    def _whole_of(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> Callable[[str], torch.Tensor | None]:
+        steps = [state[_STEP] for state in self.optimizer.state.values() if _STEP in state]
+
+        def make(key: str) -> torch.Tensor | None:
+            parameter, slot = wanted[key]
+            if slot == _STEP:
+                whole = steps[0]
+            elif not parameter.requires_grad:
+                with self._gathered([parameter], enabled=self.stage == 3):
+                    whole = parameter.detach().clone()
+            elif slot is None:
+                whole = self._api.safe_get_full_fp32_param(parameter)
+            else:
+                whole = self._api.safe_get_full_optimizer_state(parameter, slot)
+            return whole.view(() if slot == _STEP else _shape(parameter)) if self.world.is_main else None
+
+        return make
+
+
+def _configuration(settings: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: the user's keys, and those that our law decides."""
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        **settings,
+        # Micro-batches, their weights and the end of a step are the loop's.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        **({"communication_data_type": "fp32"} if dtype is torch.bfloat16 else {}),
+    }
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed quietly and let it use the connections that are there.
+
+    On a CPU it would compile collectives over shared memory at this point; gloo has them already.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed import comm
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not comm.is_initialized():
+        comm.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _require_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _blocks(model: nn.Module) -> Any:
+    return causal_model(model).get_decoder().layers

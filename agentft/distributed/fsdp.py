@@ -1,0 +1,166 @@
+"""Weights, gradients and optimiser in shards by torch's `fully_shard` (FSDP2), gathered one block at a time.
+
+Zhao et al., 2023, PyTorch FSDP (arXiv 2304.11277); the second version keeps each parameter apart, so frozen weights in
+bf16 and adapters in fp32 live in one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from agentft.data.batches import Batch
+from agentft.distributed.engines import sharded_dtype
+from agentft.errors import ConfigError
+from agentft.model.adapters import kept_parameters, require_same_parameters
+from agentft.training.config import TrainingConfig
+from agentft.training.engine import plain_groups, restore_groups, slots_by_parameter
+from agentft.training.loss import LabelledLoss, causal_model
+from agentft.training.optim import build_optimizer
+from agentft.training.tensor_stream import Kind, TensorStream
+from agentft.world import World
+
+_FEW = 0.1
+"""Share of trained parameters below which their whole gradients may wait on each rank for the end of a step."""
+
+
+class FsdpEngine:
+    """Every rank keeps its slice of each parameter."""
+
+    name = "fsdp"
+
+    def __init__(self, objective: LabelledLoss, config: TrainingConfig, *, world: World) -> None:
+        self.world = world
+        self.model = objective.model
+        self._objective = objective
+        parameters = list(self.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        self._waits = trained < _FEW * sum(p.numel() for p in parameters)
+        self._shard(objective)
+        self.autocast = objective.autocast
+        self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
+
+    def _shard(self, objective: LabelledLoss) -> None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        mesh = init_device_mesh(kind, (self.world.size,))
+        dtype = sharded_dtype(objective)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        self._blocks: list[Any] = _blocks(self.model)
+        for block in self._blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(objective, mesh=mesh, mp_policy=policy)
+        # Evaluation runs blocks before the whole has run once; the root must be known by then.
+        root: Any = objective
+        root._get_fsdp_state()._lazy_init()
+
+    def _sharded(self) -> list[Any]:
+        return [module for module in self._objective.modules() if isinstance(module, FSDPModule)]
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        root: Any = self._objective
+        root.set_requires_gradient_sync(last or not self._waits)
+        return nullcontext()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self._objective(batch)
+        return loss
+
+    def backward(self, share: torch.Tensor) -> None:
+        # FSDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
+        (share * self.world.size).backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, limit: float) -> torch.Tensor:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for block in self._blocks:
+            block.set_reshard_after_forward(False)
+        for module in self._sharded():
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in self._sharded():
+                module.reshard()
+            for block in self._blocks:
+                block.set_reshard_after_forward(True)
+
+    def weights(self, *, frozen: bool = False) -> TensorStream:
+        return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))
+
+    def optimizer_state(self) -> TensorStream:
+        states = self.optimizer.state
+        return self._stream(
+            {
+                f"{name}.{slot}": torch.as_tensor(value)
+                for name, parameter in self._trained().items()
+                for slot, value in states.get(parameter, {}).items()
+            }
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"groups": plain_groups(self.optimizer)}
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    ) -> None:
+        kept = kept_parameters(self.model)
+        require_same_parameters({name: tuple(p.shape) for name, p in kept.items()}, weights)
+        states = slots_by_parameter(optimizer, set(self._trained()))
+        restore_groups(self.optimizer, settings["groups"])
+        for name, parameter in kept.items():
+            with torch.no_grad():
+                parameter.copy_(_like(parameter, weights[name]))
+            if name in states:
+                self.optimizer.state[parameter] = {
+                    slot: _like(parameter, value) if value.ndim else value.clone()
+                    for slot, value in states[name].items()
+                }
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _stream(self, tensors: Mapping[str, torch.Tensor]) -> TensorStream:
+        return TensorStream(
+            {name: Kind(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, self._whole_of(tensors)
+        )
+
+    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor | None]:
+        def make(name: str) -> torch.Tensor | None:
+            tensor = tensors[name].detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return whole if self.world.is_main else None
+
+        return make
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    layers = getattr(causal_model(model).get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"distributed=fsdp: {type(model).__name__} has no list of blocks to shard; choose ddp")
+    return list(layers)
+
+
+def _like(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """Cut a whole tensor as `parameter` is cut. Every rank has it whole, so nothing is sent."""
+    assert isinstance(parameter, DTensor)
+    placed = whole.to(device=parameter.to_local().device, dtype=parameter.dtype)
+    return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)

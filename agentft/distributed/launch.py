@@ -1,0 +1,150 @@
+"""One function that starts the ranks of a job and comes back with rank 0's result.
+
+The program composes its configuration once and stays as the agent of its machine: torch's `elastic_launch` starts the
+ranks, starts them again where `elastic.max_restarts` allows it, and ends them all when one has died. Each rank is a fresh
+process that gets the resolved configuration as text. Between machines the agents meet at `Places.endpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agentft.distributed.config import DistributedConfig
+from agentft.distributed.failures import RankFailure, explain, read_failures
+from agentft.distributed.hang import HangWatch
+from agentft.distributed.places import Places
+from agentft.errors import RankError
+from agentft.runtime import available_cores
+from agentft.secrets import redact_text
+from agentft.signals import StopSignal
+from agentft.world import MARKS_VARIABLE
+
+Entry = Callable[[str], Any]
+"""A top-level function that runs one rank: resolved configuration -> a small result that can be pickled."""
+
+_ELASTIC = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*")
+"""Variables by which torch tells a rank who it is."""
+
+log = logging.getLogger(__name__)
+
+
+def start_ranks(
+    entry: Entry, payload: str, places: Places, config: DistributedConfig, *, folder: Path, threads: int | None
+) -> Any:
+    """Run `entry(payload)` on every rank of this machine and return the result of its first.
+
+    Args:
+        entry: What each rank runs.
+        payload: The resolved configuration.
+        places: How many ranks, and where the machines meet.
+        config: Time limits and restarts.
+        folder: The run folder; what ranks say besides rank 0 goes into its `ranks/`.
+        threads: CPU threads of a rank; null: the cores shared out evenly.
+
+    Raises:
+        RankError: a rank died, hung, or the machines did not meet; the failed rank's traceback comes first.
+        StopSignal: a signal ended the job; each rank has got it too.
+        AgentftError: whatever a rank raised for the user.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logs = folder / "ranks"
+    logs.mkdir(parents=True, exist_ok=True)
+    quiet = {rank: Std.ALL for rank in range(places.nproc) if rank or places.node > 0}
+    launch = LaunchConfig(
+        min_nodes=places.nnodes,
+        max_nodes=places.nnodes,
+        nproc_per_node=places.nproc,
+        run_id=places.job,
+        rdzv_backend="c10d",
+        rdzv_endpoint=places.endpoint,
+        rdzv_configs={"is_host": places.node == 0} if places.node >= 0 else {},
+        local_addr="127.0.0.1" if places.nnodes == 1 else None,
+        max_restarts=config.elastic.max_restarts,
+        monitor_interval=0.2,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
+        shutdown_timeout=config.elastic.grace,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+    )
+    _silence_elastic()
+    if places.nnodes > 1:
+        # A store of its own for every attempt: the agents of several machines count attempts differently.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # Torch is loaded once, by the server that all ranks of this machine are forked from.
+    multiprocessing.set_forkserver_preload([entry.__module__])
+    with _marks() as marks, HangWatch(marks, config.timeout) as watch:
+        share = threads or max(1, available_cores() // places.nproc)
+        environment = {**os.environ, MARKS_VARIABLE: str(marks), "OMP_NUM_THREADS": str(share)}
+        try:
+            results = elastic_launch(launch, _run_rank)(entry, payload, environment)
+        except ChildFailedError as error:
+            failures = read_failures(marks)
+            for rank, failure in error.failures.items():
+                failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))
+            raise explain(failures, hang=watch.verdict, logs=logs) from None
+        except SignalException as error:
+            raise StopSignal(int(error.sigval)) from None
+        except RendezvousError as error:
+            raise RankError(f"the {places.nnodes} machines did not meet at {places.endpoint}: {error}") from error
+    return results[min(results)]
+
+
+def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str]) -> Any:
+    """Run one rank; what it raises is written down for the agent before the process ends.
+
+    The server that ranks are forked from has the environment of the first job in this program; this is the present one.
+    """
+    os.environ.update({name: value for name, value in environment.items() if not _ELASTIC.fullmatch(name)})
+    try:
+        return entry(payload)
+    except BaseException as error:
+        _write_failure(error)
+        raise
+
+
+def _write_failure(error: BaseException) -> None:
+    folder = os.environ.get(MARKS_VARIABLE)
+    if not folder:
+        return
+    record = {
+        "time": time.time(),
+        "pid": os.getpid(),
+        "kind": type(error).__name__,
+        "message": redact_text(str(error)),
+        "traceback": redact_text("".join(traceback.format_exception(error))),
+    }
+    rank = os.environ.get("RANK", "0")
+    (Path(folder) / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+@contextmanager
+def _marks() -> Iterator[Path]:
+    """Make the folder where this machine's ranks say how far they are."""
+    folder = Path(tempfile.mkdtemp(prefix="agentft-ranks-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _silence_elastic() -> None:
+    """Leave it to `explain` to say what happened: torch would print several screens of it."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    sys.stdout.flush()

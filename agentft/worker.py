@@ -1,0 +1,60 @@
+"""One rank of a training, for sites that start ranks themselves: `torchrun ... -m agentft.worker --config <file>`.
+
+The file is a resolved configuration, such as the `config.yaml` of a run folder; `--write` makes one:
+
+    python -m agentft.worker --write job.yaml distributed=fsdp model=qwen2.5-7b run_dir=runs/mine
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29400 -m agentft.worker --config job.yaml
+
+Nothing is composed in a rank, so all ranks have the same settings. `agentft.recipes.train.train` starts ranks by itself
+and needs none of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from agentft.errors import AgentftError, ConfigError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the program with its command line.
+
+    Raises:
+        AgentftError: what the training raises, or settings that cannot be read.
+    """
+    parser = argparse.ArgumentParser(prog="python -m agentft.worker", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, help="resolved configuration, as in a run folder")
+    parser.add_argument(
+        "--write", type=Path, help="write such a file from the settings that follow, and do nothing else"
+    )
+    parser.add_argument("settings", nargs="*", help="with --write: as for train.py; run_dir=... is needed")
+    given = parser.parse_args(arguments)
+    if given.write is not None:
+        _write(given.write, given.settings)
+        return
+    if given.config is None or given.settings:
+        raise ConfigError(
+            "--config <file> is needed, and settings belong to --write; see python -m agentft.worker --help"
+        )
+    from agentft.recipes.train import train_rank
+
+    train_rank(given.config.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, settings: Sequence[str]) -> None:
+    from agentft.config import compose, config_to_yaml, to_train_config
+
+    if not any(setting.startswith("run_dir=") for setting in settings):
+        raise ConfigError("run_dir: give run_dir=<folder>, which all ranks write to")
+    path.write_text(config_to_yaml(to_train_config(compose("train", settings))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except AgentftError as error:
+        sys.stderr.write(f"agentft.worker: {error}\n")
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

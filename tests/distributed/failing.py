@@ -1,0 +1,69 @@
+"""Ranks that fail on purpose, all in one program; test_failures.py says what must be said of them.
+
+python tests/distributed/failing.py <folder>     prints one JSON line: case -> error, its kind, seconds from death to end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind
+from agentft.distributed.launch import start_ranks
+from agentft.distributed.places import choose_places
+from agentft.errors import AgentftError, ConfigError
+from agentft.world import join_world, leave_world
+
+CASES: dict[str, dict[str, Any]] = {
+    "raise": {},
+    "user": {},
+    "kill": {},
+    "hang": {"timeout": 5.0},
+    "restart": {"elastic": ElasticConfig(max_restarts=1)},
+}
+
+
+def rank(payload: str) -> str:
+    """Meet the other rank, then do as the case says; rank 1 is the one that fails."""
+    case, folder = json.loads(payload)
+    world = join_world("cpu", 300)
+    world.mark("together")
+    world.barrier()
+    if world.rank == 1 and (case != "restart" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
+        world.mark("step 3, forward")
+        (Path(folder) / f"{case}.died").write_text(str(time.time()))
+        match case:
+            case "raise":
+                raise ValueError("a broken thing")
+            case "user":
+                raise ConfigError("training.epochs=-1: expected a positive number")
+            case "kill" | "restart":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(600)
+    time.sleep(0.3)
+    world.mark("step 3, optimiser")
+    world.barrier()
+    leave_world()
+    return "well"
+
+
+def measure(case: str, folder: Path) -> dict[str, Any]:
+    config = dataclasses.replace(DistributedConfig(name="test", engine=EngineKind.ddp, nproc=2), **CASES[case])
+    places = choose_places(config, gpus=0, job=case, environ={})
+    try:
+        result = start_ranks(rank, json.dumps([case, str(folder)]), places, config, folder=folder, threads=1)
+    except AgentftError as error:
+        died = float((folder / f"{case}.died").read_text())
+        return {"error": str(error), "kind": type(error).__name__, "seconds": time.time() - died}
+    return {"result": result}
+
+
+if __name__ == "__main__":
+    print(json.dumps({case: measure(case, Path(sys.argv[1])) for case in CASES}))

@@ -1,0 +1,201 @@
+"""Tiny trainings under any engine, measured; test_engines.py says which laws the measures must keep.
+
+    python tests/distributed/laws.py <tasks.json> <results.json>
+
+runs a list of tasks on two ranks, all in one launch, since starting the ranks costs more than the tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from agentft.data.batches import StepPlan
+from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.render import get_template
+from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.distributed.config import DistributedConfig, EngineKind
+from agentft.distributed.engines import make_engine
+from agentft.distributed.launch import start_ranks
+from agentft.distributed.places import choose_places
+from agentft.distributed.spread import lead, spread_likelihood
+from agentft.evaluation.generate import GreedyGenerator
+from agentft.evaluation.steps import all_steps
+from agentft.model.adapters import prepare_for_training
+from agentft.model.config import FullConfig, LoraConfig, ModelConfig
+from agentft.model.random_weights import byte_tokenizer
+from agentft.training.config import TrainingConfig
+from agentft.training.loop import Job, train_model
+from agentft.training.loss import LabelledLoss
+from agentft.world import World, join_world, leave_world
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = 4
+LORA = LoraConfig(name="lora", default_learning_rate=1e-2, rank=4, dropout=0.0)
+FULL = FullConfig(name="full", default_learning_rate=1e-3)
+METHODS = {"lora": LORA, "full": FULL}
+
+
+def conversations() -> list[Conversation]:
+    lines = (ROOT / "tests" / "golden" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    read = [read_record(json.loads(line), Origin("c", number)) for number, line in enumerate(lines)]
+    return [outcome[0] for outcome in read if isinstance(outcome, tuple)]
+
+
+def tiny_model(dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        use_cache=False,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def distributed(name: str) -> DistributedConfig:
+    """Return an option of the group, read without Hydra."""
+
+    def values(option: str) -> dict[str, Any]:
+        read = yaml.safe_load((ROOT / "conf" / "distributed" / f"{option}.yaml").read_text(encoding="utf-8"))
+        merged: dict[str, Any] = {}
+        for base in read.pop("defaults"):
+            if base not in ("_self_", "schema_distributed"):
+                merged = values(base)
+        return _merge(merged, read)
+
+    found = values(name)
+    return DistributedConfig(**{**found, "engine": EngineKind[found["engine"]]})
+
+
+def _merge(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(left)
+    for key, value in right.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and key in merged else value
+    return merged
+
+
+@dataclasses.dataclass
+class Case:
+    """One engine with one method, ready to train."""
+
+    engine: Any
+    job: Job
+    losses: list[tuple[int, float, float]]
+
+
+def case(option: str, method: str, folder: Path, world: World, *, dtype: torch.dtype = torch.float32) -> Case:
+    template = get_template("msagent", byte_tokenizer().eos_token)
+    examples = list(tokenize(conversations(), template, SegmentEncoder(byte_tokenizer())))
+    sft = METHODS[method]
+    base = tiny_model(torch.float32 if method == "full" else dtype)
+    torch.manual_seed(11)
+    model = prepare_for_training(base, sft, ModelConfig(name="tiny"))
+    training = TrainingConfig(
+        learning_rate=sft.default_learning_rate,
+        accumulation=5,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_steps=1,
+        save_total_limit=9,
+    )
+    objective = LabelledLoss(model, autocast=dtype if method == "full" and dtype != torch.float32 else None)
+    engine = make_engine(distributed(option), objective, training, world, fp16=False)
+    losses: list[tuple[int, float, float]] = []
+
+    def note(values: Any, step: int) -> None:
+        if "train/loss" in values:
+            losses.append((step, values["train/loss"], values["train/grad_norm"]))
+
+    job = Job(
+        engine=engine,
+        examples=examples,
+        plan=StepPlan(examples=len(examples), examples_per_step=5, epochs=1, max_steps=STEPS, seed=5),
+        config=training,
+        pad_id=0,
+        device=torch.device("cpu"),
+        checkpoints=folder,
+        identity={"data": "x"},
+        evaluate=lambda step: {"loss": 1.0},
+        evaluation_steps=0,
+        best_metric="loss",
+        log=note,
+    )
+    return Case(engine, job, losses)
+
+
+def examine(found: Case, world: World) -> dict[str, Any]:
+    """Loss of every conversation and answers to every step, with the ranks together."""
+    tokenizer = byte_tokenizer()
+    with found.engine.whole():
+        model = found.engine.model.eval()
+        likelihood = spread_likelihood(world, model, found.job.examples, batch=2, pad_id=0)
+        stop = tokenizer.eos_token_id
+        generator = GreedyGenerator(model, tokenizer, stop_id=stop, slots=2, max_new_tokens=3)
+        template = get_template("msagent", tokenizer.eos_token)
+        steps = all_steps(conversations(), found.job.examples, template)[:7]
+        answers = lead(world, generator, lambda together: together.answer(steps))
+        model.train()
+    return {
+        "nats": likelihood.nats_GK.sum(1).tolist(),
+        "answers": None if answers is None else [[a.step.conversation.id, a.step.index, a.text] for a in answers],
+    }
+
+
+def run(task: dict[str, Any], world: World) -> dict[str, Any]:
+    """Train one case, from the checkpoint of another if one is named, and return what was measured."""
+    folder, started = Path(task["folder"]), time.process_time()
+    if "start" in task and world.is_main:
+        shutil.copytree(task["start"], folder / Path(task["start"]).name)
+    world.barrier()
+    here = case(task["option"], task["method"], folder, world, dtype=getattr(torch, task.get("dtype", "float32")))
+    examined = examine(here, world) if task.get("examine") else None
+    train_model(here.job)
+    final = dict(here.engine.weights())
+    return {
+        "losses": here.losses,
+        "before": examined,
+        "after": examine(here, world) if task.get("examine") else None,
+        "cpu_seconds": time.process_time() - started,
+        "sums": {name: float(tensor.double().sum()) for name, tensor in final.items()},
+    }
+
+
+def rank(payload: str) -> list[dict[str, Any]]:
+    """What each rank does: all tasks, one after the other."""
+    torch.set_num_threads(1)
+    world = join_world("cpu", 120)
+    try:
+        return [run(task, world) for task in json.loads(payload)]
+    finally:
+        leave_world()
+
+
+def on_two_ranks(tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    config = DistributedConfig(name="test", engine=EngineKind.ddp, nproc=2)
+    places = choose_places(config, gpus=0, job="laws", environ={})
+    found: list[dict[str, Any]] = start_ranks(rank, json.dumps(tasks), places, config, folder=folder, threads=1)
+    return found
+
+
+if __name__ == "__main__":
+    given, found_file = Path(sys.argv[1]), Path(sys.argv[2])
+    measured = on_two_ranks(json.loads(given.read_text()), found_file.parent)
+    found_file.write_text(json.dumps(measured))

@@ -1,0 +1,64 @@
+"""What becomes of a job whose rank dies or hangs, with real processes and real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failing")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("failing.py")), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_traceback_of_the_rank_that_failed_comes_first(failures):
+    found = failures["raise"]
+    assert found["kind"] == "RankError"
+    assert found["error"].startswith("Traceback")
+    assert "failing.py" in found["error"]
+    assert "rank 1 (pid " in found["error"]
+    assert "failed first: ValueError: a broken thing" in found["error"]
+
+
+def test_what_a_rank_raised_for_the_user_comes_back_as_it_was(failures):
+    assert failures["user"]["kind"] == "ConfigError"
+    assert failures["user"]["error"] == "training.epochs=-1: expected a positive number"
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(failures):
+    found = failures["kill"]
+    assert found["kind"] == "RankError"
+    assert "rank 1 (pid " in found["error"]
+    assert "SIGKILL" in found["error"]
+    # A promise and no timing: the waiting rank would otherwise wait for 300 s.
+    assert found["seconds"] < 60
+
+
+def test_a_hang_is_cut_and_the_slowest_rank_is_named(failures):
+    found = failures["hang"]
+    assert found["kind"] == "RankError"
+    assert "no rank got anywhere for 5 s (distributed.timeout): the slowest is rank 1" in found["error"]
+    assert "at 'step 3, forward'" in found["error"]
+    assert "rank 0 at 'step 3, optimiser'" in found["error"]
+
+
+def test_ranks_start_again_where_restarts_are_allowed(failures):
+    assert failures["restart"] == {"result": "well"}
