@@ -12,6 +12,9 @@ from collections.abc import Sequence
 _LONGEST_FIRST = (6, 4, 3, 2)
 """Lengths of the endings that are looked up."""
 
+_MOST_ENDINGS = 200_000
+"""Of finished answers, about 40 MB; then the memory begins anew."""
+
 _FIRST_LIMIT = 4
 _SMALLEST_LIMIT = 2
 
@@ -26,6 +29,8 @@ class SaidBefore:
 
     def add(self, ids: list[int]) -> None:
         """Remember an answer."""
+        if len(self._places) > _MOST_ENDINGS:
+            self._places.clear()
         for at in range(len(ids)):
             for length in _LONGEST_FIRST:
                 if at >= length:
@@ -70,10 +75,17 @@ class Guesser:
                 continue
             ending = tuple(self._ids[-length:])
             at = self._places.get(ending)
-            found = self._said_before.after(ending, limit) if at is None else self._ids[at : at + limit]
+            found = self._said_before.after(ending, limit) if at is None else self._going_round(at, limit)
             if found:
                 return found
         return []
+
+    def _going_round(self, at: int, limit: int) -> list[int]:
+        """Return what stands from `at` on; where that reaches the newest token, a repetition goes on repeating."""
+        found = self._ids[at : at + limit]
+        while len(found) < limit:
+            found.append(found[at + len(found) - len(self._ids)])
+        return found
 
     def learn(self, guessed: int, right: int) -> None:
         """Guess further after a guess that was right to its end, less far after one that was not."""
