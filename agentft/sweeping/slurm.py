@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,17 @@ class NodeTask:
         return run_on_node(job, stop)
 
     def checkpoint(self) -> Any:
-        """Called by submitit, within the job's last seconds: what is to be run when it starts again."""
+        """Called by submitit, within the job's last seconds: end the job, which saves, and say what starts again."""
         import submitit
 
-        # The job writes nothing more; what its last checkpoint lacks is trained again.
         for child in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGINT)
+        until = time.monotonic() + self.job.grace
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while time.monotonic() < until:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    time.sleep(0.1)
         return submitit.helpers.DelayedSubmission(self)
 
 

@@ -85,6 +85,44 @@ def test_the_command_is_started_once_on_each_node_and_told_which_it_is(sweep: An
     assert "node 1 of 2" in (sweep.folder / "out/0/job.log.node1").read_text()
 
 
+INTERRUPTED = """
+import os, sys, time
+from pathlib import Path
+if Path("saved").exists():
+    print("went on")
+    sys.exit(0)
+try:
+    Path("pids").write_text(f"{os.getpid()} {os.getppid()}")
+    time.sleep(100)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    Path("saved").touch()
+    raise
+"""
+
+
+@needs("submitit", "slurm")
+def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM announces the end by a signal to the agent; submitit puts the job back into the queue."""
+    from agentft.sweeping.jobs import Job
+
+    monkeypatch.chdir(tmp_path)
+    Path("job.py").write_text(INTERRUPTED)
+    options = read_options("slurm", {"cluster": "local"})
+    place = options.make_place(options.make_slots(1), tmp_path, (), print)
+    job = Job(folder=tmp_path / "0", number=0, identity="", overrides=[], swept=[], settings={}, threads=1)
+    job.folder.mkdir()
+    job.command = [sys.executable, "job.py"]
+    attempt = place.start(job, "$ header\n")
+    wait_for(lambda: Path("pids").exists() and Path("pids").read_text().count(" "))
+    os.kill(int(Path("pids").read_text().split()[1]), signal.SIGUSR2)
+    wait_for(lambda: attempt.poll() is not None)
+    assert attempt.poll() == 0, attempt.lost
+    log = (job.folder / "job.log").read_text()
+    assert log.count("$ header") == 2
+    assert "went on" in log
+
+
 @needs("submitit", "slurm")
 def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`sbatch` is a program here that keeps what it is given: the file that a real one would read."""
