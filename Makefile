@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test test-slow faults check format real sweep clean
+.PHONY: help install quickstart test test-slow faults gpu check format real sweep clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,10 @@ faults: install  ## Run the whole fault matrix and write its table (about 25 min
 
 test-slow: install  ## Run the longer experiments.
 	$(BIN)/python -m pytest -m slow
+
+gpu: install  ## Run the tests that need a GPU, and measure training on it.
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 check: install  ## Format, lint, types.
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Training speed and memory of our loop against a plain one, on the reference job, in turn in one run.
 
-    python benchmarks/training.py [--data ../shared/data/train.jsonl] [--steps 3] [--rounds 2] [--threads 1]
+    python benchmarks/training.py [--data ../shared/data/train.jsonl] [--steps 3] [--rounds 2] [--threads 1] [--profile]
 
 The reference job: SmolLM2-135M, LoRA r=8 on q, k, v, o, conversations of at most 1,024 tokens, batch 1 x accumulation 4,
 bf16. Variants, each in a process of its own so that its peak memory is its own:
@@ -13,6 +13,8 @@ Printed per variant: tokens per CPU-second (median over rounds; wall seconds dep
 share of the machine's own bf16 matrix rate over the FLOPs that the mathematics needs, peak memory, and the loss of each
 step. FLOPs of a step: for every token 4 per frozen weight of a matrix passed (2 forward, 2 for the gradient of its input)
 and 6 per adapter weight; the head only at labelled positions; attention 3.5 times its forward products over the causal half.
+
+--profile prints instead where the time of one step of ours goes, by kind of work.
 """
 
 from __future__ import annotations
@@ -34,6 +36,18 @@ VARIANTS = ("plain", "labelled", "agentft")
 MAX_LENGTH = 1024
 ACCUMULATION = 4
 
+KINDS = {
+    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::addbmm"),
+    "attention: softmax, rotary, sums of tiles": ("CompiledAttention", "TiledCausalAttention", "aten::_softmax"),
+    "adapters: dropout, scaling": ("LoraLinearFunction", "aten::random_"),
+    "activation": ("CompiledGatedMlp", "GatedSiluFunction", "aten::silu"),
+    "norms": ("CompiledRmsNorm", "RmsNormFunction"),
+    "loss": ("FrozenHeadLoss", "aten::_log_softmax", "aten::nll_loss"),
+    "copies and conversions": ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::cat", "aten::contiguous"),
+    "optimiser": ("aten::_fused_adamw_", "Optimizer"),
+}
+"""Kind of work -> beginnings of the profiler's names for it; the rest is allocation, views, autograd and Python."""
+
 
 def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
     """The first `count` conversations that fit, of a file or of the synthetic set."""
@@ -51,7 +65,18 @@ def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
     return [example for example in examples if len(example) <= MAX_LENGTH][:count]
 
 
-def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dict[str, Any]:
+def print_kinds(events: Any) -> None:
+    """Print the share of each kind of work in the profiled time, by self time."""
+    spent = dict.fromkeys([*KINDS, "allocation, views, autograd, Python"], 0.0)
+    for event in events:
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), list(spent)[-1])
+        spent[kind] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    for kind, time_spent in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{kind:<44} {time_spent / whole:6.1%}")
+
+
+def run_variant(variant: str, data: str | None, steps: int, threads: int, *, profiled: bool = False) -> dict[str, Any]:
     """Train `steps` steps after one of warm-up and return what was measured."""
     import torch
     from torch.nn import functional
@@ -60,6 +85,7 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dic
     from agentft.data.batches import collate
     from agentft.data.tokens import IGNORE_INDEX
     from agentft.model import adapters
+    from agentft.model import lora as lora_layers
     from agentft.model.config import Attention, LoraConfig, ModelConfig, ModelSource
     from agentft.model.load import choose_attention, choose_kernels, load_model, load_tokenizer, locate_model
     from agentft.training.loss import LabelledLoss
@@ -75,7 +101,7 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dic
     lora = LoraConfig(name="lora", default_learning_rate=1e-3)
     kernels = choose_kernels(config, lora, device, torch.bfloat16) if variant == "agentft" else None
     if variant != "agentft":
-        adapters.fuse_layers = lambda *_: 0  # type: ignore[attr-defined]
+        lora_layers.fuse_layers = lambda *_: 0  # type: ignore[assignment]
     runtime.seed_everything(0)
     model = adapters.prepare_for_training(model, lora, config, kernels).train()
     objective = LabelledLoss(model, kernels=kernels)
@@ -94,6 +120,9 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dic
     for step in range(steps + 1):
         batches = [collate([e], 0) for e in examples[step * ACCUMULATION : (step + 1) * ACCUMULATION]]
         targets = sum(batch.targets for batch in batches)
+        profiler = torch.profiler.profile() if profiled and step == steps else None
+        if profiler is not None:
+            profiler.start()
         started, started_cpu = time.perf_counter(), time.process_time()
         total = 0.0
         for batch in batches:
@@ -102,6 +131,9 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int) -> dic
             total += float(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if profiler is not None:
+            profiler.stop()
+            print_kinds(profiler.key_averages())
         losses.append(total / targets)
         if step:  # the first step pays for allocations and kernels
             cpu += time.process_time() - started_cpu
@@ -148,6 +180,10 @@ def matrix_rate(threads: int) -> float:
     return repeats * 2 * 1024 * 576 * 1536 / (time.process_time() - started)
 
 
+def _peak(results: list[dict[str, Any]]) -> float:
+    return max(result["peak_bytes"] for result in results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="conversations in a local file; default: the synthetic set")
@@ -155,7 +191,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variant", choices=[*VARIANTS, "matrix"], help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="print where the time of one step goes")
     arguments = parser.parse_args()
+    if arguments.profile:
+        run_variant("agentft", arguments.data, arguments.steps, arguments.threads, profiled=True)
+        return
     if arguments.variant == "matrix":
         print(json.dumps(matrix_rate(arguments.threads)))
         return
@@ -170,11 +210,18 @@ def main() -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     rate = statistics.median(measured.pop("matrix"))
     print(f"bf16 matrix rate {rate / 1e9:.0f} GFLOP per CPU-second; {arguments.threads} thread(s)")
+    reference = {name: statistics.median(r["tokens"] / r["cpu"] for r in results) for name, results in measured.items()}
+    print(
+        "agentft over labelled {:.2f}, over plain {:.2f}; memory {:.2f}, {:.2f}".format(
+            *(reference["agentft"] / reference[name] for name in ("labelled", "plain")),
+            *(_peak(measured["agentft"]) / _peak(measured[name]) for name in ("labelled", "plain")),
+        )
+    )
     for name, results in measured.items():
-        speed = statistics.median(r["tokens"] / r["cpu"] for r in results)
+        speed = reference[name]
         share = statistics.median(r["flops"] / r["cpu"] for r in results) / rate
         wall = statistics.median(r["tokens"] / r["wall"] for r in results)
-        peak = max(r["peak_bytes"] for r in results) / 1e6
+        peak = _peak(results) / 1e6
         labelled = results[0]["labelled"] / results[0]["tokens"]
         print(
             f"{name:<9} {speed:6.0f} tokens/CPU-s  {wall:6.0f} tokens/s  {share:5.0%} of the matrix rate  {peak:7,.0f} MB  "

@@ -48,6 +48,8 @@ class Batch:
     """Of a packed row of E examples: where each starts, and the row's end; int32, shape [E + 1]."""
     longest: int = 0
     """Of a packed row: tokens of its longest example."""
+    predicting_N: torch.Tensor | None = None
+    """Positions of the flattened batch that a label follows: known here, so that a GPU need not be asked for them."""
 
     @property
     def positions(self) -> int:
@@ -178,7 +180,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         targets=targets,
         weights_BT=None if weights is None else torch.from_numpy(weights),
         weight=targets if weights is None else float(weights[:, 1:].sum(dtype=np.float64)),
+        predicting_N=torch.from_numpy(_predicting(labels)),
     )
+
+
+def _predicting(labels: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """Places in the flattened labels, shape [B, T], whose successor in the row is labelled."""
+    before = np.zeros(labels.shape, dtype=bool)
+    before[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return np.flatnonzero(before)
 
 
 def empty_batch(pad_id: int) -> Batch:
@@ -219,4 +229,5 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
         position_ids_BT=torch.from_numpy(np.concatenate([np.arange(len(e), dtype=np.int64) for e in examples]))[None],
         boundaries=torch.from_numpy(starts),
         longest=max(len(example) for example in examples),
+        predicting_N=torch.from_numpy(_predicting(labels[None])),
     )

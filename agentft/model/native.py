@@ -32,6 +32,9 @@ _FLAGS = ["-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 _MACHINES: tuple[list[str], ...] = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], [])
 """Tried in turn: not every compiler knows every flag."""
 
+FEWEST_TO_SHARE = 32768
+"""Elements below which one thread does the work: torch's own measure for elementwise operations."""
+
 _PLAIN = {"p": c_void_p, "l": c_long, "f": c_float, "i": c_int, "u": c_uint32}
 _SIGNATURES = {
     "rms_norm": "pppp llf",
@@ -56,25 +59,29 @@ class Kernels:
     parallel: bool
     """Built with OpenMP, by the runtime that torch has loaded; without it they use one thread."""
 
-    def _call(self, name: str, *arguments: object) -> None:
-        getattr(self.library, name)(*arguments, torch.get_num_threads() if self.parallel else 1)
+    def _call(self, name: str, elements: int, *arguments: object) -> None:
+        """Run a function over so many elements; for few of them, starting a second thread costs more than it saves."""
+        threads = torch.get_num_threads() if self.parallel and elements >= FEWEST_TO_SHARE else 1
+        getattr(self.library, name)(*arguments, threads)
 
     def rms_norm(self, x_MI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the normalised rows and each row's factor, fp32."""
         y, rate = torch.empty_like(x_MI), torch.empty(x_MI.shape[:-1], dtype=torch.float32)
-        self._call("rms_norm", *_at(x_MI, weight_I, y, rate), rate.numel(), x_MI.shape[-1], epsilon)
+        self._call("rms_norm", x_MI.numel(), *_at(x_MI, weight_I, y, rate), rate.numel(), x_MI.shape[-1], epsilon)
         return y, rate
 
     def rms_norm_back(
         self, grad_MI: torch.Tensor, x_MI: torch.Tensor, weight_I: torch.Tensor, rate_M: torch.Tensor
     ) -> torch.Tensor:
         out = torch.empty_like(x_MI)
-        self._call("rms_norm_back", *_at(grad_MI, x_MI, weight_I, rate_M, out), rate_M.numel(), x_MI.shape[-1])
+        self._call(
+            "rms_norm_back", x_MI.numel(), *_at(grad_MI, x_MI, weight_I, rate_M, out), rate_M.numel(), x_MI.shape[-1]
+        )
         return out
 
     def gated_silu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(gate)
-        self._call("gated_silu", *_at(gate, up, out), *_rows(gate))
+        self._call("gated_silu", gate.numel(), *_at(gate, up, out), *_rows(gate))
         return out
 
     def gated_silu_back(
@@ -82,7 +89,7 @@ class Kernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradients of gate and up."""
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        self._call("gated_silu_back", *_at(grad, gate, up, grad_gate, grad_up), *_rows(gate))
+        self._call("gated_silu_back", gate.numel(), *_at(grad, gate, up, grad_gate, grad_up), *_rows(gate))
         return grad_gate, grad_up
 
     def rotate_in(
@@ -94,7 +101,9 @@ class Kernels:
         tokens_first, groups_first = _strides(x_BTGND, 0, 1, 2), _strides(out, 0, 2, 1)
         angles = cos_BTD.data_ptr(), sin_BTD.data_ptr(), cos_BTD[0].numel() * (len(cos_BTD) > 1)
         sizes = batch, length, groups, heads, width, scale, 1.0
-        self._call("rotate", x_BTGND.data_ptr(), tokens_first, *angles, out.data_ptr(), groups_first, *sizes)
+        self._call(
+            "rotate", x_BTGND.numel(), x_BTGND.data_ptr(), tokens_first, *angles, out.data_ptr(), groups_first, *sizes
+        )
         return out
 
     def rotate_out(
@@ -106,25 +115,27 @@ class Kernels:
         groups_first, tokens_first = _strides(x_BGTND, 0, 2, 1), _strides(out, 0, 1, 2)
         angles = cos_BTD.data_ptr(), sin_BTD.data_ptr(), cos_BTD[0].numel() * (len(cos_BTD) > 1)
         sizes = batch, length, groups, heads, width, scale, -1.0
-        self._call("rotate", x_BGTND.data_ptr(), groups_first, *angles, out.data_ptr(), tokens_first, *sizes)
+        self._call(
+            "rotate", x_BGTND.numel(), x_BGTND.data_ptr(), groups_first, *angles, out.data_ptr(), tokens_first, *sizes
+        )
         return out
 
     def causal_softmax_(self, scores_GQK: torch.Tensor, heads: int) -> torch.Tensor:
         """Softmax in place; rows are queries with their `heads` side by side, the last query sees every key."""
         groups, rows, keys = scores_GQK.shape
-        self._call("causal_softmax", scores_GQK.data_ptr(), groups, rows // heads, heads, keys)
+        self._call("causal_softmax", scores_GQK.numel(), scores_GQK.data_ptr(), groups, rows // heads, heads, keys)
         return scores_GQK
 
     def softmax_back_(self, grad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Replace the gradient of softmax's weights by that of its scores."""
-        self._call("softmax_back", *_at(grad, weights), *_rows(grad))
+        self._call("softmax_back", grad.numel(), *_at(grad, weights), *_rows(grad))
         return grad
 
     def accumulate_(self, sum_GTD: torch.Tensor, first: int, x_GKD: torch.Tensor) -> None:
         """Add to the fp32 sum, from position `first` on."""
         groups, length, width = sum_GTD.shape
         at = sum_GTD.data_ptr() + first * width * 4
-        self._call("accumulate", at, length * width, x_GKD.data_ptr(), groups, x_GKD.shape[1] * width)
+        self._call("accumulate", x_GKD.numel(), at, length * width, x_GKD.data_ptr(), groups, x_GKD.shape[1] * width)
 
     def cross_entropy_(
         self, logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None
@@ -133,7 +144,13 @@ class Kernels:
         losses = torch.empty(len(targets_N), dtype=torch.float32)
         weights = None if weights_N is None else weights_N.data_ptr()
         self._call(
-            "cross_entropy", logits_NV.data_ptr(), targets_N.data_ptr(), weights, losses.data_ptr(), *_rows(logits_NV)
+            "cross_entropy",
+            logits_NV.numel(),
+            logits_NV.data_ptr(),
+            targets_N.data_ptr(),
+            weights,
+            losses.data_ptr(),
+            *_rows(logits_NV),
         )
         return losses
 
@@ -142,7 +159,7 @@ class Kernels:
     ) -> torch.Tensor:
         """Return `x` with about `probability` of its elements 0, always the same ones for a seed; not scaled."""
         out = torch.empty_like(x) if out is None else out
-        self._call("dropout", *_at(x, out), *_rows(x), *seed, round(probability * 2**32))
+        self._call("dropout", x.numel(), *_at(x, out), *_rows(x), *seed, round(probability * 2**32))
         return out
 
 

@@ -9,7 +9,7 @@ from agentft.data.findings import CODES
 from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.model.config import Dtype, ModelConfig, SftConfig
+from agentft.model.config import Dtype, KernelChoice, ModelConfig, SftConfig
 from agentft.tracking import TrackingConfig
 from agentft.training.config import TrainingConfig
 
@@ -37,6 +37,11 @@ class TrainConfig:
     """CPU threads for torch; null: all cores. Recorded, since it decides the last bits of a loss."""
 
     def __post_init__(self) -> None:
+        if self.training.compile and self.model.kernels is KernelChoice.compiled:
+            raise ConfigError(
+                "training.compile=true with model.kernels=compiled: torch's compiler does not see into our C code; "
+                "take one of them"
+            )
         if self.dataset.max_length > self.model.context:
             raise ConfigError(
                 f"dataset.max_length={self.dataset.max_length} exceeds model.context={self.model.context} "

@@ -52,9 +52,11 @@ from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
+from agentft.training.compilation import compile_blocks
 from agentft.training.engine import Engine
 from agentft.training.loop import Job, Outcome, train_model
 from agentft.training.loss import LabelledLoss
+from agentft.training.memory_snapshot import snapshot_on_out_of_memory
 from agentft.training.packing import choose_row_tokens
 from agentft.world import ALONE, World
 
@@ -197,7 +199,7 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     dtype = choose_dtype(config.model.dtype, device)
     attention = choose_attention(config.model.attention, device, dtype)
     quantization = quantization_config(config.sft_type, dtype)
-    kernels = choose_kernels(config.model, config.sft_type, device, dtype)
+    compiled = None if config.training.compile else choose_kernels(config.model, config.sft_type, device, dtype)
     # What is fetched or converted is so once, by rank 0, and then found by the others.
     files = world.first(lambda: locate_model(config.model))
     tokenizer = load_tokenizer(files, config.model)
@@ -210,10 +212,10 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     model = load_model(
         files, config.model, device=place, dtype=weights_dtype, attention=attention, quantization=quantization
     )
-    model = prepare_for_training(model, config.sft_type, config.model, kernels)
+    model = prepare_for_training(model, config.sft_type, config.model, compiled)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
     stop_id = encoder.special_id(template.stop_token)
-    return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, kernels)
+    return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, compiled)
 
 
 def set_up_engine(config: TrainConfig, bench: Bench, world: World) -> Engine:
@@ -229,6 +231,8 @@ def set_up_engine(config: TrainConfig, bench: Bench, world: World) -> Engine:
     checkpointing = config.training.gradient_checkpointing
     if checkpointing or (checkpointing is None and bench.device.is_cuda):
         bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if config.training.compile:
+        compile_blocks(bench.model)
     fp16 = bench.dtype is torch.float16
     return make_engine(config.distributed, objective, config.training, world, fp16=fp16)
 
@@ -272,6 +276,8 @@ def _fit(
 ) -> Outcome:
     """Train, with everything the loop needs to know said here."""
     training = config.training
+    if bench.device.is_cuda:
+        snapshot_on_out_of_memory(run.path)
     plan = StepPlan(
         examples=len(bench.data.train),
         examples_per_step=training.micro_batch * training.accumulation,

@@ -82,6 +82,9 @@ class TrainingConfig:
     """Recompute activations in the backward pass; null: on CUDA only."""
     memory_check: MemoryCheck = MemoryCheck.refuse
     """Whether a training whose estimated memory exceeds the device's is refused before its weights are fetched."""
+    compile: bool = False
+    """Run torch's compiler over each block. It takes a minute at the start and a C++ compiler on a CPU, Triton on CUDA; not
+    together with `model.kernels=compiled`, which fuses the same parts without it."""
     logging_steps: int = 20
     """Steps between lines of `metrics.jsonl` and of the log."""
     save_steps: int = 50

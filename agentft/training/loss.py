@@ -57,18 +57,27 @@ class LabelledLoss(nn.Module):
             hidden_BTD = _decoder(self.model)(
                 input_ids=batch.input_ids_BT, use_cache=False, **packed_arguments(batch)
             ).last_hidden_state
-            targets_BT = batch.labels_BT[:, 1:]
-            labelled_BT = targets_BT != IGNORE_INDEX
-            hidden_ND = hidden_BTD[:, :-1][labelled_BT]
-            weights_BT = batch.weights_BT
-            loss: torch.Tensor = chunked_cross_entropy(
-                hidden_ND,
-                targets_BT[labelled_BT],
-                output_head(self.model),
-                None if weights_BT is None else weights_BT[:, 1:][labelled_BT],
-                self.kernels,
-            )
-            return loss
+            return self.of_hidden(hidden_BTD, batch)
+
+    def of_hidden(self, hidden_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the loss of a batch whose last hidden states are known; on CUDA the host does not wait for the device."""
+        at_N = predicting_positions(batch.labels_BT) if batch.predicting_N is None else batch.predicting_N
+        weights_BT = batch.weights_BT
+        loss: torch.Tensor = chunked_cross_entropy(
+            hidden_BTD.flatten(0, 1).index_select(0, at_N),
+            batch.labels_BT.flatten().index_select(0, at_N + 1),
+            output_head(self.model),
+            None if weights_BT is None else weights_BT.flatten().index_select(0, at_N + 1),
+            self.kernels,
+        )
+        return loss
+
+
+def predicting_positions(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Return the positions of the flattened batch whose successor in the row has a label, `[N]`, in order."""
+    predicting_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    predicting_BT[:, :-1] = labels_BT[:, 1:] != IGNORE_INDEX
+    return predicting_BT.flatten().nonzero().squeeze(-1)
 
 
 def packed_arguments(batch: Batch) -> dict[str, Any]:

@@ -39,6 +39,30 @@ def test_loss_and_gradients_equal_the_plain_ones(tiny_model, examples, monkeypat
         torch.testing.assert_close(right.grad, left.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])
+def test_other_families_have_the_plain_loss_and_gradients_too(examples, family, tied):
+    import transformers
+
+    def make():
+        torch.manual_seed(7)
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, tie_word_embeddings=tied, use_cache=False,
+        )  # fmt: skip
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+    batch = collate(examples[:2], pad_id=0)
+    plain, labelled = make(), make()
+    expected = _plain_loss(plain, batch, torch.tensor([len(example) for example in examples[:2]]))
+    expected.backward()
+    actual = LabelledLoss(labelled)(batch)
+    actual.backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-5)
+    for (name, left), right in zip(plain.named_parameters(), labelled.parameters(), strict=True):
+        torch.testing.assert_close(right.grad, left.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_logits_of_context_are_never_computed(tiny_model, examples):
     model = tiny_model()
     seen = []
@@ -75,3 +99,14 @@ def test_an_empty_batch_has_no_loss_and_no_gradient_but_takes_part(tiny_model, t
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_batch_knows_which_positions_predict_a_label(examples, pack):
+    from agentft.data.batches import collate_packed
+
+    batch = collate_packed(examples[:4]) if pack else collate(examples[:4], pad_id=0)
+    assert torch.equal(batch.predicting_N, loss_module.predicting_positions(batch.labels_BT))
+    assert len(batch.predicting_N) == batch.targets
+    targets = batch.labels_BT.flatten()[batch.predicting_N + 1]
+    assert torch.equal(targets, batch.labels_BT[:, 1:][batch.labels_BT[:, 1:] != IGNORE_INDEX])
