@@ -348,6 +348,7 @@ def test_bits_other_than_4_and_8_are_refused():
         qlora(bits=8, dora=True)
 
 
+@pytest.mark.slow
 def test_importing_bitsandbytes_never_asks_for_kernels_from_a_hub(tmp_path):
     pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
     (tmp_path / "kernels.py").write_text("raise SystemExit('code from a hub was asked for')")
