@@ -142,16 +142,12 @@ class SegmentEncoder:
 
     def encode_chunks(self, chunks: Sequence[Chunk]) -> list[EncodedChunk]:
         """Ids and kinds of each chunk, with all cores. Other threads of this process run meanwhile."""
-        plain = [chunk.text for chunk in chunks if not chunk.mixed]
-        mixed = [chunk.text for chunk in chunks if chunk.mixed]
-        of_plain = iter(self._text_tokenizer.encode_batch_fast(plain, add_special_tokens=False))
-        # Of these the places of tokens in the text are asked for, which costs some speed.
-        of_mixed = iter(self._text_tokenizer.encode_batch(mixed, add_special_tokens=False))
-        encoded: list[EncodedChunk] = []
-        for chunk in chunks:
-            found = next(of_mixed if chunk.mixed else of_plain)
-            encoded.append((found.ids, kind_runs(chunk.mixed, found.offsets) if chunk.mixed else None))
-        return encoded
+        # Not `encode_batch_fast`, which leaves the places of tokens out: on large batches it was the slower of the two.
+        encodings = self._text_tokenizer.encode_batch([chunk.text for chunk in chunks], add_special_tokens=False)
+        return [
+            (encoding.ids, kind_runs(chunk.mixed, encoding.offsets) if chunk.mixed else None)
+            for chunk, encoding in zip(chunks, encodings, strict=True)
+        ]
 
     def finish(self, draft: Draft, encoded: Iterator[EncodedChunk]) -> Example:
         """Make the example of a draft; takes what its chunks became from `encoded`."""
