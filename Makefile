@@ -28,7 +28,7 @@ test: install  ## Run the default tests.
 
 faults: install  ## Run the whole fault matrix and write its table (about 25 minutes of CPU).
 	rm -f faults.jsonl
-	$(BIN)/python -m pytest tests/faults -m "faults or not faults" --faults-ledger=faults.jsonl
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" --timeout 1800 --faults-ledger=faults.jsonl
 	$(BIN)/python tests/faults/table.py faults.jsonl
 
 test-slow: install  ## Run the longer experiments.

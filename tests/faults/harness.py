@@ -115,7 +115,7 @@ def steps_logged(run: Path) -> int:
         return 0
 
 
-def wait_until(condition: Callable[[], bool], pid: int, seconds: float = 120) -> bool:
+def wait_until(condition: Callable[[], bool], pid: int, seconds: float = 900) -> bool:
     """Wait for something to happen to a running child; False when it ended before."""
     deadline = time.monotonic() + seconds
     while not condition():
