@@ -422,6 +422,7 @@ def _check(config_name: str, arguments: argparse.Namespace, root: type[C]) -> fr
         return {key: values[0] for key, values in sweep.items() if values}
 
     composed = scope.compose(fixed, first_of(swept))
+    _refuse_foreign_calls(composed.hydra)
     if arguments.cfg is not None:
         _refuse_unknown_keys(_without_hydra(composed), root)
         return None
@@ -516,6 +517,51 @@ def _keys_and_names(value: Any, key: str) -> Iterator[str]:
         case list():
             for item in value:
                 yield from [str(item)] if key.endswith("env_copy") else _keys_and_names(item, key)
+
+
+_CALLED_BY_HYDRA = (
+    re.compile(r"hydra\._internal\.core_plugins\.\w+\.\w+"),
+    re.compile(r"hydra_plugins\.[\w.]+(Launcher|Sweeper)"),
+    re.compile(r"optuna\.samplers\.\w+"),
+)
+"""What a `_target_` of Hydra's own node may name: launchers, sweepers and their samplers."""
+
+_LOGGING_CLASSES = ("logging.", "colorlog.", "rich.logging.")
+
+
+def _refuse_foreign_calls(hydra_node: DictConfig) -> None:
+    """Hydra builds objects from its own node: by `_target_`, by callbacks, and by the `class` and `()` of logging.
+
+    The names are looked at as text, before anything is imported for them.
+    """
+    if hydra_node.get("callbacks"):
+        raise ConfigError("hydra.callbacks: refused; agentft calls nothing that a config names")
+    # Resolved, so that no interpolation hides a name; what refers to a job that does not run yet is left as it is.
+    waiting: list[tuple[str, Any]] = [("hydra", hydra_node)]
+    while waiting:
+        key, node = waiting.pop()
+        names = list(node) if isinstance(node, DictConfig) else range(len(node))
+        for name in names:
+            where = f"{key}.{name}"
+            try:
+                value = node[name]
+            except OmegaConfBaseException:
+                continue
+            if OmegaConf.is_config(value):
+                waiting.append((where, value))
+            elif value is not None and _calls_something_else(str(name), str(value)):
+                raise ConfigError(f"{where}={value}: refused; agentft calls nothing that a config names")
+
+
+def _calls_something_else(name: str, value: str) -> bool:
+    match name:
+        case "_target_":
+            return not any(allowed.fullmatch(value) for allowed in _CALLED_BY_HYDRA)
+        case "class":
+            return not value.startswith(_LOGGING_CLASSES)
+        case "()" | "_partial_" | "_args_" | "custom_search_space":
+            return True
+    return False
 
 
 # --- Saying what is wrong --------------------------------------------------------------------------------------------
