@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_module_and_every_config(wheel: Path):
 
 def test_every_command_exists_and_can_be_loaded(installed: Path, tmp_path: Path):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    named = {"train", "evaluate", "compare", "audit", "score", "read", "dashboard"}
+    named = {"train", "evaluate", "compare", "audit", "score", "read", "dashboard", "export"}
     assert {f"agentft-{name}" for name in named} <= scripts.keys()
     for script in scripts:
         assert (installed / script).is_file()
@@ -77,6 +77,16 @@ def test_every_command_exists_and_can_be_loaded(installed: Path, tmp_path: Path)
     )
     where = run(installed / "python", "-c", code + "; import agentft; print(agentft.__file__)", cwd=tmp_path).stdout
     assert str(installed.parent) in where
+
+
+def test_the_extras_are_there_and_name_each_other_rightly(wheel: Path):
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    lines = zipfile.ZipFile(wheel).read(name).decode().splitlines()
+    extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra")}
+    assert {"gpu", "quantization", "slurm", "ray", "optuna", "vllm", "deepspeed"} <= extras
+    for line in lines:
+        if line.startswith("Requires-Dist: agentft["):
+            assert set(line.partition("[")[2].partition("]")[0].split(",")) <= extras, line
 
 
 def test_the_installed_command_composes_from_its_own_configs_and_finds_the_launcher(installed: Path, tmp_path: Path):
