@@ -43,10 +43,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("with space and ü") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=wheel.parent)
     python = environment / "bin" / "python"
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
+    # Afterwards: an agentft that is installed in this environment would count as installed in that one.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return python.parent
 
 
