@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from ctypes import c_float, c_int, c_long, c_uint32, c_void_p
@@ -178,32 +179,32 @@ def _strides(x: torch.Tensor, *axes: int) -> ctypes.Array[c_long]:
 
 def load_kernels(cache_dir: str | None) -> Kernels | None:
     """Build the functions if this machine has not yet, and load them; None, with the reason logged, where that fails."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
         log.info("no C compiler: row-wise parts run in torch")
         return None
-    folder = cache_root(cache_dir) / "kernels" / _key(compiler)
     try:
-        built = build_once(folder, lambda target: _build(compiler, target))
-        return _load(built)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("kernels.c cannot be built with %s (%s): row-wise parts run in torch", compiler, error)
+        compiler = shlex.split(found)  # CC may hold a wrapper or flags too: `ccache gcc`
+        folder = cache_root(cache_dir) / "kernels" / _key(compiler)
+        return _load(build_once(folder, lambda target: _build(compiler, target)))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        log.warning("kernels.c cannot be built with %s (%s): row-wise parts run in torch", found, error)
         return None
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """Digest of what decides the machine code: source, flags, compiler, and the instructions of this CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), str(_FLAGS), str(_MACHINES), compiler, version, cpu, platform.platform())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (SOURCE.read_text(), str(_FLAGS), str(_MACHINES), *compiler, version, cpu, platform.platform())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _build(compiler: str, folder: Path) -> None:
+def _build(compiler: list[str], folder: Path) -> None:
     """Compile and link into `folder`: with OpenMP under `parallel.so`, and without it under `plain.so`.
 
     The link names no OpenMP library, so that the calls reach the one that torch has loaded: two of them in one process
@@ -211,11 +212,11 @@ def _build(compiler: str, folder: Path) -> None:
     """
     for name, threads in (("parallel", "-fopenmp"), ("plain", "-fopenmp-simd")):
         for machine in _MACHINES:
-            done = _run([compiler, *_FLAGS, threads, *machine, "-c", str(SOURCE), "-o", str(folder / f"{name}.o")])
+            done = _run([*compiler, *_FLAGS, threads, *machine, "-c", str(SOURCE), "-o", str(folder / f"{name}.o")])
             if done.returncode == 0:
                 break
         if done.returncode == 0:
-            done = _run([compiler, "-shared", "-o", str(folder / f"{name}.so"), str(folder / f"{name}.o"), "-lm"])
+            done = _run([*compiler, "-shared", "-o", str(folder / f"{name}.so"), str(folder / f"{name}.o"), "-lm"])
         if done.returncode and name == "plain":
             raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the compiler failed")
 

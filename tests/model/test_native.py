@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional
@@ -155,13 +157,20 @@ def test_without_a_compiler_torch_computes_and_the_log_says_so(monkeypatch, tmp_
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
     assert load_kernels(str(tmp_path)) is None
     assert "no C compiler" in caplog.text
-    monkeypatch.setenv("CC", "/bin/false")
-    assert load_kernels(str(tmp_path)) is None
-    assert "cannot be built" in caplog.text
+    for compiler in ("/bin/false", str(tmp_path / "gone"), "gcc 'unclosed"):
+        caplog.clear()
+        monkeypatch.setenv("CC", compiler)
+        assert load_kernels(str(tmp_path)) is None
+        assert f"cannot be built with {compiler}" in caplog.text
     assert not list(tmp_path.rglob("*.so")), "half a build would be taken for a whole one"
 
 
 def test_a_build_is_made_once(kernels, tmp_path, monkeypatch):
     assert load_kernels(str(tmp_path)) is not None
     monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
+    assert load_kernels(str(tmp_path)) is not None
+
+
+def test_the_compiler_may_be_named_with_a_wrapper_and_flags(kernels, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", f"env {shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')} -O2")
     assert load_kernels(str(tmp_path)) is not None
