@@ -112,11 +112,13 @@ class DataCache:
 
     def _prune(self, keep: str) -> None:
         """Remove entries, the longest unused first, until the rest is within the limit; those being opened stay."""
-        entries = sorted(
-            (manifest.stat().st_mtime, manifest.parent) for manifest in self.root.glob(f"[!.]*/{_MANIFEST}")
-        )
-        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for _, folder in entries}
-        for _, folder in entries:
+        entries: list[tuple[float, Path]] = []
+        sizes: dict[Path, int] = {}
+        for manifest in self.root.glob(f"[!.]*/{_MANIFEST}"):
+            with contextlib.suppress(OSError):  # another process has just removed it
+                sizes[manifest.parent] = sum(file.stat().st_size for file in manifest.parent.iterdir())
+                entries.append((manifest.stat().st_mtime, manifest.parent))
+        for _, folder in sorted(entries):
             if sum(sizes.values()) <= self.limit_bytes:
                 return
             if folder.name == keep:

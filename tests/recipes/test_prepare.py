@@ -299,6 +299,14 @@ def test_a_damaged_entry_is_built_anew_and_said(damage, data_file, template, enc
     assert "damaged" not in caplog.text
 
 
+def test_an_entry_that_another_process_removes_meanwhile_ends_no_training(data_file, template, encoder, cache):
+    (cache / "going").mkdir(parents=True)
+    (cache / "going" / "manifest.json").write_text("{}")
+    (cache / "going" / "ids.bin").symlink_to("gone")  # listed, and not there when it is looked at
+    prepare_data(settings(data_file, cache_limit_gb=1e-9), template, encoder)
+    assert len([path for path in entries(cache) if path.name != "going"]) == 1
+
+
 def entries(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if not path.name.startswith(".")]
 
