@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from agentft.errors import RunError
-from agentft.model.config import LoraConfig
+from agentft.model.config import LoraConfig, ModelSource
 from agentft.recipes.config import TrainConfig
 from agentft.runs import RunFolder, read_json
 
@@ -20,8 +20,8 @@ def model_card(run: RunFolder, trained: TrainConfig, record: dict[str, Any], ste
     """Return the text of README.md."""
     model = trained.model
     base = model.id or model.huggingface_id or model.modelscope_id or model.wheel or model.name
-    if "/" in base and (base.startswith(("/", ".", "~")) or base.count("/") > 1):
-        base = model.name  # a folder of the machine that trained
+    if model.source is ModelSource.local:
+        base = model.name  # a folder of the machine that trained says nothing to others
     front = {
         "base_model": base,
         "library_name": "peft" if adapter_alone else "transformers",
@@ -40,7 +40,7 @@ def model_card(run: RunFolder, trained: TrainConfig, record: dict[str, Any], ste
         "",
         *_usage(trained, adapter_alone),
         "",
-        *_measured(run),
+        *_measured(run, step),
         "## How it was trained",
         "",
         *_table(_facts(trained, record)),
@@ -65,9 +65,12 @@ def _usage(trained: TrainConfig, adapter_alone: bool) -> list[str]:
     return lines
 
 
-def _measured(run: RunFolder) -> list[str]:
+def _measured(run: RunFolder, step: int) -> list[str]:
+    """What the run measured at its end; nothing for a checkpoint of another step."""
     try:
         metrics = read_json(run.metrics("after"))["metrics"]
+        if read_json(run.summary_file)["steps"] != step:
+            return []
     except (RunError, KeyError):
         return []
     rows = {

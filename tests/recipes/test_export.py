@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from agentft.config import ExportConfig, compose, register_schemas, to_train_config
 from agentft.errors import ConfigError, RunError
-from agentft.recipes.export import export
+from agentft.model.config import ModelConfig, ModelSource
+from agentft.model.load import ModelFiles
+from agentft.recipes.export import base_name, export
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from tests.data.chat_messages import before_steps, msagent_messages, native_messages
@@ -170,6 +174,38 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(RunError, match="has changed since"):
         export(ExportConfig(run=str(run)))
     assert not (run / "export").exists()
+
+
+def test_the_card_of_an_earlier_checkpoint_does_not_show_what_the_last_was_measured_at(tmp_path):
+    run, _ = run_of(tmp_path / "run", "training.save_steps=2", "evaluation.draws=20")
+    cards = {}
+    for checkpoint in ("2", "last"):
+        out = export(ExportConfig(run=str(run), checkpoint=checkpoint, out=str(tmp_path / checkpoint))).folder
+        cards[checkpoint] = (out / "README.md").read_text("utf-8")
+    assert "Measured on held-out conversations" in cards["last"]
+    assert "Measured" not in cards["2"]
+    assert "step 2 of a run" in cards["2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [
+        ({"source": "modelscope"}, ("hf/known", None)),
+        ({"source": "wheel"}, ("hf/known", None)),
+        ({"source": "modelscope", "id": "owner/other"}, ("/cache/model", None)),
+        ({"source": "local", "path": "/my/model"}, ("/cache/model", None)),
+        ({"source": "huggingface"}, ("hf/known", "c0ffee")),
+        ({"source": "huggingface", "id": "owner/other"}, ("owner/other", "c0ffee")),
+    ],
+)
+def test_an_adapter_names_the_base_that_it_was_trained_on(settings, base):
+    register_schemas()
+    config = to_train_config(compose("train", QUICK))
+    source = ModelSource(settings["source"])
+    model = ModelConfig(name="m", huggingface_id="hf/known", **(settings | {"source": source}))
+    commit = "c0ffee" if source is ModelSource.huggingface else None
+    files = ModelFiles(Path("/cache/model"), "fingerprint", commit)
+    assert base_name(dataclasses.replace(config, model=model), files) == base
 
 
 def test_the_command_line_refuses_a_typo_before_anything_is_loaded(tmp_path):
