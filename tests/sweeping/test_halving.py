@@ -270,8 +270,15 @@ def test_a_halving_sweep_survives_a_kill_and_marks_where_each_job_was_left(tmp_p
 KILL_ONCE = """
 import os, signal, sys
 
-if "hydra.mode=RUN" in sys.argv and "training.learning_rate=0.001" in sys.argv and not os.path.exists("killed"):
-    open("killed", "w").close()
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, 2)
+def die(*_):
+    if "training.learning_rate=0.001" in sys.argv and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def arm():
+    signal.signal(signal.SIGPROF, die)
+    signal.setitimer(signal.ITIMER_PROF, 0.3)
+
+os.register_at_fork(after_in_child=arm)
 """
+"""Python runs `sitecustomize.py` at its start, in the process that jobs are forked from too."""
