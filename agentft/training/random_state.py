@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,12 @@ def restore(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = plain["numpy"]
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def seed_masks(seed: int, step: int, ids: Sequence[str]) -> None:
+    """Let the dropout masks of one micro-batch follow from the step and its conversations, whatever rank it is on."""
+    digest = hashlib.sha256(repr((seed, step, *ids)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def torch_streams() -> list[torch.Tensor]:

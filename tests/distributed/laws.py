@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 4
 LORA = LoraConfig(name="lora", default_learning_rate=1e-2, rank=4, dropout=0.0)
 FULL = FullConfig(name="full", default_learning_rate=1e-3)
-METHODS = {"lora": LORA, "full": FULL}
+METHODS = {"lora": LORA, "full": FULL, "dropout": dataclasses.replace(LORA, dropout=0.1)}
 
 
 def conversations() -> list[Conversation]:
@@ -136,6 +136,7 @@ def case(option: str, method: str, folder: Path, world: World, *, dtype: torch.d
         evaluate=lambda step: {"loss": 1.0},
         evaluation_steps=0,
         best_metric="loss",
+        rank=lambda values: [-values["loss"]],
         log=note,
     )
     return Case(engine, job, losses)
@@ -159,6 +160,17 @@ def examine(found: Case, world: World) -> dict[str, Any]:
     }
 
 
+def held_bytes(engine: Any) -> dict[str, int]:
+    """Bytes of weights and of AdamW's moments that this rank keeps between steps."""
+
+    def own(tensor: Any) -> int:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+        return local.numel() * local.element_size()
+
+    moments = [value for state in engine.optimizer.state.values() for value in state.values() if value.ndim]
+    return {"weights": sum(map(own, engine.model.parameters())), "moments": sum(map(own, moments))}
+
+
 def run(task: dict[str, Any], world: World) -> dict[str, Any]:
     """Train one case, from the checkpoint of another if one is named, and return what was measured."""
     folder, started = Path(task["folder"]), time.process_time()
@@ -173,6 +185,7 @@ def run(task: dict[str, Any], world: World) -> dict[str, Any]:
         "losses": here.losses,
         "before": examined,
         "after": examine(here, world) if task.get("examine") else None,
+        "bytes": held_bytes(here.engine),
         "cpu_seconds": time.process_time() - started,
         "sums": {name: float(tensor.double().sum()) for name, tensor in final.items()},
     }

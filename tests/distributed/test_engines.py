@@ -77,6 +77,13 @@ def together(folder, alone):
         for start, option in MOVES:
             checkpoint = folder / f"{start}-{method}" / "step-000002"
             tasks[option, method, start] = {"option": option, "method": method, "start": str(checkpoint)}
+    for option in ("ddp", "deepspeed_zero3"):
+        tasks[option, "dropout", ""] = {"option": option, "method": "dropout"}
+    tasks["fsdp", "dropout", "ddp"] = {
+        "option": "fsdp",
+        "method": "dropout",
+        "start": str(folder / "ddp-dropout" / "step-000002"),
+    }
     for key, task in tasks.items():
         task["folder"] = str(folder / "-".join(part for part in key if part))
     given, results = folder / "tasks.json", folder / "results.json"
@@ -132,6 +139,26 @@ def test_bf16_trains_alike(alone, together, option, method):
     _assert_same(
         together[option, method, "bfloat16"]["losses"], alone[f"{method}/bfloat16"]["losses"], loss=2e-3, norm=0.1
     )
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("option", ENGINES)
+def test_engines_divide_what_the_plan_on_paper_says(alone, together, option):
+    """docs/scaling.md: ddp divides nothing, ZeRO-1 and 2 the moments, ZeRO-3 and FSDP the weights, too."""
+    here, whole = together[option, "full", ""]["bytes"], alone["full"]["bytes"]
+    expected = {"weights": 2 if option in ("fsdp", "deepspeed_zero3") else 1, "moments": 1 if option == "ddp" else 2}
+    for part, divisor in expected.items():
+        assert here[part] == pytest.approx(whole[part] / divisor, rel=0.01), part
+
+
+@needs_deepspeed
+def test_dropout_masks_belong_to_conversations_and_not_to_ranks(alone, together):
+    """Engines draw the same masks, and so does a run that goes on from a checkpoint of another engine."""
+    first = together["ddp", "dropout", ""]["losses"]
+    _assert_same(together["deepspeed_zero3", "dropout", ""]["losses"], first)
+    _assert_same(together["fsdp", "dropout", "ddp"]["losses"], first)
+    without = alone["lora"]["losses"]
+    assert any(abs(here[1] - there[1]) > 1e-4 for here, there in zip(first, without, strict=True))
 
 
 @needs_deepspeed

@@ -1,0 +1,150 @@
+"""Memory and communication of every engine for 7B, 14B and 72B on 1, 8 and 64 devices: the tables of docs/scaling.md.
+
+    python benchmarks/scaling.py [--check]
+
+The parts of one device's memory come from `agentft.model.memory`; which of them an engine divides by the devices, and what it
+sends, is said below and in docs/scaling.md. `--check` counts the parameters of the same models on torch's meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from agentft.model.config import Dtype, FullConfig, LoraConfig  # noqa: E402
+from agentft.model.memory import MemoryEstimate, ModelShape, estimate_memory, model_shape  # noqa: E402
+
+QWEN = {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False}
+MODELS: dict[str, dict[str, Any]] = {
+    "7B": {
+        **QWEN,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+    },
+    "14B": {
+        **QWEN,
+        "hidden_size": 5120,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 13824,
+    },
+    "72B": {
+        **QWEN,
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 29568,
+    },
+}
+"""Shapes of Qwen2.5, from the config.json of the published models."""
+
+DEVICES = (1, 8, 64)
+ENGINES = ("ddp", "zero1", "zero2", "zero3 / fsdp", "zero2_offload", "zero3_offload")
+LORA = LoraConfig(name="lora", default_learning_rate=1e-4, rank=8)
+FULL = FullConfig(name="full", default_learning_rate=1e-5)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LENGTH = 2048
+
+
+def parts(model: str, method: str) -> tuple[ModelShape, MemoryEstimate]:
+    """Return what one device holds without any sharing: bf16, one row of 2,048 tokens, activations recomputed."""
+    estimate = estimate_memory(
+        MODELS[model],
+        LORA if method == "lora" else FULL,
+        lora_targets=TARGETS,
+        dtype=Dtype.bf16,
+        max_length=LENGTH,
+        micro_batch=1,
+        checkpointing=True,
+    )
+    return model_shape(MODELS[model]), estimate
+
+
+def memory(engine: str, shape: ModelShape, whole: MemoryEstimate, devices: int) -> float:
+    """Return the bytes of one device."""
+    shared = {"ddp": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2}.get(engine, 3)
+    masters = whole.trained / (devices if shared >= 1 else 1)
+    optimizer = whole.optimizer / (devices if shared >= 1 else 1)
+    gradients = whole.gradients / (devices if shared >= 2 else 1)
+    weights = whole.weights / (devices if shared >= 3 else 1)
+    if shared >= 3 and (devices > 1 or engine == "zero3_offload"):
+        # What is gathered at a time: a block, the one fetched ahead of it, embedding and head.
+        block = sum(a * b for a, b in shape.linear_layers.values())
+        weights += 2 * (2 * block + 2 * shape.vocab * shape.hidden)
+    if engine.endswith("offload"):
+        optimizer = masters = 0
+    if engine == "zero3_offload":
+        weights -= whole.weights / devices
+    return weights + masters + optimizer + gradients + whole.activations + whole.logits
+
+
+def traffic(engine: str, whole: MemoryEstimate, method: str, devices: int) -> tuple[float, float]:
+    """Return the bytes that one device sends in a step: at its end, and for each micro-batch."""
+    ring = (devices - 1) / devices
+    gradients = whole.gradients * ring
+    if engine == "ddp":
+        return 2 * gradients, 0.0
+    # Updated weights go out as they compute: adapters in fp32, a whole model in bf16.
+    updated = (whole.trained if method == "lora" else whole.weights) * ring
+    if engine == "zero1":
+        return gradients + updated, 0.0
+    if engine in ("zero2", "zero2_offload"):
+        return updated, gradients  # a shard of the gradient is all that is kept of each micro-batch
+    gathered = 2 * whole.weights * ring  # once forward, once backward
+    return (gradients, gathered) if method == "lora" else (0.0, gathered + gradients)
+
+
+def tables() -> str:
+    """Return the tables in Markdown."""
+    lines = []
+    for method in ("lora", "full"):
+        for model in MODELS:
+            shape, whole = parts(model, method)
+            lines += [
+                "",
+                f"**{model}, {method}** ({shape.parameters / 1e9:.2f} billion parameters): GB of one device; GB it sends in a "
+                "step + in each micro-batch",
+                "",
+                "| engine | " + " | ".join(f"{n} device{'s' * (n > 1)}" for n in DEVICES) + " |",
+                "|---" * (len(DEVICES) + 1) + "|",
+            ]
+            for engine in ENGINES:
+                cells = []
+                for devices in DEVICES:
+                    held = memory(engine, shape, whole, devices) / 1e9
+                    end, each = (value / 1e9 for value in traffic(engine, whole, method, devices))
+                    cells.append(f"{held:,.1f}" + (f"; {end:.2f} + {each:.1f}" if devices > 1 else ""))
+                lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def check() -> None:
+    """Compare the parameters counted from config.json with those of the real classes on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    for name, settings in MODELS.items():
+        known = {key: value for key, value in settings.items() if key != "model_type"}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(Qwen2Config(**known))
+        counted, real = model_shape(settings).parameters, sum(p.numel() for p in model.parameters())
+        print(f"{name}: {counted:,} counted, {real:,} on the meta device, difference {counted - real}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        check()
+    else:
+        print(tables())

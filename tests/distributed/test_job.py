@@ -1,0 +1,150 @@
+"""A whole training on two ranks, from the command to the run folder: killed in the middle, started again, moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agentft.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = [
+    *(
+        "model=tiny",
+        "model.shape.hidden=32",
+        "model.shape.intermediate=64",
+        "dataset.conversations=12",
+        "dataset.heldout=3",
+    ),
+    *("training.accumulation=2", "training.max_steps=6", "training.logging_steps=1", "training.save_steps=1"),
+    *("evaluation.steps=0", "evaluation.before=false", "evaluation.max_new_tokens=4", "sft_type.dropout=0"),
+    *("tracking=disabled", "threads=1", "training.learning_rate=0.01"),
+]
+pytestmark = pytest.mark.timeout(1800)
+
+
+def _command(run: Path, *settings: str) -> list[str]:
+    return [sys.executable, "train.py", *TINY, f"run_dir={run}", *settings]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def _losses(run: Path) -> list[float]:
+    return [row["train/loss"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+
+
+def _ranks_of(agent: int) -> list[int]:
+    """Return the processes that are forked from the agent's server, by parent."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    return [rank for server in children.get(agent, []) for rank in children.get(server, [])]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
+def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goes_on_elsewhere(tmp_path):
+    run = tmp_path / "run"
+    log = (tmp_path / "out").open("w")
+    agent = subprocess.Popen(
+        _command(
+            run, "distributed=ddp", "distributed.nproc=2", "distributed.elastic.max_restarts=1", "training.stop_at=0.7"
+        ),
+        cwd=ROOT,
+        env=_environment(),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    while not list(run.glob("checkpoints/step-*")):
+        assert agent.poll() is None, (tmp_path / "out").read_text()[-2000:]
+        time.sleep(0.05)
+    ranks = _ranks_of(agent.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert agent.wait() == 0, (tmp_path / "out").read_text()[-3000:]
+    assert "going on from" in (run / "train.log").read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "paused"
+    assert (run / "final" / "adapter_model.safetensors").is_file()
+
+    # The rest on one process, in the same folder.
+    done = subprocess.run(_command(run), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on although ranks was 2, is 1" in (run / "train.log").read_text()
+    whole = tmp_path / "whole"
+    done = subprocess.run(_command(whole), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _losses(run) == pytest.approx(_losses(whole), rel=2e-6)
+    assert len(_losses(run)) == 6
+
+
+def test_settings_that_cannot_run_are_refused_before_anything_loads(tmp_path):
+    run = tmp_path / "run"
+    command = _command(run, "distributed=ddp", "distributed.nproc=2", "training.accumulation=3")
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot be shared evenly by 2 ranks" in done.stderr
+    assert not run.exists() or not list(run.glob("*.log"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_ranks(tmp_path):
+    run, settings = tmp_path / "run", tmp_path / "job.yaml"
+    write = [
+        sys.executable,
+        "-m",
+        "agentft.worker",
+        "--write",
+        str(settings),
+        *TINY,
+        f"run_dir={run}",
+        "distributed=fsdp",
+    ]
+    subprocess.run(write, cwd=ROOT, env=_environment(), check=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "agentft.worker", "--config", str(settings)],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(_losses(run)) == 6
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_slurm_sweep_train_one_model(tmp_path):
+    """submitit's local executor stands for two nodes, each with one rank."""
+    pytest.importorskip("submitit")
+    sweep = tmp_path / "sweep"
+    command = [
+        *(sys.executable, "train.py", "-m", *TINY, "hydra/launcher=slurm", "hydra.launcher.cluster=local"),
+        *(
+            "hydra.launcher.nodes=2",
+            f"hydra.sweep.dir={sweep}",
+            "distributed=ddp",
+            "distributed.nproc=1",
+            "sft_type.rank=4",
+        ),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    (run,) = {path.parent for path in sweep.glob("**/metrics.jsonl")} or {sweep}
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run / "run.json").read_text())["choices"]["distributed"] == "ddp"
+    whole = tmp_path / "whole"
+    alone = _command(whole, "sft_type.rank=4")
+    subprocess.run(alone, cwd=ROOT, env=_environment(), capture_output=True, check=True)
+    assert _losses(run) == pytest.approx(_losses(whole), rel=2e-6)
