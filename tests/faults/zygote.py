@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -67,6 +68,9 @@ def run_child(request: dict) -> int:
 
 
 def main() -> None:
+    # A shell's background job is born deaf to these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     warm = composed(())
     set_up_bench(warm)
     print("ready", file=answers, flush=True)
