@@ -121,7 +121,9 @@ def train_rank(payload: str) -> TrainResult:
 def _train_as(config: TrainConfig, world: World) -> TrainResult:
     folder = RunFolder.create(config.run_dir) if world.is_main else RunFolder.follow(config.run_dir)
     with StopSignals() as signals, folder as run:
-        progress.set_up_logging(run.log_file if world.is_main else run.rank_log(world.rank))
+        said = run.log_file if world.is_main else run.rank_log(world.rank)
+        said.parent.mkdir(parents=True, exist_ok=True)
+        progress.set_up_logging(said)
         run.update_status("running", step=0)
         try:
             result = _train(config, run, signals, world)
