@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentft.data.batches import StepPlan
+from agentft.model.config import QloraConfig, SftConfig
 from agentft.recipes.config import TrainConfig
+from agentft.training.loss import causal_model
 
 if TYPE_CHECKING:
     from agentft.recipes.train import Bench
@@ -40,13 +42,14 @@ def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 
         "tokenizer": tokenizer_fingerprint(bench.tokenizer),
         "sft_type": asdict(config.sft_type),
         "dtype": str(bench.dtype),
+        "attention": causal_model(bench.model).config._attn_implementation,
         "kernels": "torch" if bench.kernels is None else "compiled",
         "seed": config.seed,
         "engine": config.distributed.name,
         "ranks": ranks,
         "threads": bench.device.threads,
         "device": bench.device.name,
-        "versions": versions(),
+        "versions": versions(config.sft_type),
         "total_steps": plan.total_steps,
         "training": training,
     }
@@ -59,7 +62,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
+def versions(sft: SftConfig) -> dict[str, str]:
     """Return the releases of what computes a loss; of Python, the two numbers that matter."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages = (*_PACKAGES, "bitsandbytes") if isinstance(sft, QloraConfig) else _PACKAGES
+    return {"python": python} | {name: importlib.metadata.version(name) for name in packages}

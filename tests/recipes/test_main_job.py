@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from agentft.config import compose, register_schemas, to_train_config
-from agentft.errors import RunError
+from agentft.errors import CheckpointError, RunError
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.saved import saved_config
@@ -130,6 +131,14 @@ def test_a_run_cut_short_goes_on_in_its_folder_to_the_same_end(finished, tmp_pat
     assert max(step for step, _ in _losses(cut)) == 2
     train(config)
     assert _losses(cut) == _losses(finished.run_dir)
+
+
+def test_a_run_does_not_go_on_with_another_attention_unless_allowed(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.run_dir, folder)
+    others = [name for name in ("eager", "sdpa") if name not in (finished.run_dir / "train.log").read_text("utf-8")]
+    with pytest.raises(CheckpointError, match=f"attention was '.*', is '{others[0]}'"):
+        train(quick_config(folder, f"model.attention={others[0]}"))
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path):
