@@ -25,7 +25,7 @@ from agentft.evaluation.openai_engine import OpenAIEngine, endpoint_of
 from agentft.evaluation.places import shown_steps
 from agentft.evaluation.vllm_engine import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
-from agentft.model.config import trains_weights
+from agentft.model.config import QloraConfig, trains_weights
 from agentft.model.load import load_tokenizer, locate_model
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.exam import Candidate, exam_steps, own_candidate, sit_exam, write_exam
@@ -197,6 +197,11 @@ def _by_vllm(
     own: Candidate, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder
 ) -> Iterator[Candidate]:
     """Hand the weights over to vLLM by way of files, and make room for it on the device."""
+    if isinstance(trained.sft_type, QloraConfig):
+        log.warning(
+            "the run's base was in %d bits, vLLM loads it as it came, so answers differ from evaluation.engine=transformers",
+            trained.sft_type.bits,
+        )
     with tempfile.TemporaryDirectory(prefix="vllm-", dir=run.path) as name:
         folder = Path(name)
         save_final(bench.model, trained.sft_type, bench.tokenizer, folder)

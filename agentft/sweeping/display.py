@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-_REFRESH_SECONDS = 1.0
 _LINE_SECONDS = 60.0
 _COLOURS = {
     "running": "cyan",
