@@ -6,7 +6,7 @@ Per engine and method (LoRA, full), a tiny Llama in fp32 over gloo on the CPU, 4
 that one rank has an empty micro-batch): the largest relative difference from one process of the losses in training, of the
 losses after going on from step 2 of a checkpoint of one process, of each held-out loss, the share of equal answers, and of
 the tensors that are exported. Then, from ranks that fail on purpose, seconds from a rank's death to the end of the job.
-Last, CPU and wall seconds of a run of one step on two ranks and on one process, in turn, twice each: launch overhead.
+Last, Wall seconds of a run of one step on two ranks and on one process, in turn, twice each: launch overhead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -101,7 +100,7 @@ def deaths(folder: Path) -> dict[str, Any]:
 
 
 def overhead() -> dict[str, list[float]]:
-    """CPU and wall seconds of a run of one step, alone and on two ranks, in turn."""
+    """Wall seconds of a run of one step, alone and on two ranks, in turn."""
     found: dict[str, list[float]] = {"single": [], "ddp": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(2):
@@ -114,11 +113,9 @@ def overhead() -> dict[str, list[float]]:
                     f"distributed={name}",
                     f"run_dir={folder}/{name}{turn}",
                 ]
-                before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+                started = time.perf_counter()
                 _run(command + more)
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                found[name] += [round(cpu, 1), round(time.perf_counter() - started, 1)]
+                found[name].append(round(time.perf_counter() - started, 1))
     return found
 
 
@@ -145,7 +142,7 @@ def main() -> None:
         for case, found in deaths(folder).items():
             print(f"{case}: {found.get('kind', found.get('result'))}, {found.get('seconds', 0):.1f} s", flush=True)
     if not given.skip_overhead:
-        print("CPU and wall seconds of a run of one step, twice each:", overhead())
+        print("Wall seconds of a run of one step, twice each:", overhead())
 
 
 if __name__ == "__main__":
