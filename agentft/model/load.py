@@ -135,18 +135,6 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def stop_token(config: ModelConfig, tokenizer: Any) -> str:
-    """Return the token that ends every step: the configured one, else the tokenizer's end-of-sequence token.
-
-    Raises:
-        ModelError: neither exists.
-    """
-    token = config.stop_token or tokenizer.eos_token
-    if token is None:
-        raise ModelError(f"model={config.name}: the tokenizer has no end-of-sequence token; set model.stop_token")
-    return str(token)
-
-
 def resolve_dtype(requested: Dtype, device: Device) -> Dtype:
     """Return what is asked for, with `auto` as bf16 where the device computes in it, else fp32."""
     if requested is not Dtype.auto:

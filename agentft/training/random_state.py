@@ -26,11 +26,11 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-    """Put captured states back."""
+    """Put captured states back; those of GPUs that are not here now, which computed nothing, are left out."""
     torch.set_rng_state(tensors["cpu"])
-    cuda = sorted((int(name.split(".")[1]), state) for name, state in tensors.items() if name.startswith("cuda."))
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state for _, state in cuda])
+    for index in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"cuda.{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = plain["numpy"]

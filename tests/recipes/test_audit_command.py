@@ -199,13 +199,13 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(data: Pat
 
 
 def prepared_by(composed: AuditConfig):
-    from agentft.data.render import get_template
+    from agentft.data.native import choose_template
     from agentft.data.tokens import SegmentEncoder
-    from agentft.model.load import load_tokenizer, locate_model, stop_token
+    from agentft.model.load import load_tokenizer, locate_model
     from agentft.recipes.prepare import prepare_data
 
     tokenizer = load_tokenizer(locate_model(composed.model), composed.model)
-    template = get_template("msagent", stop_token(composed.model, tokenizer))
+    template = choose_template(composed.model.template, tokenizer, composed.model.stop_token)
     return prepare_data(composed.dataset, template, SegmentEncoder(tokenizer))
 
 
