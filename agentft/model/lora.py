@@ -108,7 +108,7 @@ def save_adapter(model: Any, sft: LoraConfig, folder: Path, weights: dict[str, t
         return
     held = dict(model.named_parameters()) if weights is None else weights
     state = {name: tensor.detach().cpu() for name, tensor in held.items() if ".lora_" in name}
-    write_adapter(state, sft, folder)
+    write_adapter(state, sft, folder, base=model.peft_config["default"].base_model_name_or_path)
 
 
 def write_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import subprocess
@@ -160,6 +161,14 @@ def test_pissa_begins_with_the_best_approximation_of_each_weight():
     left = torch.linalg.svdvals(weight)[sft.rank :].square().sum().sqrt()
     assert torch.allclose((weight - product).norm(), left, rtol=1e-3)
     assert torch.equal(layer.get_base_layer().weight, weight)
+
+
+@pytest.mark.parametrize("start", LoraStart)
+def test_a_saved_adapter_names_its_base_whatever_it_began_as(start: LoraStart, tmp_path, byte_tokenizer):
+    model, sft, base = tiny(), lora(start=start), str(tmp_path / "base")
+    model.config._name_or_path = model.name_or_path = base
+    save_final(prepare_for_training(model, sft, MODEL), sft, byte_tokenizer, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"] == base
 
 
 def test_the_learning_rate_of_b_is_the_ratio_times_that_of_a_all_the_way():
