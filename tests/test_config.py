@@ -392,7 +392,10 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         (("rank: 8", "rnak: 8"), "sft_type.rnak: no such setting"),
         (("dtype: auto", "dtype: bf15"), "model.dtype='bf15': expected one of auto, bf16"),
         (("schema_lora", "schema_full"), "sft_type.rank: no such setting"),
-        (("schema_lora", "schema_other"), "schema_other is not a schema; known are schema_lora, schema_full"),
+        (
+            ("schema_lora", "schema_other"),
+            "schema_other is not a schema; known are schema_lora, schema_qlora, schema_full",
+        ),
         (("seed: 42\nthreads", "sead: 42\nthreads"), "sead: no such setting"),
         (("  rank: 8\n", "  rank: 0\n"), "sft_type.rank=0: expected at least 1"),
         (("model:\n", "_target_: os.system\nmodel:\n"), "_target_: no such setting"),

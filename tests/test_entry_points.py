@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ REPOSITORY = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "wandb", "peft", "modelscope", "datasets", "numpy", "pyarrow")
 
 
-def start(program: str, *arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a program with `-X importtime`; its output with what it imported on stderr, and the seconds it took."""
-    began = time.perf_counter()
-    done = subprocess.run(
+def start(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program with `-X importtime`: its output, with what it imported on stderr."""
+    return subprocess.run(
         [sys.executable, "-X", "importtime", str(REPOSITORY / program), *arguments],
         cwd=cwd,
         capture_output=True,
@@ -22,7 +20,6 @@ def start(program: str, *arguments: str, cwd: Path) -> tuple[subprocess.Complete
         timeout=60,
         check=False,
     )
-    return done, time.perf_counter() - began
 
 
 def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
@@ -34,18 +31,12 @@ def said(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
 
 
-def test_showing_the_config_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: a busy machine is not the program's fault
-        done, took = start("train.py", "--cfg", "job", cwd=tmp_path)
-        seconds.append(took)
-        if took < 1.0:
-            break
+def test_showing_the_config_imports_nothing_heavy(tmp_path: Path) -> None:
+    done = start("train.py", "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0, said(done)
     assert "learning_rate" in done.stdout
     assert "hydra" in imported(done), "the check below would prove nothing"
     assert imported(done).isdisjoint(HEAVY)
-    assert min(seconds) < 1.0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,7 +53,7 @@ def test_showing_the_config_takes_less_than_a_second_and_no_torch(tmp_path: Path
 def test_a_mistake_is_refused_before_torch_is_imported(
     program: str, arguments: list[str], expected: str, tmp_path: Path
 ) -> None:
-    done, _ = start(program, *arguments, cwd=tmp_path)
+    done = start(program, *arguments, cwd=tmp_path)
     (line,) = said(done)
     assert line.startswith(expected)
     assert done.returncode == 2
@@ -72,7 +63,7 @@ def test_a_mistake_is_refused_before_torch_is_imported(
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
 def test_help_is_for_readers(program: str, tmp_path: Path) -> None:
-    done, _ = start(program, "--help", cwd=tmp_path)
+    done = start(program, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: python {program}")
     assert "Groups and their options" in done.stdout

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from agentft.errors import ConfigError
+from agentft.evaluation.metric_names import BEST_METRICS
 
 
 class Mode(StrEnum):
@@ -141,13 +142,8 @@ def _json_object(name: str, text: str | None) -> dict[str, object]:
 
 
 def _check_best_metric(name: str) -> None:
-    if name == "loss":
-        return
-    from agentft.evaluation.definitions import METRICS_BY_NAME, PAPER_NAMES
-
-    known = [each for each in (*METRICS_BY_NAME, *PAPER_NAMES) if not each.startswith("hallucinated")]
-    if name not in known:
-        raise ConfigError(f"evaluation.best_metric={name}: expected loss or one of {', '.join(known)}")
+    if name not in BEST_METRICS:
+        raise ConfigError(f"evaluation.best_metric={name}: expected one of {', '.join(BEST_METRICS)}")
 
 
 def _check_engine(config: EvaluationConfig) -> None:

@@ -34,15 +34,17 @@ class LoopbackChat:
                     chat.requests.append(body)
                     chat.headers.append(dict(self.headers) | {"path": self.path})
                 try:
-                    self._answer(reply(body, number))
+                    said = reply(body, number)
+                    if isinstance(said, float):
+                        chat._quit.wait(said)
                 finally:
+                    # Before the answer leaves: who has it may ask again before this thread goes on.
                     with chat._lock:
                         chat._at_once -= 1
+                if not isinstance(said, float):
+                    self._answer(said)
 
             def _answer(self, said: Reply) -> None:
-                if isinstance(said, float):
-                    chat._quit.wait(said)
-                    return
                 status, headers, content = 200, {}, b""
                 if isinstance(said, dict):
                     finish = said.pop("finish_reason", "stop")

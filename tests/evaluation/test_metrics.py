@@ -600,3 +600,13 @@ def test_few_conversations_are_marked_as_indicative() -> None:
     few, many = ([(call("a"), call("a"))] * count for count in (99, 100))
     assert report(*few).metrics["tool_acc"].indicative
     assert not report(*many).metrics["tool_acc"].indicative
+
+
+def test_every_metric_with_a_better_direction_can_choose_the_best_checkpoint():
+    from agentft.evaluation.definitions import METRICS_BY_NAME, PAPER_NAMES
+    from agentft.evaluation.metric_names import BEST_METRICS
+
+    # Less of what is hallucinated is better, so those cannot be ranked upwards.
+    upwards = {name for name in (*METRICS_BY_NAME, *PAPER_NAMES) if not name.startswith("hallucinated")}
+    assert set(BEST_METRICS) == upwards | {"loss"}
+    assert len(set(BEST_METRICS)) == len(BEST_METRICS)
