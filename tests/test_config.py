@@ -10,11 +10,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from agentft import config as composition
 from agentft.config import (
     OLD_OPTIONS,
     EvaluateConfig,
     ExportConfig,
+    Setting,
     TrainConfig,
     compose,
     compose_and_run,
@@ -27,6 +27,8 @@ from agentft.config import (
     to_config,
     to_train_config,
 )
+from agentft.config.help_page import help_text
+from agentft.config.known_settings import members
 from agentft.errors import ConfigError, RunError
 from agentft.recipes.saved import SCHEMAS
 from agentft.secrets import is_secret_name
@@ -438,7 +440,7 @@ def setting_tables() -> str:
     return "\n".join(lines)
 
 
-def _table(rows: dict[str, composition.Setting]) -> list[str]:
+def _table(rows: dict[str, Setting]) -> list[str]:
     lines = ["", "| setting | default | meaning |", "|---|---|---|"]
     for key, setting in rows.items():
         default = setting.default
@@ -454,8 +456,8 @@ def _table(rows: dict[str, composition.Setting]) -> list[str]:
             case _:
                 shown = str(default)
         words = [" ".join(setting.doc.split())]
-        if members := composition._members(setting.hint):
-            words.append(f"One of {', '.join(f'`{name}`' for name in members)}.")
+        if names := members(setting.hint):
+            words.append(f"One of {', '.join(f'`{name}`' for name in names)}.")
         lines.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {' '.join(words)} |")
     return [*lines, ""]
 
@@ -479,7 +481,7 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_help_lists_every_option_and_gives_examples() -> None:
-    text = composition.help_text("train.py", "train")
+    text = help_text("train.py", "train")
     for group, option in EVERY_OPTION:
         assert option in text
         assert group in text

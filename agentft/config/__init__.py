@@ -1,0 +1,37 @@
+"""Composition of a run: the only room that knows Hydra and OmegaConf.
+
+`compose_and_run` is what `train.py` and `evaluate.py` call. It composes `conf/` and the command line, checks the whole
+against the dataclasses of the rooms, and only then calls the recipe, with plain dataclasses. Whatever is wrong with the
+configuration is said in one line, before torch is imported and before a run folder is made; `HYDRA_FULL_ERROR=1` gives
+the traceback instead.
+"""
+
+from agentft.config.checking import to_config, to_train_config
+from agentft.config.composing import compose
+from agentft.config.groups import conf_dir, options
+from agentft.config.known_settings import Setting, settings
+from agentft.config.old_options import OLD_OPTIONS
+from agentft.config.registration import register_schemas
+from agentft.config.running import compose_and_run
+from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
+from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
+
+__all__ = [
+    "OLD_OPTIONS",
+    "AuditConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "Setting",
+    "TrainConfig",
+    "compose",
+    "compose_and_run",
+    "conf_dir",
+    "config_from_yaml",
+    "config_to_yaml",
+    "options",
+    "register_schemas",
+    "saved_config",
+    "settings",
+    "to_config",
+    "to_train_config",
+]

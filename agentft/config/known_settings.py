@@ -1,0 +1,118 @@
+"""What there is to set: every setting with its type, default and meaning, read from the dataclasses of the rooms."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentft.config.groups import conf_dir
+from agentft.recipes.config import TrainConfig
+from agentft.recipes.saved import SCHEMAS
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting: its type and the sentences below it in its dataclass."""
+
+    hint: Any
+    default: Any
+    doc: str
+
+
+def settings(
+    root: type = TrainConfig, choices: Mapping[str, str] | None = None, folders: Sequence[Path] = ()
+) -> dict[str, Setting]:
+    """Every setting by its dotted name; of a group without a choice, those of all its schemas."""
+    found: dict[str, Setting] = {}
+    for field, setting in _fields(root):
+        if field not in SCHEMAS:
+            found[field] = setting
+            for part in _dataclasses_in(setting.hint):
+                found.update({f"{field}.{name}": inner for name, inner in _fields(part)})
+            continue
+        chosen = _schema_of(field, (choices or {}).get(field), folders or [conf_dir()])
+        for schema in [chosen] if chosen is not None else SCHEMAS[field].values():
+            for name, inner in _fields(schema):
+                found.setdefault(f"{field}.{name}", inner)
+                for deeper in _dataclasses_in(inner.hint):
+                    found.update({f"{field}.{name}.{deepest}": s for deepest, s in _fields(deeper)})
+        found.setdefault(field, setting)
+    return found
+
+
+def _schema_of(group: str, option: str | None, folders: Sequence[Path]) -> type | None:
+    """Class of an option, by the defaults list of its file."""
+    if option is None or option in SCHEMAS[group]:
+        return SCHEMAS[group].get(option or "")
+    for folder in folders:
+        path = folder / group / f"{option}.yaml"
+        if path.is_file():
+            for base in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []):
+                if isinstance(base, str) and base not in ("_self_", option):
+                    return _schema_of(group, base, folders)
+    return None
+
+
+def _fields(schema: type) -> Iterator[tuple[str, Setting]]:
+    hints = typing.get_type_hints(schema)
+    docs = _field_docs(schema)
+    for field in dataclasses.fields(schema):
+        yield field.name, Setting(hints[field.name], field.default, docs.get(field.name, ""))
+
+
+def _field_docs(schema: type) -> dict[str, str]:
+    """The docstring below each field, of the class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                match following:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[statement.target.id] = inspect.cleandoc(text)
+    return docs
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+    return [
+        part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part) and isinstance(part, type)
+    ]
+
+
+def members(hint: Any) -> list[str]:
+    """Names of the values of a setting that takes one of an enumeration; none of any other."""
+    for part in (hint, *typing.get_args(hint)):
+        if isinstance(part, type) and issubclass(part, Enum):
+            return list(part.__members__)
+    return []
+
+
+def in_words(hint: Any) -> str:
+    """What a type accepts, as a user reads it."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return f"{' or '.join(in_words(part) for part in parts)} or null"
+    if typing.get_origin(hint) is list:
+        return "a list like [a,b]"
+    if names := members(hint):
+        return f"one of {', '.join(names)}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint, "settings by name")
+
+
+def dotted(parent: str, name: str) -> str:
+    """The full name of `name` below `parent`, which is empty at the top."""
+    return f"{parent}.{name}" if parent else name

@@ -1,0 +1,110 @@
+"""The whole of an entry point: compose, check, call the recipe, and say in one line what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal import utils as hydra_utils
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from agentft.config.arguments import parse_arguments
+from agentft.config.checking import C, to_config
+from agentft.config.composing import VERSION_BASE
+from agentft.config.groups import conf_dir
+from agentft.config.preflight import check_command
+from agentft.config.registration import register_resolvers, register_schemas
+from agentft.errors import AgentftError, ConfigError
+from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.runs import SWEEP_FOLDER_VARIABLE
+from agentft.secrets import redact_text
+
+
+def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float]) -> None:
+    """The whole of an entry point: compose `config_name` with the command line, check it, call `recipe`.
+
+    A configuration that cannot run ends the program with exit code 2 and one line; an `AgentftError` of the recipe ends
+    it with 1 and one line. `recipe` returns the number that a sweeper optimises.
+    """
+    program = Path(sys.argv[0]).name
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    register_schemas()
+    try:
+        arguments = parse_arguments()
+        if arguments.help:
+            from agentft.config.help_page import help_text  # needed by nobody else
+
+            sys.stdout.write(help_text(program, config_name, arguments.config_dir))
+            return
+        sweep = check_command(config_name, arguments, root)
+    except ConfigError as error:
+        if full_error:
+            raise
+        _leave(program, error, 2)
+    register_resolvers(sweep)
+
+    failures: list[AgentftError] = []
+
+    def task(composed: DictConfig) -> float | None:
+        config = to_config(composed, root)
+        run = HydraConfig.get()
+        training: object = config  # mypy would take the three kinds of config for one
+        if isinstance(training, TrainConfig):
+            training.run_dir = _readable(run.runtime.output_dir)
+        if isinstance(training, EvaluateConfig) and Path(run.runtime.output_dir).absolute() != Path.cwd():
+            training.output = training.output or _readable(run.runtime.output_dir)
+        if run.mode == RunMode.MULTIRUN:
+            os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
+            return recipe(config)
+        try:
+            return recipe(config)
+        except AgentftError as error:
+            if full_error:
+                raise
+            failures.append(error)  # Raised through Hydra, it would be announced in Hydra's words too.
+            return None
+
+    task.__module__ = "agentft.config"  # Hydra calls the job `config`, after the last word.
+    entry = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)
+    try:
+        with _errors_reach_us():
+            entry()
+    except (AgentftError, HydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        _leave(program, error, 2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt as error:
+        _leave(program, str(error) or "interrupted", getattr(error, "exit_code", 130))
+    for failure in failures:
+        _leave(program, failure, 2 if isinstance(failure, ConfigError) else 1)
+
+
+def _leave(program: str, message: object, code: int) -> NoReturn:
+    sys.stderr.write(redact_text(f"{program}: {' '.join(str(message).split())}") + "\n")
+    raise SystemExit(code)
+
+
+def _readable(folder: str) -> str:
+    """Relative to the working directory where it lies below it."""
+    path = Path(folder)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@contextlib.contextmanager
+def _errors_reach_us() -> Iterator[None]:
+    """Hydra prints errors over many lines and exits; let them come to `compose_and_run` instead."""
+    report = hydra_utils.run_and_report
+    hydra_utils.run_and_report = lambda func: func()
+    try:
+        yield
+    finally:
+        hydra_utils.run_and_report = report
