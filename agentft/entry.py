@@ -19,14 +19,14 @@ def evaluate() -> None:
     compose_and_run("evaluate", EvaluateConfig, _evaluate)
 
 
-def _train(config: TrainConfig) -> float:
+def _train(config: TrainConfig) -> float | None:
     # Imported here: composing, refusing a typo and --help must not wait for torch.
     from agentft.recipes.train import train
 
     return train(config).objective
 
 
-def _evaluate(config: EvaluateConfig) -> float:
+def _evaluate(config: EvaluateConfig) -> float | None:
     from agentft.recipes.evaluate import evaluate
 
     return evaluate(config).objective

@@ -29,7 +29,7 @@ from agentft.distributed.places import Places
 from agentft.errors import RankError
 from agentft.runtime import available_cores
 from agentft.secrets import redact_text
-from agentft.signals import StopSignal
+from agentft.signals import NOTICED, StopSignal
 from agentft.world import MARKS_VARIABLE
 
 Entry = Callable[[str], Any]
@@ -81,7 +81,7 @@ def start_ranks(
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
         shutdown_timeout=config.elastic.grace,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        signals_to_handle=",".join(NOTICED),
     )
     _silence_elastic()
     if places.nnodes > 1:

@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 class EvaluateResult:
     """What an evaluation came to."""
 
-    objective: float
-    """`arg_f1`, `conv_replay_success` or minus the loss, by `evaluation.mode`; 0 where it is not defined."""
+    objective: float | None
+    """`arg_f1`, `conv_replay_success` or minus the loss, by `evaluation.mode`; None where it is not defined."""
     metrics_file: Path
 
 
@@ -153,7 +153,7 @@ def _answer(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationCo
         show_exams([exam], run, examples=settings.examples, file=f"report-{name}.txt")
         objective = exam.value("arg_f1")
     log.info("metrics: %s", run.metrics(name))
-    return EvaluateResult(objective or 0.0, run.metrics(name))
+    return EvaluateResult(objective, run.metrics(name))
 
 
 def _likelihood(

@@ -68,7 +68,7 @@ class TrainResult:
     """What a run came to."""
 
     run_dir: Path
-    objective: float
+    objective: float | None
     """The number a sweep sorts by: `arg_f1` of the answers after training; without them the best `evaluation.best_metric`."""
     summary: dict[str, Any]
     paused: bool = False
@@ -388,9 +388,11 @@ def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | 
     return summary
 
 
-def _objective(outcome: Outcome, after: Exam | None, best_metric: str) -> float:
+def _objective(outcome: Outcome, after: Exam | None, best_metric: str) -> float | None:
+    """What a sweep ranks by, or None where nothing was measured: that is no score of 0."""
     if after is not None:
-        return after.value("arg_f1") or 0.0
+        return after.value("arg_f1")
     if best_metric != "loss":
-        return outcome.counters.best_value or 0.0
-    return -(outcome.counters.best_loss or float("inf"))
+        return outcome.counters.best_value
+    loss = outcome.counters.best_loss
+    return None if loss is None else -loss

@@ -80,4 +80,4 @@ def test_running_out_of_memory_leaves_a_snapshot(tmp_path):
     snapshot_on_out_of_memory(tmp_path)
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-    assert (tmp_path / NAME).stat().st_size > 100
+    assert (tmp_path / NAME.format(device=0)).stat().st_size > 100
