@@ -29,7 +29,7 @@ from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.secrets import redact_text
 
 
-def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float]) -> None:
+def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float | None]) -> None:
     """The whole of an entry point: compose `config_name` with the command line, check it, call `recipe`.
 
     A configuration that cannot run ends the program with exit code 2 and one line; an `AgentftError` of the recipe ends
