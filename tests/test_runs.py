@@ -333,4 +333,5 @@ def test_every_path_of_a_run_folder_is_documented():
     }
     for name in ("predictions", "metrics"):
         actual[f"{name}(name)"] = str(getattr(run, name)("<name>").relative_to("/run"))
+    actual["rank_log(rank)"] = str(run.rank_log(1).parent.relative_to("/run"))
     assert {name: path.rstrip("/") for name, path in listed.items()} == actual
