@@ -7,6 +7,7 @@ torch's compiler. Both are put off while its core is first imported; whoever wan
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,27 @@ def import_model_libraries() -> None:
     """Import transformers' modelling core and peft, once, lightly."""
     if "transformers.modeling_utils" in sys.modules:
         return
-    with _without_scipy(), _undecorated_for_the_compiler():
+    with _without_scipy(), _undecorated_for_the_compiler(), without_hub_kernels():
         for name in ("transformers.modeling_utils", "peft"):
             importlib.import_module(name)
+
+
+@contextmanager
+def without_hub_kernels() -> Iterator[None]:
+    """Import bitsandbytes, which peft does too where it is installed, without code that it would fetch from a hub."""
+    # With the package `kernels` installed, importing bitsandbytes on a CPU with bf16 downloads code and runs it.
+    if "bitsandbytes" in sys.modules or "kernels" in sys.modules:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would advise to install that package
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
 
 
 @contextmanager

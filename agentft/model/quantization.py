@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ModelError
 from agentft.model.config import QloraConfig, SftConfig
+from agentft.model.light_imports import without_hub_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +58,7 @@ def import_bitsandbytes() -> Any:
     Raises:
         ModelError: it does not start here.
     """
-    with _without_hub_kernels():
+    with without_hub_kernels():
         try:
             import bitsandbytes
         except Exception as error:  # it looks for CUDA libraries while it is imported
@@ -67,23 +66,6 @@ def import_bitsandbytes() -> Any:
     # Each product in 8 bits would say that it rounds its input to fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
-
-
-@contextmanager
-def _without_hub_kernels() -> Iterator[None]:
-    # With the package `kernels` installed, importing bitsandbytes on a CPU with bf16 downloads code and runs it.
-    if "bitsandbytes" in sys.modules or "kernels" in sys.modules:
-        yield
-        return
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it would advise to install that package
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        del sys.modules["kernels"]
 
 
 def keep_weights_as_quantized(model: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -117,10 +118,11 @@ def test_f14_every_conversation_once_per_epoch_in_the_order_of_the_undisturbed_r
     found = list(map(ast.literal_eval, (tmp_path / "run.ids").read_text().splitlines()))
     assert all(expected[number] == ids for number, ids in found)
     assert {number for number, _ in found} == set(range(STEPS))
-    stream = [name for number in range(STEPS) for name in expected[number]]
-    examples = len(set(stream))
-    for epoch in range(len(stream) // examples):
-        assert set(Counter(stream[epoch * examples : (epoch + 1) * examples]).values()) == {1}
+    # Inside a step conversations stand by length, so epochs are told apart by counts: none is ever two showings ahead.
+    shown = Counter(dict.fromkeys(chain.from_iterable(expected.values()), 0))
+    for number in range(STEPS):
+        shown.update(expected[number])
+        assert max(shown.values()) - min(shown.values()) <= 1
     ledger("F14", seed=seed, kills=kills, in_save=0)
 
 

@@ -101,8 +101,6 @@ def test_f15_other_hash_seed_folder_locale_and_path_change_no_bit(golden, ledger
     environment = {
         "PYTHONHASHSEED": "7",
         "LC_ALL": "C",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONUTF8": "0",
         "TZ": "Asia/Tokyo",
     }
     other = Zygote(environment=environment, cwd=tmp_path / "elsewhere")
