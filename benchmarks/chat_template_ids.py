@@ -15,8 +15,8 @@ from pathlib import Path
 
 from agentft.config import compose, to_train_config
 from agentft.data.chat_templates import chat_template
-from agentft.data.native import choose_template
 from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.model.load import load_tokenizer, locate_model
 from tests.data.chat_messages import before_steps, msagent_messages, native_messages

@@ -1,4 +1,4 @@
-"""The chat layouts of model families, with their own form of tool calls, and the choice among them.
+"""The chat layouts of model families, with their own form of tool calls.
 
 | name | for | calls |
 |---|---|---|
@@ -18,113 +18,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from functools import lru_cache
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from agentft.data.calls import ToolRequest, strip_fence
-from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text
-from agentft.data.offered_tools import OfferedTool, read_offered_tools
+from agentft.data.grammar import Call, Observation, Part, Text
+from agentft.data.native_system import NativeSystem, read_system
 from agentft.data.records import Conversation, Message
-from agentft.data.render import CallForm, Kind, MsagentTemplate, Segment, Template, as_history, with_history
-from agentft.errors import ConfigError
-
-# --- The system text ---
-
-
-class SystemReading(StrEnum):
-    """What became of an MSAgent system text."""
-
-    none = "none"
-    """There is none."""
-    no_tools = "no_tools"
-    """It offers no tool: kept as it is."""
-    tools_native = "tools_native"
-    """The tools are in the layout's own block, and what the text said about marks is gone."""
-    tools_native_marks_kept = "tools_native_marks_kept"
-    """The tools are in the layout's own block; the text mentions marks in words that were not recognised, and keeps them."""
-    tools_unreadable = "tools_unreadable"
-    """A tool says more than a function declaration holds, or cannot be read: the whole text is kept as it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class NativeSystem:
-    """A system text for a native layout."""
-
-    text: str
-    """What is left of the text."""
-    tools: tuple[str, ...]
-    """Function declarations as JSON, one a tool."""
-    reading: SystemReading
-
-
-_ENTRY = re.compile(r"^[ \t]*\d{1,4}[.、)][ \t]*(?=\{)", re.MULTILINE)
-_DECODER = json.JSONDecoder(strict=False)
-_ENTRY_FIELDS = frozenset({"name", "description", "parameters", "url"})
-_CLAUSE = re.compile(r".+?(?:[。；;]\s*|\.(?=\s|\Z)\s*|\n\s*|\Z)", re.DOTALL)
-_CALL_WORDS = re.compile(r"api_name|json", re.IGNORECASE)
-
-
-@lru_cache(maxsize=512)
-def read_system(system: str) -> NativeSystem:
-    """Take the list of tools and the words about marks out of an MSAgent system text, where both are understood."""
-    offered = read_offered_tools(system)
-    if not offered:
-        return NativeSystem(system, (), SystemReading.no_tools if system.strip() else SystemReading.none)
-    remainder = _without_entries(system, offered)
-    if remainder is None:
-        return NativeSystem(system, (), SystemReading.tools_unreadable)
-    tools = tuple(dict.fromkeys(json.dumps(_declaration(tool), ensure_ascii=False) for tool in offered))
-    text = _without_words_about_marks(remainder)
-    if MARK.search(text):
-        return NativeSystem(remainder.strip(), tools, SystemReading.tools_native_marks_kept)
-    return NativeSystem(text.strip(), tools, SystemReading.tools_native)
-
-
-def _without_entries(system: str, offered: Sequence[OfferedTool]) -> str | None:
-    """The text around the list of tools; None where an entry is flawed or has fields of its own."""
-    if any(tool.problem for tool in offered):
-        return None
-    pieces: list[str] = []
-    position = 0
-    for _ in offered:
-        entry = _ENTRY.search(system, position)
-        if entry is None:
-            return None
-        value, end = _DECODER.raw_decode(system, entry.end())
-        if not _ENTRY_FIELDS.issuperset(value):
-            return None
-        pieces.append(system[position : entry.start()])
-        position = end
-    pieces.append(system[position:])
-    return "\n\n".join(piece.strip() for piece in pieces if piece.strip())
-
-
-def _without_words_about_marks(text: str) -> str:
-    """Leave out each clause that tells how to write a call between the think marks."""
-    clauses = _CLAUSE.findall(text)
-    return "".join(c for c in clauses if not (THINK_OPEN in c and THINK_CLOSE in c and _CALL_WORDS.search(c)))
-
-
-def _declaration(tool: OfferedTool) -> dict[str, Any]:
-    """One tool as the function declaration that chat layouts share: a name, a description, a JSON schema."""
-    properties: dict[str, Any] = {}
-    required: list[str] = []
-    for parameter in tool.parameters or ():
-        schema = {key: value for key, value in parameter.items() if key not in ("name", "required", "required_fields")}
-        if "required_fields" in parameter:  # what the readers of other layouts call a nested object's own list
-            schema["required"] = parameter["required_fields"]
-        properties[parameter["name"]] = schema
-        if parameter.get("required") in (True, "true", "True"):
-            required.append(parameter["name"])
-    parameters = {"type": "object", "properties": properties, "required": required}
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return {"type": "function", "function": function}
-
-
-# --- The layouts ---
-
+from agentft.data.render import CallForm, Kind, Segment, as_history, with_history
 
 HERMES_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
@@ -149,7 +50,7 @@ _MARK_LIKE = re.compile(r"</?\w+>|<\|")
 
 
 @dataclass(frozen=True, slots=True)
-class _NativeTemplate:
+class NativeTemplate:
     """What all native layouts share: the order of turns, and the laws of a step."""
 
     stop_token: str
@@ -236,7 +137,7 @@ class _NativeTemplate:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatmlTemplate(_NativeTemplate):
+class ChatmlTemplate(NativeTemplate):
     """`<|im_start|>role`, text, `<|im_end|>`; calls and results in the form of Hermes, as Qwen2.5 writes it."""
 
     call_form = CallForm.hermes
@@ -298,7 +199,7 @@ class Qwen3Template(ChatmlTemplate):
 
 
 @dataclass(frozen=True, slots=True)
-class Llama3Template(_NativeTemplate):
+class Llama3Template(NativeTemplate):
     """`<|start_header_id|>role<|end_header_id|>`, text, `<|eot_id|>`; results come from the role ipython.
 
     The tools stand in the system message, before its text, and no date does: the dates of Meta's own layout change from
@@ -377,88 +278,3 @@ def _json_call(request: ToolRequest, arguments: str) -> Iterator[Segment]:
 def _result_text(observation: Part) -> str:
     assert isinstance(observation, Observation)
     return strip_fence(observation.body)
-
-
-# --- The choice ---
-
-NAMES = ("msagent", "native", "chatml", "qwen2.5", "qwen3", "llama3")
-"""Values of `model.template`; `native` is one of the four behind it, by the tokenizer."""
-
-_FAMILIES: dict[str, tuple[type[_NativeTemplate], str, tuple[str, ...], str | None]] = {
-    "chatml": (ChatmlTemplate, "<|im_end|>", HERMES_MARKS, None),
-    "qwen2.5": (
-        ChatmlTemplate,
-        "<|im_end|>",
-        HERMES_MARKS,
-        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    ),
-    "qwen3": (Qwen3Template, "<|im_end|>", HERMES_MARKS, None),
-    "llama3": (Llama3Template, "<|eot_id|>", ("<|python_tag|>",), None),
-}
-
-
-def choose_template(name: str, tokenizer: Any, stop_token: str | None = None) -> Template:
-    """Return the layout `name` for a model with this tokenizer.
-
-    Args:
-        stop_token: ends every step; None: the layout's own, for `msagent` the tokenizer's end-of-sequence token.
-
-    Raises:
-        ConfigError: no layout of that name, or the tokenizer lacks a token that the layout is made of.
-    """
-    if name not in NAMES:
-        raise ConfigError(f"model.template={name!r}: unknown; expected one of {', '.join(NAMES)}")
-    if name == "msagent":
-        stop = stop_token or tokenizer.eos_token
-        if stop is None:
-            raise ConfigError("the tokenizer has no end-of-sequence token; set model.stop_token")
-        return MsagentTemplate(str(stop))
-    family = detect_family(tokenizer) if name == "native" else name
-    layout, own_stop, marks, default_system = _FAMILIES[family]
-    added = tokenizer.get_added_vocab()
-    needed = ("<|im_start|>",) if layout is not Llama3Template else ("<|start_header_id|>", "<|end_header_id|>")
-    missing = [token for token in (*needed, stop_token or own_stop) if token not in tokenizer.get_vocab()]
-    if missing:
-        raise ConfigError(f"model.template={name}: the tokenizer has no {' and no '.join(missing)}")
-    own_system = _own_default_system(tokenizer) if layout is ChatmlTemplate else None
-    return layout(
-        stop_token or own_stop,
-        frozenset(mark for mark in marks if mark in added),
-        own_system or default_system,
-    )
-
-
-def detect_family(tokenizer: Any) -> str:
-    """Name the family whose layout a tokenizer's tokens and chat template show.
-
-    Raises:
-        ConfigError: they show none.
-    """
-    tokens = tokenizer.get_added_vocab()
-    if "<|start_header_id|>" in tokens and "<|eot_id|>" in tokens:
-        return "llama3"
-    if "<|im_start|>" in tokens and "<|im_end|>" in tokens:
-        own = str(tokenizer.chat_template or "")
-        if "enable_thinking" in own or ("<think>" in tokens and (not own or "<think>" in own)):
-            return "qwen3"
-        if "<think>" in tokens:  # Qwen3 of July 2025, which never thinks and has no default system text
-            return "chatml"
-        return "qwen2.5" if "<tool_call>" in tokens or "created by Alibaba Cloud" in own else "chatml"
-    raise ConfigError(
-        "model.template=native: the tokenizer has neither <|im_start|> nor <|start_header_id|>, so its layout is not known; "
-        f"name one of {', '.join(NAMES[2:])}, or keep model.template=msagent"
-    )
-
-
-def _own_default_system(tokenizer: Any) -> str | None:
-    """The system text that the model's own ChatML template puts where a conversation has none."""
-    if not tokenizer.chat_template:
-        return None
-    from jinja2 import TemplateError
-
-    try:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except TemplateError:
-        return None  # a template that wants more than a user's message
-    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", shown, re.DOTALL)
-    return found[1] if found else None

@@ -138,7 +138,7 @@ class MsagentTemplate:
 
 
 def get_template(name: str, stop_token: str) -> MsagentTemplate:
-    """Return the layout `msagent`, ending every step with `stop_token`; `agentft.data.native` chooses among all layouts.
+    """Return the layout `msagent`, ending every step with `stop_token`; `template_choice` chooses among all layouts.
 
     Raises:
         ConfigError: another name.

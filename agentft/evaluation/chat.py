@@ -17,7 +17,7 @@ from typing import Any
 
 from agentft.data.calls import JsonRefused, read_json
 from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, Observation, Part
-from agentft.data.native import read_system
+from agentft.data.native_system import read_system
 from agentft.evaluation.places import step_places
 from agentft.evaluation.steps import Step
 

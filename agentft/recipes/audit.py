@@ -18,10 +18,10 @@ from agentft import progress
 from agentft.data.audit import Audit, Seen
 from agentft.data.config import DatasetConfig, TooLong
 from agentft.data.fit import Fitted, Outcome, fit_conversations
-from agentft.data.native import choose_template
 from agentft.data.records import Conversation, Rejection
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import ReadReport
+from agentft.data.template_choice import choose_template
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import DataError

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from agentft import progress
-from agentft.data.native import choose_template
 from agentft.data.render import Template
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import CheckpointError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from agentft.data.chat_templates import chat_template
-from agentft.data.native import choose_template
+from agentft.data.template_choice import choose_template
 from agentft.errors import ConfigError, RunError
 from agentft.model.config import Dtype, LoraConfig, ModelSource, QloraConfig, SftConfig
 from agentft.model.hub_push import parse_target, push_folder

@@ -17,8 +17,8 @@ import torch
 
 from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
-from agentft.data.native import choose_template
 from agentft.data.render import Template
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.distributed.spread import lead

@@ -8,7 +8,7 @@ from typing import Any
 
 from agentft.data.calls import strip_fence
 from agentft.data.grammar import Call, Observation
-from agentft.data.native import read_system
+from agentft.data.native_system import read_system
 from agentft.data.records import Conversation
 from agentft.data.render import Kind, Segment
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from agentft.data.config import LocalConfig, TooLong
 from agentft.data.fit import Fitted, Outcome, fit_conversations
 from agentft.data.grammar import Observation, segment_steps
-from agentft.data.native import choose_template
 from agentft.data.records import Conversation, Origin, read_record
 from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, shorten_observations
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
 from agentft.errors import DataError
 from agentft.evaluation.steps import all_steps

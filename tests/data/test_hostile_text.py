@@ -7,7 +7,7 @@ import json
 import pytest
 
 from agentft.data.files import JsonTextError, parse_json_value
-from agentft.data.native import SystemReading, read_system
+from agentft.data.native_system import SystemReading, read_system
 from agentft.data.offered_tools import read_offered_tools
 from agentft.data.records import Conversation, Origin, Rejection, read_record
 

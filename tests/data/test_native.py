@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from agentft.data.calls import ToolRequest
 from agentft.data.grammar import Call, Observation, Text, segment_steps
-from agentft.data.native import NAMES, SystemReading, choose_template, detect_family, read_system
+from agentft.data.native_system import SystemReading, read_system
 from agentft.data.records import Conversation, Origin, read_record
 from agentft.data.render import CallForm, Kind
+from agentft.data.template_choice import NAMES, choose_template, detect_family
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 from agentft.data.turn_builder import TurnBuilder
 from agentft.errors import ConfigError

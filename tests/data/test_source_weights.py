@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from agentft.data.config import LocalConfig, Split, WeightedPath
-from agentft.data.native import choose_template
 from agentft.data.records import Conversation, Origin, read_record
 from agentft.data.source_weights import in_showing_order
 from agentft.data.sources import LocalSource, ReadReport, read_conversations, read_local
 from agentft.data.splits import divide
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError
 from agentft.model.random_weights import byte_tokenizer

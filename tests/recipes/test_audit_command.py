@@ -199,7 +199,7 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(data: Pat
 
 
 def prepared_by(composed: AuditConfig):
-    from agentft.data.native import choose_template
+    from agentft.data.template_choice import choose_template
     from agentft.data.tokens import SegmentEncoder
     from agentft.model.load import load_tokenizer, locate_model
     from agentft.recipes.prepare import prepare_data

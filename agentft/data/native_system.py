@@ -1,0 +1,104 @@
+"""An MSAgent system text for a layout that has a block of tools of its own: the tools and the words about marks taken out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+
+from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN
+from agentft.data.offered_tools import OfferedTool, read_offered_tools
+
+
+class SystemReading(StrEnum):
+    """What became of an MSAgent system text."""
+
+    none = "none"
+    """There is none."""
+    no_tools = "no_tools"
+    """It offers no tool: kept as it is."""
+    tools_native = "tools_native"
+    """The tools are in the layout's own block, and what the text said about marks is gone."""
+    tools_native_marks_kept = "tools_native_marks_kept"
+    """The tools are in the layout's own block; the text mentions marks in words that were not recognised, and keeps them."""
+    tools_unreadable = "tools_unreadable"
+    """A tool says more than a function declaration holds, or cannot be read: the whole text is kept as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSystem:
+    """A system text for a native layout."""
+
+    text: str
+    """What is left of the text."""
+    tools: tuple[str, ...]
+    """Function declarations as JSON, one a tool."""
+    reading: SystemReading
+
+
+_ENTRY = re.compile(r"^[ \t]*\d{1,4}[.、)][ \t]*(?=\{)", re.MULTILINE)
+_DECODER = json.JSONDecoder(strict=False)
+_ENTRY_FIELDS = frozenset({"name", "description", "parameters", "url"})
+_CLAUSE = re.compile(r".+?(?:[。；;]\s*|\.(?=\s|\Z)\s*|\n\s*|\Z)", re.DOTALL)
+_CALL_WORDS = re.compile(r"api_name|json", re.IGNORECASE)
+
+
+@lru_cache(maxsize=512)
+def read_system(system: str) -> NativeSystem:
+    """Take the list of tools and the words about marks out of an MSAgent system text, where both are understood."""
+    offered = read_offered_tools(system)
+    if not offered:
+        return NativeSystem(system, (), SystemReading.no_tools if system.strip() else SystemReading.none)
+    remainder = _without_entries(system, offered)
+    if remainder is None:
+        return NativeSystem(system, (), SystemReading.tools_unreadable)
+    tools = tuple(dict.fromkeys(json.dumps(_declaration(tool), ensure_ascii=False) for tool in offered))
+    text = _without_words_about_marks(remainder)
+    if MARK.search(text):
+        return NativeSystem(remainder.strip(), tools, SystemReading.tools_native_marks_kept)
+    return NativeSystem(text.strip(), tools, SystemReading.tools_native)
+
+
+def _without_entries(system: str, offered: Sequence[OfferedTool]) -> str | None:
+    """The text around the list of tools; None where an entry is flawed or has fields of its own."""
+    if any(tool.problem for tool in offered):
+        return None
+    pieces: list[str] = []
+    position = 0
+    for _ in offered:
+        entry = _ENTRY.search(system, position)
+        if entry is None:
+            return None
+        value, end = _DECODER.raw_decode(system, entry.end())
+        if not _ENTRY_FIELDS.issuperset(value):
+            return None
+        pieces.append(system[position : entry.start()])
+        position = end
+    pieces.append(system[position:])
+    return "\n\n".join(piece.strip() for piece in pieces if piece.strip())
+
+
+def _without_words_about_marks(text: str) -> str:
+    """Leave out each clause that tells how to write a call between the think marks."""
+    clauses = _CLAUSE.findall(text)
+    return "".join(c for c in clauses if not (THINK_OPEN in c and THINK_CLOSE in c and _CALL_WORDS.search(c)))
+
+
+def _declaration(tool: OfferedTool) -> dict[str, Any]:
+    """One tool as the function declaration that chat layouts share: a name, a description, a JSON schema."""
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for parameter in tool.parameters or ():
+        schema = {key: value for key, value in parameter.items() if key not in ("name", "required", "required_fields")}
+        if "required_fields" in parameter:  # what the readers of other layouts call a nested object's own list
+            schema["required"] = parameter["required_fields"]
+        properties[parameter["name"]] = schema
+        if parameter.get("required") in (True, "true", "True"):
+            required.append(parameter["name"])
+    parameters = {"type": "object", "properties": properties, "required": required}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
