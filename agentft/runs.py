@@ -7,19 +7,13 @@ JSON where it is JSON, and free of the secrets of the environment.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import errno
 import functools
-import importlib.metadata
 import json
 import logging
-import math
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -27,23 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from agentft.errors import RunError
+from agentft.provenance import describe_surroundings
 from agentft.secrets import redact_command, redact_strings, redact_text
+from agentft.strict_json import json_text
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
 """`paused`: it reached `training.stop_at`, saved and examined, and a larger share goes on."""
 
 SWEEP_FOLDER_VARIABLE = "AGENTFT_SWEEP_DIR"
 """The environment variable by which a launcher tells its jobs which sweep folder they belong to."""
-
-_PACKAGES = (
-    *("agentft", "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
-    *("flash-attn", "bitsandbytes", "vllm", "modelscope", "datasets", "pyarrow", "numpy", "jieba", "rouge-score"),
-    *("hydra-core", "omegaconf", "wandb", "rich"),
-)
-_ENVIRONMENT = (
-    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "LANG", "LC_ALL", "SLURM_JOB_ID"),
-    *("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
-)
 
 _log = logging.getLogger(__name__)
 _held_locks: set[int] = set()
@@ -214,14 +200,7 @@ class RunFolder:
             "choices": choices,
             "sweep": None if (sweep := sweep_folder()) is None else str(sweep),
             "started": _now(),
-            "git": git_state(),
-            "python": platform.python_version(),
-            "packages": package_versions(),
-            "host": socket.gethostname(),
-            "platform": platform.platform(),
-            "cpu": {"model": _cpu_model(), "cores": _usable_cores()},
-            "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            "working_folder": str(Path.cwd()),
+            **describe_surroundings(),
             "pid": os.getpid(),
         }
         if taken := sorted(record.keys() & extra.keys()):
@@ -312,73 +291,10 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
-    """Strict JSON that any reader takes: NaN and the infinities, unknown to JSON, become the texts nan, inf, -inf."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case None | bool():
-            return value
-        case enum.Enum():
-            return _plain(value.value)
-        case str():
-            return str(value)
-        case int():
-            return int(value)
-        case float():
-            return float(value) if math.isfinite(value) else str(float(value))
-        case Mapping():
-            return {str(_plain(key)): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case set() | frozenset():
-            return sorted((_plain(item) for item in value), key=str)
-        case os.PathLike() | datetime():
-            return str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    if callable(scalar := getattr(value, "item", None)):  # a number of numpy or torch
-        return _plain(scalar())
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r:.80}")
-
-
 def sweep_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     """The folder of the sweep that this process is a job of, if it is one."""
     named = (os.environ if environ is None else environ).get(SWEEP_FOLDER_VARIABLE)
     return Path(named).absolute() if named else None
-
-
-def git_state() -> dict[str, Any]:
-    """Revision of the agentft checkout and whether tracked files differ from it; the reason where there is none."""
-    package = Path(__file__).parent
-    try:
-        # An installed agentft may lie inside some other project's repository: only one that tracks this file counts.
-        _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
-        revision = _git(package, "rev-parse", "HEAD")
-        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
-    except subprocess.CalledProcessError:
-        return {"revision": None, "dirty": None, "reason": "agentft does not run from a git checkout with a commit"}
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"revision": None, "dirty": None, "reason": f"git cannot be asked: {type(error).__name__}"}
-    return {"revision": revision, "dirty": bool(changed), "changed": changed.splitlines()[:20]}
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
-    return done.stdout.strip("\n")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that can change a result; those not installed are left out."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _file_name(name: str) -> str:
@@ -430,18 +346,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _now() -> str:

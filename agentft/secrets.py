@@ -191,26 +191,6 @@ def redact_command(command: Sequence[str], environ: Mapping[str, str] | None = N
     return shown
 
 
-def redact_exception(error: BaseException) -> None:
-    """Takes secrets out of the words of `error` and of all it came from, for a caller that others print the error for.
-
-    A traceback shows source lines, never values, so the words of the errors are the only place to look.
-    """
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        clean = tuple(redact_text(arg) if isinstance(arg, str) else arg for arg in one.args)
-        if clean != one.args:
-            one.args = clean
-        if isinstance(one, BaseExceptionGroup):
-            waiting += one.exceptions
-        waiting += [one.__cause__, one.__context__]
-
-
 def _secrets(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     """(spelling of a value, name of its variable), longest first, so that no secret is cut in two by a shorter one."""
     found: dict[str, str] = {}

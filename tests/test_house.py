@@ -20,7 +20,20 @@ FLOORS = {
     3: ("training", "evaluation"),
     2: ("model",),
     1: ("data",),
-    0: ("errors", "secrets", "runs", "runtime", "tracking", "progress", "world", "signals", "slurm", "__init__"),
+    0: (
+        "errors",
+        "secrets",
+        "runs",
+        "provenance",
+        "strict_json",
+        "runtime",
+        "tracking",
+        "progress",
+        "world",
+        "signals",
+        "slurm",
+        "__init__",
+    ),
 }
 """Room -> floor. A module imports rooms of lower floors and its own room; on floors 0, 4 and 5 also its neighbours."""
 

@@ -24,8 +24,9 @@ from agentft.recipes.config import ExportConfig, TrainConfig
 from agentft.recipes.evaluate import find_checkpoint
 from agentft.recipes.model_card import model_card
 from agentft.recipes.saved import saved_config
-from agentft.runs import RunFolder, json_text, read_json
+from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
+from agentft.strict_json import json_text
 from agentft.training.checkpoint import Checkpoint, load_checkpoint
 
 log = logging.getLogger(__name__)

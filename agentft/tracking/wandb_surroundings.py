@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from agentft.runs import json_text
 from agentft.secrets import redact_command, redact_text
+from agentft.strict_json import json_text
 
 
 def lower_is_better(key: str) -> bool:

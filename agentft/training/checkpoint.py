@@ -148,12 +148,6 @@ def newest_whole(root: Path, *, fallback: bool = True) -> Path | None:
     return None
 
 
-def load_newest(root: Path) -> Checkpoint | None:
-    """Load `newest_whole`."""
-    path = newest_whole(root)
-    return None if path is None else load_checkpoint(path, check=False)
-
-
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that is not to be used again to `<name>.aside-<n>`, where a person can still look at it."""
     number = 1

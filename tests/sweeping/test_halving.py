@@ -24,7 +24,7 @@ from agentft.runs import read_json
 from agentft.sweeping.halving import Halving, budget, rank_key, run_halving
 from agentft.sweeping.jobs import Job, identity_of
 from agentft.tracking import read_metrics
-from agentft.training.checkpoint import load_newest
+from agentft.training.checkpoint import load_checkpoint, newest_whole
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import pause_step
 
@@ -55,7 +55,9 @@ def test_a_paused_training_is_the_beginning_of_the_whole_one(tmp_path: Path) -> 
     for name in ("train/loss", "train/learning_rate", "eval/loss"):
         wanted = [(row["step"], row[name]) for row in rows if name in row]
         assert [(row["step"], row[name]) for row in rung_rows if name in row] == wanted
-    weights, rung_weights = (load_newest(result.run_dir / "checkpoints").tensors for result in (whole, results[-1]))
+    weights, rung_weights = (
+        load_checkpoint(newest_whole(result.run_dir / "checkpoints")).tensors for result in (whole, results[-1])
+    )
     assert weights.keys() == rung_weights.keys()
     for group, tensors in weights.items():
         for name, tensor in tensors.items():

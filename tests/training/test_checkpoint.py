@@ -12,7 +12,7 @@ from agentft.training.checkpoint import (
     find_damage,
     list_checkpoints,
     load_checkpoint,
-    load_newest,
+    newest_whole,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -72,16 +72,14 @@ def test_a_damaged_newest_falls_back_by_one_and_says_so(tmp_path, caplog):
     _save(tmp_path, 1)
     newest = _save(tmp_path, 2)
     (newest / "state.json").write_text("{}")
-    checkpoint = load_newest(tmp_path)
-    assert checkpoint is not None
-    assert checkpoint.step == 1
+    assert newest_whole(tmp_path) == tmp_path / "step-000001"
     assert "damaged" in caplog.text
 
 
 def test_all_damaged_never_starts_from_scratch(tmp_path):
     (_save(tmp_path, 1) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
-        load_newest(tmp_path)
+        newest_whole(tmp_path)
 
 
 def test_newest_is_by_number_not_by_name_or_time(tmp_path):
