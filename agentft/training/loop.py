@@ -236,8 +236,7 @@ def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch]
             size = _measure(job, batches)
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches, start=1):
-            if engine.world.size > 1:
-                random_state.seed_masks(job.plan.seed, counters.step, batch.ids)
+            random_state.seed_masks(job.plan.seed, counters.step, batch.ids)
             with engine.micro_batch(last=number == len(batches)):
                 with clock.phase("forward"):
                     loss = engine.loss(batch)

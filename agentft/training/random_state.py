@@ -1,4 +1,7 @@
-"""Random streams as tensors and JSON, so that a resumed run draws the same dropout masks."""
+"""Random streams: masks that follow from what they are for, and the streams themselves as tensors and JSON for a resume.
+
+Dropout needs no stream to be resumed. They are kept for whatever else a model's own code draws.
+"""
 
 from __future__ import annotations
 

@@ -61,6 +61,8 @@ def alone(laws, folder):
         found[f"{method}/bfloat16"] = _alone(
             laws, task | {"folder": str(folder / f"single-{method}-bf16"), "dtype": "bfloat16", "examine": False}
         )
+    dropout = {"option": "single", "method": "dropout", "folder": str(folder / "single-dropout")}
+    found["dropout"] = _alone(laws, dropout)
     return found
 
 
@@ -153,12 +155,12 @@ def test_engines_divide_what_the_plan_on_paper_says(alone, together, option):
 
 @needs_deepspeed
 def test_dropout_masks_belong_to_conversations_and_not_to_ranks(alone, together):
-    """Engines draw the same masks, and so does a run that goes on from a checkpoint of another engine."""
-    first = together["ddp", "dropout", ""]["losses"]
-    _assert_same(together["deepspeed_zero3", "dropout", ""]["losses"], first)
-    _assert_same(together["fsdp", "dropout", "ddp"]["losses"], first)
+    """One process and all engines draw the same masks, and so does a run that goes on under another engine."""
+    expected = alone["dropout"]["losses"]
+    for key in (("ddp", "dropout", ""), ("deepspeed_zero3", "dropout", ""), ("fsdp", "dropout", "ddp")):
+        _assert_same(together[key]["losses"], expected)
     without = alone["lora"]["losses"]
-    assert any(abs(here[1] - there[1]) > 1e-4 for here, there in zip(first, without, strict=True))
+    assert any(abs(here[1] - there[1]) > 1e-4 for here, there in zip(expected, without, strict=True))
 
 
 @needs_deepspeed

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from agentft.training import checkpoint, loop, random_state
+from agentft.training import checkpoint, engine, loop
 
 
 def apply(names: list[str]) -> None:
@@ -155,9 +155,14 @@ def time_of_save(_: str) -> None:
     loop.save_checkpoint = save
 
 
-def forget_random(_: str) -> None:
-    """Ablation: a resume that restores no random state."""
-    random_state.restore = lambda tensors, plain: None
+def forget_optimizer(_: str) -> None:
+    """Ablation: a resume that restores the weights and not AdamW's moments."""
+    original = engine.SingleEngine.load
+
+    def load(self, weights, optimizer, settings):
+        original(self, weights, {}, settings)
+
+    engine.SingleEngine.load = load
 
 
 def forget_cursor(_: str) -> None:
@@ -229,7 +234,7 @@ BY_NAME: dict[str, Callable[[str], None]] = {
         *(
             signal_in_evaluation,
             time_of_save,
-            forget_random,
+            forget_optimizer,
             forget_cursor,
             note_ids,
             limit_file_size,

@@ -126,9 +126,9 @@ def test_f14_every_conversation_once_per_epoch_in_the_order_of_the_undisturbed_r
     ledger("F14", seed=seed, kills=kills, in_save=0)
 
 
-@pytest.mark.parametrize("ablation", ["forget_random", "forget_cursor"])
+@pytest.mark.parametrize("ablation", ["forget_optimizer", "forget_cursor"])
 @pytest.mark.parametrize("seed", seeds(sample=1, full=6))
-def test_without_random_state_or_data_position_the_comparison_fails(zygote, golden, ledger, tmp_path, ablation, seed):
+def test_without_optimiser_or_data_position_the_comparison_fails(zygote, golden, ledger, tmp_path, ablation, seed):
     """The experiment bites: what a resume restores is needed, and its absence is seen."""
     draw = random.Random(f"ablation-{seed}")
     run = tmp_path / "run"
