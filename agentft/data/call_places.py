@@ -60,6 +60,8 @@ def _object_places(text: str, at: int) -> tuple[dict[str, Place], int]:
 
 
 def _after_space(text: str, at: int) -> int:
+    if text[at : at + 1] not in " \t\r\n":  # most often there is none; beyond the end "" is in every text
+        return at
     found = _SPACE.match(text, at)
     assert found is not None
     return found.end()

@@ -8,6 +8,7 @@ aside, and each of these outcomes is counted and listed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,13 @@ from agentft.data.render import Template
 from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, shorten_observations
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
 
-_BATCH = 512
-_BATCH_CHARACTERS = 2_000_000
+_BATCH = 128
+_BATCH_CHARACTERS = 500_000
+_BATCHES_AHEAD = 3
+"""Batches that are with the tokenizer while the oldest of them is taken back: it never waits for text."""
+_TOKENIZER_THREADS = 2
+"""While one hands its results to the interpreter, which takes the lock and one core, the other keeps the cores busy."""
+_NO_LABEL = ("no_label", "the agent says nothing in this conversation")
 _PRECISION = 16
 """Characters: how near the common length of shortened tool results comes to the greatest that fits."""
 T = TypeVar("T")
@@ -83,18 +89,17 @@ def fit_each(
 ) -> Iterator[Fitted]:
     """Fit each conversation in its own way, in order.
 
-    The tokenizer works on one batch while the next is read and rendered: it needs the interpreter only for its results.
+    The tokenizer works on some batches while the next is read and rendered: it needs the interpreter only for its results.
     """
     fitter = _Fitter(template, encoder, max_length)
-    with ThreadPoolExecutor(1, "tokenizer") as tokenizer:
-        waiting: _Batch | None = None
+    with ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer") as tokenizer:
+        waiting: deque[_Batch] = deque()
         for batch in _batches(items):
-            started = fitter.start(batch, tokenizer)
-            if waiting is not None:
-                yield from fitter.finish(waiting)
-            waiting = started
-        if waiting is not None:
-            yield from fitter.finish(waiting)
+            waiting.append(fitter.start(batch, tokenizer))
+            if len(waiting) > _BATCHES_AHEAD:
+                yield from fitter.finish(waiting.popleft())
+        while waiting:
+            yield from fitter.finish(waiting.popleft())
 
 
 def _batches(items: Iterable[tuple[Conversation, TooLong]]) -> Iterator[list[tuple[Conversation, TooLong]]]:
@@ -157,31 +162,35 @@ class _Fitter:
                 continue
             chunks = draft.to_encode
             found = list(islice(encoded, len(chunks)))
-            example = self.encoder.finish(draft, iter(found))
-            settled = self._settle(Piece(conversation, example), too_long)
+            tokens, labelled = draft.measure(found)
+            if not labelled:
+                fitted.append(_set_aside(conversation, tokens, _NO_LABEL))
+                continue
+            if tokens > self.max_length and too_long is TooLong.drop:
+                fitted.append(self._too_long(conversation, tokens))
+                continue
+            settled = self._settle(Piece(conversation, self.encoder.finish(draft, iter(found))), too_long)
             if isinstance(settled, _Unfitted):
                 settled.known.update((chunk.key, each) for chunk, each in zip(chunks, found, strict=True))
             fitted.append(settled)
         self._fit_together([each for each in fitted if isinstance(each, _Unfitted)])
         for each in fitted:
-            yield each if isinstance(each, Fitted) else each.outcome or self._too_long(each.whole)
+            if isinstance(each, Fitted):
+                yield each
+            else:
+                yield each.outcome or self._too_long(each.whole.conversation, len(each.whole.example))
 
     def _settle(self, whole: Piece, too_long: TooLong) -> Fitted | _Unfitted:
-        """What becomes of a conversation, or that it is to be fitted."""
+        """What becomes of a conversation that is to be used, or that it is to be fitted."""
         conversation, tokens = whole.conversation, len(whole.example)
-        if not whole.example.spans:
-            return _set_aside(conversation, tokens, ("no_label", "the agent says nothing in this conversation"))
         if tokens <= self.max_length:
             return Fitted(conversation, tokens, Outcome.whole, (whole,))
-        if too_long is TooLong.drop:
-            return self._too_long(whole)
         fit = self._newest_rounds if too_long is TooLong.fit else self._split
         return _Unfitted(whole, fit(whole))
 
-    def _too_long(self, whole: Piece) -> Fitted:
-        tokens = len(whole.example)
+    def _too_long(self, conversation: Conversation, tokens: int) -> Fitted:
         detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
-        return _set_aside(whole.conversation, tokens, ("too_long", detail))
+        return _set_aside(conversation, tokens, ("too_long", detail))
 
     def _fit_together(self, unfitted: Sequence[_Unfitted]) -> None:
         """Go all their ways side by side, so that the attempts of many conversations are encoded in one call."""

@@ -17,16 +17,13 @@ KindRun = tuple[int, int, Kind]
 
 def kind_runs(chunk: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[KindRun]:
     """The runs of one kind among the tokens of a chunk of frame and call; `offsets` are their places in its text."""
-    starts = [start for start, _ in offsets]
-    # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
-    stops = [max(stop, start + 1) for start, stop in offsets]
     runs: list[KindRun] = []
     end = done = 0
     for segment in chunk:
         begin, end = end, end + len(segment.text)
         if segment.kind is not Kind.call or begin == end:
             continue
-        first, last = max(bisect_right(stops, begin), done), bisect_left(starts, end)
+        first, last = max(bisect_right(offsets, begin, key=_stop), done), bisect_left(offsets, end, key=_start)
         if first >= last:
             continue
         if runs and first == done:
@@ -36,6 +33,15 @@ def kind_runs(chunk: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> l
                 runs.append((done, first, Kind.frame))
             runs.append((first, last, Kind.call))
         done = last
-    if done < len(starts):
-        runs.append((done, len(starts), Kind.frame))
+    if done < len(offsets):
+        runs.append((done, len(offsets), Kind.frame))
     return runs
+
+
+def _start(place: tuple[int, int]) -> int:
+    return place[0]
+
+
+def _stop(place: tuple[int, int]) -> int:
+    # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
+    return max(place[1], place[0] + 1)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any, Literal
 
 from agentft.data import forms
@@ -98,7 +99,7 @@ class Conversation:
     def user_hash(self) -> str:
         """SHA-256 of all user turns, white space collapsed."""
         turns = [" ".join(m.source.split()) for m in self.messages if m.role == "user"]
-        return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(f"[{', '.join(map(encode_basestring, turns))}]".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +340,8 @@ def _is_strict_json(text: str) -> bool:
 
 
 def _content_hash(messages: tuple[Message, ...]) -> str:
-    turns = [[message.role, message.source] for message in messages]
-    return hashlib.sha256(json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    turns = ",".join([f'["{message.role}",{encode_basestring(message.source)}]' for message in messages])
+    return hashlib.sha256(f"[{turns}]".encode()).hexdigest()
 
 
 def _is_encodable(text: str) -> bool:

@@ -11,10 +11,9 @@ the first would make the second unreachable in generation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from agentft.data.call_places import Place, call_places
 from agentft.data.grammar import Call, Observation, Part
@@ -47,8 +46,7 @@ CALL_KINDS = frozenset({Kind.call, Kind.frame})
 """What a call is made of: one piece for the tokenizer, so that telling them apart changes no token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of the training text with one fate."""
 
     text: str
@@ -159,7 +157,7 @@ def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tu
 def as_history(segments: Iterable[Segment]) -> Iterator[Segment]:
     """Yield the segments with what the agent says as context."""
     for segment in segments:
-        yield replace(segment, history=True) if segment.spoken else segment
+        yield segment._replace(history=True) if segment.spoken else segment
 
 
 def render_assistant(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:
@@ -168,15 +166,21 @@ def render_assistant(parts: Sequence[Part], stop_token: str) -> Iterator[Segment
     White space at the edges of a step is context: a step begins with its first visible character and ends with its last
     one, followed at once by the stop token.
     """
-    for observed, group in groupby(parts, key=lambda part: isinstance(part, Observation)):
-        if observed:
-            yield from (Segment(part.source, Kind.observation) for part in group)
-        else:
-            yield from _render_step(tuple(group), stop_token)
+    step: list[Part] = []
+    for part in parts:
+        if not isinstance(part, Observation):
+            step.append(part)
+            continue
+        if step:
+            yield from _render_step(step, stop_token)
+            step = []
+        yield Segment(part.source, Kind.observation)
+    if step:
+        yield from _render_step(step, stop_token)
 
 
 def _render_step(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:
-    source = "".join(part.source for part in parts)
+    source = parts[0].source if len(parts) == 1 else "".join([part.source for part in parts])
     start = len(source) - len(source.lstrip())
     stop = len(source.rstrip())
     if start >= stop:

@@ -142,12 +142,21 @@ class SegmentEncoder:
 
     def encode_chunks(self, chunks: Sequence[Chunk]) -> list[EncodedChunk]:
         """Ids and kinds of each chunk, with all cores. Other threads of this process run meanwhile."""
-        # Not `encode_batch_fast`, which leaves the places of tokens out: on large batches it was the slower of the two.
-        encodings = self._text_tokenizer.encode_batch([chunk.text for chunk in chunks], add_special_tokens=False)
-        return [
-            (encoding.ids, kind_runs(chunk.mixed, encoding.offsets) if chunk.mixed else None)
-            for chunk, encoding in zip(chunks, encodings, strict=True)
-        ]
+        # The places of tokens are asked for where they are needed: making them and throwing them away costs more than
+        # the ids, and the throwing away is done under the interpreter's lock.
+        tokenizer = self._text_tokenizer
+        plain = [chunk.text for chunk in chunks if not chunk.mixed]
+        mixed = [chunk.text for chunk in chunks if chunk.mixed]
+        of_plain = iter(tokenizer.encode_batch_fast(plain, add_special_tokens=False))
+        of_mixed = iter(tokenizer.encode_batch(mixed, add_special_tokens=False) if mixed else ())
+        encoded: list[EncodedChunk] = []
+        for chunk in chunks:
+            if chunk.mixed:
+                found = next(of_mixed)
+                encoded.append((found.ids, kind_runs(chunk.mixed, found.offsets)))
+            else:
+                encoded.append((next(of_plain).ids, None))
+        return encoded
 
     def finish(self, draft: Draft, encoded: Iterator[EncodedChunk]) -> Example:
         """Make the example of a draft; takes what its chunks became from `encoded`."""
@@ -204,6 +213,16 @@ class Draft:
     def to_encode(self) -> list[Chunk]:
         """The chunks that are text, in order."""
         return [chunk for chunk in self.chunks if not chunk.special]
+
+    def measure(self, encoded: Iterable[EncodedChunk]) -> tuple[int, bool]:
+        """How many tokens its example would have, and whether any of them would be a label; `encoded` as in `finish`."""
+        found = iter(encoded)
+        tokens, labelled = 0, False
+        for chunk in self.chunks:
+            size = 1 if chunk.special else len(next(found)[0])
+            tokens += size
+            labelled = labelled or (size > 0 and chunk.trained is not None)
+        return tokens, labelled
 
 
 def _all_marks_special(tokenizer_json: str) -> str:

@@ -63,7 +63,7 @@ class Account:
 
 def write_account(account: Account, path: Path) -> None:
     """Write an account as JSON."""
-    path.write_text(json.dumps(_plain(account), ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(account, ensure_ascii=False, default=_fields), encoding="utf-8")
 
 
 def read_account(path: Path) -> Account:
@@ -72,17 +72,15 @@ def read_account(path: Path) -> Account:
     return account
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON holds it. `dataclasses.asdict` would count the pairs of a Counter."""
-    if dataclasses.is_dataclass(value):
-        return {part.name: _plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON holds it; its values are asked for in their turn."""
+    return {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """What `_plain` made plain, as the type that its place declares."""
+    """What `_fields` made plain, as the type that its place declares."""
+    if hint is Any or hint in (str, int, float) or value is None:
+        return value
     kind = typing.get_origin(hint) or hint
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(kind):
@@ -90,7 +88,7 @@ def _typed(value: Any, hint: Any) -> Any:
         return typing.cast("type", kind)(**{name: _typed(part, hints[name]) for name, part in value.items()})
     if kind is Counter:
         return Counter(value)
-    if kind is dict and arguments:
+    if kind is dict and arguments and arguments[1] is not Any:
         return {key: _typed(item, arguments[1]) for key, item in value.items()}
     return [_typed(item, arguments[0]) for item in value] if kind is list and arguments else value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,7 +129,7 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
 
 def test_telling_frame_and_call_apart_changes_no_token(merging_tokenizer):
     segments = list(render_assistant(parse_assistant(SAID), "<|im_end|>"))
-    coarse = [replace(s, kind=Kind.frame) if s.kind in CALL_KINDS else s for s in segments]
+    coarse = [s._replace(kind=Kind.frame) if s.kind in CALL_KINDS else s for s in segments]
     fine, whole = SegmentEncoder(merging_tokenizer).encode([("fine", segments), ("whole", coarse)])
     assert fine.input_ids.tolist() == whole.input_ids.tolist()
     assert fine.labels.tolist() == whole.labels.tolist()
