@@ -1,9 +1,10 @@
 """Score a predictions file alone, without a model and without torch: `python -m agentft.score FILE.jsonl --json`.
 
-One JSON object a line and step: `conversation_id`, `step` (0, 1, ...), `reference` (raw assistant text of the step),
-`prediction` (raw model text); optionally `offered` (tool names, or objects with `name` and `parameters`), `after_call`,
-`language`, `rounds`, `seen_tool`, `piece_of` (id of the whole, where a long conversation was asked in pieces: they are
-drawn together for the intervals). Ends with status 1 and one line `file:line: ...` where the file is no exam.
+One JSON object a line and step: `conversation_id` (a string, or an integer that stands for its digits), `step`
+(0, 1, ...), `reference` (raw assistant text of the step), `prediction` (raw model text); optionally `offered` (tool
+names, or objects with `name` and `parameters`), `after_call`, `language`, `rounds`, `seen_tool`, `piece_of` (id of the
+whole, where a long conversation was asked in pieces: they are drawn together for the intervals). `-` reads standard
+input. Ends with status 1 and one line `file:line: ...` where the file is no exam.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_records(path: Path) -> list[StepRecord]:
-    """Read a predictions file; lines end with a line feed, lines of blanks alone are passed over.
+    """Read a predictions file, `-` for standard input; lines end with a line feed, blank ones are passed over.
 
     Raises:
         EvaluationError: `file:line: ...` for a broken line, a missing field, a wrong type or a step that stands twice;
             the file is empty or cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise EvaluationError(f"{path}: {error.strerror or error}") from None
     records: list[StepRecord] = []
@@ -135,7 +136,9 @@ def _percent(value: float | None) -> str:
 
 def _read_record(line: bytes) -> StepRecord:
     value = _read_object(line)
-    _require(value, "conversation_id", str, "a string")
+    if type(value.get("conversation_id")) is int:
+        value["conversation_id"] = str(value["conversation_id"])
+    _require(value, "conversation_id", str, "a string or an integer")
     _require(value, "step", int, "an integer from 0")
     if value["step"] < 0:
         raise EvaluationError(f"field 'step' is {value['step']}; expected an integer from 0")
@@ -214,7 +217,11 @@ def _print(text: str) -> None:
 
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m agentft.score", description="Score a file of agent predictions.")
-    parser.add_argument("file", type=Path, help="JSON lines: conversation_id, step, reference, prediction[, offered]")
+    parser.add_argument(
+        "file",
+        type=Path,
+        help="JSON lines: conversation_id, step, reference, prediction[, offered]; - reads standard input",
+    )
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a table")
     parser.add_argument("--output", type=Path, help="also write the report as JSON to this file")
     parser.add_argument("--steps", type=Path, help="also write the counts of every step, one JSON object a line")

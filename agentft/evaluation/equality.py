@@ -6,8 +6,8 @@
 | strings | by code point | NFKC, trimmed, blanks collapsed; no case folding, no punctuation removed |
 | numbers | one type: 1 = 1.0; integers never pass through float | decimal arithmetic, also for "1" = 1 = "1.0" |
 | booleans | are not numbers | "true" = true |
-| JSON inside a string | a string | compared as JSON (objects and arrays) |
-| null | a value | null or "" as a parameter = the parameter is absent |
+| JSON inside a string | a string | compared as JSON; a JSON string in a string stays text, its quotes are punctuation |
+| null | a value | "null" = null; null or "" as a parameter = the parameter is absent |
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def _lenient_text(text: str, depth: int) -> tuple[str, Any]:
     plain = _BLANKS.sub(" ", unicodedata.normalize("NFKC", trimmed)).strip()
     if plain in ("true", "false"):
         return ("boolean", plain == "true")
+    if plain == "null":
+        return _NULL
     if _JSON_NUMBER.fullmatch(plain):
         return ("number", Decimal(plain))
     return ("text", plain)

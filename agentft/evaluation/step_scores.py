@@ -237,11 +237,11 @@ def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
 def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
     calls = {number: parse_reply(record.reference).has_call for number, record in steps.items()}
     known = [record.offered for record in steps.values() if record.offered is not None]
-    union = {tool.name: tool for offered in known for tool in offered}
+    union = _by_name(tool for offered in known for tool in offered)
     language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
     completed = {}
     for number, record in steps.items():
-        own = {tool.name: tool for tool in record.offered or ()}
+        own = {name: tool for name, tool in _by_name(record.offered or ()).items() if tool.parameters is not None}
         completed[number] = dataclasses.replace(
             record,
             offered=tuple((union | own).values()) if known else None,
@@ -249,6 +249,19 @@ def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord
             after_call=_after_call(record, calls),
         )
     return completed
+
+
+def _by_name(tools: Iterable[OfferedTool]) -> dict[str, OfferedTool]:
+    """Tools by name; one that is declared several times takes the parameters of all declarations that give them."""
+    found: dict[str, OfferedTool] = {}
+    for tool in tools:
+        earlier = found.get(tool.name)
+        if earlier is None or earlier.parameters is None:
+            found[tool.name] = tool
+        elif tool.parameters is not None:
+            both = tuple(dict.fromkeys((*earlier.parameters, *tool.parameters)))
+            found[tool.name] = dataclasses.replace(tool, parameters=both)
+    return found
 
 
 def _after_call(record: StepRecord, calls: Mapping[int, bool]) -> bool | None:

@@ -294,7 +294,8 @@ BIG = 9007199254740993
         ({"a": 1}, '{"a": "1.0"}', False, True),
         ('{"a": 1, "b": 2}', '{"b":2,"a":1}', False, True),
         ("[1, 2", "[1, 2", True, True),
-        ("null", None, False, False),
+        ("null", None, False, True),
+        ('"a"', "a", False, False),
     ],
 )
 def test_equality_tables(left: Any, right: Any, strict: bool, lenient: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([{**STEP, "step": True}], 1, "field 'step' is true"),
         ([{**STEP, "step": 0.0}], 1, "field 'step' is 0.0"),
         ([{**STEP, "step": -1}], 1, "field 'step' is -1"),
-        ([{**STEP, "conversation_id": 7}], 1, "field 'conversation_id' is 7; expected a string"),
+        ([{**STEP, "conversation_id": 7.0}], 1, "field 'conversation_id' is 7.0; expected a string"),
+        ([{**STEP, "conversation_id": True}], 1, "field 'conversation_id' is true; expected a string"),
+        ([{**STEP, "conversation_id": 7}, {**STEP, "conversation_id": "7"}], 2, "stands in line 1 already"),
         ([{**STEP, "prediction": None}], 1, "field 'prediction' is null; expected a string"),
         ([{**STEP, "offered": "weather"}], 1, "expected a list of tool names or objects"),
         ([{**STEP, "offered": [{"parameters": []}]}], 1, "expected a tool name or an object with 'name'"),
@@ -118,6 +121,18 @@ def test_line_ends_byte_order_mark_and_surrogates(tmp_path: Path, capsys: pytest
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([json.dumps(STEP), json.dumps(bad)]).encode())
     assert main([str(path), "--json", "--draws", "10", "--allow-bad-references"]) == 0
     assert json.loads(capsys.readouterr().out)["quarantined"][0]["conversation_id"] == "\ud800\u2028"
+
+
+def test_standard_input_and_whole_numbers_as_ids(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(json.dumps({**STEP, "conversation_id": number}) + "\n" for number in (7, "c", 8))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["-", "--json", "--draws", "10"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["conversations"] == 3
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    assert main(["-", "--json"]) == 1
+    assert capsys.readouterr().err.startswith("-:1: not JSON")
 
 
 def test_scoring_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
