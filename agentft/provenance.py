@@ -16,7 +16,7 @@ from agentft.runtime import available_cores
 _PACKAGES = (
     *("agentft", "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
     *("flash-attn", "bitsandbytes", "vllm", "modelscope", "datasets", "pyarrow", "numpy", "jieba", "rouge-score"),
-    *("hydra-core", "omegaconf", "wandb", "rich"),
+    *("hydra-core", "omegaconf", "wandb", "rich", "liger-kernel"),
 )
 _ENVIRONMENT = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "LANG", "LC_ALL", "SLURM_JOB_ID"),

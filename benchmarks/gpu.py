@@ -8,7 +8,9 @@ tokens, 42 % labelled), the same for every variant. Variants:
 
 - `plain`: the transformers model with peft as they come, padded batches, logits of every position;
 - `agentft`: packed rows, logits at labelled positions, our layers, flash attention where it is installed;
-- `compiled`: the same with `torch.compile` over each block, with --compile.
+- `liger`: the same with norms, rotary positions and activations on Liger's kernels, which `model.kernels=auto` takes on
+  CUDA; where they are installed;
+- `compiled`: `agentft` with `torch.compile` over each block, with --compile.
 
 Printed for each: tokens and labelled tokens a second, model FLOPs over time as a share of the device's own bf16 matrix rate
 (measured here with 8192-wide matrices, not a data sheet's), peak memory. FLOPs are those that the mathematics needs:
@@ -36,6 +38,7 @@ from agentft.data.render import Kind  # noqa: E402
 from agentft.data.tokens import IGNORE_INDEX, Example, Span  # noqa: E402
 from agentft.model.adapters import prepare_for_training  # noqa: E402
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig  # noqa: E402
+from agentft.model.liger import load_liger  # noqa: E402
 from agentft.model.light_imports import import_model_libraries  # noqa: E402
 from agentft.training.loss import LabelledLoss  # noqa: E402
 
@@ -104,7 +107,8 @@ def measure(shape: str, method: str, variant: str, device: torch.device, steps: 
     attention = "flash_attention_2" if ours and cuda and is_flash_attn_2_available() else "sdpa"
     model = random_model(shape, device, attention, torch.float32 if full else torch.bfloat16)
     sft = (FullConfig if full else LoraConfig)(name=method, default_learning_rate=1e-5)
-    model = prepare_for_training(model, sft, ModelConfig(name=shape)).train()
+    kernels = load_liger() if variant == "liger" else None
+    model = prepare_for_training(model, sft, ModelConfig(name=shape), kernels).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not full:
@@ -113,7 +117,7 @@ def measure(shape: str, method: str, variant: str, device: torch.device, steps: 
         from agentft.training.compilation import compile_blocks
 
         compile_blocks(model)
-    objective = LabelledLoss(model, autocast=torch.bfloat16 if full else None)
+    objective = LabelledLoss(model, autocast=torch.bfloat16 if full else None, reads_head=ours)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     examples = conversations(per_step * (steps + 2), model.config.vocab_size)
     tokens = labelled = 0
@@ -178,10 +182,12 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else "CPU"
     rate = matrix_rate(device)
+    variants = ["plain", "agentft"]
+    variants += ["liger"] * (cuda and load_liger() is not None) + ["compiled"] * arguments.compile
     print(f"{name}, torch {torch.__version__}: bf16 matrix rate {rate / 1e12:.2f} TFLOP/s", flush=True)
     for shape in arguments.shapes or (["0.5B", "7B"] if cuda else ["tiny"]):
         for method in arguments.methods:
-            for variant in ("plain", "agentft", *(["compiled"] if arguments.compile else [])):
+            for variant in variants:
                 try:
                     found = measure(shape, method, variant, device, arguments.steps)
                     words = (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from agentft.errors import ConfigError
 from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, SftConfig
 from agentft.model.freeze import train_last_blocks
+from agentft.model.liger import LigerKernels, take_liger_layers
 from agentft.model.lora import attach_lora, save_adapter
 from agentft.model.native import Kernels
 from agentft.model.pissa import is_start
@@ -28,16 +29,17 @@ class ParameterCount:
 
 
 def prepare_for_training(
-    model: Any, sft: SftConfig, model_config: ModelConfig, kernels: Kernels | None = None
+    model: Any, sft: SftConfig, model_config: ModelConfig, kernels: Kernels | LigerKernels | None = None
 ) -> torch.nn.Module:
-    """Make `model` trainable as `sft` says; what is trained is kept in fp32. `kernels` compute parts of what is frozen.
+    """Make `model` trainable as `sft` says; what is trained is kept in fp32. Compiled `kernels` serve what is
+    frozen, Liger's every layer that they know.
 
     Raises:
         ConfigError: the model has no such layers.
     """
     match sft:
         case LoraConfig():
-            trainable = attach_lora(model, sft, model_config, kernels)
+            trainable = attach_lora(model, sft, model_config, kernels if isinstance(kernels, Kernels) else None)
         case FullConfig():
             trainable = model.float()
             trainable.requires_grad_(True)
@@ -45,6 +47,8 @@ def prepare_for_training(
             trainable = train_last_blocks(model, sft)
         case _:
             raise ConfigError(f"sft_type={sft.name}: unknown")
+    if isinstance(kernels, LigerKernels):
+        take_liger_layers(trainable, kernels)
     module: torch.nn.Module = trainable
     return module
 

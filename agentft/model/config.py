@@ -45,9 +45,12 @@ class Attention(StrEnum):
 
 class KernelChoice(StrEnum):
     auto = "auto"
-    """Compiled where adapters are trained in bf16 on a CPU and a C compiler is there; the choice is printed."""
+    """Compiled where adapters are trained in bf16 on a CPU and a C compiler is there, Liger's on CUDA where they are installed,
+    else torch; the choice is printed."""
     compiled = "compiled"
-    """Compiled, or refuse."""
+    """Compiled from `kernels.c`, for a CPU, or refuse."""
+    liger = "liger"
+    """Liger's Triton kernels, for CUDA, or refuse."""
     torch = "torch"
 
 
@@ -102,8 +105,8 @@ class ModelConfig:
     attention: Attention = Attention.auto
     """Implementation of attention. The old script's `use_flash_attn` is `auto`: flash where it is there and fits."""
     kernels: KernelChoice = KernelChoice.auto
-    """What computes norms, rotary positions, activations, softmax and dropout of a frozen model: torch, or our C code, which
-    is built once a machine; see docs/performance.md."""
+    """What computes norms, rotary positions and activations: torch; on a CPU our C code, built once a machine, which serves
+    frozen models and computes softmax and dropout, too; on CUDA Liger's kernels. See docs/performance.md."""
     offline: bool = False
     """Use what earlier runs have downloaded, and never the network."""
     allow_pickle: bool = False

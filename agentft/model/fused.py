@@ -178,9 +178,9 @@ def fuse_layers(model: nn.Module, kernels: Kernels | None = None) -> int:
             module.forward = _lora_forward(module, kernels)
         elif _is_frozen_rms_norm(module):
             module.forward = _norm_forward(module, kernels)
-        elif _is_frozen_gated_mlp(module):
+        elif is_gated_silu_mlp(module):
             module.forward = _mlp_forward(module, kernels)
-        elif kernels is not None and type(module).__name__ in _ATTENTIONS:
+        elif kernels is not None and type(module).__name__ in ATTENTIONS:
             module.forward = _attention_forward(module, kernels)
         else:
             continue
@@ -221,12 +221,13 @@ def _lora_forward(module: Any, kernels: Kernels | None) -> Any:
 def _is_frozen_rms_norm(module: nn.Module) -> bool:
     name = type(module).__name__
     weight = getattr(module, "weight", None)
-    return name in _RMS_NORMS and weight is not None and not weight.requires_grad
+    return name in RMS_NORMS and weight is not None and not weight.requires_grad
 
 
-_RMS_NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
+RMS_NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 _GATED_MLPS = frozenset({"LlamaMLP", "Qwen2MLP", "Qwen3MLP"})
-_ATTENTIONS = frozenset({"LlamaAttention", "Qwen2Attention", "Qwen3Attention"})
+ATTENTIONS = frozenset({"LlamaAttention", "Qwen2Attention", "Qwen3Attention"})
+"""Layers of transformers whose mathematics is known here, by the names of their classes."""
 
 
 def _for(x: torch.Tensor, kernels: Kernels | None) -> Kernels | None:
@@ -247,7 +248,8 @@ def _norm_forward(module: Any, kernels: Kernels | None) -> Any:
     return forward
 
 
-def _is_frozen_gated_mlp(module: nn.Module) -> bool:
+def is_gated_silu_mlp(module: nn.Module) -> bool:
+    """Whether the layer is `down(silu(gate(x)) * up(x))`."""
     if type(module).__name__ not in _GATED_MLPS:
         return False
     return type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")

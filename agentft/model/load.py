@@ -26,6 +26,9 @@ from agentft.model.config import (
 from agentft.model.file_names import read_json
 from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
 from agentft.model.hub_clients import HuggingFace, ModelScope
+from agentft.model.liger import INSTALL as LIGER_INSTALL
+from agentft.model.liger import LigerKernels, load_liger
+from agentft.model.light_imports import compiler_put_off
 from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
@@ -39,6 +42,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_KERNEL_NEEDS = {
+    KernelChoice.compiled: "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names)",
+    KernelChoice.liger: f"model.kernels=liger needs a CUDA device and the package: {LIGER_INSTALL}",
+}
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
 
 
@@ -192,26 +199,41 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
             return str(requested)
 
 
-def choose_kernels(config: ModelConfig, sft: SftConfig, device: Device, dtype: torch.dtype) -> Kernels | None:
-    """Load the compiled row-wise functions where they serve, or None, and say what `auto` took.
+def choose_kernels(
+    config: ModelConfig, sft: SftConfig, device: Device, dtype: torch.dtype
+) -> Kernels | LigerKernels | None:
+    """Load the row-wise functions that serve on this device, or None for torch's, and say what `auto` took.
 
     Raises:
-        ModelError: `compiled` was asked for and cannot run here.
+        ModelError: `compiled` or `liger` was asked for and cannot run here.
     """
+    asked = config.kernels
+    if asked is KernelChoice.torch:
+        return None
+    wanted = asked
+    if asked is KernelChoice.auto:
+        wanted = KernelChoice.liger if device.is_cuda else KernelChoice.compiled
+    kernels = _liger(device) if wanted is KernelChoice.liger else _compiled(config, sft, device, dtype)
+    if asked is KernelChoice.auto:
+        if device.is_cuda or _compiled_fits(sft, device, dtype):
+            log.info("model.kernels=auto: %s", "torch" if kernels is None else wanted)
+    elif kernels is None:
+        raise ModelError(_KERNEL_NEEDS[asked] + "; model.kernels=auto takes torch where one of them is missing")
+    return kernels
+
+
+def _liger(device: Device) -> LigerKernels | None:
+    return load_liger() if device.is_cuda else None
+
+
+def _compiled(config: ModelConfig, sft: SftConfig, device: Device, dtype: torch.dtype) -> Kernels | None:
+    return load_kernels(config.cache_dir) if _compiled_fits(sft, device, dtype) else None
+
+
+def _compiled_fits(sft: SftConfig, device: Device, dtype: torch.dtype) -> bool:
     import torch
 
-    fits = device.kind == "cpu" and dtype is torch.bfloat16 and isinstance(sft, LoraConfig)
-    if config.kernels is KernelChoice.torch or (config.kernels is KernelChoice.auto and not fits):
-        return None
-    kernels = load_kernels(config.cache_dir) if fits else None
-    if config.kernels is KernelChoice.auto:
-        log.info("model.kernels=auto: %s", "torch" if kernels is None else "compiled")
-    elif kernels is None:
-        raise ModelError(
-            "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names); "
-            "model.kernels=auto takes torch where one of them is missing"
-        )
-    return kernels
+    return device.kind == "cpu" and dtype is torch.bfloat16 and isinstance(sft, LoraConfig)
 
 
 def load_model(
@@ -232,15 +254,17 @@ def load_model(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if config.allow_pickle else True,
-            **({} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}),
-        )
+        with compiler_put_off():
+            model = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=None if config.allow_pickle else True,
+                **quantized,
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
     # Packed or padded training rows must never meet a cache; generation passes its own.

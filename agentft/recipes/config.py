@@ -37,10 +37,10 @@ class TrainConfig:
     """CPU threads for torch; null: all cores. Recorded, since it decides the last bits of a loss."""
 
     def __post_init__(self) -> None:
-        if self.training.compile and self.model.kernels is KernelChoice.compiled:
+        if self.training.compile and self.model.kernels in (KernelChoice.compiled, KernelChoice.liger):
             raise ConfigError(
-                "training.compile=true with model.kernels=compiled: torch's compiler does not see into our C code; "
-                "take one of them"
+                f"training.compile=true with model.kernels={self.model.kernels}: torch's compiler fuses the same parts, and "
+                "does not see into other compiled code; take one of them"
             )
         if self.dataset.max_length > self.model.context:
             raise ConfigError(

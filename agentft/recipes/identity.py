@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentft.data.batches import StepPlan
-from agentft.model.config import QloraConfig, SftConfig
+from agentft.model.config import KernelChoice, QloraConfig, SftConfig
+from agentft.model.liger import LigerKernels
+from agentft.model.native import Kernels
 from agentft.recipes.config import TrainConfig
 from agentft.training.loss import causal_model
 
@@ -43,16 +45,27 @@ def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 
         "sft_type": asdict(config.sft_type),
         "dtype": str(bench.dtype),
         "attention": causal_model(bench.model).config._attn_implementation,
-        "kernels": "torch" if bench.kernels is None else "compiled",
+        "kernels": str(kernels_of(bench.kernels)),
         "seed": config.seed,
         "engine": config.distributed.name,
         "ranks": ranks,
         "threads": bench.device.threads,
         "device": bench.device.name,
-        "versions": versions(config.sft_type),
+        "versions": versions(config.sft_type, liger=isinstance(bench.kernels, LigerKernels)),
         "total_steps": plan.total_steps,
         "training": training,
     }
+
+
+def kernels_of(kernels: Kernels | LigerKernels | None) -> KernelChoice:
+    """Return who computes row-wise parts."""
+    match kernels:
+        case None:
+            return KernelChoice.torch
+        case LigerKernels():
+            return KernelChoice.liger
+        case _:
+            return KernelChoice.compiled
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -62,8 +75,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def versions(sft: SftConfig) -> dict[str, str]:
+def versions(sft: SftConfig, *, liger: bool = False) -> dict[str, str]:
     """Return the releases of what computes a loss; of Python, the two numbers that matter."""
     python = ".".join(platform.python_version_tuple()[:2])
-    packages = (*_PACKAGES, "bitsandbytes") if isinstance(sft, QloraConfig) else _PACKAGES
+    packages = [*_PACKAGES]
+    if isinstance(sft, QloraConfig):
+        packages.append("bitsandbytes")
+    if liger:
+        packages += ["liger-kernel", "triton"]
     return {"python": python} | {name: importlib.metadata.version(name) for name in packages}

@@ -26,6 +26,7 @@ from agentft.errors import RunError
 from agentft.evaluation.answer_file import Answerer
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.config import FullConfig, trains_weights
+from agentft.model.liger import LigerKernels
 from agentft.model.light_imports import import_model_libraries
 from agentft.model.load import (
     ModelFiles,
@@ -87,8 +88,8 @@ class Bench:
     stop_id: int
     data: PreparedData
     model: torch.nn.Module
-    kernels: Kernels | None = None
-    """Compiled parts that compute with torch, where they serve."""
+    kernels: Kernels | LigerKernels | None = None
+    """What computes row-wise parts in torch's place, where it serves."""
 
     @property
     def pad_id(self) -> int:
@@ -223,12 +224,14 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
 def set_up_engine(config: TrainConfig, bench: Bench, world: World) -> Engine:
     """Hand the loaded model to the engine of `distributed`."""
     mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
+    # Engines that shard gather the head's weight only around a call of the head.
+    sharded = loads_on_cpu(config.distributed)
     objective = LabelledLoss(
         bench.model,
         autocast=bench.dtype if mixed else None,
         rate_factors=rate_factors(config.sft_type),
-        # They read the head's weight directly, which sharding engines gather only around a call of the head.
-        kernels=None if loads_on_cpu(config.distributed) else bench.kernels,
+        kernels=None if sharded or isinstance(bench.kernels, LigerKernels) else bench.kernels,
+        reads_head=not sharded,
     )
     checkpointing = config.training.gradient_checkpointing
     if checkpointing or (checkpointing is None and bench.device.is_cuda):

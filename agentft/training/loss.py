@@ -35,6 +35,7 @@ class LabelledLoss(nn.Module):
         autocast: torch.dtype | None = None,
         rate_factors: Mapping[str, float] | None = None,
         kernels: Kernels | None = None,
+        reads_head: bool = False,
     ) -> None:
         """Wrap `model`.
 
@@ -42,11 +43,14 @@ class LabelledLoss(nn.Module):
             autocast: Matrix products of fp32 weights run in this dtype.
             rate_factors: For the optimiser: part of a parameter's name -> its learning rate over the others'.
             kernels: Compute the loss behind a frozen head in bf16.
+            reads_head: A frozen head's weight can be read outside its own forward pass: on CUDA the gradient is then made
+                in the forward pass, and no logits are computed twice.
         """
         super().__init__()
         self.model = model
         self.autocast = autocast
         self.kernels = kernels
+        self.reads_head = reads_head
         self.rate_factors = dict(rate_factors or {})
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -69,6 +73,7 @@ class LabelledLoss(nn.Module):
             output_head(self.model),
             None if weights_BT is None else weights_BT.flatten().index_select(0, at_N + 1),
             self.kernels,
+            at_once=self.reads_head and hidden_BTD.is_cuda,
         )
         return loss
 
@@ -103,9 +108,15 @@ def chunked_cross_entropy(
     head: nn.Module,
     weights_N: torch.Tensor | None = None,
     kernels: Kernels | None = None,
+    *,
+    at_once: bool = False,
 ) -> torch.Tensor:
-    """Sum the cross-entropy of `head(hidden)` against `targets` over N positions, `CHUNK` of them at a time."""
-    if kernels is not None and _is_frozen_linear(head) and hidden_ND.dtype is torch.bfloat16:
+    """Sum the cross-entropy of `head(hidden)` against `targets` over N positions, `CHUNK` of them at a time.
+
+    With `kernels` or `at_once`, behind a frozen head, the gradient is made in the same pass.
+    """
+    fits = at_once or (kernels is not None and hidden_ND.dtype is torch.bfloat16)
+    if fits and _is_frozen_linear(head):
         inputs = (hidden_ND, head.weight, targets_N, weights_N, kernels)
         compiled: torch.Tensor = FrozenHeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
         return compiled
@@ -122,7 +133,7 @@ def chunked_cross_entropy(
 class FrozenHeadLoss(torch.autograd.Function):
     """Summed cross-entropy behind a frozen head, whose gradient is made in the forward pass: no logits outlive their chunk."""
 
-    CHUNK = 256
+    COMPILED_CHUNK = 256
 
     @staticmethod
     def forward(
@@ -131,17 +142,19 @@ class FrozenHeadLoss(torch.autograd.Function):
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
         weights_N: torch.Tensor | None,
-        kernels: Kernels,
+        kernels: Kernels | None,
     ) -> torch.Tensor:
         """Return the loss, fp32."""
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        cross_entropy = _cross_entropy if kernels is None else kernels.cross_entropy_
+        chunk = CHUNK if kernels is None else FrozenHeadLoss.COMPILED_CHUNK
         gradients = []
-        for at in range(0, len(targets_N), FrozenHeadLoss.CHUNK):
-            piece = slice(at, at + FrozenHeadLoss.CHUNK)
+        for at in range(0, len(targets_N), chunk):
+            piece = slice(at, at + chunk)
             logits_NV = functional.linear(hidden_ND[piece], weight_VD)
             weights = None if weights_N is None else weights_N[piece]
-            total += kernels.cross_entropy_(logits_NV, targets_N[piece], weights).sum()
-            gradients.append(logits_NV @ weight_VD)
+            total += cross_entropy(logits_NV, targets_N[piece], weights).sum()
+            gradients.append((logits_NV @ weight_VD).to(hidden_ND.dtype))
         ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden_ND))
         return total
 
@@ -149,6 +162,20 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * gradients[0], None, None, None, None
+
+
+def _cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+    """As `Kernels.cross_entropy_`: each row's weighted loss, fp32, with its gradient left in place of the logits."""
+    wide_NV = logits_NV.float()
+    log_sums_N = wide_NV.logsumexp(-1)
+    losses_N = log_sums_N - wide_NV.gather(1, targets_N[:, None]).squeeze(1)
+    gradient_NV = torch.exp(wide_NV - log_sums_N[:, None])
+    gradient_NV.scatter_add_(1, targets_N[:, None], gradient_NV.new_full((len(targets_N), 1), -1.0))
+    if weights_N is not None:
+        gradient_NV.mul_(weights_N[:, None])
+        losses_N = losses_N * weights_N
+    logits_NV.copy_(gradient_NV)
+    return losses_N
 
 
 def _is_frozen_linear(head: Any) -> bool:

@@ -8,7 +8,8 @@ import torch
 from agentft.data.batches import collate, collate_packed
 from agentft.data.tokens import tokenize
 from agentft.model.adapters import prepare_for_training
-from agentft.model.config import LoraConfig, ModelConfig
+from agentft.model.config import FullConfig, LoraConfig, ModelConfig
+from agentft.model.liger import load_liger
 from agentft.training.loss import LabelledLoss
 
 pytestmark = [
@@ -58,11 +59,42 @@ def test_packed_equals_unpacked(examples, attn):
         assert (found[name] - gradient).norm() <= close * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["adapters", "full"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_ligers_kernels_are_as_near_to_fp32_as_torchs(family, trained):
+    """In bf16 both err against fp32; Liger's may err at most a half more."""
+    import transformers
+
+    kernels = load_liger()
+    if kernels is None:
+        pytest.skip("liger-kernel is not installed: pip install 'agentft[gpu]'")
+    sft = FullConfig if trained else LoraConfig
+
+    def results(dtype, used):
+        torch.manual_seed(3)
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, use_cache=False,
+        )  # fmt: skip
+        model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="sdpa")
+        model = model.cuda().to(torch.float32 if trained else dtype)
+        model = prepare_for_training(model, sft(name="x", default_learning_rate=1.0), ModelConfig(name="tiny"), used)
+        with torch.autocast("cuda", torch.bfloat16, enabled=trained and dtype is torch.bfloat16):
+            logits = model.eval()(input_ids=torch.arange(200, device="cuda").view(2, 100)).logits
+        logits.float().square().mean().backward()
+        return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+    wanted = results(torch.float32, None)
+    torchs, ligers = ((results(torch.bfloat16, used) - wanted).norm() for used in (None, kernels))
+    assert ligers <= 1.5 * torchs + 1e-6 * wanted.norm()
+
+
 @pytest.mark.parametrize("pack", [False, True])
-def test_the_loss_of_a_batch_waits_for_nothing(examples, pack):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_loss_of_a_batch_waits_for_nothing(examples, pack, at_once):
     """Our part of a step never asks the device for a number; transformers' own mask building does once a forward pass."""
     model = _model("sdpa", torch.bfloat16)
-    objective = LabelledLoss(model)
+    objective = LabelledLoss(model, reads_head=at_once)
     batch = collate_packed(examples[:3]) if pack else collate(examples[:3], 0)
     hidden = torch.randn(*batch.input_ids_BT.shape, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     moved = batch.to(torch.device("cuda"))

@@ -17,6 +17,7 @@ from agentft.model.config import FullConfig, KernelChoice, LoraConfig, ModelConf
 from agentft.model.load import choose_kernels
 from agentft.model.native import load_kernels
 from agentft.runtime import Device
+from agentft.training import loss as loss_module
 from agentft.training.loss import FrozenHeadLoss, LabelledLoss, chunked_cross_entropy, packed_arguments
 
 LORA = LoraConfig(name="lora", default_learning_rate=1e-3, rank=4, dropout=0.0)
@@ -163,11 +164,33 @@ def test_the_loss_behind_a_frozen_head_equals_the_plain_one(kernels, count, weig
     assert (left.grad.double() - right.grad).norm() <= 0.01 * right.grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_loss_that_makes_its_gradient_at_once_equals_the_plain_one(monkeypatch, weighted, dtype):
+    """As on CUDA, where no C code serves."""
+    monkeypatch.setattr(loss_module, "CHUNK", 7)
+    torch.manual_seed(3)
+    head = nn.Linear(16, 50, bias=False).to(dtype).requires_grad_(False)
+    hidden, targets = torch.randn(20, 16).to(dtype), torch.randint(0, 50, (20,))
+    weights = torch.rand(20) if weighted else None
+    left, right = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    loss = chunked_cross_entropy(left, targets, head, weights, at_once=True)
+    wanted = functional.cross_entropy(functional.linear(right, head.weight.double()), targets, reduction="none")
+    wanted = (wanted * (1.0 if weights is None else weights.double())).sum()
+    (loss / 7).backward()
+    (wanted / 7).backward()
+    close = 1e-6 if dtype is torch.float32 else 2e-3
+    torch.testing.assert_close(loss.double(), wanted, rtol=close, atol=close)
+    assert left.grad.dtype is dtype
+    assert (left.grad.double() - right.grad).norm() <= 5 * close * right.grad.norm()
+
+
 def test_a_head_that_is_trained_or_has_a_bias_takes_the_plain_way(kernels, monkeypatch):
     monkeypatch.setattr(FrozenHeadLoss, "apply", lambda *_: pytest.fail("not for this"))
     hidden, targets = torch.randn(3, 4).bfloat16(), torch.tensor([1, 2, 3])
     for head in (nn.Linear(4, 6, bias=False).bfloat16(), nn.Linear(4, 6).bfloat16().requires_grad_(False)):
         assert chunked_cross_entropy(hidden, targets, head, None, kernels) > 0
+        assert chunked_cross_entropy(hidden, targets, head, None, at_once=True) > 0
 
 
 def test_dropout_is_seeded_and_alike_forward_and_backward(kernels, examples):
@@ -205,7 +228,6 @@ def test_who_computes_is_chosen_by_what_is_there(monkeypatch, tmp_path, kernels,
     assert choose_kernels(auto, LORA, cpu, torch.bfloat16) is not None
     assert "model.kernels=auto: compiled" in caplog.text
     assert choose_kernels(auto, LORA, cpu, torch.float32) is None
-    assert choose_kernels(auto, LORA, gpu, torch.bfloat16) is None
     assert choose_kernels(auto, FullConfig(name="full", default_learning_rate=1.0), cpu, torch.bfloat16) is None
     torch_only = ModelConfig(name="x", kernels=KernelChoice.torch)
     assert choose_kernels(torch_only, LORA, cpu, torch.bfloat16) is None
