@@ -1,7 +1,7 @@
 """Answers to held-out steps: our engine against the plain way, on the same conversations, in turn in one run.
 
     python benchmarks/generation.py [--data ../shared/data/dev.jsonl] [--adapter runs/<run>/final] [--dtype fp32]
-        [--conversations 8] [--new 128] [--threads 2] [--rounds 2]
+        [--conversations 8] [--new 128] [--threads 2] [--rounds 2] [--only multi single]
 
 The plain way is transformers' `generate`: greedy, batch 8, left padding, every step's context computed from its first token,
 steps sorted by length so that little is padded. Ours are the same model and the same steps with and without speculation.
@@ -10,8 +10,8 @@ Adapters are merged in all of them. Two sets: `multi`, conversations of at least
 Without `--data` the synthetic conversations serve. Without `--adapter` the model is untrained: it seldom ends an answer, so
 nearly all have `--new` tokens; a trained one shows what an evaluation after training costs.
 
-Printed per variant: CPU and wall seconds (least of the rounds), new tokens, the share of answers equal to the plain ones;
-and the ratio of the plain way's seconds to each.
+Printed per variant: CPU and wall seconds (least of the rounds), new tokens, answers equal to the plain ones up to
+where an invented result or turn begins; and the ratio of the plain way's seconds to each.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def answer_plainly(model: Any, tokenizer: Any, steps: list[Any], new: int) -> tu
     """Answer with transformers' generate; return texts in order and the number of new tokens."""
     import torch
 
+    from agentft.evaluation.generate import TEXT_STOPS
+
     texts: dict[int, str] = {}
     tokens = 0
     order = sorted(range(len(steps)), key=lambda index: -steps[index].start)
@@ -100,18 +102,23 @@ def answer_plainly(model: Any, tokenizer: Any, steps: list[Any], new: int) -> tu
             end = answer.index(pad) if pad in answer else len(answer)
             tokens += min(end + 1, len(answer))
             texts[index] = tokenizer.decode(answer[:end], skip_special_tokens=False)
+            for stop in TEXT_STOPS:  # generate goes on into an invented result or turn; what comes then is no answer
+                texts[index] = texts[index].split(stop)[0]
     return [texts[index] for index in range(len(steps))], tokens
 
 
 def answer_ours(model: Any, tokenizer: Any, steps: list[Any], new: int, **options: Any) -> tuple[list[str], int]:
     """Answer with our engine."""
-    from agentft.evaluation.generate import GreedyGenerator
+    from agentft.evaluation.generate import TEXT_STOPS, GreedyGenerator
 
     generator = GreedyGenerator(
         model, tokenizer, stop_id=tokenizer.eos_token_id, slots=BATCH, max_new_tokens=new, **options
     )
     answers = generator.answer(steps)
-    return [answer.text for answer in answers], sum(answer.tokens for answer in answers)
+    texts = [answer.text for answer in answers]
+    for stop in TEXT_STOPS:
+        texts = [text.split(stop)[0] for text in texts]
+    return texts, sum(answer.tokens for answer in answers)
 
 
 def main() -> None:
@@ -143,12 +150,14 @@ def main() -> None:
         best: dict[str, tuple[float, float]] = {}
         texts: dict[str, list[str]] = {}
         counts: dict[str, int] = {}
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             for name, run in variants.items():
                 started, started_cpu = time.perf_counter(), time.process_time()
                 texts[name], counts[name] = run(steps)
-                spent = (time.process_time() - started_cpu, time.perf_counter() - started)
-                best[name] = min(best.get(name, spent), spent)
+                cpu, wall = time.process_time() - started_cpu, time.perf_counter() - started
+                best[name] = (min(best[name][0], cpu), min(best[name][1], wall)) if name in best else (cpu, wall)
+                # At once: a run that is cut short has said what it knew.
+                print(f"  round {number + 1} {name}: CPU {cpu:.1f} s, wall {wall:.1f} s", flush=True)
         for name, (cpu, wall) in best.items():
             equal = sum(a == b for a, b in zip(texts[name], texts["plain"], strict=True))
             print(

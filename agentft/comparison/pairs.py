@@ -42,14 +42,18 @@ class Pair:
         found = self.found
         discordant = found.mcnemar_only_a + found.mcnemar_only_b
         cross = (
-            f"cross-check on exact action steps (McNemar): {found.mcnemar_only_a} only in A, {found.mcnemar_only_b} only "
-            f"in B, p {_p(found.mcnemar_p)}"
+            f"cross-check by McNemar's test on action steps exact in one run alone: {found.mcnemar_only_a} in A, "
+            f"{found.mcnemar_only_b} in B, p {_p(found.mcnemar_p)} (it takes the steps of a conversation as independent)"
             if discordant
-            else "cross-check on exact action steps (McNemar): the same steps are exact in A and in B"
+            else "cross-check by McNemar's test: the same action steps are exact in A and in B"
         )
         few = found.conversations < INDICATIVE_BELOW
-        size = (f"only {found.conversations} conversations: intervals are indicative",) if few else ()
-        return (*found.words, cross, *size)
+        size = (
+            (f"{found.conversations} conversations: below {INDICATIVE_BELOW} all intervals are indicative",)
+            if few
+            else ()
+        )
+        return (found.verdict, *found.words, cross, *size)
 
 
 def names_one_exam(path: Path) -> bool:

@@ -8,6 +8,7 @@ content and tool calls, becomes one text in MSAgent's layout, read and scored li
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,15 +46,19 @@ class ChatStep:
     """Name of a tool as it is sent -> its own: endpoints allow letters, digits, `_` and `-` only."""
 
 
-def chat_step(step: Step, shown: int = 0) -> ChatStep:
+def chat_step(step: Step, shown: int = 0, *, as_recorded: bool = False) -> ChatStep:
     """Lay out the context of a step; its own reference is not in it.
 
     Args:
         step: What is asked.
         shown: Steps at the start of the conversation that are context only, see `shown_steps`.
+        as_recorded: Leave everything in the record's own marks, the list of tools in the system text too: for a model
+            that was trained on them, such as an exported run. Results are messages of role `tool`.
     """
     conversation = step.conversation
     system = read_system(conversation.system)
+    if as_recorded:
+        system = dataclasses.replace(system, text=conversation.system or "", tools=())
     tools = [json.loads(tool) for tool in system.tools]
     called = [request.name for call in conversation.calls for request in call.requests]
     sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
@@ -64,7 +69,8 @@ def chat_step(step: Step, shown: int = 0) -> ChatStep:
             messages.append({"role": "user", "content": message.source})
         elif message.role == "assistant":
             parts = message.parts[: place.start] if number == place.message else message.parts
-            messages += _assistant(parts, sent, f"{number}", native=bool(tools))
+            turn = _assistant(parts, sent, f"{number}", native=bool(tools))
+            messages += _with_tool_role(turn) if as_recorded else turn
     return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
 
 
@@ -134,6 +140,15 @@ def _exchange(
     bodies[len(ids) - 1 :] = ["\n".join(bodies[len(ids) - 1 :])] if len(bodies) >= len(ids) else []
     for name, body in zip_longest(ids, bodies, fillvalue=""):
         yield {"role": "tool", "tool_call_id": name, "content": body}
+
+
+def _with_tool_role(turn: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Results in marks as messages of their role, which a template of the record's own layout writes in their place."""
+    for number, message in enumerate(turn):
+        if message["role"] == "assistant":
+            yield message
+        else:
+            yield {"role": "tool", "tool_call_id": f"result_{number}", "content": message["content"]}
 
 
 def _safe_names(names: Sequence[str]) -> dict[str, str]:

@@ -154,7 +154,8 @@ class OpenAIEngine:
         return [answers[order] for order in range(len(steps))]
 
     def _ask(self, step: Step) -> Answer:
-        chat = chat_step(step, self._shown_steps.get(step.conversation.id, 0))
+        as_recorded = self._endpoint.fields.get("tools", ...) is None
+        chat = chat_step(step, self._shown_steps.get(step.conversation.id, 0), as_recorded=as_recorded)
         body = json.dumps(self._endpoint.request(chat)).encode()
         reply = self._post(body, f"{step.conversation.id} step {step.index}")
         try:

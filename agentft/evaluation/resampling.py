@@ -160,16 +160,18 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def needed_conversations(difference: float, se: float, conversations: int, *, power: float = 0.8) -> int | None:
-    """Return how many conversations would show `difference` at 5 % (two-sided) with the given power.
+def needed_conversations(
+    difference: float, se: float, conversations: int, *, power: float = 0.8, level: float = 0.05
+) -> int | None:
+    """Return how many conversations would show `difference` at `level` (two-sided) with the given power.
 
     The spread per conversation is taken from the observed paired standard error `se` at `conversations`:
-    n = conversations * ((z_0.975 + z_power) * se / difference)^2. None where that is not defined.
+    n = conversations * ((z_(1 - level/2) + z_power) * se / difference)^2. None where that is not defined.
     """
     if difference == 0 or not math.isfinite(difference) or not math.isfinite(se) or se == 0:
         return None
     normal = NormalDist()
-    effect = (normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(power)) * se / difference
+    effect = (normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) * se / difference
     return max(2, math.ceil(conversations * effect**2))
 
 

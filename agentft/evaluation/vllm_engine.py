@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 256
 """Steps handed over together; what was answered is kept when a later group is cut short."""
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that `max_lora_rank` takes."""
 
 

@@ -44,10 +44,10 @@ def test_a_real_difference_is_called_real_and_a_small_one_names_the_size_that_wo
     assert "param_em: B is higher, +30.0 points" in text
     assert "a real difference on 120 conversations" in text
     assert "tool_acc: no difference, +0.0 points" in text
-    assert "(McNemar): 12 only in A, 48 only in B, p < 0.001" in text
+    assert "exact in one run alone: 12 in A, 48 in B, p < 0.001" in text
     assert main([str(a), str(c)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "param_em: no difference can be claimed, +1.7 points" in text
+    assert "param_em: not shown, +1.7 points" in text
     needed = compare_pair(a, c).found.metrics["param_em"].needed_conversations
     assert needed is not None
     assert needed > 120
@@ -67,6 +67,7 @@ def test_json_holds_interval_p_holm_mcnemar_and_the_words(tmp_path, capsys):
     assert found["mcnemar"] == {"only_a": 12, "only_b": 48, "p": pytest.approx(found["mcnemar"]["p"])}
     assert found["conversations"] == 120
     assert any("arg_f1: B is higher" in sentence for sentence in found["words"])
+    assert found["verdict"].startswith("B is better than A on these 120 conversations, in param_em, arg_f1, step_em;")
 
 
 def test_another_exam_is_refused(tmp_path, capsys):
@@ -92,7 +93,7 @@ def test_run_folders_are_compared_by_their_answers(tmp_path, capsys):
         write(tmp_path / run / "predictions" / "after.partial.jsonl", right, count=3)
     assert main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     text = capsys.readouterr().out
-    assert "only 30 conversations: intervals are indicative" in text
+    assert "30 conversations: below 100 all intervals are indicative" in text
     with pytest.raises(RunError, match="this run holds after; choose with --answers"):
         compare_pair(tmp_path / "one", tmp_path / "two", "before")
     assert main([str(tmp_path / "one"), str(tmp_path / "two" / "predictions" / "after.jsonl")]) == 0
@@ -102,4 +103,4 @@ def test_a_run_is_equal_to_itself(tmp_path):
     a = write(tmp_path / "a.jsonl", lambda i: i % 3 == 0)
     found = compare_pair(a, a)
     assert all(metric.difference in (None, 0.0) for metric in found.found.metrics.values())
-    assert "the same steps are exact" in " ".join(found.words())
+    assert "the same action steps are exact" in " ".join(found.words())

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from agentft.data.chat_templates import chat_template
 from agentft.data.records import Origin, read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
@@ -78,6 +79,29 @@ def test_a_perfect_endpoint_scores_1_everywhere_whatever_the_order_of_its_replie
         assert score.is_exact, (answer.text, answer.step.reference)
         assert score.rouge_l in (None, 1.0)
         assert answer.tokens == 7
+
+
+def test_as_recorded_the_layout_s_own_chat_template_writes_what_training_showed(steps, template, byte_tokenizer):
+    for step in steps:
+        sent = chat_step(step, as_recorded=True)
+        assert sent.tools == []
+        written = byte_tokenizer.apply_chat_template(
+            sent.messages, chat_template=chat_template(template), tokenize=False, add_generation_prompt=True
+        )
+        shown = byte_tokenizer.decode(step.input_ids[: step.start].tolist(), skip_special_tokens=False)
+        assert written == shown, step.conversation.id
+
+
+def test_a_request_without_tools_leaves_the_step_as_it_is_recorded(steps):
+    step = step_of(steps, "one_call", 1)
+    with LoopbackChat(lambda body, _: {"content": "14:20"}) as chat:
+        engine(chat, fields={"tools": None}).answer([step])
+    (body,) = chat.requests
+    assert "tools" not in body
+    assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "tool"]
+    assert body["messages"][0]["content"] == step.conversation.system
+    assert body["messages"][2]["content"].startswith("<|startofthink|>")
+    assert body["messages"][3]["content"].startswith("<|startofexec|>")
 
 
 def test_history_goes_as_native_calls_with_one_result_each_and_never_the_target(steps):

@@ -144,6 +144,37 @@ def test_needed_conversations_by_hand() -> None:
     assert needed_conversations(0.1, 0.05, 100) == 197
     assert needed_conversations(-0.1, 0.05, 100) == 197
     assert needed_conversations(0.0, 0.05, 100) is None
+    # at 5 % over six metrics: (2.63826 + 0.84162)^2 * 0.25 / 0.1^2 = 302.7
+    assert needed_conversations(0.1, 0.05, 100, level=0.05 / 6) == 303
+
+
+def test_what_would_pass_alone_and_does_not_among_the_headline_metrics_is_said_so() -> None:
+    found = compare_runs(run("0" * 40), run("1" * 6 + "0" * 34), draws=2_000)
+    clear = found.metrics["param_em"]
+    near = dataclasses.replace(clear, p=0.02, p_holm=0.12, needed_conversations=60)
+    assert near.real is False
+    assert "alone it would pass (p 0.020), among all headline metrics it does not (p 0.120 by Holm)" in near.words
+    assert near.words.endswith("about 60 conversations would show a difference of this size, here are 40")
+    far = dataclasses.replace(clear, p=0.2, p_holm=0.6, needed_conversations=30)
+    assert "alone" not in far.words
+    assert far.words.endswith("40 conversations show a difference of this size about four times in five")
+
+
+def test_the_verdict_names_what_is_higher_and_what_is_lower() -> None:
+    found = compare_runs(run("01" * 20), run("10" * 20), draws=200)
+    assert found.verdict == "no difference between A and B can be claimed on these 40 conversations"
+    better = dataclasses.replace(found.metrics["param_em"], difference=0.1, p_holm=0.01)
+    worse = dataclasses.replace(found.metrics["plan_acc"], difference=-0.1, p_holm=0.01)
+    here = "on these 40 conversations"
+    for metrics, verdict in (
+        ({"param_em": better}, f"B is better than A {here}, in param_em; in the others no difference can be claimed"),
+        ({"plan_acc": worse}, f"B is worse than A {here}, in plan_acc; in the others no difference can be claimed"),
+        (
+            {"param_em": better, "plan_acc": worse},
+            f"A and B differ {here}: B is higher in param_em, and lower in plan_acc",
+        ),
+    ):
+        assert dataclasses.replace(found, metrics=found.metrics | metrics).verdict == verdict
 
 
 def test_paired_interval_is_narrow_where_runs_agree() -> None:
