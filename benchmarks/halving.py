@@ -1,13 +1,12 @@
 """Does successive halving find what the full grid finds, and for how much of its training?
 
-    python benchmarks/halving.py                            27 tiny configurations, 5 seeds: about 40 minutes (estimated)
-    python benchmarks/halving.py --seeds 1 --conversations 96   a look, 3.5 minutes
-    python benchmarks/halving.py model=smollm2-135m dataset.max_length=2048     any other settings
+    python benchmarks/halving.py                 27 configurations, 5 seeds: about 25 minutes of CPU
+    python benchmarks/halving.py --seeds 1       a look, 5 minutes
 
-For each seed the grid is trained whole and by `agentft.sweeping.halving`, with the same settings, each in a folder of its
-own; the winner is the best by arg_f1, then by held-out loss (a tiny model of bytes never gets an argument right, so there
-the loss decides). Jobs run in this process: what is compared are tokens and winners, not starts of processes. The same
-command again goes on where it was stopped.
+For each seed 27 jobs are halved by `agentft.sweeping.halving`; then the jobs that it left at a rung are taken to their ends
+in their folders, as the same sweep without halving does, and that is the grid. What is learned is `few_tools`: argument F1
+decides, at equal values held-out loss. Jobs run in this process: what is compared are tokens and winners, not starts of
+processes. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,10 +19,13 @@ import itertools
 import json
 import logging
 import signal
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import few_tools
 
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.recipes.train import train
@@ -31,85 +33,80 @@ from agentft.runs import read_json
 from agentft.sweeping.halving import Halving, budget, rank_key, run_halving
 from agentft.sweeping.jobs import Job
 
-SETTINGS = [
-    *("model=tiny", "tracking=disabled", "dataset.max_length=8192", "dataset.heldout=24", "dataset.chinese=0"),
-    *("evaluation.before=false", "evaluation.conversations=24", "evaluation.max_new_tokens=16", "evaluation.draws=10"),
-    *(
-        "evaluation.examples=0",
-        "evaluation.best_metric=loss",
-        "evaluation.steps=100000",
-        "evaluation.batch=24",
-        "training.save_steps=0",
-        "threads=1",
-    ),
-    'sft_type.alpha="${product:2,${sft_type.rank}}"',
-]
-RANKS = (2, 8, 32)
-RATES = (3e-3, 1e-2, 3e-2)
-SHARES = (0.25, 0.5, 1.0)
-"""Of the conversations: the sample sizes."""
+RATES = (2e-4, 1e-3, 5e-3)
+SAMPLES = (225, 450, 900)
+WEIGHTS = (1, 2, 4)
+"""Of the tokens of a call in the loss."""
+HELDOUT = 150
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one way of searching came to."""
+class Search:
+    """One seed, searched both ways."""
 
-    winner: Job
-    order: list[Job]
-    tokens: float
+    grid: list[Job]
+    """All, the best first."""
+    found: Job
+    """The best of those that halving took to their ends."""
+    share: float
+    """Tokens of halving, of the grid's."""
+
+    @property
+    def place(self) -> int:
+        """Of the found job in the grid, by argument F1 and then held-out loss."""
+        return self.grid.index(self.found) + 1
+
+    @property
+    def better(self) -> int:
+        """Jobs of the grid with a higher argument F1 than the found one."""
+        return sum(_value(job) > _value(self.found) for job in self.grid)
 
 
 def main() -> None:
     options = _parse_options()
     logging.disable(logging.INFO)
     register_schemas()
-    same, shares = 0, []
-    for seed in range(1, options.seeds + 1):
-        whole = search(options, seed, None)
-        halved = search(options, seed, Halving(options.eta, options.rungs))
-        names = [job.name for job in whole.order]
-        place = names.index(halved.winner.name) + 1
-        same += place == 1
-        shares.append(halved.tokens / whole.tokens)
-        print(f"seed {seed}: grid {whole.winner.name} {_words(whole.winner)}, {whole.tokens:,.0f} tokens")
-        print(
-            f"  halving {halved.winner.name} {_words(halved.winner)}: place {place} of {len(names)} in the grid,",
-            end=" ",
-        )
-        print(f"{shares[-1]:.1%} of the tokens", flush=True)
-    print(f"same winner on {same} of {options.seeds} seeds with {sum(shares) / len(shares):.1%} of the tokens")
+    folder = Path(options.folder)
+    base = few_tools.base_model(folder)
+    searches = []
+    for seed in options.seeds:
+        searches.append(search(folder, base, seed, Halving(options.eta, options.rungs)))
+        print(f"seed {seed}: {_account(searches[-1])}", flush=True)
+    count = len(searches)
+    print(
+        f"the grid's winner on {sum(each.place == 1 for each in searches)} of {count} seeds, "
+        f"no higher arg_f1 in the grid on {sum(each.better == 0 for each in searches)} of {count}, "
+        f"with {statistics.mean(each.share for each in searches):.1%} of the tokens"
+    )
 
 
-def search(options: argparse.Namespace, seed: int, halving: Halving | None) -> Found:
-    """Train the grid of one seed, whole or by halving."""
-    folder = Path(options.folder) / f"seed-{seed}-{'grid' if halving is None else 'halving'}"
-    jobs = make_jobs(options, seed, folder)
-    if halving is None:
-        run([job for job in jobs if job.state != "finished"])
-        spent = sum(read_json(job.folder / "summary.json")["tokens"] for job in jobs)
-        order = sorted(jobs, key=_final)
-    else:
-        run_halving(jobs, halving, run, lambda text: print(f"  {text}", flush=True))
-        spent = budget([job.rungs for job in jobs])[0]
-        order = sorted((job for job in jobs if job.state == "finished"), key=_final)
-    return Found(order[0], order, spent)
+def search(folder: Path, base: Path, seed: int, halving: Halving) -> Search:
+    """Halve the jobs of one seed, then take all to their ends."""
+    jobs = make_jobs(folder, base, seed)
+    commands = {job.identity: list(job.command) for job in jobs}
+    run_halving(jobs, halving, run, lambda text: print(f"  {text}", flush=True))
+    spent = budget([job.rungs for job in jobs])[0]
+    survivors = [job for job in jobs if "1" in job.rungs]
+    left = [job for job in jobs if job.state != "finished"]
+    for job in left:
+        job.command = commands[job.identity]
+    run(left)
+    whole = sum(read_json(job.folder / "summary.json")["tokens"] for job in jobs)
+    order = sorted(jobs, key=_final)
+    return Search(order, min(survivors, key=_final), spent / whole)
 
 
-def make_jobs(options: argparse.Namespace, seed: int, folder: Path) -> list[Job]:
+def make_jobs(folder: Path, base: Path, seed: int) -> list[Job]:
     """One job for each configuration; its command is its overrides."""
+    data, heldout = few_tools.write_data(folder, f"rare-words-{seed}", (max(SAMPLES), HELDOUT), rare=True)
+    files = [f"model.id={base}", f"dataset.path={data}", f"dataset.test_path={heldout}"]
+    steps = ["training.micro_batch=4", "training.warmup=0.05", f"seed={seed}"]
     jobs = []
-    for number, (rank, rate, share) in enumerate(itertools.product(RANKS, RATES, SHARES)):
-        sample = round(share * options.conversations)
-        swept = [f"sft_type.rank={rank}", f"training.learning_rate={rate}", f"dataset.sample={sample}"]
-        overrides = [
-            *SETTINGS,
-            f"dataset.conversations={options.conversations}",
-            f"seed={seed}",
-            *options.overrides,
-            *swept,
-        ]
+    for number, (rate, sample, weight) in enumerate(itertools.product(RATES, SAMPLES, WEIGHTS)):
+        swept = [f"training.learning_rate={rate}", f"dataset.sample={sample}", f"dataset.span_weights.call={weight}"]
+        overrides = [*few_tools.SETTINGS, *files, *steps, *swept]
         job = Job(
-            folder=folder / f"rank-{rank}_rate-{rate:g}_sample-{sample}",
+            folder=folder / f"seed-{seed}" / f"rate-{rate:g}_sample-{sample}_weight-{weight}",
             number=number,
             identity=hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16],
             overrides=overrides,
@@ -138,19 +135,32 @@ def run(due: Sequence[Job]) -> signal.Signals | None:
     return None
 
 
+def _account(each: Search) -> str:
+    best, ties = each.grid[0], sum(_value(job) == _value(each.grid[0]) for job in each.grid)
+    values = sorted((_value(job) for job in each.grid), reverse=True)
+    return (
+        f"grid {best.name} {_words(best)}, {ties} with that arg_f1; arg_f1 of the grid from {values[-1]:.3f} "
+        f"over {statistics.median(values):.3f} to {values[0]:.3f}\n  halving {each.found.name} {_words(each.found)}: place "
+        f"{each.place} of {len(each.grid)}, {each.better} with a higher arg_f1, {each.share:.1%} of the tokens"
+    )
+
+
+def _value(job: Job) -> float:
+    assert job.objective is not None, f"{job.name}: no argument F1"
+    return job.objective
+
+
 def _final(job: Job) -> tuple[float, float]:
     return rank_key({"objective": job.objective, "loss": job.status.get("eval_loss")})
 
 
 def _words(job: Job) -> str:
-    return f"(arg_f1 {job.objective:.3f}, loss {job.status['eval_loss']:.4f})"
+    return f"(arg_f1 {_value(job):.3f}, loss {job.status['eval_loss']:.4f})"
 
 
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="settings as train.py takes them")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--conversations", type=int, default=240, help="the largest sample")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="SEED")
     parser.add_argument("--eta", type=int, default=3)
     parser.add_argument("--rungs", type=int, default=3)
     parser.add_argument("--folder", default="runs/halving")

@@ -1,11 +1,11 @@
 """What a job of a sweep costs besides its training: one sweep of 12 jobs against 12 separate commands, in CPU seconds.
 
-    python benchmarks/sweep_overhead.py              12 jobs of the tiny model, both ways: about 5 minutes of CPU
+    python benchmarks/sweep_overhead.py              12 jobs of the tiny model, both ways: about 4 minutes of CPU
     python benchmarks/sweep_overhead.py --jobs 4     a look
 
-Each way is run with 2 and with 12 steps a job. The difference is ten steps of pure training; what a job of 2 steps takes
-beyond two of these is its overhead: starting, importing, composing, data, model, saving, and its share of the launcher.
-No exam is held. Counted is the CPU time of all processes, so that other work on the machine hardly matters.
+A job makes two steps and holds one exam of four conversations. The same sweep with twelve steps a job tells what a step
+costs; all else that a job takes is its overhead: starting, importing, composing, data, model, exam, saving, and its share
+of the launcher. Counted is the CPU time of all processes, so that other work on the machine hardly matters.
 """
 
 from __future__ import annotations
@@ -24,13 +24,8 @@ FEW, MANY = 2, 12
 SETTINGS = [
     *("model=tiny", "tracking=disabled", "dataset.conversations=48", "dataset.heldout=4", "dataset.max_length=8192"),
     *("dataset.chinese=0", "training.accumulation=4", "training.save_steps=0", "training.logging_steps=100"),
-    *(
-        "evaluation.before=false",
-        "evaluation.after=false",
-        "evaluation.steps=0",
-        "evaluation.best_metric=loss",
-        "threads=1",
-    ),
+    *("evaluation.before=false", "evaluation.steps=0", "evaluation.best_metric=loss", "evaluation.draws=200"),
+    *("evaluation.conversations=4", "evaluation.max_new_tokens=16", "threads=1"),
 ]
 
 
@@ -38,27 +33,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=12)
     jobs = parser.parse_args().jobs
-    print(f"{jobs} jobs of the tiny model, one thread each; CPU seconds")
-    print(f"{'':<36}{f'{FEW} steps':>10}{f'{MANY} steps':>10}{'a step':>10}{'overhead a job':>16}")
-    totals = {}
-    for name, way in (
-        ("one sweep", lambda folder, steps: sweep(jobs, folder, steps)),
-        ("separate commands", lambda folder, steps: separate(jobs, folder, steps)),
-    ):
-        few, many = measure(way, FEW), measure(way, MANY)
-        step = (many - few) / (MANY - FEW) / jobs
-        totals[name] = few
-        print(f"{name:<36}{few:>10.1f}{many:>10.1f}{step:>10.3f}{few / jobs - FEW * step:>16.2f}", flush=True)
-    print(
-        f"of {FEW} steps, the sweep takes {totals['one sweep'] / totals['separate commands']:.2f} x the separate commands"
-    )
+    print(f"{jobs} jobs of the tiny model, one thread each; CPU seconds of all processes")
+    together = measure(lambda folder: sweep(jobs, folder, FEW))
+    print(f"one sweep, {FEW} steps a job{together:>26.1f}", flush=True)
+    longer = measure(lambda folder: sweep(jobs, folder, MANY))
+    step = (longer - together) / (MANY - FEW) / jobs
+    print(f"one sweep, {MANY} steps a job{longer:>25.1f}   so a step {step:.3f}", flush=True)
+    apart = measure(lambda folder: separate(jobs, folder, FEW))
+    print(f"separate commands, {FEW} steps a job{apart:>18.1f}")
+    for name, total in (("in the sweep", together), ("apart", apart)):
+        print(f"overhead of a job {name:<14}{total / jobs - FEW * step:>18.2f}")
+    print(f"the sweep takes {together / apart:.2f} x the separate commands")
 
 
-def measure(way: Callable[[Path, int], None], steps: int) -> float:
+def measure(way: Callable[[Path], None]) -> float:
     """CPU seconds of everything that `way` starts."""
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        way(Path(folder), steps)
+        way(Path(folder))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

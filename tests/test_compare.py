@@ -126,9 +126,9 @@ def test_a_page_by_loss_shows_the_loss_and_calls_the_least_the_best(tmp_path: Pa
         write(folder / "job.json", {"state": "finished", "seconds": 60.0 * (i + 1)})
     assert main([str(tmp_path / "s"), "--sort", "loss", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "<h2>loss against rank</h2>" in page
-    assert "<h2>loss against minutes of the whole run</h2>" in page
-    colours = dict(re.findall(r'<polyline[^>]*class="line wide" style="--c:(rgb[^"]*)" data-run="(\d)"', page))
+    assert "<h3>loss against rank</h3>" in page
+    assert "<h3>loss against minutes of the whole run</h3>" in page
+    colours = dict(re.findall(r'<polyline[^>]*class="line wide-line" style="--c:(rgb[^"]*)" data-run="(\d)"', page))
     assert {run: colour for colour, run in colours.items()}["1"] == "rgb(68,1,84)", "the deepest"
 
 
@@ -258,8 +258,8 @@ def test_the_page_needs_no_network_and_shows_every_run_in_every_chart(tmp_path: 
         *("Training loss", "arg_f1 against sample", "arg_f1 against rank", "All settings and results at once"),
         *("arg_f1 against sample size", "arg_f1 against minutes of the whole run"),
     ):
-        assert f"<h2>{heading}</h2>" in page
-    assert "Held-out loss</h2>" not in page, "it was never measured"
+        assert f"<h3>{heading}</h3>" in page
+    assert "Held-out loss</h3>" not in page, "it was never measured"
     assert page.count('data-run="7_rank-64_sample-480"') >= 10
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page).replace("tenant", "")
     for svg in re.findall(r"<svg.*?</svg>", page):

@@ -2,77 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
+from itertools import groupby
 
+from agentft.comparison.page_style import SCRIPT, STYLE
 from agentft.comparison.panels import Charts
 from agentft.comparison.ranking import Ranking
+from agentft.comparison.runs import ComparedRun
+from agentft.comparison.svg import colour_of
 from agentft.comparison.tables import short_names, table_cells, table_notes
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #68707f; --line: #d9dde4; --paper: #ffffff; --panel: #f7f8fa;
-  --heat: 190, 60, 40; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #98a1b0; --line: #39404c; --paper: #14171c;
-  --panel: #1c2027; --heat: 235, 110, 80; } .line, .dot { filter: brightness(1.45); } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 1480px;
-  padding: 0 1.5rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1rem; margin: 0 0 .4rem; }
-p, li { color: var(--soft); margin: .2rem 0; } ul { padding-left: 1.1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; margin: 1rem 0; }
-th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; } td.text, th.text, .errors th:first-child { text-align: left; }
-td.best { font-weight: 700; } .mark { color: var(--soft); } .mark.first { color: inherit; font-weight: 700; }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1.5rem; }
-.panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; max-width: 100%;
-  box-sizing: border-box; }
-.panel p { max-width: 420px; font-size: .82rem; } .panel svg { display: block; }
-.panel table { margin: .3rem 0; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } svg .label { fill: var(--ink); font-size: 12px; }
-.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 4px; }
-.axis { stroke: var(--soft); fill: none; } .grid { stroke: var(--line); fill: none; }
-.line { stroke: var(--c, #8a93a3); fill: none; stroke-width: 1.6; } .wide { stroke-width: 2.2; }
-.mean { stroke: #8a93a3; stroke-width: 1.3; } .ahead { stroke-dasharray: 5 4; }
-.dot { fill: var(--c, #8a93a3); stroke: var(--panel); stroke-width: 1; }
-.heat { background: rgba(var(--heat), calc(var(--h) * .75)); text-align: center; }
-.chosen .line[data-run]:not(.on), .chosen .dot[data-run]:not(.on) { opacity: .13; }
-.chosen .line.on { stroke-width: 3; } tr.on { background: rgba(120, 140, 180, .18); }
-"""
-
-_SCRIPT = """
-const marks = document.querySelectorAll('[data-run]');
-let kept = null;
-function choose(run) {
-  document.body.classList.toggle('chosen', run !== null);
-  for (const mark of marks) mark.classList.toggle('on', mark.dataset.run === run);
-}
-for (const mark of marks) {
-  mark.addEventListener('mouseenter', () => choose(mark.dataset.run));
-  mark.addEventListener('mouseleave', () => choose(kept));
-  mark.addEventListener('click', () => { kept = kept === mark.dataset.run ? null : mark.dataset.run; choose(kept); });
-}
-"""
 
 
 def html_page(ranking: Ranking, title: str) -> str:
     """One file: style, script and charts inside; pointing at a run shows it in every chart, a click keeps it."""
-    panels = "".join(
-        f'<section class="panel"><h2>{escape(panel.heading)}</h2>{panel.body}'
-        + (f"<p>{escape(panel.words)}</p>" if panel.words else "")
-        + "</section>"
-        for panel in Charts(ranking).panels()
+    charts = Charts(ranking)
+    sections = "".join(
+        f'<h2>{escape(name)}</h2><div class="panels">'
+        + "".join(
+            f'<section class="panel{" wide" if panel.wide else ""}"><h3>{escape(panel.heading)}</h3>{panel.body}'
+            + (f"<p>{escape(panel.words)}</p>" if panel.words else "")
+            + "</section>"
+            for panel in panels
+        )
+        + "</div>"
+        for name, panels in groupby(charts.panels(), lambda panel: panel.section)
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in table_notes(ranking))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1><p>{len(ranking.runs)} runs; the deeper the colour, the better the {escape(ranking.metric)}. "
-        "Point at a run to see it everywhere; click to keep it.</p>"
-        f'{_table(ranking)}<ul>{notes}</ul><div class="panels">{panels}</div><script>{_SCRIPT}</script></body></html>\n'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1>{_legend(ranking)}"
+        f'{_table(ranking, charts.colours)}<ul>{notes}</ul>{sections}<div id="words"></div>'
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _table(ranking: Ranking) -> str:
+def _legend(ranking: Ranking) -> str:
+    """What the colours mean, and what a reader can do."""
+    ramp = ", ".join(colour_of(i / 8) for i in range(9))
+    count = len(ranking.runs)
+    return (
+        f"<p>{count} run{'s' if count != 1 else ''}. Colour: place by {escape(ranking.metric)}, worst"
+        f'<span class="ramp" style="background: linear-gradient(to right, {ramp})"></span>best; grey: no score yet. '
+        "Point at a run to see it everywhere, click to keep it (Escape lets go); click a heading of the table to sort.</p>"
+    )
+
+
+def _table(ranking: Ranking, colours: dict[str, str]) -> str:
     header, rows = table_cells(ranking, ranking.metrics)
     words = {"", "run", "state"}
     kinds = ["text" if name in words else "" for name in header]
@@ -81,13 +59,46 @@ def _table(ranking: Ranking) -> str:
     numbers = short_names(ranking.runs)  # their settings stand beside them
     for run, number, row in zip(ranking.runs, numbers, rows, strict=True):
         row[1] = (number, False)
+        values = [_sorted_by(run, name, text) for name, (text, _) in zip(header, row, strict=True)]
         cells = "".join(
-            f'<td class="{kind} {"best" if best else ""}{_mark_class(i, text)}">{escape(text)}</td>'
-            for i, ((text, best), kind) in enumerate(zip(row, kinds, strict=True))
+            f'<td class="{kind}{" best" if best else ""}{_mark_class(i, text)}" data-value="{escape(value, quote=True)}">'
+            + (_swatch(colours.get(run.name)) if i == 1 else "")
+            + f"{_cell(text)}</td>"
+            for i, ((text, best), kind, value) in enumerate(zip(row, kinds, values, strict=True))
         )
         name = escape(run.name, quote=True)
-        lines.append(f'<tr data-run="{name}" title="{name}">{cells}</tr>')
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+        lines.append(f'<tr data-run="{name}" title="{escape(_told(ranking, run), quote=True)}">{cells}</tr>')
+    return f'<div class="scroll"><table class="sorted"><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _swatch(colour: str | None) -> str:
+    """The run's colour in all charts; none yet: grey."""
+    return '<span class="swatch"' + (f' style="--c:{colour}"' if colour else "") + "></span>"
+
+
+def _cell(text: str) -> str:
+    """An interval is set smaller than its value."""
+    value, bracket, rest = text.partition(" [")
+    return escape(value) + (f" <small>[{escape(rest)}</small>" if bracket else "")
+
+
+def _sorted_by(run: ComparedRun, column: str, text: str) -> str:
+    """What the table is sorted by at a click: the number, without unit and interval, else the words."""
+    exact = {"time": run.seconds, "memory": run.peak_memory_bytes}
+    if column in exact:
+        return "" if exact[column] is None else str(exact[column])
+    number = re.match(r"-?[\d.]+(e[-+]?\d+)?(?= \[|$)", text)
+    return number.group() if number else text
+
+
+def _told(ranking: Ranking, run: ComparedRun) -> str:
+    """A run in one line, for who points at it."""
+    parts = [run.name, run.state]
+    if run.number(ranking.metric) is not None and ranking.metric in run.scores:
+        parts.append(f"{ranking.metric} {100 * run.scores[ranking.metric].value:.1f}")
+    if run.loss is not None:
+        parts.append(f"held-out loss {run.loss:.4f}")
+    return ", ".join([*parts, *([run.reason] if run.reason else [])])
 
 
 def _mark_class(column: int, text: str) -> str:

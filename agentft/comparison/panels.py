@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from agentft.comparison.fit import fit_sample_curve
+from agentft.comparison.parallel import Axis, parallel_svg
 from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
 from agentft.comparison.runs import NUMBERS, ComparedRun
 from agentft.comparison.svg import Plot, Scale, category_scale, colour_of, linear_scale, setting_scale
@@ -18,9 +19,23 @@ from agentft.evaluation.definitions import METRICS_BY_NAME
 class Panel:
     """A chart with its heading and what to read from it."""
 
+    section: str
     heading: str
     body: str
     words: str = ""
+    wide: bool = False
+    """It takes the whole width of the page."""
+
+
+CURVES = (
+    (
+        "eval/loss",
+        "Held-out loss",
+        "Lower is better. The dot is the last evaluation; a curve that climbs again has trained too long.",
+    ),
+    ("train/loss", "Training loss", "Of the steps between two lines of the log. The dot is where the run stands."),
+)
+"""Key of `metrics.jsonl`, heading, and what to look for."""
 
 
 class Charts:
@@ -36,7 +51,8 @@ class Charts:
         # By place, not by value: one run that went astray would make all others look alike.
         order = sorted({self._value(run) for run in self._scored}, reverse=self._least_is_best)
         share = {value: i / (len(order) - 1) if len(order) > 1 else 0.6 for i, value in enumerate(order)}
-        self._colours = {run.name: colour_of(share[self._value(run)]) for run in self._scored}
+        self.colours = {run.name: colour_of(share[self._value(run)]) for run in self._scored}
+        """Of each run that has a score."""
 
     def _value(self, run: ComparedRun) -> float:
         value = run.number(self._metric)
@@ -46,14 +62,14 @@ class Charts:
     def panels(self) -> Iterator[Panel]:
         """In the order in which they are read."""
         yield from self._learning_curves()
+        yield from self._sample_size()
         yield from self._settings()
         yield from self._parallel()
-        yield from self._sample_size()
         yield from self._costs()
         yield from self._errors()
 
     def _learning_curves(self) -> Iterator[Panel]:
-        for key, heading in (("eval/loss", "Held-out loss"), ("train/loss", "Training loss")):
+        for key, heading, words in CURVES:
             curves = {
                 run.name: [(row["step"], row[key]) for row in run.curve() if key in row and "step" in row]
                 for run in reversed(self._ranking.runs)  # the best on top
@@ -62,12 +78,14 @@ class Charts:
             if not curves:
                 continue
             points = [point for curve in curves.values() for point in curve]
-            plot = Plot(linear_scale([x for x, _ in points], "step"), linear_scale([y for _, y in points], key))
+            plot = Plot(
+                linear_scale([x for x, _ in points], "step"), linear_scale([y for _, y in points], heading.lower())
+            )
             for name, curve in curves.items():
-                colour = self._colours.get(name, "")
+                colour = self.colours.get(name, "")
                 plot.line(curve, colour=colour, run=name)
                 plot.dot(*curve[-1], f"{name}: {curve[-1][1]:.4f} at step {curve[-1][0]:g}", colour=colour, run=name)
-            yield Panel(heading, plot.svg())
+            yield Panel("How they learn", heading, plot.svg(), words)
 
     def _settings(self) -> Iterator[Panel]:
         if len(self._scored) < 2:
@@ -81,21 +99,39 @@ class Charts:
             by_place: dict[float, list[ComparedRun]] = {}
             for run in self._scored:
                 by_place.setdefault(place(run.settings.get(key)), []).append(run)
-            means = [(x, sum(self._value(run) for run in runs) / len(runs)) for x, runs in sorted(by_place.items())]
-            plot.line(means, kind="mean")
+            words = ["Bars: 95 % intervals."] if self._is_share else []
+            words += self._joins(plot, key, by_place)
             for x, runs in by_place.items():
                 self._marks(plot, runs, x)
-            yield Panel(
-                f"{self._metric} against {short}",
-                plot.svg(),
-                ("Bars: 95 % intervals. " if self._is_share else "") + "Grey line: means.",
-            )
+            yield Panel("What each setting does", f"{self._metric} against {short}", plot.svg(), " ".join(words))
+
+    def _joins(self, plot: Plot, key: str, by_place: dict[float, list[ComparedRun]]) -> list[str]:
+        """Lines between runs that differ in nothing but `key`, and of the means where these compare; what to say of them."""
+        others = [other for other in self._ranking.differing if other != key]
+        alike: dict[str, list[tuple[float, float, float]]] = {}
+        surroundings = []
+        for x, runs in sorted(by_place.items()):
+            rest = [repr([run.settings.get(other) for other in others]) for run in runs]
+            surroundings.append(sorted(rest))
+            for run, same, aside in zip(runs, rest, _aside(len(runs)), strict=True):
+                alike.setdefault(same, []).append((x, self._value(run), aside))
+        joined = [points for points in alike.values() if len(points) > 1]
+        for points in joined:
+            plot.line([(x, y) for x, y, _ in points], kind="join", aside=[aside for *_, aside in points])
+        words = ["Thin lines join runs that differ in nothing else."] if joined and others else []
+        if all(each == surroundings[0] for each in surroundings):
+            means = [(x, sum(map(self._value, runs)) / len(runs)) for x, runs in sorted(by_place.items())]
+            plot.line(means, kind="mean")
+            words.append("Thick line: means.")
+        else:
+            words.append("No means: not every value has been run with the same other settings.")
+        return words
 
     def _parallel(self) -> Iterator[Panel]:
         settings = list(self._ranking.differing.items())
         if len(self._scored) < 2 or not settings:
             return
-        axes: list[tuple[Scale, Callable[[ComparedRun], float | None]]] = []
+        axes: list[Axis] = []
         for key, short in settings:
             scale, place = _setting_axis([run.settings.get(key) for run in self._scored], short)
             axes.append((scale, lambda run, key=key, place=place: place(run.settings.get(key))))  # type: ignore[misc]
@@ -110,7 +146,13 @@ class Charts:
         losses = [run.loss for run in self._scored if run.loss is not None]
         if len(losses) == len(self._scored):
             axes.append((linear_scale(losses, "loss (low is up)", turned=True), lambda run: run.loss))
-        yield Panel("All settings and results at once", _parallel_svg(self._scored, axes, self._colours))
+        yield Panel(
+            "What each setting does",
+            "All settings and results at once",
+            parallel_svg(self._scored, axes, self.colours),
+            "One line a run, the best on top: settings to the left, results to the right, each result with its good end up.",
+            wide=True,
+        )
 
     def _sample_size(self) -> Iterator[Panel]:
         sized = [run for run in self._scored if run.train_examples]
@@ -132,6 +174,7 @@ class Charts:
         for size in sizes:
             self._marks(plot, [run for run in sized if run.train_examples == size], float(size))
         yield Panel(
+            "How they learn",
             f"{self._metric} against sample size",
             plot.svg(),
             f"Fit through the best run of each size: {fit.words} (misses by {100 * fit.residual:.1f} points). Dashed, as a "
@@ -158,9 +201,15 @@ class Charts:
                     frontier += [(cost, frontier[-1][1])] if frontier else []
                     frontier.append((cost, value))
             plot.line(frontier, kind="mean")
-            for run, cost in reversed(known):
-                self._mark(plot, run, cost)
-            yield Panel(f"{self._metric} against {label}", plot.svg(), "Grey line: nothing is better for less.")
+            by_cost: dict[str, list[tuple[ComparedRun, float]]] = {}
+            for run, cost in known:
+                by_cost.setdefault(f"{cost:.3g}", []).append((run, cost))  # equal costs would hide each other
+            for alike in by_cost.values():
+                for (run, cost), aside in zip(alike, _aside(len(alike)), strict=True):
+                    self._mark(plot, run, cost, aside)
+            yield Panel(
+                "What it costs", f"{self._metric} against {label}", plot.svg(), "Grey line: nothing is better for less."
+            )
 
     def _errors(self) -> Iterator[Panel]:
         runs = [run for run in self._ranking.runs if run.errors]
@@ -177,9 +226,12 @@ class Charts:
                 f'<td class="heat" style="--h:{run.errors.get(kind, 0) / most:.2f}">{run.errors.get(kind, 0)}</td>'
                 for kind in kinds
             )
-            rows.append(f'<tr data-run="{escape(run.name, quote=True)}"><th>{escape(run.name)}</th>{cells}</tr>')
+            colour = f' style="--c:{self.colours[run.name]}"' if run.name in self.colours else ""
+            name = f'<th><span class="swatch"{colour}></span>{escape(run.name)}</th>'
+            rows.append(f'<tr data-run="{escape(run.name, quote=True)}">{name}{cells}</tr>')
         body = f'<div class="scroll"><table class="errors"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
-        yield Panel("Errors", body, "Steps of the held-out conversations that show each kind of error.")
+        words = "Steps of the held-out conversations that show each kind of error; the deeper, the more."
+        yield Panel("What goes wrong", "Errors by kind", body, words, wide=True)
 
     def _metric_scale(self, runs: Sequence[ComparedRun]) -> Scale:
         ends = [value for run in runs for value in _ends(run, self._metric)]
@@ -187,17 +239,22 @@ class Charts:
 
     def _marks(self, plot: Plot, runs: Sequence[ComparedRun], x: float) -> None:
         """Runs of one value side by side, the best left."""
-        gap = min(9.0, 60.0 / len(runs))
-        for i, run in enumerate(runs):
-            self._mark(plot, run, x, (i - (len(runs) - 1) / 2) * gap)
+        for run, aside in zip(runs, _aside(len(runs)), strict=True):
+            self._mark(plot, run, x, aside)
 
     def _mark(self, plot: Plot, run: ComparedRun, x: float, aside: float = 0.0) -> None:
         """A run's metric with its interval, `aside` pixels beside its place."""
-        score, colour, value = run.scores.get(self._metric), self._colours[run.name], self._value(run)
+        score, colour, value = run.scores.get(self._metric), self.colours[run.name], self._value(run)
         if score is not None and score.low is not None and score.high is not None:
             plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
         words = f"{100 * value:.1f}" if self._is_share else f"{value:.4g}"
         plot.dot(x, value, f"{run.name}: {words}", colour=colour, run=run.name, aside=aside)
+
+
+def _aside(count: int) -> list[float]:
+    """Pixels by which so many runs of one value stand beside it."""
+    gap = min(9.0, 60.0 / count)
+    return [(i - (count - 1) / 2) * gap for i in range(count)]
 
 
 def _ends(run: ComparedRun, metric: str) -> list[float]:
@@ -219,43 +276,3 @@ def _between(low: float, high: float, count: int = 40) -> list[float]:
     """From `low` to `high` in equal factors, with the middle `high / 2` among them."""
     points = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
     return sorted({*points[:-1], high, high / 2})
-
-
-def _parallel_svg(
-    runs: Sequence[ComparedRun],
-    axes: Sequence[tuple[Scale, Callable[[ComparedRun], float | None]]],
-    colours: dict[str, str],
-) -> str:
-    top, height, gap, left = 34, 250, 150, 80
-    width = 2 * left + gap * (len(axes) - 1)
-
-    def y_of(scale: Scale, value: float) -> float:
-        return round(top + (1 - scale.place(value)) * height, 1)
-
-    parts: list[str] = []
-    front: list[str] = []
-    for i, (scale, _) in enumerate(axes):
-        x = left + i * gap
-        parts.append(f'<path class="axis" d="M{x},{top}v{height}"/>')
-        parts.append(
-            f'<text class="label" x="{x}" y="18" text-anchor="middle">{escape(scale.label.split(" (log")[0])}</text>'
-        )
-        for value, words in scale.ticks:
-            if top - 1 <= (y := y_of(scale, value)) <= top + height + 1:
-                front.append(
-                    f'<text x="{x - 5}" y="{y + 4}" text-anchor="end" class="halo">{escape(words[:16])}</text>'
-                )
-    for run in reversed(runs):
-        places: list[tuple[int, float, Scale]] = [
-            (left + i * gap, found, scale) for i, (scale, get) in enumerate(axes) if (found := get(run)) is not None
-        ]
-        points = " ".join(f"{x},{y_of(scale, place)}" for x, place, scale in places)
-        name = escape(run.name, quote=True)
-        parts.append(
-            f'<polyline points="{points}" class="line wide" style="--c:{colours[run.name]}" data-run="{name}">'
-            f"<title>{escape(run.name)}</title></polyline>"
-        )
-    return (
-        f'<div class="scroll"><svg viewBox="0 0 {width} {top + height + 12}" width="{width}" '
-        f"height=\"{top + height + 12}\" role='img'>{''.join(parts + front)}</svg></div>"
-    )

@@ -61,7 +61,7 @@ class ComparedRun:
     steps: int | None = None
     tokens: int | None = None
     seconds: float | None = None
-    """Of the whole run, by its own clock."""
+    """Of all its attempts, by the launcher's clock; without one, by its own."""
     peak_memory_bytes: int | None = None
     train_examples: int | None = None
     """Conversations that were trained on, after the sample was taken."""
@@ -129,7 +129,7 @@ def read_run(folder: Path) -> ComparedRun:
     status, job = _read(folder / "status.json"), _read(folder / "job.json")
     summary, after = _read(folder / "summary.json"), _read(folder / "metrics" / "after.json")
     state, reason = _state(status, job)
-    seconds = job.get("seconds") if _is_number(job.get("seconds")) else None
+    seconds = None if job.get("seconds") is None else _number(job.get("seconds_in_all"), job["seconds"])
     run = ComparedRun(
         folder=folder,
         name=folder.name,

@@ -71,10 +71,22 @@ class Plot:
         inner_width, inner_height = self.width - LEFT - RIGHT, self.height - TOP - BOTTOM
         return round(LEFT + across * inner_width, 1), round(TOP + (1 - up) * inner_height, 1)
 
-    def line(self, points: Sequence[tuple[float, float]], *, colour: str = "", run: str = "", kind: str = "") -> None:
-        """A line through points; `kind` is a class of the style sheet."""
-        path = " ".join(f"{px},{py}" for px, py in (self.at(x, y) for x, y in points))
+    def line(
+        self,
+        points: Sequence[tuple[float, float]],
+        *,
+        colour: str = "",
+        run: str = "",
+        kind: str = "",
+        aside: Sequence[float] | None = None,
+    ) -> None:
+        """A line through points, each so many pixels to the right; `kind` is a class of the style sheet."""
+        pixels = [self.at(x, y) for x, y in points]
+        moved = zip(pixels, aside or [0.0] * len(pixels), strict=True)
+        path = " ".join(f"{px + by:.1f},{py}" for (px, py), by in moved)
         self.parts.append(f'<polyline points="{path}"{_marks(f"line {kind}", colour, run)}</polyline>')
+        if run:  # a thin line is hard to point at
+            self.parts.append(f'<polyline points="{path}"{_marks("hit", "", run, run)}</polyline>')
 
     def dot(self, x: float, y: float, title: str, *, colour: str = "", run: str = "", aside: float = 0.0) -> None:
         """A point with a tooltip, `aside` pixels to the right."""

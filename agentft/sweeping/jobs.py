@@ -64,6 +64,8 @@ class Job:
     ended: str | None = None
     seconds: float | None = None
     """Of the last attempt."""
+    seconds_in_all: float = 0.0
+    """Of all attempts: each goes on from the checkpoint of the one before."""
     pid: int | None = None
     rungs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Share of its steps -> what it had come to there, in successive halving."""
@@ -114,7 +116,8 @@ class Job:
 
     def take_over(self, record: Mapping[str, Any]) -> None:
         """Go on from what `job.json` of an earlier launch says."""
-        kept = ("number", "state", "attempts", "exit_code", "signal", "reason", "started", "ended", "seconds", "rungs")
+        kept = ("number", "state", "attempts", "exit_code", "signal", "reason", "rungs")
+        kept += ("started", "ended", "seconds", "seconds_in_all")
         for name in kept:
             setattr(self, name, record.get(name, getattr(self, name)))
         if self.attempts:

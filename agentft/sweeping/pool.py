@@ -133,6 +133,7 @@ class Pool:
         job = entry.job
         words, job.signal = describe_exit(code)
         job.exit_code, job.ended, job.seconds = code, _now(), round(entry.process.seconds, 3)
+        job.seconds_in_all = round(job.seconds_in_all + job.seconds, 3)
         own = job.status if _changed(job.folder / "status.json") != entry.status_before else {}
         own = own if "state" in own else {}
         said = str(own.get("error") or "")
