@@ -18,6 +18,7 @@ from agentft.comparison.ranking import Ranking, rank
 from agentft.comparison.runs import read_runs
 from agentft.comparison.tables import csv_text, markdown, rich_table
 from agentft.errors import AgentftError, RunError
+from agentft.outfile import write_out
 from agentft.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranking = rank(read_runs(paths), options.sort)
         title = " ".join(Path(path).absolute().name for path in options.paths)
         if options.csv:
-            _write(Path(options.csv), csv_text(ranking))
+            write_out(Path(options.csv), csv_text(ranking))
         if options.markdown:
-            _write(Path(options.markdown), markdown(ranking, title))
+            write_out(Path(options.markdown), markdown(ranking, title))
         if options.html:
             from agentft.comparison.page import html_page
 
-            _write(Path(options.html), html_page(ranking, title))
+            write_out(Path(options.html), html_page(ranking, title))
         from rich.console import Console
 
         _show(ranking, Console())
@@ -92,14 +93,6 @@ def _wide(console: Console) -> Console:
     from rich.console import Console
 
     return console if console.is_terminal else Console(file=console.file, width=160)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from typing import Any
 
 from agentft.errors import AgentftError, ConfigError, RunError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
+from agentft.outfile import write_out
 from agentft.secrets import redact_text
 from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
 
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bars = (options.metric, *(name for name in Dashboard().bars if name != options.metric))
         workspace = build_workspace(Dashboard(metric=options.metric, bars=bars), options.project, options.entity)
         if options.json:
-            _write(Path(options.json), workspace_json(workspace))
+            write_out(Path(options.json), workspace_json(workspace))
         if options.push:
             sys.stdout.write(push(workspace) + "\n")
         elif not options.json:
@@ -180,14 +181,6 @@ def _refuse_without_key() -> None:
         raise ConfigError(
             "--push needs a key for W&B: set WANDB_API_KEY or run `wandb login`; without --push, the workspace is printed"
         ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

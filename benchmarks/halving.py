@@ -1,7 +1,7 @@
 """Does successive halving find what the full grid finds, and for how much of its training?
 
-    python benchmarks/halving.py                 27 configurations, 5 seeds: about 25 minutes of CPU
-    python benchmarks/halving.py --seeds 1       a look, 5 minutes
+    python benchmarks/halving.py                 27 configurations, 5 seeds: about 20 minutes of CPU
+    python benchmarks/halving.py --seeds 1       a look, 4 minutes
 
 For each seed 27 jobs are halved by `agentft.sweeping.halving`; then the jobs that it left at a rung are taken to their ends
 in their folders, as the same sweep without halving does, and that is the grid. What is learned is `few_tools`: argument F1
@@ -27,7 +27,11 @@ from pathlib import Path
 
 import few_tools
 
+from agentft.comparison.ranking import step_scores
+from agentft.comparison.runs import read_run
 from agentft.config import compose, register_schemas, to_train_config
+from agentft.evaluation.definitions import METRICS_BY_NAME
+from agentft.evaluation.statistics import compare_runs
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.sweeping.halving import Halving, budget, rank_key, run_halving
@@ -50,6 +54,8 @@ class Search:
     """The best of those that halving took to their ends."""
     share: float
     """Tokens of halving, of the grid's."""
+    p: float
+    """Of the difference of argument F1 between the found job and the grid's winner, by a paired test; 1 for the same job."""
 
     @property
     def place(self) -> int:
@@ -75,7 +81,7 @@ def main() -> None:
     count = len(searches)
     print(
         f"the grid's winner on {sum(each.place == 1 for each in searches)} of {count} seeds, "
-        f"no higher arg_f1 in the grid on {sum(each.better == 0 for each in searches)} of {count}, "
+        f"a job that a paired test does not tell from it on {sum(each.p >= 0.05 for each in searches)}, "
         f"with {statistics.mean(each.share for each in searches):.1%} of the tokens"
     )
 
@@ -93,7 +99,16 @@ def search(folder: Path, base: Path, seed: int, halving: Halving) -> Search:
     run(left)
     whole = sum(read_json(job.folder / "summary.json")["tokens"] for job in jobs)
     order = sorted(jobs, key=_final)
-    return Search(order, min(survivors, key=_final), spent / whole)
+    found = min(survivors, key=_final)
+    return Search(order, found, spent / whole, _difference(order[0], found))
+
+
+def _difference(winner: Job, found: Job) -> float:
+    scores = [step_scores(read_run(job.folder)) for job in (winner, found)]
+    if winner is found or scores[0] is None or scores[1] is None:
+        return 1.0
+    p = compare_runs(scores[0], scores[1], definitions=(METRICS_BY_NAME["arg_f1"],)).metrics["arg_f1"].p
+    return 1.0 if p is None else p
 
 
 def make_jobs(folder: Path, base: Path, seed: int) -> list[Job]:
@@ -141,7 +156,8 @@ def _account(each: Search) -> str:
     return (
         f"grid {best.name} {_words(best)}, {ties} with that arg_f1; arg_f1 of the grid from {values[-1]:.3f} "
         f"over {statistics.median(values):.3f} to {values[0]:.3f}\n  halving {each.found.name} {_words(each.found)}: place "
-        f"{each.place} of {len(each.grid)}, {each.better} with a higher arg_f1, {each.share:.1%} of the tokens"
+        f"{each.place} of {len(each.grid)}, {each.better} with a higher arg_f1, "
+        f"difference to the winner p = {each.p:.2f}, {each.share:.1%} of the tokens"
     )
 
 

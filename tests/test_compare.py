@@ -266,6 +266,34 @@ def test_the_page_needs_no_network_and_shows_every_run_in_every_chart(tmp_path: 
         ElementTree.fromstring(svg)
 
 
+def test_means_are_drawn_only_where_every_value_met_the_same_other_settings(tmp_path: Path) -> None:
+    for rank_, rate in ((4, 1e-3), (4, 1e-2), (64, 1e-3)):
+        make_run(
+            tmp_path / "s" / f"{rank_}_{rate}", {"sft_type.rank": rank_, "training.learning_rate": rate}, right=bool
+        )
+    assert main([str(tmp_path / "s"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("No means: not every value") == 2
+    assert page.count('class="line join"') == 2, "one pair differs in the rank alone, one in the rate alone"
+    assert 'class="line mean"' not in page
+    make_run(tmp_path / "s" / "whole", {"sft_type.rank": 64, "training.learning_rate": 1e-2}, right=bool)
+    assert main([str(tmp_path / "s"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "No means" not in page
+    assert page.count("Thick line: means.") == page.count('class="line mean"') == 2
+
+
+def test_a_click_on_a_heading_sorts_by_numbers_and_not_by_their_words(tmp_path: Path) -> None:
+    for name, seconds in (("0_a", 5400.0), ("1_b", 95.0)):
+        make_run(tmp_path / name, {"sft_type.rank": len(name) + int(name[0])}, right=bool)
+        write(tmp_path / name / "job.json", {"state": "finished", "seconds": 1.0, "seconds_in_all": seconds})
+    assert main([str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<td class="" data-value="5400.0">90.0 min</td>' in page
+    assert '<td class="" data-value="95.0">95 s</td>' in page
+    assert re.search(r'data-value="98.3">98.3 <small>\[\d', page)
+
+
 def test_a_page_is_made_of_whatever_there_is(tmp_path: Path) -> None:
     make_run(tmp_path / "only", state="waiting")
     assert main([str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0

@@ -22,6 +22,7 @@ from agentft.config import (
     config_from_yaml,
     config_to_yaml,
     options,
+    register_schemas,
     saved_config,
     settings,
     to_config,
@@ -136,6 +137,13 @@ def test_full_fine_tuning_has_the_smaller_learning_rate() -> None:
     assert composed("model=qwen-7b", "sft_type=full").training.learning_rate == 1e-5
     assert composed("sft_type=full").training.learning_rate == 1e-4, "ten times, for a small model"
     assert composed("sft_type=full", "training.learning_rate=3e-5").training.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(("chosen", "name"), [("msagent_7b_lora", "train_msagent_7b_lora"), (None, "train")])
+def test_the_folder_of_a_sweep_names_its_experiment(chosen: str | None, name: str) -> None:
+    register_schemas()
+    node = {"job": {"config_name": "train"}, "runtime": {"choices": {"experiment": chosen}}}
+    assert OmegaConf.create({"hydra": node, "name": "${sweep_name:}"}).name == name
 
 
 def test_the_command_line_wins_over_the_experiment() -> None:

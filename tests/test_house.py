@@ -25,6 +25,7 @@ FLOORS = {
         "secrets",
         "runs",
         "provenance",
+        "outfile",
         "strict_json",
         "runtime",
         "tracking",

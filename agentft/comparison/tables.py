@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
 from agentft.comparison.runs import ComparedRun
@@ -32,7 +32,9 @@ def rich_table(ranking: Ranking, width: int = 160) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     words = {"", "run", "state", *ranking.differing.values()}
     for name in header:
-        table.add_column(name, justify="left" if name in words else "right", overflow="fold", no_wrap=name not in words)
+        alignment: Literal["left", "right"] = "left" if name in words else "right"
+        least = len(name) if name in ranking.differing.values() else None  # a setting's name is not broken
+        table.add_column(name, justify=alignment, overflow="fold", no_wrap=name not in words, min_width=least)
     for row in rows:
         table.add_row(*(Text(text, "bold" if is_best else "") for text, is_best in row))
     return table

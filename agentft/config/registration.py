@@ -34,6 +34,7 @@ def register_resolvers(swept: frozenset[str] | None) -> None:
     """The resolvers that YAML files use; `swept` names the settings of a sweep, None where all overrides count."""
     OmegaConf.register_new_resolver("start_stamp", _start_stamp, replace=True)
     OmegaConf.register_new_resolver("run_slug", _run_slug, replace=True)
+    OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
     OmegaConf.register_new_resolver("sweep_slug", functools.partial(_sweep_slug, swept), replace=True)
     # As text and back, 1e-4 x 10 is 0.001 and not 0.0010000000000000002.
     OmegaConf.register_new_resolver("product", lambda a, b: float(f"{a * b:.12g}"), replace=True)
@@ -51,6 +52,12 @@ def _run_slug(*, _root_: DictConfig) -> str:
     """Choices and overridden values, `smollm2-135m_lora_synthetic_rank-4`: what tells one run folder from the next."""
     names = [str(_root_[group]["name"]) for group in ("model", "sft_type", "dataset")]
     return _slug(names + _overridden(_root_, None))
+
+
+def _sweep_name(*, _root_: DictConfig) -> str:
+    """The program and, where one was chosen for all jobs, the experiment: `train_msagent_7b_lora`."""
+    chosen = _root_.hydra.runtime.choices.get("experiment")
+    return _slug([str(_root_.hydra.job.config_name), *([str(chosen)] if chosen else [])])
 
 
 def _sweep_slug(swept: frozenset[str] | None, *, _root_: DictConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ class Display:
         self._live: Live | None = None
         self._shown = time.monotonic()
         self._before = sum(job.state == "finished" for job in jobs)
+        self._paces = Paces()
 
     def say(self, text: str) -> None:
         """Print a line as it is."""
@@ -92,7 +93,9 @@ class Display:
         self._shown = time.monotonic()
         for job in self._jobs:
             if job.state == "running":
-                how_far = {name: value for name, value in zip(_COLUMNS, _progress(job), strict=True) if value}
+                how_far = {
+                    name: value for name, value in zip(_COLUMNS, _progress(job, self._paces), strict=True) if value
+                }
                 self.say(f"  {job.name}: " + ", ".join(f"{name} {value}" for name, value in how_far.items()))
 
     def _table(self) -> Table:
@@ -109,8 +112,8 @@ class Display:
         if len(shown) > room:
             shown = sorted(shown, key=lambda job: (_ORDER.index(job.state), job.number))[: room - 1]
         for job in shown:
-            how_far = _progress(job) if job.is_done or job.state == "running" else [""] * len(_COLUMNS)
-            swept = " ".join(override.rpartition(".")[2] for override in job.swept)
+            how_far = _progress(job, self._paces) if job.is_done or job.state == "running" else [""] * len(_COLUMNS)
+            swept = " ".join(map(short_override, job.swept))
             table.add_row(str(job.number), Text(swept), Text(job.outcome[:70], _COLOURS[job.state]), *how_far)
         if len(shown) < len(self._jobs):
             table.add_row("…", Text(f"{len(self._jobs) - len(shown)} more"), "", *[""] * len(_COLUMNS))
@@ -125,15 +128,22 @@ class Display:
         return f"; about {_duration(sum(done) / len(done) * todo / min(todo, len(self._slots)))} left"
 
 
-_COLUMNS = ("step", "loss", "held-out", "arg_f1", "time left")
+def short_override(override: str) -> str:
+    """`training.learning_rate=0.001` as `learning_rate=0.001`."""
+    key, equals, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}{equals}{value}"
 
 
-def _progress(job: Job) -> list[str]:
+_COLUMNS = ("step", "loss", "held-out", "arg_f1", "time")
+
+
+def _progress(job: Job, paces: Paces) -> list[str]:
     """Step, losses, metric and time left, from the run's own files."""
     status = job.status
     step, steps = status.get("step"), status.get("steps")
     where = f"{step}/{steps}" if step is not None and steps else ""
-    metric = ""
+    # While it trains, of the few held-out conversations that are answered at an evaluation.
+    metric = f"~{during}" if (during := _number(status.get("eval_arg_f1"))) else ""
     if job.is_done:
         try:
             metric = _number(read_json(job.folder / "summary.json").get("after", {}).get("arg_f1"))
@@ -144,18 +154,29 @@ def _progress(job: Job) -> list[str]:
         _number(status.get("train_loss")),
         _number(status.get("eval_loss")),
         metric,
-        _job_left(status) if job.state == "running" else _duration(job.seconds),
+        paces.left(job, status) if job.state == "running" else _duration(job.seconds_in_all or job.seconds),
     ]
 
 
-def _job_left(status: dict[str, Any]) -> str:
-    step, steps, started = status.get("step"), status.get("steps"), status.get("started")
-    updated = status.get("updated")
-    if not step or not steps or not isinstance(started, str) or not isinstance(updated, str):
-        return ""
-    # From its start to its last word, so that a pause of the machine does not count as work.
-    elapsed = (datetime.fromisoformat(updated) - datetime.fromisoformat(started)).total_seconds()
-    return _duration(elapsed / step * (steps - step))
+class Paces:
+    """How fast running jobs make steps, told from their own times: a pause of the machine does not count as work."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[int, int], tuple[datetime, int]] = {}
+        """Number and attempt of a job -> a time and the step it stood at."""
+
+    def left(self, job: Job, status: Mapping[str, Any]) -> str:
+        """Time to its last step in words; empty until two steps are known. A later attempt begins at a checkpoint."""
+        step, steps, started = status.get("step"), status.get("steps"), status.get("started")
+        updated = status.get("updated")
+        if not step or not steps or not isinstance(started, str) or not isinstance(updated, str):
+            return ""
+        now = datetime.fromisoformat(updated)
+        first = (datetime.fromisoformat(started), 0) if job.attempts < 2 else (now, step)
+        since, before = self._begun.setdefault((job.number, job.attempts), first)
+        if step == before:
+            return ""
+        return f"{_duration((now - since).total_seconds() / (step - before) * (steps - step))} left"
 
 
 def _number(value: Any) -> str:

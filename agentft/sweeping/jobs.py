@@ -117,8 +117,8 @@ class Job:
     def take_over(self, record: Mapping[str, Any]) -> None:
         """Go on from what `job.json` of an earlier launch says."""
         kept = ("number", "state", "attempts", "exit_code", "signal", "reason", "rungs")
-        kept += ("started", "ended", "seconds", "seconds_in_all")
-        for name in kept:
+        times = ("started", "ended", "seconds", "seconds_in_all")
+        for name in (*kept, *times):
             setattr(self, name, record.get(name, getattr(self, name)))
         if self.attempts:
             # A checkpoint goes on only with the same number of threads, so a job keeps the number it began with.

@@ -24,6 +24,9 @@ from agentft.sweeping.processes import descendants
 FOLDER = ".submitit"
 """In the sweep folder: what submitit keeps of each job, its own log among it."""
 
+_LONGEST_NAME = 80
+"""Of a SLURM job, `<sweep>_<job>`: `squeue` cuts it at what its own format asks for."""
+
 
 class NodeTask:
     """What each node of a job runs. The first node's log and exit code are the job's."""
@@ -79,7 +82,7 @@ class Slurm:
         log = job.folder / LOG
         task = NodeTask(NodeJob.of(job, header, self._grace))
         attempt = SlurmAttempt(log, local=self._local)
-        self._executor.update_parameters(name=job.name[:64])
+        self._executor.update_parameters(name=f"{job.folder.parent.name}_{job.name}"[:_LONGEST_NAME])
         try:
             attempt.submitted = self._executor.submit(task)
         except Exception as error:  # submitit has no class of its own for `sbatch` said no

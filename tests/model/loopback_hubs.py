@@ -6,13 +6,14 @@ They can misbehave on request: cut a body short, serve another content than list
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
+
+from tests.model.loopback import serving
 
 COMMIT = "c" * 40
 """Commit of the default branch on the Hugging Face stand-in."""
@@ -177,14 +178,5 @@ class _HuggingFaceHandler(_Handler):
 def serve(hub: str, repository: Repository) -> Iterator[str]:
     """Serve `repository` as `modelscope` or `huggingface` and yield the server's address."""
     base = {"modelscope": _ModelScopeHandler, "huggingface": _HuggingFaceHandler}[hub]
-    handler = type("Handler", (base,), {"repository": repository})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+    with serving(type("Handler", (base,), {"repository": repository})) as address:
+        yield address

@@ -4,12 +4,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.model.loopback import serving
 
 
 @dataclass
@@ -135,13 +136,5 @@ class _HuggingFace(_Handler):
 def take_uploads(hub: str, store: Store) -> Iterator[str]:
     """Serve `modelscope` or `huggingface` and yield the server's address."""
     base = {"modelscope": _ModelScope, "huggingface": _HuggingFace}[hub]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (base,), {"store": store}))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+    with serving(type("Handler", (base,), {"store": store})) as address:
+        yield address

@@ -17,6 +17,7 @@ from agentft.sweeping.jobs import Job
 from agentft.sweeping.places import ThisMachine
 from agentft.sweeping.processes import Attempt, FreshProcess
 from agentft.sweeping.slots import Slot
+from tests.sweeping.watching import is_alive, wait_for
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are watched by pidfd, which only Linux has")
 
@@ -117,7 +118,7 @@ def test_a_stopped_fork_ends_with_all_it_started(server: ForkServer, program: Pa
     pids = wait_for_pids(Path("pids"))
     attempt.stop(grace=4.0)
     assert end_of(attempt) in (-signal.SIGINT, -signal.SIGTERM), "the second where a shell made us ignore the first"
-    wait_until_gone([pids[0]])
+    wait_for(lambda: not any(map(is_alive, [pids[0]])))
     os.kill(pids[1], signal.SIGKILL)  # a session of its own, left by a clean end as it would be by a fresh process
 
 
@@ -134,7 +135,7 @@ def test_a_dead_server_ends_its_jobs_and_the_next_ones_start_afresh(program: Pat
     place._server._process.kill()
     assert end_of(attempt) == -signal.SIGKILL
     assert attempt.lost == GONE
-    wait_until_gone(pids)
+    wait_for(lambda: not any(map(is_alive, pids)))
     job.command[-1] = "ok"
     assert end_of(place.start(job, "$ second\n")) == 0
     assert told == [f"each job imports its libraries itself from here on: {GONE}"]
@@ -173,22 +174,5 @@ def test_only_plain_programs_of_this_interpreter_are_forked() -> None:
 
 
 def wait_for_pids(path: Path) -> list[int]:
-    until = time.monotonic() + 30
-    while not (path.exists() and path.read_text().count(" ")):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
+    wait_for(lambda: path.exists() and path.read_text().count(" "))
     return [int(pid) for pid in path.read_text().split()]
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    until = time.monotonic() + 20
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < until, "still alive"
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -11,8 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +20,14 @@ from omegaconf import OmegaConf
 
 from agentft.compare import main as compare
 from agentft.errors import ConfigError, RunError
+from agentft.sweeping.display import Paces, short_override
 from agentft.sweeping.jobs import Job, identity_of, varying
 from agentft.sweeping.launch import outcome_of
 from agentft.sweeping.processes import describe_exit
 from agentft.sweeping.slots import make_slots, visible_gpus
+from tests.sweeping.watching import is_alive, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # --- A job that dies costs only itself ---
@@ -105,6 +91,7 @@ def test_a_job_is_tried_again_as_often_as_asked(sweep: Any) -> None:
     jobs = sweep.jobs()
     assert [(jobs[i]["state"], jobs[i]["attempts"]) for i in range(2)] == [("finished", 2), ("failed", 2)]
     assert "(attempt 2)" in done.stderr
+    assert jobs[0]["seconds_in_all"] > jobs[0]["seconds"] > 0, "the table tells what a run took, not what its end took"
 
 
 def test_a_job_over_its_time_limit_is_ended_with_all_it_started(sweep: Any) -> None:
@@ -259,6 +246,28 @@ def test_identity_is_what_a_job_computes_and_not_where() -> None:
 def test_swept_are_the_overrides_in_which_jobs_differ() -> None:
     assert varying([["a=1", "c=3"], ["a=2", "c=3"]]) == [["a=1"], ["a=2"]]
     assert varying([["a=1"]]) == [["a=1"]]
+
+
+def test_a_live_table_names_settings_shortly_and_values_whole() -> None:
+    assert short_override("training.learning_rate=0.001") == "learning_rate=0.001"
+    assert short_override("+dataset.path=../a.b/c.jsonl") == "path=../a.b/c.jsonl"
+
+
+def test_the_time_left_of_a_resumed_job_counts_its_new_steps_alone(tmp_path: Path) -> None:
+    job = Job(folder=tmp_path, number=0, identity="", overrides=[], swept=[], settings={}, threads=1, attempts=1)
+
+    def at(seconds: int, step: int) -> dict[str, Any]:
+        return {
+            "started": "2026-01-01T00:00:00+00:00",
+            "updated": f"2026-01-01T00:00:{seconds:02}+00:00",
+            "step": step,
+            "steps": 50,
+        }
+
+    assert Paces().left(job, at(20, 10)) == "80 s left"
+    job.attempts, paces = 2, Paces()
+    assert paces.left(job, at(4, 40)) == "", "the first forty are not of this attempt"
+    assert paces.left(job, at(10, 42)) == "24 s left"
 
 
 def test_exit_codes_in_words() -> None:

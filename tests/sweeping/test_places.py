@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from agentft.errors import ConfigError
 from agentft.sweeping.options import SlurmOptions, read_options
+from tests.sweeping.watching import is_alive, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ def test_deaths_in_a_queue_are_survived_and_named_and_only_they_are_repeated(swe
 def test_stopping_the_launcher_ends_what_it_has_in_a_queue(sweep: Any, launcher: list[str]) -> None:
     process = sweep.start("act=sleep,ok", *launcher, "hydra.launcher.slots=1", "hydra.launcher.grace=5")
     pids = sweep.folder / "out/0/pids"
-    wait_for(lambda: pids.exists() and pids.read_text().count(" "))
+    wait_for(lambda: pids.exists() and pids.read_text().count(" "), 240)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 143, said
@@ -117,9 +117,9 @@ def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkey
     job.folder.mkdir()
     job.command = [sys.executable, "job.py"]
     attempt = place.start(job, "$ header\n")
-    wait_for(lambda: Path("pids").exists() and Path("pids").read_text().count(" "))
+    wait_for(lambda: Path("pids").exists() and Path("pids").read_text().count(" "), 240)
     os.kill(int(Path("pids").read_text().split()[1]), signal.SIGUSR2)
-    wait_for(lambda: attempt.poll() is not None)
+    wait_for(lambda: attempt.poll() is not None, 240)
     assert attempt.poll() == 0, attempt.lost
     log = (job.folder / "job.log").read_text()
     assert log.count("$ header") == 2
@@ -144,13 +144,15 @@ def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     place = options.make_place(options.make_slots(3), tmp_path, (), print)
     from agentft.sweeping.jobs import Job
 
-    job = Job(folder=tmp_path / "0_a", number=0, identity="", overrides=[], swept=[], settings={}, threads=16)
-    job.folder.mkdir()
+    job = Job(
+        folder=tmp_path / "lora_grid" / "0_a", number=0, identity="", overrides=[], swept=[], settings={}, threads=16
+    )
+    job.folder.mkdir(parents=True)
     place.start(job, "$ x\n")
     asked = kept.read_text()
     for line in (
         *("--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1", "--cpus-per-task=16", "--mem=64GB", "--time=90"),
-        *("--partition=gpu", "--account=lab", "--mail-type=END", "--job-name=0_a"),
+        *("--partition=gpu", "--account=lab", "--mail-type=END", "--job-name=lora_grid_0_a"),
     ):
         assert f"#SBATCH {line}\n" in asked
     assert "\nmodule load cuda\n" in asked
@@ -252,17 +254,3 @@ def test_optuna_proposes_and_our_launcher_runs(tmp_path: Path) -> None:
     assert len(rates) == 3
     assert "best_params" in (sweep / "optimization_results.yaml").read_text()
     assert len(table_of(sweep)) == 3
-
-
-def wait_for(condition: Any, seconds: float = 240.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
