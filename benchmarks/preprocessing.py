@@ -1,6 +1,7 @@
 """Speed and memory of preprocessing: JSON file -> tokens and labels, all cores, in turn in one run.
 
     python benchmarks/preprocessing.py [--data ../shared/data/train.jsonl] [--count 5000] [--rounds 2]
+    python benchmarks/preprocessing.py --data FILE --peer trl=VENV/bin/python --peer llamafactory=VENV/bin/python
     python benchmarks/preprocessing.py --scale 1000 10000 100000 600000
 
 The first form compares, on the same conversations (synthetic ones without `--data`) and SmolLM2's tokenizer:
@@ -8,6 +9,8 @@ The first form compares, on the same conversations (synthetic ones without `--da
 - `bound`: `encode_batch` of the finished training texts and nothing else, the raw speed of the Rust tokenizer;
 - `bound-fast`: the same with `encode_batch_fast`, which keeps no offsets;
 - `agentft`: `prepare_data` without the cache: read, check, divide, tokenise, label, write to disk, map back;
+- `agentft-native`: the same in the native layout (ChatML) instead of the original one;
+- `agentft-fit`: the same, what is too long fitted (`dataset.too_long=fit`) instead of set aside;
 - `one-pass`: the least that can be done: render all, one batched encode, labels from spans; nothing checked;
 - `chat-template`: `apply_chat_template` with the assistant's mask, one call a record;
 - `per-message`: one call of the tokenizer's wrapper for each piece of a record, prompt and answer in turn;
@@ -17,7 +20,10 @@ The last three rebuild how other trainers and the original work, without their t
 Each method runs in a process of its own; printed are conversations per second of wall and of CPU, and the ratio to `bound`
 of the same round. Where other work is on the machine the CPU figures are the steadier ones.
 
-The second form prepares synthetic files of growing size and prints cost and peak memory of each; `--svg FILE` draws them.
+The second form runs the peers themselves beside it, see `peer_preprocessing.py`, on the same conversations; the ratio of
+agentft to the fastest of them is printed below the table.
+
+The third form prepares synthetic files of growing size and prints cost and peak memory of each; `--svg FILE` draws them.
 """
 
 from __future__ import annotations
@@ -32,16 +38,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from peer_preprocessing import RUNS, write_for_peers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-METHODS = ("bound", "bound-fast", "agentft", "one-pass", "chat-template", "per-message", "segments")
+OURS = ("bound", "bound-fast", "agentft", "agentft-native", "agentft-fit")
+REBUILT = ("one-pass", "chat-template", "per-message", "segments")
 MAX_LENGTH = 1024
 IGNORE = -100
 _PIECE = re.compile(r"(<\|startofexec\|>.*?<\|endofexec\|>)", re.DOTALL)
@@ -63,15 +72,20 @@ def load_tokenizer() -> Any:
 # --- The methods: each returns how many conversations it has tokenised, and does its own reading ---
 
 
-def run_agentft(path: Path, tokenizer: Any, encoder: Any, too_long: str = "drop") -> tuple[int, int]:
+def run_agentft(
+    path: Path, tokenizer: Any, encoder: Any, too_long: str = "drop", *, native: bool = False
+) -> tuple[int, int]:
     from agentft.data.config import LocalConfig, TooLong
+    from agentft.data.native import ChatmlTemplate
     from agentft.data.render import get_template
     from agentft.recipes.prepare import prepare_data
+
+    template = ChatmlTemplate(tokenizer.eos_token) if native else get_template("msagent", tokenizer.eos_token)
 
     config = LocalConfig(
         name="local", path=str(path), max_length=MAX_LENGTH, too_long=TooLong[too_long], max_rejected=1.0, cache=False
     )
-    prepared = prepare_data(config, get_template("msagent", tokenizer.eos_token), encoder)
+    prepared = prepare_data(config, template, encoder)
     return prepared.account.read.kept, int(prepared.train.lengths.sum())
 
 
@@ -190,6 +204,8 @@ def measure(method: str, path: Path) -> dict[str, float]:
         count, tokens = run_agentft(path, tokenizer, encoder)
     elif method == "agentft-fit":
         count, tokens = run_agentft(path, tokenizer, encoder, "fit")
+    elif method == "agentft-native":
+        count, tokens = run_agentft(path, tokenizer, encoder, native=True)
     elif method == "one-pass":
         count, tokens = run_one_pass(path, tokenizer)
     else:
@@ -210,7 +226,17 @@ def _peak() -> int:
 
 
 def _measured(method: str, path: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--method", method, "--data", str(path)]
+    return _run([sys.executable, __file__, "--method", method, "--data", str(path)], method)
+
+
+def _measured_peer(name: str, python: str, folder: Path) -> dict[str, float]:
+    """A peer's own preparation; its cost is spread over all conversations that it was given."""
+    script = str(Path(__file__).with_name("peer_preprocessing.py"))
+    given = sum(1 for _ in (folder / f"{name}.jsonl").open("rb"))
+    return _run([python, script, name, str(folder), str(MAX_LENGTH)], name) | {"count": given}
+
+
+def _run(command: list[str], method: str) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr[-3000:]}")
@@ -218,13 +244,21 @@ def _measured(method: str, path: Path) -> dict[str, float]:
     return figures
 
 
-def compare(data: str | None, count: int, rounds: int) -> None:
-    """Print the table of all methods."""
+def compare(data: str | None, count: int, rounds: int, methods: Sequence[str], peers: dict[str, str]) -> None:
+    """Print the table of all methods, and of the peers by the interpreter that has each of them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "conversations.jsonl"
         path.write_bytes(b"".join(_lines(data, count)))
         print(f"{count} conversations of {data or 'the synthetic set'}, {os.cpu_count()} cores, {rounds} rounds")
-        figures = [{method: _measured(method, path) for method in (*METHODS, "agentft-fit")} for _ in range(rounds)]
+        figures = []
+        for number in range(rounds):
+            of_peers = {}
+            for name, python in peers.items():  # each in an empty folder: what a round leaves behind helps no other
+                at = Path(folder) / f"{name}-{number}"
+                at.mkdir()
+                write_for_peers(_records(path), load_tokenizer(), at)
+                of_peers[name] = _measured_peer(name, python, at)
+            figures.append({method: _measured(method, path) for method in methods} | of_peers)
     print(
         f"{'':14s} {'per s wall':>11s} {'per CPU-s':>10s} {'of bound, wall':>15s} {'of bound, CPU':>14s} {'peak MB':>8s}"
     )
@@ -236,6 +270,21 @@ def compare(data: str | None, count: int, rounds: int) -> None:
         ]
         peak = max(run["peak"] for run, _ in runs) / 2**20
         print(f"{method:14s} {wall:11,.0f} {cpu:10,.0f} {shares[0]:15.0%} {shares[1]:14.0%} {peak:8,.0f}")
+    if peers:
+        _print_ratios(figures, [method for method in methods if method.startswith("agentft")], list(peers))
+
+
+def _print_ratios(figures: list[dict[str, dict[str, float]]], ours: list[str], peers: list[str]) -> None:
+    """Conversations per second of each of ours over those of the fastest peer of the same round, medians over rounds."""
+    for method in ours:
+        ratios = {
+            k: statistics.median(
+                of[method]["count"] / of[method][k] / max(of[peer]["count"] / of[peer][k] for peer in peers)
+                for of in figures
+            )
+            for k in ("wall", "cpu")
+        }
+        print(f"{method}: {ratios['wall']:.2f} x the fastest peer by wall, {ratios['cpu']:.2f} x by CPU")
 
 
 def _lines(data: str | None, count: int) -> Iterator[bytes]:
@@ -315,14 +364,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--scale", type=int, nargs="+", metavar="SIZE")
     parser.add_argument("--svg", metavar="FILE")
-    parser.add_argument("--method", choices=(*METHODS, "agentft-fit"), help=argparse.SUPPRESS)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=", ".join(RUNS))
+    parser.add_argument("--methods", nargs="+", choices=(*OURS, *REBUILT), default=[*OURS, *REBUILT])
+    parser.add_argument("--method", choices=(*OURS, *REBUILT), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.method:
         print(json.dumps(measure(arguments.method, Path(arguments.data))))
     elif arguments.scale:
         scale(arguments.scale, arguments.svg)
     else:
-        compare(arguments.data, arguments.count, arguments.rounds)
+        peers = dict(each.split("=", 1) for each in arguments.peer)
+        methods = ["bound", *(method for method in arguments.methods if method != "bound")]
+        compare(arguments.data, arguments.count, arguments.rounds, methods, peers)
 
 
 if __name__ == "__main__":
