@@ -117,7 +117,9 @@ class StoredExamples(Sequence[Example]):
     @property
     def ids(self) -> list[str]:
         """The names of the examples, in order."""
-        return [self._name(row) for row in self._rows]
+        names = self._names.tobytes()
+        starts, stops = self._table[self._rows, 2].tolist(), self._table[self._rows + 1, 2].tolist()
+        return [names[start:stop].decode() for start, stop in zip(starts, stops, strict=True)]
 
     @property
     def lengths(self) -> Rows:

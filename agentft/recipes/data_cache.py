@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,8 +185,11 @@ def _checked(folder: Path) -> dict[str, Any]:
             raise _DamagedError(f"{name} is gone")
         if file.stat().st_size != expected["bytes"]:
             raise _DamagedError(f"{name} has {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")
-        if file_digest(file) != expected["sha256"]:
-            raise _DamagedError(f"{name} holds other bytes than were written")
+    names = list(manifest["files"])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, digest in zip(names, pool.map(file_digest, [folder / name for name in names]), strict=True):
+            if digest != manifest["files"][name]["sha256"]:
+                raise _DamagedError(f"{name} holds other bytes than were written")
     return manifest
 
 
