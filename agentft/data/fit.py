@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from agentft.data.config import TooLong
 from agentft.data.grammar import Observation, segment_steps
-from agentft.data.records import Conversation
+from agentft.data.records import Conversation, part_id
 from agentft.data.render import Template
 from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, shorten_observations
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
@@ -29,7 +29,6 @@ _BATCHES_AHEAD = 3
 """Batches that are with the tokenizer while the oldest of them is taken back: it never waits for text."""
 _TOKENIZER_THREADS = 2
 """While one hands its results to the interpreter, which takes the lock and one core, the other keeps the cores busy."""
-_NO_LABEL = ("no_label", "the agent says nothing in this conversation")
 _PRECISION = 16
 """Characters: how near the common length of shortened tool results comes to the greatest that fits."""
 T = TypeVar("T")
@@ -164,7 +163,7 @@ class _Fitter:
             found = list(islice(encoded, len(chunks)))
             tokens, labelled = draft.measure(found)
             if not labelled:
-                fitted.append(_set_aside(conversation, tokens, _NO_LABEL))
+                fitted.append(_set_aside(conversation, tokens, ("no_label", _why_no_label(conversation))))
                 continue
             if tokens > self.max_length and too_long is TooLong.drop:
                 fitted.append(self._too_long(conversation, tokens))
@@ -256,7 +255,7 @@ class _Fitter:
         left_out: list[int] = []
         first = 0
         while first < len(rounds):
-            name = f"{conversation.id}/{len(pieces) + 1}"
+            name = part_id(conversation.id, len(pieces) + 1)
             piece = yield from self._longest_from(rounds, sizes, name, first)
             if piece is None:
                 piece = yield from self._shortened(rounds.part(name, first, first + 1))
@@ -341,8 +340,9 @@ def _sizes(rounds: Rounds, whole: Piece) -> _Way[_Sizes]:
     length = len(whole.example)
     if len(rounds) < 2:
         return _Sizes(0, [length])
-    if rounds.ends_with_result():
-        # Where the last thing in a round is a tool's result, its tokens run on into the next question: measured apart.
+    if rounds.ends_with_result() or any(message.untrained for message in whole.conversation.messages):
+        # Where the last thing in a round is a tool's result, its tokens run on into the next question; where a step is
+        # not trained, no label says where it ends: measured apart.
         attempts = [_Attempt(rounds.part("", at, at + 1)) for at in range(len(rounds))]
         *alone, both = yield [*attempts, _Attempt(rounds.part("", 0, 2))]
         sizes = [len(piece.example) for piece in alone]
@@ -362,6 +362,12 @@ class _Sizes:
 
     head: int
     rounds: list[int]
+
+
+def _why_no_label(conversation: Conversation) -> str:
+    if any(message.untrained for message in conversation.messages):
+        return "nothing that the agent says here is to be trained, as its messages say"
+    return "the agent says nothing in this conversation"
 
 
 def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> Fitted:

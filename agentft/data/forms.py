@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.turn_builder import FormError, TurnBuilder
+from agentft.data.untrained import understood_fields, untrained_field
 
 Form = Literal["auto", "msagent", "openai", "sharegpt", "react"]
 """How records are laid out; `auto` is every form that a record shows by its fields and roles."""
@@ -32,6 +33,8 @@ _OPENAI_FIELDS = frozenset(
 )
 _REACT_TEXT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
 _REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
+
+_TURN_FIELDS = frozenset({"from", "value"})
 
 Quirk = tuple[str, str]
 
@@ -89,9 +92,8 @@ def _convert_openai(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[
         if not isinstance(message, dict):
             raise FormError("turn_not_an_object", f"message {number} is no object")
         role = message.get("role")
-        unknown = [_shown(key) for key, value in message.items() if key not in _OPENAI_FIELDS and not _is_blank(value)]
-        if unknown:
-            quirks.append(("field_not_carried", f"message {number}: {', '.join(unknown)[:80]}"))
+        quirks += _not_carried(f"message {number}", message, _OPENAI_FIELDS, agent=role in ("assistant", "tool_call"))
+        turns.trained = untrained_field(message) is None
         if number == 1:
             is_system = role in ("system", "developer")
             turns.system(_content(message, number) if is_system else "", tools)
@@ -202,10 +204,13 @@ def _convert_sharegpt(record: dict[Any, Any]) -> tuple[list[dict[str, str]], lis
     if not isinstance(given, list):
         raise FormError("conversations_not_a_list", "'conversations' is no list")
     turns = TurnBuilder()
+    quirks: list[Quirk] = []
     tools = _read_tools(record.get("tools"))
     system = record.get("system")
     for number, turn in enumerate(given, 1):
         role, value = _from_and_value(turn, number)
+        quirks += _not_carried(f"turn {number}", turn, _TURN_FIELDS, agent=role in ("gpt", "function_call"))
+        turns.trained = untrained_field(turn) is None
         if number == 1:
             if role == "system" and system:
                 raise FormError("two_system_turns", "a field 'system' and a system turn")
@@ -230,7 +235,7 @@ def _convert_sharegpt(record: dict[Any, Any]) -> tuple[list[dict[str, str]], lis
             names = ", ".join(_SHAREGPT_ROLES)
             raise FormError("unknown_role", f"turn {number} is from {role[:40]!r}; the sharegpt form knows {names}")
     turns.end_assistant()
-    return turns.turns, []
+    return turns.turns, quirks
 
 
 def _convert_react(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Quirk]]:
@@ -238,8 +243,11 @@ def _convert_react(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Q
     if not isinstance(given, list):
         raise FormError("conversations_not_a_list", "'conversations' is no list")
     turns = TurnBuilder()
+    quirks: list[Quirk] = []
     for number, turn in enumerate(given, 1):
         role, value = _from_and_value(turn, number)
+        quirks += _not_carried(f"turn {number}", turn, _TURN_FIELDS, agent=role in ("assistant", "gpt"))
+        turns.trained = untrained_field(turn) is None
         if role == "system":
             turns.turns.append({"from": "system", "value": value})
         elif role in ("user", "human"):
@@ -249,7 +257,7 @@ def _convert_react(record: dict[Any, Any]) -> tuple[list[dict[str, str]], list[Q
             turns.end_assistant()
         else:
             raise FormError("unknown_role", f"turn {number} is from {role[:40]!r}")
-    return turns.turns, []
+    return turns.turns, quirks
 
 
 def _convert_react_text(value: str, turns: TurnBuilder) -> None:
@@ -288,7 +296,14 @@ def _say_joined(texts: list[str], turns: TurnBuilder) -> None:
         turns.say(text)
 
 
-def _from_and_value(turn: object, number: int) -> tuple[str, str]:
+def _not_carried(where: str, turn: dict[Any, Any], known: frozenset[str], *, agent: bool) -> list[Quirk]:
+    """A quirk for the fields of a turn that mean nothing here, if it has such."""
+    unknown = [key for key, value in turn.items() if key not in known and not _is_blank(value)]
+    unknown = [_shown(key) for key in unknown if key not in understood_fields(turn, agent=agent)]
+    return [("field_not_carried", f"{where}: {', '.join(unknown)[:80]}")] if unknown else []
+
+
+def _from_and_value(turn: Any, number: int) -> tuple[str, str]:
     if not isinstance(turn, dict):
         raise FormError("turn_not_an_object", f"turn {number} is no object with from and value")
     role, value = turn.get("from"), turn.get("value")

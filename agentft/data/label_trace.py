@@ -54,6 +54,7 @@ def trace_labels(
         verbatim: the template keeps the agent's words letter by letter, and ends each step with `stop_token`. Where it
             does not, only foreign text under a label is an error; what cannot be compared is `label_untraced`.
         context_rounds: Rounds at the start whose words have no labels here; another example of the conversation has them.
+            Steps that the record itself does not want trained have none either.
     """
     labelled = labels != IGNORE_INDEX
     if not labelled.any():
@@ -100,8 +101,9 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
         if message.role != "assistant":
             context(message.source)
             continue
-        for part in message.parts:
-            if isinstance(part, Observation) or rounds <= context_rounds:
+        untrained = message.untrained_parts
+        for at, part in enumerate(message.parts):
+            if isinstance(part, Observation) or rounds <= context_rounds or at in untrained:
                 context(part.source)
             else:
                 words.append(part.source)

@@ -25,7 +25,7 @@ from agentft.data.calls import ToolRequest, strip_fence
 from agentft.data.grammar import Call, Observation, Part, Text
 from agentft.data.native_system import NativeSystem, read_system
 from agentft.data.records import Conversation, Message
-from agentft.data.render import CallForm, Kind, Segment, as_history, with_history
+from agentft.data.render import CallForm, Kind, Segment, shown_as, with_history
 
 HERMES_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
@@ -68,8 +68,7 @@ class NativeTemplate:
         if conversation.messages[0].role != "system" and self.default_system is not None:
             segments += self._turn("system", [Segment(self.default_system, Kind.system)])
         for message, history in with_history(conversation, context_rounds):
-            body = self._message(message)
-            segments += as_history(body) if history else body
+            segments += shown_as(self._message(message), message, history=history)
         return segments
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:

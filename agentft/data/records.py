@@ -23,6 +23,7 @@ from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Te
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.offered_tools import OfferedTool, read_offered_tools
 from agentft.data.turn_builder import FormError
+from agentft.data.untrained import MarkedTurn, parts_of, steps_with, understood_fields, untrained_field
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
@@ -31,6 +32,7 @@ Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
 _CJK = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
 _MAX_ID_CHARACTERS = 200
+_PART_ID = re.compile(r"/part-[0-9]+\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,13 @@ class Message:
     """The exact text."""
     parts: tuple[Part, ...] = ()
     """What an assistant turn consists of; empty for the other roles, whatever marks their text holds."""
+    untrained: tuple[int, ...] = ()
+    """Which of an assistant turn's steps, counted from 0, its source shows and does not want trained."""
+
+    @property
+    def untrained_parts(self) -> frozenset[int]:
+        """The positions of the parts of those steps."""
+        return parts_of(self.untrained, self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,7 @@ class Conversation:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of roles and texts; equal for equal conversations, whatever their ids and origins."""
+        """SHA-256 of roles, texts and what of them is not trained; equal for equal conversations, whatever their ids."""
         return _content_hash(self.messages)
 
     @property
@@ -120,6 +129,11 @@ class Notice:
     origin: Origin
     code: str
     detail: str
+
+
+def part_id(whole: str, number: int) -> str:
+    """The id of a part of a conversation that is split, counted from 1. No record has such an id: see `_read_id`."""
+    return f"{whole}/part-{number}"
 
 
 class _Refused(Exception):  # noqa: N818  # a way out of nested readers, not an error
@@ -160,7 +174,11 @@ def read_record(
 def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None:
     """The id as text, or None where the content must give one."""
     if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and _is_encodable(value):
-        return value
+        if _PART_ID.search(value) is None:
+            return value
+        detail = f"id {value!r} is spelt like a part of a longer conversation; made from the content instead"
+        notices.append(Notice(origin, "id_of_a_part", detail))
+        return None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
         notices.append(Notice(origin, "id_number", f"id {value} is a number, used as text"))
         return str(value)
@@ -218,8 +236,11 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
         if characters > MAX_RECORD_CHARACTERS:
             raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
-            extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in ("from", "value"))
-            notices.append(Notice(origin, "unknown_turn_field", f"turn {number}: {', '.join(extra)[:80]!r} not used"))
+            known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
+            extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in known)
+            if extra:
+                detail = f"turn {number}: {', '.join(extra)[:80]!r} not used"
+                notices.append(Notice(origin, "unknown_turn_field", detail))
         if not _is_encodable(value):
             raise _Refused(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
@@ -242,7 +263,8 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             messages.append(Message("user", value))
             expected = "assistant"
         else:
-            messages.append(Message("assistant", value, _parse_turn(value, number)))
+            parts = _parse_turn(value, number)
+            messages.append(Message("assistant", value, parts, _read_untrained(turn, number, parts, origin, notices)))
             expected = "user"
     if expected == "assistant":
         raise _Refused("ends_with_user", "the last turn is the user's: there is nothing to train")
@@ -251,6 +273,24 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
     if messages[0].role != "system":
         notices.append(Notice(origin, "missing_system", "no system turn"))
     return tuple(messages)
+
+
+def _read_untrained(
+    turn: dict[Any, Any], number: int, parts: tuple[Part, ...], origin: Origin, notices: list[Notice]
+) -> tuple[int, ...]:
+    """The steps of an assistant turn that are not to be trained, each noted."""
+    if isinstance(turn, MarkedTurn):
+        steps, why = turn.untrained, "as its message says"
+    else:
+        field = untrained_field(turn) if len(turn) > 2 else None
+        if field is None:
+            return ()
+        steps, why = steps_with(range(len(parts)), parts), field
+    for step in steps:
+        notices.append(
+            Notice(origin, "step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({why})")
+        )
+    return steps
 
 
 def _read_turn(turn: object, number: int) -> tuple[Role, str]:
@@ -340,7 +380,14 @@ def _is_strict_json(text: str) -> bool:
 
 
 def _content_hash(messages: tuple[Message, ...]) -> str:
-    turns = ",".join([f'["{message.role}",{encode_basestring(message.source)}]' for message in messages])
+    turns = ",".join(
+        [
+            f'["{message.role}",{encode_basestring(message.source)}]'
+            if not message.untrained
+            else json.dumps([message.role, message.source, message.untrained], ensure_ascii=False)
+            for message in messages
+        ]
+    )
     return hashlib.sha256(f"[{turns}]".encode()).hexdigest()
 
 

@@ -54,7 +54,7 @@ class Segment(NamedTuple):
     special: bool = False
     """The text names one special token. All other text is encoded as plain text, whatever marks it contains."""
     history: bool = False
-    """Belongs to a round that this example shows as context only; another example of the conversation trains it."""
+    """Shown as context only: another example of the conversation trains it, or its source does not want it trained."""
 
     @property
     def spoken(self) -> bool:
@@ -115,7 +115,7 @@ class MsagentTemplate:
         for message, history in with_history(conversation, context_rounds):
             separator = "\n\n" if segments else ""
             segments.append(Segment(f"{separator}<|{message.role}|>:", Kind.header))
-            segments.extend(as_history(self._body(message)) if history else self._body(message))
+            segments.extend(shown_as(self._body(message), message, history=history))
         return segments
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
@@ -154,10 +154,20 @@ def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tu
         yield message, 0 < rounds <= context_rounds
 
 
-def as_history(segments: Iterable[Segment]) -> Iterator[Segment]:
-    """Yield the segments with what the agent says as context."""
+def shown_as(segments: Iterable[Segment], message: Message, *, history: bool) -> Iterable[Segment]:
+    """Return a message's segments, as context where the agent's words are only shown.
+
+    They are in a round that is history, and in a step that the source does not want trained.
+    """
+    return segments if not history and not message.untrained else _as_history(segments, message, history=history)
+
+
+def _as_history(segments: Iterable[Segment], message: Message, *, history: bool) -> Iterator[Segment]:
+    step = 0
     for segment in segments:
-        yield segment._replace(history=True) if segment.spoken else segment
+        only_shown = segment.spoken and (history or step in message.untrained)
+        yield segment._replace(history=True) if only_shown else segment
+        step += segment.kind is Kind.stop
 
 
 def render_assistant(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:

@@ -259,7 +259,7 @@ class _IdRegister:
     def register(self, conversation: Conversation) -> str | None:
         """The id to use, or None for a repetition of what came before."""
         # Python's own hash: quick, and compared within this process only.
-        digest = hash(tuple((message.role, message.source) for message in conversation.messages))
+        digest = hash(tuple([(message.role, message.source, message.untrained) for message in conversation.messages]))
         known = self._digests.get(conversation.id)
         if known is None:
             self._digests[conversation.id] = digest

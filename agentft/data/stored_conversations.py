@@ -28,7 +28,7 @@ _LETTERS: dict[type, str] = {Text: "t", Call: "c", Observation: "o"}
 def to_line(conversation: Conversation) -> bytes:
     """Write a conversation as one line of JSON."""
     turns = [
-        [message.role, [[_LETTERS[type(part)], part.source] for part in message.parts]]
+        [message.role, [[_LETTERS[type(part)], part.source] for part in message.parts], *_list_of(message.untrained)]
         if message.role == "assistant"
         else [message.role, message.source]
         for message in conversation.messages
@@ -41,16 +41,21 @@ def to_line(conversation: Conversation) -> bytes:
 def from_line(line: bytes) -> Conversation:
     """Read what `to_line` wrote: an equal conversation."""
     name, piece_of, source, number, weight, turns = json.loads(line)
-    messages = tuple(_message(role, body) for role, body in turns)
+    messages = tuple(_message(*turn) for turn in turns)
     offered = read_offered_tools(messages[0].source) if messages[0].role == "system" else ()
     return Conversation(name, messages, Origin(source, number), offered, weight, piece_of)
 
 
-def _message(role: Any, body: Any) -> Message:
+def _list_of(untrained: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """One more field of a turn, where there is something to say."""
+    return [untrained] if untrained else []
+
+
+def _message(role: Any, body: Any, untrained: Any = ()) -> Message:
     if role != "assistant":
         return Message(role, body)
     parts = tuple(_part(letter, source) for letter, source in body)
-    return Message(role, "".join(part.source for part in parts), parts)
+    return Message(role, "".join(part.source for part in parts), parts, tuple(untrained))
 
 
 def _part(letter: str, source: str) -> Part:

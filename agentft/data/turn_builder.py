@@ -17,9 +17,11 @@ from agentft.data.grammar import (
     THINK_CLOSE,
     THINK_OPEN,
     GrammarError,
+    Part,
     Text,
     parse_assistant,
 )
+from agentft.data.untrained import MarkedTurn, steps_with
 
 TOOLS_INTRODUCTION = (
     "These tools can be called. To call one, write JSON with the fields api_name and parameters between "
@@ -42,7 +44,10 @@ class TurnBuilder:
 
     def __init__(self) -> None:
         self.turns: list[dict[str, str]] = []
+        self.trained = True
+        """Whether what is said and called from now on is to be trained."""
         self._pieces: list[tuple[Literal["text", "call", "observation"], str]] = []
+        self._untrained: set[int] = set()
 
     def system(self, text: str, tools: list[dict[str, Any]]) -> None:
         """The leading system turn, with the tool list behind its text; none where both are empty."""
@@ -68,7 +73,7 @@ class TurnBuilder:
             )
         if self._pieces and self._pieces[-1][0] == "text":
             raise FormError("two_assistant_turns", "two texts of the assistant in a row")
-        self._pieces.append(("text", text))
+        self._add("text", text)
 
     def call(self, name: object, arguments: object) -> None:
         """`arguments` is an object, or its JSON text, which is kept letter by letter."""
@@ -77,14 +82,14 @@ class TurnBuilder:
         body = f'{{"api_name": {json.dumps(name, ensure_ascii=False)}, "parameters": {_arguments_text(arguments)}}}'
         if MARK.search(body):
             body = body.replace("<|", "\\u003c|")  # the same JSON; a bracket can stand in its strings only
-        self._pieces.append(("call", f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"))
+        self._add("call", f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}")
 
     def observe(self, text: str) -> None:
         """The result of the first call that has none yet; fenced where it is JSON."""
         if (found := MARK.search(text)) is not None:
             raise FormError("marks_in_text", f"the result of a tool holds the mark {found[0]}")
         fenced = f"```JSON\n{text}\n```" if _is_json(text) else text
-        self._pieces.append(("observation", f"{EXEC_OPEN}{fenced}{EXEC_CLOSE}"))
+        self._add("observation", f"{EXEC_OPEN}{fenced}{EXEC_CLOSE}")
 
     def end_assistant(self) -> None:
         """Close the assistant turn that is being collected, if any."""
@@ -97,11 +102,20 @@ class TurnBuilder:
                 value += "\n\n" if before == "call" else "\n"
             value += source
             before = kind
-        self._require_same(value)
-        self.turns.append({"from": "assistant", "value": value})
-        self._pieces = []
+        parts = self._require_same(value)
+        turn = MarkedTurn({"from": "assistant", "value": value})
+        places = [at for at, part in enumerate(parts) if not isinstance(part, Text) or part.source.strip()]
+        turn.untrained = steps_with((places[piece] for piece in self._untrained), parts)
+        self.turns.append(turn)
+        self._pieces, self._untrained = [], set()
 
-    def _require_same(self, value: str) -> None:
+    def _add(self, kind: Literal["text", "call", "observation"], source: str) -> None:
+        if not self.trained and kind != "observation":
+            self._untrained.add(len(self._pieces))
+        self._pieces.append((kind, source))
+
+    def _require_same(self, value: str) -> tuple[Part, ...]:
+        """The parts of an assistant value, which are its pieces."""
         try:
             parts = parse_assistant(value)
         except GrammarError as error:
@@ -109,6 +123,7 @@ class TurnBuilder:
         found = [part.source.strip() for part in parts if not isinstance(part, Text) or part.source.strip()]
         if found != [source.strip() for _, source in self._pieces]:
             raise FormError("not_representable", "texts, calls and results of the turn would read as another turn")
+        return parts
 
 
 def _arguments_text(arguments: object) -> str:

@@ -41,13 +41,17 @@ class StepPlace:
 
 
 def step_places(conversation: Conversation) -> list[StepPlace]:
-    """Return the places of all steps of a conversation in order; what is blank is no step."""
+    """Return the places of the steps of a conversation in order; what is blank is no step.
+
+    A step that its source does not want trained is no reference of what to say: it is history, here and in the exam.
+    """
     places: list[StepPlace] = []
     for number, message in enumerate(conversation.messages):
         start = 0
+        untrained = message.untrained_parts
         for observed, group in groupby(message.parts, key=lambda part: isinstance(part, Observation)):
             parts = list(group)
-            if not observed and any(part.source.strip() for part in parts):
+            if not observed and start not in untrained and any(part.source.strip() for part in parts):
                 places.append(StepPlace(number, start, start + len(parts)))
             start += len(parts)
     return places

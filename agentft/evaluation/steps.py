@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentft.data.records import Conversation
-from agentft.data.render import CallForm, Template, render_assistant, with_history
+from agentft.data.render import CallForm, Template, render_assistant, shown_as, with_history
 from agentft.data.tokens import Example, Ids
 from agentft.evaluation.parse import to_msagent
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
@@ -68,12 +68,12 @@ def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example]
 
 
 def _reference_texts(conversation: Conversation, context_rounds: int) -> list[str]:
-    """Collect what the agent says, step by step, in the words of the data, without the rounds that are only shown."""
+    """Collect what the agent says, step by step, in the words of the data, without what is only shown."""
     texts: list[str] = []
     for message, history in with_history(conversation, context_rounds):
         open_step = False
-        for segment in () if history else render_assistant(message.parts, ""):
-            if not segment.spoken:
+        for segment in shown_as(render_assistant(message.parts, ""), message, history=history):
+            if not segment.trained:
                 continue
             if segment.special:
                 open_step = False

@@ -137,7 +137,7 @@ def test_a_conversation_is_split_at_its_rounds_with_what_context_fits(template, 
     conversation = made(*((f"question {n} " + "w" * 300, [200], f"answer {n}") for n in range(5)))
     fitted = fit(conversation, template, encoder, 2500, TooLong.split)
     assert (fitted.outcome, fitted.steps_left_out, fitted.shortened_observations) == (Outcome.spread, (), 0)
-    assert [piece.conversation.id for piece in fitted.pieces] == [f"c/{n + 1}" for n in range(len(fitted.pieces))]
+    assert [piece.conversation.id for piece in fitted.pieces] == [f"c/part-{n + 1}" for n in range(len(fitted.pieces))]
     assert len(fitted.pieces) > 1
     assert fitted.pieces[-1].example.context_rounds > 0
     assert sum(p.conversation.rounds - p.example.context_rounds for p in fitted.pieces) == 5
@@ -239,7 +239,9 @@ def test_held_out_questions_are_asked_whatever_training_leaves_out(long_file, te
     steps = all_steps(data.heldout, data.heldout_examples, template)
     left_out = sum(len(c["steps_left_out"]) for c in data.account.changed if c["part"] == "heldout")
     assert left_out == 0
-    long, short = (sum(c.id.startswith(x) and (c.id.endswith("/1") or x == "s") for c in data.heldout) for x in "rs")
+    long, short = (
+        sum(c.id.startswith(x) and (c.id.endswith("/part-1") or x == "s") for c in data.heldout) for x in "rs"
+    )
     assert long > 0
     assert len(steps) == 10 * long + 2 * short
     assert len({(step.conversation.id, step.index) for step in steps}) == len(steps)

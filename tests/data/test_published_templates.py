@@ -1,6 +1,6 @@
 """Our layouts against the chat templates that the models' makers published.
 
-TRL's wheel holds copies of them, byte for byte, and compares them with the hubs every week; where it is not installed these tests are
+TRL's wheel holds copies of them, byte for byte, and compares them with the hubs every week. `make install` brings it; without it these tests are
 skipped. Nothing of TRL is imported: only the files are read.
 """  # noqa: E501
 
