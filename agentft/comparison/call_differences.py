@@ -24,8 +24,8 @@ def call_differences(reference: str, prediction: str) -> list[str]:
     for pair in pairs:
         lines += _arguments(expected[pair.reference], predicted[pair.prediction])
     met, used = {pair.reference for pair in pairs}, {pair.prediction for pair in pairs}
-    missing = [call.name for i, call in enumerate(expected) if i not in met]
-    wrong = [call.name for j, call in enumerate(predicted) if j not in used]
+    missing = [call for i, call in enumerate(expected) if i not in met]
+    wrong = [call for j, call in enumerate(predicted) if j not in used]
     lines += _tools(missing, wrong)
     lines += [f"malformed: {attempt.failure.detail}" for attempt in reply.attempts if attempt.failure]
     return lines
@@ -43,14 +43,16 @@ def _arguments(expected: ToolRequest, predicted: ToolRequest) -> Iterator[str]:
             yield f"{expected.name}: {key} is extra, {_shown(value)}"
 
 
-def _tools(missing: Sequence[str], wrong: Sequence[str]) -> Iterator[str]:
-    for name, other in zip_longest(missing, wrong):
-        if name is None:
-            yield f"calls {other}, which the reference does not"
+def _tools(missing: Sequence[ToolRequest], wrong: Sequence[ToolRequest]) -> Iterator[str]:
+    for call, other in zip_longest(missing, wrong):
+        if call is None:
+            yield f"calls {other.name}, which the reference does not"
         elif other is None:
-            yield f"does not call {name}"
+            # With its arguments: of several calls to one tool they alone tell which is meant.
+            given = ", ".join(f"{key} {_shown(value)}" for key, value in call.parameters.items())
+            yield f"does not call {call.name}" + (f" with {given}" if given else "")
         else:
-            yield f"calls {other} instead of {name}"
+            yield f"calls {other.name} instead of {call.name}"
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from agentft.comparison.call_differences import call_differences
+from agentft.evaluation.step_scores import OfferedTool, read_offered_tool
 
 MOST_STEPS = 2_000
 """Steps on one page, the wrong ones first; a browser opens these at once."""
@@ -96,6 +97,7 @@ class ReadStep:
     """The fields of `StepScore`."""
     user: str | None = None
     observations: Sequence[str] = ()
+    offered: Sequence[OfferedTool] = ()
     finish: str | None = None
 
     @property
@@ -117,6 +119,7 @@ def read_steps(rows: Sequence[Mapping[str, Any]]) -> list[ReadStep]:
             **{name: row[name] for name in ("conversation_id", "step", "reference", "prediction", "scores")},
             user=_text_or_none(row.get("user")),
             observations=[each for each in row.get("observations") or () if isinstance(each, str)],
+            offered=[tool for each in row.get("offered") or () if (tool := read_offered_tool(each)) is not None],
             finish=_text_or_none(row.get("finish")),
         )
         for row in rows
@@ -159,6 +162,9 @@ def _card(step: ReadStep) -> str:
     listed = f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in differences)}</ul>" if differences else ""
     observed = "".join(f"<pre>{_text(_cut(text))}</pre>" for text in step.observations)
     below = f"<details><summary>tool results before</summary>{observed}</details>" if observed else ""
+    if step.offered:
+        tools = _text(_cut("\n".join(map(_signature, step.offered))))
+        below += f"<details><summary>tools offered: {len(step.offered):,}</summary><pre>{tools}</pre></details>"
     user = "–" if step.user is None else _text(_cut(step.user))
     return (
         f'<article id="{escape(f"{step.conversation_id}/{step.step}", quote=True)}" data-kinds="{" ".join(step.kinds)}">'
@@ -167,6 +173,10 @@ def _card(step: ReadStep) -> str:
         f"<section><h2>reference</h2><pre>{_marked(step.reference)}</pre></section>"
         f"<section><h2>answer</h2><pre>{_marked(step.prediction)}</pre></section></div></article>"
     )
+
+
+def _signature(tool: OfferedTool) -> str:
+    return tool.name if tool.parameters is None else f"{tool.name}({', '.join(tool.parameters)})"
 
 
 def _facts(step: ReadStep) -> str:

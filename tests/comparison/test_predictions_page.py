@@ -99,6 +99,7 @@ def test_user_reference_answer_and_what_differs_stand_side_by_side(page):
     assert "weather: city is &quot;Oslo&quot; instead of &quot;Rome&quot;" in page
     assert "calls news instead of weather" in page
     assert "A question about wrong_tool &lt;i&gt;" in page
+    assert "tools offered: 2</summary><pre>weather(city, day)\nnews</pre>" in page
     assert "cut at the longest length" in page
     assert "argument F1 0.50" in page
     assert "ROUGE-L" in page
@@ -125,7 +126,8 @@ def test_differences_are_said_in_words():
         "a: x is true instead of 1",
         "a: z is extra, 0",
     ]
-    assert call_differences(reference, call("a", x=1)) == ["does not call b"]
+    assert call_differences(reference, call("a", x=1)) == ["does not call b with y [1, 2]"]
+    assert call_differences(call("a"), "hello") == ["does not call a"]
     assert call_differences("hello", call("a")) == ["calls a, which the reference does not"]
 
 
