@@ -107,15 +107,34 @@ def to_msagent(text: str, form: CallForm) -> str:
     """Write one step that a model said in a native form with MSAgent marks, so that one reader scores all layouts.
 
     A call that is malformed in its own form is malformed after it, for the same reason where both forms have it. Text is
-    kept, MSAgent marks in it too: a model that answers with them called all the same.
+    kept, MSAgent marks in it too: a model that answers with them called all the same. A text in MSAgent's own form stays
+    as it is, but for `quote_ends`.
     """
     if form is CallForm.msagent:
-        return text
+        return quote_ends(text)
     own_words = _cut(_ROLE_HEADER.sub("", text, count=1), (*END_OF_SEQUENCE_TEXTS, *_INVENTED[form]))
     if form is CallForm.llama:
         return "\n".join(_llama_pieces(own_words))
     own_words = _EMPTY_THOUGHT.sub("", own_words, count=1)
     return _HERMES_SPAN.sub(_hermes_call, own_words)
+
+
+def quote_ends(text: str) -> str:
+    """Escape what names the end of a sequence inside the strings of readable calls: the same JSON, and no end of an answer.
+
+    For texts that were ended by token ids already, where such a name is letters. A raw text ends at its first one.
+    """
+    return _THINK_SPAN.sub(_quoted_call, text)
+
+
+def _quoted_call(span: re.Match[str]) -> str:
+    body = span["body"]
+    if span["closed"] is None or not any(end in body for end in END_OF_SEQUENCE_TEXTS):
+        return span[0]
+    if isinstance(read_call_body(body), CallFailure):
+        return span[0]
+    # In a readable call a bracket can stand in a string only.
+    return THINK_START + body.replace("<", "\\u003c") + THINK_END
 
 
 def _hermes_call(span: re.Match[str]) -> str:

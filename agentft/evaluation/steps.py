@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from agentft.data.records import Conversation
 from agentft.data.render import CallForm, Template, render_assistant, shown_as, with_history
 from agentft.data.tokens import Example, Ids
-from agentft.evaluation.parse import to_msagent
+from agentft.evaluation.parse import quote_ends, to_msagent
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
 
 
@@ -43,7 +43,7 @@ class Step:
             conversation_id=conversation.id,
             piece_of=conversation.piece_of,
             step=self.index,
-            reference=self.reference,
+            reference=quote_ends(self.reference),
             prediction=to_msagent(prediction, self.call_form),
             offered=_offered(conversation),
             language=conversation.language,

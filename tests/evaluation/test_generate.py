@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from agentft.data.records import Origin, read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
 from agentft.evaluation import slots
 from agentft.evaluation.generate import GreedyGenerator
-from agentft.evaluation.steps import all_steps
+from agentft.evaluation.step_scores import score_step
+from agentft.evaluation.steps import all_steps, conversation_steps
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,18 @@ def test_references_are_what_is_trained(steps, byte_tokenizer):
     for step in steps:
         ids = step.input_ids[step.start : step.stop - 1]
         assert byte_tokenizer.decode(ids) == step.reference
+
+
+def test_an_argument_may_name_the_end_of_a_sequence(template, encoder, byte_tokenizer):
+    call = '<|startofthink|>```JSON\n{"api_name": "explain", "parameters": {"token": "<|im_end|>"}}\n```<|endofthink|>'
+    turns = [("user", "What is <|im_end|>?"), ("assistant", f"{call}\n\n<|startofexec|>{{}}<|endofexec|>\nA stop.")]
+    rows = {"id": "c", "conversations": [{"from": who, "value": said} for who, said in turns]}
+    conversation = read_record(rows, Origin("x", 1))[0]
+    (example,) = tokenize([conversation], template, encoder)
+    steps = conversation_steps(conversation, example, template)
+    said = byte_tokenizer.decode(steps[0].input_ids[steps[0].start : steps[0].stop - 1].tolist())
+    score = score_step(steps[0].record(said))
+    assert (score.reference_failure, score.attempts, score.exact) == (None, 1, 1)
 
 
 def test_a_context_never_holds_its_own_target(steps, byte_tokenizer):

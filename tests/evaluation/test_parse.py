@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentft.evaluation.parse import parse_reply
+from agentft.data.render import CallForm
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, parse_reply, to_msagent
 from agentft.evaluation.repair import repair_call_body
 
 
@@ -141,3 +142,18 @@ def test_modest_repair_wins_nearly_json_back(body: str) -> None:
 @pytest.mark.parametrize("body", ["", "no call here", "{]", '{"x": 1}', '{"api_name": a b}'])
 def test_repair_does_not_invent_calls(body: str) -> None:
     assert repair_call_body(body) is None
+
+
+@pytest.mark.parametrize("end", END_OF_SEQUENCE_TEXTS)
+def test_a_call_that_an_engine_ended_by_token_ids_may_name_the_end_of_a_sequence(end: str) -> None:
+    call = f'<|startofthink|>```JSON\n{{"api_name": "explain", "parameters": {{"token": "what is {end}?"}}}}\n```<|endofthink|>'
+    said = to_msagent(f"I look. {call}", CallForm.msagent)
+    (request,) = parse_reply(said).requests
+    assert request.parameters == {"token": f"what is {end}?"}
+    assert parse_reply(f"I look. {call}").malformed == 1, "a raw text ends at the first one"
+    for kept in (
+        f"done{end} and more",
+        f"{end}{call.replace(end, '')}",
+        f"<|startofthink|>{{broken {end}<|endofthink|>",
+    ):
+        assert to_msagent(kept, CallForm.msagent) == kept
