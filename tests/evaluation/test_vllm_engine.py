@@ -1,4 +1,4 @@
-"""The engine for vLLM. The package needs a GPU and is not here: a stand-in with its documented signatures answers."""
+"""The engine for vLLM. The package wants an environment of its own: a stand-in with its documented signatures answers."""
 
 from __future__ import annotations
 
