@@ -128,7 +128,9 @@ def test_a_page_by_loss_shows_the_loss_and_calls_the_least_the_best(tmp_path: Pa
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h3>loss against rank</h3>" in page
     assert "<h3>loss against minutes of the whole run</h3>" in page
-    colours = dict(re.findall(r'<polyline[^>]*class="line wide-line" style="--c:(rgb[^"]*)" data-run="(\d)"', page))
+    colours = dict(
+        re.findall(r'<polyline[^>]*class="line wide-line" style="--c:(rgb[^";]*);--d:rgb[^"]*" data-run="(\d)"', page)
+    )
     assert {run: colour for colour, run in colours.items()}["1"] == "rgb(68,1,84)", "the deepest"
 
 

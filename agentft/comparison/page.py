@@ -10,7 +10,7 @@ from agentft.comparison.page_style import SCRIPT, STYLE
 from agentft.comparison.panels import Charts
 from agentft.comparison.ranking import Ranking
 from agentft.comparison.runs import ComparedRun
-from agentft.comparison.svg import colour_of
+from agentft.comparison.svg import ramp
 from agentft.comparison.tables import short_names, table_cells, table_notes
 
 
@@ -41,11 +41,10 @@ def html_page(ranking: Ranking, title: str) -> str:
 
 def _legend(ranking: Ranking) -> str:
     """What the colours mean, and what a reader can do."""
-    ramp = ", ".join(colour_of(i / 8) for i in range(9))
     count = len(ranking.runs)
     return (
         f"<p>{count} run{'s' if count != 1 else ''}. Colour: place by {escape(ranking.metric)}, worst"
-        f'<span class="ramp" style="background: linear-gradient(to right, {ramp})"></span>best; grey: no score yet. '
+        f'<span class="ramp" style="{ramp()}"></span>best; grey: no score yet. '
         "Point at a run to see it everywhere, click to keep it (Escape lets go); click a heading of the table to sort.</p>"
     )
 
@@ -73,7 +72,7 @@ def _table(ranking: Ranking, colours: dict[str, str]) -> str:
 
 def _swatch(colour: str | None) -> str:
     """The run's colour in all charts; none yet: grey."""
-    return '<span class="swatch"' + (f' style="--c:{colour}"' if colour else "") + "></span>"
+    return '<span class="swatch"' + (f' style="{colour}"' if colour else "") + "></span>"
 
 
 def _cell(text: str) -> str:

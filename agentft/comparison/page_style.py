@@ -4,7 +4,7 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #5d6675; --line: #d9dde4; --paper: #ffffff; --panel: #f7f8fa;
   --heat: 190, 60, 40; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #a3acba; --line: #39404c; --paper: #14171c;
-  --panel: #1c2027; --heat: 235, 110, 80; } .line, .dot, .swatch, .ramp { filter: brightness(1.6) saturate(.9); } }
+  --panel: #1c2027; --heat: 235, 110, 80; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto 4rem;
   max-width: 1480px; padding: 0 1.5rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .7rem; }
@@ -19,12 +19,13 @@ td.best { font-weight: 700; } td small { color: var(--soft); font-size: .8em; fo
 .mark { color: var(--soft); } .mark.first { color: inherit; font-weight: 700; }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em;
   background: var(--c, #8a93a3); }
-.ramp { display: inline-block; width: 9em; height: .7em; border-radius: .35em; margin: 0 .5em; }
+.ramp { display: inline-block; width: 9em; height: .7em; border-radius: .35em; margin: 0 .5em;
+  background: var(--c); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; min-width: 0; }
 .panel.wide { grid-column: 1 / -1; }
 .panel p { max-width: 46em; font-size: .82rem; } .panel svg { display: block; width: 100%; height: auto; }
-.panel:not(.wide) svg { max-width: 560px; } .panel.wide svg { max-width: 1400px; min-width: 640px; }
+.panel:not(.wide) svg { max-width: 560px; } .panel.wide svg { max-width: 1400px; min-width: 880px; }
 .panel table { margin: .3rem 0; } .errors th { white-space: normal; text-align: center; vertical-align: bottom; }
 .errors th:first-child { white-space: nowrap; font-weight: 400; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } svg .label { fill: var(--ink); font-size: 12px; }
@@ -37,7 +38,9 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } svg .label { f
 .dot { fill: var(--c, #8a93a3); stroke: var(--panel); stroke-width: 1; }
 .heat { background: rgba(var(--heat), calc(var(--h) * .75)); text-align: center; }
 .chosen .line[data-run]:not(.on), .chosen .dot[data-run]:not(.on) { opacity: .13; }
-.chosen .line.on { stroke-width: 3; } tr.on { background: rgba(120, 140, 180, .22); }
+.chosen .join { opacity: .15; } .chosen .line.on { stroke-width: 3; } tr.on { background: rgba(120, 140, 180, .22); }
+@media (prefers-color-scheme: dark) { .line { stroke: var(--d, #8a93a3); } .mean, .join { stroke: #8a93a3; }
+  .dot { fill: var(--d, #8a93a3); } .swatch { background: var(--d, #8a93a3); } .ramp { background: var(--d); } }
 #words { position: fixed; left: 0; right: 0; bottom: 0; padding: .45rem 1.5rem; background: var(--panel); color: var(--ink);
   border-top: 1px solid var(--line); font-size: .85rem; visibility: hidden; } .chosen #words { visibility: visible; }
 """

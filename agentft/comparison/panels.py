@@ -194,7 +194,8 @@ class Charts:
             known = [(run, cost / unit) for run in self._scored if (cost := run.number(name)) is not None]
             if len({round(cost, 3) for _, cost in known}) < 2:
                 continue
-            plot = Plot(linear_scale([cost for _, cost in known], label), self._metric_scale([run for run, _ in known]))
+            across = linear_scale([cost for _, cost in known], label, room=0.1)  # for equal costs side by side
+            plot = Plot(across, self._metric_scale([run for run, _ in known]))
             frontier: list[tuple[float, float]] = []
             for cost, value in sorted(((c, self._value(r)) for r, c in known), key=lambda p: (p[0], worth * p[1])):
                 if not frontier or worth * value < worth * frontier[-1][1]:
@@ -226,7 +227,7 @@ class Charts:
                 f'<td class="heat" style="--h:{run.errors.get(kind, 0) / most:.2f}">{run.errors.get(kind, 0)}</td>'
                 for kind in kinds
             )
-            colour = f' style="--c:{self.colours[run.name]}"' if run.name in self.colours else ""
+            colour = f' style="{self.colours[run.name]}"' if run.name in self.colours else ""
             name = f'<th><span class="swatch"{colour}></span>{escape(run.name)}</th>'
             rows.append(f'<tr data-run="{escape(run.name, quote=True)}">{name}{cells}</tr>')
         body = f'<div class="scroll"><table class="errors"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'

@@ -36,7 +36,7 @@ def _line(run: ComparedRun, axes: Sequence[Axis], colour: str) -> str:
     points = " ".join(f"{x},{_y(scale, value)}" for x, scale, value in places)
     name = escape(run.name, quote=True)
     return (
-        f'<polyline points="{points}" class="line wide-line" style="--c:{colour}" data-run="{name}"/>'
+        f'<polyline points="{points}" class="line wide-line" style="{colour}" data-run="{name}"/>'
         f'<polyline points="{points}" class="hit" data-run="{name}"><title>{escape(run.name)}</title></polyline>'
     )
 

@@ -20,10 +20,12 @@ class Scale:
     label: str
 
 
-def linear_scale(values: Sequence[float], label: str, *, percent: bool = False, turned: bool = False) -> Scale:
-    """Evenly spaced, with a margin of 5 % and round ticks; `turned` has the low end on top."""
+def linear_scale(
+    values: Sequence[float], label: str, *, percent: bool = False, turned: bool = False, room: float = 0.05
+) -> Scale:
+    """Evenly spaced, with a margin of a share `room` and round ticks; `turned` has the low end on top."""
     low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or abs(high) * 0.05 or (0.05 if percent else 0.5)
+    margin = room * (high - low) or abs(high) * 0.05 or (0.05 if percent else 0.5)
     low, high = low - margin, high + margin
     ticks = [tick for tick in _round_ticks(low, high) if not percent or 0 <= tick <= 1]
     words = [f"{100 * t:g}" if percent else _short_number(t) for t in ticks]
@@ -128,8 +130,25 @@ class Plot:
 
 
 def colour_of(share: float) -> str:
-    """From pale (0, worst) over green to deep blue (1, best): also told apart in grey and by the colour-blind."""
-    stops = ((199, 209, 150), (86, 177, 140), (38, 130, 142), (49, 80, 137), (68, 1, 84))
+    """The style of a run's colour, from 0, worst, to 1, best: told apart in grey and by the colour-blind too.
+
+    It grows away from the paper: from pale to deep blue on white (`--c`), from dim violet to yellow on black (`--d`).
+    """
+    on_white = ((199, 209, 150), (86, 177, 140), (38, 130, 142), (49, 80, 137), (68, 1, 84))
+    on_black = ((86, 74, 120), (58, 104, 156), (36, 152, 148), (112, 200, 90), (253, 231, 70))
+    return f"--c:{_mixed(on_white, share)};--d:{_mixed(on_black, share)}"
+
+
+def ramp(steps: int = 9) -> str:
+    """The style of a legend's background: all colours, worst to best."""
+    pairs = [colour_of(i / (steps - 1)).split(";") for i in range(steps)]
+    columns = [", ".join(each.partition(":")[2] for each in column) for column in zip(*pairs, strict=True)]
+    return ";".join(
+        f"--{name}:linear-gradient(to right, {colours})" for name, colours in zip("cd", columns, strict=True)
+    )
+
+
+def _mixed(stops: Sequence[tuple[int, int, int]], share: float) -> str:
     place = min(1.0, max(0.0, share)) * (len(stops) - 1)
     i = min(int(place), len(stops) - 2)
     mixed = (round(a + (b - a) * (place - i)) for a, b in zip(stops[i], stops[i + 1], strict=True))
@@ -138,7 +157,7 @@ def colour_of(share: float) -> str:
 
 def _marks(kind: str, colour: str, run: str, title: str = "") -> str:
     """Class, colour, run and tooltip of a mark: the rest of its opening tag, `>` included."""
-    style = f' style="--c:{colour}"' if colour else ""
+    style = f' style="{colour}"' if colour else ""
     name = f' data-run="{escape(run, quote=True)}"' if run else ""
     inner = f"<title>{escape(title)}</title>" if title else ""
     return f' class="{kind.strip()}"{style}{name}>{inner}'
