@@ -39,7 +39,7 @@ CURVES = (
 
 
 class Charts:
-    """All charts of one ranking; a run has the same colour in each, deeper the better it is."""
+    """All charts of one ranking; a run has the same colour in each, by its place."""
 
     def __init__(self, ranking: Ranking) -> None:
         self._ranking = ranking
