@@ -56,7 +56,7 @@ class CompiledGatedMlp(torch.autograd.Function):
         grad = gradients[0]
         grad_product = grad.reshape(-1, grad.shape[-1]) @ down
         grad_opened, grad_lifted = ctx.kernels.gated_silu_back(grad_product, opened, lifted)
-        grad_x = torch.addmm(grad_opened @ gate, grad_lifted, up)
+        grad_x = (grad_opened @ gate).addmm_(grad_lifted, up)
         return grad_x.view(*grad.shape[:-1], -1), None, None, None, None
 
 

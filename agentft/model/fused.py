@@ -84,7 +84,7 @@ class LoraLinearFunction(torch.autograd.Function):
         grad_a = (gh_MR.t() @ mask.apply(x_MI)).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = mask.apply(gh_MR @ a_RI).addmm_(g_MO, weight_OI).view(x.shape)
+            grad_x = mask.apply_(gh_MR @ a_RI).addmm_(g_MO, weight_OI).view(x.shape)
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
@@ -119,6 +119,12 @@ class _Mask:
             bits = self.keep_MI.view(torch.int8).to(torch.int16).neg_()
             return bits.bitwise_and_(x_MI.contiguous().view(torch.int16)).view(torch.bfloat16)
         return x_MI * self.keep_MI
+
+    def apply_(self, x_MI: torch.Tensor) -> torch.Tensor:
+        """As `apply`, in place where that saves memory."""
+        if self.kernels is None:
+            return self.apply(x_MI)
+        return self.kernels.dropout(x_MI, self.probability, self.seed, x_MI)
 
     def without_tensor(self) -> _Mask:
         """What autograd may keep beside its saved tensors."""

@@ -126,6 +126,9 @@ void rotate(const bf16 *x, const long *from, const bf16 *cos, const bf16 *sin, l
     }
 }
 
+/* Keys of a row whose powers are kept between the two passes; those of further keys are computed twice. */
+#define POWERS 4096
+
 /* Softmax in place of a tile of scores [groups, queries x heads, keys]; query q sees the first keys - queries + q + 1. */
 void causal_softmax(bf16 *scores, long groups, long queries, long heads, long keys, int threads) {
     ROWS_IN_PARALLEL
@@ -135,11 +138,19 @@ void causal_softmax(bf16 *scores, long groups, long queries, long heads, long ke
         float highest = -3.4e38f, sum = 0.0f;
 #pragma omp simd reduction(max : highest)
         for (long i = 0; i < seen; i++) highest = widen(x[i]) > highest ? widen(x[i]) : highest;
+        float powers[POWERS];
+        long kept = seen < POWERS ? seen : POWERS;
+#pragma omp simd
+        for (long i = 0; i < kept; i++) powers[i] = exponential(widen(x[i]) - highest);
 #pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < seen; i++) sum += exponential(widen(x[i]) - highest);
+        for (long i = 0; i < kept; i++) sum += powers[i];
+#pragma omp simd reduction(+ : sum)
+        for (long i = kept; i < seen; i++) sum += exponential(widen(x[i]) - highest);
         float share = 1.0f / sum;
 #pragma omp simd
-        for (long i = 0; i < seen; i++) x[i] = narrow(exponential(widen(x[i]) - highest) * share);
+        for (long i = 0; i < kept; i++) x[i] = narrow(powers[i] * share);
+#pragma omp simd
+        for (long i = kept; i < seen; i++) x[i] = narrow(exponential(widen(x[i]) - highest) * share);
         for (long i = seen; i < keys; i++) x[i] = 0;
     }
 }

@@ -28,9 +28,13 @@ from agentft.model.config import (
     SftConfig,
 )
 from agentft.model.device_memory import DeviceMemory
+from agentft.model.fused_memory import COMPILED_LOSS_CHUNK, Layers, fused_layer_bytes, fuses_adapters
 
 _DECODERS = ("llama", "qwen2", "qwen3", "mistral", "qwen", "baichuan")
 """`model_type`s whose blocks are the ones counted here."""
+
+_FUSED = ("llama", "qwen2", "qwen3", "qwen")
+"""Those of them whose layers `fused.py` knows; `qwen` is converted to qwen2."""
 
 _SPELLINGS = {
     "vocab_size": ("padded_vocab_size", "vocab_size"),
@@ -170,6 +174,7 @@ def estimate_memory(
     mask_bytes: int = 1,
     ranks: int = 1,
     zero_stage: int = 0,
+    fused: Layers | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of one device for full-length batches; every number can be set by hand.
 
@@ -185,6 +190,7 @@ def estimate_memory(
         logit_positions: labelled positions whose logits exist at once; the loss works in chunks.
         mask_bytes: bytes of a dropout mask's element: 1 on CUDA, 4 on the CPU.
         zero_stage: 0 to 3; FSDP is stage 3.
+        fused: which of the leaner layers compute on a frozen model; None: the layers as they come.
 
     Raises:
         ModelError: the architecture or the method is not one of those that are counted.
@@ -193,12 +199,21 @@ def estimate_memory(
     b = 4 if dtype is Dtype.fp32 else 2
     tokens = max_length * micro_batch
     layers = shape.layers
+    final_norm = 8 * shape.hidden
+    # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
+    logits = min(tokens, logit_positions) * shape.vocab * (2 * b + 12)
+    if fused is not None and fused.compiled:
+        logits = min(tokens, COMPILED_LOSS_CHUNK) * shape.vocab * b
     match sft:
         case LoraConfig():
             targets = adapted_layers(shape, sft, lora_targets)
             trained = shape.lora_parameters(sft.rank, targets)
             weights = frozen_bytes(shape, b, sft)
-            layer = lora_layer_bytes(shape, b, max_length, sft, targets, eager=eager, mask_bytes=mask_bytes)
+            if fused is not None and fuses_adapters(sft) and settings["model_type"] in _FUSED:
+                layer = fused_layer_bytes(shape, b, max_length, sft, targets, fused, eager=eager)
+                final_norm = b * shape.hidden + 4
+            else:
+                layer = lora_layer_bytes(shape, b, max_length, sft, targets, eager=eager, mask_bytes=mask_bytes)
             layer_input = b * shape.hidden
         case FullConfig():
             trained = shape.parameters
@@ -216,15 +231,13 @@ def estimate_memory(
             raise ModelError(f"no memory estimate for sft_type={sft.name}")
     copies = 2 if isinstance(sft, LoraConfig) and sft.start is LoraStart.pissa else 1
     per_token = layers * layer_input + layer * min(layers, 1) if checkpointing else layers * layer
-    final_norm = 8 * shape.hidden
     return MemoryEstimate(
         weights=_shared(weights, ranks, zero_stage >= 3),
         trained=_shared(4 * trained * copies, ranks, zero_stage >= 3),
         gradients=_shared(4 * trained, ranks, zero_stage >= 2),
         optimizer=_shared(ADAM_BYTES * trained, ranks, zero_stage >= 1),
         activations=tokens * (per_token + final_norm),
-        # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
-        logits=min(tokens, logit_positions) * shape.vocab * (2 * b + 12),
+        logits=logits,
     )
 
 

@@ -150,9 +150,11 @@ def _conclude(error: BaseException, run: RunFolder, world: World) -> None:
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_exam(config.evaluation)
-    estimate = check_memory(config)
+    plan = check_memory(config)
+    estimate = plan.estimate
     bench = set_up_bench(config, world)
-    engine = set_up_engine(config, bench, world)
+    # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
+    engine = set_up_engine(config, bench, world, checkpointing=world.broadcast(plan.checkpointing))
     write_manifest(bench.data, run)
     run.write_record(
         config_yaml=config_to_yaml(config),
@@ -221,7 +223,7 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, compiled)
 
 
-def set_up_engine(config: TrainConfig, bench: Bench, world: World) -> Engine:
+def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpointing: bool) -> Engine:
     """Hand the loaded model to the engine of `distributed`."""
     mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
     # Engines that shard gather the head's weight only around a call of the head.
@@ -233,8 +235,7 @@ def set_up_engine(config: TrainConfig, bench: Bench, world: World) -> Engine:
         kernels=None if sharded or isinstance(bench.kernels, LigerKernels) else bench.kernels,
         reads_head=not sharded,
     )
-    checkpointing = config.training.gradient_checkpointing
-    if checkpointing or (checkpointing is None and bench.device.is_cuda):
+    if checkpointing:
         bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if config.training.compile:
         compile_blocks(bench.model)

@@ -79,7 +79,7 @@ class TrainingConfig:
     nonfinite_limit: int = 3
     """With `nonfinite=skip`: steps that may be left out in a row; one more ends the training."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass; null: on CUDA only."""
+    """Recompute activations in the backward pass; null: on CUDA, where the estimated memory does not fit without it."""
     memory_check: MemoryCheck = MemoryCheck.refuse
     """Whether a training whose estimated memory exceeds the device's is refused before its weights are fetched."""
     compile: bool = False

@@ -73,7 +73,7 @@ class LabelledLoss(nn.Module):
             output_head(self.model),
             None if weights_BT is None else weights_BT.flatten().index_select(0, at_N + 1),
             self.kernels,
-            at_once=self.reads_head and hidden_BTD.is_cuda,
+            at_once=self.reads_head and hidden_BTD.is_cuda and torch.is_grad_enabled(),
         )
         return loss
 

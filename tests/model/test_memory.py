@@ -1,5 +1,6 @@
 """The memory estimate against published sizes, numbers worked out by hand, and what torch really keeps."""
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentft.config import conf_dir
+from agentft.data.batches import Batch
 from agentft.errors import ModelError
+from agentft.model import attention, fused_memory
 from agentft.model.adapters import count_parameters, prepare_for_training
 from agentft.model.config import (
     Dtype,
@@ -25,6 +28,7 @@ from agentft.model.config import (
     SftConfig,
 )
 from agentft.model.device_memory import DeviceMemory, device_memory
+from agentft.model.fused_memory import Layers, fused_layer_bytes
 from agentft.model.load import ModelFiles, load_model
 from agentft.model.memory import (
     Fit,
@@ -37,8 +41,10 @@ from agentft.model.memory import (
     model_shape,
     trained_parameters,
 )
+from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import quantization_config
 from agentft.runtime import Device
+from agentft.training.loss import FrozenHeadLoss, LabelledLoss
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY_MATRIX = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -155,6 +161,87 @@ def test_activations_of_a_block_are_what_torch_keeps(
     else:
         expected = full_layer_bytes(shape, b, length)
     assert measured == pytest.approx(length * expected, rel=0.0 if kind != "qwen3" else 0.05)
+
+
+def lean_model(kind: str, layers: int, dtype: torch.dtype, sft: LoraConfig, kernels: Kernels | None) -> Any:
+    """A model as `train.py` trains it, on a CPU."""
+    torch.manual_seed(0)
+    attention.register()
+    config = AutoConfig.for_model(**settings(kind, (128, 64, layers, 4, 2, 88, 16)), attention_dropout=0.0)
+    name = attention.NAME if dtype is torch.bfloat16 else "sdpa"
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
+    return prepare_for_training(model, sft, ModelConfig(name="x", lora_targets=ATTENTION), kernels).train()
+
+
+def lean_kept_bytes(model: Any, length: int) -> int:
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    # Adapters in the model's dtype are kept once a layer, whatever the length.
+    weights = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() == 2}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned and tuple(sorted(tensor.shape)) not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(1, length, dtype=torch.long)
+        out = model.get_base_model().model(input_ids=ids, use_cache=False)
+    del out
+    return sum(kept.values())
+
+
+def kernels_of(way: str, tmp_path_factory: pytest.TempPathFactory) -> Kernels | None:
+    if way != "compiled":
+        return None
+    built = load_kernels(str(tmp_path_factory.mktemp("cache")))
+    return built or pytest.skip("no C compiler here: the compiled layers are not used either")
+
+
+LEAN = [
+    LoraConfig(name="lora", default_learning_rate=1e-4, rank=8, dropout=0.05, targets=t) for t in (None, EVERY_MATRIX)
+]
+
+
+@pytest.mark.parametrize("sft", LEAN, ids=["attention", "all"])
+@pytest.mark.parametrize("way", ["fp32", "tiled", "compiled"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_activations_of_a_lean_block_are_what_it_keeps(
+    kind: str, way: str, sft: LoraConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By the difference of two depths, to a hundredth."""
+    length, dtype = 200, torch.float32 if way == "fp32" else torch.bfloat16
+    kernels = kernels_of(way, tmp_path_factory)
+    shallow, deep = (lean_kept_bytes(lean_model(kind, layers, dtype, sft, kernels), length) for layers in (2, 5))
+    shape = model_shape(settings(kind, (128, 64, 2, 4, 2, 88, 16)))
+    layers = Layers(compiled=way == "compiled", tiled=way != "fp32")
+    expected = fused_layer_bytes(shape, dtype.itemsize, length, sft, sft.targets or ATTENTION, layers)
+    assert (deep - shallow) / 3 == pytest.approx(length * expected, rel=0.01)
+
+
+def test_the_estimate_of_a_lean_training_is_its_measured_peak(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All that torch holds at once in a step besides weights: 15 % either way."""
+    kernels = kernels_of("compiled", tmp_path_factory)
+    sft, length, layers = LEAN[0], 600, 16
+    objective = LabelledLoss(lean_model("llama", layers, torch.bfloat16, sft, kernels), kernels=kernels)
+    ids = torch.arange(length)[None] % 128
+    batch = Batch(ids=("a",), input_ids_BT=ids, labels_BT=ids, tokens=length, targets=length - 1, weight=length - 1)
+    objective(batch).backward()  # what is made once is made
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        objective(batch).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    numbers = settings("llama", (128, 64, layers, 4, 2, 88, 16))
+    arguments: dict[str, Any] = {"lora_targets": ATTENTION, "dtype": Dtype.bf16, "max_length": length, "micro_batch": 1}
+    found = estimate_memory(numbers, sft, checkpointing=False, fused=Layers(compiled=True, tiled=True), **arguments)
+    assert max(held) == pytest.approx(found.activations + found.logits, rel=0.15)
+
+
+def test_what_the_estimate_knows_of_the_layers_is_what_they_do() -> None:
+    assert (fused_memory.TILE, fused_memory.KEEP_UP_TO) == (attention.TILE, attention.KEEP_UP_TO)
+    assert fused_memory.COMPILED_LOSS_CHUNK == FrozenHeadLoss.COMPILED_CHUNK
+    assert fused_memory.keys_seen(200) == (128 * 128 + 72 * 200) / 200
 
 
 def test_a_lora_estimate_worked_out_by_hand() -> None:

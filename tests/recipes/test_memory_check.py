@@ -10,8 +10,10 @@ import pytest
 
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ModelError
-from agentft.model.config import RandomShape
+from agentft.model.config import Dtype, RandomShape
+from agentft.model.device_memory import DeviceMemory
 from agentft.model.random_weights import random_folder
+from agentft.recipes import memory_check
 from agentft.recipes.memory_check import check_memory, estimate_training
 from agentft.recipes.train import train
 from agentft.runs import read_json
@@ -58,17 +60,17 @@ def test_what_cannot_fit_is_refused_before_its_weights_are_fetched(tmp_path, hub
 def test_the_check_can_be_a_warning_or_nothing(tmp_path, hub, caplog):
     hub.files["config.json"] = json.dumps(HUGE).encode()
     with caplog.at_level(logging.WARNING):
-        estimate = check_memory(config(tmp_path, *FROM_HUB, "training.memory_check=warn"))
+        estimate = check_memory(config(tmp_path, *FROM_HUB, "training.memory_check=warn")).estimate
     assert estimate is not None
     assert estimate.total > 10**14
     assert "cannot fit" in caplog.text
-    assert check_memory(config(tmp_path, *FROM_HUB, "training.memory_check=off")) is None
+    assert check_memory(config(tmp_path, *FROM_HUB, "training.memory_check=off")).estimate is None
 
 
 def test_an_architecture_that_is_not_counted_says_so_and_goes_on(tmp_path, hub, caplog):
     hub.files["config.json"] = b'{"model_type": "mamba"}'
     with caplog.at_level(logging.INFO):
-        assert check_memory(config(tmp_path, *FROM_HUB)) is None
+        assert check_memory(config(tmp_path, *FROM_HUB)).estimate is None
     assert "no memory estimate for model_type 'mamba'" in caplog.text
 
 
@@ -112,5 +114,33 @@ def test_eight_ranks_need_what_their_engine_leaves_on_each(engine, gigabytes, tm
     monkeypatch.setenv("WORLD_SIZE", "8")
     wanted = config(tmp_path, "sft_type=full", "model=qwen2.5-7b", "training.gradient_checkpointing=true")
     wanted.distributed = engine
-    found = estimate_training(SEVEN_BILLION, wanted, Device("cuda", "a card", 8)).total / 1e9
+    found = estimate_training(SEVEN_BILLION, wanted, Device("cuda", "a card", 8), checkpointing=True).total / 1e9
     assert 0.6 * gigabytes < found < 1.15 * gigabytes
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "wanted"),
+    [(80, "null", False), (20, "null", True), (20, "false", False), (80, "true", True), (None, "null", False)],
+)
+def test_activations_are_computed_twice_on_a_gpu_where_memory_asks_for_it(
+    free, asked, wanted, tmp_path, monkeypatch, caplog
+):
+    """7B by LoRA, 2,048 tokens: 16 GB with checkpointing, above 30 without."""
+    monkeypatch.setattr(memory_check.runtime, "set_up", lambda threads: Device("cuda", "a card", 8))
+    monkeypatch.setattr(memory_check, "resolve_dtype", lambda dtype, device: Dtype.bf16)
+    monkeypatch.setattr(memory_check, "model_settings", lambda model: SEVEN_BILLION)
+    known = None if free is None else DeviceMemory(free * 10**9, 80 * 10**9)
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: known)
+    seven = config(tmp_path, "model=qwen2.5-7b", "sft_type=lora", f"training.gradient_checkpointing={asked}")
+    with caplog.at_level(logging.INFO):
+        plan = check_memory(seven)
+    assert plan.checkpointing is wanted
+    assert (plan.estimate.total < 25e9) is wanted
+    assert ("training.gradient_checkpointing=null: on; without it memory" in caplog.text) is (
+        wanted and asked == "null"
+    )
+
+
+def test_on_a_cpu_nothing_is_computed_twice_unasked(tmp_path, hub):
+    assert not check_memory(config(tmp_path, *FROM_HUB)).checkpointing
+    assert check_memory(config(tmp_path, *FROM_HUB, "training.gradient_checkpointing=true")).checkpointing
