@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 import os
 import re
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_every_sweep_composes(path: Path) -> None:
     assert whole.hydra.mode.name == "MULTIRUN"
     first = [f"{name}={str(values).split(',')[0]}" for name, values in whole.hydra.sweeper.params.items()]
     composed(*first, config_name=path.stem, config_dir=path.parent)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_opens_with_its_question_its_command_and_its_time(path: Path) -> None:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    header = " ".join(line.lstrip("# ") for line in lines)
+    assert header.startswith("Question: ")
+    assert f"--config-name {path.stem} " in header or f"wandb sweep sweeps/{path.name} " in header
+    assert re.search(r"Expected time: .*\b(minutes?|hours?|steps)\b", header)
 
 
 def test_evaluate_composes() -> None:
