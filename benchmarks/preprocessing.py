@@ -268,7 +268,8 @@ def compare(data: str | None, count: int, rounds: int, methods: Sequence[str], p
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "conversations.jsonl"
         path.write_bytes(b"".join(_lines(data, count)))
-        print(f"{count} conversations of {data or 'the synthetic set'}, {os.cpu_count()} cores, {rounds} rounds")
+        given = sum(1 for _ in path.open("rb"))
+        print(f"{given:,} conversations of {data or 'the synthetic set'}, {os.cpu_count()} cores, {rounds} rounds")
         figures = []
         for number in range(rounds):
             of_peers = {}

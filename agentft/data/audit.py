@@ -153,6 +153,9 @@ class Audit:
         self._check_turns(seen)
         self._check_calls(seen)
         self._check_tools(seen)
+        for number, message in enumerate(conversation.messages, 1):
+            for step in message.untrained:
+                self._find("untrained_step", seen, f"turn {number}, step {step + 1} of the agent")
         if (problem := self._trace(fitted, trained)) is not None:
             self._find(problem.code, seen, problem.detail)
         self._ledger.add(conversation, heldout=heldout)
@@ -168,6 +171,8 @@ class Audit:
     def _trace(self, fitted: Fitted, trained: int) -> LabelProblem | None:
         """Follow the labels that training would see back to the record: those of all examples made of it."""
         if not trained:
+            if any(message.untrained for message in fitted.original.messages):
+                return None  # as its source wants it: counted as `untrained_step`, set aside in fitting
             return LabelProblem("no_label", "no token of this conversation has a label")
         for piece in fitted.pieces:
             problem = trace_labels(

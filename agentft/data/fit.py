@@ -23,7 +23,7 @@ from agentft.data.render import Template
 from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, shorten_observations
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
 
-_BATCH = 128
+_BATCH = 256
 _BATCH_CHARACTERS = 500_000
 _BATCHES_AHEAD = 3
 """Batches that are with the tokenizer while the oldest of them is taken back: it never waits for text."""

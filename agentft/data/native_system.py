@@ -47,7 +47,7 @@ _CLAUSE = re.compile(r".+?(?:[。；;]\s*|\.(?=\s|\Z)\s*|\n\s*|\Z)", re.DOTALL)
 _CALL_WORDS = re.compile(r"api_name|json", re.IGNORECASE)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1536)  # more than are on their way through the tokenizer: each is asked for before and after
 def read_system(system: str) -> NativeSystem:
     """Take the list of tools and the words about marks out of an MSAgent system text, where both are understood."""
     offered = read_offered_tools(system)

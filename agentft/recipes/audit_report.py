@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.data.audit import Audit, Statistics, Tally
-from agentft.data.findings import Example, Finding, Level
+from agentft.data.findings import CODES, Example, Finding, Level
 from agentft.data.fit import Outcome
 from agentft.data.fit_account import Fitting
 from agentft.data.render import TRAINED_KINDS, Kind
@@ -118,11 +118,15 @@ class AuditReport:
     def headline(self) -> str:
         """Where the rows went, in one line."""
         whole = self.statistics.whole
+        # What is a finding of its own stands below.
+        quirks = {code: count for code, count in self.read.notices.most_common() if code not in CODES}
+        noted = ", ".join(f"{count:,} {code}" for code, count in quirks.items())
         return (
             f"{self.read.rows:,} rows: {whole.conversations:,} conversations read, {whole.too_long:,} of them longer "
             f"than {self.config.dataset.max_length:,} tokens; {self.audit.rejections.total():,} set aside in reading, "
             f"{len(self.audit.unfit):,} in fitting. "
             f"{whole.tokens:,} tokens, {whole.trained:,} trained ({whole.share_trained:.1%}), in {self.seconds:.1f} s"
+            + (f". Read with a notice: {noted}" if noted else "")
         )
 
     def verdict(self) -> str:
@@ -295,12 +299,12 @@ def _print_lengths(report: AuditReport, console: Console) -> None:
     table.columns[2].justify = "left"
     for start, stop, count in bars:
         over = start > limit
-        bar = "█" * round(40 * count / highest) or ("▏" if count else "")
+        bar = ("▒" if over else "█") * round(40 * count / highest) or ("▏" if count else "")
         table.add_row(f"{start:,} – {stop:,}", f"{count:,}", bar, style="red" if over else None)
     console.print(table)
     points = ", ".join(f"{s:.0%} ≤ {report.statistics.length_at(s):,}" for s in (0.5, 0.9, 0.99, 1.0))
     longer = report.statistics.whole.too_long
-    console.print(f"{points}; dataset.max_length is {limit:,}, {longer:,} conversations are longer")
+    console.print(f"{points}; dataset.max_length is {limit:,}, {longer:,} conversations are longer (▒)")
 
 
 def _print_tools(report: AuditReport, console: Console) -> None:

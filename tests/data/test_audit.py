@@ -78,6 +78,19 @@ def codes(audit: Audit) -> dict[str, int]:
 # --- Labels ---
 
 
+def test_steps_that_are_not_to_be_trained_are_counted_and_break_nothing(audited):
+    records = [record(f"c{n}", user=f"question {n}") for n in range(4)]
+    records[0]["conversations"][2]["weight"] = 0  # two steps, all that there are
+    records[1]["conversations"] += [
+        {"from": "user", "value": "And?"},
+        {"from": "assistant", "value": "No.", "train": False},
+    ]
+    audit = audited(records, test_ratio=0.3)
+    found = audit.findings["untrained_step"]
+    assert (found.count, found.conversations) == (3, 2)
+    assert not {code for code in codes(audit) if "label" in code}
+
+
 def example_of(value: Conversation, encoder, template) -> Example:
     (example,) = encoder.encode([(value.id, template.render(value))])
     return example
