@@ -16,7 +16,7 @@ from agentft.signals import StopSignal, StopSignals
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def heard():
     """Signals that whoever started the tests had ignored (`nohup`, a shell's background job) are heard meanwhile."""
     before = {number: signal.getsignal(number) for number in CODES}
@@ -29,7 +29,7 @@ def heard():
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-def test_a_signal_outside_of_a_training_ends_the_work_with_the_conventional_code(number, heard):
+def test_a_signal_outside_of_a_training_ends_the_work_with_the_conventional_code(number):
     with StopSignals(), pytest.raises(StopSignal) as stop:
         os.kill(os.getpid(), number)
     assert stop.value.exit_code == CODES[number]
