@@ -8,12 +8,16 @@ every rank makes the same ones in the same order.
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +36,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Rank among those of this machine: the number of its GPU."""
+    store: Any = field(default=None, repr=False, compare=False)
+    """Where all ranks of the job can leave a word (a `torch.distributed.Store`); None on one process."""
 
     @property
     def is_main(self) -> bool:
@@ -98,6 +104,37 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    @contextmanager
+    def at_work(self, where: str) -> Iterator[None]:
+        """Surround work of unknown length, of which some ranks may do all while others wait for them.
+
+        It counts as progress on every rank as long as one of them computes, reads or writes. Ranks that only wait do none
+        of these, so a hang inside is still seen.
+        """
+        self.mark(where)
+        if MARKS_VARIABLE not in os.environ:
+            yield
+            return
+        done = threading.Event()
+        thread = threading.Thread(target=self._watch_labour, args=(where, done), name="at-work", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _watch_labour(self, where: str, done: threading.Event) -> None:
+        seconds, moved = _labour()
+        heard = 0
+        while not done.wait(1.0):
+            now_seconds, now_moved = _labour()
+            works = now_seconds - seconds > 0.01 or now_moved - moved > 1 << 16
+            seconds, moved = now_seconds, now_moved
+            before, heard = heard, self.store.add(_LABOUR_KEY, int(works)) if self.store is not None else int(works)
+            if heard > before or works:
+                self.mark(where)
+
     def mark(self, where: str) -> None:
         """Say how far this rank is, for whoever watches: a rank that has hung is the one whose mark is behind.
 
@@ -109,6 +146,23 @@ class World:
             path.write_text(f"{time.time():.3f} {os.getpid()} {where}\n", encoding="utf-8")
 
 
+_LABOUR_KEY = "agentft-labour"
+"""How often a rank of the job has said that it works."""
+
+_FOR_EVER = timedelta(days=365)
+
+
+def _labour() -> tuple[float, int]:
+    """Return what this process and its ended children have done so far: CPU seconds, and bytes read and written."""
+    times = os.times()
+    moved = 0
+    with suppress(OSError):  # Linux says it
+        for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            moved += int(value) if name in ("rchar", "wchar") else 0
+    return times.user + times.system + times.children_user + times.children_system, moved
+
+
 ALONE = World()
 """The world of a job on one process."""
 
@@ -118,16 +172,20 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
 
     Args:
         device_kind: `cuda` adds NCCL for tensors on GPUs; objects and CPU tensors go through gloo in any case.
-        timeout_seconds: An exchange that takes longer ends the process.
+        timeout_seconds: An exchange that takes longer ends the process, where nobody watches the ranks' marks.
+
+    Raises:
+        ConfigError: after a restart the ranks would look for dead ones.
     """
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    _require_fresh_addresses()
+    local_rank = int(os.environ["LOCAL_RANK"])
     if device_kind == "cuda":
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_kind == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
@@ -135,7 +193,26 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "any"
     store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return world
+    if MARKS_VARIABLE in os.environ:
+        # Whoever watches the marks can tell a rank that waits for long work from one that has hung; an exchange cannot.
+        dist.distributed_c10d._set_pg_timeout(_FOR_EVER)
+    return World(rank, size, local_rank, store)
+
+
+def _require_fresh_addresses() -> None:
+    """Refuse restarts over several machines in one store: their agents count attempts differently, so no rank could tell
+    the addresses of this attempt from those of the last."""
+    given = os.environ
+    if (
+        int(given.get("GROUP_WORLD_SIZE", "1")) > 1
+        and int(given.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        and given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
+        raise ConfigError(
+            f"torchrun over {given['GROUP_WORLD_SIZE']} machines with --max-restarts={given['TORCHELASTIC_MAX_RESTARTS']}: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on each machine, so that every attempt meets anew; "
+            "without --max-restarts it is not needed"
+        )
 
 
 def leave_world() -> None:

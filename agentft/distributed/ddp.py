@@ -38,5 +38,13 @@ class DdpEngine(SingleEngine):
         return loss
 
     def backward(self, share: torch.Tensor) -> None:
-        # DDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
-        super().backward(share * self.world.size)
+        # DDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already. Under fp16 the
+        # loss keeps its size, so that the same steps overflow as on one process.
+        super().backward(share if self._scales else share * self.world.size)
+
+    def clip(self, limit: float) -> torch.Tensor:
+        if self._scales:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.world.size)
+        return super().clip(limit)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from agentft.data.batches import Batch
-from agentft.distributed.engines import sharded_dtype
-from agentft.model.adapters import kept_parameters, require_same_parameters
+from agentft.distributed.loss_scale import LossScale
+from agentft.distributed.sharded import ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
+from agentft.model.adapters import kept_parameters
 from agentft.training.config import TrainingConfig
-from agentft.training.engine import plain_groups, restore_groups, slots_by_parameter
 from agentft.training.loss import LabelledLoss, causal_model
 from agentft.training.optim import build_optimizer
 from agentft.training.tensor_stream import Kind, TensorStream
@@ -29,13 +29,20 @@ _STEP = "step"
 """The one slot of AdamW that is a number: DeepSpeed keeps it once for a whole partition."""
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(ShardedEngine):
     """A DeepSpeed engine that keeps our law: sums over ranks, our micro-batches, our clipping, our checkpoints."""
 
     name = "deepspeed"
 
     def __init__(
-        self, objective: LabelledLoss, config: TrainingConfig, *, world: World, settings: Mapping[str, Any]
+        self,
+        objective: LabelledLoss,
+        config: TrainingConfig,
+        *,
+        world: World,
+        settings: Mapping[str, Any],
+        fp16: bool = False,
+        frozen: torch.dtype | None = None,
     ) -> None:
         deepspeed = _import_deepspeed()
         self.world = world
@@ -47,22 +54,28 @@ class DeepSpeedEngine:
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
         if self.stage == 3:
             # Blocks are gathered whole, since our layers read weights without calling the modules that own them.
-            deepspeed.utils.set_z3_leaf_modules(objective, [type(_blocks(self.model)[0])])
+            deepspeed.utils.set_z3_leaf_modules(objective, [type(blocks_of(self.model, self.name)[0])])
             # It lets go of a block's weights once the gradient of its input is there; above frozen embeddings the first
             # block would have none, and lose its weights before its backward pass.
             causal_model(self.model).get_input_embeddings().register_forward_hook(_require_gradient)
+        configuration = _configuration(settings, config, dtype)
+        _cast(objective, dtype or torch.float32, frozen, cut_by=configuration if self.stage == 3 else None)
         engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self.optimizer,
-            config=_configuration(settings, config, dtype),
+            config=configuration,
             dist_init_required=False,
         )
         self._engine: Any = engine
         self._zero: Any = engine.optimizer
         self._api: Any = deepspeed.utils
         self._gathered: Any = deepspeed.zero.GatheredParameters
+        self._scale = LossScale(enabled=fp16)
+        self._finite = True
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        # DeepSpeed multiplies the loss by it, and takes it out again when it clips; `backward` multiplies by the ranks.
+        self._zero.loss_scaler.cur_scale = self._divisor()
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
@@ -79,15 +92,29 @@ class DeepSpeedEngine:
     ) -> torch.Tensor:  # the limit stands in DeepSpeed's configuration, which clips in `step`
         groups = self._zero._get_norm_groups() if self.stage == 3 else None
         norm = torch.linalg.vector_norm(torch.stack(list(groups))) if groups else self._zero.scaled_global_norm()
-        norm = torch.as_tensor(norm)
+        norm = torch.as_tensor(norm) / self._divisor()
         # It says -1 where a gradient is not finite.
         invalid = norm < 0 if groups is None else torch.stack(list(groups)).min() < 0
-        return torch.where(invalid, torch.full_like(norm, torch.nan), norm)
+        norm = torch.where(invalid, torch.full_like(norm, torch.nan), norm)
+        if self._scale.enabled:
+            self._finite = bool(torch.isfinite(norm))
+        return norm
+
+    def _divisor(self) -> float:
+        """What the mean over ranks of the gradients is to be divided by. Under fp16 the loss goes through the model at the
+        size that it has on one process, so that the same steps overflow."""
+        return self._scale.factor / self.world.size if self._scale.enabled else 1.0
 
     def step(self) -> None:
+        if not self._finite:
+            self.discard()
+            return
         self._engine.step()
+        self._scale.update(finite=True)
 
     def discard(self) -> None:
+        self._scale.update(finite=self._finite)
+        self._finite = True
         self._zero.zero_grad(set_to_none=True)
         gradients = self._zero.averaged_gradients
         for group in list(gradients):
@@ -104,11 +131,13 @@ class DeepSpeedEngine:
         for hook in [*offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        for parameter in self.model.parameters():
-            parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
-        with self._gathered(list(self.model.parameters())):
-            yield
-        offload._register_deepspeed_module(offload.module)
+        try:
+            for parameter in self.model.parameters():
+                parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+            with self._gathered(list(self.model.parameters())):
+                yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
 
     def weights(self, *, frozen: bool = False) -> TensorStream:
         found = dict(self.model.named_parameters()) if frozen else kept_parameters(self.model)
@@ -121,16 +150,10 @@ class DeepSpeedEngine:
             {f"{name}.{slot}": (p, slot) for name, p in self._trained().items() for slot in [*slots, _STEP]}
         )
 
-    def settings(self) -> dict[str, Any]:
-        return {"groups": plain_groups(self.optimizer)}
-
     def load(
         self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
     ) -> None:
-        kept = kept_parameters(self.model)
-        require_same_parameters({name: _shape(p) for name, p in kept.items()}, weights)
-        states = slots_by_parameter(optimizer, set(self._trained()))
-        restore_groups(self.optimizer, settings["groups"])
+        kept, states = self._take_up(weights, optimizer, settings)
         self._make_room(states)
         for name, parameter in kept.items():
             value = weights[name].to(self._engine.device)
@@ -161,14 +184,11 @@ class DeepSpeedEngine:
             self._zero._link_all_hp_params()
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
     def _stream(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> TensorStream:
         kinds = {
             key: Kind(
                 torch.float32 if parameter.requires_grad else parameter.dtype,
-                () if slot == _STEP else _shape(parameter),
+                () if slot == _STEP else whole_shape(parameter),
             )
             for key, (parameter, slot) in wanted.items()
         }
@@ -188,7 +208,7 @@ class DeepSpeedEngine:
                 whole = self._api.safe_get_full_fp32_param(parameter)
             else:
                 whole = self._api.safe_get_full_optimizer_state(parameter, slot)
-            return whole.view(() if slot == _STEP else _shape(parameter)) if self.world.is_main else None
+            return whole.view(() if slot == _STEP else whole_shape(parameter)) if self.world.is_main else None
 
         return make
 
@@ -230,9 +250,29 @@ def _require_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> N
         output.requires_grad_(True)
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _cast(
+    objective: LabelledLoss, trained: torch.dtype, frozen: torch.dtype | None, *, cut_by: Mapping[str, Any] | None
+) -> None:
+    """Cast the weights as loaded to what they are kept in; with `cut_by`, stage 3's configuration, block by block.
 
+    A block is then cut into shards before the next one is cast. Where nothing is to be cast DeepSpeed cuts by itself,
+    parameter by parameter.
+    """
+    if all(wanted_dtype(p, trained, frozen) is p.dtype for p in objective.parameters()):
+        return
+    from deepspeed import zero
 
-def _blocks(model: nn.Module) -> Any:
-    return causal_model(model).get_decoder().layers
+    for module in [*blocks_of(objective.model, "deepspeed"), objective]:
+        whole = [p for p in module.parameters() if not hasattr(p, "ds_id")]
+        for parameter in whole:
+            parameter.data = parameter.data.to(wanted_dtype(parameter, trained, frozen))
+        if cut_by is not None and whole:
+            cut: Any = next((p for p in objective.parameters() if hasattr(p, "ds_id")), None)
+            if cut is None:
+                zero.Init(module=module, config_dict_or_path=dict(cut_by))
+            else:
+                cut.convert_to_zero_parameters(param_list=whole)
+    if cut_by is not None:  # DeepSpeed moves no module whose parameters are cut already
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        for buffer in objective.buffers():
+            buffer.data = buffer.data.to(device)

@@ -18,7 +18,13 @@ def loads_on_cpu(config: DistributedConfig) -> bool:
 
 
 def make_engine(
-    config: DistributedConfig, objective: LabelledLoss, training: TrainingConfig, world: World, *, fp16: bool
+    config: DistributedConfig,
+    objective: LabelledLoss,
+    training: TrainingConfig,
+    world: World,
+    *,
+    fp16: bool,
+    frozen: torch.dtype | None = None,
 ) -> Engine:
     """Hand the model and its loss to the engine that the settings name.
 
@@ -29,6 +35,7 @@ def make_engine(
         training: The optimiser's settings.
         world: The ranks.
         fp16: Scale the loss, for fp16.
+        frozen: What frozen weights are kept in, where the engine cuts them into shards; None: as they were loaded.
     """
     match config.engine:
         case EngineKind.single:
@@ -40,17 +47,9 @@ def make_engine(
         case EngineKind.fsdp:
             from agentft.distributed.fsdp import FsdpEngine
 
-            return FsdpEngine(objective, training, world=world)
+            return FsdpEngine(objective, training, world=world, fp16=fp16, frozen=frozen)
         case EngineKind.deepspeed:
             from agentft.distributed.deepspeed import DeepSpeedEngine
 
-            return DeepSpeedEngine(objective, training, world=world, settings=config.deepspeed)
-
-
-def sharded_dtype(objective: LabelledLoss) -> torch.dtype | None:
-    """Return the dtype that trained weights are cast to in shards, before they are gathered, and end the autocast.
-
-    Autocast would keep the cast copy of every gathered weight until the end of the pass, which is the whole model.
-    """
-    dtype, objective.autocast = objective.autocast, None
-    return dtype
+            settings = config.deepspeed
+            return DeepSpeedEngine(objective, training, world=world, settings=settings, fp16=fp16, frozen=frozen)

@@ -13,7 +13,11 @@ from typing import Self
 from agentft import errors
 from agentft.errors import AgentftError, RankError
 
+BROKE_OFF = "another rank broke off"
+"""How the message of a rank begins that ends because another one has failed."""
+
 _LOST = (
+    BROKE_OFF,
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",

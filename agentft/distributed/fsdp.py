@@ -18,12 +18,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agentft.data.batches import Batch
-from agentft.distributed.engines import sharded_dtype
-from agentft.errors import ConfigError
-from agentft.model.adapters import kept_parameters, require_same_parameters
+from agentft.distributed.loss_scale import LossScale
+from agentft.distributed.sharded import ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
+from agentft.model.adapters import kept_parameters
 from agentft.training.config import TrainingConfig
-from agentft.training.engine import plain_groups, restore_groups, slots_by_parameter
-from agentft.training.loss import LabelledLoss, causal_model
+from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer
 from agentft.training.tensor_stream import Kind, TensorStream
 from agentft.world import World
@@ -32,31 +31,42 @@ _FEW = 0.1
 """Share of trained parameters below which their whole gradients may wait on each rank for the end of a step."""
 
 
-class FsdpEngine:
+class FsdpEngine(ShardedEngine):
     """Every rank keeps its slice of each parameter."""
 
     name = "fsdp"
 
-    def __init__(self, objective: LabelledLoss, config: TrainingConfig, *, world: World) -> None:
+    def __init__(
+        self,
+        objective: LabelledLoss,
+        config: TrainingConfig,
+        *,
+        world: World,
+        fp16: bool = False,
+        frozen: torch.dtype | None = None,
+    ) -> None:
         self.world = world
         self.model = objective.model
         self._objective = objective
         parameters = list(self.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self._waits = trained < _FEW * sum(p.numel() for p in parameters)
-        self._shard(objective)
+        self._shard(objective, frozen)
         self.autocast = objective.autocast
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
+        self._scale = LossScale(enabled=fp16)
+        self._finite = True
 
-    def _shard(self, objective: LabelledLoss) -> None:
+    def _shard(self, objective: LabelledLoss, frozen: torch.dtype | None) -> None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(kind, (self.world.size,))
         dtype = sharded_dtype(objective)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-        self._blocks: list[Any] = _blocks(self.model)
+        self._blocks: list[Any] = blocks_of(self.model, self.name)
         for block in self._blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
+        _cast_shards(objective, frozen)
         # Evaluation runs blocks before the whole has run once; the root must be known by then.
         root: Any = objective
         root._get_fsdp_state()._lazy_init()
@@ -75,27 +85,38 @@ class FsdpEngine:
 
     def backward(self, share: torch.Tensor) -> None:
         # FSDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
-        (share * self.world.size).backward()  # type: ignore[no-untyped-call]
+        factor = self._scale.factor if self._scale.enabled else self.world.size
+        (share * factor).backward()  # type: ignore[no-untyped-call]
 
     def clip(self, limit: float) -> torch.Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self._scale.enabled:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.world.size / self._scale.factor)
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._scale.enabled:
+            self._finite = bool(torch.isfinite(norm))
+        return norm
 
     def step(self) -> None:
-        self.optimizer.step()
+        if self._finite:
+            self.optimizer.step()
         self.discard()
 
     def discard(self) -> None:
+        self._scale.update(finite=self._finite)
+        self._finite = True
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        for block in self._blocks:
-            block.set_reshard_after_forward(False)
-        for module in self._sharded():
-            module.unshard()
         try:
+            for block in self._blocks:
+                block.set_reshard_after_forward(False)
+            for module in self._sharded():
+                module.unshard()
             yield
         finally:
             for module in self._sharded():
@@ -116,16 +137,10 @@ class FsdpEngine:
             }
         )
 
-    def settings(self) -> dict[str, Any]:
-        return {"groups": plain_groups(self.optimizer)}
-
     def load(
         self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
     ) -> None:
-        kept = kept_parameters(self.model)
-        require_same_parameters({name: tuple(p.shape) for name, p in kept.items()}, weights)
-        states = slots_by_parameter(optimizer, set(self._trained()))
-        restore_groups(self.optimizer, settings["groups"])
+        kept, states = self._take_up(weights, optimizer, settings)
         for name, parameter in kept.items():
             with torch.no_grad():
                 parameter.copy_(_like(parameter, weights[name]))
@@ -134,9 +149,6 @@ class FsdpEngine:
                     slot: _like(parameter, value) if value.ndim else value.clone()
                     for slot, value in states[name].items()
                 }
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _stream(self, tensors: Mapping[str, torch.Tensor]) -> TensorStream:
         return TensorStream(
@@ -152,11 +164,16 @@ class FsdpEngine:
         return make
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    layers = getattr(causal_model(model).get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(f"distributed=fsdp: {type(model).__name__} has no list of blocks to shard; choose ddp")
-    return list(layers)
+def _cast_shards(objective: nn.Module, frozen: torch.dtype | None) -> None:
+    """Cast this rank's shards, one at a time: what is trained to fp32, the rest to `frozen`."""
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        return tensor.to(wanted_dtype(tensor, torch.float32, frozen))
+
+    if any(wanted_dtype(p, torch.float32, frozen) is not p.dtype for p in objective.parameters()):
+        objective._apply(cast)  # type: ignore[no-untyped-call]
 
 
 def _like(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:

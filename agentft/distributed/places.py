@@ -102,19 +102,19 @@ def first_host(nodelist: str) -> str:
     return match[1] + (match[2] or "") + match[3]
 
 
-def require_engine(config: DistributedConfig, *, gpus: int, fp16: bool) -> None:
-    """Refuse an engine that cannot run on this machine.
+def require_engine(config: DistributedConfig, *, gpus: int, fp16_weights: bool) -> None:
+    """Refuse an engine that cannot run on this machine, or not in fp16 where weights of the model are trained.
 
     Raises:
         ConfigError: says what is missing and how to get it.
     """
-    if config.engine in (EngineKind.deepspeed, EngineKind.fsdp) and fp16:
-        raise ConfigError(
-            f"distributed={config.name} with model.dtype=fp16: the loss scaler of fp16 works with single and ddp only; "
-            "choose model.dtype=bf16"
-        )
     if config.engine is not EngineKind.deepspeed:
         return
+    if fp16_weights:
+        raise ConfigError(
+            f"distributed={config.name} with model.dtype=fp16: DeepSpeed trains adapters beside a model in fp16, not the "
+            "model itself; choose model.dtype=bf16, or distributed=fsdp"
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             f"distributed={config.name} needs the package deepspeed: pip install 'agentft[deepspeed]' (Linux)"

@@ -7,6 +7,7 @@ answerer for answers, the question goes to all ranks, each answers a share with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import nn
 
 from agentft.data.shares import share_out
 from agentft.data.tokens import Example
+from agentft.distributed.failures import BROKE_OFF
+from agentft.errors import RankError
 from agentft.evaluation.answer_file import Answerer, OnAnswer
-from agentft.evaluation.generate import Answer
+from agentft.evaluation.generate import Answer, Finish
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood
 from agentft.evaluation.steps import Step
 from agentft.world import World
@@ -27,7 +30,8 @@ T = TypeVar("T")
 def lead(world: World, answerer: Answerer, work: Callable[[Answerer], T]) -> T | None:
     """Run `work` on rank 0 with an answerer behind which all ranks stand; elsewhere answer until it is done.
 
-    Returns the result of `work` on rank 0 and None on the others.
+    Returns the result of `work` on rank 0 and None on the others. Where `work` or somebody's answering fails, all ranks
+    leave together: with the error where it was raised, with a `RankError` elsewhere.
     """
     if world.size == 1:
         return work(answerer)
@@ -35,9 +39,26 @@ def lead(world: World, answerer: Answerer, work: Callable[[Answerer], T]) -> T |
     if not world.is_main:
         together.follow()
         return None
-    result = work(together)
+    try:
+        result = work(together)
+    except Exception as error:
+        together.dismiss(error)
+        raise
     together.dismiss()
     return result
+
+
+_Row = tuple[str, int, Finish]
+"""An answer without its step: text, tokens, why it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What rank 0 says to the others: what to answer next, or that it is over."""
+
+    steps: list[Step] | None
+    failure: str = ""
+    """Why it is over, where that is an error."""
 
 
 class _Together:
@@ -46,23 +67,27 @@ class _Together:
     def __init__(self, world: World, own: Answerer) -> None:
         self._world = world
         self._own = own
+        self._broken = False
+        """All ranks have heard of a failure."""
 
     def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
         """Answer all steps and return them in the order given; of other ranks' answers `on_answer` hears at the end."""
         if not steps:
             return []
-        self._world.broadcast(list(steps))
+        self._world.broadcast(_Round(list(steps)))
         return self._round(steps, on_answer)
 
     def follow(self) -> None:
         """Take part in rank 0's rounds until it dismisses the others."""
-        nothing: list[Step] | None = None
-        while (steps := self._world.broadcast(nothing)) is not None:
-            self._round(steps, None)
+        while (said := self._world.broadcast(_Round(None))).steps is not None:
+            self._round(said.steps, None)
+        if said.failure:
+            raise RankError(f"{BROKE_OFF}: rank 0: {said.failure}")
 
-    def dismiss(self) -> None:
-        """End `follow` on the other ranks."""
-        self._world.broadcast(None)
+    def dismiss(self, error: Exception | None = None) -> None:
+        """End `follow` on the other ranks, with the error that ended the work here if there was one."""
+        if not self._broken:
+            self._world.broadcast(_Round(None, "" if error is None else f"{type(error).__name__}: {error}"))
 
     def _round(self, steps: Sequence[Step], on_answer: OnAnswer | None) -> list[Answer]:
         shares = shares_of(steps, self._world.size)
@@ -73,16 +98,31 @@ class _Together:
             if on_answer is not None:
                 on_answer(answer)
 
-        found = self._own.answer([steps[order] for order in mine], heard)
-        plain = [(answer.text, answer.tokens, answer.finish) for answer in found]
-        answers: dict[int, Answer] = dict(zip(mine, found, strict=True))
-        for rank, rows in enumerate(self._world.gather(plain)):
+        rows_by_rank = self._together(lambda: self._own.answer([steps[order] for order in mine], heard))
+        answers: dict[int, Answer] = {}
+        for rank, rows in enumerate(rows_by_rank):
             for order, row in zip(shares[rank], rows, strict=True):
-                if rank != self._world.rank:
-                    answers[order] = Answer(steps[order], *row)
-                    if on_answer is not None:
-                        on_answer(answers[order])
+                answers[order] = Answer(steps[order], *row)
+                if rank != self._world.rank and on_answer is not None:
+                    on_answer(answers[order])
         return [answers[order] for order in range(len(steps))]
+
+    def _together(self, work: Callable[[], list[Answer]]) -> list[list[_Row]]:
+        """Do every rank's work and return what each of them answered; all ranks leave it in the same way."""
+        failure: Exception | None = None
+        own: list[_Row] = []
+        try:
+            own = [(answer.text, answer.tokens, answer.finish) for answer in work()]
+        except Exception as error:
+            failure = error
+        gathered = self._world.gather((own, "" if failure is None else f"{type(failure).__name__}: {failure}"))
+        broken = [f"rank {rank}: {words}" for rank, (_, words) in enumerate(gathered) if words]
+        self._broken = bool(broken)
+        if failure is not None:
+            raise failure
+        if broken:
+            raise RankError(f"{BROKE_OFF}: {'; '.join(broken)}")
+        return [rows for rows, _ in gathered]
 
 
 def shares_of(steps: Sequence[Step], ranks: int) -> list[list[int]]:

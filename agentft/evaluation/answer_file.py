@@ -34,9 +34,13 @@ class Answerer(Protocol):
 class AnswerFile:
     """An answerer that remembers: what stands in the file is not asked again. A context manager around the work."""
 
-    def __init__(self, path: Path, answerer: Answerer, identity: Mapping[str, Any]) -> None:
-        """`identity` is everything beside the context that decides an answer."""
+    def __init__(
+        self, path: Path, answerer: Answerer, identity: Mapping[str, Any], *, others: Sequence[Path] = ()
+    ) -> None:
+        """`identity` is everything beside the context that decides an answer; `others` are files of the same candidate's
+        answers, which are read and left as they are."""
         self.path = path
+        self._others = others
         self._answerer = answerer
         self._header = {"identity": json.loads(json.dumps(identity))}
         self._known: dict[tuple[str, int, str], dict[str, Any]] = {}
@@ -45,6 +49,8 @@ class AnswerFile:
     def __enter__(self) -> Self:
         content = self.path.read_bytes() if self.path.exists() else b""
         kept = self._read(content)
+        for other in self._others:
+            self._read(other.read_bytes())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -102,7 +108,7 @@ class AnswerFile:
             if not isinstance(row, dict):
                 break  # cut short in writing
             if number == 0 and row != self._header:
-                log.warning("%s holds answers of another model or other settings: starting afresh", self.path)
+                log.warning("%s: answers of another model or other settings are left out", self.path)
                 return 0
             if number:
                 self._known[row["conversation_id"], row["step"], row["context_hash"]] = row

@@ -29,10 +29,17 @@ class ParameterCount:
 
 
 def prepare_for_training(
-    model: Any, sft: SftConfig, model_config: ModelConfig, kernels: Kernels | LigerKernels | None = None
+    model: Any,
+    sft: SftConfig,
+    model_config: ModelConfig,
+    kernels: Kernels | LigerKernels | None = None,
+    *,
+    cast: bool = True,
 ) -> torch.nn.Module:
     """Make `model` trainable as `sft` says; what is trained is kept in fp32. Compiled `kernels` serve what is
     frozen, Liger's every layer that they know.
+
+    Without `cast` a full fine-tuning leaves the weights as they were loaded, for an engine that casts its shards.
 
     Raises:
         ConfigError: the model has no such layers.
@@ -41,7 +48,7 @@ def prepare_for_training(
         case LoraConfig():
             trainable = attach_lora(model, sft, model_config, kernels if isinstance(kernels, Kernels) else None)
         case FullConfig():
-            trainable = model.float()
+            trainable = model.float() if cast else model
             trainable.requires_grad_(True)
         case FreezeConfig():
             trainable = train_last_blocks(model, sft)

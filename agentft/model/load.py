@@ -241,11 +241,14 @@ def load_model(
     config: ModelConfig,
     *,
     device: Device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     attention: str,
     quantization: Any = None,
 ) -> torch.nn.Module:
     """Load the weights in `dtype` onto `device`, in evaluation mode; `quantization` from `quantization_config`.
+
+    With `dtype` None they keep the files' own. On a CPU they are then the mapped files: no copy is made, what is not
+    touched is not read, and all processes of a machine share the pages.
 
     Raises:
         ModelError: the weights cannot be loaded.
@@ -259,7 +262,7 @@ def load_model(
         with compiler_put_off():
             model = AutoModelForCausalLM.from_pretrained(
                 files.folder,
-                dtype=dtype,
+                dtype=dtype or "auto",
                 attn_implementation=attention,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,

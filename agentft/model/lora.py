@@ -35,9 +35,24 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig, kernels:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if sft.start is not LoraStart.pissa:
+        _draw(adapted)
     fuse_layers(adapted, kernels)
     _say_what_is_not_fused(adapted)
     return adapted
+
+
+def _draw(adapted: Any) -> None:
+    """Draw A anew as peft does, which rounds it to the dtype of the layer beside it: here that dtype, and the device,
+    decide nothing, so an engine that casts the layer later begins with the same adapters."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weight_RI = module.lora_A["default"].weight
+            drawn_RI = torch.nn.init.kaiming_uniform_(torch.empty(weight_RI.shape), a=math.sqrt(5))
+            weight_RI.data.copy_(drawn_RI)
 
 
 def peft_config(sft: LoraConfig, targets: list[str]) -> Any:

@@ -60,6 +60,8 @@ class EvaluateConfig:
     evaluation: EvaluationConfig | None = None
     """null: as the run was trained with; else choose `evaluation=default` or another and override its values."""
     tracking: TrackingConfig
+    distributed: DistributedConfig = field(default_factory=lambda: DistributedConfig(name="single"))
+    """Ranks that share the conversations out among them. Each holds the model whole, whatever the engine."""
     threads: int | None = None
     """CPU threads for torch; null: as the run was trained with."""
     output: str | None = None

@@ -19,7 +19,10 @@ from agentft import progress
 from agentft.data.render import Template
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
-from agentft.errors import CheckpointError, RunError
+from agentft.distributed.config import DistributedConfig
+from agentft.distributed.spread import lead
+from agentft.errors import CheckpointError, ConfigError, RunError
+from agentft.evaluation.answer_file import Answerer
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.openai_engine import OpenAIEngine, endpoint_of
 from agentft.evaluation.places import shown_steps
@@ -28,14 +31,16 @@ from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, trains_weights
 from agentft.model.load import load_tokenizer, locate_model
 from agentft.recipes.config import EvaluateConfig, TrainConfig
-from agentft.recipes.exam import Candidate, exam_steps, own_candidate, sit_exam, write_exam
+from agentft.recipes.exam import Candidate, exam_steps, own_candidate, own_share, sit_exam, write_exam
 from agentft.recipes.modes import sit_likelihood, sit_replay
 from agentft.recipes.prepare import PreparedData, prepare_data
+from agentft.recipes.ranks import evaluate_on_ranks, is_spread, rank_of, threads_of_rank
 from agentft.recipes.report import show_exams
-from agentft.recipes.saved import config_to_yaml, saved_config
+from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
 from agentft.recipes.train import Bench, set_up_bench
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint
+from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -62,29 +67,61 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate `config.checkpoint` of the run `config.run` on the run's own held-out conversations.
 
     With `evaluation.engine=openai` a served model answers instead, and no weights are loaded. With `output` the run's
-    folder is only read.
+    folder is only read. Where `distributed` asks for ranks this starts them, and each answers its share.
 
     Raises:
+        ConfigError: ranks are asked for where another program answers.
         RunError: no such run, or its data is no longer what it was trained on.
         CheckpointError: no such checkpoint, or it is damaged.
         EvaluationError: the endpoint gives no answers, or vllm is asked for and not installed.
     """
+    if not is_spread(config):
+        return _evaluate_as(config, ALONE)
+    engine = (config.evaluation or saved_config(RunFolder.open(config.run).path).evaluation).engine
+    if engine is not Engine.transformers:
+        raise ConfigError(
+            f"distributed={config.distributed.name} with evaluation.engine={engine}: ranks share out what the run's model "
+            "answers here; whoever serves the model spreads it over devices by itself. Choose distributed=single"
+        )
+    result: EvaluateResult = evaluate_on_ranks(evaluate_rank, config)
+    return result
+
+
+def evaluate_rank(payload: str) -> EvaluateResult:
+    """Answer this process's share of an evaluation, whose settings are `payload`; other processes answer the others."""
+    config = config_from_yaml(payload, EvaluateConfig)
+    with rank_of(config.distributed, config.output or config.run) as world:
+        return _evaluate_as(dataclasses.replace(config, threads=config.threads or threads_of_rank()), world)
+
+
+def _evaluate_as(config: EvaluateConfig, world: World) -> EvaluateResult:
     source = RunFolder.open(config.run)
     trained = saved_config(source.path)
     settings = config.evaluation or trained.evaluation
-    trained = dataclasses.replace(trained, threads=config.threads or trained.threads)
-    with RunFolder.create(config.output or source.path) as target:
-        progress.set_up_logging(target.path / "evaluate.log")
+    # No engine: each rank holds the model whole.
+    alone = DistributedConfig(name="single")
+    trained = dataclasses.replace(trained, threads=config.threads or trained.threads, distributed=alone)
+    folder = config.output or source.path
+    with RunFolder.create(folder) if world.is_main else RunFolder.follow(folder) as target:
+        said = target.path / "evaluate.log" if world.is_main else target.rank_log(world.rank)
+        said.parent.mkdir(parents=True, exist_ok=True)
+        progress.set_up_logging(said)
         if config.output is None:
-            return _evaluate(trained, settings, config.checkpoint, source, target)
-        return _evaluate_apart(trained, settings, config.checkpoint, source, target)
+            return _evaluate(trained, settings, config.checkpoint, source, target, world)
+        return _evaluate_apart(trained, settings, config.checkpoint, source, target, world)
 
 
 def _evaluate_apart(
-    trained: TrainConfig, settings: EvaluationConfig, checkpoint: str, source: RunFolder, target: RunFolder
+    trained: TrainConfig,
+    settings: EvaluationConfig,
+    checkpoint: str,
+    source: RunFolder,
+    target: RunFolder,
+    world: World,
 ) -> EvaluateResult:
     """Evaluate into a folder that looks like a run's, so that tables and comparisons of runs read it."""
-    saved = dataclasses.replace(trained, evaluation=settings, run_dir=str(target.path))
+    trained_by = saved_config(source.path).distributed
+    saved = dataclasses.replace(trained, evaluation=settings, run_dir=str(target.path), distributed=trained_by)
     evaluated = {"run": str(source.path), "checkpoint": checkpoint}
     target.write_record(
         config_yaml=config_to_yaml(saved),
@@ -94,7 +131,7 @@ def _evaluate_apart(
     )
     target.update_status("running")
     try:
-        result = _evaluate(trained, settings, checkpoint, source, target, name="after")
+        result = _evaluate(trained, settings, checkpoint, source, target, world, name="after")
     except BaseException as error:
         state: RunState = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         target.update_status(state, error=f"{type(error).__name__}: {error}")
@@ -109,27 +146,29 @@ def _evaluate(
     checkpoint: str,
     source: RunFolder,
     target: RunFolder,
+    world: World,
     name: str | None = None,
 ) -> EvaluateResult:
     if settings.engine is Engine.vllm:
         require_vllm()  # before weights are loaded
     if settings.engine is Engine.openai:
         desk = _desk_without_weights(trained, source)
-        return _answer(name or _name(settings), _served(settings, desk.data), desk, settings, target)
+        return _answer(name or _name(settings), _served(settings, desk.data), desk, settings, target, world)
     name = name or _name(settings, checkpoint)
-    bench = set_up_bench(trained)
+    with world.at_work("preparing data and model"):
+        bench = set_up_bench(trained, world)
     _refuse_other_data(bench.data, source)
     _load_weights(bench, source, checkpoint)
     if settings.mode is Mode.likelihood:
-        return _likelihood(name, trained, bench, settings, target)
+        return _likelihood(name, trained, bench, settings, target, world)
     candidate = own_candidate(
         bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
     )
     desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
     if settings.engine is Engine.vllm:
         with _by_vllm(candidate, trained, bench, settings, target) as candidate:
-            return _answer(name, candidate, desk, settings, target)
-    return _answer(name, candidate, desk, settings, target)
+            return _answer(name, candidate, desk, settings, target, world)
+    return _answer(name, candidate, desk, settings, target, world)
 
 
 def _name(settings: EvaluationConfig, checkpoint: str | None = None) -> str:
@@ -141,23 +180,38 @@ def _name(settings: EvaluationConfig, checkpoint: str | None = None) -> str:
     return f"{prefix}-{plain}"
 
 
-def _answer(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> EvaluateResult:
-    """Ask the candidate, teacher-forced or in replay, score the answers and write them down."""
-    if settings.mode is Mode.replay:
-        report = sit_replay(name, candidate, desk.data, desk.template, desk.encoder, settings, run=run)
-        objective = report["metrics"]["conv_replay_success"]["value"]
-    else:
-        steps = exam_steps(desk.data, desk.template, settings.conversations)
-        exam = sit_exam(name, candidate, steps, settings, run=run, seen_tools=desk.data.train_tools)
-        write_exam(exam, run, desk.data)
-        show_exams([exam], run, examples=settings.examples, file=f"report-{name}.txt")
-        objective = exam.value("arg_f1")
+def _answer(
+    name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder, world: World
+) -> EvaluateResult:
+    """Ask the candidate, teacher-forced or in replay; rank 0 scores the answers of all ranks and writes them down."""
+
+    def sit(answerer: Answerer) -> float | None:
+        asked = Candidate(answerer, candidate.identity)
+        return _replay(name, asked, desk, settings, run) if replays else _exam(name, asked, desk, settings, run)
+
+    replays = settings.mode is Mode.replay
+    with own_share(name, candidate, run, world) as own:
+        objective = lead(world, own, sit)
     log.info("metrics: %s", run.metrics(name))
     return EvaluateResult(objective, run.metrics(name))
 
 
+def _replay(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> float | None:
+    report = sit_replay(name, candidate, desk.data, desk.template, desk.encoder, settings, run=run)
+    value: float | None = report["metrics"]["conv_replay_success"]["value"]
+    return value
+
+
+def _exam(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> float | None:
+    steps = exam_steps(desk.data, desk.template, settings.conversations)
+    exam = sit_exam(name, candidate, steps, settings, run=run, seen_tools=desk.data.train_tools)
+    write_exam(exam, run, desk.data)
+    show_exams([exam], run, examples=settings.examples, file=f"report-{name}.txt")
+    return exam.value("arg_f1")
+
+
 def _likelihood(
-    name: str, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder
+    name: str, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder, world: World
 ) -> EvaluateResult:
     count = settings.conversations
     examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
@@ -170,6 +224,7 @@ def _likelihood(
         pad_id=bench.pad_id,
         autocast=bench.dtype if mixed else None,
         run=run,
+        world=world,
         piece_of={each.id: each.piece_of for each in bench.data.heldout if each.piece_of is not None},
     )
     log.info("metrics: %s", run.metrics(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from agentft.model.adapters import trained_state
 from agentft.progress import progress_bar
 from agentft.recipes.prepare import PreparedData
 from agentft.runs import RunFolder, read_json
+from agentft.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,7 +192,19 @@ def sit_exam(
 @contextmanager
 def keeping_answers(name: str, candidate: Candidate, run: RunFolder) -> Iterator[AnswerFile]:
     """Give the candidate a working file in the run folder; `write_exam` removes it."""
-    with AnswerFile(_working_file(name, run), candidate.answerer, candidate.identity) as file:
+    kept = _working_file(name, run)
+    with AnswerFile(kept, candidate.answerer, candidate.identity, others=_files_of_ranks(name, run)) as file:
+        yield file
+
+
+@contextmanager
+def own_share(name: str, candidate: Candidate, run: RunFolder, world: World) -> Iterator[Answerer]:
+    """Return who answers this rank's share. Ranks other than 0, which keeps all answers, keep theirs in files of their own
+    until it has them: an exam that is killed goes on from all of them, on any number of ranks."""
+    if world.is_main:
+        yield candidate.answerer
+        return
+    with AnswerFile(_file_of_rank(name, run, world.rank), candidate.answerer, candidate.identity) as file:
         yield file
 
 
@@ -299,11 +313,21 @@ def write_results(
             "predictions_sha256": _digest(run.predictions(name).read_text(encoding="utf-8")),
         },
     )
-    _working_file(name, run).unlink(missing_ok=True)
+    for file in [_working_file(name, run), *_files_of_ranks(name, run)]:
+        file.unlink(missing_ok=True)
 
 
 def _working_file(name: str, run: RunFolder) -> Path:
     return run.predictions(f"{name}.partial")
+
+
+def _file_of_rank(name: str, run: RunFolder, rank: int) -> Path:
+    return run.predictions(f"{name}.partial-rank-{rank}")
+
+
+def _files_of_ranks(name: str, run: RunFolder) -> list[Path]:
+    first = _file_of_rank(name, run, 1)
+    return sorted(first.parent.glob(glob.escape(first.stem.removesuffix("1")) + "*.jsonl"))
 
 
 def _digest(text: str) -> str:

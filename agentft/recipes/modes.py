@@ -11,16 +11,17 @@ import torch
 
 from agentft.data.render import Template
 from agentft.data.tokens import Example, SegmentEncoder
+from agentft.distributed.spread import spread_likelihood
 from agentft.evaluation.answer_file import Answerer, OnAnswer
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.generate import Answer
-from agentft.evaluation.likelihood import measure_likelihood
 from agentft.evaluation.places import shown_steps
 from agentft.evaluation.replay import replay, replay_report
 from agentft.evaluation.steps import Step
 from agentft.recipes.exam import Candidate, answer_all, keeping_answers, prediction_rows, write_results
 from agentft.recipes.prepare import PreparedData
 from agentft.runs import RunFolder
+from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +77,11 @@ def sit_likelihood(
     autocast: torch.dtype | None,
     run: RunFolder,
     piece_of: Mapping[str, str] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Measure the loss of the references, write the files and return the report; `piece_of` as in `Likelihood`."""
     started = time.perf_counter()
-    found = measure_likelihood(model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast)
+    found = spread_likelihood(world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast)
     report = found.to_json(draws=config.draws, seed=config.seed, piece_of=piece_of)
     report["conversations"] = found.rows()
     run.write_json(run.metrics(name), report | {"seconds": round(time.perf_counter() - started, 3)})

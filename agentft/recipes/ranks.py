@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft import progress
-from agentft.distributed.config import EngineKind
+from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.launch import Entry, start_ranks
-from agentft.distributed.places import choose_places, require_engine
+from agentft.distributed.places import Places, choose_places, require_engine
 from agentft.errors import ConfigError, RankError
-from agentft.model.config import Dtype, QloraConfig
-from agentft.recipes.config import TrainConfig
-from agentft.recipes.saved import config_from_yaml, config_to_yaml
+from agentft.model.config import Dtype, LoraConfig, LoraStart, QloraConfig, trains_weights
+from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.saved import config_from_yaml, config_to_yaml, settings_to_yaml
 from agentft.runs import RunFolder, read_json
 from agentft.runtime import available_cores
 from agentft.world import World, join_world, leave_world
@@ -36,16 +36,36 @@ def on_ranks(entry: Entry, config: TrainConfig) -> Any:
     """
     places = choose_places(config.distributed, gpus=_visible_gpus(), job=Path(config.run_dir).name)
     require_ranks(config, places.ranks)
-    folder = Path(config.run_dir)
+    return _start(entry, config_to_yaml(config), places, config.distributed, Path(config.run_dir), config.threads)
+
+
+def evaluate_on_ranks(entry: Entry, config: EvaluateConfig) -> Any:
+    """Start the ranks of an evaluation and return what its first rank returns.
+
+    Raises:
+        ConfigError: the ranks cannot run as asked; nothing has been loaded then.
+        RankError: a rank has died or hung.
+    """
+    distributed, folder = config.distributed, Path(config.output or config.run)
+    places = choose_places(distributed, gpus=_visible_gpus(), job=folder.name)
+    if distributed.engine is not EngineKind.ddp:
+        progress.console().print(
+            f"distributed={distributed.name}: answers need no gradients, so each rank holds the model whole, as with ddp",
+            highlight=False,
+        )
+    return _start(entry, settings_to_yaml(config), places, distributed, folder, config.threads)
+
+
+def _start(
+    entry: Entry, payload: str, places: Places, distributed: DistributedConfig, folder: Path, threads: int | None
+) -> Any:
     progress.console().print(
-        f"starting {places.nproc} ranks ({config.distributed.name})"
+        f"starting {places.nproc} ranks ({distributed.name})"
         + (f" on this machine, one of {places.nnodes}; they meet at {places.endpoint}" if places.nnodes > 1 else ""),
         highlight=False,
     )
     try:
-        return start_ranks(
-            entry, config_to_yaml(config), places, config.distributed, folder=folder, threads=config.threads
-        )
+        return start_ranks(entry, payload, places, distributed, folder=folder, threads=threads)
     except RankError as error:
         if places.node <= 0:
             _note_end(folder, error)
@@ -58,7 +78,8 @@ def require_ranks(config: TrainConfig, ranks: int) -> None:
     Raises:
         ConfigError: says what is missing, or which numbers do not go together.
     """
-    require_engine(config.distributed, gpus=_visible_gpus(), fp16=config.model.dtype is Dtype.fp16)
+    fp16_weights = config.model.dtype is Dtype.fp16 and trains_weights(config.sft_type)
+    require_engine(config.distributed, gpus=_visible_gpus(), fp16_weights=fp16_weights)
     if isinstance(config.sft_type, QloraConfig) and loads_on_cpu(config.distributed):
         raise ConfigError(
             f"distributed={config.distributed.name} with sft_type={config.sft_type.name}: quantised weights cannot be cut "
@@ -72,16 +93,15 @@ def require_ranks(config: TrainConfig, ranks: int) -> None:
 
 
 @contextmanager
-def rank_of(config: TrainConfig) -> Iterator[World]:
-    """Join the other ranks for the body, wherever they were started from.
+def rank_of(distributed: DistributedConfig, folder: str) -> Iterator[World]:
+    """Join the other ranks for the body, wherever they were started from; `folder` is where rank 0 will write.
 
     Raises:
-        ConfigError: the ranks cannot run as asked, or were given different run folders.
+        ConfigError: the ranks were given different folders.
     """
-    world = join_world("cuda" if _visible_gpus() else "cpu", config.distributed.timeout + 60)
+    world = join_world("cuda" if _visible_gpus() else "cpu", distributed.timeout + 60)
     try:
-        require_ranks(config, world.size)
-        folders = world.gather(config.run_dir)
+        folders = world.gather(folder)
         if len(set(folders)) > 1:
             raise ConfigError(
                 f"run_dir: the machines have different ones ({', '.join(sorted(set(folders)))}); give run_dir=... "
@@ -93,13 +113,26 @@ def rank_of(config: TrainConfig) -> Iterator[World]:
         leave_world()
 
 
+def loads_mapped(config: TrainConfig) -> bool:
+    """Whether weights are loaded in the files' number format, as the mapped files, for the engine to cast its part of them.
+
+    Not where an adapter is computed from them: it would not be that of a job on one device.
+    """
+    sft = config.sft_type
+    if isinstance(sft, LoraConfig):
+        computed = sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig)
+        return loads_on_cpu(config.distributed) and not computed
+    # DeepSpeed takes fp32 masters from the weights that it computes with, whatever the stage.
+    return loads_on_cpu(config.distributed) or config.distributed.engine is EngineKind.deepspeed
+
+
 def resolved(payload: str) -> TrainConfig:
     """Return the settings that the agent sent."""
     return config_from_yaml(payload, TrainConfig)
 
 
-def is_spread(config: TrainConfig) -> bool:
-    """Whether a training runs on ranks that must be started."""
+def is_spread(config: TrainConfig | EvaluateConfig) -> bool:
+    """Whether a job runs on ranks that must be started."""
     return config.distributed.engine is not EngineKind.single
 
 

@@ -77,6 +77,12 @@ def config_to_yaml(config: TrainConfig) -> str:
     return _HEADER.format(folder=config.run_dir) + text
 
 
+def settings_to_yaml(config: EvaluateConfig) -> str:
+    """Text of an evaluation's settings, for its ranks; `config_from_yaml` gives an equal config back."""
+    text: str = yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def config_from_yaml(text: str, root: type[C]) -> C:
     """The config that `config_to_yaml` wrote. Raises `ConfigError` for anything that does not fit the schemas."""
     try:

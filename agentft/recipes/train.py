@@ -40,12 +40,29 @@ from agentft.model.load import (
 from agentft.model.native import Kernels
 from agentft.model.quantization import quantization_config
 from agentft.recipes.config import TrainConfig
-from agentft.recipes.exam import Candidate, Exam, exam_steps, own_candidate, require_own_exam, sit_exam, write_exam
+from agentft.recipes.exam import (
+    Candidate,
+    Exam,
+    exam_steps,
+    own_candidate,
+    own_share,
+    require_own_exam,
+    sit_exam,
+    write_exam,
+)
 from agentft.recipes.final import write_final
 from agentft.recipes.identity import identity
 from agentft.recipes.memory_check import check_memory
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
-from agentft.recipes.ranks import is_spread, on_ranks, rank_of, resolved, threads_of_rank
+from agentft.recipes.ranks import (
+    is_spread,
+    loads_mapped,
+    on_ranks,
+    rank_of,
+    require_ranks,
+    resolved,
+    threads_of_rank,
+)
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_to_yaml
 from agentft.recipes.watch import Watch
@@ -115,7 +132,8 @@ def train(config: TrainConfig) -> TrainResult:
 def train_rank(payload: str) -> TrainResult:
     """Run this process's part of the job, whose resolved settings are `payload`; other processes run the others."""
     config = resolved(payload)
-    with rank_of(config) as world:
+    with rank_of(config.distributed, config.run_dir) as world:
+        require_ranks(config, world.size)
         return _train_as(dataclasses.replace(config, threads=config.threads or threads_of_rank()), world)
 
 
@@ -152,7 +170,8 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     require_own_exam(config.evaluation)
     plan = check_memory(config)
     estimate = plan.estimate
-    bench = set_up_bench(config, world)
+    with world.at_work("preparing data and model"):
+        bench = set_up_bench(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
     engine = set_up_engine(config, bench, world, checkpointing=world.broadcast(plan.checkpointing))
     write_manifest(bench.data, run)
@@ -212,12 +231,19 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     encoder = SegmentEncoder(tokenizer)
     data = prepare_data(config.dataset, template, encoder)
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
+    mapped = loads_mapped(config)
     weights_dtype = torch.float32 if isinstance(config.sft_type, FullConfig) else dtype
     place = dataclasses.replace(device, kind="cpu") if loads_on_cpu(config.distributed) and world.size > 1 else device
     model = load_model(
-        files, config.model, device=place, dtype=weights_dtype, attention=attention, quantization=quantization
+        files,
+        config.model,
+        device=place,
+        dtype=None if mapped else weights_dtype,
+        attention=attention,
+        quantization=quantization,
     )
-    model = prepare_for_training(model, config.sft_type, config.model, compiled)
+    runtime.seed_everything(config.seed)
+    model = prepare_for_training(model, config.sft_type, config.model, compiled, cast=not mapped)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
     stop_id = encoder.special_id(template.stop_token)
     return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, compiled)
@@ -240,7 +266,8 @@ def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpoint
     if config.training.compile:
         compile_blocks(bench.model)
     fp16 = bench.dtype is torch.float16
-    return make_engine(config.distributed, objective, config.training, world, fp16=fp16)
+    frozen = bench.dtype if loads_mapped(config) else None
+    return make_engine(config.distributed, objective, config.training, world, fp16=fp16, frozen=frozen)
 
 
 def _exam_before(config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker) -> Exam | None:
@@ -271,7 +298,8 @@ def _examine(
             seen = bench.data.train_tools
             return sit_exam(name, asked, steps, config.evaluation, run=run, seen_tools=seen, reuse=True)
 
-        exam = lead(engine.world, candidate.answerer, sit)
+        with own_share(name, candidate, run, engine.world) as own:
+            exam = lead(engine.world, own, sit)
     if exam is not None:
         tracker.log_predictions(name, write_exam(exam, run, bench.data))
     return exam

@@ -18,7 +18,7 @@ from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineK
 from agentft.distributed.launch import start_ranks
 from agentft.distributed.places import choose_places
 from agentft.errors import AgentftError, ConfigError
-from agentft.world import join_world, leave_world
+from agentft.world import World, join_world, leave_world
 
 CASES: dict[str, dict[str, Any]] = {
     "raise": {},
@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "kill": {},
     "hang": {"timeout": 5.0},
     "restart": {"elastic": ElasticConfig(max_restarts=1)},
+    "prepare": {"timeout": 2.5},
+    "prepare and hang": {"timeout": 2.5},
 }
 
 
@@ -35,6 +37,8 @@ def rank(payload: str) -> str:
     world = join_world("cpu", 300)
     world.mark("together")
     world.barrier()
+    if case.startswith("prepare"):
+        return prepare(case, Path(folder), world)
     if world.rank == 1 and (case != "restart" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
         world.mark("step 3, forward")
         (Path(folder) / f"{case}.died").write_text(str(time.time()))
@@ -50,6 +54,20 @@ def rank(payload: str) -> str:
     time.sleep(0.3)
     world.mark("step 3, optimiser")
     world.barrier()
+    leave_world()
+    return "well"
+
+
+def prepare(case: str, folder: Path, world: World) -> str:
+    """Rank 0 works, or sleeps, for longer than the watch allows without a mark; the other waits for it."""
+    with world.at_work("preparing"):
+        if world.is_main:
+            (folder / f"{case}.died").write_text(str(time.time()))
+            end = time.time() + 5
+            while time.time() < end:
+                time.sleep(0.05 if case == "prepare" else 600)
+                sum(range(200_000))
+        world.barrier()
     leave_world()
     return "well"
 

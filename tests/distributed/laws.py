@@ -27,11 +27,14 @@ from agentft.distributed.engines import make_engine
 from agentft.distributed.launch import start_ranks
 from agentft.distributed.places import choose_places
 from agentft.distributed.spread import lead, spread_likelihood
+from agentft.errors import RankError
 from agentft.evaluation.generate import GreedyGenerator
 from agentft.evaluation.steps import all_steps
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
+from agentft.model.load import ModelFiles, load_model
 from agentft.model.random_weights import byte_tokenizer
+from agentft.runtime import Device
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import Job, train_model
 from agentft.training.loss import LabelledLoss
@@ -92,6 +95,9 @@ def _merge(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+SCALER = {"scale": 0.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+
+
 @dataclasses.dataclass
 class Case:
     """One engine with one method, ready to train."""
@@ -101,13 +107,31 @@ class Case:
     losses: list[tuple[int, float, float]]
 
 
-def case(option: str, method: str, folder: Path, world: World, *, dtype: torch.dtype = torch.float32) -> Case:
+def loaded(folder: Path, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The tiny model from a file in bf16, in `dtype` or, with None, as it is in the file."""
+    settings = ModelConfig(name="tiny")
+    return load_model(
+        ModelFiles(folder, "tiny"), settings, device=Device("cpu", "cpu", 1), dtype=dtype, attention="sdpa"
+    )
+
+
+def case(
+    option: str,
+    method: str,
+    folder: Path,
+    world: World,
+    *,
+    dtype: torch.dtype = torch.float32,
+    file: Path | None = None,
+    mapped: bool = False,
+) -> Case:
     template = get_template("msagent", byte_tokenizer().eos_token)
     examples = list(tokenize(conversations(), template, SegmentEncoder(byte_tokenizer())))
     sft = METHODS[method]
-    base = tiny_model(torch.float32 if method == "full" else dtype)
+    kept = torch.float32 if method == "full" else dtype
+    base = tiny_model(kept) if file is None else loaded(file, None if mapped else kept)
     torch.manual_seed(11)
-    model = prepare_for_training(base, sft, ModelConfig(name="tiny"))
+    model = prepare_for_training(base, sft, ModelConfig(name="tiny"), cast=not mapped)
     training = TrainingConfig(
         learning_rate=sft.default_learning_rate,
         accumulation=5,
@@ -117,7 +141,8 @@ def case(option: str, method: str, folder: Path, world: World, *, dtype: torch.d
         save_total_limit=9,
     )
     objective = LabelledLoss(model, autocast=dtype if method == "full" and dtype != torch.float32 else None)
-    engine = make_engine(distributed(option), objective, training, world, fp16=False)
+    frozen = dtype if mapped else None
+    engine = make_engine(distributed(option), objective, training, world, fp16=dtype is torch.float16, frozen=frozen)
     losses: list[tuple[int, float, float]] = []
 
     def note(values: Any, step: int) -> None:
@@ -138,6 +163,7 @@ def case(option: str, method: str, folder: Path, world: World, *, dtype: torch.d
         best_metric="loss",
         rank=lambda values: [-values["loss"]],
         log=note,
+        fp16=dtype is torch.float16,
     )
     return Case(engine, job, losses)
 
@@ -160,6 +186,41 @@ def examine(found: Case, world: World) -> dict[str, Any]:
     }
 
 
+def everywhere(found: Case, world: World) -> dict[str, torch.Tensor]:
+    """Return on every rank the weights that rank 0 gets from a stream."""
+    return world.broadcast(dict(found.engine.weights()))
+
+
+def break_exams(found: Case, world: World) -> list[str]:
+    """Let an exam end in errors, on rank 1 in the middle of its answers and on rank 0 between two rounds; what rank 0 heard."""
+    tokenizer = byte_tokenizer()
+    steps = all_steps(conversations(), found.job.examples, get_template("msagent", tokenizer.eos_token))[:4]
+    heard = []
+
+    class Failing:
+        def answer(self, steps: Any, on_answer: Any = None) -> list[Any]:
+            if world.rank == 1:
+                raise ValueError("rank 1 cannot answer")
+            return generator.answer(steps, on_answer)
+
+    def fail_between(together: Any) -> None:
+        together.answer(steps)
+        raise KeyError("rank 0 cannot score")
+
+    for answerer, work in (("failing", lambda together: together.answer(steps)), ("own", fail_between)):
+        try:
+            with found.engine.whole():
+                stop = tokenizer.eos_token_id
+                generator = GreedyGenerator(
+                    found.engine.model.eval(), tokenizer, stop_id=stop, slots=2, max_new_tokens=2
+                )
+                lead(world, Failing() if answerer == "failing" else generator, work)
+        except (RankError, ValueError, KeyError) as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    found.engine.model.train()
+    return heard
+
+
 def held_bytes(engine: Any) -> dict[str, int]:
     """Bytes of weights and of AdamW's moments that this rank keeps between steps."""
 
@@ -177,12 +238,24 @@ def run(task: dict[str, Any], world: World) -> dict[str, Any]:
     if "start" in task and world.is_main:
         shutil.copytree(task["start"], folder / Path(task["start"]).name)
     world.barrier()
-    here = case(task["option"], task["method"], folder, world, dtype=getattr(torch, task.get("dtype", "float32")))
+    dtype, file = getattr(torch, task.get("dtype", "float32")), task.get("file")
+    here = case(
+        *(task["option"], task["method"], folder, world),
+        dtype=dtype,
+        file=None if file is None else Path(file),
+        mapped=task.get("mapped", False),
+    )
+    if "scale" in task:
+        scaler = {"scaler": SCALER | {"scale": task["scale"]}}
+        here.engine.load(everywhere(here, world), {}, here.engine.settings() | scaler)
+    broken = break_exams(here, world) if task.get("break") else None
     examined = examine(here, world) if task.get("examine") else None
     train_model(here.job)
     final = dict(here.engine.weights())
     return {
         "losses": here.losses,
+        "broken": broken,
+        "scale": here.engine.settings().get("scaler", {}).get("scale"),
         "before": examined,
         "after": examine(here, world) if task.get("examine") else None,
         "bytes": held_bytes(here.engine),

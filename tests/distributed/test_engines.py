@@ -25,6 +25,14 @@ MOVES = [("single", "deepspeed_zero3"), ("single", "fsdp"), ("fsdp", "deepspeed_
 BACK = ["deepspeed_zero3", "fsdp", "deepspeed_zero1"]
 """Engines whose checkpoints of two ranks are taken up by one process."""
 
+MAPPED = [("lora", "float32"), ("full", "bfloat16")]
+"""Method and dtype of computation, of a model whose file is in bf16: something is left to cast once it is loaded."""
+FP16 = [("lora", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"]), ("full", ["fsdp"])]
+OVERFLOWS = 2.0**23
+"""A scale of the loss at which gradients in fp16 are infinite."""
+BYTES = {"lora": "", "full": "bfloat16"}
+"""The task that holds the same numbers without a file."""
+
 pytestmark = pytest.mark.timeout(1800)  # all of it runs in one launch, on machines that do other work too
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -61,6 +69,13 @@ def alone(laws, folder):
         found[f"{method}/bfloat16"] = _alone(
             laws, task | {"folder": str(folder / f"single-{method}-bf16"), "dtype": "bfloat16", "examine": False}
         )
+    laws.tiny_model(torch.bfloat16).save_pretrained(folder / "file")
+    for method, dtype in MAPPED:
+        task = {"option": "single", "method": method, "folder": str(folder / f"single-file-{method}"), "dtype": dtype}
+        found["file", method] = _alone(laws, task | {"file": str(folder / "file")})
+    for method, _ in FP16:
+        task = {"option": "single", "method": method, "dtype": "float16", "scale": OVERFLOWS}
+        found["fp16", method] = _alone(laws, task | {"folder": str(folder / f"single-fp16-{method}")})
     dropout = {"option": "single", "method": "dropout", "folder": str(folder / "single-dropout")}
     found["dropout"] = _alone(laws, dropout)
     return found
@@ -79,6 +94,19 @@ def together(folder, alone):
         for start, option in MOVES:
             checkpoint = folder / f"{start}-{method}" / "step-000002"
             tasks[option, method, start] = {"option": option, "method": method, "start": str(checkpoint)}
+    for option in ("fsdp", "deepspeed_zero3"):
+        tasks[option, "lora", "break"] = {"option": option, "method": "lora", "break": True}
+        for method, dtype in MAPPED:
+            task = {"option": option, "method": method, "dtype": dtype, "file": str(folder / "file"), "mapped": True}
+            tasks[option, method, "file"] = task
+    for method, options in FP16:
+        for option in options:
+            tasks[option, method, "fp16"] = {
+                "option": option,
+                "method": method,
+                "dtype": "float16",
+                "scale": OVERFLOWS,
+            }
     for option in ("ddp", "deepspeed_zero3"):
         tasks[option, "dropout", ""] = {"option": option, "method": "dropout"}
     tasks["fsdp", "dropout", "ddp"] = {
@@ -201,3 +229,36 @@ def test_checkpoints_are_the_same_files_whatever_the_engine(folder, alone, toget
             assert here[name].dtype == tensor.dtype
             torch.testing.assert_close(here[name], tensor, rtol=1e-3, atol=1e-5)
     assert math.isfinite(sum(together[option, "lora", ""]["sums"].values()))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("method", "dtype"), MAPPED)
+@pytest.mark.parametrize("option", ["fsdp", "deepspeed_zero3"])
+def test_weights_that_are_cast_when_they_are_cut_train_alike(alone, together, option, method, dtype):
+    """Loaded as in the file, cut, then cast: the same training as where each rank casts all of them first."""
+    tolerance = {"loss": 2e-3, "norm": 0.1} if dtype == "bfloat16" else {}
+    _assert_same(together[option, method, "file"]["losses"], alone["file", method]["losses"], **tolerance)
+    assert together[option, method, "file"]["bytes"] == together[option, method, BYTES[method]]["bytes"]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("option", ["fsdp", "deepspeed_zero3"])
+def test_an_exam_that_fails_leaves_the_ranks_in_step_and_the_engine_whole(alone, together, option):
+    """A rank that cannot answer, and a rank 0 that cannot score: all hear of it, and then train as if nothing had been."""
+    found = together[option, "lora", "break"]
+    assert found["broken"] == [
+        "RankError: another rank broke off: rank 1: ValueError: rank 1 cannot answer",
+        "KeyError: 'rank 0 cannot score'",
+    ]
+    _assert_same(found["losses"], alone["lora"]["losses"])
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("option", "method"), [(option, method) for method, options in FP16 for option in options])
+def test_fp16_leaves_out_the_same_steps_and_trains_alike(alone, together, option, method):
+    """The scale begins too high: every rank leaves the same steps out, halving it, and takes the rest."""
+    found, expected = together[option, method, "fp16"], alone["fp16", method]
+    assert found["scale"] == expected["scale"] < OVERFLOWS
+    finite = [math.isfinite(norm) for _, _, norm in expected["losses"]]
+    assert [math.isfinite(norm) for _, _, norm in found["losses"]] == finite
+    assert [row[1] for row in found["losses"]] == pytest.approx([row[1] for row in expected["losses"]], rel=5e-3)

@@ -62,3 +62,13 @@ def test_a_hang_is_cut_and_the_slowest_rank_is_named(failures):
 
 def test_ranks_start_again_where_restarts_are_allowed(failures):
     assert failures["restart"] == {"result": "well"}
+
+
+def test_a_rank_that_prepares_for_longer_than_the_watch_allows_is_not_cut(failures):
+    assert failures["prepare"] == {"result": "well"}
+
+
+def test_a_rank_that_sleeps_while_it_should_prepare_is_cut(failures):
+    found = failures["prepare and hang"]
+    assert found["kind"] == "RankError"
+    assert "no rank got anywhere for 2.5 s" in found["error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agentft.errors import ConfigError
 from agentft.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -98,31 +100,82 @@ def test_settings_that_cannot_run_are_refused_before_anything_loads(tmp_path):
     assert not run.exists() or not list(run.glob("*.log"))
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_same_ranks(tmp_path):
-    run, settings = tmp_path / "run", tmp_path / "job.yaml"
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _write_settings(folder: Path, *settings: str) -> Path:
+    file = folder / "job.yaml"
     write = [
         sys.executable,
         "-m",
         "agentft.worker",
         "--write",
-        str(settings),
+        str(file),
         *TINY,
-        f"run_dir={run}",
-        "distributed=fsdp",
+        f"run_dir={folder / 'run'}",
+        *settings,
     ]
     subprocess.run(write, cwd=ROOT, env=_environment(), check=True)
+    return file
+
+
+def _all_end_well(commands: list[list[str]]) -> None:
+    """Run programs side by side."""
+    running = [
+        subprocess.Popen(
+            each, cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for each in commands
+    ]
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0] * len(commands), "\n".join(text[-2000:] for text in said)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> list[float]:
+    """Losses of one process."""
+    whole = tmp_path_factory.mktemp("whole") / "run"
+    _all_end_well([_command(whole)])
+    return _losses(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_ranks(tmp_path, expected):
+    settings = _write_settings(tmp_path, "distributed=fsdp")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "agentft.worker", "--config", str(settings)],
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(_losses(run)) == 6
+    _all_end_well([[*torchrun, "-m", "agentft.worker", "--config", str(settings)]])
+    assert _losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_trains_one_model(tmp_path, expected):
+    """Two agents of torchrun stand for two machines: the line of docs/distributed.md."""
+    settings = _write_settings(tmp_path, "distributed=ddp")
+    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *endpoint]
+    _all_end_well([[*torchrun, "-m", "agentft.worker", "--config", str(settings)]] * 2)
+    assert _losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.slow
+def test_bare_hosts_train_one_model(tmp_path, expected):
+    """The same command twice stands for two hosts: the line of docs/distributed.md."""
+    run = tmp_path / "run"
+    nodes = ["distributed.nproc=1", "distributed.nnodes=2", f"distributed.rdzv_endpoint=127.0.0.1:{_free_port()}"]
+    _all_end_well([_command(run, "distributed=ddp", *nodes)] * 2)
+    assert _losses(run) == pytest.approx(expected, rel=2e-6)
+
+
+def test_restarts_of_torchrun_over_machines_need_a_store_for_each_attempt(monkeypatch):
+    from agentft.world import join_world
+
+    for name, value in {"GROUP_WORLD_SIZE": "2", "MAX_RESTARTS": "3", "USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name if name.startswith("GROUP") else f"TORCHELASTIC_{name}", value)
+    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        join_world("cpu", 1)
 
 
 @pytest.mark.slow
