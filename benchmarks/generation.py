@@ -52,7 +52,7 @@ def load(adapter: str | None, dtype_name: str, threads: int) -> tuple[Any, Any]:
 def load_steps(data: str | None, tokenizer: Any, conversations: int) -> dict[str, list[Any]]:
     """Return the steps of the first conversations of each set that fit."""
     from agentft.data.records import Conversation, Origin
-    from agentft.data.render import get_template
+    from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
     from agentft.data.splits import in_sample_order
     from agentft.data.synthetic import generate
@@ -61,7 +61,7 @@ def load_steps(data: str | None, tokenizer: Any, conversations: int) -> dict[str
 
     rows = read_local(data) if data else (RawRow(Origin("synthetic", k), r) for k, r in enumerate(generate(400)))
     found = [item for item in read_conversations(rows) if isinstance(item, Conversation)]
-    template = get_template("msagent", tokenizer.eos_token)
+    template = MsagentTemplate(tokenizer.eos_token)
     ordered = in_sample_order(found, 42)
     examples = tokenize(ordered, template, SegmentEncoder(tokenizer))
     sets: dict[str, list[list[Any]]] = {"multi": [], "single": []}

@@ -78,10 +78,10 @@ def run_agentft(
 ) -> tuple[int, int]:
     from agentft.data.config import LocalConfig, TooLong
     from agentft.data.native import ChatmlTemplate
-    from agentft.data.render import get_template
+    from agentft.data.render import MsagentTemplate
     from agentft.recipes.prepare import prepare_data
 
-    template = ChatmlTemplate(tokenizer.eos_token) if native else get_template("msagent", tokenizer.eos_token)
+    template = ChatmlTemplate(tokenizer.eos_token) if native else MsagentTemplate(tokenizer.eos_token)
 
     config = LocalConfig(
         name="local", path=str(path), max_length=MAX_LENGTH, too_long=TooLong[too_long], max_rejected=1.0, cache=cache

@@ -52,7 +52,7 @@ KINDS = {
 def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
     """The first `count` conversations that fit, of a file or of the synthetic set."""
     from agentft.data.records import Conversation, Origin
-    from agentft.data.render import get_template
+    from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
     from agentft.data.splits import in_sample_order
     from agentft.data.synthetic import generate
@@ -60,7 +60,7 @@ def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
 
     rows = read_local(data) if data else (RawRow(Origin("synthetic", k), r) for k, r in enumerate(generate(400)))
     found = [item for item in read_conversations(rows) if isinstance(item, Conversation)]
-    template = get_template("msagent", tokenizer.eos_token)
+    template = MsagentTemplate(tokenizer.eos_token)
     examples = tokenize(in_sample_order(found, 42)[: 8 * count], template, SegmentEncoder(tokenizer))
     return [example for example in examples if len(example) <= MAX_LENGTH][:count]
 

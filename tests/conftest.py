@@ -93,6 +93,6 @@ def encoder(byte_tokenizer):
 
 @pytest.fixture(scope="session")
 def template(byte_tokenizer):
-    from agentft.data.render import get_template
+    from agentft.data.render import MsagentTemplate
 
-    return get_template("msagent", byte_tokenizer.eos_token)
+    return MsagentTemplate(byte_tokenizer.eos_token)

@@ -18,7 +18,6 @@ from typing import NamedTuple, Protocol
 from agentft.data.call_places import Place, call_places
 from agentft.data.grammar import Call, Observation, Part
 from agentft.data.records import Conversation, Message
-from agentft.errors import ConfigError
 
 
 class Kind(IntEnum):
@@ -133,17 +132,6 @@ class MsagentTemplate:
             yield Segment(message.source, Kind.user)
         else:
             yield from render_assistant(message.parts, self.stop_token)
-
-
-def get_template(name: str, stop_token: str) -> MsagentTemplate:
-    """Return the layout `msagent`, ending every step with `stop_token`; `template_choice` chooses among all layouts.
-
-    Raises:
-        ConfigError: another name.
-    """
-    if name != "msagent":
-        raise ConfigError(f"model.template={name!r}: unknown; expected msagent")
-    return MsagentTemplate(stop_token)
 
 
 def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:

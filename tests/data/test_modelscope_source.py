@@ -48,13 +48,13 @@ print("FOUND" + json.dumps(found))
 PREPARE = """
 import json, logging, sys
 from agentft.data.config import ModelScopeConfig
-from agentft.data.render import get_template
+from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.random_weights import byte_tokenizer
 from agentft.recipes.prepare import prepare_data
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 tokenizer = byte_tokenizer()
-template, encoder = get_template("msagent", tokenizer.eos_token), SegmentEncoder(tokenizer)
+template, encoder = MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer)
 config = ModelScopeConfig(name="hub", id="damo/MSAgent-Bench", test_split="validation", cache_dir=sys.argv[1])
 data = prepare_data(config, template, encoder)
 print("FOUND" + json.dumps([sorted(data.train.ids), data.fingerprint]))

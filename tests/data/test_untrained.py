@@ -12,7 +12,7 @@ from agentft.data.fit import Outcome, fit_conversations
 from agentft.data.label_trace import trace_labels
 from agentft.data.native import ChatmlTemplate
 from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
-from agentft.data.render import get_template
+from agentft.data.render import MsagentTemplate
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.stored_conversations import from_line, to_line
 from agentft.data.token_text import TokenText
@@ -55,7 +55,7 @@ def codes(notices: list[Notice]) -> list[str]:
 @pytest.fixture(params=["msagent", "chatml"])
 def layout(request, byte_tokenizer):
     stop = byte_tokenizer.eos_token
-    return get_template("msagent", stop) if request.param == "msagent" else ChatmlTemplate(stop)
+    return MsagentTemplate(stop) if request.param == "msagent" else ChatmlTemplate(stop)
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss_scale": 0}, {"train": False}])

@@ -20,7 +20,7 @@ import yaml
 
 from agentft.data.batches import StepPlan
 from agentft.data.records import Conversation, Origin, read_record
-from agentft.data.render import get_template
+from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import make_engine
@@ -125,7 +125,7 @@ def case(
     file: Path | None = None,
     mapped: bool = False,
 ) -> Case:
-    template = get_template("msagent", byte_tokenizer().eos_token)
+    template = MsagentTemplate(byte_tokenizer().eos_token)
     examples = list(tokenize(conversations(), template, SegmentEncoder(byte_tokenizer())))
     sft = METHODS[method]
     kept = torch.float32 if method == "full" else dtype
@@ -176,7 +176,7 @@ def examine(found: Case, world: World) -> dict[str, Any]:
         likelihood = spread_likelihood(world, model, found.job.examples, batch=2, pad_id=0)
         stop = tokenizer.eos_token_id
         generator = GreedyGenerator(model, tokenizer, stop_id=stop, slots=2, max_new_tokens=3)
-        template = get_template("msagent", tokenizer.eos_token)
+        template = MsagentTemplate(tokenizer.eos_token)
         steps = all_steps(conversations(), found.job.examples, template)[:7]
         answers = lead(world, generator, lambda together: together.answer(steps))
         model.train()
@@ -194,7 +194,7 @@ def everywhere(found: Case, world: World) -> dict[str, torch.Tensor]:
 def break_exams(found: Case, world: World) -> list[str]:
     """Let an exam end in errors, on rank 1 in the middle of its answers and on rank 0 between two rounds; what rank 0 heard."""
     tokenizer = byte_tokenizer()
-    steps = all_steps(conversations(), found.job.examples, get_template("msagent", tokenizer.eos_token))[:4]
+    steps = all_steps(conversations(), found.job.examples, MsagentTemplate(tokenizer.eos_token))[:4]
     heard = []
 
     class Failing:

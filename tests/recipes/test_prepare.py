@@ -22,7 +22,7 @@ from agentft.data import synthetic
 from agentft.data.config import LocalConfig, Split, TooLong, WeightedPath
 from agentft.data.fit import fit_conversations
 from agentft.data.records import Conversation
-from agentft.data.render import get_template
+from agentft.data.render import MsagentTemplate
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
 from agentft.data.tokens import SegmentEncoder
@@ -229,7 +229,7 @@ def test_whatever_decides_the_tokens_makes_another_entry(
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
             assert path.stat().st_size == stat.st_size
         case "template":
-            template = get_template("msagent", "!")
+            template = MsagentTemplate("!")
         case "tokenizer":
             tokenizer = make_tokenizer()
             tokenizer.add_tokens(["weather"])

@@ -13,14 +13,14 @@ import pytest
 SCRIPT = """
 import json, resource, sys
 from agentft.data.config import SyntheticConfig
-from agentft.data.render import get_template
+from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.random_weights import byte_tokenizer
 from agentft.recipes.prepare import prepare_data
 
 config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), sample=int(sys.argv[2]), cache=False)
 tokenizer = byte_tokenizer()
-prepared = prepare_data(config, get_template("msagent", tokenizer.eos_token), SegmentEncoder(tokenizer))
+prepared = prepare_data(config, MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([peak, len(prepared.train), prepared.train.lengths.sum().item()]))
 """
