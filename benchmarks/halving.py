@@ -1,7 +1,8 @@
 """Does successive halving find what the full grid finds, and for how much of its training?
 
-    python benchmarks/halving.py                 27 configurations, 5 seeds: about 20 minutes of CPU
-    python benchmarks/halving.py --seeds 1       a look, 4 minutes
+    python benchmarks/halving.py                 27 configurations, 5 seeds: about 25 minutes of CPU
+    python benchmarks/halving.py --seeds 1       a look, 5 minutes
+    python benchmarks/halving.py --grid near     a grid whose best configurations cannot be told apart
 
 For each seed 27 jobs are halved by `agentft.sweeping.halving`; then the jobs that it left at a rung are taken to their ends
 in their folders, as the same sweep without halving does, and that is the grid. What is learned is `few_tools`: argument F1
@@ -37,11 +38,24 @@ from agentft.runs import read_json
 from agentft.sweeping.halving import Halving, budget, rank_key, run_halving
 from agentft.sweeping.jobs import Job
 
-RATES = (2e-4, 1e-3, 5e-3)
-SAMPLES = (225, 450, 900)
-WEIGHTS = (1, 2, 4)
-"""Of the tokens of a call in the loss."""
-HELDOUT = 150
+
+@dataclass(frozen=True)
+class Grid:
+    """27 configurations: three values each of learning rate, sample and one more setting, in one exam."""
+
+    rates: tuple[float, ...]
+    samples: tuple[int, ...]
+    third: tuple[str, str, tuple[int, ...]]
+    """What folders call the third setting, its name and its values."""
+    heldout: int
+
+
+GRIDS = {
+    "apart": Grid((5e-5, 3e-4, 2e-3), (100, 300, 900), ("batches", "training.accumulation", (1, 4, 16)), 300),
+    "near": Grid((2e-4, 1e-3, 5e-3), (225, 450, 900), ("weight", "dataset.span_weights.call", (1, 2, 4)), 150),
+}
+"""`apart`: every setting matters, and one configuration is the best by more than the exam's error. `near`: one setting
+hardly matters and two rates lie close, so that several configurations contend for the first place."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +86,11 @@ def main() -> None:
     options = _parse_options()
     logging.disable(logging.INFO)
     register_schemas()
-    folder = Path(options.folder)
+    folder = Path(options.folder) / options.grid
     base = few_tools.base_model(folder)
     searches = []
     for seed in options.seeds:
-        searches.append(search(folder, base, seed, Halving(options.eta, options.rungs)))
+        searches.append(search(folder, base, seed, GRIDS[options.grid], Halving(options.eta, options.rungs)))
         print(f"seed {seed}: {_account(searches[-1])}", flush=True)
     count = len(searches)
     print(
@@ -86,9 +100,9 @@ def main() -> None:
     )
 
 
-def search(folder: Path, base: Path, seed: int, halving: Halving) -> Search:
+def search(folder: Path, base: Path, seed: int, grid: Grid, halving: Halving) -> Search:
     """Halve the jobs of one seed, then take all to their ends."""
-    jobs = make_jobs(folder, base, seed)
+    jobs = make_jobs(folder, base, seed, grid)
     commands = {job.identity: list(job.command) for job in jobs}
     run_halving(jobs, halving, run, lambda text: print(f"  {text}", flush=True))
     spent = budget([job.rungs for job in jobs])[0]
@@ -111,17 +125,18 @@ def _difference(winner: Job, found: Job) -> float:
     return 1.0 if p is None else p
 
 
-def make_jobs(folder: Path, base: Path, seed: int) -> list[Job]:
+def make_jobs(folder: Path, base: Path, seed: int, grid: Grid) -> list[Job]:
     """One job for each configuration; its command is its overrides."""
-    data, heldout = few_tools.write_data(folder, f"rare-words-{seed}", (max(SAMPLES), HELDOUT), rare=True)
+    data, heldout = few_tools.write_data(folder, f"rare-words-{seed}", (max(grid.samples), grid.heldout), rare=True)
     files = [f"model.id={base}", f"dataset.path={data}", f"dataset.test_path={heldout}"]
     steps = ["training.micro_batch=4", "training.warmup=0.05", f"seed={seed}"]
     jobs = []
-    for number, (rate, sample, weight) in enumerate(itertools.product(RATES, SAMPLES, WEIGHTS)):
-        swept = [f"training.learning_rate={rate}", f"dataset.sample={sample}", f"dataset.span_weights.call={weight}"]
+    short, setting, values = grid.third
+    for number, (rate, sample, value) in enumerate(itertools.product(grid.rates, grid.samples, values)):
+        swept = [f"training.learning_rate={rate}", f"dataset.sample={sample}", f"{setting}={value}"]
         overrides = [*few_tools.SETTINGS, *files, *steps, *swept]
         job = Job(
-            folder=folder / f"seed-{seed}" / f"rate-{rate:g}_sample-{sample}_weight-{weight}",
+            folder=folder / f"seed-{seed}" / f"rate-{rate:g}_sample-{sample}_{short}-{value}",
             number=number,
             identity=hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16],
             overrides=overrides,
@@ -177,6 +192,7 @@ def _words(job: Job) -> str:
 def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="SEED")
+    parser.add_argument("--grid", choices=GRIDS, default="apart")
     parser.add_argument("--eta", type=int, default=3)
     parser.add_argument("--rungs", type=int, default=3)
     parser.add_argument("--folder", default="runs/halving")
