@@ -37,7 +37,7 @@ CASES = (("lora", "bfloat16"), ("lora", "float32"), ("full", "bfloat16"), ("full
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """Write the model with a tokenizer's absence and return its bytes."""
+    """Write the model, without a tokenizer, and return its bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -153,10 +153,11 @@ def main() -> None:
         print("| engine | method | cast first | as in the file |\n|---|---|---|---|")
         for option in given.engines.split(","):
             sharded = option in ("fsdp", "deepspeed_zero3")
+            trains_mapped = sharded or option.startswith("deepspeed")  # as `loads_mapped` of agentft.recipes.ranks says
             for method, dtype in CASES:
                 cells = []
                 for mapped in (False, True):
-                    if mapped and not sharded and method == "lora":
+                    if mapped and not (sharded if method == "lora" else trains_mapped):
                         cells.append("-")
                         continue
                     task = {"option": option, "method": method, "dtype": dtype, "mapped": mapped}

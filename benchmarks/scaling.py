@@ -1,20 +1,28 @@
 """Memory and communication of every engine for 7B, 14B and 72B on 1, 8 and 64 devices: the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py [--check]
+    python benchmarks/scaling.py [--check | --measure]
 
 The parts of one device's memory come from `agentft.model.memory`; which of them an engine divides by the devices, and what it
 sends, is said below and in docs/scaling.md. `--check` counts the parameters of the same models on torch's meta device.
+`--measure` runs two ranks of every engine on the CPU, a small Llama in fp32, two micro-batches a step, and sets what one of
+them holds and sends beside the formulae: bytes of weights and moments as the engine keeps them, and bytes written to sockets
+as the system counts them (`wchar` of /proc/self/io; gloo writes nothing else).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 
 from agentft.model.config import Dtype, FullConfig, LoraConfig  # noqa: E402
 from agentft.model.memory import MemoryEstimate, ModelShape, estimate_memory, model_shape  # noqa: E402
@@ -141,10 +149,108 @@ def check() -> None:
         print(f"{name}: {counted:,} counted, {real:,} on the meta device, difference {counted - real}")
 
 
+MEASURED = {
+    "ddp": "ddp",
+    "deepspeed_zero1": "zero1",
+    "deepspeed_zero2": "zero2",
+    "deepspeed_zero3": "zero3 / fsdp",
+    "fsdp": "zero3 / fsdp",
+    "deepspeed_zero2_offload": "zero2_offload",
+    "deepspeed_zero3_offload": "zero3_offload",
+}
+"""Option of the group `distributed` -> its row in the tables."""
+MICRO_BATCHES = 2
+
+
+def rank(payload: str) -> list[dict[str, float]]:
+    """Take two steps under every engine and return what the second one held and sent."""
+    import torch
+
+    from agentft.world import join_world, leave_world
+
+    torch.set_num_threads(1)
+    world = join_world("cpu", 300)
+    try:
+        return [_one(option, method, world) for option, method in json.loads(payload)]
+    finally:
+        leave_world()
+
+
+def _one(option: str, method: str, world: Any) -> dict[str, float]:
+    import laws
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from agentft.data.batches import collate
+    from agentft.data.render import MsagentTemplate
+    from agentft.data.tokens import SegmentEncoder, tokenize
+    from agentft.distributed.engines import make_engine
+    from agentft.model.adapters import prepare_for_training
+    from agentft.model.config import ModelConfig
+    from agentft.model.random_weights import byte_tokenizer
+    from agentft.training.config import TrainingConfig
+    from agentft.training.loss import LabelledLoss
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=4, use_cache=False, **shape))
+    model = prepare_for_training(model, laws.METHODS[method], ModelConfig(name="x", lora_targets=TARGETS))
+    found = {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    found["trained"] = float(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    engine = make_engine(
+        laws.distributed(option), LabelledLoss(model), TrainingConfig(learning_rate=1e-3), world, fp16=False
+    )
+    template = MsagentTemplate(byte_tokenizer().eos_token)
+    example = next(iter(tokenize(laws.conversations(), template, SegmentEncoder(byte_tokenizer()))))
+    for _ in range(2):
+        world.barrier()
+        before = _written()
+        for number in range(MICRO_BATCHES):
+            with engine.micro_batch(last=number == MICRO_BATCHES - 1):
+                engine.backward(engine.loss(collate([example], 0)))
+        engine.clip(1.0)
+        engine.step()
+        found["sent"] = _written() - before
+    return found | {f"held_{name}": float(value) for name, value in laws.held_bytes(engine).items()}
+
+
+def _written() -> float:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("wchar")))
+
+
+def measure() -> None:
+    """Print what two ranks hold and send, over what the formulae say."""
+    from agentft.distributed.config import DistributedConfig, EngineKind
+    from agentft.distributed.launch import start_ranks
+    from agentft.distributed.places import choose_places
+
+    cases = [(option, method) for option in MEASURED for method in ("lora", "full")]
+    config = DistributedConfig(name="scaling", engine=EngineKind.ddp, nproc=2)
+    places = choose_places(config, gpus=0, job="scaling", environ={})
+    with tempfile.TemporaryDirectory() as folder:
+        found = start_ranks(rank, json.dumps(cases), places, config, folder=Path(folder), threads=1)
+    print("| engine | method | weights, measured / formula | moments | sent in a step, MB | formula, MB |")
+    print("|---" * 6 + "|")
+    for (option, method), here in zip(cases, found, strict=True):
+        row, trained = MEASURED[option], 4 * here["trained"]
+        whole: Any = SimpleNamespace(weights=4 * here["parameters"], trained=trained, gradients=trained)
+        end, each = traffic(row, whole, method, 2)
+        divisor = 2 if row.startswith("zero3") else 1
+        weights = here["held_weights"] / (whole.weights / divisor)
+        moments = here["held_moments"] / (2 * trained / (1 if row == "ddp" else 2))
+        sent, formula = here["sent"] / 1e6, (end + MICRO_BATCHES * each) / 1e6
+        print(f"| {option} | {method} | {weights:.2f} | {moments:.2f} | {sent:.2f} | {formula:.2f} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    if parser.parse_args().check:
+    parser.add_argument("--measure", action="store_true")
+    given = parser.parse_args()
+    if given.check:
         check()
+    elif given.measure:
+        measure()
     else:
         print(tables())

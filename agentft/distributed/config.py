@@ -45,8 +45,8 @@ class DistributedConfig:
     rdzv_endpoint: str | None = None
     """`host:port` of the first machine, the same on all; null: the first host that the launcher or SLURM names."""
     timeout: float = 1800.0
-    """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named. Fetching weights and
-    preparing data count as one place each: give more time, or prepare once on one process, where they take longer."""
+    """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named. A rank that fetches
+    weights or prepares data gets somewhere as long as it computes, reads or writes."""
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     """What becomes of a job whose rank dies."""
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from agentft.data.batches import Batch
+from agentft.model.adapters import kept_parameters
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import SingleEngine
 from agentft.training.loss import LabelledLoss
@@ -25,9 +27,15 @@ class DdpEngine(SingleEngine):
     def __init__(self, objective: LabelledLoss, config: TrainingConfig, *, world: World, fp16: bool = False) -> None:
         super().__init__(objective, config, fp16=fp16, world=world)
         device = next(objective.parameters()).device
-        # The weights are equal already: every rank has loaded them and drawn adapters with the same seed.
+        # Every rank has read the same files, so only what is computed or drawn is sent: writing rank 0's frozen weights over
+        # those of a mapped file would copy it.
+        for parameter in kept_parameters(self.model).values():
+            dist.broadcast(parameter.data, src=0)
         self._wrapped = DistributedDataParallel(
-            objective, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            objective,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            init_sync=False,
         )
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:

@@ -256,16 +256,17 @@ def _cast(
     """Cast the weights as loaded to what they are kept in; with `cut_by`, stage 3's configuration, block by block.
 
     A block is then cut into shards before the next one is cast. Where nothing is to be cast DeepSpeed cuts by itself,
-    parameter by parameter.
+    parameter by parameter; but on a CPU it writes rank 0's values over each, which would copy the mapped file page by page.
     """
-    if all(wanted_dtype(p, trained, frozen) is p.dtype for p in objective.parameters()):
+    written_over = cut_by is not None and not torch.cuda.is_available()
+    if not written_over and all(wanted_dtype(p, trained, frozen) is p.dtype for p in objective.parameters()):
         return
     from deepspeed import zero
 
     for module in [*blocks_of(objective.model, "deepspeed"), objective]:
         whole = [p for p in module.parameters() if not hasattr(p, "ds_id")]
         for parameter in whole:
-            parameter.data = parameter.data.to(wanted_dtype(parameter, trained, frozen))
+            parameter.data = parameter.data.to(wanted_dtype(parameter, trained, frozen), copy=written_over)
         if cut_by is not None and whole:
             cut: Any = next((p for p in objective.parameters() if hasattr(p, "ds_id")), None)
             if cut is None:
