@@ -129,7 +129,7 @@ class World:
         heard = 0
         while not done.wait(1.0):
             now_seconds, now_moved = _labour()
-            works = now_seconds - seconds > 0.01 or now_moved - moved > 1 << 16
+            works = now_seconds - seconds > _LABOUR_SECONDS or now_moved - moved > 1 << 16
             seconds, moved = now_seconds, now_moved
             before, heard = heard, self.store.add(_LABOUR_KEY, int(works)) if self.store is not None else int(works)
             if heard > before or works:
@@ -149,18 +149,23 @@ class World:
 _LABOUR_KEY = "agentft-labour"
 """How often a rank of the job has said that it works."""
 
+_LABOUR_SECONDS = 0.02
+"""CPU seconds in a second of the clock above which a process works; one that waits takes a tenth of it."""
+
 _FOR_EVER = timedelta(days=365)
 
 
 def _labour() -> tuple[float, int]:
-    """Return what this process and its ended children have done so far: CPU seconds, and bytes read and written."""
+    """Return what this process, the asking thread apart, and its ended children have done so far: CPU seconds, and bytes
+    read and written."""
     times = os.times()
+    seconds = time.process_time() - time.thread_time() + times.children_user + times.children_system
     moved = 0
     with suppress(OSError):  # Linux says it
         for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(":")
             moved += int(value) if name in ("rchar", "wchar") else 0
-    return times.user + times.system + times.children_user + times.children_system, moved
+    return seconds, moved
 
 
 ALONE = World()
