@@ -30,6 +30,7 @@ from agentft.evaluation.vllm_engine import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, trains_weights
 from agentft.model.load import load_tokenizer, locate_model
+from agentft.recipes.bench import Bench, set_up_bench
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.exam import Candidate, exam_steps, own_candidate, own_share, sit_exam, write_exam
 from agentft.recipes.modes import sit_likelihood, sit_replay
@@ -37,7 +38,6 @@ from agentft.recipes.prepare import PreparedData, prepare_data
 from agentft.recipes.ranks import evaluate_on_ranks, is_spread, rank_of, threads_of_rank
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
-from agentft.recipes.train import Bench, set_up_bench
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint
 from agentft.world import ALONE, World

@@ -17,7 +17,7 @@ from agentft.recipes.config import TrainConfig
 from agentft.training.loss import causal_model
 
 if TYPE_CHECKING:
-    from agentft.recipes.train import Bench
+    from agentft.recipes.bench import Bench
 
 _FREE = (
     "resume",

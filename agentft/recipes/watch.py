@@ -18,7 +18,7 @@ from agentft.tracking import read_metrics
 from agentft.training.engine import Engine
 
 if TYPE_CHECKING:
-    from agentft.recipes.train import Bench
+    from agentft.recipes.bench import Bench
 
 log = logging.getLogger(__name__)
 

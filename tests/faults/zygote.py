@@ -30,8 +30,9 @@ from zygote_settings import BASE  # noqa: E402
 
 from agentft.config import compose, to_train_config  # noqa: E402
 from agentft.errors import AgentftError  # noqa: E402
+from agentft.recipes.bench import set_up_bench  # noqa: E402
 from agentft.recipes.config import TrainConfig  # noqa: E402
-from agentft.recipes.train import set_up_bench, train  # noqa: E402
+from agentft.recipes.train import train  # noqa: E402
 
 
 @functools.cache

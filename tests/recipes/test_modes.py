@@ -101,7 +101,7 @@ def test_a_served_model_sits_the_same_exam_without_weights_and_can_be_compared(f
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("agentft.recipes.train.load_model", no_weights)
+    monkeypatch.setattr("agentft.recipes.bench.load_model", no_weights)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a-secret-of-this-test")
     with LoopbackChat(lambda *_: {"content": "I do not know."}) as chat:
         settings = {"engine": Engine.openai, "base_url": chat.url, "served_model": "org/model:1"}

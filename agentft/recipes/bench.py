@@ -1,0 +1,118 @@
+"""What is loaded for a run, and the engine that computes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agentft import runtime
+from agentft.data.render import Template
+from agentft.data.template_choice import choose_template
+from agentft.data.tokens import SegmentEncoder
+from agentft.distributed.engines import loads_on_cpu, make_engine
+from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
+from agentft.model.config import FullConfig, trains_weights
+from agentft.model.liger import LigerKernels
+from agentft.model.light_imports import import_model_libraries
+from agentft.model.load import (
+    ModelFiles,
+    choose_attention,
+    choose_dtype,
+    choose_kernels,
+    load_model,
+    load_tokenizer,
+    locate_model,
+)
+from agentft.model.native import Kernels
+from agentft.model.quantization import quantization_config
+from agentft.recipes.config import TrainConfig
+from agentft.recipes.prepare import PreparedData, prepare_data
+from agentft.recipes.ranks import (
+    loads_mapped,
+)
+from agentft.training.compilation import compile_blocks
+from agentft.training.engine import Engine
+from agentft.training.loss import LabelledLoss
+from agentft.world import ALONE, World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Everything that is loaded for a run: where it computes, what it talks with, what it learns from."""
+
+    device: runtime.Device
+    dtype: torch.dtype
+    files: ModelFiles
+    tokenizer: Any
+    template: Template
+    stop_id: int
+    data: PreparedData
+    model: torch.nn.Module
+    kernels: Kernels | LigerKernels | None = None
+    """What computes row-wise parts in torch's place, where it serves."""
+
+    @property
+    def pad_id(self) -> int:
+        """Any id serves: padding is masked in attention and loss by position, never by id."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_id
+
+
+def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
+    """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
+    import_model_libraries()
+    device = runtime.set_up(config.threads)
+    runtime.seed_everything(config.seed)
+    dtype = choose_dtype(config.model.dtype, device)
+    attention = choose_attention(config.model.attention, device, dtype)
+    quantization = quantization_config(config.sft_type, dtype)
+    compiled = None if config.training.compile else choose_kernels(config.model, config.sft_type, device, dtype)
+    # What is fetched or converted is so once, by rank 0, and then found by the others.
+    files = world.first(lambda: locate_model(config.model))
+    tokenizer = load_tokenizer(files, config.model)
+    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
+    encoder = SegmentEncoder(tokenizer)
+    data = prepare_data(config.dataset, template, encoder)
+    # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
+    mapped = loads_mapped(config)
+    weights_dtype = torch.float32 if isinstance(config.sft_type, FullConfig) else dtype
+    place = dataclasses.replace(device, kind="cpu") if loads_on_cpu(config.distributed) and world.size > 1 else device
+    model = load_model(
+        files,
+        config.model,
+        device=place,
+        dtype=None if mapped else weights_dtype,
+        attention=attention,
+        quantization=quantization,
+    )
+    runtime.seed_everything(config.seed)
+    model = prepare_for_training(model, config.sft_type, config.model, compiled, cast=not mapped)
+    log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
+    stop_id = encoder.special_id(template.stop_token)
+    return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, compiled)
+
+
+def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpointing: bool) -> Engine:
+    """Hand the loaded model to the engine of `distributed`."""
+    mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
+    # Engines that shard gather the head's weight only around a call of the head.
+    sharded = loads_on_cpu(config.distributed)
+    objective = LabelledLoss(
+        bench.model,
+        autocast=bench.dtype if mixed else None,
+        rate_factors=rate_factors(config.sft_type),
+        kernels=None if sharded or isinstance(bench.kernels, LigerKernels) else bench.kernels,
+        reads_head=not sharded,
+    )
+    if checkpointing:
+        bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if config.training.compile:
+        compile_blocks(bench.model)
+    fp16 = bench.dtype is torch.float16
+    frozen = bench.dtype if loads_mapped(config) else None
+    return make_engine(config.distributed, objective, config.training, world, fp16=fp16, frozen=frozen)
