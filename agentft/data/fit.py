@@ -23,12 +23,11 @@ from agentft.data.render import Template
 from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, shorten_observations
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
 
-_BATCH = 256
+_BATCH = 64
 _BATCH_CHARACTERS = 500_000
-_BATCHES_AHEAD = 3
-"""Batches that are with the tokenizer while the oldest of them is taken back: it never waits for text."""
-_TOKENIZER_THREADS = 2
-"""While one hands its results to the interpreter, which takes the lock and one core, the other keeps the cores busy."""
+_BATCHES_AHEAD = 6
+"""Batches that are with the tokenizer while the oldest of them is taken back: it never waits for text, and the reading
+goes on while a tokenizer is loaded."""
 _PRECISION = 16
 """Characters: how near the common length of shortened tool results comes to the greatest that fits."""
 T = TypeVar("T")
@@ -91,7 +90,7 @@ def fit_each(
     The tokenizer works on some batches while the next is read and rendered: it needs the interpreter only for its results.
     """
     fitter = _Fitter(template, encoder, max_length)
-    with ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer") as tokenizer:
+    with ThreadPoolExecutor(1, "tokenizer") as tokenizer:  # which spreads a batch over all cores
         waiting: deque[_Batch] = deque()
         for batch in _batches(items):
             waiting.append(fitter.start(batch, tokenizer))

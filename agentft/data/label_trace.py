@@ -15,8 +15,9 @@ import numpy as np
 
 from agentft.data.grammar import Call, Observation
 from agentft.data.records import Conversation
+from agentft.data.text_ids import Ids
 from agentft.data.token_text import TokenText
-from agentft.data.tokens import IGNORE_INDEX, Ids
+from agentft.data.tokens import IGNORE_INDEX
 
 _LEAST_LEAK = 16
 """Characters of foreign text that count as a leak where a template words the agent's turns anew."""

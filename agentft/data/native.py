@@ -47,6 +47,7 @@ LLAMA_CALL_START = re.compile(r'\s*\{\s*"name"\s*:')
 """A Llama step that begins so is a call."""
 
 _MARK_LIKE = re.compile(r"</?\w+>|<\|")
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +264,7 @@ def _pieces(parts: Sequence[Part]) -> Iterator[str | ToolRequest]:
 
 def _json_call(request: ToolRequest, arguments: str) -> Iterator[Segment]:
     """A request as JSON, its name and its parameters apart from the rest."""
-    name, parameters = (json.dumps(value, ensure_ascii=False) for value in (request.name, request.parameters))
+    name, parameters = _JSON.encode(request.name), _JSON.encode(request.parameters)
     if _MARK_LIKE.search(name) or _MARK_LIKE.search(parameters):
         # The same JSON; a bracket can stand in its strings only, where a reader must not take it for a mark.
         name, parameters = (text.replace("<", "\\u003c") for text in (name, parameters))

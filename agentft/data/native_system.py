@@ -40,9 +40,7 @@ class NativeSystem:
     reading: SystemReading
 
 
-_ENTRY = re.compile(r"^[ \t]*\d{1,4}[.、)][ \t]*(?=\{)", re.MULTILINE)
-_DECODER = json.JSONDecoder(strict=False)
-_ENTRY_FIELDS = frozenset({"name", "description", "parameters", "url"})
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _CLAUSE = re.compile(r".+?(?:[。；;]\s*|\.(?=\s|\Z)\s*|\n\s*|\Z)", re.DOTALL)
 _CALL_WORDS = re.compile(r"api_name|json", re.IGNORECASE)
 
@@ -56,7 +54,7 @@ def read_system(system: str) -> NativeSystem:
     remainder = _without_entries(system, offered)
     if remainder is None:
         return NativeSystem(system, (), SystemReading.tools_unreadable)
-    tools = tuple(dict.fromkeys(json.dumps(_declaration(tool), ensure_ascii=False) for tool in offered))
+    tools = tuple(dict.fromkeys(_JSON.encode(_declaration(tool)) for tool in offered))
     text = _without_words_about_marks(remainder)
     if MARK.search(text):
         return NativeSystem(remainder.strip(), tools, SystemReading.tools_native_marks_kept)
@@ -65,18 +63,13 @@ def read_system(system: str) -> NativeSystem:
 
 def _without_entries(system: str, offered: Sequence[OfferedTool]) -> str | None:
     """The text around the list of tools; None where an entry is flawed or has fields of its own."""
-    if any(tool.problem for tool in offered):
+    if any(tool.problem or tool.other_fields for tool in offered):
         return None
     pieces: list[str] = []
     position = 0
-    for _ in offered:
-        entry = _ENTRY.search(system, position)
-        if entry is None:
-            return None
-        value, end = _DECODER.raw_decode(system, entry.end())
-        if not _ENTRY_FIELDS.issuperset(value):
-            return None
-        pieces.append(system[position : entry.start()])
+    for tool in offered:
+        start, end = tool.place
+        pieces.append(system[position:start])
         position = end
     pieces.append(system[position:])
     return "\n\n".join(piece.strip() for piece in pieces if piece.strip())

@@ -23,6 +23,8 @@ _ENTRY = re.compile(r"^[ \t]*\d{1,4}[.、)][ \t]*(?=\{)", re.MULTILINE)
 _NAME = re.compile(r'"(?:name|api_name)"\s*:\s*"([^"\\\n]{1,200})"')
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(strict=False)
+_FIELDS = frozenset({"name", "description", "parameters", "url"})
+"""Of an entry; any other is more than a function declaration holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,10 @@ class OfferedTool:
     url: str | None = None
     problem: str | None = None
     """What is wrong with the entry, None where nothing is."""
+    place: tuple[int, int] = (0, 0)
+    """Where in the system text the entry begins, its number included, and ends."""
+    other_fields: bool = False
+    """Whether the entry says more than a function declaration holds."""
 
     @property
     def parameter_names(self) -> frozenset[str] | None:
@@ -61,8 +67,9 @@ def _read(system: str) -> tuple[OfferedTool, ...]:
         match = _ENTRY.search(system, position)
         if match is None:
             break
-        tool, position = _read_entry(system, match.end())
+        tool = _read_entry(system, match)
         tools.append(tool)
+        position = tool.place[1]
     return tuple(tools)
 
 
@@ -70,23 +77,24 @@ def _read(system: str) -> tuple[OfferedTool, ...]:
 _read_remembered = lru_cache(maxsize=512)(_read)
 
 
-def _read_entry(system: str, start: int) -> tuple[OfferedTool, int]:
-    """The tool whose JSON begins at `start`, and where to look on."""
+def _read_entry(system: str, number: re.Match[str]) -> OfferedTool:
+    """The tool whose JSON follows its number in the list."""
+    start = number.end()
     try:
         entry, end = _DECODER.raw_decode(system, start)
     except (ValueError, RecursionError) as error:
-        return _recover_entry(system, start, f"no JSON: {error}")
+        return _recover_entry(system, number, f"no JSON: {error}")
     if json_depth(system[start:end]) > MAX_JSON_DEPTH:
         # Whoever reads or writes it later may stand deeper in the stack than this.
-        return _recover_entry(system, start, f"nested deeper than {MAX_JSON_DEPTH} levels")
+        return _recover_entry(system, number, f"nested deeper than {MAX_JSON_DEPTH} levels")
     if _SURROGATE_ESCAPE.search(system, start, end) and not _is_text(json.dumps(entry, ensure_ascii=False)):
-        return _recover_entry(system, start, "a lone surrogate")
+        return _recover_entry(system, number, "a lone surrogate")
     line_end = system.find("\n", end)
     trailing = system[end : line_end if line_end >= 0 else len(system)].strip()
     problem = f"text after the entry: {trailing[:40]!r}" if trailing else None
     name = entry.get("name")
     if not isinstance(name, str) or not name:
-        return _recover_entry(system, start, "no name")
+        return _recover_entry(system, number, "no name")
     description = entry.get("description")
     declared = entry.get("parameters")
     # Without the field (some describe a whole API under `paths` instead) what can be given is not known.
@@ -94,22 +102,24 @@ def _read_entry(system: str, start: int) -> tuple[OfferedTool, int]:
     if parameters is None and declared is not None and problem is None:
         problem = "parameters are neither a list of named objects nor a JSON schema"
     url = entry.get("url")
-    tool = OfferedTool(
+    return OfferedTool(
         name=name,
         description=description if isinstance(description, str) else "",
         parameters=parameters,
         url=url if isinstance(url, str) else None,
         problem=problem,
+        place=(number.start(), end),
+        other_fields=not _FIELDS.issuperset(entry),
     )
-    return tool, end
 
 
-def _recover_entry(system: str, start: int, problem: str) -> tuple[OfferedTool, int]:
+def _recover_entry(system: str, number: re.Match[str], problem: str) -> OfferedTool:
+    start = number.end()
     following = _ENTRY.search(system, start)
     end = following.start() if following else len(system)
     named = _NAME.search(system, start, end)
     name = named[1] if named else ""
-    return OfferedTool(name=name, description="", parameters=None, problem=problem), end
+    return OfferedTool(name=name, description="", parameters=None, problem=problem, place=(number.start(), end))
 
 
 def _read_parameters(declared: object) -> tuple[dict[str, Any], ...] | None:

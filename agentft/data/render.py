@@ -65,6 +65,13 @@ class Segment(NamedTuple):
         """Whether these tokens become labels."""
         return self.spoken and not self.history
 
+    @property
+    def encoded_with(self) -> Kind | None:
+        """Neighbours of which this is the same are one piece for the tokenizer: all context, None here, or a text or call."""
+        if self.kind not in TRAINED_KINDS:
+            return None
+        return Kind.call if self.kind in CALL_KINDS else self.kind
+
 
 class CallForm(StrEnum):
     """How the calls of a step are written; `agentft.evaluation.parse.to_msagent` reads each of them."""
@@ -125,13 +132,12 @@ class MsagentTemplate:
         """Nothing: every byte is kept."""
         return []
 
-    def _body(self, message: Message) -> Iterator[Segment]:
+    def _body(self, message: Message) -> list[Segment]:
         if message.role == "system":
-            yield Segment(message.source, Kind.system)
-        elif message.role == "user":
-            yield Segment(message.source, Kind.user)
-        else:
-            yield from render_assistant(message.parts, self.stop_token)
+            return [Segment(message.source, Kind.system)]
+        if message.role == "user":
+            return [Segment(message.source, Kind.user)]
+        return render_assistant(message.parts, self.stop_token)
 
 
 def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
@@ -158,61 +164,64 @@ def _as_history(segments: Iterable[Segment], message: Message, *, history: bool)
         step += segment.kind is Kind.stop
 
 
-def render_assistant(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:
+def render_assistant(parts: Sequence[Part], stop_token: str) -> list[Segment]:
     """Lay one assistant turn out, source text kept to the byte.
 
     White space at the edges of a step is context: a step begins with its first visible character and ends with its last
     one, followed at once by the stop token.
     """
+    segments: list[Segment] = []
     step: list[Part] = []
     for part in parts:
         if not isinstance(part, Observation):
             step.append(part)
             continue
         if step:
-            yield from _render_step(step, stop_token)
+            _render_step(step, stop_token, segments)
             step = []
-        yield Segment(part.source, Kind.observation)
+        segments.append(Segment(part.source, Kind.observation))
     if step:
-        yield from _render_step(step, stop_token)
+        _render_step(step, stop_token, segments)
+    return segments
 
 
-def _render_step(parts: Sequence[Part], stop_token: str) -> Iterator[Segment]:
+def _render_step(parts: Sequence[Part], stop_token: str, segments: list[Segment]) -> None:
     source = parts[0].source if len(parts) == 1 else "".join([part.source for part in parts])
     start = len(source) - len(source.lstrip())
     stop = len(source.rstrip())
     if start >= stop:
-        yield Segment(source, Kind.header)
+        segments.append(Segment(source, Kind.header))
         return
     if start:
-        yield Segment(source[:start], Kind.header)
-    yield from _clip(parts, start, stop)
-    yield Segment(stop_token, Kind.stop, special=True)
+        segments.append(Segment(source[:start], Kind.header))
+    _clip(parts, start, stop, segments)
+    segments.append(Segment(stop_token, Kind.stop, special=True))
     if stop < len(source):
-        yield Segment(source[stop:], Kind.header)
+        segments.append(Segment(source[stop:], Kind.header))
 
 
-def _clip(parts: Iterable[Part], start: int, stop: int) -> Iterator[Segment]:
-    """Yield the parts of a step between two character positions of its joined source, which cut texts only."""
+def _clip(parts: Iterable[Part], start: int, stop: int, segments: list[Segment]) -> None:
+    """Add the parts of a step between two character positions of its joined source, which cut texts only."""
     position = 0
     for part in parts:
         end = position + len(part.source)
-        text = part.source[max(start - position, 0) : max(stop - position, 0)]
         if isinstance(part, Call):
-            yield from call_segments(part.source, call_places(part))
-        elif text:
-            yield Segment(text, Kind.text)
+            segments += call_segments(part.source, call_places(part))
+        elif text := part.source[max(start - position, 0) : max(stop - position, 0)]:
+            segments.append(Segment(text, Kind.text))
         position = end
 
 
-def call_segments(text: str, places: Iterable[Place]) -> Iterator[Segment]:
+def call_segments(text: str, places: Iterable[Place]) -> list[Segment]:
     """Cut the text of a call into its names and parameters, which stand at `places`, and its frame."""
+    segments: list[Segment] = []
     end = 0
     for start, stop in places:
         if start > end:
-            yield Segment(text[end:start], Kind.frame)
+            segments.append(Segment(text[end:start], Kind.frame))
         if stop > start:
-            yield Segment(text[start:stop], Kind.call)
+            segments.append(Segment(text[start:stop], Kind.call))
         end = stop
     if end < len(text):
-        yield Segment(text[end:], Kind.frame)
+        segments.append(Segment(text[end:], Kind.frame))
+    return segments

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from agentft.data.render import Kind, Segment
-from agentft.data.tokens import Ids
-
-_SPACE = "▁"
-"""How SentencePiece vocabularies write a space."""
+from agentft.data.text_ids import Ids
+from agentft.data.vocabulary_bytes import vocabulary_bytes
 
 
 class TokenText:
@@ -23,18 +21,7 @@ class TokenText:
 
     def __init__(self, tokenizer: Any) -> None:
         """Read the vocabulary of `tokenizer`, a fast tokenizer of transformers: byte-level or SentencePiece."""
-        vocabulary: dict[str, int] = tokenizer.get_vocab()
-        added: dict[int, Any] = tokenizer.added_tokens_decoder
-        alphabet = _byte_level_alphabet()
-        spelt_in_bytes = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
-        self._bytes: list[bytes] = [b""] * (max(vocabulary.values(), default=0) + 1)
-        for token, index in vocabulary.items():
-            if index in added:
-                self._bytes[index] = token.encode()
-            elif spelt_in_bytes:
-                self._bytes[index] = bytes(alphabet[c] for c in token if c in alphabet)
-            else:
-                self._bytes[index] = _sentencepiece_bytes(token)
+        self._bytes = vocabulary_bytes(tokenizer)
         self._lengths = np.array([len(piece) for piece in self._bytes], dtype=np.int64)
         self.unknown_id: int | None = tokenizer.unk_token_id
         """Its text is lost: what stands under such a token cannot be traced."""
@@ -79,16 +66,3 @@ class TokenText:
             starts = starts * ends[-1] // total
         at = np.minimum(np.searchsorted(ends, starts, side="right"), max(len(segments) - 1, 0))
         return np.array([segment.kind for segment in segments] or [Kind.header], dtype=np.int8)[at]
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte in a byte-level vocabulary: printable bytes are themselves, the others follow from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace(_SPACE, " ").encode()

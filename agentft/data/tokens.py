@@ -8,38 +8,42 @@ boundary, so the ids of a generation prompt are exactly a prefix of the training
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
-from agentft.data.mixed_chunks import KindRun, kind_runs
+from agentft.data.mixed_chunks import KindRun, MixedChunks
 from agentft.data.records import Conversation
-from agentft.data.render import CALL_KINDS, Kind, Segment, Template
+from agentft.data.render import Kind, Segment, Template
+from agentft.data.text_ids import FastIds, Ids, ReferenceIds, ShortTexts, TokenizersDisagree
+from agentft.data.tokenizer_json import TokenizerJson
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+T = TypeVar("T")
+
 IGNORE_INDEX = -100
 """Label of a position that is not trained; the default `ignore_index` of torch's cross-entropy."""
-
-Ids = npt.NDArray[np.int32]
 
 _ENCODE_BATCH = 512
 
 _MARKUP = re.compile(r"<\S+>")
 """Names of added tokens that are marks of a layout, `<tool_call>` for example; runs of spaces and the like are not."""
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Span:
+
+class Span(NamedTuple):
     """A run of tokens of one trained kind: positions `start` to `stop`, exclusive."""
 
     start: int
@@ -103,11 +107,24 @@ class SegmentEncoder:
         from tokenizers import Tokenizer
 
         self._special_ids: dict[str, int] = dict(tokenizer.get_vocab())
+        # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would type a
+        # control token.
+        marked = TokenizerJson.of(tokenizer.backend_tokenizer).with_special(_is_mark)
         # A copy: the caller's tokenizer keeps reading special tokens in text, as its other users expect.
-        self._text_tokenizer: Tokenizer = Tokenizer.from_str(_all_marks_special(tokenizer.backend_tokenizer.to_str()))
+        self._text_tokenizer: Tokenizer = Tokenizer.from_str(str(marked))
         self._text_tokenizer.encode_special_tokens = True
         self._text_tokenizer.no_truncation()
         self._text_tokenizer.no_padding()
+        self._text_ids = ShortTexts(ReferenceIds(self._text_tokenizer))
+        self._specials: dict[str, Ids] = {}
+        """Shape [1] each."""
+        self._mixed = MixedChunks(self._text_tokenizer, tokenizer if marked.keeps_every_byte else None)
+
+    def for_much_text(self) -> SegmentEncoder:
+        """One that gives the same ids and comes to be faster; what it does may raise `TokenizersDisagree`, see `text_ids`."""
+        other = copy(self)
+        other._text_ids = ShortTexts(FastIds(ReferenceIds(self._text_tokenizer)))
+        return other
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the ids of a text."""
@@ -138,50 +155,42 @@ class SegmentEncoder:
 
     def draft(self, name: str, segments: Iterable[Segment], context_rounds: int = 0) -> Draft:
         """Cut segments into the chunks that are encoded each by itself."""
-        return Draft(name, list(_chunks(segments)), context_rounds)
+        return Draft(name, _chunks(segments), context_rounds)
 
     def encode_chunks(self, chunks: Sequence[Chunk]) -> list[EncodedChunk]:
         """Ids and kinds of each chunk, with all cores. Other threads of this process run meanwhile."""
-        # The places of tokens are asked for where they are needed: making them and throwing them away costs more than
-        # the ids, and the throwing away is done under the interpreter's lock.
-        tokenizer = self._text_tokenizer
-        plain = [chunk.text for chunk in chunks if not chunk.mixed]
-        mixed = [chunk.text for chunk in chunks if chunk.mixed]
-        of_plain = iter(tokenizer.encode_batch_fast(plain, add_special_tokens=False))
-        of_mixed = iter(tokenizer.encode_batch(mixed, add_special_tokens=False) if mixed else ())
-        encoded: list[EncodedChunk] = []
-        for chunk in chunks:
-            if chunk.mixed:
-                found = next(of_mixed)
-                encoded.append((found.ids, kind_runs(chunk.mixed, found.offsets)))
-            else:
-                encoded.append((next(of_plain).ids, None))
-        return encoded
+        found = self._text_ids.encode([chunk.text for chunk in chunks])
+        mixed = [(chunk.text, chunk.mixed, ids) for chunk, ids in zip(chunks, found, strict=True) if chunk.mixed]
+        runs = iter(self._mixed.kind_runs(mixed))
+        return [(ids, next(runs) if chunk.mixed else None) for chunk, ids in zip(chunks, found, strict=True)]
 
     def finish(self, draft: Draft, encoded: Iterator[EncodedChunk]) -> Example:
         """Make the example of a draft; takes what its chunks became from `encoded`."""
-        ids: list[int] = []
+        parts: list[Ids] = []
         spans: list[Span] = []
+        end = 0
         for chunk in draft.chunks:
-            start = len(ids)
-            runs = None
-            if chunk.special:
-                ids.append(self.special_id(chunk.text))
-            else:
-                found, runs = next(encoded)
-                ids.extend(found)
-            if chunk.trained is not None and len(ids) > start:
-                for begin, end, kind in runs or [(0, len(ids) - start, chunk.trained)]:
-                    spans.append(Span(start + begin, start + end, kind))
+            found, runs = (self._special(chunk.text), None) if chunk.special else next(encoded)
+            parts.append(found)
+            start, end = end, end + len(found)
+            if chunk.trained is not None and end > start:
+                for first, last, kind in runs or [(0, end - start, chunk.trained)]:
+                    spans.append(Span(start + first, start + last, kind))
         return Example(
             id=draft.name,
-            input_ids=np.asarray(ids, dtype=np.int32),
+            input_ids=np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32),
             spans=tuple(spans),
             context_rounds=draft.context_rounds,
         )
 
+    def _special(self, token: str) -> Ids:
+        ids = self._specials.get(token)
+        if ids is None:
+            ids = self._specials[token] = np.array([self.special_id(token)], dtype=np.int32)
+        return ids
 
-EncodedChunk = tuple[list[int], list[KindRun] | None]
+
+EncodedChunk = tuple[Ids, list[KindRun] | None]
 """Ids, and where the chunk holds several kinds, which of them are of which."""
 
 
@@ -225,46 +234,40 @@ class Draft:
         return tokens, labelled
 
 
-def _all_marks_special(tokenizer_json: str) -> str:
-    """The tokenizer with every added token that is a mark declared special.
-
-    Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would type a control
-    token.
-    """
-    tokenizer = json.loads(tokenizer_json)
-    for token in tokenizer["added_tokens"]:
-        token["special"] = token["special"] or _MARKUP.fullmatch(token["content"]) is not None
-    return json.dumps(tokenizer, ensure_ascii=False)
+def _is_mark(content: str) -> bool:
+    return _MARKUP.fullmatch(content) is not None
 
 
-def _chunks(segments: Iterable[Segment]) -> Iterator[Chunk]:
+def _chunks(segments: Iterable[Segment]) -> list[Chunk]:
     """Join neighbours that are encoded together: all context, or a text or call of the agent; special tokens stand alone.
 
     The agent's words are cut alike whether an example trains them or shows them, so both give the same ids.
     """
+    chunks: list[Chunk] = []
     joined: list[Segment] = []
     fate: Kind | None = None
     for segment in segments:
-        own = (Kind.call if segment.kind in CALL_KINDS else segment.kind) if segment.spoken else None
+        own = segment.encoded_with
         if joined and (segment.special or own is not fate):
-            yield _join(joined)
+            chunks.append(_join(joined, fate))
             joined = []
         if segment.special:
-            yield Chunk(True, segment.kind if segment.trained else None, segment.text)
-            continue
-        fate = own
-        joined.append(segment)
+            chunks.append(Chunk(True, None if own is None or segment.history else segment.kind, segment.text))
+        else:
+            fate = own
+            joined.append(segment)
     if joined:
-        yield _join(joined)
+        chunks.append(_join(joined, fate))
+    return chunks
 
 
-def _join(segments: list[Segment]) -> Chunk:
+def _join(segments: list[Segment], fate: Kind | None) -> Chunk:
     first = segments[0]
-    trained = first.kind if first.trained else None
+    trained = None if fate is None or first.history else first.kind
     if len(segments) == 1:
         return Chunk(False, trained, first.text)
     text = "".join([segment.text for segment in segments])
-    mixed = first.spoken and any(segment.kind is not first.kind for segment in segments)
+    mixed = fate is Kind.call and any(segment.kind is not first.kind for segment in segments)
     return Chunk(False, trained, text, tuple(segments) if mixed else ())
 
 
@@ -274,6 +277,15 @@ def weigh(example: Example, weights: SpanWeights) -> Example:
     if set(by_kind.values()) == {1.0}:
         return example
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))
+
+
+def encode_much(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T]) -> T:
+    """Do work over much text with the faster tokenizer; all of it again with `tokenizers` alone where the two disagree."""
+    try:
+        return work(encoder.for_much_text())
+    except TokenizersDisagree as error:
+        log.warning("data: %s; begun again with tokenizers alone", error)
+        return work(encoder)
 
 
 def tokenize(conversations: Iterable[Conversation], template: Template, encoder: SegmentEncoder) -> Iterator[Example]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from agentft.data.records import Conversation
 from agentft.data.render import CallForm, Template, render_assistant, shown_as, with_history
-from agentft.data.tokens import Example, Ids
+from agentft.data.text_ids import Ids
+from agentft.data.tokens import Example
 from agentft.evaluation.parse import quote_ends, to_msagent
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
 

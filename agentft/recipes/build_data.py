@@ -34,7 +34,7 @@ from agentft.data.sources import RawRow, read_conversations
 from agentft.data.splits import divide, is_held_out, keep_apart
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, index_of
 from agentft.data.stored_examples import ExampleWriter
-from agentft.data.tokens import SegmentEncoder
+from agentft.data.tokens import SegmentEncoder, encode_much
 from agentft.errors import DataError
 from agentft.progress import progress_bar
 from agentft.recipes.account import Account, write_account
@@ -105,9 +105,15 @@ def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncode
         DataError: a source cannot be read, a part is empty, or the disk is full.
         ConfigError: the settings contradict each other.
     """
+
+    def build(encoder: SegmentEncoder) -> None:
+        for left in folder.iterdir():  # by an attempt that is given up
+            left.unlink()
+        _Builder(config, template, encoder, folder).build()
+
     try:
         with _few_collections():
-            _Builder(config, template, encoder, folder).build()
+            encode_much(encoder, build)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
