@@ -86,6 +86,8 @@ class DatasetConfig:
     """Keep the tokenised data, and use what a run with the same data, settings, tokenizer and code has kept."""
     cache_limit_gb: float = 20.0
     """Size of that cache, in 10^9 bytes; above it the data that was not used for longest is removed."""
+    workers: int = 0
+    """Processes that read and tokenise where there is much to do; 0: one a core, at most 8; 1: only this one."""
 
     def __post_init__(self) -> None:
         if self.sample < -1 or self.sample == 0:
@@ -100,6 +102,8 @@ class DatasetConfig:
             raise ConfigError(
                 f"dataset.cache_limit_gb={self.cache_limit_gb}: expected a size; dataset.cache=false: none"
             )
+        if self.workers < 0:
+            raise ConfigError(f"dataset.workers={self.workers}: expected a number of processes, or 0 for one a core")
         if not 0.0 <= self.max_rejected <= 1.0:
             raise ConfigError(f"dataset.max_rejected={self.max_rejected}: expected a share between 0 and 1")
 

@@ -8,9 +8,7 @@ aside, and each of these outcomes is counted and listed.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice, pairwise
@@ -24,10 +22,6 @@ from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shorte
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
 
 _BATCH = 64
-_BATCH_CHARACTERS = 500_000
-_BATCHES_AHEAD = 6
-"""Batches that are with the tokenizer while the oldest of them is taken back: it never waits for text, and the reading
-goes on while a tokenizer is loaded."""
 _PRECISION = 16
 """Characters: how near the common length of shortened tool results comes to the greatest that fits."""
 T = TypeVar("T")
@@ -79,47 +73,10 @@ def fit_conversations(
     too_long: TooLong,
 ) -> Iterator[Fitted]:
     """Render, tokenise and fit conversations, a batch at a time, in order."""
-    return fit_each(((conversation, too_long) for conversation in conversations), template, encoder, max_length)
-
-
-def fit_each(
-    items: Iterable[tuple[Conversation, TooLong]], template: Template, encoder: SegmentEncoder, max_length: int
-) -> Iterator[Fitted]:
-    """Fit each conversation in its own way, in order.
-
-    The tokenizer works on some batches while the next is read and rendered: it needs the interpreter only for its results.
-    """
-    fitter = _Fitter(template, encoder, max_length)
-    with ThreadPoolExecutor(1, "tokenizer") as tokenizer:  # which spreads a batch over all cores
-        waiting: deque[_Batch] = deque()
-        for batch in _batches(items):
-            waiting.append(fitter.start(batch, tokenizer))
-            if len(waiting) > _BATCHES_AHEAD:
-                yield from fitter.finish(waiting.popleft())
-        while waiting:
-            yield from fitter.finish(waiting.popleft())
-
-
-def _batches(items: Iterable[tuple[Conversation, TooLong]]) -> Iterator[list[tuple[Conversation, TooLong]]]:
-    """Cut a stream by number and, since the tokenizer's results take about 100 bytes a token, by characters."""
-    batch: list[tuple[Conversation, TooLong]] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += sum(len(message.source) for message in item[0].messages)
-        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    items: list[tuple[Conversation, TooLong]]
-    drafts: list[Draft | tuple[str, str]]
-    """For each conversation its chunks, or why the layout cannot hold it."""
-    encoded: Future[list[EncodedChunk]]
+    fitter = Fitter(template, encoder, max_length)
+    items = ((conversation, too_long) for conversation in conversations)
+    while batch := list(islice(items, _BATCH)):
+        yield from fitter.fit(batch)
 
 
 class _Attempt(NamedTuple):
@@ -136,25 +93,24 @@ _Way = Generator[list[_Attempt], list[Piece], T]
 
 
 @dataclass(frozen=True, slots=True)
-class _Fitter:
+class Fitter:
+    """Renders, tokenises and fits batches of conversations."""
+
     template: Template
     encoder: SegmentEncoder
     max_length: int
 
-    def start(self, items: list[tuple[Conversation, TooLong]], tokenizer: ThreadPoolExecutor) -> _Batch:
-        """Render a batch and hand its chunks to the tokenizer's thread."""
+    def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[Fitted]:
+        """Encode all in one call, then what is too long, all of it together; each is fitted in its own way."""
         drafts: list[Draft | tuple[str, str]] = []
         for conversation, _ in items:
             problem = self.template.problem(conversation)
             drafts.append(problem or self.encoder.draft(conversation.id, self.template.render(conversation)))
-        chunks = [chunk for draft in drafts if isinstance(draft, Draft) for chunk in draft.to_encode]
-        return _Batch(items, drafts, tokenizer.submit(self.encoder.encode_chunks, chunks))
-
-    def finish(self, batch: _Batch) -> Iterator[Fitted]:
-        """Take the tokenizer's results of a batch; fit what is too long, all of it together."""
-        encoded = iter(batch.encoded.result())
+        encoded = iter(
+            self.encoder.encode_chunks([c for draft in drafts if isinstance(draft, Draft) for c in draft.to_encode])
+        )
         fitted: list[Fitted | _Unfitted] = []
-        for (conversation, too_long), draft in zip(batch.items, batch.drafts, strict=True):
+        for (conversation, too_long), draft in zip(items, drafts, strict=True):
             if not isinstance(draft, Draft):
                 fitted.append(_set_aside(conversation, 0, draft))
                 continue
@@ -172,11 +128,12 @@ class _Fitter:
                 settled.known.update((chunk.key, each) for chunk, each in zip(chunks, found, strict=True))
             fitted.append(settled)
         self._fit_together([each for each in fitted if isinstance(each, _Unfitted)])
-        for each in fitted:
-            if isinstance(each, Fitted):
-                yield each
-            else:
-                yield each.outcome or self._too_long(each.whole.conversation, len(each.whole.example))
+        return [
+            each
+            if isinstance(each, Fitted)
+            else each.outcome or self._too_long(each.whole.conversation, len(each.whole.example))
+            for each in fitted
+        ]
 
     def _settle(self, whole: Piece, too_long: TooLong) -> Fitted | _Unfitted:
         """What becomes of a conversation that is to be used, or that it is to be fitted."""

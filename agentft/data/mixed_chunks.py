@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from agentft.data.render import Kind, Segment
 from agentft.data.text_ids import Ids
-from agentft.data.vocabulary_bytes import vocabulary_bytes
+from agentft.data.vocabulary_bytes import byte_level_lengths
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,7 +60,7 @@ class MixedChunks:
         if self._byte_level is None or not (text.isascii() or unicodedata.is_normalized("NFC", text)):
             return None
         if self._lengths is None:
-            self._lengths = np.array([len(piece) for piece in vocabulary_bytes(self._byte_level)], dtype=np.int64)
+            self._lengths = byte_level_lengths(self._byte_level)
         stops: list[int] = np.cumsum(self._lengths[ids]).tolist()
         size = len(text) if text.isascii() else len(text.encode())
         return stops if (stops[-1] if stops else 0) == size else None

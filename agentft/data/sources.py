@@ -220,32 +220,54 @@ def read_conversations(
     rows: Iterable[RawRow | Rejection], *, form: Form = "auto", report: ReadReport | None = None
 ) -> Iterator[Conversation | Rejection]:
     """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
-    report = report if report is not None else ReadReport()
-    ids = _IdRegister()
+    intake = Intake(report if report is not None else ReadReport())
     for row in rows:
-        outcome = (
-            row if isinstance(row, Rejection) else read_record(row.value, row.origin, form=form, weight=row.weight)
-        )
+        if isinstance(row, Rejection):
+            yield intake.refuse(row, row)
+            continue
+        outcome = read_record(row.value, row.origin, form=form, weight=row.weight)
         if isinstance(outcome, Rejection):
-            report.rejected[outcome.reason] += 1
-            report.count(row, kept=False)
-            yield outcome
+            yield intake.refuse(row, outcome)
             continue
         conversation, notices = outcome
-        unique_id = ids.register(conversation)
-        if unique_id is None:
-            report.rejected["duplicate"] += 1
-            report.count(row, kept=False)
-            yield Rejection(row.origin, "duplicate", "the same id and content came before", conversation.id)
-            continue
-        if unique_id != conversation.id:
-            detail = f"id {conversation.id!r} came before with other content; this one is {unique_id!r}"
-            notices.append(Notice(row.origin, "duplicate_id_renamed", detail))
-            conversation = replace(conversation, id=unique_id)
-        report.note(notices)
-        report.kept += 1
-        report.count(row, kept=True)
-        yield conversation
+        admitted = intake.admit(row, conversation.id, identity(conversation), notices)
+        if isinstance(admitted, Rejection):
+            yield admitted
+        else:
+            yield conversation if admitted == conversation.id else replace(conversation, id=admitted)
+
+
+def identity(conversation: Conversation) -> int:
+    """Equal for conversations that say the same, whatever their ids."""
+    # Python's own hash: quick, and compared only within this process and those forked from it.
+    return hash(tuple([(message.role, message.source, message.untrained) for message in conversation.messages]))
+
+
+class Intake:
+    """Where rows come in, in their order: each is counted, and no two conversations get one id."""
+
+    def __init__(self, report: ReadReport) -> None:
+        self._report = report
+        self._ids = _IdRegister()
+
+    def refuse(self, row: RawRow | Rejection, rejection: Rejection) -> Rejection:
+        """Count a row that cannot be used, and return why."""
+        self._report.rejected[rejection.reason] += 1
+        self._report.count(row, kept=False)
+        return rejection
+
+    def admit(self, row: RawRow, name: str, identity: int, notices: Sequence[Notice]) -> str | Rejection:
+        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
+        unique_name = self._ids.register(name, identity)
+        if unique_name is None:
+            return self.refuse(row, Rejection(row.origin, "duplicate", "the same id and content came before", name))
+        self._report.note(notices)
+        if unique_name != name:
+            detail = f"id {name!r} came before with other content; this one is {unique_name!r}"
+            self._report.note([Notice(row.origin, "duplicate_id_renamed", detail)])
+        self._report.kept += 1
+        self._report.count(row, kept=True)
+        return unique_name
 
 
 class _IdRegister:
@@ -256,20 +278,18 @@ class _IdRegister:
         self._renamed: dict[str, dict[int, int]] = {}
         """For an id met with several contents: content digest -> number of the copy."""
 
-    def register(self, conversation: Conversation) -> str | None:
+    def register(self, name: str, identity: int) -> str | None:
         """The id to use, or None for a repetition of what came before."""
-        # Python's own hash: quick, and compared within this process only.
-        digest = hash(tuple([(message.role, message.source, message.untrained) for message in conversation.messages]))
-        known = self._digests.get(conversation.id)
+        known = self._digests.get(name)
         if known is None:
-            self._digests[conversation.id] = digest
-            return conversation.id
-        copies = self._renamed.setdefault(conversation.id, {})
-        if digest == known or digest in copies:
+            self._digests[name] = identity
+            return name
+        copies = self._renamed.setdefault(name, {})
+        if identity == known or identity in copies:
             return None
         number = len(copies) + 2
-        while (unique_id := f"{conversation.id}#{number}") in self._digests:
+        while (unique_name := f"{name}#{number}") in self._digests:
             number += 1
-        copies[digest] = number
-        self._digests[unique_id] = digest
-        return unique_id
+        copies[identity] = number
+        self._digests[unique_name] = identity
+        return unique_name

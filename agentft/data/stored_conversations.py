@@ -78,9 +78,9 @@ class ConversationWriter:
         self._file = path.open("wb")
         self._starts = [0]
 
-    def append(self, conversation: Conversation) -> int:
-        """Write a conversation and return its row."""
-        self._starts.append(self._starts[-1] + self._file.write(to_line(conversation)))
+    def append(self, line: bytes) -> int:
+        """Write a conversation, as `to_line` makes it, and return its row."""
+        self._starts.append(self._starts[-1] + self._file.write(line))
         return len(self._starts) - 2
 
     def close(self) -> None:
@@ -115,9 +115,13 @@ class StoredConversations(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> Conversation | StoredConversations:
         if isinstance(index, slice):
             return self.chosen(self._rows[index])
+        return from_line(self.line(index))
+
+    def line(self, index: int) -> bytes:
+        """A conversation as it is stored."""
         row = self._rows[index]
         start, stop = self._starts[row : row + 2].tolist()
-        return from_line(os.pread(self._file.fileno(), stop - start, start))
+        return os.pread(self._file.fileno(), stop - start, start)
 
     def __iter__(self) -> Iterator[Conversation]:
         for index in range(len(self)):

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,40 +29,65 @@ _COLUMNS = ("token", "span", "name", "context_rounds", "trained", "steps")
 _SPAN_NUMBERS = 3
 
 
+class PackedExample(NamedTuple):
+    """An example as it is written: small, and quick to hand from one process to another."""
+
+    name: bytes
+    ids: bytes
+    spans: bytes
+    context_rounds: int
+    trained_tokens: int
+    steps: int
+    digest: bytes
+    """SHA-256 of all that is written of it."""
+
+
+def stored_id_type(largest_id: int) -> type[np.uint16 | np.uint32]:
+    """In which ids are stored, of a vocabulary whose greatest id is `largest_id`."""
+    return np.uint16 if largest_id < 2**16 else np.uint32
+
+
+def pack(example: Example, id_type: type[np.uint16 | np.uint32]) -> PackedExample:
+    """Lay an example out as it is written. Its span weights are a setting and not written."""
+    numbers = [number for span in example.spans for number in span]
+    name, ids, spans = example.id.encode(), example.input_ids.astype(id_type).tobytes(), array("i", numbers).tobytes()
+    header = f"{len(name)} {len(ids)} {example.context_rounds} ".encode()
+    digest = sha256(b"".join((header, name, ids, spans))).digest()
+    steps = len(example.steps())
+    return PackedExample(name, ids, spans, example.context_rounds, example.trained_tokens, steps, digest)
+
+
 class ExampleWriter:
     """Appends examples to the files of a folder."""
 
-    def __init__(self, folder: Path, largest_id: int) -> None:
-        """Begin the files; `largest_id` is the greatest id of the vocabulary."""
+    def __init__(self, folder: Path, id_type: type[np.uint16 | np.uint32]) -> None:
+        """Begin the files; `id_type` as `pack` was given it."""
         self._folder = folder
-        self._id_type = np.uint16 if largest_id < 2**16 else np.uint32
+        self._id_type = np.dtype(id_type)
         self._ids, self._spans, self._names = ((folder / f"{n}.bin").open("wb") for n in ("ids", "spans", "names"))
         self._table = array("q")
         self._token = self._span = self._name = 0
         self.digests: list[bytes] = []
-        """SHA-256 of all that was written of each example."""
+        """Of each example."""
 
-    def append(self, example: Example) -> int:
-        """Write an example and return its row. Its span weights are a setting and not written."""
-        numbers = [number for span in example.spans for number in (span.start, span.stop, span.kind)]
-        name, ids, spans = example.id.encode(), example.input_ids.astype(self._id_type).tobytes(), array("i", numbers)
-        steps = len(example.steps())
-        self._table.extend((self._token, self._span, self._name, example.context_rounds, example.trained_tokens, steps))
-        self._ids.write(ids)
-        self._spans.write(spans.tobytes())
-        self._names.write(name)
-        self._token += len(example)
-        self._span += len(example.spans)
-        self._name += len(name)
-        header = f"{len(name)} {len(ids)} {example.context_rounds} ".encode()
-        self.digests.append(sha256(b"".join((header, name, ids, spans.tobytes()))).digest())
+    def append(self, example: PackedExample) -> int:
+        """Write an example and return its row."""
+        counts = example.context_rounds, example.trained_tokens, example.steps
+        self._table.extend((self._token, self._span, self._name, *counts))
+        self._ids.write(example.ids)
+        self._spans.write(example.spans)
+        self._names.write(example.name)
+        self._token += len(example.ids) // self._id_type.itemsize
+        self._span += len(example.spans) // (_SPAN_NUMBERS * array("i").itemsize)
+        self._name += len(example.name)
+        self.digests.append(example.digest)
         return len(self.digests) - 1
 
     def close(self) -> None:
         """Finish the files."""
         for file in (self._ids, self._spans, self._names):
             file.close()
-        self._table.extend((self._token, self._span, self._name, 0, 0, self._id_type().itemsize))
+        self._table.extend((self._token, self._span, self._name, 0, 0, self._id_type.itemsize))
         np.save(self._folder / "examples.npy", np.asarray(self._table, dtype=np.int64).reshape(-1, len(_COLUMNS)))
 
 

@@ -1,14 +1,14 @@
 """Text -> ids. `tokenizers` decides what they are; where there is much text `fastokens` finds the same ids sooner.
 
-The faster one is never believed for its name: what `tokenizers` has encoded before it is there is encoded again and
-compared, id by id, and afterwards every 64th text. Where it knows a tokenizer not, or differs at the start, it is not used;
+The faster one is never believed for its name: on the texts that came first the two are compared, id by id, and afterwards
+on every 128th. Where it knows a tokenizer not, or differs at the start, it is not used;
 where it differs later `TokenizersDisagree` is raised, and who asked begins again with `tokenizers` alone.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int32]
 
-CHECKED = 64
+CHECKED = 128
 """Of so many texts one is encoded by both."""
 
-_WORTH_LOADING = 2
-"""Characters an entry of the vocabulary after which it is loaded: `tokenizers` takes about as long for seven times as many."""
+_WORTH_LOADING = 8
+"""Characters an entry of the vocabulary that `tokenizers` encodes in about the time in which the other is loaded."""
+
+_PROOF = 100_000
+"""Characters, and the batch in which they end, that the two are compared on before the faster one is used."""
 
 _SHORT_CHARACTERS = 16
 _SHORT_TEXTS = 10_000
@@ -35,8 +38,8 @@ log = logging.getLogger(__name__)
 class TokenizersDisagree(Exception):  # noqa: N818  # what happened, not whose error it is
     """The two tokenizers gave a text different ids."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(f"fastokens and tokenizers encode {text[:80]!r} differently")
+    def __str__(self) -> str:
+        return f"fastokens and tokenizers encode {self.args[0]!r} differently"
 
 
 class TextIds(Protocol):
@@ -60,65 +63,52 @@ class ReferenceIds:
 
 
 class FastIds:
-    """By `tokenizers` at first; as soon as there is much text by `fastokens`, if that is found to give the same ids."""
+    """By `tokenizers` until there is much text, then by `fastokens`, if that is found to give the same ids."""
 
-    def __init__(self, reference: ReferenceIds, worth_loading: int | None = None) -> None:
-        """Begin with `reference`; load the other after `worth_loading` characters, by default by the vocabulary's size."""
+    def __init__(self, reference: ReferenceIds, *, much: bool) -> None:
+        """Begin with `reference`; `much`: more is to come than repays the loading. Else that has to show first."""
         self._reference = reference
-        vocabulary = reference.tokenizer.get_vocab_size()
-        self._characters_left = _WORTH_LOADING * vocabulary if worth_loading is None else worth_loading
-        self._lock = threading.Lock()
-        self._proof: list[tuple[Sequence[str], list[Ids]]] = []
-        """What `tokenizers` encoded before the other was loaded."""
-        self._loading = False
+        self._repaid = 0 if much else _WORTH_LOADING * reference.tokenizer.get_vocab_size()
         self._fast: _Fastokens | None = None
-        self._texts = 0
+        self._proof: list[str] = []
+        """Texts that came first."""
+        self._characters = self._texts = 0
+        self.is_settled = False
+        """Whether it is known which of the two encodes what is to come."""
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text. One caller loads the faster tokenizer; the others do not wait for it.
+        """The ids of each text.
 
         Raises:
             TokenizersDisagree: of a text that was encoded by both.
         """
-        if self._to_be_loaded():
-            self._fast = self._load()
-        fast = self._fast
-        if fast is None:
-            ids = self._reference.encode(texts)
-            self._remember(texts, ids)
+        if self._fast is not None:
+            ids = self._fast.encode(texts)
+            first = -self._texts % CHECKED
+            self._texts += len(texts)
+            _require_equal(texts[first::CHECKED], ids[first::CHECKED], self._reference)
             return ids
-        ids = fast.encode(texts)
-        first = -self._texts % CHECKED
-        self._texts += len(texts)
-        _require_equal(texts[first::CHECKED], ids[first::CHECKED], self._reference.encode(texts[first::CHECKED]))
-        return ids
+        if self._characters < _PROOF:
+            self._proof += texts
+        self._characters += sum(map(len, texts))
+        return self._reference.encode(texts)
 
-    @property
-    def is_fast(self) -> bool:
-        """Whether the faster tokenizer is at work."""
-        return self._fast is not None
+    def settle(self) -> bool:
+        """Load the faster one if that is worth it by now, and say whether it is known which will be used from here on.
 
-    def _to_be_loaded(self) -> bool:
-        """True once, for the first caller after enough characters."""
-        with self._lock:
-            if self._loading or self._characters_left > 0:
-                return False
-            self._loading = True
-            return True
-
-    def _remember(self, texts: Sequence[str], ids: list[Ids]) -> None:
-        with self._lock:
-            if not self._loading:
-                self._proof.append((texts, ids))
-                self._characters_left -= sum(map(len, texts))
+        To be called between two batches, by the thread that hands them out.
+        """
+        if not self.is_settled and self._proof and self._characters >= self._repaid:
+            self._fast = self._load()
+            self.is_settled, self._proof = True, []
+        return self.is_settled
 
     def _load(self) -> _Fastokens | None:
-        """The faster tokenizer, None where it cannot be had or differs on what was encoded so far."""
-        proof, self._proof = self._proof, []
+        """The faster tokenizer, None where it cannot be had or differs on what came first."""
         try:
             fast = _Fastokens(self._reference.tokenizer)
-            for texts, ids in proof:
-                _require_equal(texts, fast.encode(texts), ids)
+            proof = list(self._proof)
+            _require_equal(proof, fast.encode(proof), self._reference)
         except (ImportError, ValueError, RuntimeError, TokenizersDisagree) as error:
             log.warning("data: encoded by tokenizers alone, which is slower: %s", error)
             return None
@@ -147,6 +137,8 @@ class ShortTexts:
 
 class _Fastokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
+        # Texts are shared out by those who ask for them. Threads of its own would be lost, and maybe missed, in a fork.
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         from fastokens import Tokenizer as FastTokenizer
 
         self._tokenizer = FastTokenizer.from_json_str(tokenizer.to_str())
@@ -158,7 +150,7 @@ class _Fastokens:
         return [ids[start:end] for start, end in zip(places, places[1:], strict=False)]
 
 
-def _require_equal(texts: Sequence[str], found: Sequence[Ids], expected: Sequence[Ids]) -> None:
-    for text, ours, theirs in zip(texts, found, expected, strict=True):
+def _require_equal(texts: Sequence[str], found: Sequence[Ids], reference: ReferenceIds) -> None:
+    for text, ours, theirs in zip(texts, found, reference.encode(texts), strict=True):
         if not np.array_equal(ours, theirs):
-            raise TokenizersDisagree(text)
+            raise TokenizersDisagree(text[:80])

@@ -107,6 +107,7 @@ class SegmentEncoder:
         from tokenizers import Tokenizer
 
         self._special_ids: dict[str, int] = dict(tokenizer.get_vocab())
+        self._largest_id = max(self._special_ids.values())
         # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would type a
         # control token.
         marked = TokenizerJson.of(tokenizer.backend_tokenizer).with_special(_is_mark)
@@ -116,15 +117,24 @@ class SegmentEncoder:
         self._text_tokenizer.no_truncation()
         self._text_tokenizer.no_padding()
         self._text_ids = ShortTexts(ReferenceIds(self._text_tokenizer))
+        self._fast_ids: FastIds | None = None
         self._specials: dict[str, Ids] = {}
         """Shape [1] each."""
         self._mixed = MixedChunks(self._text_tokenizer, tokenizer if marked.keeps_every_byte else None)
 
-    def for_much_text(self) -> SegmentEncoder:
-        """One that gives the same ids and comes to be faster; what it does may raise `TokenizersDisagree`, see `text_ids`."""
+    def for_much_text(self, *, much: bool) -> SegmentEncoder:
+        """One that gives the same ids and comes to be faster, at once where `much` text is known to come.
+
+        What it does may raise `TokenizersDisagree`, see `text_ids`.
+        """
         other = copy(self)
-        other._text_ids = ShortTexts(FastIds(ReferenceIds(self._text_tokenizer)))
+        other._fast_ids = FastIds(ReferenceIds(self._text_tokenizer), much=much)
+        other._text_ids = ShortTexts(other._fast_ids)
         return other
+
+    def settle(self) -> bool:
+        """Between two batches: load the faster tokenizer if that is worth it by now; whether no other will be loaded."""
+        return self._fast_ids is None or self._fast_ids.settle()
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the ids of a text."""
@@ -145,7 +155,7 @@ class SegmentEncoder:
     @property
     def largest_id(self) -> int:
         """The greatest id of the vocabulary, added tokens included."""
-        return max(self._special_ids.values())
+        return self._largest_id
 
     def encode(self, conversations: Sequence[tuple[str, Sequence[Segment]]], context_rounds: int = 0) -> list[Example]:
         """Tokenise (id, segments) pairs in one batched call; `context_rounds` is noted in the examples."""
@@ -279,10 +289,10 @@ def weigh(example: Example, weights: SpanWeights) -> Example:
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))
 
 
-def encode_much(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T]) -> T:
-    """Do work over much text with the faster tokenizer; all of it again with `tokenizers` alone where the two disagree."""
+def encode_fast(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T], *, much: bool) -> T:
+    """Do work with the tokenizer that is faster for much text; all of it again with `tokenizers` alone where they differ."""
     try:
-        return work(encoder.for_much_text())
+        return work(encoder.for_much_text(much=much))
     except TokenizersDisagree as error:
         log.warning("data: %s; begun again with tokenizers alone", error)
         return work(encoder)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 _SPACE = "▁"
 """How SentencePiece vocabularies write a space."""
 
@@ -23,6 +26,16 @@ def vocabulary_bytes(tokenizer: Any) -> list[bytes]:
         else:
             table[index] = _sentencepiece_bytes(token)
     return table
+
+
+def byte_level_lengths(tokenizer: Any) -> npt.NDArray[np.int64]:
+    """By id, how many bytes it stands for in a byte-level vocabulary, where each character of a token is a byte."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    lengths = np.zeros(max(vocabulary.values(), default=0) + 1, dtype=np.int64)
+    lengths[list(vocabulary.values())] = list(map(len, vocabulary))
+    for index, token in tokenizer.added_tokens_decoder.items():
+        lengths[index] = len(str(token).encode())
+    return lengths
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from agentft.data.render import MsagentTemplate
 from agentft.data.sources import ReadReport
 from agentft.data.template_choice import choose_template
 from agentft.data.token_text import TokenText
-from agentft.data.tokens import SegmentEncoder
+from agentft.data.tokens import SegmentEncoder, encode_fast
 from agentft.errors import DataError
 from agentft.model.load import load_tokenizer, locate_model
 from agentft.recipes.audit_page import html_page
 from agentft.recipes.audit_report import AuditReport, print_report
 from agentft.recipes.config import AuditConfig
 from agentft.recipes.conversation_view import print_conversation
-from agentft.recipes.rows import open_rows
+from agentft.recipes.rows import is_large, open_rows
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,11 @@ def audit(config: AuditConfig) -> AuditResult:
         return AuditResult(True, 0, None)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    report = _look_at_all(config, desk, output, started)
+    report = encode_fast(
+        desk.encoder,
+        lambda encoder: _look_at_all(config, replace(desk, encoder=encoder), output, started),
+        much=is_large(config.dataset),
+    )
     # utf-8 whatever the terminal: a report must not fail at the words it reports.
     with (output / "report.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for target in (_screen(), Console(file=file, width=_WIDTH, markup=False, emoji=False, highlight=False)):
@@ -146,6 +150,7 @@ def _look_at_all(config: AuditConfig, desk: _Desk, output: Path, started: float)
             for (seen, fitted, as_heldout), (_, heldout) in zip(fits, kept, strict=True):
                 audit.add(seen, fitted=fitted, as_heldout=as_heldout, heldout=heldout)
             show(read.rows)
+            desk.encoder.settle()
         audit.finish(read, separate=rows.heldout is not None, similarity=options.similarity)
         for rejection in audit.unfit:
             set_aside(rejection)

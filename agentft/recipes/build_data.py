@@ -13,32 +13,34 @@ import errno
 import gc
 import json
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from agentft.data.calls import ToolRequest
-from agentft.data.config import DatasetConfig, Split, TooLong
-from agentft.data.fit import Fitted, Outcome, fit_each
+from agentft.data.config import DatasetConfig, Split
+from agentft.data.fit import Outcome
 from agentft.data.grammar import Call
-from agentft.data.records import Conversation, Origin, Rejection
+from agentft.data.records import Origin, Rejection
 from agentft.data.render import Template
-from agentft.data.source_weights import showing_keys
-from agentft.data.sources import RawRow, read_conversations
-from agentft.data.splits import divide, is_held_out, keep_apart
+from agentft.data.row_work import CONVERSATIONS_A_BATCH, LinesToMake, Made, RowsToRead, RowWork, Understood, batches_of
+from agentft.data.sources import Intake, RawRow
+from agentft.data.splits import divide, keep_apart
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, index_of
-from agentft.data.stored_examples import ExampleWriter
-from agentft.data.tokens import SegmentEncoder, encode_much
+from agentft.data.stored_examples import ExampleWriter, stored_id_type
+from agentft.data.tokens import SegmentEncoder, encode_fast
+from agentft.data.workers import Workers, process_count
 from agentft.errors import DataError
 from agentft.progress import progress_bar
 from agentft.recipes.account import Account, write_account
-from agentft.recipes.rows import open_rows
+from agentft.recipes.rows import is_large, open_rows
 
 T = TypeVar("T")
 
@@ -113,7 +115,7 @@ def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncode
 
     try:
         with _few_collections():
-            encode_much(encoder, build)
+            encode_fast(encoder, build, much=is_large(config))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -126,11 +128,11 @@ def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncode
 class _Builder:
     def __init__(self, config: DatasetConfig, template: Template, encoder: SegmentEncoder, folder: Path) -> None:
         self._config = config
-        self._template = template
+        self._work = RowWork(config, template, encoder)
         self._encoder = encoder
         self._folder = folder
         self._account = Account()
-        self._examples = ExampleWriter(folder, encoder.largest_id)
+        self._examples = ExampleWriter(folder, stored_id_type(encoder.largest_id))
         self._heldout = ConversationWriter(folder / HELDOUT)
         self._hashes: list[str] = []
         """Content of each row of `heldout`."""
@@ -161,48 +163,54 @@ class _Builder:
         self, rows: Iterable[RawRow | Rejection], form: Any, part: str | None, kept: ConversationWriter | None
     ) -> Iterator[_Line]:
         """Read one source. `part`: the one it is for; `kept`: where its conversations wait, None to tokenise at once."""
-        lines: deque[_Line] = deque()
-        parts: deque[str] = deque()
-
-        def wanted() -> Iterator[tuple[Conversation, TooLong]]:
-            for conversation in self._sound(rows, form):
-                line = self._line(conversation)
-                lines.append(line)
-                if kept is not None:
-                    kept.append(conversation)
-                    continue
-                of = part or ("heldout" if is_held_out(line.user_hash, config.seed, config.test_ratio) else "train")
-                if of == "train" and line.weight < 1 and not showing_keys(line.content_hash, line.weight, config.seed):
-                    continue
-                parts.append(of)
-                numbers.append(line.number)
-                yield conversation, self._too_long(of)
-
-        config = self._config
-        numbers: deque[int] = deque()
+        batches = (RowsToRead(batch, form, part, waiting=kept is not None) for batch in batches_of(rows))
+        intake = Intake(self._account.read)
         with progress_bar("reading", None) as bar:
-            for fitted in fit_each(wanted(), self._template, self._encoder, config.max_length):
-                self._uses[numbers.popleft()] = self._write(fitted, parts.popleft())
-                bar.advance()
-        yield from lines
+            for batch, results in self._workers(reading_only=kept is not None).in_order(self._work.read, batches):
+                for row, result in zip(batch.rows, results, strict=True):
+                    understood = self._admit(row, result, batch, intake)
+                    if understood is not None:
+                        yield self._line(row, understood, kept)
+                bar.advance(len(results))
 
-    def _sound(self, rows: Iterable[RawRow | Rejection], form: Any) -> Iterator[Conversation]:
-        for item in read_conversations(rows, form=form, report=self._account.read):
-            if isinstance(item, Rejection):
-                self._account.rejections.append(item)
-            else:
-                yield item
+    def _workers(self, *, reading_only: bool = False) -> Workers:
+        # Reading alone needs no tokenizer; else processes are forked when it is loaded.
+        return Workers(process_count(self._config.workers), lambda: reading_only or self._encoder.settle())
 
-    def _line(self, conversation: Conversation) -> _Line:
+    def _admit(
+        self, row: RawRow | Rejection, result: Understood | Rejection, batch: RowsToRead, intake: Intake
+    ) -> Understood | None:
+        """Count a row; return what was understood under the id that is its own, None where the row is set aside."""
+        if isinstance(result, Rejection) or isinstance(row, Rejection):
+            assert isinstance(result, Rejection)
+            self._account.rejections.append(intake.refuse(row, result))
+            return None
+        name = intake.admit(row, result.name, result.identity, result.notices)
+        if isinstance(name, Rejection):
+            self._account.rejections.append(name)
+            return None
+        if name == result.name:
+            return result
+        (renamed,) = self._work.read(replace(batch, rows=[row], name=name))
+        assert isinstance(renamed, Understood)
+        return renamed
+
+    def _line(self, row: RawRow | Rejection, understood: Understood, kept: ConversationWriter | None) -> _Line:
+        """Keep what the whole is divided and ordered by, and write down what was made."""
+        number = self._lines
         self._lines += 1
-        names = frozenset(request.name for call in conversation.calls for request in call.requests)
+        if kept is not None and understood.line is not None:
+            kept.append(understood.line)
+        if understood.made is not None:
+            self._uses[number] = self._write(understood.made)
+        names = understood.tools
         return _Line(
-            self._lines - 1,
-            conversation.origin.source,
-            conversation.weight,
-            bytes.fromhex(conversation.content_hash),
-            bytes.fromhex(conversation.user_hash),
-            self._one(tuple(Call("", (ToolRequest(name, {}),), None) for name in sorted(names)), names),
+            number,
+            row.origin.source,
+            understood.weight,
+            understood.content,
+            understood.user,
+            self._one(tuple(Call("", (ToolRequest(name, {}),), None) for name in names), names),
         )
 
     def _one(self, value: T, key: Hashable) -> T:
@@ -210,27 +218,20 @@ class _Builder:
         shared: T = self._shared.setdefault((type(value), key), value)
         return shared
 
-    def _too_long(self, part: str) -> TooLong:
-        how = self._config.too_long
-        return how if part == "train" else how.of_heldout
-
-    def _write(self, fitted: Fitted, part: str) -> _Use:
+    def _write(self, made: Made) -> _Use:
         """Write the examples of a conversation down; for the exam also the conversations that they render."""
-        rows = [self._examples.append(piece.example) for piece in fitted.pieces]
-        talks = [self._heldout.append(piece.conversation) for piece in fitted.pieces] if part == "heldout" else []
-        self._hashes += [piece.conversation.content_hash for piece in fitted.pieces] if talks else []
-        names = frozenset(r.name for p in fitted.pieces for call in p.conversation.calls for r in call.requests)
-        notes = tuple(self._template.notes(fitted.original)) if fitted.problem is None else ()
-        problem = fitted.problem and Rejection(fitted.original.origin, *fitted.problem, id=fitted.original.id)
+        rows = [self._examples.append(example) for example in made.examples]
+        talks = [self._heldout.append(line) for line in made.talks]
+        self._hashes += made.content_hashes
         return _Use(
-            fitted.outcome,
+            made.outcome,
             rows[0] if rows else 0,
             talks[0] if talks else 0,
             len(rows),
-            self._one(notes, notes),
-            self._one(names, names),
-            None if fitted.outcome is Outcome.whole else _change(fitted, part),
-            problem,
+            self._one(made.notes, made.notes),
+            self._one(made.tools, made.tools),
+            made.change,
+            made.rejection,
         )
 
     def _reopen(self, kept: ConversationWriter | None) -> StoredConversations | None:
@@ -273,12 +274,17 @@ class _Builder:
 
     def _tokenise(self, lines: list[_Line], part: str, read: StoredConversations) -> None:
         numbers = [number for number in dict.fromkeys(line.number for line in lines) if number not in self._uses]
-        items = ((read[number], self._too_long(part)) for number in numbers)
-        fitted = fit_each(items, self._template, self._encoder, self._config.max_length)
+        unmade = iter(numbers)
+        batches = (
+            LinesToMake([read.line(number) for number in batch], part)
+            for batch in iter(lambda: list(islice(unmade, CONVERSATIONS_A_BATCH)), [])
+        )
+        waiting = iter(numbers)
         with progress_bar(f"tokenising {part}", len(numbers)) as bar:
-            for number, each in zip(numbers, fitted, strict=True):
-                self._uses[number] = self._write(each, part)
-                bar.advance()
+            for _, made in self._workers().in_order(self._work.make, batches):
+                for each in made:
+                    self._uses[next(waiting)] = self._write(each)
+                bar.advance(len(made))
 
     def _enter(self, use: _Use, part: str) -> None:
         """Account for a conversation when it is shown for the first time."""
@@ -316,18 +322,6 @@ class _Builder:
         }
         (self._folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         write_account(account, self._folder / ACCOUNT)
-
-
-def _change(fitted: Fitted, part: str) -> dict[str, Any]:
-    return {
-        "id": fitted.original.id,
-        "part": part,
-        "outcome": str(fitted.outcome),
-        "tokens": fitted.tokens,
-        "examples": [piece.conversation.id for piece in fitted.pieces],
-        "shortened_observations": fitted.shortened_observations,
-        "steps_left_out": list(fitted.steps_left_out),
-    }
 
 
 @contextmanager

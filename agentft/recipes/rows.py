@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from agentft.data import synthetic
@@ -13,6 +14,10 @@ from agentft.data.sources import LocalSource, RawRow, ReadReport, digest_local, 
 from agentft.errors import ConfigError
 
 Rows = Iterable[RawRow | Rejection]
+
+_LARGE_BYTES = 3_000_000
+_SYNTHETIC_BYTES = 1_300
+"""Of a conversation, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,22 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             return DatasetRows(split(config.train_split), heldout, form)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
+
+
+def is_large(config: DatasetConfig) -> bool:
+    """Whether a dataset is known, before it is read, to have much text tokenised: megabytes of it."""
+    match config:
+        case SyntheticConfig():
+            return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
+        case LocalConfig() if config.sample < 0:
+            files = (file for source in _local_sources(config) for file in _files(Path(source.path)))
+            return sum(file.stat().st_size for file in files) > _LARGE_BYTES
+        case _:
+            return False
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
 
 
 def source_digests(config: DatasetConfig) -> Any:

@@ -29,7 +29,7 @@ LOG = "job.log"
 
 NOT_IN_IDENTITY = (
     *("run_dir", "output_dir", "tracking", "training.stop_at"),
-    *("dataset.cache", "dataset.cache_limit_gb", "dataset.cache_dir", "model.cache_dir"),
+    *("dataset.cache", "dataset.cache_limit_gb", "dataset.cache_dir", "dataset.workers", "model.cache_dir"),
 )
 """Settings that say where a job writes and keeps things, and how far it goes this time, not what it computes."""
 

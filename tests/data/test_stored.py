@@ -11,7 +11,7 @@ from agentft.data.config import SpanWeights
 from agentft.data.records import Conversation, Origin
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, from_line, to_line
-from agentft.data.stored_examples import ExampleWriter, StoredExamples
+from agentft.data.stored_examples import ExampleWriter, StoredExamples, pack, stored_id_type
 from agentft.data.tokens import tokenize, weigh
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, stop=0.5)
@@ -36,7 +36,7 @@ def test_every_conversation_that_is_kept_of_the_malformed_set_comes_back_equal(s
 def test_conversations_are_read_by_number_and_slice_in_a_chosen_order(tmp_path, golden_conversations):
     talks = list(golden_conversations.values())
     writer = ConversationWriter(tmp_path / "talks")
-    assert [writer.append(talk) for talk in talks] == list(range(len(talks)))
+    assert [writer.append(to_line(talk)) for talk in talks] == list(range(len(talks)))
     writer.close()
     stored = StoredConversations(tmp_path / "talks")
     assert list(stored) == talks
@@ -53,8 +53,9 @@ def test_an_example_comes_back_equal_whatever_the_width_of_its_ids(
     tmp_path, golden_conversations, template, encoder, largest_id
 ):
     examples = list(tokenize(golden_conversations.values(), template, encoder))
-    writer = ExampleWriter(tmp_path, largest_id)
-    rows = [writer.append(example) for example in examples]
+    id_type = stored_id_type(largest_id)
+    writer = ExampleWriter(tmp_path, id_type)
+    rows = [writer.append(pack(example, id_type)) for example in examples]
     writer.close()
     stored = StoredExamples(tmp_path)
     for row, example in zip(rows, examples, strict=True):

@@ -1,0 +1,118 @@
+"""The same work on batch after batch, results in order: in threads at first, on all cores where there is much of it.
+
+Python's part of the work holds the interpreter's lock, so only processes share it out. They are forked, late and from a quiet
+process: they find the tokenizers loaded, cost no import, and a short preparation, which would not repay them, has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from agentft.errors import DataError
+
+B = TypeVar("B")
+R = TypeVar("R")
+
+MOST_PROCESSES = 8
+"""Beyond so many, the one that reads the files and writes the results has enough to do."""
+
+_THREADS = 2
+_BATCHES_AHEAD = 3
+"""Batches a thread or process."""
+_BATCHES_BEFORE_FORKING = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How work is shared out."""
+
+    processes: int
+    """At most; 1: only threads of this process."""
+    ready_to_fork: Callable[[], bool]
+    """Asked between two batches: loads what the work needs where there is much of it, for forked processes to share."""
+
+    def in_order(self, work: Callable[[B], R], batches: Iterable[B]) -> Iterator[tuple[B, R]]:
+        """Each batch with its result.
+
+        Raises:
+            DataError: a process was killed. What `work` raises is raised here.
+        """
+        waiting: deque[tuple[B, Future[R]]] = deque()
+        pool: Executor = ThreadPoolExecutor(_THREADS, "rows")
+        do, ahead, forked = work, _BATCHES_AHEAD * _THREADS, self.processes < 2
+        try:
+            for number, batch in enumerate(batches):
+                if not forked and number >= _BATCHES_BEFORE_FORKING and self.ready_to_fork():
+                    while waiting:  # a thread at work could hold a lock, which would stay locked in a fork
+                        yield _next(waiting)
+                    pool.shutdown()
+                    pool, do, forked = _forked(work, self.processes), _do, True
+                    ahead = _BATCHES_AHEAD * self.processes
+                waiting.append((batch, pool.submit(do, batch)))
+                if len(waiting) > ahead:
+                    yield _next(waiting)
+            while waiting:
+                yield _next(waiting)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that prepares data was killed, by want of memory perhaps; dataset.workers=1 needs the least"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def process_count(asked: int) -> int:
+    """How many processes to use where `asked` for, 0 meaning as many as make sense here."""
+    if sys.platform != "linux":  # elsewhere a fork is not safe, or there is none
+        return 1
+    return asked or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+
+
+def _next(waiting: deque[tuple[B, Future[R]]]) -> tuple[B, R]:
+    batch, future = waiting.popleft()
+    return batch, future.result()
+
+
+def _forked(work: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        processes, mp_context=get_context("fork"), initializer=_begin, initargs=(work, os.getpid())
+    )
+
+
+_work: Callable[[Any], Any] | None = None
+"""Of a forked process."""
+
+
+def _begin(work: Callable[[Any], Any], parent: int) -> None:
+    global _work
+    _work = work
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):  # the parent's handlers are for the parent
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    gc.freeze()  # a collection would touch, and so copy, every page that is shared with the parent
+    _die_with(parent)
+
+
+def _do(batch: Any) -> Any:
+    assert _work is not None
+    return _work(batch)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, in whatever way: it would wait for work for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
