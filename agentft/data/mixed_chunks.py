@@ -52,7 +52,7 @@ class MixedChunks:
             else:
                 ascii_only = text.isascii()
                 sizes = [len(s.text) if ascii_only else len(s.text.encode()) for s in segments]
-                runs.append(_runs(segments, sizes, [0, *found[:-1]], found))
+                runs.append(_runs(segments, sizes, [0, *found][: len(found)], found))
         return runs
 
     def _stops(self, text: str, ids: Ids) -> list[int] | None:

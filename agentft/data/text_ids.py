@@ -26,6 +26,9 @@ CHECKED = 128
 _WORTH_LOADING = 8
 """Characters an entry of the vocabulary that `tokenizers` encodes in about the time in which the other is loaded."""
 
+_LEAST_MUCH = 300_000
+"""Characters, whatever the vocabulary: processes are forked then too."""
+
 _PROOF = 100_000
 """Characters, and the batch in which they end, that the two are compared on before the faster one is used."""
 
@@ -68,7 +71,7 @@ class FastIds:
     def __init__(self, reference: ReferenceIds, *, much: bool) -> None:
         """Begin with `reference`; `much`: more is to come than repays the loading. Else that has to show first."""
         self._reference = reference
-        self._repaid = 0 if much else _WORTH_LOADING * reference.tokenizer.get_vocab_size()
+        self._repaid = 0 if much else max(_WORTH_LOADING * reference.tokenizer.get_vocab_size(), _LEAST_MUCH)
         self._fast: _Fastokens | None = None
         self._proof: list[str] = []
         """Texts that came first."""

@@ -15,7 +15,7 @@ def vocabulary_bytes(tokenizer: Any) -> list[bytes]:
     """By id, of a fast tokenizer of transformers: byte-level or SentencePiece."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added: dict[int, Any] = tokenizer.added_tokens_decoder
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     spelt_in_bytes = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
     table = [b""] * (max(vocabulary.values(), default=0) + 1)
     for token, index in vocabulary.items():
@@ -38,7 +38,7 @@ def byte_level_lengths(tokenizer: Any) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte in a byte-level vocabulary: printable bytes are themselves, the others follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]

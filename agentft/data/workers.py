@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import signal
 import sys
@@ -27,10 +28,11 @@ R = TypeVar("R")
 MOST_PROCESSES = 8
 """Beyond so many, the one that reads the files and writes the results has enough to do."""
 
+log = logging.getLogger(__name__)
+
 _THREADS = 2
 _BATCHES_AHEAD = 3
 """Batches a thread or process."""
-_BATCHES_BEFORE_FORKING = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,8 @@ class Workers:
 
     processes: int
     """At most; 1: only threads of this process."""
-    ready_to_fork: Callable[[], bool]
-    """Asked between two batches: loads what the work needs where there is much of it, for forked processes to share."""
+    ready: Callable[[], bool]
+    """Asked between two batches until it is true: loads what much work needs, so that forked processes share it."""
 
     def in_order(self, work: Callable[[B], R], batches: Iterable[B]) -> Iterator[tuple[B, R]]:
         """Each batch with its result.
@@ -50,15 +52,14 @@ class Workers:
         """
         waiting: deque[tuple[B, Future[R]]] = deque()
         pool: Executor = ThreadPoolExecutor(_THREADS, "rows")
-        do, ahead, forked = work, _BATCHES_AHEAD * _THREADS, self.processes < 2
+        do, ahead, ready = work, _BATCHES_AHEAD * _THREADS, False
         try:
             for number, batch in enumerate(batches):
-                if not forked and number >= _BATCHES_BEFORE_FORKING and self.ready_to_fork():
+                if number and not ready and (ready := self.ready()) and self.processes > 1:
                     while waiting:  # a thread at work could hold a lock, which would stay locked in a fork
                         yield _next(waiting)
                     pool.shutdown()
-                    pool, do, forked = _forked(work, self.processes), _do, True
-                    ahead = _BATCHES_AHEAD * self.processes
+                    pool, do, ahead = _forked(work, self.processes), _do, _BATCHES_AHEAD * self.processes
                 waiting.append((batch, pool.submit(do, batch)))
                 if len(waiting) > ahead:
                     yield _next(waiting)
@@ -75,6 +76,8 @@ class Workers:
 def process_count(asked: int) -> int:
     """How many processes to use where `asked` for, 0 meaning as many as make sense here."""
     if sys.platform != "linux":  # elsewhere a fork is not safe, or there is none
+        if asked > 1:
+            log.warning("dataset.workers=%d: processes are forked on Linux only, here one prepares the data", asked)
         return 1
     return asked or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 

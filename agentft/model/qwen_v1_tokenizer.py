@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agentft.data.vocabulary_bytes import byte_level_alphabet
 from agentft.errors import ModelError
 
 RANKS_NAME = "qwen.tiktoken"
@@ -123,16 +124,6 @@ def fast_tokenizer(path: Path) -> Any:
 
 
 def _letters() -> list[str]:
-    """The printable letter that stands for each byte in a byte-level vocabulary (GPT-2's table).
-
-    Printable Latin-1 characters stand for themselves; the others take the next code points from 256 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters, following = [], 256
-    for byte in range(256):
-        if byte in printable:
-            letters.append(chr(byte))
-        else:
-            letters.append(chr(following))
-            following += 1
-    return letters
+    """The printable letter that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    by_byte = {byte: letter for letter, byte in byte_level_alphabet().items()}
+    return [by_byte[byte] for byte in range(256)]

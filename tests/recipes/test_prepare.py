@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentft.data import synthetic
-from agentft.data.config import LocalConfig, Split, TooLong, WeightedPath
+from agentft.data import row_work, synthetic, text_ids, workers
+from agentft.data.config import LocalConfig, ModelScopeConfig, Split, SyntheticConfig, TooLong, WeightedPath
 from agentft.data.fit import fit_conversations
 from agentft.data.records import Conversation
 from agentft.data.render import MsagentTemplate
@@ -31,6 +32,7 @@ from agentft.model.random_weights import byte_tokenizer as make_tokenizer
 from agentft.recipes import build_data, data_key, prepare
 from agentft.recipes.account import Account, read_account, write_account
 from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
+from agentft.recipes.rows import is_large
 from agentft.runs import RunFolder
 
 COUNT = 150
@@ -85,6 +87,72 @@ def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, tem
     assert manifest["train"]["steps"] == sum(len(piece.example.steps()) for piece in train)
     assert manifest["heldout"]["content_hashes"] == [piece.conversation.content_hash for piece in heldout]
     assert manifest["set_aside"]["duplicate"] == 1
+
+
+@pytest.fixture
+def forks(monkeypatch) -> list[int]:
+    """Take every dataset for a large one, in small batches; the numbers of processes that were forked."""
+    made: list[int] = []
+    fork = workers._forked
+    for module in (row_work, build_data):
+        monkeypatch.setattr(module, "CONVERSATIONS_A_BATCH", 12)
+    monkeypatch.setattr(build_data, "is_large", lambda config: True)
+    monkeypatch.setattr(workers, "_forked", lambda work, processes: (made.append(processes), fork(work, processes))[1])
+    return made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+@pytest.mark.parametrize("case", [*CASES, "fit", "weights"])
+def test_forked_processes_prepare_what_one_process_prepares(case, data_file, template, encoder, tmp_path, forks):
+    """Examples, exam, account and every id: repetitions and equal ids stand in other batches than what they repeat."""
+    changes = CASES.get(case, {"too_long": TooLong.fit})
+    if case == "weights":
+        sources = [WeightedPath(path=str(data_file), weight=1.4)]
+        changes = {"path": None, "sources": sources}
+    alone = prepare_data(settings(data_file, cache=False, workers=1, **changes), template, encoder)
+    assert forks == []
+    forked = prepare_data(settings(data_file, cache=False, workers=2, **changes), template, encoder)
+    assert set(forks) == {2}
+    assert forked.fingerprint == alone.fingerprint
+    assert [show(example) for example in forked.train] == [show(example) for example in alone.train]
+    assert list(forked.heldout) == list(alone.heldout)
+    paths = [tmp_path / name for name in ("alone", "forked")]
+    for path, prepared in zip(paths, (alone, forked), strict=True):
+        write_account(prepared.account, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert forked.account.read.notices["duplicate_id_renamed"] == 1
+    assert forked.account.read.rejected["duplicate"] == 1
+
+
+def test_tokenizers_that_disagree_in_a_forked_process_are_found_and_all_is_prepared_again(
+    data_file, template, encoder, forks, monkeypatch, caplog
+):
+    encode, parent = text_ids._Fastokens.encode, os.getpid()
+
+    def spoiled(self, texts):
+        found = encode(self, texts)
+        return found if os.getpid() == parent else [ids[::-1].copy() for ids in found]
+
+    expected = prepare_data(settings(data_file, cache=False, workers=1), template, encoder)
+    monkeypatch.setattr(text_ids._Fastokens, "encode", spoiled)
+    with caplog.at_level(logging.WARNING, "agentft"):
+        found = prepare_data(settings(data_file, cache=False, workers=2), template, encoder)
+    assert "begun again with tokenizers alone" in caplog.text
+    assert found.fingerprint == expected.fingerprint
+    assert found.account == expected.account
+
+
+def test_a_dataset_is_large_by_its_bytes_or_number_before_it_is_read(tmp_path):
+    small, large = tmp_path / "small.jsonl", tmp_path / "folder" / "large.jsonl"
+    large.parent.mkdir()
+    small.write_text("{}")
+    large.write_text(" " * 3_000_001)
+    assert not is_large(settings(small))
+    assert is_large(settings(large))
+    assert is_large(settings(large.parent))
+    assert not is_large(settings(large, sample=100)), "what is sampled may be little"
+    assert [is_large(SyntheticConfig(name="s", conversations=count)) for count in (200, 5000)] == [False, True]
+    assert not is_large(ModelScopeConfig(name="m", id="a/b"))
 
 
 def test_sources_with_weights_and_an_exam_of_its_own_are_prepared_as_in_memory(data_file, template, encoder, tmp_path):
