@@ -17,7 +17,7 @@ from agentft.data.records import Conversation, Origin, read_record
 from agentft.data.render import CallForm, Kind
 from agentft.data.template_choice import NAMES, choose_template, detect_family
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
-from agentft.data.turn_builder import TurnBuilder
+from agentft.data.turn_builder import FormError, TurnBuilder
 from agentft.errors import ConfigError
 from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, parse_reply, to_msagent
 from agentft.evaluation.steps import conversation_steps
@@ -263,22 +263,32 @@ TURNS = st.tuples(WORDS, st.lists(STEPS, min_size=1, max_size=3))
 
 @st.composite
 def conversations(draw) -> Conversation | None:
+    """None where the words that were drawn are marks, which no conversation can say."""
     builder = TurnBuilder()
     builder.system(draw(st.none() | WORDS) or "", [])
-    for question, steps in draw(st.lists(TURNS, min_size=1, max_size=3)):
-        builder.user(question)
-        for text, calls in steps:
-            if text is not None:
-                builder.say(text)
-            for _, name, parameters in calls:
-                builder.call(name, parameters)
-            if not calls:
-                break
-            for _ in calls:
-                builder.observe(draw(WORDS))
-        builder.end_assistant()
+    try:
+        for question, steps in draw(st.lists(TURNS, min_size=1, max_size=3)):
+            builder.user(question)
+            _draw_turn(draw, builder, steps)
+            builder.end_assistant()
+    except FormError as error:
+        if error.reason not in ("marks_in_text", "not_representable", "mark_misspelt"):
+            raise
+        return None
     outcome = read_record({"id": "c", "conversations": builder.turns}, Origin("test", 1))
     return outcome[0] if isinstance(outcome, tuple) else None
+
+
+def _draw_turn(draw, builder: TurnBuilder, steps) -> None:
+    for text, calls in steps:
+        if text is not None:
+            builder.say(text)
+        for _, name, parameters in calls:
+            builder.call(name, parameters)
+        if not calls:
+            break
+        for _ in calls:
+            builder.observe(draw(WORDS))
 
 
 def _said(parts) -> tuple[list[tuple[str, dict]], str]:

@@ -1,7 +1,6 @@
-"""Twenty losses of a tiny model, LoRA and full, bit for bit as they were when the golden file was written.
+"""Twenty losses of a tiny model, LoRA and full, as they were when the golden file was written.
 
-A change here is a change of the mathematics, of the data or of the order of operations; the commit that updates the file
-says which.
+A change here is a change of the mathematics or of the data; the commit that updates the file says which.
 """
 
 from __future__ import annotations
@@ -20,10 +19,14 @@ PORTABLE = {
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "OMP_NUM_THREADS": "1",
 }
-"""Kernels that every x86-64 has, so that the last bits do not depend on the machine."""
+"""Kernels that every x86-64 has. The last bits depend on the processor even so: MKL cuts its sums by the size of caches."""
+
+TOLERANCE = 3e-7
+"""Relative, two or three units of fp32's last place. Five sets of kernels on two processors agree within 2.2e-7; a learning
+rate that is 1.0001 times as high is off by 4.3e-7 with LoRA and by 2e-5 without."""
 
 
-def test_losses_equal_the_golden_file_bit_for_bit(root: Path, update_golden: bool):
+def test_losses_equal_the_golden_file_but_for_the_last_bits_of_another_processor(root: Path, update_golden: bool):
     import torch
 
     version = torch.__version__.split("+")[0]
@@ -43,6 +46,6 @@ def test_losses_equal_the_golden_file_bit_for_bit(root: Path, update_golden: boo
     expected = json.loads(golden.read_text())
     for sft_type, losses in expected.items():
         assert len(losses) == 20
-        pairs = enumerate(zip(measured[sft_type], losses, strict=True), start=1)
-        different = [(step, float.fromhex(a), float.fromhex(b)) for step, (a, b) in pairs if a != b]
+        pairs = [(float.fromhex(a), float.fromhex(b)) for a, b in zip(measured[sft_type], losses, strict=True)]
+        different = [(step, a, b) for step, (a, b) in enumerate(pairs, start=1) if abs(a - b) > TOLERANCE * b]
         assert not different, f"{sft_type}: first difference (step, now, golden): {different[0]}"
