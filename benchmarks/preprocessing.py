@@ -1,12 +1,12 @@
 """Speed and memory of preprocessing: JSON file -> tokens and labels, all cores, in turn in one run.
 
-    python benchmarks/preprocessing.py [--data ../shared/data/train.jsonl] [--count 5000] [--rounds 2]
+    python benchmarks/preprocessing.py [--data ../shared/data/train.jsonl] [--count 5000] [--longest 950] [--rounds 2]
     python benchmarks/preprocessing.py --data FILE --peer trl=VENV/bin/python --peer llamafactory=VENV/bin/python
     python benchmarks/preprocessing.py --scale 1000 10000 100000 600000
 
 The first form compares, on the same conversations (synthetic ones without `--data`) and SmolLM2's tokenizer:
 
-- `bound`: `encode_batch` of the finished training texts and nothing else, the raw speed of the Rust tokenizer;
+- `bound`: `encode_batch` of the finished training texts and nothing else, the raw speed of the `tokenizers` package;
 - `bound-fast`: the same with `encode_batch_fast`, which keeps no offsets;
 - `agentft`: `prepare_data` without the cache: read, check, divide, tokenise, label, write to disk, map back;
 - `agentft-native`: the same in the native layout (ChatML) instead of the original one;
@@ -24,7 +24,8 @@ The second form runs the peers themselves beside it, see `peer_preprocessing.py`
 agentft to the fastest of them is printed below the table.
 
 The third form prepares synthetic files of growing size and prints cost and peak memory of each, and what it costs to begin
-from the cache that this has filled; `--svg FILE` draws cost and memory.
+from the cache that this has filled; `--svg FILE` draws cost and memory. `peak` is of the process that reads and writes,
+`worker` the largest of those forked from it, most of whose memory is shared with it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,7 @@ def measure_cached(path: Path) -> dict[str, float]:
         figures["count"], figures["tokens"] = run_agentft(path, tokenizer, encoder, cache=True)
         figures |= {f"{prefix}wall": time.perf_counter() - started, f"{prefix}cpu": _cpu() - before}
         figures[f"{prefix}peak"] = _peak()
+        figures[f"{prefix}worker_peak"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return figures
 
 
@@ -263,13 +266,13 @@ def _run(command: list[str], method: str) -> dict[str, float]:
     return figures
 
 
-def compare(data: str | None, count: int, rounds: int, methods: Sequence[str], peers: dict[str, str]) -> None:
+def compare(lines: Iterator[bytes], rounds: int, methods: Sequence[str], peers: dict[str, str]) -> None:
     """Print the table of all methods, and of the peers by the interpreter that has each of them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "conversations.jsonl"
-        path.write_bytes(b"".join(_lines(data, count)))
+        path.write_bytes(b"".join(lines))
         given = sum(1 for _ in path.open("rb"))
-        print(f"{given:,} conversations of {data or 'the synthetic set'}, {os.cpu_count()} cores, {rounds} rounds")
+        print(f"{given:,} conversations, {os.cpu_count()} cores, {rounds} rounds")
         figures = []
         for number in range(rounds):
             of_peers = {}
@@ -307,10 +310,10 @@ def _print_ratios(figures: list[dict[str, dict[str, float]]], ours: list[str], p
         print(f"{method}: {ratios['wall']:.2f} x the fastest peer by wall, {ratios['cpu']:.2f} x by CPU")
 
 
-def _lines(data: str | None, count: int) -> Iterator[bytes]:
+def _lines(data: str | None, count: int, longest: int | None = None) -> Iterator[bytes]:
     if data:
         with Path(data).open("rb") as lines:
-            yield from (line for _, line in zip(range(count), lines, strict=False))
+            yield from islice(lines if longest is None else _not_longer(lines, longest), count)
         return
     from agentft.data.synthetic import generate
 
@@ -318,12 +321,26 @@ def _lines(data: str | None, count: int) -> Iterator[bytes]:
         yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
+def _not_longer(lines: Iterable[bytes], longest: int) -> Iterator[bytes]:
+    """Conversations of at most so many tokens in the original layout."""
+    from agentft.data.records import Origin, read_record
+    from agentft.data.render import MsagentTemplate
+    from agentft.data.tokens import SegmentEncoder, tokenize
+
+    tokenizer = load_tokenizer()
+    template, encoder = MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer)
+    for line in lines:
+        read = read_record(json.loads(line), Origin("", 1))
+        if isinstance(read, tuple) and len(next(tokenize([read[0]], template, encoder))) <= longest:
+            yield line
+
+
 def scale(sizes: list[int], svg: str | None) -> None:
     """Prepare synthetic files of growing size."""
     rows = []
     print(
-        f"{'conversations':>13s} {'MB':>7s} {'CPU-ms each':>12s} {'wall-ms each':>13s} {'peak MB':>8s} {'tokens':>13s} "
-        f"{'from cache: CPU-s':>18s} {'wall-s':>7s}",
+        f"{'conversations':>13s} {'MB':>7s} {'CPU-ms each':>12s} {'wall-ms each':>13s} {'peak MB':>8s} {'worker':>7s} "
+        f"{'tokens':>13s} {'from cache: CPU-s':>18s} {'wall-s':>7s}",
         flush=True,
     )
     for size in sizes:
@@ -336,7 +353,8 @@ def scale(sizes: list[int], svg: str | None) -> None:
             rows.append(row)
             print(
                 f"{size:13,d} {path.stat().st_size / 2**20:7,.0f} {row[1]:12.3f} {1000 * run['wall'] / size:13.3f} "
-                f"{row[2]:8,.0f} {run['tokens']:13,.0f} {run['again_cpu']:18.2f} {run['again_wall']:7.2f}",
+                f"{row[2]:8,.0f} {run['worker_peak'] / 2**20:7,.0f} {run['tokens']:13,.0f} "
+                f"{run['again_cpu']:18.2f} {run['again_wall']:7.2f}",
                 flush=True,
             )
     if svg:
@@ -382,6 +400,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a file of conversations in MSAgent form, one a line")
     parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--longest", type=int, metavar="TOKENS", help="leave longer conversations of --data out")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--scale", type=int, nargs="+", metavar="SIZE")
     parser.add_argument("--svg", metavar="FILE")
@@ -401,7 +420,7 @@ def main() -> None:
     else:
         peers = dict(each.split("=", 1) for each in arguments.peer)
         methods = ["bound", *(method for method in arguments.methods if method != "bound")]
-        compare(arguments.data, arguments.count, arguments.rounds, methods, peers)
+        compare(_lines(arguments.data, arguments.count, arguments.longest), arguments.rounds, methods, peers)
 
 
 if __name__ == "__main__":

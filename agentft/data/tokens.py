@@ -168,7 +168,7 @@ class SegmentEncoder:
         return Draft(name, _chunks(segments), context_rounds)
 
     def encode_chunks(self, chunks: Sequence[Chunk]) -> list[EncodedChunk]:
-        """Ids and kinds of each chunk, with all cores. Other threads of this process run meanwhile."""
+        """Ids and kinds of each chunk. Other threads of this process run meanwhile."""
         found = self._text_ids.encode([chunk.text for chunk in chunks])
         mixed = [(chunk.text, chunk.mixed, ids) for chunk, ids in zip(chunks, found, strict=True) if chunk.mixed]
         runs = iter(self._mixed.kind_runs(mixed))
