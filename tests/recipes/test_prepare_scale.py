@@ -21,22 +21,29 @@ from agentft.recipes.prepare import prepare_data
 config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), sample=int(sys.argv[2]), cache=False)
 tokenizer = byte_tokenizer()
 prepared = prepare_data(config, MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([peak, len(prepared.train), prepared.train.lengths.sum().item()]))
+peak, largest_worker = (
+    resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+)
+print(json.dumps([peak, largest_worker, len(prepared.train), prepared.train.lengths.sum().item()]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", [-1, 1000])
-def test_a_conversation_more_costs_less_than_two_kilobytes(sample, root):
-    (small, few, _), (large, many, tokens) = (prepare(root, count, sample) for count in (2_000, 12_000))
+def test_a_conversation_more_costs_less_than_two_kilobytes_and_a_worker_nothing(sample, root):
+    (small, small_worker, few, _), (large, large_worker, many, tokens) = (
+        prepare(root, count, sample) for count in (4_000, 14_000)
+    )
     assert sample > 0 or many - few > 8_000
     assert tokens > 500 * many
     assert (large - small) / 10_000 < 2_000
+    assert 0 < small_worker < 1.05 * small
+    # Where a sample is taken, workers are forked anew when all has been read, and show what the parent holds by then.
+    assert (large_worker - small_worker) / 10_000 < (500 if sample < 0 else 2_000)
 
 
 def prepare(root: Path, conversations: int, sample: int) -> list[int]:
-    """Peak memory in bytes, examples and tokens of a preparation in a process of its own."""
+    """Peak memory in bytes, of the largest worker too, examples and tokens of a preparation in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(conversations), str(sample)],
         env=os.environ | {"PYTHONPATH": str(root)},
