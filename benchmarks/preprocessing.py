@@ -10,7 +10,8 @@ The first form compares, on the same conversations (synthetic ones without `--da
 - `bound-fast`: the same with `encode_batch_fast`, which keeps no offsets;
 - `agentft`: `prepare_data` without the cache: read, check, divide, tokenise, label, write to disk, map back;
 - `agentft-native`: the same in the native layout (ChatML) instead of the original one;
-- `agentft-fit`: the same, what is too long fitted (`dataset.too_long=fit`) instead of set aside;
+- `agentft-fit`, `agentft-split`: the same, what is too long fitted or spread over several examples (`dataset.too_long`,
+  where `split` is the default) instead of set aside;
 - `one-pass`: the least that can be done: render all, one batched encode, labels from spans; nothing checked;
 - `chat-template`: `apply_chat_template` with the assistant's mask, one call a record;
 - `per-message`: one call of the tokenizer's wrapper for each piece of a record, prompt and answer in turn;
@@ -52,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-OURS = ("bound", "bound-fast", "agentft", "agentft-native", "agentft-fit")
+OURS = ("bound", "bound-fast", "agentft", "agentft-native", "agentft-fit", "agentft-split")
 REBUILT = ("one-pass", "chat-template", "per-message", "segments")
 MAX_LENGTH = 1024
 IGNORE = -100
@@ -205,8 +206,8 @@ def measure(method: str, path: Path) -> dict[str, float]:
         count = len(encode(texts, add_special_tokens=False))
     elif method == "agentft":
         count, tokens = run_agentft(path, tokenizer, encoder)
-    elif method == "agentft-fit":
-        count, tokens = run_agentft(path, tokenizer, encoder, "fit")
+    elif method in ("agentft-fit", "agentft-split"):
+        count, tokens = run_agentft(path, tokenizer, encoder, method.removeprefix("agentft-"))
     elif method == "agentft-native":
         count, tokens = run_agentft(path, tokenizer, encoder, native=True)
     elif method == "one-pass":

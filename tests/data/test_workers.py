@@ -118,8 +118,10 @@ def test_the_handlers_of_the_parent_are_not_those_of_its_workers():
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from agentft.data.workers import Workers
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run as a shell's background job
 
 def work(number):
     with open(sys.argv[1], "a") as file:
