@@ -7,13 +7,13 @@ load, so it fails without the hub even where all files are cached; a copy read a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from agentft.data.block_digest import block_digest
 from agentft.data.records import Origin, Rejection
 from agentft.data.sources import RawRow
 from agentft.errors import DataError
@@ -58,11 +58,7 @@ def digest_modelscope(
     tables = getattr(_load(dataset_id, split, revision, cache_dir), "cache_files", None)
     if not tables:
         return None
-    digests: list[str] = []
-    for table in tables:
-        with Path(table["filename"]).open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests
+    return [block_digest(Path(table["filename"])) for table in tables]
 
 
 def _read(dataset_id: str, split: str, revision: str, cache_dir: str | None, weight: float) -> Iterator[RawRow]:

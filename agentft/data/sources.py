@@ -9,7 +9,6 @@ Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from agentft.data.block_digest import block_digest
 from agentft.data.files import READABLE_SUFFIXES, FileFlaw, data_suffix, read_file
 from agentft.data.forms import Form
 from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
@@ -198,7 +198,7 @@ def unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
 
 
 def digest_local(paths: str | Path | LocalSource | Sequence[str | Path | LocalSource]) -> list[list[Any]]:
-    """What `read_local` would read, by name and sha256, in its order; files that it would skip or refuse by their name."""
+    """What `read_local` would read, by name and digest, in its order; files that it would skip or refuse by their name."""
     given = [paths] if isinstance(paths, (str, Path, LocalSource)) else paths
     found: list[list[Any]] = []
     for source in given:
@@ -206,14 +206,9 @@ def digest_local(paths: str | Path | LocalSource | Sequence[str | Path | LocalSo
         report = ReadReport()
         for file in folder_files(path, report) if path.is_dir() else [path]:
             flaw = unsafe_in_folder(file, path) if file is not path else None
-            found.append([str(file), flaw or (_digest(file) if file.is_file() else None)])
+            found.append([str(file), flaw or (block_digest(file) if file.is_file() else None)])
         found.append([str(path), report.skipped_files])
     return found
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_conversations(

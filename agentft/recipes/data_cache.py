@@ -20,13 +20,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agentft.data.block_digest import block_digest
 from agentft.errors import DataError
-from agentft.model.cache import cache_root, file_digest
+from agentft.model.cache import cache_root
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def open_cache(limit_gb: float) -> DataCache | None:
 def _seal(folder: Path, ingredients: dict[str, Any]) -> int:
     """Write the manifest over the files that are there; returns their bytes."""
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in sorted(folder.iterdir())
+        file.name: {"bytes": file.stat().st_size, "digest": block_digest(file)} for file in sorted(folder.iterdir())
     }
     made = time.strftime("%Y-%m-%d %H:%M:%S")
     (folder / _MANIFEST).write_text(
@@ -185,11 +185,9 @@ def _checked(folder: Path) -> dict[str, Any]:
             raise _DamagedError(f"{name} is gone")
         if file.stat().st_size != expected["bytes"]:
             raise _DamagedError(f"{name} has {file.stat().st_size:,} bytes, expected {expected['bytes']:,}")
-    names = list(manifest["files"])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, digest in zip(names, pool.map(file_digest, [folder / name for name in names]), strict=True):
-            if digest != manifest["files"][name]["sha256"]:
-                raise _DamagedError(f"{name} holds other bytes than were written")
+    for name, expected in manifest["files"].items():
+        if block_digest(folder / name) != expected["digest"]:
+            raise _DamagedError(f"{name} holds other bytes than were written")
     return manifest
 
 
