@@ -100,9 +100,10 @@ _work: Callable[[Any], Any] | None = None
 def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
-    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):  # the parent's handlers are for the parent
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    # Sent to all processes of a job they ask the parent to end its work, and so its workers'; its handlers are for it alone.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends what is left of it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     gc.freeze()  # a collection would touch, and so copy, every page that is shared with the parent
     _die_with(parent)
