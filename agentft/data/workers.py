@@ -66,6 +66,7 @@ class Workers:
             while waiting:
                 yield _next(waiting)
         except BrokenProcessPool as error:
+            _kill(pool)  # those that are left ignore the SIGTERM by which the pool would end them
             raise DataError(
                 "a process that prepares data was killed, by want of memory perhaps; dataset.workers=1 needs the least"
             ) from error
@@ -93,6 +94,11 @@ def _forked(work: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
     )
 
 
+def _kill(pool: Executor) -> None:
+    for process in list((getattr(pool, "_processes", None) or {}).values()):
+        process.kill()
+
+
 _work: Callable[[Any], Any] | None = None
 """Of a forked process."""
 
@@ -101,9 +107,9 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
     # Sent to all processes of a job they ask the parent to end its work, and so its workers'; its handlers are for it alone.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    # One that died while it writes a result would leave the parent waiting for the rest of it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends what is left of it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     gc.freeze()  # a collection would touch, and so copy, every page that is shared with the parent
     _die_with(parent)
