@@ -18,6 +18,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from agentft.errors import DataError
@@ -31,6 +32,8 @@ MOST_PROCESSES = 8
 log = logging.getLogger(__name__)
 
 _THREADS = 2
+_PATIENCE = 2.0
+"""Seconds without a result after which it is looked whether all processes live."""
 _BATCHES_AHEAD = 3
 """Batches a thread or process."""
 
@@ -57,14 +60,14 @@ class Workers:
             for number, batch in enumerate(batches):
                 if number and not ready and (ready := self.ready()) and self.processes > 1:
                     while waiting:  # a thread at work could hold a lock, which would stay locked in a fork
-                        yield _next(waiting)
+                        yield _next(waiting, pool)
                     pool.shutdown()
                     pool, do, ahead = _forked(work, self.processes), _do, _BATCHES_AHEAD * self.processes
                 waiting.append((batch, pool.submit(do, batch)))
                 if len(waiting) > ahead:
-                    yield _next(waiting)
+                    yield _next(waiting, pool)
             while waiting:
-                yield _next(waiting)
+                yield _next(waiting, pool)
         except BrokenProcessPool as error:
             _kill(pool)  # those that are left ignore the SIGTERM by which the pool would end them
             raise DataError(
@@ -83,9 +86,17 @@ def process_count(asked: int) -> int:
     return asked or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
 
-def _next(waiting: deque[tuple[B, Future[R]]]) -> tuple[B, R]:
+def _next(waiting: deque[tuple[B, Future[R]]], pool: Executor) -> tuple[B, R]:
     batch, future = waiting.popleft()
-    return batch, future.result()
+    while True:
+        try:
+            return batch, future.result(timeout=_PATIENCE)
+        except TimeoutError:
+            if future.done():
+                raise
+            # The pool does not see a process that died while it wrote: it waits for the rest of the result.
+            if not all(process.is_alive() for process in _processes(pool)):
+                raise BrokenProcessPool("a process died while it wrote a result") from None
 
 
 def _forked(work: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
@@ -94,9 +105,16 @@ def _forked(work: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
     )
 
 
+def _processes(pool: Executor) -> list[BaseProcess]:
+    return list((getattr(pool, "_processes", None) or {}).values())
+
+
 def _kill(pool: Executor) -> None:
-    for process in list((getattr(pool, "_processes", None) or {}).values()):
+    for process in _processes(pool):
         process.kill()
+    results = getattr(pool, "_result_queue", None)
+    if results is not None:
+        results._writer.close()  # the last end to write to: who still reads finds that nothing more will come
 
 
 _work: Callable[[Any], Any] | None = None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def die(number: int) -> int:
 def test_a_killed_process_is_an_error_in_words():
     with pytest.raises(DataError, match=r"was killed, by want of memory perhaps; dataset\.workers=1"):
         list(Workers(2, always).in_order(die, range(50)))
+
+
+def die_while_writing(number: int) -> bytes:
+    if number == 3:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(300_000_000)
+    return b""
+
+
+@linux
+def test_a_process_killed_while_it_writes_a_result_is_an_error_too():
+    with pytest.raises(DataError, match="was killed"):
+        list(Workers(2, always).in_order(die_while_writing, range(50)))
 
 
 def ask_for_signals(_: int) -> list[str]:
