@@ -262,7 +262,7 @@ def _chunks(segments: Iterable[Segment]) -> list[Chunk]:
             chunks.append(_join(joined, fate))
             joined = []
         if segment.special:
-            chunks.append(Chunk(True, None if own is None or segment.history else segment.kind, segment.text))
+            chunks.append(Chunk(True, segment.kind if segment.trained else None, segment.text))
         else:
             fate = own
             joined.append(segment)
@@ -273,7 +273,7 @@ def _chunks(segments: Iterable[Segment]) -> list[Chunk]:
 
 def _join(segments: list[Segment], fate: Kind | None) -> Chunk:
     first = segments[0]
-    trained = None if fate is None or first.history else first.kind
+    trained = first.kind if first.trained else None
     if len(segments) == 1:
         return Chunk(False, trained, first.text)
     text = "".join([segment.text for segment in segments])
