@@ -174,3 +174,15 @@ def test_no_text_becomes_markup_and_a_page_needs_nothing_else(page):
     assert not re.search(r"<script>alert|https?://|\bsrc=|@import|url\(", text)
     text.encode()
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", text)
+
+
+def test_no_template_and_no_module_but_one_can_put_markup_on_a_page(root):
+    """A text becomes markup only where somebody says so: nobody does, but for our own style sheets and scripts."""
+    for template in (root / "agentft" / "comparison" / "templates").glob("*.j2"):
+        assert not re.search(r"\|\s*safe\b|autoescape", template.read_text(encoding="utf-8")), template
+    marking = {
+        path.name
+        for path in (root / "agentft").rglob("*.py")
+        if re.search(r"Markup\(|</(html|p|div|span|section|table|td|svg)>", path.read_text(encoding="utf-8"))
+    }
+    assert marking == {"render.py"}
