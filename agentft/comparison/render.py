@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -26,8 +28,6 @@ def visible(text: str) -> str:
 
 def render_page(name: str, **values: Any) -> str:
     """Return the page `name` with `values` in its template; any text of theirs is shown as text, never as markup."""
-    from markupsafe import Markup
-
     # Our own files, and the only markup that does not come out of a template.
     style, script = (Markup((_TEMPLATES / f"{name}.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
     return _environment().get_template(f"{name}.html.j2").render(style=style, script=script, **values)
@@ -50,7 +50,9 @@ def _environment() -> Environment:
 
 def _shown(value: Any) -> Any:
     """Return what a template writes, markup as markup, with every character to be seen."""
-    return type(value)(visible(value)) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return Markup(visible(value)) if isinstance(value, Markup) else visible(value)
 
 
 def _sign(found: re.Match[str]) -> str:
