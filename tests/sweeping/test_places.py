@@ -162,7 +162,7 @@ def test_an_unknown_place_and_no_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match="place=moon"):
         read_options("moon", {})
     with pytest.raises(ConfigError, match="slots=0"):
-        read_options("slurm", {"slots": 0}).make_slots(3)
+        read_options("slurm", {"slots": 0})
     assert len(SlurmOptions().make_slots(12)) == 12, "waiting is the queue's work"
 
 
