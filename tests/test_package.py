@@ -85,7 +85,7 @@ def test_the_wheel_holds_every_module_config_and_data_file(wheel: Path):
 def test_the_source_distribution_holds_every_data_file(source: Path, tmp_path: Path):
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code, cwd=source)
-    (made,) = tmp_path.glob("agentft-*.tar.gz")
+    (made,) = tmp_path.glob("agentft_hydra-*.tar.gz")
     with tarfile.open(made) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {str(file.relative_to(ROOT)) for file in DATA} <= names
