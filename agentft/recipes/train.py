@@ -127,9 +127,8 @@ def _conclude(error: BaseException, run: RunFolder, world: World) -> None:
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_exam(config.evaluation)
-    plan = check_memory(config)
-    estimate = plan.estimate
     with world.at_work("preparing data and model"):
+        plan = check_memory(config)
         bench = set_up_bench(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
     engine = set_up_engine(config, bench, world, checkpointing=world.broadcast(plan.checkpointing))
@@ -144,7 +143,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             "dtype": str(bench.dtype).removeprefix("torch."),
             "model_fingerprint": bench.files.fingerprint,
             "model_commit": bench.files.commit,
-            "estimated_memory_bytes": estimate and estimate.total,
+            "estimated_memory_bytes": plan.estimate and plan.estimate.total,
             "data_fingerprint": bench.data.fingerprint,
             "run_id": run_id(config),
         },
