@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentft.errors import AgentftError, ConfigError
+from agentft.progress import outlive_console
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         AgentftError: what the training raises, or settings that cannot be read.
     """
+    outlive_console()
     parser = argparse.ArgumentParser(prog="python -m agentft.worker", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, help="resolved configuration, as in a run folder")
     parser.add_argument(
