@@ -18,6 +18,7 @@ from pathlib import Path
 
 from agentft.errors import AgentftError, ConfigError
 from agentft.progress import outlive_console
+from agentft.signals import StopSignal, StopSignals
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,9 +42,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(
             "--config <file> is needed, and settings belong to --write; see python -m agentft.worker --help"
         )
-    from agentft.recipes.train import train_rank
+    with StopSignals() as signals, signals.deferred():
+        from agentft.recipes.train import train_rank
 
-    train_rank(given.config.read_text(encoding="utf-8"))
+        with signals.at_once():
+            train_rank(given.config.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, settings: Sequence[str]) -> None:
@@ -60,3 +63,6 @@ if __name__ == "__main__":
     except AgentftError as error:
         sys.stderr.write(f"agentft.worker: {error}\n")
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except StopSignal as stop:
+        sys.stderr.write(f"agentft.worker: {stop}\n")
+        raise SystemExit(stop.exit_code) from None
