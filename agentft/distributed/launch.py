@@ -25,7 +25,7 @@ from agentft.distributed.config import DistributedConfig
 from agentft.distributed.failures import RankFailure, explain, read_failures
 from agentft.distributed.hang import HangWatch
 from agentft.distributed.places import Places
-from agentft.distributed.stops import as_stop, obeying, start_server, telling
+from agentft.distributed.stops import GAVE_UP, as_stop, obeying, start_server, telling
 from agentft.errors import RankError
 from agentft.runtime import available_cores
 from agentft.secrets import redact_text
@@ -87,7 +87,11 @@ def start_ranks(
     if places.nnodes > 1:
         # A store of its own for every attempt: the agents of several machines count attempts differently.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with _marks() as marks, telling(marks, machines=places.nnodes), HangWatch(marks, config.timeout) as watch:
+    with (
+        _marks() as marks,
+        telling(marks, machines=places.nnodes) as signals,
+        HangWatch(marks, config.timeout) as watch,
+    ):
         start_server(
             [entry.__module__]
         )  # torch is loaded once, by the server that all ranks of this machine are forked from
@@ -96,6 +100,8 @@ def start_ranks(
         try:
             results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
         except ChildFailedError as error:
+            if all(failure.exitcode == GAVE_UP for failure in error.failures.values()):
+                signals.raise_if_requested()
             failures = read_failures(marks)
             for rank, failure in error.failures.items():
                 failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))

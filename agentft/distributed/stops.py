@@ -24,7 +24,12 @@ from agentft.signals import STOPS, StopSignal, StopSignals, die_with
 AGENT_VARIABLE = "AGENTFT_AGENT_PID"
 """Read by `agentft.distributed.server` in the server that ranks are forked from."""
 
+GAVE_UP = 75
+"""Exit code of a rank that could not end by itself."""
+
 _WORD = "stop"
+_LEFT = "left"
+"""A rank has stopped: another one that waits for it where Python hears no signal would wait for ever."""
 _LISTEN_SECONDS = 0.2
 _LAST_SECONDS = 5.0
 """What a rank has to say what it saw, once torch's agent ends it since another one has failed."""
@@ -46,7 +51,7 @@ def start_server(preload: Sequence[str]) -> None:
 
 
 @contextmanager
-def telling(marks: Path, *, machines: int) -> Iterator[None]:
+def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
     """Pass a stop signal of this process on to its ranks; they end by themselves, and a second Ctrl-C ends them at once.
 
     Raises:
@@ -60,7 +65,7 @@ def telling(marks: Path, *, machines: int) -> Iterator[None]:
 
     with StopSignals.shared() as signals, signals.deferred(tell):
         signals.raise_if_requested()
-        yield
+        yield signals
 
 
 @contextmanager
@@ -70,11 +75,13 @@ def obeying(agent: int, marks: Path) -> Iterator[StopSignals]:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     done = threading.Event()
     with StopSignals() as signals:
-        threading.Thread(target=_listen, args=(agent, marks / _WORD, done), name="stops", daemon=True).start()
+        threading.Thread(target=_listen, args=(agent, marks, signals, done), name="stops", daemon=True).start()
         try:
             yield signals
         finally:
             done.set()
+            if signals.is_requested():
+                (marks / _LEFT).touch()
 
 
 def as_stop(error: BaseException) -> BaseException:
@@ -88,15 +95,17 @@ def as_stop(error: BaseException) -> BaseException:
         return error if signals.requested is None else StopSignal(signals.requested)
 
 
-def _listen(agent: int, word: Path, done: threading.Event) -> None:
+def _listen(agent: int, marks: Path, signals: StopSignals, done: threading.Event) -> None:
     """Wait for the agent's word; and for the SIGTERM by which torch's agent ends a rank when another one has failed."""
     told, end = False, float("inf")
     while True:
         if _is_ended_by(agent):
             end = min(end, time.monotonic() + (0.0 if done.is_set() else _LAST_SECONDS))
-        number, insists = _read(word)
+        if told and not signals.is_requested() and end == float("inf") and (marks / _LEFT).exists():
+            end = time.monotonic() + _LAST_SECONDS
+        number, insists = _read(marks / _WORD)
         if insists or time.monotonic() >= end:
-            os._exit(1)
+            os._exit(GAVE_UP)
         if number and not told and not done.is_set():
             told = True
             _thread.interrupt_main(signal.Signals(number))  # as if it had come from outside
