@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, Self
@@ -96,6 +96,10 @@ class StopSignals:
     def is_requested(self) -> bool:
         """Whether a signal has come."""
         return self.requested is not None
+
+    def agree(self, heard: Iterable[signal.Signals | None]) -> None:
+        """Take over what another process of the job has heard, where this one has heard nothing yet."""
+        self.requested = self.requested or next((number for number in heard if number is not None), None)
 
     def raise_if_requested(self, words: str = "") -> None:
         """Raise the `StopSignal` that was noted while signals were deferred; `words` say what was done about it."""

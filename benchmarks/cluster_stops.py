@@ -4,10 +4,10 @@
     python benchmarks/cluster_stops.py --trials 10 --ledger stops.jsonl ten; begun again, it goes on where it was
 
 Kinds: `limit` is the batch script of docs/reliability.md (`--signal=USR1`, `--requeue`), whose end is moved close once it
-trains; `scancel` the same script; `ctrl-c` an `srun` in a terminal, where SLURM wants the keys twice within a second. Shapes:
-one process, two ranks of ddp on one machine, two machines with a rank each. A stop is saved if the newest checkpoint is whole,
-the run says `stopped` and which step is saved, and nothing printed a traceback; after a limit SLURM must have the job in its
-queue again.
+trains; `scancel` the same script; `ctrl-c` an `srun --pty` in a terminal (without `--pty` SLURM wants the keys twice, and
+kills half a second later: nobody could save). Shapes: one process, two ranks of ddp on one machine, two machines with a rank
+each. A stop is saved if the newest checkpoint is whole, the run says `stopped` and which step is saved, and nothing printed a
+traceback; after a limit SLURM must have the job in its queue again.
 
 Without a SLURM on the path, or a cluster that the scripts of --cluster can start (as root), it says so and does nothing.
 """
@@ -87,7 +87,16 @@ def trial(cluster: Cluster, kind: str, shape: str, folder: Path, draw: random.Ra
     """Start a job, stop it at a random moment of its training, and return what is wrong; empty: saved."""
     resources, settings = SHAPES[shape]
     run, said = folder / "run", folder / "said"
-    program = ["srun", *resources, sys.executable, str(ROOT / "train.py"), *JOB, *settings, f"run_dir={run}"]
+    program = [
+        "srun",
+        *(["--pty"] if kind == "ctrl-c" else []),
+        *resources,
+        sys.executable,
+        str(ROOT / "train.py"),
+        *JOB,
+        *settings,
+        f"run_dir={run}",
+    ]
     steps = draw.randrange(1, 12)
 
     def trains() -> bool:
@@ -99,17 +108,15 @@ def trial(cluster: Cluster, kind: str, shape: str, folder: Path, draw: random.Ra
             os.chdir(ROOT)
             os.execvp((cluster.prefix + program)[0], [*cluster.prefix, *program])
         with said.open("wb") as out:
-            began = time.monotonic()
-            pressed = 0
+            began, pressed = time.monotonic(), False
             while os.waitpid(pid, os.WNOHANG)[0] == 0:
                 if time.monotonic() - began > PATIENCE:
                     os.kill(pid, 9)
                 if _readable(terminal):
                     out.write(_read(terminal))
-                if pressed < 2 and trains():
-                    pressed += 1
+                if not pressed and trains():
+                    pressed = True
                     os.write(terminal, b"\x03")
-                    time.sleep(0.3)
             while _readable(terminal) and (more := _read(terminal)):
                 out.write(more)
         os.close(terminal)

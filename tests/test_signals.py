@@ -91,6 +91,15 @@ def test_whoever_passes_a_signal_on_is_told_the_first_and_a_person_who_insists()
     assert told == [(signal.SIGINT, False), (signal.SIGINT, True)]
 
 
+def test_what_another_rank_has_heard_counts_here_and_comes_but_once():
+    with StopSignals() as signals:
+        with signals.deferred():
+            signals.agree([None, signal.SIGUSR1])
+        with pytest.raises(StopSignal, match="stopped by SIGUSR1, saved"):
+            signals.raise_if_requested(", saved")
+        os.kill(os.getpid(), signal.SIGUSR1)  # the word, come late, which must not disturb the end
+
+
 def test_a_stop_passes_from_a_rank_to_its_agent_as_it_is():
     stop = pickle.loads(pickle.dumps(StopSignal(signal.SIGUSR1, " after step 3")))
     assert (str(stop), stop.exit_code) == ("stopped by SIGUSR1 after step 3", 138)

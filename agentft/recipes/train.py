@@ -294,10 +294,9 @@ def _fit(
     )
     with signals.deferred():
         outcome = train_model(job)
-    # Told at different moments, of several machines not all, ranks leave together.
-    if asked := [number for number in engine.world.gather(signals.requested) if number is not None]:
-        steps = f"{outcome.counters.step} of {plan.total_steps}"
-        raise StopSignal(asked[0], f" after step {steps}, which is saved; run_dir={run.path} goes on from there")
+        signals.agree(engine.world.gather(signals.requested))  # told at different moments, ranks leave together
+    steps = f"{outcome.counters.step} of {plan.total_steps}"
+    signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} goes on from there")
     if outcome.paused:
         # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run goes on.
         run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=watch.loss())
