@@ -2,7 +2,8 @@
 
 import os
 
-from agentft.distributed.stops import AGENT_VARIABLE
+from agentft.distributed.stops import AGENT_VARIABLE, SERVER_VARIABLE
 from agentft.signals import die_with
 
+os.environ[SERVER_VARIABLE] = str(os.getpid())
 die_with(int(os.environ[AGENT_VARIABLE]))

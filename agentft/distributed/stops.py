@@ -19,10 +19,12 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 from agentft.distributed.failures import tells_of_a_loss
+from agentft.distributed.hang import kill_ranks, read_marks
 from agentft.signals import STOPS, StopSignal, StopSignals, die_with
 
 AGENT_VARIABLE = "AGENTFT_AGENT_PID"
-"""Read by `agentft.distributed.server` in the server that ranks are forked from."""
+SERVER_VARIABLE = "AGENTFT_SERVER_PID"
+"""Read and set by `agentft.distributed.server` in the server that ranks are forked from."""
 
 GAVE_UP = 75
 """Exit code of a rank that could not end by itself."""
@@ -59,7 +61,9 @@ def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
     """
 
     def tell(number: signal.Signals, insists: bool) -> None:
-        (marks / _WORD).write_text(f"{int(number)} {int(insists)}\n", encoding="ascii")
+        (marks / _WORD).write_text(f"{int(number)}\n", encoding="ascii")
+        if insists:
+            kill_ranks(read_marks(marks))
         if machines > 1 and not any(marks.glob("rank-*")):
             raise StopSignal(number, " before the machines had met")
 
@@ -71,7 +75,7 @@ def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
 @contextmanager
 def obeying(agent: int, marks: Path) -> Iterator[StopSignals]:
     """In a rank: end with the server that it was forked from, and stop when the process `agent` says so in `marks`."""
-    die_with(os.getppid())
+    die_with(int(os.environ.get(SERVER_VARIABLE, os.getppid())))
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     done = threading.Event()
     with StopSignals() as signals:
@@ -103,9 +107,9 @@ def _listen(agent: int, marks: Path, signals: StopSignals, done: threading.Event
             end = min(end, time.monotonic() + (0.0 if done.is_set() else _LAST_SECONDS))
         if told and not signals.is_requested() and end == float("inf") and (marks / _LEFT).exists():
             end = time.monotonic() + _LAST_SECONDS
-        number, insists = _read(marks / _WORD)
-        if insists or time.monotonic() >= end:
+        if time.monotonic() >= end:
             os._exit(GAVE_UP)
+        number = _read(marks / _WORD)
         if number and not told and not done.is_set():
             told = True
             _thread.interrupt_main(signal.Signals(number))  # as if it had come from outside
@@ -120,10 +124,9 @@ def _is_ended_by(agent: int) -> bool:
     return info is not None and info.si_pid == agent
 
 
-def _read(word: Path) -> tuple[int, bool]:
-    """Return the signal's number, 0 where none came, and whether a person insists."""
+def _read(word: Path) -> int:
+    """Return the signal's number; 0 where none came."""
     try:
-        number, insists = word.read_text(encoding="ascii").split()
+        return int(word.read_text(encoding="ascii"))
     except (OSError, ValueError):  # none yet, or it is just being written
-        return 0, False
-    return int(number), insists == "1"
+        return 0
