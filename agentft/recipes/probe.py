@@ -36,10 +36,10 @@ from agentft.training.loss import LabelledLoss, packed_arguments
 
 log = logging.getLogger(__name__)
 
-LENGTHS = (20, 13)
+LENGTHS = (16, 9)
 """Tokens of the two texts."""
 
-NEW = 4
+NEW = 3
 """Tokens that are generated after the first of them, in place of as many of its own."""
 
 _NEAR = 2e-3
@@ -77,7 +77,7 @@ class Stock:
     ending: tuple[Example, Example]
     """The texts with another last token."""
     logits: tuple[torch.Tensor, torch.Tensor]
-    """Of each text alone, `[T, V]`, fp32."""
+    """Of each text, `[T, V]`, fp32."""
     generated: list[int]
     """What `generate` says after the first text without its last `NEW` tokens; empty where it fails."""
     noise: float
@@ -102,14 +102,12 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
             changed = (_changed(causal, first, 0), _changed(causal, second, 0))
             ending = (_changed(causal, first, LENGTHS[0] - 1), _changed(causal, second, LENGTHS[1] - 1))
             take_attention(model, "eager")
-            logits = tuple(_own(model, collate([each], pad_id))[0] for each in (first, second))
-            beside, other = (_own(model, collate([first, each], pad_id))[0] for each in (second, changed[1]))
-            ended = _own(model, collate([ending[0]], pad_id))[0]
+            spoken, other = (_own(model, collate([first, *more], pad_id)) for more in ([second, ending[0]], [*changed]))
         except Exception as error:
             raise ModelError(f"{_name(model)}: transformers' own forward pass fails ({_words(error)})") from error
-        noise = _moved(beside, other)
-        future = _moved(logits[0][:-1], ended[:-1])
-        if not future <= max(_NOISE * noise, _tolerance(logits[0].new_zeros(1)) * float(logits[0].std())):
+        noise = _moved(spoken[0], other[0])
+        future = _moved(spoken[0, :-1], spoken[2, :-1])
+        if not future <= max(_NOISE * noise, _tolerance(next(model.parameters())) * float(spoken[0].std())):
             raise ModelError(
                 f"{_name(model)}: changing the last token moves by {future:.2g} what transformers' own code says before it; "
                 "a model that sees what it is to predict cannot be trained so"
@@ -120,7 +118,8 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
             log.debug("%s: generate fails (%s)", _name(model), _words(error))
             generated = []
         take_attention(model, before)
-    return Stock((first, second), changed, ending, (logits[0], logits[1]), generated, noise)
+    logits = (spoken[0], spoken[1, : LENGTHS[1]])
+    return Stock((first, second), changed, ending, logits, generated, noise)
 
 
 def probe(stock: Stock, objective: LabelledLoss, attention: str, *, pad_id: int, asked: bool) -> Ways:
@@ -144,6 +143,8 @@ class _Probe:
     objective: LabelledLoss
     pad_id: int
     left: list[str] = field(default_factory=list)
+    own: torch.Tensor = field(init=False)
+    """The logits of the model's forward pass under the attention that is being tried, `[B, T, V]`."""
 
     @property
     def model(self) -> nn.Module:
@@ -199,18 +200,17 @@ class _Probe:
     def _try_attention(self, name: str) -> None:
         if (kept := take_attention(self.model, name)) != name:
             raise _DiffersError(f"the model's own code knows {kept} alone")
-        whole, ended = (
-            _own(self.model, collate(each, self.pad_id)) for each in (self.stock.examples, self.stock.ending)
-        )
+        examples, ending = self.stock.examples, self.stock.ending
+        self.own, ended = (_own(self.model, collate(each, self.pad_id)) for each in (examples, ending))
         for row, length in enumerate(LENGTHS):
             self._unmoved(
-                "changing the last token moves earlier logits", *(x[row, : length - 1] for x in (whole, ended))
+                "changing the last token moves earlier logits", *(x[row, : length - 1] for x in (self.own, ended))
             )
-            self._near(whole[row, :length], row)
+            self._near(self.own[row, :length], row)
 
     def _try_head(self) -> None:
-        batch = collate(self.stock.examples, self.pad_id)
-        self._unmoved("the model changes what its head says", _own(self.model, batch), _by_head(self.model, batch))
+        by_head = _by_head(self.model, collate(self.stock.examples, self.pad_id))
+        self._unmoved("the model changes what its head says", self.own, by_head)
         self._try_loss()
 
     def _try_loss(self) -> None:
@@ -239,18 +239,20 @@ class _Probe:
         rows = RowModel(self.model)
         histories = [rows.history(LENGTHS[0]) for _ in range(3)]
 
-        def begin(one: Sequence[int], other: Sequence[int], history: History) -> torch.Tensor:
-            asked = [Row(histories[0], 0, one, range(cut)), Row(history, 0, other, range(LENGTHS[1]))]
-            return rows.logits(asked).float()
+        def begin(other: Sequence[int], history: History) -> tuple[torch.Tensor, torch.Tensor]:
+            # What carries over a border carries forward, so that the first text lies behind the other.
+            asked = [Row(history, 0, other, range(LENGTHS[1])), Row(histories[0], 0, begun, range(cut))]
+            logits_NV = rows.logits(asked).float()
+            return logits_NV[: LENGTHS[1]], logits_NV[LENGTHS[1] :]
 
         begun = first.input_ids[:cut].tolist()
         with rows.attached():
-            moved = begin(begun, self.stock.changed[1].input_ids.tolist(), histories[2])
-            whole = begin(begun, second.input_ids.tolist(), histories[1])
-            self._unmoved("an answer beside it moves logits", whole[:cut], moved[:cut])
+            _, moved = begin(self.stock.changed[1].input_ids.tolist(), histories[2])
+            other, own = begin(second.input_ids.tolist(), histories[1])
+            self._unmoved("an answer beside it moves logits", own, moved)
             more = rows.logits([Row(histories[0], cut, first.input_ids[cut:].tolist(), range(NEW))]).float()
-            self._near(torch.cat([whole[:cut], more]), 0)
-            self._near(whole[cut:], 1)
+            self._near(torch.cat([own, more]), 0)
+            self._near(other, 1)
             if self.stock.generated:
                 ids = [begun[-1], *self.stock.generated[:-1]]
                 said = rows.logits([Row(histories[0], cut - 1, ids, range(len(ids)))]).float()
