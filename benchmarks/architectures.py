@@ -73,7 +73,12 @@ OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_attention_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2, "attention_head_dim": 32},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32, "mamba_headdim": 16},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 32,
+        "mamba_headdim": 16,
+        "mamba_expand": 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """What the sizes alone do not settle: layers of both kinds where a model has two, and numbers that must fit each other."""
@@ -89,7 +94,7 @@ def small_model(kind: str, dtype: torch.dtype) -> Any:
     config = type(whole().get_text_config(decoder=True))
     settings = config().to_dict()
     renamed = set(getattr(config, "attribute_map", {}))
-    known = {name for name in dir(config) if not name.startswith("_")} | set(settings) | set(_fields(config))
+    known = set(settings) | set(getattr(config, "__dataclass_fields__", {}))
     given: dict[str, Any] = {name: size for name, size in SMALL.items() if name in known and name not in renamed}
     if "kv_lora_rank" in known:
         given["num_key_value_heads"] = 4
@@ -111,13 +116,11 @@ _MAY_BE_NONE = (
     "num_key_value_heads",
     "rotary_dim",
     "n_shared_experts",
+    "num_experts_per_tok",
+    "n_routed_experts",
     "linear_num_key_heads",
     "linear_num_value_heads",
 )
-
-
-def _fields(config: Any) -> list[str]:
-    return list(getattr(config, "__dataclass_fields__", {}))
 
 
 def _build(whole: Any, small: Any, dtype: torch.dtype) -> Any:
