@@ -28,7 +28,6 @@ from agentft.model.hub import FetchedModel, download_huggingface, download_model
 from agentft.model.hub_clients import HuggingFace, ModelScope
 from agentft.model.liger import INSTALL as LIGER_INSTALL
 from agentft.model.liger import LigerKernels, load_liger
-from agentft.model.light_imports import compiler_put_off
 from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
@@ -259,15 +258,14 @@ def load_model(
     disable_progress_bar()
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}
     try:
-        with compiler_put_off():
-            model = AutoModelForCausalLM.from_pretrained(
-                files.folder,
-                dtype=dtype or "auto",
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=None if config.allow_pickle else True,
-                **quantized,
-            )
+        model = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            **quantized,
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
     # Packed or padded training rows must never meet a cache; generation passes its own.
