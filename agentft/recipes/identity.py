@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentft.data.batches import StepPlan
+from agentft.model.attention import attention_of
 from agentft.model.causal import causal_model
 from agentft.model.config import KernelChoice, QloraConfig, SftConfig
 from agentft.model.liger import LigerKernels
@@ -33,7 +34,7 @@ def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 
         "tokenizer": tokenizer_fingerprint(bench.tokenizer),
         "sft_type": asdict(config.sft_type),
         "dtype": str(bench.dtype),
-        "attention": causal_model(bench.model).config._attn_implementation,
+        "attention": attention_of(causal_model(bench.model)),
         "kernels": str(kernels_of(bench.kernels)),
         "seed": config.seed,
         "engine": config.distributed.name,
