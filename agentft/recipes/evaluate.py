@@ -297,7 +297,7 @@ def _by_vllm(
             options=settings.vllm_arguments(),
         )
         engine = VllmEngine(model, bench.tokenizer, stop_id=bench.stop_id, max_new_tokens=settings.max_new_tokens)
-        changes = {"engine": "vllm", "version": engine.version, "options": dict(model.options)}
+        changes = {"version": engine.version, "options": dict(model.options)}
         yield Candidate(engine, own.identity | changes)
 
 
