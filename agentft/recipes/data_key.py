@@ -21,8 +21,8 @@ from typing import Any
 from agentft.data.config import DatasetConfig
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder
-from agentft.recipes.config import deciding
 from agentft.recipes.rows import source_digests
+from agentft.settings import affects
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("tokenizers", "fastokens", "pyarrow", "zstandard", "datasets", "modelscope")
@@ -50,8 +50,9 @@ def key_ingredients(config: DatasetConfig, template: Template, encoder: SegmentE
     sources = source_digests(config)
     if sources is None:
         return None
-    settings = deciding(_plain(config), "dataset.")
-    del settings["name"]  # the same settings by another name give the same data
+    nothing = {name for name, what in affects(DatasetConfig).items() if what == "nothing"}
+    # The same settings by another name give the same data.
+    settings = {name: value for name, value in _plain(config).items() if name not in nothing | {"name"}}
     return {
         "sources": sources,
         "settings": settings,
