@@ -16,7 +16,7 @@ def main() -> int:
 
     def run(config: AuditConfig) -> float:
         # Imported here: composing, refusing a typo and --help must not wait for the tokenizer's library.
-        from agentft.recipes.audit import audit
+        from agentft.audits.audit import audit
 
         result = audit(config)
         verdicts.append(result.passed)

@@ -18,9 +18,9 @@ from agentft.comparison.ranking import Ranking, rank
 from agentft.comparison.runs import read_runs
 from agentft.comparison.tables import csv_text, markdown, rich_table
 from agentft.errors import AgentftError, RunError
-from agentft.outfile import write_out
 from agentft.progress import outlive_console
 from agentft.runs import RunFolder
+from agentft.strict_json import write_out
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,9 +19,9 @@ from typing import Any
 
 from agentft.errors import AgentftError, ConfigError, RunError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
-from agentft.outfile import write_out
 from agentft.progress import outlive_console
 from agentft.secrets import redact_text
+from agentft.strict_json import write_out
 from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
 
 AFTER = "after"

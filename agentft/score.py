@@ -18,14 +18,7 @@ from typing import Any
 
 from agentft.errors import EvaluationError
 from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
-from agentft.evaluation.metrics import (
-    EvaluationReport,
-    Metric,
-    StepRecord,
-    aggregate,
-    read_offered_tool,
-    score_records,
-)
+from agentft.evaluation.metrics import EvaluationReport, Metric, StepRecord, aggregate, read_offered_tool, score_records
 from agentft.progress import outlive_console
 
 _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {

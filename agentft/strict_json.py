@@ -1,4 +1,4 @@
-"""JSON that any reader takes, of settings, metrics and what numpy and torch give."""
+"""Write JSON that any reader takes, and the file that a command was told to write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import math
 import os
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+
+from agentft.errors import RunError
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -42,3 +45,16 @@ def _plain(value: Any) -> Any:
     if callable(scalar := getattr(value, "item", None)):  # a number of numpy or torch
         return _plain(scalar())
     raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r:.80}")
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write `text` where the user said, also into a device or a pipe such as `/dev/stdout`; folders are made.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

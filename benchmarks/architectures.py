@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from agentft.errors import ModelError
-from agentft.model import attention as tiled
+from agentft.model.cpu import attention as tiled
 from agentft.recipes.probe import Ways, ask_stock, probe
 from agentft.training.loss import LabelledLoss
 

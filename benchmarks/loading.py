@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 from agentft.distributed.config import DistributedConfig, EngineKind  # noqa: E402
 from agentft.distributed.launch import start_ranks  # noqa: E402
-from agentft.distributed.places import choose_places  # noqa: E402
+from agentft.distributed.topology import choose_places  # noqa: E402
 
 ENGINES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp")
 CASES = (("lora", "bfloat16"), ("lora", "float32"), ("full", "bfloat16"), ("full", "float32"))

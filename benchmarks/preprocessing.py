@@ -81,8 +81,8 @@ def run_agentft(
 ) -> tuple[int, int]:
     from agentft.data.config import LocalConfig, TooLong
     from agentft.data.native import ChatmlTemplate
+    from agentft.data.prepare import prepare_data
     from agentft.data.render import MsagentTemplate
-    from agentft.recipes.prepare import prepare_data
 
     template = ChatmlTemplate(tokenizer.eos_token) if native else MsagentTemplate(tokenizer.eos_token)
 
@@ -196,7 +196,7 @@ def measure(method: str, path: Path) -> dict[str, float]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _TOKENIZERS.append(tokenizer)
         chat_template([]), segments([])
-    import agentft.recipes.prepare  # noqa: F401  # its import is no part of the work
+    import agentft.data.prepare  # noqa: F401  # its import is no part of the work
 
     before = _cpu()
     started = time.perf_counter()
@@ -225,7 +225,7 @@ def measure_cached(path: Path) -> dict[str, float]:
     os.environ["AGENTFT_DATA_CACHE"] = str(path.parent / "cache")
     tokenizer = load_tokenizer()
     encoder = SegmentEncoder(tokenizer)
-    import agentft.recipes.prepare  # noqa: F401
+    import agentft.data.prepare  # noqa: F401
 
     figures: dict[str, float] = {}
     for prefix in ("", "again_"):

@@ -223,7 +223,7 @@ def measure() -> None:
     """Print what two ranks hold and send, over what the formulae say."""
     from agentft.distributed.config import DistributedConfig, EngineKind
     from agentft.distributed.launch import start_ranks
-    from agentft.distributed.places import choose_places
+    from agentft.distributed.topology import choose_places
 
     cases = [(option, method) for option in MEASURED for method in ("lora", "full")]
     config = DistributedConfig(name="scaling", engine=EngineKind.ddp, nproc=2)

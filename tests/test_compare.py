@@ -18,13 +18,13 @@ import pytest
 import yaml
 
 from agentft.compare import main, write_sweep_tables
-from agentft.comparison.fit import fit_sample_curve
+from agentft.comparison.page import fit_sample_curve
 from agentft.comparison.ranking import differing_settings, rank
 from agentft.comparison.runs import read_run, read_runs
 from agentft.comparison.tables import csv_text, markdown
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.metrics import aggregate
-from agentft.evaluation.step_scores import StepScore
+from agentft.evaluation.scoring import StepScore
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -32,9 +32,9 @@ from agentft.config import (
     to_config,
     to_train_config,
 )
-from agentft.config.composing import without_hydra
-from agentft.config.help_page import help_text
-from agentft.config.known_settings import members
+from agentft.config.compose import without_hydra
+from agentft.config.help import help_text
+from agentft.config.settings import members
 from agentft.errors import ConfigError, RunError
 from agentft.recipes.saved import ROOTS, SCHEMAS
 from agentft.secrets import is_secret_name

@@ -16,13 +16,14 @@ PACKAGE = ROOT / "agentft"
 
 FLOORS = {
     5: ("config", "entry", "worker", "launch", "plugins", "sweeping", "audit", "export"),
-    4: ("recipes", "compare", "comparison", "dashboard", "score", "read"),
+    4: ("recipes", "audits", "compare", "comparison", "dashboard", "score", "read"),
     3.5: ("distributed",),
     3: ("training", "evaluation"),
     2: ("model",),
     1: ("data",),
     0: (
         "errors",
+        "cache",
         "settings",
         "secrets",
         "runs",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from agentft.errors import EvaluationError, RunError
 from agentft.evaluation.definitions import HEADLINE
 from agentft.evaluation.metrics import INDICATIVE_BELOW, score_records
+from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.statistics import MetricComparison, RunComparison, compare_runs
-from agentft.evaluation.step_scores import StepScore
 from agentft.runs import RunFolder
 from agentft.score import read_records
 

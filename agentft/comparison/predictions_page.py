@@ -11,11 +11,10 @@ from itertools import zip_longest
 from typing import Any
 
 from agentft.comparison.render import render_page
-from agentft.data.calls import ToolRequest
-from agentft.evaluation.alignment import align_calls
-from agentft.evaluation.equality import strictly_equal
+from agentft.data.grammar import ToolRequest
+from agentft.evaluation.matching import align_calls, strictly_equal
 from agentft.evaluation.parse import parse_reply
-from agentft.evaluation.step_scores import OfferedTool, read_offered_tool
+from agentft.evaluation.scoring import OfferedTool, read_offered_tool
 
 MOST_STEPS = 2_000
 """Steps on one page, the wrong ones first; a browser opens these at once."""
@@ -71,7 +70,7 @@ class ReadStep:
 
 
 def read_steps(rows: Sequence[Mapping[str, Any]]) -> list[ReadStep]:
-    """Return the steps of scored prediction rows, as `agentft.recipes.exam` makes them."""
+    """Return the steps of scored prediction rows, as `agentft.recipes.evaluation_run` makes them."""
     return [
         ReadStep(
             **{name: row[name] for name in ("conversation_id", "step", "reference", "prediction", "scores")},

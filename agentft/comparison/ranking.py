@@ -16,8 +16,8 @@ from typing import Any, Literal
 from agentft.comparison.runs import NUMBERS, ComparedRun
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
+from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.statistics import compare_runs, holm
-from agentft.evaluation.step_scores import StepScore
 from agentft.recipes.config import AFFECT_NOTHING
 
 Mark = Literal["", "best", "tied", "other exam"]

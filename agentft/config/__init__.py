@@ -6,13 +6,9 @@ configuration is said in one line, before torch is imported and before a run fol
 the traceback instead.
 """
 
-from agentft.config.checking import to_config, to_train_config
-from agentft.config.composing import compose
-from agentft.config.groups import conf_dir, options
-from agentft.config.known_settings import Setting, settings
-from agentft.config.old_options import OLD_OPTIONS
-from agentft.config.registration import register_schemas
-from agentft.config.running import compose_and_run
+from agentft.config.compose import compose, register_schemas, to_config, to_train_config
+from agentft.config.main import compose_and_run
+from agentft.config.settings import OLD_OPTIONS, Setting, conf_dir, options, settings
 from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
 

@@ -6,7 +6,7 @@ import argparse
 
 from hydra.core.config_store import ConfigStore
 
-from agentft.config.overrides import parse_overrides
+from agentft.config.preflight import parse_overrides
 from agentft.errors import ConfigError
 from agentft.recipes.saved import SCHEMAS, primary_config, saved_config
 from agentft.runs import RunFolder

@@ -1,6 +1,6 @@
-"""Local files read as the bytes they are: one value per line, array element or row, each with its number.
+"""Read local files as the bytes they are: one value per line, array element or row, each with its number.
 
-Lines end at the byte `\\n` and nowhere else: U+2028 and U+0085 are text; `str.splitlines` would cut there.
+Lines end at the byte `\n` and nowhere else: U+2028 and U+0085 are text; `str.splitlines` would cut there.
 A line that cannot be decoded or parsed is set aside alone; the file goes on. Memory is bounded by `MAX_LINE_BYTES`,
 whatever a line or a compressed file holds.
 """
@@ -9,15 +9,44 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from agentft.errors import DataError
+
+BLOCK_BYTES = 32 * 1024 * 1024
+
+
+def block_digest(path: Path) -> str:
+    """SHA-256 of the SHA-256 digests of a file's blocks of 32 MB, one after the other; hexadecimal."""
+    starts = range(0, path.stat().st_size, BLOCK_BYTES)
+    if len(starts) < 2:
+        digests = [_digest_from(path, 0)]
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing needs no lock of the interpreter
+            digests = list(pool.map(lambda start: _digest_from(path, start), starts))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _digest_from(path: Path, start: int) -> bytes:
+    """Of one block. Pieces are small, so that memory does not depend on the cores."""
+    digest = hashlib.sha256()
+    left = BLOCK_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (piece := file.read(min(left, 1024 * 1024))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.digest()
+
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """A longer line is skipped in pieces and set aside: no genuine record comes near."""

@@ -1,6 +1,8 @@
-"""The MSAgent grammar of an assistant value: calls between think marks, observations between exec marks, and text.
+"""Read the MSAgent grammar of an assistant value: calls between think marks, observations between exec marks, and text.
 
-    value        := (text | call | observation)*
+One reader serves the training data and the scoring of predictions, so both agree on what a well-formed call is.
+
+value        := (text | call | observation)*
     call         := THINK_OPEN body THINK_CLOSE
     observation  := EXEC_OPEN body EXEC_CLOSE          only while a call before it in the same value is unanswered
 
@@ -18,12 +20,162 @@ Whatever is not understood raises `GrammarError`; nothing is guessed, because a 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from agentft.data.calls import CallFailure, JsonRefused, ToolRequest, read_call_body, read_json, strip_fence
 from agentft.errors import DataError
+
+Json = Any
+"""A value as `json.loads` returns it."""
+
+MAX_JSON_DEPTH = 200
+"""Deeper nesting is refused before parsing: the stock parser raises RecursionError near 1,000 levels."""
+
+MAX_INTEGER_DIGITS = 4300
+"""CPython's own limit for int(str); longer integers are refused instead of raised from inside the parser."""
+
+CallFailureReason = Literal["empty", "not_json", "not_an_object", "no_name", "parameters_not_an_object", "unclosed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRequest:
+    """One request to one tool."""
+
+    name: str
+    parameters: dict[str, Json]
+    extras: dict[str, Json] = field(default_factory=dict)
+    """Fields beside name and parameters, `url` and `command` in MSAgent-Bench: kept, not scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailure:
+    """Why a call body is no request. A failure of the text, hence a value and not an exception."""
+
+    reason: CallFailureReason
+    detail: str
+
+
+class JsonRefused(ValueError):  # noqa: N818
+    """The text is no JSON document under the limits of this module."""
+
+
+def strip_fence(text: str) -> str:
+    """Return `text` without a surrounding Markdown code fence; the fence may be absent or lack its end."""
+    text = text.strip()
+    if not text.startswith("```"):
+        return text
+    end = len(text) - 3 if len(text) >= 6 and text.endswith("```") else len(text)
+    start = 3
+    while start < end and text[start] in " \t":
+        start += 1
+    if text[start : start + 4].lower() == "json":
+        start += 4
+    return text[start:end].strip()
+
+
+def read_json(text: str) -> Json:
+    """Parse one JSON document, allowing raw control characters inside strings (genuine references hold them).
+
+    Raises:
+        JsonRefused: not JSON, NaN or Infinity, deeper than `MAX_JSON_DEPTH`, a number too long to hold, or half of a
+            surrogate pair (escaped, it is legal JSON and yet no text).
+    """
+    if json_depth(text) > MAX_JSON_DEPTH:
+        raise JsonRefused(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    try:
+        value = _DECODER.decode(text)
+    except JsonRefused:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise JsonRefused(str(error)) from None
+    if _SURROGATE_ESCAPE.search(text) is not None and _holds_surrogate(value):
+        raise JsonRefused("a lone surrogate: cannot be written as UTF-8")
+    return value
+
+
+def read_call_body(body: str) -> tuple[ToolRequest, ...] | CallFailure:
+    """Read what stands between the think marks: one request object or a list of them, fenced or not."""
+    text = strip_fence(body)
+    if not text:
+        return CallFailure("empty", "nothing between the marks")
+    try:
+        value = read_json(text)
+    except JsonRefused as error:
+        return CallFailure("not_json", str(error))
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        return CallFailure("empty", "an empty list of calls")
+    requests: list[ToolRequest] = []
+    for item in items:
+        request = _read_request(item)
+        if isinstance(request, CallFailure):
+            return request
+        requests.append(request)
+    return tuple(requests)
+
+
+def _read_request(item: Json) -> ToolRequest | CallFailure:
+    if not isinstance(item, dict):
+        return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {_kind(item)}")
+    name = item.get("api_name")
+    if not isinstance(name, str) or not name.strip():
+        return CallFailure("no_name", f"api_name is {_kind(name)}, expected a non-empty string")
+    # The runtime of the original reads a call without parameters as a call with none.
+    parameters = item.get("parameters", {})
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
+        return CallFailure("parameters_not_an_object", f"parameters is {_kind(parameters)}, expected an object")
+    extras = {key: value for key, value in item.items() if key not in ("api_name", "parameters")}
+    return ToolRequest(name=name, parameters=parameters, extras=extras)
+
+
+def _kind(value: Json) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null or absent"}
+    return names.get(type(value), "a number")
+
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
+
+
+def json_depth(text: str) -> int:
+    """How deeply the brackets of a JSON text are nested; 0 where there are too few of them for `MAX_JSON_DEPTH`."""
+    if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:
+        return 0
+    deepest = depth = 0
+    for token in _STRING_OR_BRACKET.findall(text):
+        if token in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in "]}":
+            depth -= 1
+    return deepest
+
+
+def _refuse_constant(name: str) -> Json:
+    raise JsonRefused(f"{name} is no JSON number")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise JsonRefused(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _holds_surrogate(value: Json) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_int=_bounded_int)
+
 
 THINK_OPEN = "<|startofthink|>"
 THINK_CLOSE = "<|endofthink|>"
@@ -273,3 +425,61 @@ def _looks_cut(body: str) -> bool:
 def _at(value: str, mark: re.Match[str]) -> str:
     around = value[max(0, mark.start() - 20) : mark.end() + 20]
     return f"character {mark.start()} ({around!r})"
+
+
+_PLACES_DECODER = json.JSONDecoder(strict=False)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+Place = tuple[int, int]
+"""First character and the one after the last."""
+
+
+def call_places(call: Call) -> list[Place]:
+    """Names, without their quotes, and parameters of the requests of a call, as places in its source, in order.
+
+    In a call that cannot be read nothing can be told apart: its body is one place.
+    """
+    text = strip_fence(call.body)
+    start = call.source.index(text, len(THINK_OPEN))
+    if call.failure is not None:
+        return [(len(THINK_OPEN), len(call.source) - len(THINK_CLOSE))]
+    return [(start + first, start + last) for first, last in _places(text)]
+
+
+def _places(text: str) -> Iterator[Place]:
+    """The places in the JSON text of one request or of a list of them; the text is known to be sound."""
+    at = 0
+    if text.startswith("["):
+        at = _after_space(text, 1)
+    while text.startswith("{", at):
+        places, at = _object_places(text, at)
+        yield from sorted(places.values())
+        at = _after_space(text, at)
+        if text.startswith(",", at):
+            at = _after_space(text, at + 1)
+
+
+def _object_places(text: str, at: int) -> tuple[dict[str, Place], int]:
+    """By key the places of one request, and where its object ends. Of a key given twice the last counts, as in reading."""
+    places: dict[str, Place] = {}
+    at = _after_space(text, at + 1)
+    while not text.startswith("}", at):
+        key, at = _PLACES_DECODER.raw_decode(text, at)
+        start = _after_space(text, _after_space(text, at) + 1)  # behind the colon
+        _, at = _PLACES_DECODER.raw_decode(text, start)
+        if key == "api_name":
+            places[key] = (start + 1, at - 1)
+        elif key == "parameters":
+            places[key] = (start, at)
+        at = _after_space(text, at)
+        if text.startswith(",", at):
+            at = _after_space(text, at + 1)
+    return places, at + 1
+
+
+def _after_space(text: str, at: int) -> int:
+    if text[at : at + 1] not in " \t\r\n":  # most often there is none; beyond the end "" is in every text
+        return at
+    found = _SPACE.match(text, at)
+    assert found is not None
+    return found.end()

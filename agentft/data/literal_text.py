@@ -12,7 +12,7 @@ import re
 import warnings
 from typing import Any
 
-from agentft.data.calls import JsonRefused, read_json
+from agentft.data.grammar import JsonRefused, read_json
 
 MAX_LITERAL_CHARACTERS = 4 * 1024 * 1024
 """Longer Python literals are refused: parsing takes about thirty times their size in memory."""

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
-from agentft.data.calls import ToolRequest, strip_fence
-from agentft.data.grammar import Call, Observation, Part, Text
+from agentft.data.grammar import Call, Observation, Part, Text, ToolRequest, strip_fence
 from agentft.data.native_system import NativeSystem, read_system
 from agentft.data.records import Conversation, Message
 from agentft.data.render import CallForm, Kind, Segment, shown_as, with_history

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from agentft.data.calls import MAX_JSON_DEPTH, json_depth
+from agentft.data.grammar import MAX_JSON_DEPTH, json_depth
 
 MAX_TOOLS = 2_000
 """More numbered entries than any genuine prompt has; the rest of a longer list is left unread."""

@@ -18,8 +18,7 @@ from json.encoder import encode_basestring
 from typing import Any, Literal
 
 from agentft.data import forms
-from agentft.data.calls import strip_fence
-from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant
+from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant, strip_fence
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.offered_tools import OfferedTool, read_offered_tools
 from agentft.data.turn_builder import FormError
@@ -75,7 +74,7 @@ class Conversation:
     origin: Origin
     offered: tuple[OfferedTool, ...]
     weight: float = 1.0
-    """How often an epoch shows it, by the source it came from; see `agentft.data.source_weights`."""
+    """How often an epoch shows it, by the source it came from; see `agentft.data.sources`."""
     piece_of: str | None = None
     """Id of the conversation that this is a part of, where one too long was split; None: it is whole."""
 

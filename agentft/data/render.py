@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, Protocol
 
-from agentft.data.call_places import Place, call_places
-from agentft.data.grammar import Call, Observation, Part
+from agentft.data.grammar import Call, Observation, Part, Place, call_places
 from agentft.data.records import Conversation, Message
 
 

@@ -1,6 +1,12 @@
-"""Sources of raw rows, each row with its origin, and the stream from rows to conversations.
+"""Open the sources of a dataset: raw rows with their origin, and the stream from rows to conversations.
 
-    rows = read_local("train.jsonl", report=report)            # or a folder, or several with weights
+A weight is a number of showings: 0.5 keeps half of a source's conversations, 2 shows each twice, 2.5 each twice and half
+of them a third time. Which half is decided by a hash of the content, so nothing depends on the order of files or on what
+the other sources hold, and both samples and weights are nested: a smaller sample is the beginning of a larger one, and a
+greater weight adds showings without moving or dropping any. The held-out part knows no weights: every mixture sits the
+same exam.
+
+rows = read_local("train.jsonl", report=report)            # or a folder, or several with weights
     for item in read_conversations(rows, report=report):       # Conversation | Rejection
         ...
 
@@ -9,18 +15,82 @@ Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from agentft.data.block_digest import block_digest
-from agentft.data.files import READABLE_SUFFIXES, FileFlaw, data_suffix, read_file
+from agentft.data import synthetic
+from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
+from agentft.data.files import READABLE_SUFFIXES, FileFlaw, block_digest, data_suffix, read_file
 from agentft.data.forms import Form
+from agentft.data.grammar import Call
 from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
-from agentft.errors import DataError
+from agentft.errors import ConfigError, DataError
+
+
+class Divisible(Protocol):
+    """What decides a conversation's part and its place there: a conversation, or what is kept of one."""
+
+    @property
+    def content_hash(self) -> str:
+        """Digest of all its text, hexadecimal."""
+
+    @property
+    def user_hash(self) -> str:
+        """Digest of its user turns, hexadecimal."""
+
+    @property
+    def weight(self) -> float:
+        """Of its source."""
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """What it calls."""
+
+
+T = TypeVar("T")
+D = TypeVar("D", bound=Divisible)
+
+
+def hash_share(key: str) -> float:
+    """Map a key to [0, 1), uniformly."""
+    return int.from_bytes(hash_key(key)[:8], "big") / 2**64
+
+
+def hash_key(text: str) -> bytes:
+    """SHA-256 of a text, by which things are put in an order that is nobody's."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def showing_keys(content_hash: str, weight: float, seed: int) -> list[bytes]:
+    """One sort key for each showing of a conversation in an epoch; none where its source's weight leaves it out.
+
+    The first showing has the key of an unweighted conversation: a weight of 1 changes nothing.
+    """
+    keys: list[bytes] = []
+    while (left := weight - len(keys)) > 0:
+        again = f"-{len(keys)}" if keys else ""
+        # The last one is shown in full or, of a fraction, to as many conversations as it says.
+        if left < 1 and hash_share(f"weight-{seed}-{content_hash}{again}") >= left:
+            break
+        keys.append(hash_key(f"order-{seed}-{content_hash}{again}"))
+    return keys
+
+
+def in_showing_order(conversations: Iterable[D], seed: int) -> list[D]:
+    """The showings of an epoch, in an order whose first n are the sample of size n; a conversation can occur again."""
+    showings = ((key, c) for c in conversations for key in showing_keys(c.content_hash, c.weight, seed))
+    return [conversation for _, conversation in sorted(showings, key=lambda showing: showing[0])]
+
+
+def sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> list[T]:
+    """Sort by a seeded hash of each item's own key, equal keys in their given order."""
+    return sorted(items, key=lambda item: hash_key(f"order-{seed}-{key(item)}"))
+
 
 _NOTICES_SHOWN_PER_CODE = 20
 
@@ -288,3 +358,112 @@ class _IdRegister:
         copies[identity] = number
         self._digests[unique_name] = identity
         return unique_name
+
+
+Rows = Iterable[RawRow | Rejection]
+
+_LARGE_BYTES = 3_000_000
+_SYNTHETIC_BYTES = 1_300
+"""Of a conversation, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRows:
+    """Rows of the training source and, where the dataset has one of its own for it, of the held-out source."""
+
+    train: Rows
+    heldout: Rows | None
+    form: Any
+
+    def conversations(self, report: ReadReport) -> Iterator[tuple[Conversation | Rejection, bool]]:
+        """Everything that the rows hold, and whether it comes from the held-out source."""
+        for rows, heldout in ((self.train, False), (self.heldout, True)):
+            if rows is not None:
+                for item in read_conversations(rows, form=self.form, report=report):
+                    yield item, heldout
+
+
+def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
+    """Open the source or sources of a dataset.
+
+    Raises:
+        DataError: a path is missing or holds nothing.
+        ConfigError: no source reads this kind of dataset.
+    """
+    form = getattr(config, "form", "msagent")
+    match config:
+        case SyntheticConfig():
+            return DatasetRows(
+                _synthetic(config, "train", config.conversations), _synthetic(config, "heldout", config.heldout), form
+            )
+        case LocalConfig():
+            test = None if config.test_path is None else read_local(config.test_path, report=report)
+            return DatasetRows(read_local(_local_sources(config), report=report), test, form)
+        case ModelScopeConfig():
+            from agentft.data.hub_rows import read_modelscope
+
+            def split(name: str) -> Rows:
+                return read_modelscope(config.id, name, revision=config.revision, cache_dir=config.cache_dir)
+
+            heldout = None if config.test_split is None else split(config.test_split)
+            return DatasetRows(split(config.train_split), heldout, form)
+        case _:
+            raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
+
+
+def is_large(config: DatasetConfig) -> bool:
+    """Whether a dataset is known, before it is read, to have much text tokenised: megabytes of it."""
+    match config:
+        case SyntheticConfig():
+            return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
+        case LocalConfig() if config.sample < 0:
+            files = (file for source in _local_sources(config) for file in _files(Path(source.path)))
+            return sum(file.stat().st_size for file in files) > _LARGE_BYTES
+        case _:
+            return False
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
+
+
+def source_digests(config: DatasetConfig) -> Any:
+    """The bytes of the sources by name and digest, as JSON: equal ones give equal rows. None where a source shows no bytes.
+
+    Raises:
+        DataError: a hub cannot be asked.
+    """
+    match config:
+        case LocalConfig():
+            test = None if config.test_path is None else digest_local(config.test_path)
+            return [digest_local(_local_sources(config)), test]
+        case ModelScopeConfig():
+            from agentft.data.hub_rows import digest_modelscope
+
+            splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
+            digests = [
+                digest_modelscope(config.id, split, revision=config.revision, cache_dir=config.cache_dir)
+                for split in splits
+            ]
+            return None if None in digests else digests
+        case _:
+            return []  # made from the settings alone
+
+
+def _local_sources(config: LocalConfig) -> list[LocalSource]:
+    if config.path is not None:
+        return [LocalSource(config.path)]
+    return [LocalSource(source.path, source.weight) for source in config.sources]
+
+
+def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
+    records = synthetic.generate(
+        count,
+        seed=config.seed,
+        languages={"en": 1 - config.chinese, "zh": config.chinese},
+        part=part,
+        unseen_tools=config.split is Split.unseen_tools,
+        max_rounds=config.max_rounds,
+    )
+    for number, record in enumerate(records, start=1):
+        yield RawRow(Origin(f"synthetic-{part}", number), record)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from agentft.data.config import Split
-from agentft.data.source_weights import Divisible, hash_share, in_showing_order, sort_by_hash
+from agentft.data.sources import Divisible, hash_share, in_showing_order, sort_by_hash
 from agentft.errors import DataError
 
 D = TypeVar("D", bound=Divisible)
@@ -23,7 +23,7 @@ class Parts(Generic[D]):
     """A dataset divided, each part in its nested order: the first n of it are the sample of size n."""
 
     train: list[D]
-    """As often as the weight of its source says, see `agentft.data.source_weights`."""
+    """As often as the weight of its source says, see `agentft.data.sources`."""
     heldout: list[D]
     """Each once."""
     set_aside: Counter[str] = field(default_factory=Counter)

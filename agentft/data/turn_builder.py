@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from agentft.data.calls import JsonRefused, read_json
 from agentft.data.grammar import (
     EXEC_CLOSE,
     EXEC_OPEN,
@@ -17,9 +16,11 @@ from agentft.data.grammar import (
     THINK_CLOSE,
     THINK_OPEN,
     GrammarError,
+    JsonRefused,
     Part,
     Text,
     parse_assistant,
+    read_json,
 )
 from agentft.data.untrained import MarkedTurn, steps_with
 

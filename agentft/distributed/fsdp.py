@@ -18,13 +18,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agentft.data.batches import Batch
-from agentft.distributed.loss_scale import LossScale
-from agentft.distributed.sharded import ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
+from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
 from agentft.model.adapters import kept_parameters
+from agentft.training.checkpoint import Kind, TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer
-from agentft.training.tensor_stream import Kind, TensorStream
 from agentft.world import World
 
 _FEW = 0.1

@@ -22,10 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from agentft.distributed.config import DistributedConfig
-from agentft.distributed.failures import RankFailure, explain, read_failures
-from agentft.distributed.hang import HangWatch
-from agentft.distributed.places import Places
-from agentft.distributed.stops import GAVE_UP, as_stop, obeying, start_server, telling
+from agentft.distributed.stops import (
+    GAVE_UP,
+    HangWatch,
+    RankFailure,
+    as_stop,
+    explain,
+    obeying,
+    read_failures,
+    start_server,
+    telling,
+)
+from agentft.distributed.topology import Places
 from agentft.errors import RankError
 from agentft.runtime import available_cores
 from agentft.secrets import redact_text

@@ -1,4 +1,4 @@
-"""Evaluation and generation spread over ranks and gathered: everything once, in the order asked, whatever the shares.
+"""Spread evaluation and generation over ranks and gather the results: everything once, in the order asked.
 
 Rank 0 leads: it holds the files, the bars and the scores, and runs the same code as a job on one process. When it asks its
 answerer for answers, the question goes to all ranks, each answers a share with the model it holds, and rank 0 gets all.
@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from agentft.data.shares import share_out
 from agentft.data.tokens import Example
-from agentft.distributed.failures import BROKE_OFF
+from agentft.distributed.stops import BROKE_OFF
 from agentft.errors import RankError
-from agentft.evaluation.answer_file import Answerer, OnAnswer
 from agentft.evaluation.generate import Answer, Finish
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood
+from agentft.evaluation.predictions import Answerer, OnAnswer
 from agentft.evaluation.steps import Step
-from agentft.world import World
+from agentft.world import World, share_out
 
 T = TypeVar("T")
 

@@ -1,4 +1,7 @@
-"""How a job's ranks stop and end: by the word of their agent, the process that a person started, and with it.
+"""Watch and stop ranks: only the agent's word counts in a rank, a job that hangs is ended, and what failed first is said.
+
+Each rank leaves a mark whenever it enters a phase (`World.mark`). Ranks that wait for another have marked the exchange they
+wait in; the one they wait for has the oldest mark.
 
 A signal to a process group, or to a job of SLURM, reaches agent, server and ranks alike, and torch's agent passes one on. In
 the server that ranks are forked from, in them and in what they start all stop signals stay blocked. The agent writes its word
@@ -8,19 +11,178 @@ into the folder of the marks; a thread in each rank reads it there and does as t
 from __future__ import annotations
 
 import _thread
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from agentft.distributed.failures import tells_of_a_loss
-from agentft.distributed.hang import kill_ranks, read_marks
+from agentft import errors
+from agentft.errors import AgentftError, RankError
 from agentft.signals import STOPS, StopSignal, StopSignals, die_with
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a rank was, and when it said so."""
+
+    rank: int
+    time: float
+    pid: int
+    where: str
+
+
+def read_marks(folder: Path) -> list[Mark]:
+    """Return the newest mark of each rank of this machine."""
+    marks = []
+    for path in folder.glob("rank-*"):
+        # A mark that is just being written is read the next time.
+        with suppress(OSError, ValueError):
+            moment, pid, where = path.read_text(encoding="utf-8").rstrip("\n").split(" ", 2)
+            marks.append(Mark(int(path.name.removeprefix("rank-")), float(moment), int(pid), where))
+    return sorted(marks, key=lambda mark: mark.rank)
+
+
+def kill_ranks(marks: Iterable[Mark]) -> None:
+    """End the ranks that have left these marks."""
+    for mark in marks:
+        with suppress(ProcessLookupError):
+            os.kill(mark.pid, signal.SIGKILL)
+
+
+class HangWatch:
+    """Looks at the marks while the ranks run; a context manager. `verdict` says what it did."""
+
+    def __init__(self, folder: Path, timeout: float, *, interval: float = 0.5) -> None:
+        self.verdict: str | None = None
+        self._folder = folder
+        self._timeout = timeout
+        self._interval = interval
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            marks = read_marks(self._folder)
+            if marks and time.time() - max(mark.time for mark in marks) > self._timeout:
+                self._cut(marks)
+
+    def _cut(self, marks: list[Mark]) -> None:
+        now = time.time()
+        slowest = min(marks, key=lambda mark: mark.time)
+        others = ", ".join(f"rank {mark.rank} at {mark.where!r}" for mark in marks if mark is not slowest)
+        self.verdict = (
+            f"no rank got anywhere for {self._timeout:g} s (distributed.timeout): the slowest is rank {slowest.rank} "
+            f"(pid {slowest.pid}), at {slowest.where!r} for {now - slowest.time:.0f} s"
+            + (f"; {others}" if others else "")
+        )
+        # The stuck rank would not hear anything gentler, and the others wait for it.
+        kill_ranks(marks)
+        for mark in marks:
+            (self._folder / f"rank-{mark.rank}").unlink(missing_ok=True)
+
+
+BROKE_OFF = "another rank broke off"
+"""How the message of a rank begins that ends because another one has failed."""
+
+_LOST = (
+    BROKE_OFF,
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "Application timeout caused pair closure",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+"""What a rank says that has lost another: never the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """How one rank ended."""
+
+    rank: int
+    pid: int
+    time: float
+    kind: str
+    """Name of the exception; empty where the process ended without one."""
+    message: str
+    traceback: str
+
+    @classmethod
+    def of_exit(cls, rank: int, pid: int, code: int) -> Self:
+        """A process that ended without a word, by its exit code; negative: the signal that ended it."""
+        reason = f"exit code {code}"
+        if code < 0:
+            with suppress(ValueError):
+                reason = signal.Signals(-code).name
+            if -code == signal.SIGKILL:
+                reason += " (out of memory, or somebody killed it)"
+        return cls(rank, pid, 0.0, "", f"ended by {reason}", "")
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether it says no more than that another rank was lost."""
+        return tells_of_a_loss(self.message)
+
+
+def tells_of_a_loss(message: str) -> bool:
+    """Say by its message whether an error is no more than the loss of another rank."""
+    return any(words in message for words in _LOST)
+
+
+def read_failures(folder: Path) -> dict[int, RankFailure]:
+    """Return what the ranks of this machine wrote down when they failed, by rank."""
+    found = {}
+    for path in folder.glob("failure-*.json"):
+        with suppress(OSError, ValueError, KeyError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            rank = int(path.stem.removeprefix("failure-"))
+            found[rank] = RankFailure(
+                rank, **{name: record[name] for name in ("pid", "time", "kind", "message", "traceback")}
+            )
+    return found
+
+
+def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path) -> AgentftError:
+    """Return the error that the job ends with.
+
+    An error that a rank raised for the user comes back as it was; anything else as a `RankError` that begins with the
+    traceback of the rank that failed first.
+    """
+    if hang is not None:
+        return RankError(f"{hang}. What ranks said lies in {logs}")
+    first = min(failures.values(), key=lambda failure: (failure.is_consequence, failure.time, failure.rank))
+    raised = getattr(errors, first.kind, None)
+    if isinstance(raised, type) and issubclass(raised, AgentftError):
+        again: AgentftError = raised(first.message)
+        return again
+    others = sorted(rank for rank in failures if rank != first.rank)
+    seen = f"; then rank {', '.join(map(str, others))} lost the connection to it" if others else ""
+    what = f"{first.kind}: {first.message}" if first.kind else first.message
+    said = f"{first.traceback}\n" if first.traceback else ""
+    return RankError(
+        f"{said}rank {first.rank} (pid {first.pid}) failed first: {what}{seen}. What ranks said lies in {logs}"
+    )
+
 
 AGENT_VARIABLE = "AGENTFT_AGENT_PID"
 SERVER_VARIABLE = "AGENTFT_SERVER_PID"

@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 
 from agentft.evaluation.resampling import Floats
-from agentft.evaluation.step_scores import StepScore
+from agentft.evaluation.scoring import StepScore
 
 HEADLINE = ("tool_acc", "param_em", "arg_f1", "step_em", "plan_acc", "rouge_l")
 """The family over which Holm's correction runs when two runs are compared."""

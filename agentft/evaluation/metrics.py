@@ -14,7 +14,7 @@ from agentft.evaluation.definitions import LEGACY_NAMES, METRICS, PAPER_NAMES, c
 from agentft.evaluation.legacy import LegacyMetric, legacy_metrics
 from agentft.evaluation.resampling import ratio_intervals
 from agentft.evaluation.rouge import TOKENIZER_NAME, JiebaTokenizer
-from agentft.evaluation.step_scores import (
+from agentft.evaluation.scoring import (
     OfferedTool,
     StepRecord,
     StepScore,

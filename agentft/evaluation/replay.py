@@ -19,14 +19,13 @@ from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
 from agentft.data.records import Conversation
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder, tokenize
-from agentft.evaluation.answer_file import Answerer
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.metrics import Metric, signature
 from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, EXEC_START, USER_TAGS
-from agentft.evaluation.places import StepPlace, step_places
+from agentft.evaluation.predictions import Answerer
 from agentft.evaluation.resampling import ratio_intervals, sum_pieces
-from agentft.evaluation.step_scores import StepScore, score_step
-from agentft.evaluation.steps import Step, conversation_steps
+from agentft.evaluation.scoring import StepScore, score_step
+from agentft.evaluation.steps import Step, StepPlace, conversation_steps, step_places
 
 METRICS = ("steps_until_divergence", "conv_replay_success")
 

@@ -24,7 +24,7 @@ from agentft.evaluation.resampling import (
     ratio_intervals,
     sign_flip_test,
 )
-from agentft.evaluation.step_scores import StepScore
+from agentft.evaluation.scoring import StepScore
 
 __all__ = [
     "MetricComparison",

@@ -1,25 +1,298 @@
-"""What is trained: adapters on a frozen model, its last blocks, or the model itself."""
+"""Choose what is trained: adapters on a frozen model, its last blocks, or the model itself.
+
+The paper takes s B0 A0 out of the frozen weight. Here the weight stays as it is and a second, frozen adapter takes it
+out: y = W x + s B A x - s B0 A0 x. That is the same function, W keeps its bits (in bf16 and in 4 bits the difference
+would be rounded), and a checkpoint that holds both adapters needs nothing recomputed: singular vectors differ in sign and
+last bits from one machine to the next.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ConfigError
-from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, SftConfig
-from agentft.model.freeze import train_last_blocks
-from agentft.model.liger import LigerKernels, take_liger_layers
-from agentft.model.lora import attach_lora, save_adapter
-from agentft.model.native import Kernels
-from agentft.model.pissa import is_start
+from agentft.model.config import ALL_LINEAR, FreezeConfig, FullConfig, LoraConfig, LoraStart, ModelConfig, SftConfig
+from agentft.model.cpu.fused import fuse_layers
+from agentft.model.cpu.native import Kernels
+from agentft.model.cuda import LigerKernels, take_liger_layers
+from agentft.model.quantization import dense_weight
 
 if TYPE_CHECKING:
     import torch
 
+
+def train_last_blocks(model: Any, sft: FreezeConfig) -> Any:
+    """Freeze `model` but for what `sft` names, which becomes fp32.
+
+    Raises:
+        ConfigError: the model has fewer blocks.
+    """
+    decoder = model.get_decoder()
+    blocks = decoder.layers
+    if sft.layers > len(blocks):
+        raise ConfigError(f"sft_type.layers={sft.layers}: the model has {len(blocks)} blocks; sft_type=full trains all")
+    chosen = list(blocks[len(blocks) - sft.layers :])
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if sft.embeddings:
+        chosen.append(embeddings)
+    if sft.head:
+        chosen += [decoder.norm, head]
+    model.requires_grad_(False)
+    for module in chosen:
+        module.float().requires_grad_(True)
+    _meet_in_one_dtype([*blocks, decoder.norm, head])
+    return model
+
+
+def _meet_in_one_dtype(modules: list[torch.nn.Module]) -> None:
+    """Hand each module its input in its own dtype: where there is no autocast, bf16 would meet fp32."""
+    for module in modules:
+        module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def _cast_inputs(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, tuple):  # cosines and sines of the positions
+            return tuple(cast(item) for item in value)
+        return value.to(dtype) if getattr(value, "is_floating_point", bool)() else value
+
+    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+START = "start"
+"""Name of the frozen adapter, -B0 A0."""
+
+_ITERATIONS = 16
+"""Subspace iterations; the paper finds 4 enough to train as well as with exact vectors."""
+
+_SEED = 20240403
+
+
+def is_start(name: str) -> bool:
+    """Whether a parameter of this name belongs to the frozen adapter."""
+    return f".{START}." in name
+
+
+def begin_with_principal_part(model: Any, sft: LoraConfig) -> None:
+    """Set the adapters of a peft model to the principal parts of their weights, and add the frozen ones.
+
+    Raises:
+        ConfigError: `sft_type.rank` exceeds the rank that a weight can have.
+    """
+    import torch
+
+    config = model.peft_config["default"]
+    model.add_adapter(START, type(config)(**{**config.to_dict(), "lora_dropout": 0.0}))
+    model.base_model.set_adapter(["default", START])
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        for name, layer in model.named_modules():
+            if START not in getattr(layer, "lora_A", {}):
+                continue
+            a_RI, b_OR = _principal_part(name, dense_weight(layer.get_base_layer()), sft)
+            layer.lora_A["default"].weight.copy_(a_RI)
+            layer.lora_B["default"].weight.copy_(b_OR)
+            layer.lora_A[START].weight.copy_(a_RI)
+            layer.lora_B[START].weight.copy_(-b_OR)
+    for name, parameter in model.named_parameters():
+        if is_start(name):
+            parameter.requires_grad_(False)
+
+
+def _principal_part(name: str, weight_OI: torch.Tensor, sft: LoraConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A `[R, I]` and B `[O, R]` with s B A the best approximation of the weight at that rank."""
+    import torch
+
+    if sft.rank > min(weight_OI.shape):
+        raise ConfigError(f"sft_type.rank={sft.rank}: {name} has rank {min(weight_OI.shape)} at most")
+    columns = min(2 * sft.rank, *weight_OI.shape)
+    u_OR, sizes_R, v_IR = torch.svd_lowrank(weight_OI, q=columns, niter=_ITERATIONS)
+    roots_R = (sizes_R[: sft.rank] / sft.scaling).sqrt()
+    return (v_IR[:, : sft.rank] * roots_R).T.contiguous(), (u_OR[:, : sft.rank] * roots_R).contiguous()
+
+
+def fold_start(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Join each adapter with its frozen one into one of twice the rank: [B, -B0] [A; A0].
+
+    Args:
+        state: tensors named `...lora_A.default.weight`, `...lora_A.start.weight` and so on.
+
+    Returns:
+        The same names without an adapter's name, as peft saves them. The scaling stays that of the single rank.
+    """
+    import torch
+
+    folded = {}
+    for name, tensor in state.items():
+        if ".default." not in name:
+            continue
+        axis = 0 if ".lora_A." in name else 1
+        folded[name.replace(".default.", ".")] = torch.cat(
+            [tensor, state[name.replace(".default.", f".{START}.")]], axis
+        )
+    return folded
+
+
 log = logging.getLogger(__name__)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig, kernels: Kernels | None = None) -> Any:
+    """Freeze `model` and put adapters beside the layers that `sft.targets` names.
+
+    Raises:
+        ConfigError: no linear layer has such a name, or peft does not adapt it.
+    """
+    from peft import get_peft_model
+
+    try:
+        adapted = get_peft_model(model, peft_config(sft, find_targets(model, sft, model_config)))
+    except ValueError as error:  # a layer that the library does not adapt in this architecture
+        raise ConfigError(f"sft_type.targets: {error}") from error
+    if sft.start is LoraStart.pissa:
+        begin_with_principal_part(adapted, sft)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if sft.start is not LoraStart.pissa:
+        _draw(adapted)
+    fuse_layers(adapted, kernels)
+    _say_what_is_not_fused(adapted)
+    return adapted
+
+
+def _draw(adapted: Any) -> None:
+    """Draw A anew as peft does, which rounds it to the dtype of the layer beside it: here that dtype, and the device,
+    decide nothing, so an engine that casts the layer later begins with the same adapters."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weight_RI = module.lora_A["default"].weight
+            drawn_RI = torch.nn.init.kaiming_uniform_(torch.empty(weight_RI.shape), a=math.sqrt(5))
+            weight_RI.data.copy_(drawn_RI)
+
+
+def peft_config(sft: LoraConfig, targets: list[str]) -> Any:
+    """Return peft's settings for adapters as `sft` says."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import TaskType
+
+    return PeftLoraConfig(
+        r=sft.rank,
+        lora_alpha=sft.alpha,
+        lora_dropout=sft.dropout,
+        target_modules=targets,
+        bias="none",
+        use_rslora=sft.rslora,
+        use_dora=sft.dora,
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list[str]:
+    """Return the last names of the layers to adapt, sorted.
+
+    Raises:
+        ConfigError: no linear layer has such a name.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    targets = sft.targets or model_config.lora_targets
+    if targets == [ALL_LINEAR]:
+        return sorted(linear)
+    if unknown := sorted(set(targets) - linear):
+        raise ConfigError(
+            f"sft_type.targets: no linear layer is called {', '.join(unknown)}; model={model_config.name} has: "
+            f"{', '.join(sorted(linear))}, or {ALL_LINEAR}"
+        )
+    return sorted(set(targets))
+
+
+def _say_what_is_not_fused(model: Any) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    plain = [module for module in model.modules() if isinstance(module, LoraLayer) and "forward" not in vars(module)]
+    if not plain:
+        return
+    reasons = []
+    if any(module.use_dora.get("default") for module in plain):
+        reasons.append("DoRA")
+    if any(START in module.lora_A for module in plain):
+        reasons.append("a PiSSA start")
+    if any(type(module.get_base_layer()).__module__.startswith("bitsandbytes") for module in plain):
+        reasons.append("a quantised base")
+    log.info("%d adapted layers run as peft wrote them: %s", len(plain), " and ".join(reasons) or "of another shape")
+
+
+def save_adapter(model: Any, sft: LoraConfig, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter as peft reads it beside the model as it came; a PiSSA start is folded into twice the rank.
+
+    `weights` are its parameters by name; null: as the model has them.
+    """
+    if START not in model.peft_config:
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    held = dict(model.named_parameters()) if weights is None else weights
+    state = {name: tensor.detach().cpu() for name, tensor in held.items() if ".lora_" in name}
+    write_adapter(state, sft, folder, base=model.peft_config["default"].base_model_name_or_path)
+
+
+def write_adapter(
+    state: dict[str, torch.Tensor],
+    sft: LoraConfig,
+    folder: Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write a checkpoint's adapter as plain peft reads it.
+
+    Args:
+        state: tensors by their names in training.
+        base: what peft loads the model from.
+        revision: of that base on its hub.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = plain_adapter_state(state)
+    save_file({k: v.contiguous() for k, v in plain.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in plain})
+    config = peft_config(sft, targets)
+    if sft.start is LoraStart.pissa:
+        # Twice the rank with the same factor: alpha / r, or alpha / sqrt(r).
+        config.r, config.lora_alpha = 2 * sft.rank, sft.alpha * (math.sqrt(2) if sft.rslora else 2)
+    config.inference_mode = True
+    config.base_model_name_or_path, config.revision = base, revision
+    config.save_pretrained(str(folder))
+
+
+def plain_adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the names that peft saves."""
+    if any(is_start(name) for name in state):
+        return fold_start(state)
+    return {
+        name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", "."): tensor
+        for name, tensor in state.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

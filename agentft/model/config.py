@@ -37,7 +37,7 @@ class Attention(StrEnum):
     flash = "flash"
     """The package flash-attn, or refuse."""
     tiled = "tiled"
-    """agentft's own for bf16 on a CPU; see `agentft.model.attention`."""
+    """agentft's own for bf16 on a CPU; see `agentft.model.cpu.attention`."""
     flex = "flex"
     """torch's flex attention, on CUDA."""
     sdpa = "sdpa"

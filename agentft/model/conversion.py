@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agentft.cache import build_once, cache_root
 from agentft.errors import ModelError
 from agentft.model import baichuan, qwen_v1
-from agentft.model.cache import build_once, cache_root
 from agentft.model.file_names import read_json
 from agentft.model.shards import check_free_disk, holds_weights, rewrite_weights, weight_files
 

@@ -1,19 +1,19 @@
-"""Model settings -> a folder -> tokenizer and weights on a device, with the choices made said aloud."""
+"""Load a model: from its settings to a folder, a tokenizer and weights on a device, with the choices made said aloud."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentft.cache import build_once, cache_root
 from agentft.errors import ModelError
-from agentft.model import attention as tiled_attention
-from agentft.model import conversion, flex
-from agentft.model.cache import build_once, cache_root
+from agentft.model import conversion, cuda
 from agentft.model.causal import causal_model
 from agentft.model.config import (
     Attention,
@@ -25,15 +25,16 @@ from agentft.model.config import (
     RandomShape,
     SftConfig,
 )
+from agentft.model.conversion import needs_conversion
+from agentft.model.cpu import attention as tiled_attention
+from agentft.model.cpu.native import Kernels, load_kernels
+from agentft.model.cuda import INSTALL as LIGER_INSTALL
+from agentft.model.cuda import LigerKernels, load_liger
 from agentft.model.file_names import read_json
 from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
 from agentft.model.hub_clients import HuggingFace, ModelScope
-from agentft.model.liger import INSTALL as LIGER_INSTALL
-from agentft.model.liger import LigerKernels, load_liger
-from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
-from agentft.model.remote_code import check_remote_code
 from agentft.model.shards import holds_weights, weight_files
 from agentft.model.wheel import converted_folder
 from agentft.runtime import Device, computes_in_bf16
@@ -43,11 +44,74 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SETTINGS_FILES = ("config.json", "tokenizer_config.json", "generation_config.json")
+"""Files whose fields can make a loader import code."""
+
+_ALWAYS = ("model_file", "custom_generate", "custom_pipelines")
+"""Fields that exist to name code."""
+
+_KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
+"""Endings of fields that choose a kernel; a name with a slash is fetched from a hub and run."""
+
+
+def check_remote_code(folder: Path, *, trusted: bool) -> None:
+    """Refuse a model that wants to bring its own Python code, unless it is `trusted`.
+
+    An `auto_map` is no reason where transformers or a conversion knows the architecture: then the code beside the
+    weights is never imported.
+
+    Raises:
+        ModelError: naming the file, the field and the setting.
+    """
+    config = folder / "config.json"
+    known = config.is_file() and _is_known(read_json(config))
+    for name in SETTINGS_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        for field, value in _fields_naming_code(read_json(path)):
+            if field == "auto_map" and known and not trusted:
+                log.info("%s: auto_map is ignored; the code beside the weights is not needed", path)
+                continue
+            if not trusted:
+                raise ModelError(
+                    f"{path}: {field} is {str(value)[:80]!r}: the model wants to run Python code that comes with it; "
+                    "refused. If you have read that code and trust it: model.trust_remote_code=true"
+                )
+            log.warning("%s: %s=%s: Python code that came with the model will run", path, field, value)
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return needs_conversion(config) or config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def _fields_naming_code(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every field, however deep, that names code: without recursion, since the depth is the file's choice."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case dict() as fields:
+                for field, inner in fields.items():
+                    if _names_code(str(field), inner):
+                        yield str(field), inner
+                    waiting.append(inner)
+            case list() as items:
+                waiting.extend(items)
+
+
+def _names_code(field: str, value: Any) -> bool:
+    if field == "auto_map" or field in _ALWAYS:
+        return bool(value)
+    return field.endswith(_KERNELS) and ("/" in str(value) or "kernel_config" in field) and bool(value)
+
+
 _KERNEL_NEEDS = {
     KernelChoice.compiled: "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names)",
     KernelChoice.liger: f"model.kernels=liger needs a CUDA device and the package: {LIGER_INSTALL}",
 }
-_OURS = (tiled_attention.NAME, flex.NAME)
+_OURS = (tiled_attention.NAME, cuda.NAME)
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
 
 
@@ -189,7 +253,7 @@ def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -
             tiled_attention.register()
             return tiled_attention.NAME
         case Attention.flex:
-            return flex.register(device)
+            return cuda.register(device)
         case Attention.auto if not device.is_cuda and dtype is torch.bfloat16:
             log.info("model.attention=auto: tiled")
             return choose_attention(Attention.tiled, device, dtype)

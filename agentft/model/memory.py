@@ -1,4 +1,6 @@
-"""How much memory a fine-tuning needs, from the numbers in config.json alone: no weights, no torch.
+"""Estimate the memory of a fine-tuning from the numbers in config.json alone: no weights, no torch.
+
+Sizes as in `memory.py`. Counted from what the steps of autograd there and in `compiled.py` save.
 
 Counted is what lives at the peak, at the end of the forward pass: weights, fp32 copies that are trained, gradients, the
 optimiser's state, activations kept for the backward pass, and the logits of the labelled positions. Not counted are
@@ -11,10 +13,12 @@ the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4), counted an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from agentft.errors import ModelError
 from agentft.model.config import (
@@ -27,8 +31,153 @@ from agentft.model.config import (
     QloraConfig,
     SftConfig,
 )
-from agentft.model.device_memory import DeviceMemory
-from agentft.model.fused_memory import COMPILED_LOSS_CHUNK, Layers, fused_layer_bytes, fuses_adapters
+from agentft.runtime import Device
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Files that hold a container's limit and what it uses, of both versions of control groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a device."""
+
+    free: int
+    total: int
+
+
+def device_memory(device: Device) -> DeviceMemory | None:
+    """Return the memory of `device`: of the GPU, or of this machine or container; None where nobody tells."""
+    if device.is_cuda:
+        import torch
+
+        return DeviceMemory(*torch.cuda.mem_get_info())
+    machine = _machine()
+    limits = [machine] if machine is not None else []
+    for limit, used in _CGROUPS:
+        if (most := _number(Path(limit))) is not None:
+            limits.append(DeviceMemory(most - (_number(Path(used)) or 0), most))
+    if not limits:
+        return None
+    return DeviceMemory(min(each.free for each in limits), min(each.total for each in limits))
+
+
+def _machine() -> DeviceMemory | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    return DeviceMemory(_available(page), os.sysconf("SC_PHYS_PAGES") * page)
+
+
+def _available(page: int) -> int:
+    """Memory that can be had without swapping: Linux's own estimate, else pages that are free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * page if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or `max`: no limit
+        return None
+
+
+TILE = 128
+KEEP_UP_TO = 1024
+"""As in `attention.py`, which cannot be read here without torch; a test holds them equal."""
+
+COMPILED_LOSS_CHUNK = 256
+"""Positions whose logits exist at once behind a frozen head in compiled code; in `training/loss.py`."""
+
+
+class Sizes(Protocol):
+    """The numbers of a `ModelShape` that count here."""
+
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def inner(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def key_heads(self) -> int: ...
+
+    @property
+    def qk_norm(self) -> bool: ...
+
+    @property
+    def query_width(self) -> int: ...
+
+    @property
+    def key_width(self) -> int: ...
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Which of the leaner layers compute."""
+
+    compiled: bool = False
+    """Row-wise parts in C: no masks of dropout are kept."""
+    tiled: bool = False
+    """Attention in tiles, whose weights are kept for rows of up to `KEEP_UP_TO` positions."""
+
+
+def fuses_adapters(sft: LoraConfig) -> bool:
+    """Whether the adapters are of the plain kind that `fused.py` computes."""
+    return not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig))
+
+
+def fused_layer_bytes(
+    shape: Sizes, b: int, length: int, sft: LoraConfig, targets: Collection[str], layers: Layers, *, eager: bool = False
+) -> int:
+    """Bytes kept for each position in one block with frozen weights and plain adapters.
+
+    A norm keeps its input and a number (b h + 4); the MLP gate and up (2 b i); adapters on q, k, v one input, on gate and up
+    another, b rank each and with dropout in torch a byte of mask for an input.
+    """
+    norms = 2 * (b * shape.hidden + 4)
+    if shape.qk_norm:
+        norms += b * (shape.query_width + shape.key_width) + 4 * (shape.heads + shape.key_heads)
+    adapters = b * shape.hidden * (_any(targets, "q_proj", "k_proj", "v_proj") + _any(targets, "gate_proj", "up_proj"))
+    adapters += b * shape.inner * _any(targets, "down_proj")
+    for name, (inputs, _) in shape.linear_layers.items():
+        if name in targets:
+            adapters += b * sft.rank + inputs * (sft.dropout > 0 and not layers.compiled)
+    return norms + 2 * b * shape.inner + adapters + _attention_bytes(shape, b, length, targets, layers, eager=eager)
+
+
+def _attention_bytes(
+    shape: Sizes, b: int, length: int, targets: Collection[str], layers: Layers, *, eager: bool
+) -> int:
+    """Rotated q and k, v: b (q + 2 k). In tiles their weights, and the output if an adapter reads it; by torch's kernel the
+    output and log-sum-exp; eager the probabilities in fp32 and in b."""
+    inputs, output = b * (shape.query_width + 2 * shape.key_width), b * shape.query_width
+    if layers.tiled:
+        weights = round(b * shape.heads * keys_seen(length)) if length <= KEEP_UP_TO else 0
+        return inputs + weights + output * _any(targets, "o_proj")
+    return inputs + output + shape.heads * (length * (4 + b) if eager else 4)
+
+
+def keys_seen(length: int) -> float:
+    """Mean number of keys in the tiles of a position's queries."""
+    stops = [min(start + TILE, length) for start in range(0, length, TILE)]
+    return sum((stop - start) * stop for start, stop in zip(range(0, length, TILE), stops, strict=True)) / length
+
+
+def _any(targets: Collection[str], *names: str) -> bool:
+    return any(name in targets for name in names)
+
 
 _DECODERS = ("llama", "qwen2", "qwen3", "mistral", "qwen", "baichuan")
 """`model_type`s whose blocks are the ones counted here."""

@@ -10,8 +10,8 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+from agentft.cache import build_once, cache_root, file_digest
 from agentft.errors import ModelError
-from agentft.model.cache import build_once, cache_root, file_digest
 from agentft.model.shards import holds_weights, save_model
 
 VERSION = 2

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentft.audits.findings import CODES
 from agentft.data.config import DatasetConfig
-from agentft.data.findings import CODES
 from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig

@@ -16,25 +16,33 @@ from typing import Any
 import torch
 
 from agentft import progress
+from agentft.data.prepare import PreparedData, prepare_data
 from agentft.data.render import Template
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.config import DistributedConfig
 from agentft.distributed.spread import lead
 from agentft.errors import CheckpointError, ConfigError, RunError
-from agentft.evaluation.answer_file import Answerer
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.openai_engine import OpenAIEngine, endpoint_of
-from agentft.evaluation.places import shown_steps
-from agentft.evaluation.vllm_engine import VllmEngine, VllmModel, require_vllm
+from agentft.evaluation.openai import OpenAIEngine, endpoint_of
+from agentft.evaluation.predictions import Answerer
+from agentft.evaluation.steps import shown_steps
+from agentft.evaluation.vllm import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, trains_weights
 from agentft.model.load import load_tokenizer, locate_model
-from agentft.recipes.bench import Bench, set_up_bench
+from agentft.recipes.components import Bench, set_up_bench
 from agentft.recipes.config import EvaluateConfig, TrainConfig
-from agentft.recipes.exam import Candidate, exam_steps, own_candidate, own_share, sit_exam, write_exam
-from agentft.recipes.modes import sit_likelihood, sit_replay
-from agentft.recipes.prepare import PreparedData, prepare_data
+from agentft.recipes.evaluation_run import (
+    Candidate,
+    exam_steps,
+    own_candidate,
+    own_share,
+    sit_exam,
+    sit_likelihood,
+    sit_replay,
+    write_exam,
+)
 from agentft.recipes.ranks import evaluate_on_ranks, is_spread, rank_of, threads_of_rank
 from agentft.recipes.report import show_exams
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, trained_config

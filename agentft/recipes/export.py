@@ -1,33 +1,160 @@
-"""A run as a folder that transformers, vLLM and the hubs load as it is: weights, tokenizer, chat template, stop, card."""
+"""Export a run as a folder that transformers, vLLM and the hubs load as it is."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
 
 from agentft.data.chat_templates import chat_template
 from agentft.data.template_choice import choose_template
 from agentft.errors import ConfigError, RunError
+from agentft.model.adapters import save_final, write_adapter
 from agentft.model.config import Dtype, LoraConfig, ModelSource, QloraConfig, SftConfig
-from agentft.model.hub_push import parse_target, push_folder
+from agentft.model.hub import parse_target, push_folder
 from agentft.model.load import ModelFiles, load_tokenizer, locate_model, torch_dtype
-from agentft.model.lora import write_adapter
-from agentft.model.merging import write_merged
 from agentft.model.quantization import require_bitsandbytes
+from agentft.model.shards import write_merged
 from agentft.recipes.config import ExportConfig, TrainConfig
 from agentft.recipes.evaluate import find_checkpoint
-from agentft.recipes.model_card import model_card
 from agentft.recipes.saved import trained_config
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 from agentft.strict_json import json_text
 from agentft.training.checkpoint import Checkpoint, load_checkpoint
+from agentft.training.engine import Engine
+
+
+def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder, engine: Engine) -> None:
+    """Write `run.final`: the adapter or the whole model with its tokenizer, by rank 0 from the weights of all.
+
+    Raises:
+        RunError: the disk refused; the checkpoints are intact, and the same command goes on from the last.
+    """
+    weights = engine.weights(frozen=not isinstance(sft_type, LoraConfig))
+    if not engine.world.is_main:
+        weights.take_part()
+        return
+    whole = dict(weights)
+    work = run.path / f".final.{os.getpid()}"
+    try:
+        for left in run.path.glob(".final.*"):  # of a killed process: the run folder is ours
+            shutil.rmtree(left)
+        save_final(model, sft_type, tokenizer, work, whole)
+        if run.final.exists():
+            shutil.rmtree(run.final)
+        work.rename(run.final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise RunError(
+            f"{run.final}: cannot be written: {error}; the last checkpoint is intact, so with room on the disk "
+            f"run_dir={run.path} goes on from it"
+        ) from error
+
+
+_PACKAGES = ("agentft", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def model_card(run: RunFolder, trained: TrainConfig, record: dict[str, Any], step: int, *, adapter_alone: bool) -> str:
+    """Return the text of README.md."""
+    model = trained.model
+    base = model.id or model.huggingface_id or model.modelscope_id or model.wheel or model.name
+    if model.source is ModelSource.local:
+        base = model.name  # a folder of the machine that trained says nothing to others
+    front = {
+        "base_model": base,
+        "library_name": "peft" if adapter_alone else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["agent", "tool-use", "agentft"],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {base}, fine-tuned for tools",
+        "",
+        f"{'An adapter beside' if adapter_alone else 'A whole model made from'} `{base}`, step {step} of a run of agentft.",
+        "Licence and terms are those of the base model" + (f": {model.notes}" if model.notes else "."),
+        "",
+        *_usage(trained, adapter_alone),
+        "",
+        *_measured(run, step),
+        "## How it was trained",
+        "",
+        *_table(_facts(trained, record)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(trained: TrainConfig, adapter_alone: bool) -> list[str]:
+    how = "peft.AutoPeftModelForCausalLM" if adapter_alone else "transformers.AutoModelForCausalLM"
+    lines = [
+        "## Use",
+        "",
+        f"Load with `{how}`; the chat template writes the layout of training (`{trained.model.template}`), and",
+        "`generation_config.json` stops where training stopped: greedy, at the token that ends a step. A tool's result is a",
+        "message of the role `tool`.",
+    ]
+    if trained.model.template == "msagent":
+        lines += [
+            "The tools stand in the system text as a numbered list of JSON, and calls come between `<|startofthink|>` and",
+            '`<|endofthink|>`. Where a server offers stop texts, give it `"<|startofexec|>"`.',
+        ]
+    return lines
+
+
+def _measured(run: RunFolder, step: int) -> list[str]:
+    """What the run measured at its end; nothing for a checkpoint of another step."""
+    try:
+        metrics = read_json(run.metrics("after"))["metrics"]
+        if read_json(run.summary_file)["steps"] != step:
+            return []
+    except (RunError, KeyError):
+        return []
+    rows = {
+        name: f"{values['value']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
+        for name, values in metrics.items()
+        if all(isinstance(values.get(key), int | float) for key in ("value", "low", "high"))
+    }
+    return ["## Measured on held-out conversations", "", "With 95 % intervals.", "", *_table(rows), ""] if rows else []
+
+
+def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
+    training = trained.training
+    sft = {key: _plain(value) for key, value in asdict(trained.sft_type).items() if key != "default_learning_rate"}
+    if isinstance(trained.sft_type, LoraConfig):
+        sft["targets"] = ", ".join(trained.sft_type.targets or trained.model.lora_targets)
+    packages = record.get("packages", {})
+    return {
+        "method": ", ".join(f"{key} {value}" for key, value in sft.items()),
+        "base": f"fingerprint {record['model_fingerprint'][:16]}, commit {record.get('model_commit') or 'none'}",
+        "data": f"{trained.dataset.name}, fingerprint {record['data_fingerprint'][:16]}",
+        "learning rate": f"{training.learning_rate:g}, {training.schedule.value}",
+        "conversations a step": f"{training.micro_batch} x {training.accumulation}",
+        "longest": f"{trained.dataset.max_length} tokens",
+        "dtype": str(record["dtype"]),
+        "seed": str(trained.seed),
+        "packages": ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if packages.get(name)),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,8 @@ import os
 from agentft import runtime
 from agentft.errors import ModelError
 from agentft.model.config import Attention, Dtype, KernelChoice
-from agentft.model.device_memory import DeviceMemory, device_memory
-from agentft.model.fused_memory import Layers
 from agentft.model.load import model_settings, resolve_dtype
-from agentft.model.memory import Fit, MemoryEstimate, estimate_memory, judge
+from agentft.model.memory import DeviceMemory, Fit, Layers, MemoryEstimate, device_memory, estimate_memory, judge
 from agentft.recipes.config import TrainConfig
 from agentft.training.config import MemoryCheck
 

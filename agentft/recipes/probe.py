@@ -29,9 +29,9 @@ from agentft.data.render import Kind
 from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
-from agentft.evaluation.slots import History, Row, RowModel
-from agentft.model.attention import attention_of
+from agentft.evaluation.ragged_decoding import History, Row, RowModel
 from agentft.model.causal import causal_model, last_states, output_head
+from agentft.model.cpu.attention import attention_of
 from agentft.model.load import take_attention
 from agentft.training.loss import LabelledLoss, packed_arguments
 

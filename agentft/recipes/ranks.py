@@ -12,7 +12,7 @@ from agentft import progress
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.launch import Entry, start_ranks
-from agentft.distributed.places import Places, choose_places, require_engine
+from agentft.distributed.topology import Places, choose_places, require_engine
 from agentft.errors import ConfigError, RankError
 from agentft.model.config import Dtype, LoraConfig, LoraStart, QloraConfig, trains_weights
 from agentft.recipes.config import EvaluateConfig, TrainConfig

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from agentft.evaluation.generate import Answer
 from agentft.progress import console
-from agentft.recipes.exam import Exam
+from agentft.recipes.evaluation_run import Exam
 from agentft.runs import RunFolder
 
 if TYPE_CHECKING:

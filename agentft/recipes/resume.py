@@ -10,7 +10,7 @@ from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.saved import primary_config, saved_config
 from agentft.runs import RunFolder, read_json
 from agentft.training.config import Resume
-from agentft.training.identity import differences
+from agentft.training.run_fingerprint import differences
 
 _SEEN_WHEN_LOADED = (
     *("threads", "model.dtype", "model.attention", "model.kernels", "model.context", "model.learning_rate_scale"),

@@ -18,14 +18,15 @@ import torch
 
 from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
+from agentft.data.prepare import write_manifest
 from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop
 from agentft.errors import CheckpointError, ConfigError, RunError
-from agentft.evaluation.answer_file import Answerer
+from agentft.evaluation.predictions import Answerer
 from agentft.model.adapters import count_parameters
-from agentft.recipes.bench import Bench, set_up_bench, set_up_engine
+from agentft.recipes.components import Bench, identity, set_up_bench, set_up_engine
 from agentft.recipes.config import TrainConfig, deciding
-from agentft.recipes.exam import (
+from agentft.recipes.evaluation_run import (
     Candidate,
     Exam,
     exam_steps,
@@ -35,29 +36,20 @@ from agentft.recipes.exam import (
     sit_exam,
     write_exam,
 )
-from agentft.recipes.final import write_final
-from agentft.recipes.identity import identity
+from agentft.recipes.export import write_final
 from agentft.recipes.memory_check import check_memory
-from agentft.recipes.prepare import write_manifest
-from agentft.recipes.ranks import (
-    is_spread,
-    on_ranks,
-    rank_of,
-    require_ranks,
-    resolved,
-    threads_of_rank,
-)
+from agentft.recipes.ranks import is_spread, on_ranks, rank_of, require_ranks, resolved, threads_of_rank
 from agentft.recipes.report import show_exams
 from agentft.recipes.resume import changed_settings
 from agentft.recipes.saved import config_to_yaml
-from agentft.recipes.watch import Watch
+from agentft.recipes.validation import Watch
 from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.engine import Engine
+from agentft.training.guards import snapshot_on_out_of_memory
 from agentft.training.loop import Job, Outcome, Start, find_start, train_model
-from agentft.training.memory_snapshot import snapshot_on_out_of_memory
 from agentft.training.packing import choose_row_tokens
 from agentft.world import ALONE, MARKS_VARIABLE, World
 

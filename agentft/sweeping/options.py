@@ -11,9 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from agentft.errors import ConfigError
-from agentft.sweeping.places import Place, ThisMachine
+from agentft.sweeping.backends import Place, Slot, ThisMachine, make_slots, visible_gpus
 from agentft.sweeping.pool import Rules
-from agentft.sweeping.slots import Slot, make_slots, visible_gpus
 
 
 @dataclass(kw_only=True)
@@ -77,7 +76,7 @@ class RayOptions(_QueueOptions):
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
     ) -> Place:
         """A Ray cluster."""
-        from agentft.sweeping.ray_cluster import RayCluster
+        from agentft.sweeping.backends import RayCluster
 
         return RayCluster(self.address, threads=self.threads_per_job, gpus=self.gpus_per_job, grace=self.grace)
 
@@ -102,7 +101,7 @@ class SlurmOptions(_QueueOptions):
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
     ) -> Place:
         """The queue of SLURM."""
-        from agentft.sweeping.slurm import Slurm
+        from agentft.sweeping.backends import Slurm
 
         return Slurm(_submitit_parameters(self), sweep, local=self.cluster == "local", grace=self.grace)
 

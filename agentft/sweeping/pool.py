@@ -15,10 +15,9 @@ from types import FrameType
 
 from agentft.errors import RunError
 from agentft.settings import Settings
+from agentft.sweeping.backends import Place, Slot
 from agentft.sweeping.jobs import LOG, Job, last_words
-from agentft.sweeping.places import Place
 from agentft.sweeping.processes import Attempt, describe_exit
-from agentft.sweeping.slots import Slot
 
 POLL_SECONDS = 0.1
 

@@ -18,10 +18,10 @@ from torch import nn
 from agentft.data.batches import Batch
 from agentft.errors import CheckpointError
 from agentft.model.adapters import load_trained_state, trained_state
+from agentft.training.checkpoint import TensorStream, stream_of
 from agentft.training.config import TrainingConfig
 from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer
-from agentft.training.tensor_stream import TensorStream, stream_of
 from agentft.world import ALONE, World
 
 

@@ -1,20 +1,109 @@
-"""A loss or gradient that is not finite never reaches the optimiser: the training stops, or the step is left out."""
+"""Guard a training: no number that is not finite reaches the optimiser, and a step too large for memory is cut smaller."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from agentft.data.batches import Batch
 from agentft.errors import TrainingError
+from agentft.training import random_state
 from agentft.training.config import NonFinite, TrainingConfig
 from agentft.training.engine import Engine
 
 log = logging.getLogger(__name__)
+
+NAME = "out_of_memory-gpu{device}.pickle"
+"""A file a device: ranks of one run share its folder."""
+
+
+def snapshot_on_out_of_memory(folder: Path) -> None:
+    """Record allocations from here on, and write them to `folder` at the moment when CUDA's memory runs out."""
+
+    memory: Any = torch.cuda.memory
+
+    def write(device: int, asked: int, total: int, free: int) -> None:
+        path = folder / NAME.format(device=device)
+        try:
+            memory._dump_snapshot(str(path))
+        except OSError as error:  # the allocator called this: its own error is the one to be heard
+            log.warning("GPU %d is out of memory, and %s could not be written: %s", device, path, error)
+            return
+        log.warning(
+            "GPU %d is out of memory: %.2f GB were asked for, %.2f of %.2f GB are free; %s shows what holds the rest at "
+            "https://pytorch.org/memory_viz",
+            *(device, asked / 1e9, free / 1e9, total / 1e9, path),
+        )
+
+    # PyTorch documents these names for users as they are.
+    memory._record_memory_history(max_entries=100_000, stacks="python")
+    # Present in CUDA builds alone.
+    attach: Any = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is not None:
+        attach(write)
+
+
+T = TypeVar("T")
+
+_CPU_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch says it on a CPU in a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)
+
+
+def accumulate_within_memory(
+    attempt: Callable[[int], T], size: int, forget: Callable[[], None], *, step: int, alone: bool = True
+) -> tuple[int, T]:
+    """Run `attempt` on one step's micro-batches of `size`, or of half of it, and so on: (the size that fits, its result).
+
+    `attempt` makes gradients and changes nothing else; `forget` drops those of a failed one. The random streams go back
+    to the start of the step, so the result is that of a run that had the smaller size all along.
+
+    Raises:
+        TrainingError: one conversation at a time is too much, or other ranks wait in the middle of the step.
+    """
+    while True:
+        streams = random_state.torch_streams()
+        try:
+            return size, attempt(size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+        # After the except clause: the traceback holds the tensors of the attempt.
+        forget()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        random_state.set_torch_streams(streams)
+        if size == 1:
+            raise TrainingError(
+                f"step {step}: out of memory with one conversation, or one packed row, at a time ({words}). "
+                "training.gradient_checkpointing=true, training.packing=false or a smaller dataset.max_length needs less"
+            )
+        if not alone:
+            raise TrainingError(
+                f"step {step}: out of memory with training.micro_batch={size} ({words}); between several processes it is "
+                f"not halved by itself. training.micro_batch={size // 2} with twice the training.accumulation trains the "
+                "same, from a new run folder"
+            )
+        log.warning(
+            "step %d: out of memory with training.micro_batch=%d (%s); %d from here on, with the same conversations in a "
+            "step",
+            *(step, size, words, size // 2),
+        )
+        size //= 2
 
 
 class NumberGuard:

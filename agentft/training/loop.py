@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty_batch, step_groups
-from agentft.data.shares import share_out
 from agentft.data.tokens import Example
 from agentft.errors import CheckpointError
 from agentft.progress import progress_bar
@@ -38,11 +37,10 @@ from agentft.training.checkpoint import (
 from agentft.training.clock import Clock, Meter
 from agentft.training.config import Resume, TrainingConfig
 from agentft.training.engine import Engine
-from agentft.training.guards import NumberGuard
-from agentft.training.identity import require_same
+from agentft.training.guards import NumberGuard, accumulate_within_memory
 from agentft.training.optim import build_schedule
-from agentft.training.out_of_memory import accumulate_within_memory
-from agentft.world import World
+from agentft.training.run_fingerprint import require_same
+from agentft.world import World, share_out
 
 log = logging.getLogger(__name__)
 

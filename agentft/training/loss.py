@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from agentft.data.batches import Batch
 from agentft.data.tokens import IGNORE_INDEX
 from agentft.model.causal import last_states, output_head, stock_logits
-from agentft.model.native import Kernels
+from agentft.model.cpu.native import Kernels
 
 CHUNK = 1024
 """Labelled positions whose logits exist at once; of several chunks each is recomputed in the backward pass."""

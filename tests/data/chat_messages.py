@@ -6,8 +6,7 @@ import json
 from itertools import groupby
 from typing import Any
 
-from agentft.data.calls import strip_fence
-from agentft.data.grammar import Call, Observation
+from agentft.data.grammar import Call, Observation, strip_fence
 from agentft.data.native_system import read_system
 from agentft.data.records import Conversation
 from agentft.data.render import Kind, Segment

@@ -7,20 +7,20 @@ import json
 import numpy as np
 import pytest
 
-from agentft.data.audit import Audit, Seen
-from agentft.data.calls import ToolRequest
+from agentft.audits.checks import Audit, Seen
+from agentft.audits.findings import CODES, Findings, Level
+from agentft.audits.label_trace import trace_labels
+from agentft.audits.overlap import Ledger
+from agentft.audits.tool_schemas import check_request, schema_of
 from agentft.data.config import DatasetConfig, Split, TooLong
-from agentft.data.findings import CODES, Findings, Level
-from agentft.data.fit import fit_conversations
-from agentft.data.label_trace import trace_labels
+from agentft.data.grammar import ToolRequest
 from agentft.data.offered_tools import OfferedTool
-from agentft.data.overlap import Ledger
 from agentft.data.records import Conversation, Origin, Rejection, read_record
 from agentft.data.render import Kind
 from agentft.data.sources import RawRow, ReadReport, read_conversations
-from agentft.data.token_text import TokenText
+from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example
-from agentft.data.tool_schemas import check_request, schema_of
+from agentft.data.truncation import fit_conversations
 
 SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'
 CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'

@@ -6,13 +6,13 @@ import hashlib
 
 import pytest
 
-from agentft.data import block_digest as module
-from agentft.data.block_digest import block_digest
+from agentft.data import files
+from agentft.data.files import block_digest
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1000, 1050])
 def test_it_is_the_digest_of_the_digests_of_the_blocks(size, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 100)
     data = bytes(n * n % 251 for n in range(size))
     path = tmp_path / "file"
     path.write_bytes(data)
@@ -22,7 +22,7 @@ def test_it_is_the_digest_of_the_digests_of_the_blocks(size, tmp_path, monkeypat
 
 
 def test_one_byte_anywhere_changes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 64)
     path = tmp_path / "file"
     data = bytearray(300)
     path.write_bytes(data)
@@ -38,9 +38,9 @@ def test_one_byte_anywhere_changes_it(tmp_path, monkeypatch):
 
 def test_a_file_larger_than_a_block_is_read_whole(tmp_path):
     path = tmp_path / "file"
-    path.write_bytes(b"\0" * (module.BLOCK_BYTES + 1))
+    path.write_bytes(b"\0" * (files.BLOCK_BYTES + 1))
     one = block_digest(path)
     with path.open("r+b") as file:
-        file.seek(module.BLOCK_BYTES)
+        file.seek(files.BLOCK_BYTES)
         file.write(b"\1")
     assert block_digest(path) != one

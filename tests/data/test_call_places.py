@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentft.data.call_places import call_places
-from agentft.data.grammar import Call, parse_assistant
+from agentft.data.grammar import Call, call_places, parse_assistant
 from agentft.data.render import CALL_KINDS, Kind, render_assistant
-from agentft.data.token_text import TokenText
+from agentft.data.text_ids import TokenText
 from agentft.data.tokens import SegmentEncoder
 
 

@@ -10,15 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentft.data.config import LocalConfig, TooLong
-from agentft.data.fit import Fitted, Outcome, fit_conversations
 from agentft.data.grammar import Observation, segment_steps
+from agentft.data.prepare import prepare_data, write_manifest
 from agentft.data.records import Conversation, Origin, read_record
-from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, shorten_observations
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
+from agentft.data.truncation import MIN_OBSERVATION_CHARACTERS, Fitted, Outcome, fit_conversations, shorten_observations
 from agentft.errors import DataError
 from agentft.evaluation.steps import all_steps
-from agentft.recipes.prepare import prepare_data, write_manifest
 
 SYSTEM = 'Tools:\n1. {"name": "look", "description": "d", "parameters": [{"name": "q", "required": true}]}'
 

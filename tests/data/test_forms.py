@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.calls import strip_fence
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Text
+from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Text, strip_fence
 from agentft.data.records import Conversation, Origin, Rejection, read_record
 
 ORIGIN = Origin("forms.jsonl", 1)

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.mixed_chunks import MixedChunks
 from agentft.data.render import Kind, MsagentTemplate, Segment
 from agentft.data.sources import read_conversations, read_local
-from agentft.data.tokens import SegmentEncoder
-from agentft.data.vocabulary_bytes import byte_level_lengths, vocabulary_bytes
+from agentft.data.text_ids import byte_level_lengths, vocabulary_bytes
+from agentft.data.tokens import MixedChunks, SegmentEncoder
 
 
 @cache

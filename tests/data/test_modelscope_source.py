@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from agentft.data.modelscope_rows import read_modelscope
+from agentft.data.hub_rows import read_modelscope
 from agentft.errors import DataError
 
 pytest.importorskip("modelscope", reason="the ModelScope client is not installed")
@@ -29,7 +29,7 @@ TURNS = [
 ]
 SCRIPT = """
 import json, sys
-from agentft.data.modelscope_rows import read_modelscope
+from agentft.data.hub_rows import read_modelscope
 from agentft.data.records import Conversation
 from agentft.data.sources import read_conversations
 from agentft.errors import DataError
@@ -51,7 +51,7 @@ from agentft.data.config import ModelScopeConfig
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.random_weights import byte_tokenizer
-from agentft.recipes.prepare import prepare_data
+from agentft.data.prepare import prepare_data
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 tokenizer = byte_tokenizer()
 template, encoder = MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer)

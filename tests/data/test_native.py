@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentft.data.calls import ToolRequest
-from agentft.data.grammar import Call, Observation, Text, segment_steps
+from agentft.data.grammar import Call, Observation, Text, ToolRequest, segment_steps
 from agentft.data.native_system import SystemReading, read_system
 from agentft.data.records import Conversation, Origin, read_record
 from agentft.data.render import CallForm, Kind

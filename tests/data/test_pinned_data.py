@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from agentft.data.config import DatasetConfig, LocalConfig, SyntheticConfig, TooLong
+from agentft.data.prepare import prepare_data
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import Example, SegmentEncoder
-from agentft.recipes.prepare import prepare_data
 
 COUNT = 200
 MAX_LENGTH = {"real": 1536, "synthetic": 448}

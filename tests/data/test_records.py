@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.calls import ToolRequest
-from agentft.data.grammar import Call
+from agentft.audits.tool_schemas import check_request
+from agentft.data.grammar import Call, ToolRequest
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.offered_tools import read_offered_tools
 from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
-from agentft.data.tool_schemas import check_request
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ORIGIN = Origin("here.jsonl", 7)

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from agentft.data.config import LocalConfig, Split, WeightedPath
+from agentft.data.prepare import prepare_data, write_manifest
 from agentft.data.records import Conversation, Origin, read_record
-from agentft.data.source_weights import in_showing_order
-from agentft.data.sources import LocalSource, ReadReport, read_conversations, read_local
+from agentft.data.sources import LocalSource, ReadReport, in_showing_order, read_conversations, read_local
 from agentft.data.splits import divide
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError
 from agentft.model.random_weights import byte_tokenizer
-from agentft.recipes.prepare import prepare_data, write_manifest
 from agentft.runs import RunFolder
 
 

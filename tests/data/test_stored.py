@@ -10,8 +10,16 @@ import pytest
 from agentft.data.config import SpanWeights
 from agentft.data.records import Conversation, Origin
 from agentft.data.sources import read_conversations, read_local
-from agentft.data.stored_conversations import ConversationWriter, StoredConversations, from_line, to_line
-from agentft.data.stored_examples import ExampleWriter, StoredExamples, pack, stored_id_type
+from agentft.data.store import (
+    ConversationWriter,
+    ExampleWriter,
+    StoredConversations,
+    StoredExamples,
+    from_line,
+    pack,
+    stored_id_type,
+    to_line,
+)
 from agentft.data.tokens import tokenize, weigh
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, stop=0.5)

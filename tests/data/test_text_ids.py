@@ -15,10 +15,16 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from agentft.data import synthetic, text_ids
-from agentft.data.text_ids import CHECKED, FastIds, ReferenceIds, ShortTexts, TokenizersDisagree
-from agentft.data.tokenizer_json import TokenizerJson
+from agentft.data.text_ids import (
+    CHECKED,
+    FastIds,
+    ReferenceIds,
+    ShortTexts,
+    TokenizerJson,
+    TokenizersDisagree,
+    byte_level_alphabet,
+)
 from agentft.data.tokens import SegmentEncoder, encode_fast
-from agentft.data.vocabulary_bytes import byte_level_alphabet
 
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

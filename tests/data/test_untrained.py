@@ -7,19 +7,18 @@ import json
 import numpy as np
 import pytest
 
+from agentft.audits.label_trace import trace_labels
 from agentft.data.config import LocalConfig, TooLong
-from agentft.data.fit import Outcome, fit_conversations
-from agentft.data.label_trace import trace_labels
 from agentft.data.native import ChatmlTemplate
+from agentft.data.prepare import prepare_data
 from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import RawRow, ReadReport, read_conversations
-from agentft.data.stored_conversations import from_line, to_line
-from agentft.data.token_text import TokenText
+from agentft.data.store import from_line, to_line
+from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
-from agentft.evaluation.places import shown_steps, step_places
-from agentft.evaluation.steps import all_steps
-from agentft.recipes.prepare import prepare_data
+from agentft.data.truncation import Outcome, fit_conversations
+from agentft.evaluation.steps import all_steps, shown_steps, step_places
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "first guess"}'}}
 AGAIN = {"id": "2", "type": "function", "function": {"name": "look", "arguments": '{"q": "second guess"}'}}

@@ -112,7 +112,7 @@ def test_a_weight_is_positive(value):
 
 def test_prepared_data_weighs_training_examples_only(tmp_path, golden_folder, template, encoder):
     from agentft.data.config import LocalConfig
-    from agentft.recipes.prepare import prepare_data
+    from agentft.data.prepare import prepare_data
 
     path = str(golden_folder / "conversations.jsonl")
     config = LocalConfig(name="local", path=path, test_ratio=0.3)

@@ -16,7 +16,7 @@ from typing import Any
 
 from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind
 from agentft.distributed.launch import start_ranks
-from agentft.distributed.places import choose_places
+from agentft.distributed.topology import choose_places
 from agentft.errors import AgentftError, ConfigError
 from agentft.world import World, join_world, leave_world
 

@@ -25,8 +25,8 @@ from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import make_engine
 from agentft.distributed.launch import start_ranks
-from agentft.distributed.places import choose_places
 from agentft.distributed.spread import lead, spread_likelihood
+from agentft.distributed.topology import choose_places
 from agentft.errors import RankError
 from agentft.evaluation.generate import GreedyGenerator
 from agentft.evaluation.steps import all_steps

@@ -10,9 +10,9 @@ import torch
 from agentft.data.records import Origin, read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
-from agentft.evaluation import slots
+from agentft.evaluation import ragged_decoding
 from agentft.evaluation.generate import GreedyGenerator
-from agentft.evaluation.step_scores import score_step
+from agentft.evaluation.scoring import score_step
 from agentft.evaluation.steps import all_steps, conversation_steps
 
 
@@ -41,10 +41,10 @@ def model(byte_tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
-def _answers(model, byte_tokenizer, steps, slots, new=12, speculation=16):
+def _answers(model, byte_tokenizer, steps, ragged_decoding, new=12, speculation=16):
     stop = byte_tokenizer.eos_token_id
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_id=stop, slots=slots, max_new_tokens=new, speculation=speculation
+        model, byte_tokenizer, stop_id=stop, slots=ragged_decoding, max_new_tokens=new, speculation=speculation
     )
     return generator.answer(steps)
 
@@ -94,8 +94,11 @@ def test_answers_depend_neither_on_the_number_of_slots_nor_on_guesses(model, byt
     """Batch 1 equals batch 8 token for token in fp32, with guesses and without."""
     ways = [(1, 0), (8, 0), (1, 16), (8, 16), (8, 3)]
     first, *others = (
-        [answer.text for answer in _answers(model, byte_tokenizer, steps, slots, new=40, speculation=speculation)]
-        for slots, speculation in ways
+        [
+            answer.text
+            for answer in _answers(model, byte_tokenizer, steps, ragged_decoding, new=40, speculation=speculation)
+        ]
+        for ragged_decoding, speculation in ways
     )
     for way, texts in zip(ways[1:], others, strict=True):
         assert texts == first, way
@@ -136,7 +139,7 @@ def test_both_attention_kernels_equal_the_definition(position, length, window):
         for row, (first, last) in enumerate(seen):
             weights = torch.softmax(0.3 * keys[head // 3, first:last].double() @ query[head, row].double(), 0)
             expected[head, row] = weights @ values[head // 3, first:last].double()
-    for kernel in (slots._attend_by_products, slots._attend_fused):
+    for kernel in (ragged_decoding._attend_by_products, ragged_decoding._attend_fused):
         found = kernel(query, keys, values, position, 0.3, window)
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 

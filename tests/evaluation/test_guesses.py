@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agentft.evaluation import guesses
-from agentft.evaluation.guesses import Guesser, SaidBefore
+from agentft.evaluation import generate
+from agentft.evaluation.generate import Guesser, SaidBefore
 
 
 def test_what_followed_the_same_words_last_is_guessed_up_to_the_limit() -> None:
@@ -46,7 +46,7 @@ def test_nothing_is_guessed_or_kept_where_guessing_is_off() -> None:
 
 
 def test_the_memory_of_answers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guesses, "_MOST_ENDINGS", 10)
+    monkeypatch.setattr(generate, "_MOST_ENDINGS", 10)
     said = SaidBefore()
     said.add(list(range(50)))
     said.add([100, 101, 102])

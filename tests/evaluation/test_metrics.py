@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.calls import ToolRequest
+from agentft.data.grammar import ToolRequest
 from agentft.errors import EvaluationError
-from agentft.evaluation.alignment import align_calls, compare_calls
-from agentft.evaluation.equality import leniently_equal, strictly_equal
+from agentft.evaluation.matching import align_calls, compare_calls, leniently_equal, strictly_equal
 from agentft.evaluation.metrics import (
     EvaluationReport,
     OfferedTool,
@@ -604,8 +603,8 @@ def test_few_conversations_are_marked_as_indicative() -> None:
 
 
 def test_every_metric_with_a_better_direction_can_choose_the_best_checkpoint():
+    from agentft.evaluation.config import BEST_METRICS
     from agentft.evaluation.definitions import METRICS_BY_NAME, PAPER_NAMES
-    from agentft.evaluation.metric_names import BEST_METRICS
 
     # Less of what is hallucinated is better, so those cannot be ranked upwards.
     upwards = {name for name in (*METRICS_BY_NAME, *PAPER_NAMES) if not name.startswith("hallucinated")}

@@ -12,13 +12,11 @@ from agentft.data.chat_templates import chat_template
 from agentft.data.records import Origin, read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
-from agentft.evaluation.chat import answer_text, chat_step
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.openai_engine import Endpoint, OpenAIEngine, endpoint_of
+from agentft.evaluation.openai import Endpoint, OpenAIEngine, answer_text, chat_step, endpoint_of
 from agentft.evaluation.parse import parse_reply
-from agentft.evaluation.places import shown_steps
-from agentft.evaluation.step_scores import score_step
-from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.evaluation.scoring import score_step
+from agentft.evaluation.steps import all_steps, conversation_steps, shown_steps
 from agentft.settings import affects
 from tests.evaluation.loopback_chat import LoopbackChat
 

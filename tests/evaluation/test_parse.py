@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentft.data.render import CallForm
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, parse_reply, to_msagent
-from agentft.evaluation.repair import repair_call_body
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, parse_reply, repair_call_body, to_msagent
 
 
 def call(name: str, **parameters: object) -> str:

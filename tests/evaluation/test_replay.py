@@ -10,9 +10,8 @@ from agentft.data.native import ChatmlTemplate
 from agentft.data.records import Origin, read_record
 from agentft.data.tokens import tokenize
 from agentft.evaluation.generate import Answer
-from agentft.evaluation.places import step_places
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
-from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.evaluation.steps import all_steps, conversation_steps, step_places
 
 
 class Scripted:

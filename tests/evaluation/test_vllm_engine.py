@@ -14,7 +14,7 @@ from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.steps import all_steps
-from agentft.evaluation.vllm_engine import VllmEngine, VllmModel
+from agentft.evaluation.vllm import VllmEngine, VllmModel
 
 
 @pytest.fixture(scope="module")

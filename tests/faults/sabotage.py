@@ -119,7 +119,7 @@ def signal_in_save(name: str) -> None:
 
 
 def _in_evaluation(act: Callable[[], None]) -> None:
-    from agentft.recipes.watch import Watch
+    from agentft.recipes.validation import Watch
 
     original = Watch._measure
 

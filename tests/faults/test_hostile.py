@@ -181,7 +181,7 @@ def test_x02_a_pickle_as_a_dataset_runs_nothing(marker, ledger, tmp_path, suffix
 def test_x02_a_pickle_in_the_cache_of_tokenised_data_runs_nothing(marker, ledger, tmp_path):
     import numpy as np
 
-    from agentft.data.stored_examples import StoredExamples
+    from agentft.data.store import StoredExamples
 
     for name in ("ids.bin", "spans.bin", "names.bin"):
         (tmp_path / name).write_bytes(b"")

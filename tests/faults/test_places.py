@@ -83,7 +83,7 @@ def test_f13_what_differs_is_named_and_only_a_flag_goes_on(zygote, ledger, tmp_p
 
 def test_f13_tokenizer_world_size_and_versions_are_named_too():
     from agentft.errors import CheckpointError
-    from agentft.training.identity import require_same
+    from agentft.training.run_fingerprint import require_same
 
     saved = {"tokenizer": "a", "processes": 2, "versions": {"torch": "2.13.0", "python": "3.11"}}
     now = {"tokenizer": "b", "processes": 1, "versions": {"torch": "2.14.0", "python": "3.12"}}

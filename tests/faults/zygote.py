@@ -30,7 +30,7 @@ from zygote_settings import BASE  # noqa: E402
 
 from agentft.config import compose, to_train_config  # noqa: E402
 from agentft.errors import AgentftError  # noqa: E402
-from agentft.recipes.bench import set_up_bench  # noqa: E402
+from agentft.recipes.components import set_up_bench  # noqa: E402
 from agentft.recipes.config import TrainConfig  # noqa: E402
 from agentft.recipes.train import train  # noqa: E402
 

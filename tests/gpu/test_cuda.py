@@ -9,7 +9,7 @@ from agentft.data.batches import collate, collate_packed
 from agentft.data.tokens import tokenize
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
-from agentft.model.liger import load_liger
+from agentft.model.cuda import load_liger
 from agentft.training.loss import LabelledLoss
 
 pytestmark = [
@@ -107,7 +107,7 @@ def test_the_loss_of_a_batch_waits_for_nothing(examples, pack, at_once):
 
 
 def test_running_out_of_memory_leaves_a_snapshot(tmp_path):
-    from agentft.training.memory_snapshot import NAME, snapshot_on_out_of_memory
+    from agentft.training.guards import NAME, snapshot_on_out_of_memory
 
     snapshot_on_out_of_memory(tmp_path)
     with pytest.raises(torch.OutOfMemoryError):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from agentft.model import attention
-from agentft.model.attention import TiledCausalAttention
+from agentft.model.cpu import attention
+from agentft.model.cpu.attention import TiledCausalAttention
 
 
 def _plain(query, key, value, scale):

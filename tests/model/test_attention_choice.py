@@ -11,7 +11,7 @@ from transformers.masking_utils import flex_attention_mask
 
 from agentft.config import OLD_OPTIONS
 from agentft.errors import ModelError
-from agentft.model import flex, load
+from agentft.model import cuda, load
 from agentft.model.config import Attention
 from agentft.model.load import choose_attention
 from agentft.runtime import Device
@@ -54,14 +54,14 @@ def test_flash_that_cannot_run_is_refused_with_the_line_that_installs_it(device,
 def test_flex_is_refused_where_it_cannot_train():
     with pytest.raises(ModelError, match=r"flex needs a CUDA device.*here is CPU \(4 threads\)"):
         choose_attention(Attention.flex, CPU, torch.float32)
-    assert choose_attention(Attention.flex, GPU, torch.bfloat16) == flex.NAME
+    assert choose_attention(Attention.flex, GPU, torch.bfloat16) == cuda.NAME
 
 
 def _with_flex():
-    AttentionInterface.register(flex.NAME, flex.flex_or_plain)
-    AttentionMaskInterface.register(flex.NAME, flex_attention_mask)
+    AttentionInterface.register(cuda.NAME, cuda.flex_or_plain)
+    AttentionMaskInterface.register(cuda.NAME, flex_attention_mask)
     model = tiny()
-    model.set_attn_implementation(flex.NAME)
+    model.set_attn_implementation(cuda.NAME)
     return model
 
 

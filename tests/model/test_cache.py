@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from agentft.cache import build_once
 from agentft.errors import ModelError
 from agentft.model import wheel
-from agentft.model.cache import build_once
 from agentft.model.config import ModelConfig, ModelSource, RandomShape
 from agentft.model.load import locate_model
 from agentft.model.random_weights import random_folder
@@ -87,7 +87,7 @@ def test_a_build_without_weights_gets_no_name(tmp_path: Path) -> None:
 
 def test_a_builder_that_dies_leaves_its_place_to_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from agentft.model.cache import build_once\n"
+        "import os, sys; from pathlib import Path; from agentft.cache import build_once\n"
         "build_once(Path(sys.argv[1]), lambda folder: os._exit(9), is_whole=Path.is_dir)"
     )
     target = tmp_path / "one"

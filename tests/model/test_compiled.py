@@ -10,12 +10,12 @@ from torch.nn import functional
 from agentft.data.batches import collate, collate_packed
 from agentft.data.tokens import tokenize
 from agentft.errors import ModelError
-from agentft.model import attention, compiled
 from agentft.model.adapters import prepare_for_training
-from agentft.model.compiled import CompiledAttention
 from agentft.model.config import FullConfig, KernelChoice, LoraConfig, ModelConfig
+from agentft.model.cpu import attention, compiled
+from agentft.model.cpu.compiled import CompiledAttention
+from agentft.model.cpu.native import load_kernels
 from agentft.model.load import choose_kernels
-from agentft.model.native import load_kernels
 from agentft.runtime import Device
 from agentft.training import loss as loss_module
 from agentft.training.loss import FrozenHeadLoss, LabelledLoss, chunked_cross_entropy, packed_arguments

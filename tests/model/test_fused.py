@@ -8,7 +8,7 @@ from torch import nn
 
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import LoraConfig, ModelConfig
-from agentft.model.fused import (
+from agentft.model.cpu.fused import (
     GatedSiluFunction,
     LoraLinearFunction,
     RmsNormFunction,

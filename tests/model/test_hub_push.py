@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from agentft.errors import ConfigError, ModelError
-from agentft.model.hub_push import parse_target, push_folder
+from agentft.model.hub import parse_target, push_folder
 from tests.model.loopback_uploads import Store, take_uploads
 
 ENDPOINTS = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}

@@ -18,8 +18,7 @@ from agentft.model import hub
 from agentft.model.config import ModelConfig, ModelSource
 from agentft.model.file_names import check_file_names, shard_files
 from agentft.model.hub_clients import HuggingFace, ModelScope
-from agentft.model.load import locate_model
-from agentft.model.remote_code import check_remote_code
+from agentft.model.load import check_remote_code, locate_model
 from agentft.model.shards import weight_files
 from tests.model.loopback_hubs import COMMIT, Repository, serve
 

@@ -20,7 +20,7 @@ from agentft.errors import ConfigError, ModelError
 from agentft.model import load
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, KernelChoice, LoraConfig, ModelConfig
-from agentft.model.liger import LigerKernels, load_liger
+from agentft.model.cuda import LigerKernels, load_liger
 from agentft.model.load import choose_kernels
 from agentft.runtime import Device
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from agentft.config import conf_dir
 from agentft.data.batches import Batch
 from agentft.errors import ModelError
-from agentft.model import attention, fused_memory
+from agentft.model import memory as fused_memory
 from agentft.model.adapters import count_parameters, prepare_for_training
 from agentft.model.config import (
     Dtype,
@@ -27,21 +27,24 @@ from agentft.model.config import (
     QloraConfig,
     SftConfig,
 )
-from agentft.model.device_memory import DeviceMemory, device_memory
-from agentft.model.fused_memory import Layers, fused_layer_bytes
+from agentft.model.cpu import attention
+from agentft.model.cpu.native import Kernels, load_kernels
 from agentft.model.load import ModelFiles, load_model
 from agentft.model.memory import (
+    DeviceMemory,
     Fit,
+    Layers,
     MemoryEstimate,
+    device_memory,
     estimate_memory,
     frozen_bytes,
     full_layer_bytes,
+    fused_layer_bytes,
     judge,
     lora_layer_bytes,
     model_shape,
     trained_parameters,
 )
-from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import quantization_config
 from agentft.runtime import Device
 from agentft.training.loss import FrozenHeadLoss, LabelledLoss

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from agentft.errors import ModelError
-from agentft.model import merging, shards
+from agentft.model import shards
+from agentft.model import shards as merging
 from agentft.model.adapters import prepare_for_training, trained_state
 from agentft.model.config import FullConfig
-from agentft.model.merging import write_merged
+from agentft.model.shards import write_merged
 from tests.model.test_methods import METHODS, MODEL, freeze, logits, lora, qlora, quantized, tiny, train
 
 FP32 = {"computed": torch.float32, "stored": torch.float32}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from agentft.model import native
-from agentft.model.native import load_kernels
+from agentft.model.cpu import native
+from agentft.model.cpu.native import load_kernels
 
 
 @pytest.fixture(scope="module")

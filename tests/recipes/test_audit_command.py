@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from agentft import audit as command
+from agentft.audits.audit import audit
+from agentft.audits.findings import CODES
+from agentft.audits.report import length_bars
 from agentft.config import AuditConfig, compose, register_schemas, settings, to_config
-from agentft.data.findings import CODES
 from agentft.errors import ConfigError
-from agentft.recipes.audit import audit
-from agentft.recipes.audit_report import length_bars
 from agentft.recipes.saved import SCHEMAS
 
 CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'
@@ -199,10 +199,10 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(data: Pat
 
 
 def prepared_by(composed: AuditConfig):
+    from agentft.data.prepare import prepare_data
     from agentft.data.template_choice import choose_template
     from agentft.data.tokens import SegmentEncoder
     from agentft.model.load import load_tokenizer, locate_model
-    from agentft.recipes.prepare import prepare_data
 
     tokenizer = load_tokenizer(locate_model(composed.model), composed.model)
     template = choose_template(composed.model.template, tokenizer, composed.model.stop_token)

@@ -37,10 +37,10 @@ def run_of(folder, *overrides: str):
 
 def heldout(config):
     """The held-out conversations as any client would read them."""
+    from agentft.data.prepare import prepare_data
     from agentft.data.template_choice import choose_template
     from agentft.data.tokens import SegmentEncoder
     from agentft.model.load import load_tokenizer, locate_model
-    from agentft.recipes.prepare import prepare_data
 
     tokenizer = load_tokenizer(locate_model(config.model), config.model)
     template = choose_template(config.model.template, tokenizer, config.model.stop_token)

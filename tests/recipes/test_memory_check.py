@@ -11,7 +11,7 @@ import pytest
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ModelError
 from agentft.model.config import Dtype, RandomShape
-from agentft.model.device_memory import DeviceMemory
+from agentft.model.memory import DeviceMemory
 from agentft.model.random_weights import random_folder
 from agentft.recipes import memory_check
 from agentft.recipes.memory_check import check_memory, estimate_training

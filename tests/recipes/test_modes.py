@@ -21,7 +21,7 @@ from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.saved import config_to_yaml, saved_config
 from agentft.recipes.train import train
-from agentft.recipes.watch import Watch
+from agentft.recipes.validation import Watch
 from agentft.runs import read_json
 from agentft.tracking import read_metrics
 from tests.evaluation.loopback_chat import LoopbackChat
@@ -101,7 +101,7 @@ def test_a_served_model_sits_the_same_exam_without_weights_and_can_be_compared(f
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("agentft.recipes.bench.load_model", no_weights)
+    monkeypatch.setattr("agentft.recipes.components.load_model", no_weights)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a-secret-of-this-test")
     with LoopbackChat(lambda *_: {"content": "I do not know."}) as chat:
         settings = {"engine": Engine.openai, "base_url": chat.url, "served_model": "org/model:1"}

@@ -19,20 +19,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentft.data import row_work, synthetic, text_ids, workers
+from agentft.data import cache as data_key
+from agentft.data import prepare, synthetic, text_ids, workers
+from agentft.data import prepare as build_data
+from agentft.data import workers as row_work
 from agentft.data.config import LocalConfig, ModelScopeConfig, Split, SyntheticConfig, TooLong, WeightedPath
-from agentft.data.fit import fit_conversations
+from agentft.data.preparation_stats import Account, read_account, write_account
+from agentft.data.prepare import PreparedData, prepare_data, write_manifest
 from agentft.data.records import Conversation
 from agentft.data.render import MsagentTemplate
-from agentft.data.sources import read_conversations, read_local
+from agentft.data.sources import is_large, read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
 from agentft.data.tokens import SegmentEncoder
+from agentft.data.truncation import fit_conversations
 from agentft.errors import DataError
 from agentft.model.random_weights import byte_tokenizer as make_tokenizer
-from agentft.recipes import build_data, data_key, prepare
-from agentft.recipes.account import Account, read_account, write_account
-from agentft.recipes.prepare import PreparedData, prepare_data, write_manifest
-from agentft.recipes.rows import is_large
 from agentft.runs import RunFolder
 
 COUNT = 150
@@ -183,7 +184,7 @@ def in_memory(config, template, encoder):
     def read(paths):
         return [item for item in read_conversations(read_local(paths)) if isinstance(item, Conversation)]
 
-    from agentft.recipes.rows import _local_sources
+    from agentft.data.sources import _local_sources
 
     if config.test_path is None:
         parts = divide(read(_local_sources(config)), split=config.split, test_ratio=config.test_ratio, seed=config.seed)

@@ -16,7 +16,7 @@ from agentft.data.config import SyntheticConfig
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.random_weights import byte_tokenizer
-from agentft.recipes.prepare import prepare_data
+from agentft.data.prepare import prepare_data
 
 config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), sample=int(sys.argv[2]), cache=False)
 tokenizer = byte_tokenizer()

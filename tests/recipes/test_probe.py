@@ -16,7 +16,7 @@ from agentft.errors import ModelError
 from agentft.evaluation.generate import StockGenerator, greedy_ids
 from agentft.evaluation.likelihood import measure_likelihood
 from agentft.evaluation.steps import all_steps
-from agentft.model import attention as tiled
+from agentft.model.cpu import attention as tiled
 from agentft.model.load import take_attention
 from agentft.recipes.probe import ask_stock, probe
 from agentft.training.loss import LabelledLoss

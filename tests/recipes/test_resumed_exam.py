@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import agentft.recipes.exam as exam_recipe
+import agentft.recipes.evaluation_run as exam_recipe
 import agentft.recipes.train as train_recipe
 from agentft.config import compose, register_schemas, to_train_config
-from agentft.evaluation.answer_file import AnswerFile
 from agentft.evaluation.generate import Answer, GreedyGenerator
+from agentft.evaluation.predictions import AnswerFile
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.train import train

@@ -13,11 +13,10 @@ import pytest
 
 from agentft.errors import RunError
 from agentft.signals import STOPS
+from agentft.sweeping.backends import Slot, ThisMachine
 from agentft.sweeping.forks import GONE, ForkServer, can_fork, is_forkable
 from agentft.sweeping.jobs import Job
-from agentft.sweeping.places import ThisMachine
 from agentft.sweeping.processes import Attempt, FreshProcess
-from agentft.sweeping.slots import Slot
 from tests.sweeping.watching import is_alive, wait_for
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are watched by pidfd, which only Linux has")

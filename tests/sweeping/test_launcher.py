@@ -22,11 +22,11 @@ from omegaconf import OmegaConf
 
 from agentft.compare import main as compare
 from agentft.errors import ConfigError, RunError
+from agentft.sweeping.backends import make_slots, visible_gpus
 from agentft.sweeping.display import Paces, short_override
 from agentft.sweeping.jobs import Job, identity_of, varying
-from agentft.sweeping.launch import outcome_of
+from agentft.sweeping.launcher import outcome_of
 from agentft.sweeping.processes import describe_exit
-from agentft.sweeping.slots import make_slots, visible_gpus
 from tests.sweeping.watching import is_alive, wait_for
 
 REPOSITORY = Path(__file__).parents[2]

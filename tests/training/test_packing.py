@@ -14,7 +14,7 @@ from agentft.data.batches import collate, collate_packed, pack_rows, step_groups
 from agentft.data.render import Kind
 from agentft.data.tokens import IGNORE_INDEX, Span
 from agentft.errors import ConfigError
-from agentft.model import attention
+from agentft.model.cpu import attention
 from agentft.training.config import TrainingConfig
 from agentft.training.loss import LabelledLoss, packed_arguments
 from agentft.training.packing import choose_row_tokens

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentft.training.tensor_stream import Kind, TensorStream, stream_of, write_stream
+from agentft.training.checkpoint import Kind, TensorStream, stream_of, write_stream
 
 
 def test_any_reader_of_safetensors_reads_it(tmp_path):

@@ -107,7 +107,7 @@ class AgentftLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run what is not finished yet, and return an outcome for each job."""
-        from agentft.sweeping.launch import launch
+        from agentft.sweeping.launcher import launch
         from agentft.sweeping.options import read_options
 
         options = read_options(self.place, self.options)

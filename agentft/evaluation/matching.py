@@ -1,0 +1,265 @@
+"""Match predicted calls with reference calls, and compare their parameter values.
+
+| | strict | lenient |
+|---|---|---|
+| objects, arrays | keys in any order, items in order | the same, with lenient values |
+| strings | by code point | NFKC, trimmed, blanks collapsed; no case folding, no punctuation removed |
+| numbers | one type: 1 = 1.0; integers never pass through float | decimal arithmetic, also for "1" = 1 = "1.0" |
+| booleans | are not numbers | "true" = true |
+| JSON inside a string | a string | compared as JSON; a JSON string in a string stays text, its quotes are punctuation |
+| null | a value | "null" = null; null or "" as a parameter = the parameter is absent |
+
+One-to-one and free of order: parallel calls have no natural one. The choice maximises, first to last, the number of
+equal names, of strictly equal parameters, of full matches (right key, right value), of half matches (right key, wrong
+value), of leniently equal parameters, and the likeness of the order. The optimum is exact.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from agentft.data.grammar import Json, JsonRefused, ToolRequest, read_json
+
+_BLANKS = re.compile(r"\s+")
+# The exponent is bounded so that Decimal can hold every number that matches.
+_JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,6})?")
+
+_DEEPEST_OPENED_STRING = 32
+"""JSON inside strings inside JSON ...: below this level a string stays text, which bounds the recursion."""
+
+
+def strictly_equal(left: Json, right: Json) -> bool:
+    """Whether two JSON values are equal under the strict column above."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return _numbers_equal(left, right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return False
+        return all(strictly_equal(value, right[key]) for key, value in left.items())
+    if isinstance(left, list):
+        if len(left) != len(right):
+            return False
+        return all(strictly_equal(one, other) for one, other in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def lenient_parameters(parameters: dict[str, Json]) -> dict[str, Any]:
+    """Return parameters in a form that compares with `==` exactly as the lenient column says."""
+    forms = {key: _lenient_form(value, 0) for key, value in parameters.items()}
+    return {key: form for key, form in forms.items() if form not in (_NULL, _EMPTY_TEXT)}
+
+
+def leniently_equal(left: Json, right: Json) -> bool:
+    """Whether two parameter values are equal under the lenient column above."""
+    return lenient_parameters({"": left}) == lenient_parameters({"": right})
+
+
+def _numbers_equal(left: float, right: float) -> bool:
+    if type(left) is type(right):
+        return left == right
+    return _decimal(left) == _decimal(right)
+
+
+def _decimal(number: float) -> Decimal:
+    # repr of a float is the shortest decimal that reads back as it: the number as written, not its binary tail.
+    return Decimal(repr(number)) if isinstance(number, float) else Decimal(number)
+
+
+_NULL = ("null", None)
+_EMPTY_TEXT = ("text", "")
+
+
+def _lenient_form(value: Json, depth: int) -> tuple[str, Any]:
+    """Return a tagged value, so that `==` never mixes kinds (in Python True == 1)."""
+    if isinstance(value, str):
+        return _lenient_text(value, depth)
+    if isinstance(value, bool):
+        return ("boolean", value)
+    if isinstance(value, int | float):
+        return ("number", _decimal(value))
+    if isinstance(value, dict):
+        members: dict[str, Any] = {}
+        for key, member in value.items():
+            members[key] = _lenient_form(member, depth + 1)
+        return ("object", members)
+    if isinstance(value, list):
+        items: list[Any] = []
+        for item in value:
+            items.append(_lenient_form(item, depth + 1))
+        return ("array", items)
+    return _NULL
+
+
+def _lenient_text(text: str, depth: int) -> tuple[str, Any]:
+    trimmed = text.strip()
+    if trimmed[:1] in ("{", "[") and depth < _DEEPEST_OPENED_STRING:
+        try:
+            return _lenient_form(read_json(trimmed), depth + 1)
+        except JsonRefused:
+            pass
+    plain = _BLANKS.sub(" ", unicodedata.normalize("NFKC", trimmed)).strip()
+    if plain in ("true", "false"):
+        return ("boolean", plain == "true")
+    if plain == "null":
+        return _NULL
+    if _JSON_NUMBER.fullmatch(plain):
+        return ("number", Decimal(plain))
+    return ("text", plain)
+
+
+@dataclass(frozen=True, slots=True)
+class CallPair:
+    """A reference call and the predicted call of the same name that was laid beside it."""
+
+    reference: int
+    """Index among the reference calls of the step."""
+    prediction: int
+    """Index among the well-formed predicted calls of the step."""
+    full_matches: int
+    """Arguments with right key and right value (strict equality): FM of the paper."""
+    half_matches: int
+    """Arguments with right key and wrong value: HM of the paper."""
+    exact: bool
+    """All parameters strictly equal."""
+    lenient: bool
+    """All parameters leniently equal."""
+    argument_f1: Fraction
+    """2RP/(R+P), R = (0.5 HM + FM)/|A|, P = (0.5 HM + FM)/|A*| (arXiv 2309.00986, section 4.1); 1 when both are {}."""
+
+
+def align_calls(references: Sequence[ToolRequest], predictions: Sequence[ToolRequest]) -> tuple[CallPair, ...]:
+    """Return the pairs of equal name of the best alignment, ordered by reference.
+
+    A pair of different names counts nothing in any metric, so the problem falls apart into one assignment per name.
+    """
+    pairs: list[CallPair] = []
+    for name in dict.fromkeys(request.name for request in references):
+        rows = [i for i, request in enumerate(references) if request.name == name]
+        columns = [j for j, request in enumerate(predictions) if request.name == name]
+        if columns:
+            pairs += _align_same_tool(references, predictions, rows, columns)
+    return tuple(sorted(pairs, key=lambda pair: pair.reference))
+
+
+def compare_calls(references: Sequence[ToolRequest], predictions: Sequence[ToolRequest], i: int, j: int) -> CallPair:
+    """Lay reference call `i` beside predicted call `j` of the same name and count what agrees."""
+    reference, prediction = references[i].parameters, predictions[j].parameters
+    shared = reference.keys() & prediction.keys()
+    full = sum(strictly_equal(reference[key], prediction[key]) for key in shared)
+    half = len(shared) - full
+    arguments = len(reference) + len(prediction)
+    exact = full == len(reference) == len(prediction)
+    return CallPair(
+        reference=i,
+        prediction=j,
+        full_matches=full,
+        half_matches=half,
+        exact=exact,
+        lenient=exact or lenient_parameters(reference) == lenient_parameters(prediction),
+        argument_f1=Fraction(half + 2 * full, arguments) if arguments else Fraction(1),
+    )
+
+
+def _align_same_tool(
+    references: Sequence[ToolRequest], predictions: Sequence[ToolRequest], rows: list[int], columns: list[int]
+) -> list[CallPair]:
+    if len(rows) == len(columns):
+        in_order = [compare_calls(references, predictions, i, j) for i, j in zip(rows, columns, strict=True)]
+        if len(rows) == 1 or all(pair.exact for pair in in_order):
+            return in_order
+    table = [[compare_calls(references, predictions, i, j) for j in columns] for i in rows]
+    chosen = _assign(
+        [[_worth(pair, row, column) for column, pair in enumerate(line)] for row, line in enumerate(table)]
+    )
+    return [table[row][column] for row, column in chosen]
+
+
+_Worth = tuple[int, int, int, int, int]
+
+
+def _worth(pair: CallPair, row: int, column: int) -> _Worth:
+    # Squared distance is strictly convex: among otherwise equal choices only the order-preserving one is best.
+    return (int(pair.exact), pair.full_matches, pair.half_matches, int(pair.lenient), -((row - column) ** 2))
+
+
+def _assign(worth: list[list[_Worth]]) -> list[tuple[int, int]]:
+    """Return the (row, column) pairs that maximise the sum of `worth` lexicographically, as many pairs as fit.
+
+    The tuples become single integers in a base that no sum can overflow, so that the ordinary assignment is the
+    lexicographic one.
+    """
+    turned = len(worth) > len(worth[0])
+    if turned:
+        worth = [list(line) for line in zip(*worth, strict=True)]
+    base = 1 + 2 * len(worth) * max(abs(part) for line in worth for parts in line for part in parts)
+    cost = [[-_as_integer(parts, base) for parts in line] for line in worth]
+    pairs = _cheapest_assignment(cost)
+    return [(column, row) for row, column in pairs] if turned else pairs
+
+
+def _as_integer(parts: _Worth, base: int) -> int:
+    number = 0
+    for part in parts:
+        number = number * base + part
+    return number
+
+
+def _cheapest_assignment(cost: list[list[int]]) -> list[tuple[int, int]]:
+    """Assign every row a column of its own at least total cost: shortest augmenting paths, O(rows^2 columns).
+
+    Hungarian method with potentials in exact integers; needs rows <= columns. Index 0 is the virtual start of a path.
+    """
+    rows, columns = len(cost), len(cost[0])
+    row_potential, column_potential = [0] * (rows + 1), [0] * (columns + 1)
+    row_of = [0] * (columns + 1)
+    for row in range(1, rows + 1):
+        row_of[0] = row
+        came_from, column = _shortest_path(cost, row_potential, column_potential, row_of)
+        while column:
+            previous = came_from[column]
+            row_of[column] = row_of[previous]
+            column = previous
+    return [(row_of[column] - 1, column - 1) for column in range(1, columns + 1) if row_of[column]]
+
+
+def _shortest_path(
+    cost: list[list[int]], row_potential: list[int], column_potential: list[int], row_of: list[int]
+) -> tuple[list[int], int]:
+    """Walk from the row at column 0 to the nearest free column; returns each column's predecessor and that column."""
+    columns = len(cost[0])
+    slack: list[int | None] = [None] * (columns + 1)
+    came_from = [0] * (columns + 1)
+    visited = [False] * (columns + 1)
+    column = 0
+    while row_of[column]:
+        visited[column] = True
+        row, step, nearest = row_of[column], None, 0
+        for other in range(1, columns + 1):
+            if visited[other]:
+                continue
+            reduced = cost[row - 1][other - 1] - row_potential[row] - column_potential[other]
+            known = slack[other]
+            if known is None or reduced < known:
+                slack[other], came_from[other], known = reduced, column, reduced
+            if step is None or known < step:
+                step, nearest = known, other
+        assert step is not None  # rows <= columns, so a free column is always left
+        for other in range(columns + 1):
+            if visited[other]:
+                row_potential[row_of[other]] += step
+                column_potential[other] -= step
+            else:
+                remaining = slack[other]
+                slack[other] = None if remaining is None else remaining - step
+        column = nearest
+    return came_from, column

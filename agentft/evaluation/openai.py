@@ -1,0 +1,445 @@
+"""Take answers from any endpoint for chat completions in OpenAI's manner: a served model or a commercial one.
+
+A step's history becomes messages with native tool calls; the tools that the system text lists become `tools`, and its
+words about marks go. Where the list cannot be read, everything is said in the marks of the text instead. What comes back,
+content and tool calls, becomes one text in MSAgent's layout, read and scored like any other.
+
+Standard library only. The key comes from the environment, goes to the endpoint's own address and nowhere else: redirects
+are not followed, and nothing that is raised or logged holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import logging
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+from urllib.parse import urlsplit
+
+from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, JsonRefused, Observation, Part, read_json
+from agentft.data.native_system import read_system
+from agentft.errors import ConfigError, EvaluationError
+from agentft.evaluation.config import EvaluationConfig
+from agentft.evaluation.generate import Answer, Finish
+from agentft.evaluation.predictions import OnAnswer
+from agentft.evaluation.steps import Step, step_places
+from agentft.secrets import redact_text
+
+_TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
+_PYTHON_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "dict": "object",
+}
+_LONGEST_NAME = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStep:
+    """What is sent for one step."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    names: Mapping[str, str]
+    """Name of a tool as it is sent -> its own: endpoints allow letters, digits, `_` and `-` only."""
+
+
+def chat_step(step: Step, shown: int = 0, *, as_recorded: bool = False) -> ChatStep:
+    """Lay out the context of a step; its own reference is not in it.
+
+    Args:
+        step: What is asked.
+        shown: Steps at the start of the conversation that are context only, see `shown_steps`.
+        as_recorded: Leave everything in the record's own marks, the list of tools in the system text too: for a model
+            that was trained on them, such as an exported run. Results are messages of role `tool`.
+    """
+    conversation = step.conversation
+    system = read_system(conversation.system)
+    if as_recorded:
+        system = dataclasses.replace(system, text=conversation.system or "", tools=())
+    tools = [json.loads(tool) for tool in system.tools]
+    called = [request.name for call in conversation.calls for request in call.requests]
+    sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
+    place = step_places(conversation)[shown + step.index]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system.text}] if system.text else []
+    for number, message in enumerate(conversation.messages[: place.message + 1]):
+        if message.role == "user":
+            messages.append({"role": "user", "content": message.source})
+        elif message.role == "assistant":
+            parts = message.parts[: place.start] if number == place.message else message.parts
+            turn = _assistant(parts, sent, f"{number}", native=bool(tools))
+            messages += _with_tool_role(turn) if as_recorded else turn
+    return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
+
+
+def answer_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return an endpoint's message as one text: its words, then its calls between marks."""
+    pieces = [words] if (words := _content(message.get("content"))) else []
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            pieces.append(_call_text(function, names))
+    return "\n".join(pieces)
+
+
+def _assistant(
+    parts: Sequence[Part], sent: Mapping[str, str], prefix: str, *, native: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield an assistant turn as messages: words and calls, then a result for each call, and so on.
+
+    Without tools in the request there is no native call: then everything is said in the marks of the text.
+    """
+    said: list[Part] = []
+    results: list[Observation] = []
+    number = 0
+    for part in (*parts, None):
+        if results and not isinstance(part, Observation) and (part is None or part.source.strip()):
+            yield from _exchange(said, results, sent, f"{prefix}_{number}", native=native)
+            said, results, number = [], [], number + 1
+        if isinstance(part, Observation):
+            results.append(part)
+        elif part is not None:
+            said.append(part)
+    if any(part.source.strip() for part in said):
+        yield from _exchange(said, results, sent, f"{prefix}_{number}", native=native)
+
+
+def _exchange(
+    said: Sequence[Part], results: Sequence[Observation], sent: Mapping[str, str], prefix: str, *, native: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield what the agent said at one step and what its tools returned."""
+    calls = [part for part in said if isinstance(part, Call)]
+    if not native or not results or not calls or any(call.failure for call in calls):
+        yield {"role": "assistant", "content": "".join(part.source for part in said).strip()}
+        if results:
+            yield {"role": "user", "content": "\n".join(result.source for result in results)}
+        return
+    requests = [request for call in calls for request in call.requests]
+    words = "".join(part.source for part in said if not isinstance(part, Call)).strip()
+    ids = [f"call_{prefix}_{i}" for i in range(len(requests))]
+    yield {
+        "role": "assistant",
+        "content": words or None,
+        "tool_calls": [
+            {
+                "id": name,
+                "type": "function",
+                "function": {
+                    "name": sent.get(request.name, request.name),
+                    "arguments": json.dumps(request.parameters, ensure_ascii=False),
+                },
+            }
+            for name, request in zip(ids, requests, strict=True)
+        ],
+    }
+    # Every call must be answered once: results beyond the last call stand with it, a call without one gets an empty text.
+    bodies = [result.body.strip() for result in results]
+    bodies[len(ids) - 1 :] = ["\n".join(bodies[len(ids) - 1 :])] if len(bodies) >= len(ids) else []
+    for name, body in zip_longest(ids, bodies, fillvalue=""):
+        yield {"role": "tool", "tool_call_id": name, "content": body}
+
+
+def _with_tool_role(turn: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Results in marks as messages of their role, which a template of the record's own layout writes in their place."""
+    for number, message in enumerate(turn):
+        if message["role"] == "assistant":
+            yield message
+        else:
+            yield {"role": "tool", "tool_call_id": f"result_{number}", "content": message["content"]}
+
+
+def _safe_names(names: Sequence[str]) -> dict[str, str]:
+    safe: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:_LONGEST_NAME] or "tool"
+        number, candidate = 2, plain
+        while candidate in safe.values():
+            suffix = f"_{number}"
+            candidate, number = plain[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
+        safe[name] = candidate
+    return safe
+
+
+def _declared(tool: Mapping[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
+    function = tool["function"]
+    parameters = _valid_types(function["parameters"])
+    return {"type": "function", "function": {**function, "name": sent[function["name"]], "parameters": parameters}}
+
+
+def _valid_types(schema: Any) -> Any:
+    """A schema with the types that JSON schema knows: datasets also write Python's, which endpoints refuse."""
+    if isinstance(schema, list):
+        return [_valid_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    valid = {key: value if key in ("default", "enum") else _valid_types(value) for key, value in schema.items()}
+    if isinstance(valid.get("type"), str):
+        kind = _PYTHON_TYPES.get(valid["type"].lower(), valid["type"].lower())
+        valid.pop("type")
+        return valid | ({"type": kind} if kind in _TYPES else {})
+    return valid
+
+
+def _content(content: object) -> str:
+    """The words of a message: a text, or the text parts of a list."""
+    if isinstance(content, str):
+        return content.strip()
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in parts if isinstance(text, str)).strip()
+    return ""
+
+
+def _call_text(function: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    name = function.get("name")
+    own = names.get(name, name) if isinstance(name, str) else ""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        # What is no JSON stays a text: parameters that are no object, and never read as other fields of the call.
+        with contextlib.suppress(JsonRefused):
+            arguments = read_json(arguments) if arguments.strip() else {}
+    body = {"api_name": own, "parameters": {} if arguments is None else arguments}
+    return _between_marks(json.dumps(body, ensure_ascii=False))
+
+
+def _between_marks(body: str) -> str:
+    if MARK.search(body):
+        body = body.replace("<|", "\\u003c|")  # the same JSON: a bracket stands in strings only
+    return f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"
+
+
+log = logging.getLogger(__name__)
+
+_TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 60.0
+_LARGEST_REPLY = 32 * 1024 * 1024
+_LAYOUT = "chat-v1"
+"""Part of an answer's identity: changes whenever a step is laid out in other messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where a model is served and how it is asked."""
+
+    url: str
+    """Up to and with `/v1`."""
+    model: str
+    max_new_tokens: int
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Laid over each request; None removes a field."""
+    at_once: int = 8
+    timeout: float = 120.0
+    retries: int = 5
+    key: str | None = field(default=None, repr=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides an answer beside its step; never the key."""
+        return {
+            "engine": "openai",
+            "url": self.url,
+            "model": self.model,
+            "max_new_tokens": self.max_new_tokens,
+            "request": self.fields,
+            "layout": _LAYOUT,
+        }
+
+    def request(self, chat: ChatStep) -> dict[str, Any]:
+        """Return the body of a request."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": chat.messages,
+            "temperature": 0,
+            "max_tokens": self.max_new_tokens,
+        }
+        if chat.tools:
+            body["tools"] = chat.tools
+        body |= self.fields
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def endpoint_of(config: EvaluationConfig) -> Endpoint:
+    """Return the endpoint of the settings, with its key from the environment.
+
+    Raises:
+        ConfigError: the address holds a name and password.
+    """
+    url = (config.base_url or "").rstrip("/")
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            "evaluation.base_url holds a name or password; the key belongs into the environment variable "
+            f"{config.auth_variable} (evaluation.auth_variable)"
+        )
+    key = os.environ.get(config.auth_variable, "").strip() or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{config.auth_variable} holds no key: it has characters that no header may have")
+    if key and parts.scheme == "http" and not _is_this_machine(url):
+        log.warning("the key in %s goes to %s unencrypted", config.auth_variable, parts.hostname)
+    return Endpoint(
+        url=url,
+        model=config.served_model or "",
+        max_new_tokens=config.max_new_tokens,
+        fields=config.request_fields(),
+        at_once=config.batch,
+        timeout=config.request_timeout,
+        retries=config.retries,
+        key=key,
+    )
+
+
+class OpenAIEngine:
+    """Answers steps by asking an endpoint, several at once."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        shown_steps: Mapping[str, int] | None = None,
+        *,
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
+        """`shown_steps` are those that `agentft.evaluation.steps.shown_steps` gives; `pause` waits between attempts."""
+        self._endpoint = endpoint
+        self._shown_steps = shown_steps or {}
+        self._stop = threading.Event()
+        self._pause = pause or self._stop.wait
+        # Redirects are not followed: they would carry the key to another address.
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if _is_this_machine(endpoint.url):
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+        """Answer all steps and return them in the order given; `on_answer` hears of each in this thread.
+
+        Raises:
+            EvaluationError: a request is refused, or still fails after the last attempt; answers so far have been told.
+        """
+        self._stop.clear()
+        answers: dict[int, Answer] = {}
+        with ThreadPoolExecutor(self._endpoint.at_once, thread_name_prefix="chat") as pool:
+            futures = {pool.submit(self._ask, step): order for order, step in enumerate(steps)}
+            left = set(futures)
+            try:
+                while left:
+                    done, left = wait(left, return_when=FIRST_COMPLETED)
+                    # First what succeeded: a failure beside it must not cost it.
+                    for future in sorted(done, key=lambda each: each.exception() is not None):
+                        answers[futures[future]] = future.result()
+                        if on_answer is not None:
+                            on_answer(answers[futures[future]])
+            finally:
+                self._stop.set()
+                for future in left:
+                    future.cancel()
+        return [answers[order] for order in range(len(steps))]
+
+    def _ask(self, step: Step) -> Answer:
+        as_recorded = self._endpoint.fields.get("tools", ...) is None
+        chat = chat_step(step, self._shown_steps.get(step.conversation.id, 0), as_recorded=as_recorded)
+        body = json.dumps(self._endpoint.request(chat)).encode()
+        reply = self._post(body, f"{step.conversation.id} step {step.index}")
+        try:
+            choice = reply["choices"][0]
+            message = choice["message"]
+            if not isinstance(message, dict):
+                raise TypeError("message is no object")
+        except (KeyError, IndexError, TypeError) as error:
+            raise EvaluationError(
+                f"{self._endpoint.url}: the reply has no choices[0].message ({type(error).__name__}: {error}): "
+                f"{self._quoted(json.dumps(reply))}"
+            ) from None
+        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        usage = reply.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return Answer(step, answer_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
+
+    def _post(self, body: bytes, what: str) -> dict[str, Any]:
+        pause = _FIRST_PAUSE
+        for attempt in range(self._endpoint.retries + 1):
+            wait_for = None
+            try:
+                return self._send(body)
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {self._quoted(_body(error))}"
+                if error.code not in _TRY_AGAIN:
+                    raise EvaluationError(f"{self._endpoint.url}: {what}: refused with {problem}") from None
+                wait_for = _seconds(error.headers.get("Retry-After"))
+            except (OSError, http.client.HTTPException) as error:
+                problem = self._quoted(f"{type(error).__name__}: {error}")
+            except (ValueError, RecursionError) as error:
+                problem = self._quoted(f"the reply is no JSON object: {error}")
+            if attempt == self._endpoint.retries or self._stop.is_set():
+                break
+            delay = min(pause if wait_for is None else wait_for, _LONGEST_PAUSE)
+            log.warning("%s: %s: %s; again in %.0f s", self._endpoint.url, what, problem, delay)
+            self._pause(delay)
+            pause *= 2
+        raise EvaluationError(
+            f"{self._endpoint.url}: {what}: attempt {attempt + 1} of {self._endpoint.retries + 1} failed: {problem}. "
+            "Start again to go on from the answers that are there"
+        )
+
+    def _send(self, body: bytes) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "agentft"}
+        if self._endpoint.key:
+            headers["Authorization"] = f"Bearer {self._endpoint.key}"
+        request = urllib.request.Request(
+            f"{self._endpoint.url}/chat/completions", data=body, headers=headers, method="POST"
+        )
+        with self._opener.open(request, timeout=self._endpoint.timeout) as response:
+            content = response.read(_LARGEST_REPLY + 1)
+        if len(content) > _LARGEST_REPLY:
+            raise ValueError(f"more than {_LARGEST_REPLY:,} bytes")
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError(f"found {type(value).__name__}")
+        return value
+
+    def _quoted(self, text: str) -> str:
+        """What a stranger said, short, on one line and without the key."""
+        if self._endpoint.key:
+            text = text.replace(self._endpoint.key, "<redacted>")
+        return redact_text(" ".join(text.split()))[:400]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Turns every redirect into the HTTP error that it is."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _is_this_machine(url: str) -> bool:
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return max(float(text), 0.0) if text else None
+    except ValueError:
+        return None  # a date: the usual pause serves

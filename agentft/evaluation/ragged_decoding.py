@@ -1,0 +1,308 @@
+"""Decode rows of any length in one forward pass: their tokens lie end to end, each row attends to its own history.
+
+Nothing is padded to the longest row and no mask of a whole batch is built; a row may bring one token (decoding), a few
+(guesses to be checked) or a whole prompt. What a row says does not depend on which rows share its pass. CPU kernels round a
+matrix product of few or of oddly many rows otherwise than the same rows of a larger one, so these numbers are rounded up
+(`FEWEST`, `MULTIPLE`, `_BLOCK`): where the kernels allow it, answers are the same to the last bit, in bf16 too.
+
+Axes: L layers, H query heads, G key-value heads, N = H / G, M tokens of all rows, Q tokens of one row, P positions of one
+row, D head width, W tile width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from agentft.errors import EvaluationError
+from agentft.model.causal import causal_model
+from agentft.model.cpu.attention import attention_set_to
+
+NAME = "agentft_rows"
+"""What transformers knows the attention by."""
+
+FEWEST = 8
+"""Tokens a pass has at least; what fills it up counts nothing."""
+
+MULTIPLE = 4
+"""Tokens of a pass are a multiple of this."""
+
+_BLOCK = 32
+"""Keys that a query is laid beside are a multiple of this; those after it get no weight."""
+
+_TILE = 128
+
+
+class History:
+    """Keys and values of one row, `[L, G, P, D]` each; room for `positions` is taken at the first use."""
+
+    def __init__(self, layers: int, positions: int) -> None:
+        self._layers = layers
+        self._positions = _up(positions, _BLOCK)
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor
+
+    def copy(self, other: History, length: int) -> None:
+        """Begin with the first `length` positions of another row."""
+        if length == 0 or other.keys is None:
+            return
+        self._allocate(other.keys[0])
+        assert self.keys is not None
+        self.keys[:, :, :length] = other.keys[:, :, :length]
+        self.values[:, :, :length] = other.values[:, :, :length]
+
+    def put(self, layer: int, start: int, keys_GQD: torch.Tensor, values_GQD: torch.Tensor) -> None:
+        """Write what new tokens from position `start` on bring to a layer."""
+        if self.keys is None:
+            self._allocate(keys_GQD)
+        assert self.keys is not None
+        stop = start + keys_GQD.shape[1]
+        self.keys[layer, :, start:stop] = keys_GQD
+        self.values[layer, :, start:stop] = values_GQD
+
+    def _allocate(self, like_GPD: torch.Tensor) -> None:
+        heads, _, width = like_GPD.shape
+        # Zeros: positions not yet written get no weight, and no weight times anything finite is nothing.
+        self.keys = like_GPD.new_zeros(self._layers, heads, self._positions, width)
+        self.values = torch.zeros_like(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """New tokens of one row."""
+
+    history: History
+    position: int
+    """Of the first new token; the history is whole before it."""
+    ids: Sequence[int]
+    wanted: Sequence[int]
+    """Which of the new tokens are asked what follows them, as indices into `ids`."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What the attention of every layer needs to know; handed through the model as a keyword."""
+
+    rows: Sequence[Row]
+    layers: set[int] = field(default_factory=set)
+    """Layers whose attention came here."""
+
+
+class RowModel:
+    """A causal language model of transformers that says, row by row, which token comes next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        _register()
+        self._model = model
+        self._config = causal_model(model).config
+        self._layers = int(self._config.num_hidden_layers)
+        self._device = next(model.parameters()).device
+
+    def history(self, positions: int) -> History:
+        """Return an empty history with room for so many tokens."""
+        return History(self._layers, positions)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Let the model's layers attend to histories; afterwards they attend as before."""
+        return attention_set_to(NAME, self._config)
+
+    def next_ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Run one forward pass and return the likeliest next token after each wanted one, row by row.
+
+        Raises:
+            EvaluationError: the model does not compute its attention through transformers' interface.
+        """
+        flat = iter(self.logits(rows).argmax(-1).tolist())
+        return [[next(flat) for _ in row.wanted] for row in rows]
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Run one forward pass and return the logits after each wanted token, one row of rows after the other, `[N, V]`.
+
+        Raises:
+            EvaluationError: the model does not compute its attention through transformers' interface.
+        """
+        ids = [token for row in rows for token in row.ids]
+        positions = [row.position + offset for row in rows for offset in range(len(row.ids))]
+        starts = _starts(rows)
+        keep = [start + offset for start, row in zip(starts, rows, strict=True) for offset in row.wanted]
+        filling = _up(max(len(ids), FEWEST), MULTIPLE) - len(ids)
+        at = _Pass(rows)
+        output = self._model(
+            input_ids=torch.tensor([ids + [0] * filling], device=self._device),
+            position_ids=torch.tensor([positions + [0] * filling], device=self._device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(_filled(keep), device=self._device),
+            agentft_pass=at,
+        )
+        if len(at.layers) != self._layers:
+            raise EvaluationError(
+                f"{type(self._model).__name__} computes attention in a way of its own in "
+                f"{self._layers - len(at.layers)} of {self._layers} layers, so agentft cannot generate with it; "
+                "serve it and evaluate with evaluation.engine=openai"
+            )
+        logits: torch.Tensor = output.logits[0, : len(keep)]
+        return logits
+
+
+def attend(
+    query_HQD: torch.Tensor,
+    keys_GPD: torch.Tensor,
+    values_GPD: torch.Tensor,
+    *,
+    position: int,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Return the attended values `[H, Q, D]` of new tokens that stand from `position` on.
+
+    Args:
+        query_HQD: Their queries.
+        keys_GPD: Keys of all positions, theirs included; those after them may hold anything finite.
+        values_GPD: Values of the same.
+        position: Of the first new token.
+        scale: Factor of the scores.
+        window: A token sees so many positions up to its own; None: all.
+    """
+    kernel = _attend_by_products if query_HQD.device.type == "cpu" else _attend_fused
+    return kernel(query_HQD, keys_GPD, values_GPD, position, scale, window)
+
+
+def _attend_fused(
+    query_HQD: torch.Tensor,
+    keys_GPD: torch.Tensor,
+    values_GPD: torch.Tensor,
+    position: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """By torch's own kernels."""
+    length = query_HQD.shape[1]
+    stop = position + length
+    sees_all = length == 1 and window is None
+    out_1HQD = functional.scaled_dot_product_attention(
+        query_HQD[None],
+        keys_GPD[None, :, :stop],
+        values_GPD[None, :, :stop],
+        attn_mask=None if sees_all else _seen(position, stop, stop, window, query_HQD.device),
+        scale=scale,
+        enable_gqa=query_HQD.shape[0] != keys_GPD.shape[0],
+    )
+    return out_1HQD[0]
+
+
+def _attend_by_products(
+    query_HQD: torch.Tensor,
+    keys_GPD: torch.Tensor,
+    values_GPD: torch.Tensor,
+    position: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """By plain products: torch's CPU kernel copies the keys for every query head of a group, and is slow in bf16."""
+    heads, length, width = query_HQD.shape
+    groups = keys_GPD.shape[0]
+    query = (query_HQD * scale).view(groups, heads // groups, length, width)
+    out = torch.empty_like(query)
+    for start in range(0, length, _TILE):
+        stop = min(start + _TILE, length)
+        shape = (groups, heads // groups, stop - start, -1)
+        rows = heads // groups * (stop - start)
+        last = min(_up(position + stop, _BLOCK), keys_GPD.shape[1])
+        tile = _filled_rows(query[:, :, start:stop].flatten(1, 2))
+        scores = torch.bmm(tile, keys_GPD[:, :last].transpose(1, 2))
+        if length == 1 and window is None:
+            scores[..., position + 1 :] = -math.inf
+        else:
+            hidden = ~_seen(position + start, position + stop, last, window)
+            scores[:, :rows].view(shape).masked_fill_(hidden, -math.inf)
+        weights = torch.softmax(scores, dim=-1)
+        out[:, :, start:stop] = torch.bmm(weights, values_GPD[:, :last])[:, :rows].view(shape)
+    return out.view(heads, length, width)
+
+
+def _seen(
+    start: int, stop: int, positions: int, window: int | None, device: torch.device | None = None
+) -> torch.Tensor:
+    """Which of `positions` the tokens at `start` to `stop` see, `[stop - start, positions]`."""
+    own = torch.arange(start, stop, device=device)[:, None]
+    other = torch.arange(positions, device=device)[None, :]
+    seen = other <= own
+    return seen if window is None else seen & (other > own - window)
+
+
+def _filled_rows(rows_GRD: torch.Tensor) -> torch.Tensor:
+    missing = _up(max(rows_GRD.shape[1], FEWEST), MULTIPLE) - rows_GRD.shape[1]
+    return rows_GRD if missing == 0 else functional.pad(rows_GRD, (0, 0, 0, missing))
+
+
+def _filled(keep: list[int]) -> list[int]:
+    return keep + keep[-1:] * (_up(max(len(keep), FEWEST), MULTIPLE) - len(keep))
+
+
+def _up(number: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-number // multiple) * multiple
+
+
+def _starts(rows: Sequence[Row]) -> list[int]:
+    starts, start = [], 0
+    for row in rows:
+        starts.append(start)
+        start += len(row.ids)
+    return starts
+
+
+_REFUSED = ("softcap", "position_bias", "s_aux", "sinks")
+"""Arguments of transformers that change the mathematics in ways that are not computed here."""
+
+
+def _rows_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    agentft_pass: _Pass | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it, `[1, H, M, D]` -> `[1, M, H, D]`: every row beside its own history."""
+    odd = [name for name in _REFUSED if kwargs.get(name) is not None]
+    if agentft_pass is None or odd:
+        raise EvaluationError(
+            f"{type(module).__name__}: agentft cannot generate with this attention ({', '.join(odd)})"
+        )
+    layer = int(module.layer_idx)
+    agentft_pass.layers.add(layer)
+    scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
+    out_HMD = torch.zeros_like(query[0])
+    for row, start in zip(agentft_pass.rows, _starts(agentft_pass.rows), strict=True):
+        new = slice(start, start + len(row.ids))
+        row.history.put(layer, row.position, key[0, :, new], value[0, :, new])
+        assert row.history.keys is not None
+        out_HMD[:, new] = attend(
+            # Where the last blocks alone are trained those are fp32, and a history is of one dtype.
+            query[0, :, new].to(row.history.keys.dtype),
+            row.history.keys[layer],
+            row.history.values[layer],
+            position=row.position,
+            scale=scale,
+            window=sliding_window,
+        )
+    return out_HMD.transpose(0, 1)[None].contiguous(), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    # Without a mask function of this name transformers builds no mask.
+    AttentionInterface.register(NAME, _rows_attention)

@@ -1,0 +1,395 @@
+"""Score one step: counts that add up to every metric, so that conversations can be resampled and runs compared.
+
+A step is one assistant segment between tool results. Its reference decides its kind: an *action step* holds at least
+one call, an *answer step* none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from agentft.data.grammar import ToolRequest
+from agentft.evaluation.legacy import LegacyStep, legacy_step
+from agentft.evaluation.matching import CallPair, align_calls, strictly_equal
+from agentft.evaluation.parse import ParsedReply, parse_reply, repair_call_body
+from agentft.evaluation.rouge import CjkTokenizer, Tokenizer, detect_language, rouge_l
+
+MALFORMED = "<malformed>"
+"""Stands in the confusion list for a call without a readable name."""
+
+_CJK_TOKENIZER = CjkTokenizer()
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTool:
+    """A tool the conversation offers, as far as scoring needs it."""
+
+    name: str
+    parameters: tuple[str, ...] | None = None
+    """Names of its parameters; None: the schema is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step to be scored."""
+
+    conversation_id: str
+    piece_of: str | None = None
+    """Id of the whole, where this conversation is one of the pieces of a longer one; intervals take the pieces together."""
+    step: int
+    """0, 1, ... through the whole conversation."""
+    reference: str
+    """Raw assistant text of the data."""
+    prediction: str
+    """Raw text of the model."""
+    offered: tuple[OfferedTool, ...] | None = None
+    """Tools the conversation offers; None: not known, and the step stays out of the two `hallucinated_*` rates."""
+    language: str | None = None
+    """None: told from the script of the conversation's references, see `detect_language`."""
+    rounds: int | None = None
+    """User turns of the conversation."""
+    seen_tool: bool | None = None
+    """Whether the tool this step calls was called in training."""
+    after_call: bool | None = None
+    """Whether an answer step sums up a tool result; None: whether the previous step's reference calls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepScore:
+    """Counts of one step. Unless said otherwise a field is 0 or empty where it does not apply."""
+
+    conversation_id: str
+    piece_of: str | None = None
+    """Id of the whole, where this conversation is one of the pieces of a longer one."""
+    step: int
+    reference_hash: str
+    """First 16 hex digits of the SHA-256 of the raw reference: two runs sat the same exam if these agree."""
+    reference_failure: str | None = None
+    """Why the reference cannot be read; such a step is quarantined and all counts but `legacy` are 0."""
+    is_action: bool = False
+    predicts_call: bool = False
+    """The prediction attempts a call, well formed or not."""
+    reference_calls: int = 0
+    attempts: int = 0
+    """Calls the prediction attempts: well-formed ones (an array counts each of its calls) and malformed spans."""
+    wellformed: int = 0
+    name_correct: int = 0
+    exact: int = 0
+    lenient: int = 0
+    argument_f1: float = 0.0
+    """Sum of the paper's F1 over reference calls."""
+    full_matches: int = 0
+    reference_arguments: int = 0
+    predicted_arguments: int = 0
+    """Arguments of all well-formed predicted calls, spurious and wrong ones too."""
+    url_references: int = 0
+    """Name-correct calls whose reference gives a url."""
+    url_matches: int = 0
+    offered_attempts: int = 0
+    """`attempts` where the offered tools are known."""
+    hallucinated_tools: int = 0
+    schema_arguments: int = 0
+    """Arguments of predicted calls to tools whose schema is known."""
+    hallucinated_arguments: int = 0
+    repaired_calls: int = 0
+    """Calls won back by `repair_call_body`; the four `_repaired` counts include them."""
+    name_correct_repaired: int = 0
+    exact_repaired: int = 0
+    argument_f1_repaired: float = 0.0
+    attempts_repaired: int = 0
+    rouge_l: float | None = None
+    """F1 of an answer step; None on action steps and where the reference has no token."""
+    rouge_l_jieba: float | None = None
+    after_call: bool | None = None
+    """Answer steps only; None: not known."""
+    language: str = "en"
+    rounds: int | None = None
+    seen_tool: bool | None = None
+    confusions: tuple[tuple[str | None, str | None], ...] = ()
+    """(reference tool, predicted tool) of calls without a partner of equal name; None: no call on that side."""
+    errors: tuple[str, ...] = ()
+    """Kinds of error, each once: missed_call, spurious_call, missing_call, extra_call, wrong_tool, malformed,
+    missing_argument, extra_argument, wrong_value, hallucinated_tool, hallucinated_argument."""
+    legacy: LegacyStep = field(default_factory=LegacyStep)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every reference call is met exactly and nothing else is called."""
+        return self.exact == self.reference_calls == self.attempts
+
+    @property
+    def is_exact_repaired(self) -> bool:
+        """The same after repair."""
+        return self.exact_repaired == self.reference_calls == self.attempts_repaired
+
+    @property
+    def whole_id(self) -> str:
+        """The conversation that was recorded as one: what is drawn, and counted, as one."""
+        return self.conversation_id if self.piece_of is None else self.piece_of
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object from which `from_json` restores the score."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StepScore:
+        """Restore a score written by `to_json`; unknown fields raise TypeError."""
+        fields = dict(value)
+        legacy = dict(fields["legacy"])
+        fields["legacy"] = LegacyStep(**legacy | {name: tuple(legacy[name]) for name in ("actions", "inputs")})
+        fields["confusions"] = tuple((reference, predicted) for reference, predicted in fields["confusions"])
+        fields["errors"] = tuple(fields["errors"])
+        return cls(**fields)
+
+
+def score_step(
+    record: StepRecord, *, stop_texts: Sequence[str] = (), jieba_tokenizer: Tokenizer | None = None
+) -> StepScore:
+    """Score one step. Never raises on what reference or prediction contain.
+
+    Args:
+        record: The step; `complete_records` fills what only the whole conversation tells.
+        stop_texts: End-of-sequence texts of the model beside the common ones.
+        jieba_tokenizer: Also score ROUGE-L on jieba's words.
+    """
+    reference = parse_reply(record.reference, stop_texts=stop_texts)
+    prediction = parse_reply(record.prediction, stop_texts=stop_texts)
+    failure = next((attempt.failure for attempt in reference.attempts if attempt.failure), None)
+    common: dict[str, Any] = {
+        "conversation_id": record.conversation_id,
+        "piece_of": record.piece_of,
+        "step": record.step,
+        "reference_hash": hash_reference(record.reference),
+        "language": record.language or detect_language(record.reference),
+        "rounds": record.rounds,
+        "seen_tool": record.seen_tool,
+        "legacy": legacy_step(record.reference, record.prediction),
+    }
+    if failure is not None:
+        return StepScore(**common, reference_failure=f"{failure.reason}: {failure.detail}")
+    counts = _call_counts(record, reference, prediction)
+    if not reference.has_call:
+        after_call = False if record.after_call is None and record.step == 0 else record.after_call
+        counts |= _text_scores(reference.text, prediction.text, jieba_tokenizer) | {"after_call": after_call}
+    return StepScore(**common, **counts)
+
+
+def complete_records(records: Iterable[StepRecord]) -> list[StepRecord]:
+    """Fill in what only the whole conversation tells; values that are given stay.
+
+    `after_call` of an answer step is whether the reference of the step before it calls; `offered` is the union over the
+    conversation; `language` is told from all its references together.
+    """
+    conversations: dict[str, dict[int, StepRecord]] = defaultdict(dict)
+    order: list[tuple[str, int]] = []
+    for record in records:
+        conversations[record.conversation_id][record.step] = record
+        order.append((record.conversation_id, record.step))
+    completed = {name: _complete_conversation(steps) for name, steps in conversations.items()}
+    return [completed[name][step] for name, step in order]
+
+
+def read_offered_tool(value: Any) -> OfferedTool | None:
+    """Read a tool name, or an object with `name` and `parameters`; None if it is neither.
+
+    `parameters` may be MSAgent-Bench's list of `{"name": ...}`, a JSON schema with `properties`, or a mapping from
+    parameter name to anything. MSAgent-Bench's `paths` and OpenAI's wrapper `function` are looked into.
+    """
+    if isinstance(value, str):
+        return OfferedTool(value)
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    parameters = _parameter_names(value.get("parameters"))
+    paths = value.get("paths")
+    if parameters is None and isinstance(paths, list):
+        listed = [_parameter_names(path.get("parameters")) for path in paths if isinstance(path, dict)]
+        known = [names for names in listed if names is not None]
+        parameters = tuple(dict.fromkeys(name for names in known for name in names)) if known else None
+    return OfferedTool(value["name"], parameters)
+
+
+def hash_reference(reference: str) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a reference."""
+    return hashlib.sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
+    if isinstance(parameters, list):
+        names = [item.get("name") if isinstance(item, dict) else item for item in parameters]
+        return tuple(name for name in names if isinstance(name, str))
+    if isinstance(parameters, dict):
+        if isinstance(parameters.get("properties"), dict):
+            return tuple(parameters["properties"])
+        return () if isinstance(parameters.get("type"), str) else tuple(parameters)
+    return None
+
+
+def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
+    calls = {number: parse_reply(record.reference).has_call for number, record in steps.items()}
+    known = [record.offered for record in steps.values() if record.offered is not None]
+    union = _by_name(tool for offered in known for tool in offered)
+    language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
+    completed = {}
+    for number, record in steps.items():
+        own = {name: tool for name, tool in _by_name(record.offered or ()).items() if tool.parameters is not None}
+        completed[number] = dataclasses.replace(
+            record,
+            offered=tuple((union | own).values()) if known else None,
+            language=record.language or language,
+            after_call=_after_call(record, calls),
+        )
+    return completed
+
+
+def _by_name(tools: Iterable[OfferedTool]) -> dict[str, OfferedTool]:
+    """Tools by name; one that is declared several times takes the parameters of all declarations that give them."""
+    found: dict[str, OfferedTool] = {}
+    for tool in tools:
+        earlier = found.get(tool.name)
+        if earlier is None or earlier.parameters is None:
+            found[tool.name] = tool
+        elif tool.parameters is not None:
+            both = tuple(dict.fromkeys((*earlier.parameters, *tool.parameters)))
+            found[tool.name] = dataclasses.replace(tool, parameters=both)
+    return found
+
+
+def _after_call(record: StepRecord, calls: Mapping[int, bool]) -> bool | None:
+    if record.after_call is not None:
+        return record.after_call
+    return False if record.step == 0 else calls.get(record.step - 1)
+
+
+def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedReply) -> dict[str, Any]:
+    expected, predicted = reference.requests, prediction.requests
+    pairs = align_calls(expected, predicted)
+    attempts = len(predicted) + prediction.malformed
+    hallucinations = _hallucinations(record.offered, expected, predicted)
+    urls = [pair for pair in pairs if "url" in expected[pair.reference].extras]
+    confusions = _confusions(expected, predicted, pairs, prediction.malformed)
+    counts = {
+        "is_action": reference.has_call,
+        "predicts_call": prediction.has_call,
+        "reference_calls": len(expected),
+        "attempts": attempts,
+        "wellformed": len(predicted),
+        "name_correct": len(pairs),
+        "exact": sum(pair.exact for pair in pairs),
+        "lenient": sum(pair.lenient for pair in pairs),
+        "argument_f1": _sum_f1(pairs),
+        "full_matches": sum(pair.full_matches for pair in pairs),
+        "reference_arguments": sum(len(call.parameters) for call in expected),
+        "predicted_arguments": sum(len(call.parameters) for call in predicted),
+        "url_references": len(urls),
+        "url_matches": sum(_same_url(expected[pair.reference], predicted[pair.prediction]) for pair in urls),
+        "offered_attempts": attempts if record.offered is not None else 0,
+        "confusions": confusions,
+        **hallucinations,
+        **_repaired_counts(expected, prediction, pairs),
+    }
+    errors = _call_errors(reference, prediction, pairs, confusions)
+    for count, kind in (
+        ("hallucinated_tools", "hallucinated_tool"),
+        ("hallucinated_arguments", "hallucinated_argument"),
+    ):
+        if hallucinations[count]:
+            errors.append(kind)
+    return counts | {"errors": tuple(errors)}
+
+
+def _same_url(expected: ToolRequest, predicted: ToolRequest) -> bool:
+    return "url" in predicted.extras and strictly_equal(expected.extras["url"], predicted.extras["url"])
+
+
+def _sum_f1(pairs: Sequence[CallPair]) -> float:
+    return float(sum((pair.argument_f1 for pair in pairs), Fraction(0)))
+
+
+def _hallucinations(
+    offered: tuple[OfferedTool, ...] | None, expected: Sequence[ToolRequest], predicted: Sequence[ToolRequest]
+) -> dict[str, int]:
+    schemas = {tool.name: tool.parameters for tool in offered or ()}
+    allowed = schemas.keys() | {call.name for call in expected}
+    keys = [
+        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.parameters
+    ]
+    return {
+        "hallucinated_tools": sum(call.name not in allowed for call in predicted) if offered is not None else 0,
+        "schema_arguments": len(keys),
+        "hallucinated_arguments": sum(key not in schema for key, schema in keys),
+    }
+
+
+def _repaired_counts(
+    expected: Sequence[ToolRequest], prediction: ParsedReply, pairs: tuple[CallPair, ...]
+) -> dict[str, float]:
+    calls: list[ToolRequest] = []
+    won_back, lost = 0, 0
+    for attempt in prediction.attempts:
+        mended = repair_call_body(attempt.source) if attempt.failure else attempt.requests
+        calls += mended or ()
+        won_back += len(mended or ()) if attempt.failure else 0
+        lost += mended is None
+    if won_back:
+        pairs = align_calls(expected, calls)
+    return {
+        "repaired_calls": won_back,
+        "name_correct_repaired": len(pairs),
+        "exact_repaired": sum(pair.exact for pair in pairs),
+        "argument_f1_repaired": _sum_f1(pairs),
+        "attempts_repaired": len(calls) + lost,
+    }
+
+
+def _confusions(
+    expected: Sequence[ToolRequest], predicted: Sequence[ToolRequest], pairs: Sequence[CallPair], malformed: int
+) -> tuple[tuple[str | None, str | None], ...]:
+    """Lay the calls that found no partner side by side, in order; what is left over stands beside None."""
+    met = {pair.reference for pair in pairs}
+    used = {pair.prediction for pair in pairs}
+    left: list[str | None] = [call.name for i, call in enumerate(expected) if i not in met]
+    right: list[str | None] = [call.name for j, call in enumerate(predicted) if j not in used]
+    right += [MALFORMED] * malformed
+    longest = max(len(left), len(right))
+    left += [None] * (longest - len(left))
+    right += [None] * (longest - len(right))
+    return tuple(zip(left, right, strict=True))
+
+
+def _call_errors(
+    reference: ParsedReply,
+    prediction: ParsedReply,
+    pairs: Sequence[CallPair],
+    confusions: Sequence[tuple[str | None, str | None]],
+) -> list[str]:
+    expected, predicted = reference.requests, prediction.requests
+    keys = [(expected[p.reference].parameters.keys(), predicted[p.prediction].parameters.keys()) for p in pairs]
+    present = {
+        "missed_call": reference.has_call and not prediction.has_call,
+        "spurious_call": prediction.has_call and not reference.has_call,
+        "missing_call": prediction.has_call and any(right is None for _, right in confusions),
+        "extra_call": reference.has_call and any(left is None for left, _ in confusions),
+        "wrong_tool": any(None not in (left, right) and right != MALFORMED for left, right in confusions),
+        "malformed": prediction.malformed > 0,
+        "missing_argument": any(wanted - given for wanted, given in keys),
+        "extra_argument": any(given - wanted for wanted, given in keys),
+        "wrong_value": any(pair.half_matches for pair in pairs),
+    }
+    return [kind for kind, applies in present.items() if applies]
+
+
+def _text_scores(reference: str, prediction: str, jieba_tokenizer: Tokenizer | None) -> dict[str, Any]:
+    scores: dict[str, Any] = {}
+    tokenizers: dict[str, Tokenizer | None] = {"rouge_l": _CJK_TOKENIZER, "rouge_l_jieba": jieba_tokenizer}
+    for name, tokenizer in tokenizers.items():
+        if tokenizer and (f1 := rouge_l(reference, prediction, tokenizer)) is not None:
+            scores[name] = f1
+    return scores

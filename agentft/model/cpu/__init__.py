@@ -1,0 +1,1 @@
+"""Speed up a frozen bf16 model on a CPU."""

@@ -1,0 +1,275 @@
+"""Run a sweep from Hydra's list of overrides to its table: plan the jobs, skip what is done, run the rest, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from agentft import slurm
+from agentft.errors import RunError
+from agentft.runs import SWEEP_FOLDER_VARIABLE
+from agentft.signals import StopSignals
+from agentft.sweeping.display import Display
+from agentft.sweeping.halving import Halving, run_halving
+from agentft.sweeping.jobs import Job, earlier_jobs, free_folder, identity_of, varying
+from agentft.sweeping.options import LaunchOptions
+from agentft.sweeping.pool import Pool
+
+_OURS = (
+    "hydra.run.dir",
+    "hydra.mode",
+    "hydra.sweep",
+    "hydra.sweeper",
+    "hydra.launcher",
+    "hydra/sweeper",
+    "hydra/launcher",
+)
+"""Overrides that speak of the sweep and not of a job."""
+
+_EXPLAINED = 5
+"""Failures told at length: when all fail, they fail alike."""
+
+
+_LIBRARIES = {
+    "TrainConfig": ("agentft.config", "agentft.recipes.train", "peft", "transformers.models.auto"),
+    "EvaluateConfig": ("agentft.config", "agentft.recipes.evaluate", "peft", "transformers.models.auto"),
+}
+"""Schema of a program's settings -> what its jobs import."""
+
+
+class _FailedJob(JobReturn):
+    """Raises like Hydra's own, without its line on stderr: the reasons have been printed."""
+
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def launch(
+    context: HydraContext,
+    config: DictConfig,
+    options: LaunchOptions,
+    job_overrides: Sequence[Sequence[str]],
+    first_number: int,
+) -> list[JobReturn]:
+    """Run a batch of jobs, each in its own process, and return an outcome for each.
+
+    A failed job does not disturb the others; Hydra raises its error when all have ended.
+    """
+    setup_globals()
+    halving = None if options.eta is None else Halving(options.eta, options.rungs)
+    sweep = Path(str(config.hydra.sweep.dir)).absolute()
+    slots = options.make_slots(len(job_overrides))
+    sweep.mkdir(parents=True, exist_ok=True)
+    if (own := slurm.job_id()) is not None:
+        os.environ[slurm.REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
+    with _only_launcher(sweep):
+        jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
+        distinct = list({job.identity: job for job in jobs}.values())
+        for job in distinct:
+            job.write()
+        waiting = [job for job in distinct if job.state != "finished"]
+        display = Display(sweep, distinct, slots)
+
+        def run(due: Sequence[Job]) -> signal.Signals | None:
+            return Pool(slots, options, place, seen=display.seen, tick=display.tick).run(due)
+
+        # For a single job, importing once is importing no less.
+        modules = _LIBRARIES.get(getattr(OmegaConf.get_type(config), "__name__", ""), ()) if len(waiting) > 1 else ()
+        with (
+            StopSignals.shared() as signals,
+            signals.at_once(),  # one that came while jobs were composed, too; a repetition does not disturb the report
+            contextlib.closing(options.make_place(slots, sweep, modules, display.say)) as place,
+            display,
+        ):
+            stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
+        _report(sweep, distinct, config, display)
+    if stopped == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped == signal.SIGUSR1:  # announced by SLURM: the time is up
+        os.environ.pop(slurm.REQUEUED_BY_LAUNCHER, None)
+        slurm.requeue()
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+    failed = [job for job in distinct if not job.is_done]
+    return [outcome_of(job, job_config, failed, len(distinct)) for job, job_config in zip(jobs, configs, strict=True)]
+
+
+def _plan(
+    context: HydraContext,
+    config: DictConfig,
+    sweep: Path,
+    job_overrides: Sequence[Sequence[str]],
+    first_number: int,
+    threads: int,
+) -> tuple[list[Job], list[DictConfig]]:
+    """Compose every job, and tell by the identity of its settings whether an earlier launch has it already."""
+    known = earlier_jobs(sweep)
+    planned: dict[str, Job] = {}
+    jobs, configs = [], []
+    differing = varying([list(filter_overrides(list(overrides))) for overrides in job_overrides])
+    for i, overrides in enumerate(job_overrides):
+        composed = context.config_loader.load_sweep_config(config, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = first_number + i
+        configs.append(composed)
+        settings = _settings(composed)
+        identity = identity_of(settings)
+        if identity in planned:  # `rank=4,4`, or only its folder differs
+            jobs.append(planned[identity])
+            continue
+        folder, record = known.get(identity, (None, {}))
+        if folder is None:
+            folder = free_folder(sweep / str(composed.hydra.sweep.subdir), identity)
+        job = Job(
+            folder=folder,
+            number=first_number + i,
+            identity=identity,
+            overrides=list(filter_overrides(list(overrides))),
+            swept=differing[i],
+            settings=settings,
+            threads=settings.get("threads") or threads,
+            environment={SWEEP_FOLDER_VARIABLE: str(sweep)},
+        )
+        job.take_over(record)
+        job.command = _command(config, overrides, folder)
+        if "threads" in settings and settings["threads"] is None:
+            job.command.append(f"threads={job.threads}")
+        planned[identity] = job
+        jobs.append(job)
+    return jobs, configs
+
+
+def _settings(composed: DictConfig) -> dict[str, Any]:
+    """Everything but Hydra's own node, resolved; that one cannot be before the job runs."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    try:
+        return {str(name): _plain(composed[name]) for name in composed if name != "hydra"}
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _plain(value: Any) -> Any:
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+    return value.name if isinstance(value, Enum) else value
+
+
+def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> list[str]:
+    """What anybody can type to run this job alone."""
+    hydra = config.hydra
+    flags = []
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", readable(Path(source.path))]
+    flags += ["--config-name", str(hydra.job.config_name)]
+    kept = [str(o) for o in hydra.overrides.hydra if not str(o).lstrip("+~").startswith(_OURS)]
+    return [*entry_point(), *flags, *kept, *overrides, f"hydra.run.dir={quoted(readable(folder))}", "hydra.mode=RUN"]
+
+
+def entry_point() -> list[str]:
+    """Interpreter and program of this process: a script, or a module run with `-m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return [sys.executable, "-m", str(spec.name).removesuffix(".__main__")]
+    return [sys.executable, sys.argv[0]]
+
+
+def quoted(text: str) -> str:
+    """`text` as the value of a Hydra override."""
+    if re.fullmatch(r"[A-Za-z_./][\w./-]*/[\w./-]*", text, flags=re.ASCII):
+        return text
+    return QuotedString(text=text, quote=Quote.double).with_quotes()
+
+
+def readable(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Display) -> None:
+    """The table, printed and written; then what failed, why, and how to go on."""
+    from agentft.compare import write_sweep_tables
+
+    try:
+        write_sweep_tables(sweep, display.console)
+    except Exception as error:  # the jobs' results are on disk: no fault of a table may cost the sweep its outcome
+        display.say(f"no table: {type(error).__name__}: {error}")
+    left = [job for job in jobs if not job.is_done]
+    display.say(f"sweep folder: {readable(sweep)}")
+    if not left:
+        return
+    display.say(f"{len(left)} of {len(jobs)} jobs are not finished:")
+    explained = [job for job in left if job.state == "failed"][:_EXPLAINED]
+    for job in left:
+        display.say(f"  {job.name}: {job.outcome}")
+        if job in explained:
+            display.say(f"    log:   {readable(job.folder / 'job.log')}")
+            display.say(f"    alone: {job.command_line}")
+    if sum(job.state == "failed" for job in left) > _EXPLAINED:
+        display.say("  the others' commands are in their job.json, under `shell`")
+    display.say("run only these again: " + _again(sweep, config))
+
+
+def _again(sweep: Path, config: DictConfig) -> str:
+    """The command of this sweep, with its folder named so that finished jobs are found."""
+    words = [*entry_point(), *sys.argv[1:]]
+    if not any(str(o).startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
+        words.append(f"hydra.sweep.dir={quoted(readable(sweep))}")
+    return shlex.join(words)
+
+
+def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:
+    """What Hydra and its sweepers are told of a job; `failed` are all of the sweep that did not finish."""
+    outcome = JobReturn() if job.is_done else _FailedJob()
+    outcome.overrides = list(job.overrides)
+    outcome.hydra_cfg = OmegaConf.create({"hydra": composed.hydra})
+    with open_dict(composed):
+        del composed["hydra"]
+    outcome.cfg = composed
+    outcome.working_dir = str(job.folder)
+    outcome.task_name = "agentft"
+    outcome.status = JobStatus.COMPLETED if job.is_done else JobStatus.FAILED
+    if job.is_done:
+        outcome.return_value = job.objective
+    else:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in failed[:_EXPLAINED])
+        reasons += f"; and {len(failed) - _EXPLAINED} more" if len(failed) > _EXPLAINED else ""
+        outcome.return_value = RunError(f"{len(failed)} of {total} jobs failed: {reasons}")
+    return outcome
+
+
+@contextlib.contextmanager
+def _only_launcher(sweep: Path) -> Iterator[None]:
+    """Two launchers on one sweep folder would start every job twice."""
+    handle = os.open(sweep / ".launcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{sweep}: another launcher works in this sweep folder; wait for it or end it") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
