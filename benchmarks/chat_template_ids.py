@@ -15,7 +15,8 @@ from pathlib import Path
 
 from agentft.config import compose, to_train_config
 from agentft.data.chat_templates import chat_template
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.model.load import load_tokenizer, locate_model

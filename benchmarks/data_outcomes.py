@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]
 
-from agentft.data.records import Notice, Origin, Rejection, read_record  # noqa: E402
+from agentft.data.conversation import Origin  # noqa: E402
+from agentft.data.records import Notice, Rejection, read_record  # noqa: E402
 from agentft.data.sources import ReadReport, read_conversations, read_local  # noqa: E402
 from agentft.errors import DataError  # noqa: E402
 

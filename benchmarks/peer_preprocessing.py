@@ -38,8 +38,9 @@ _DATASET = "conversations"
 
 def write_for_peers(records: Iterable[Any], tokenizer: Any, folder: Path) -> int:
     """Write the files of all peers and return how many conversations they hold; run by agentft's interpreter."""
+    from agentft.data.conversation import Origin
     from agentft.data.native import ChatmlTemplate
-    from agentft.data.records import Origin, Rejection, read_record
+    from agentft.data.records import Rejection, read_record
 
     template = ChatmlTemplate(tokenizer.eos_token)
     tokenizer.save_pretrained(folder / TOKENIZER)

@@ -324,7 +324,8 @@ def _lines(data: str | None, count: int, longest: int | None = None) -> Iterator
 
 def _not_longer(lines: Iterable[bytes], longest: int) -> Iterator[bytes]:
     """Conversations of at most so many tokens in the original layout."""
-    from agentft.data.records import Origin, read_record
+    from agentft.data.conversation import Origin
+    from agentft.data.records import read_record
     from agentft.data.render import MsagentTemplate
     from agentft.data.tokens import SegmentEncoder, tokenize
 

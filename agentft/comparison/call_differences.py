@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from agentft.data.calls import ToolRequest
+from agentft.data.calls import ToolCall
 from agentft.evaluation.alignment import align_calls
 from agentft.evaluation.equality import strictly_equal
 from agentft.evaluation.parse import parse_reply
@@ -31,8 +31,8 @@ def call_differences(reference: str, prediction: str) -> list[str]:
     return lines
 
 
-def _arguments(expected: ToolRequest, predicted: ToolRequest) -> Iterator[str]:
-    wanted, given = expected.parameters, predicted.parameters
+def _arguments(expected: ToolCall, predicted: ToolCall) -> Iterator[str]:
+    wanted, given = expected.arguments, predicted.arguments
     for key, value in wanted.items():
         if key not in given:
             yield f"{expected.name}: {key} is missing, expected {_shown(value)}"
@@ -43,13 +43,13 @@ def _arguments(expected: ToolRequest, predicted: ToolRequest) -> Iterator[str]:
             yield f"{expected.name}: {key} is extra, {_shown(value)}"
 
 
-def _tools(missing: Sequence[ToolRequest], wrong: Sequence[ToolRequest]) -> Iterator[str]:
+def _tools(missing: Sequence[ToolCall], wrong: Sequence[ToolCall]) -> Iterator[str]:
     for call, other in zip_longest(missing, wrong):
         if call is None:
             yield f"calls {other.name}, which the reference does not"
         elif other is None:
             # With its arguments: of several calls to one tool they alone tell which is meant.
-            given = ", ".join(f"{key} {_shown(value)}" for key, value in call.parameters.items())
+            given = ", ".join(f"{key} {_shown(value)}" for key, value in call.arguments.items())
             yield f"does not call {call.name}" + (f" with {given}" if given else "")
         else:
             yield f"calls {other.name} instead of {call.name}"

@@ -23,13 +23,14 @@ CallFailureReason = Literal["empty", "not_json", "not_an_object", "no_name", "pa
 
 
 @dataclass(frozen=True, slots=True)
-class ToolRequest:
-    """One request to one tool."""
+class ToolCall:
+    """One call of one tool."""
 
     name: str
-    parameters: dict[str, Json]
+    arguments: dict[str, Json]
+    id: str | None = None
     extras: dict[str, Json] = field(default_factory=dict)
-    """Fields beside name and parameters, `url` and `command` in MSAgent-Bench: kept, not scored."""
+    """Fields beside name and arguments, `url` and `command` in MSAgent-Bench: kept, not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def read_json(text: str) -> Json:
     return value
 
 
-def read_call_body(body: str) -> tuple[ToolRequest, ...] | CallFailure:
+def read_call_body(body: str) -> tuple[ToolCall, ...] | CallFailure:
     """Read what stands between the think marks: one request object or a list of them, fenced or not."""
     text = strip_fence(body)
     if not text:
@@ -90,7 +91,7 @@ def read_call_body(body: str) -> tuple[ToolRequest, ...] | CallFailure:
     items = value if isinstance(value, list) else [value]
     if not items:
         return CallFailure("empty", "an empty list of calls")
-    requests: list[ToolRequest] = []
+    requests: list[ToolCall] = []
     for item in items:
         request = _read_request(item)
         if isinstance(request, CallFailure):
@@ -99,7 +100,7 @@ def read_call_body(body: str) -> tuple[ToolRequest, ...] | CallFailure:
     return tuple(requests)
 
 
-def _read_request(item: Json) -> ToolRequest | CallFailure:
+def _read_request(item: Json) -> ToolCall | CallFailure:
     if not isinstance(item, dict):
         return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {_kind(item)}")
     name = item.get("api_name")
@@ -112,7 +113,7 @@ def _read_request(item: Json) -> ToolRequest | CallFailure:
     if not isinstance(parameters, dict):
         return CallFailure("parameters_not_an_object", f"parameters is {_kind(parameters)}, expected an object")
     extras = {key: value for key, value in item.items() if key not in ("api_name", "parameters")}
-    return ToolRequest(name=name, parameters=parameters, extras=extras)
+    return ToolCall(name, parameters, extras=extras)
 
 
 def _kind(value: Json) -> str:

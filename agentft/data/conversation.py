@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
 from json.encoder import encode_basestring
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from agentft.data.calls import CallFailure, Json
-from agentft.data.grammar import Part
+from agentft.data.calls import Json, ToolCall, strip_fence
+from agentft.data.grammar import Call, Observation, Part
+from agentft.data.offered_tools import OfferedTool, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -32,17 +34,6 @@ class Origin:
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """One call of one tool."""
-
-    name: str
-    arguments: dict[str, Json]
-    id: str | None = None
-    failure: CallFailure | None = None
-    """Why it cannot be read. Such a call has no name and no arguments; its text stands in `Message.source`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +57,25 @@ class Message:
     def text(self) -> str:
         """The content, empty where there is none."""
         return self.content or ""
+
+    @property
+    def malformed_calls(self) -> tuple[Call, ...]:
+        """The calls of an MSAgent step that cannot be read: they are in `source` alone."""
+        return tuple(part for part in self.source or () if isinstance(part, Call) and part.failure is not None)
+
+    @property
+    def source_text(self) -> str:
+        """The MSAgent text that it was read from, empty where there is none."""
+        return "".join([part.source for part in self.source or ()])
+
+
+class Turn(NamedTuple):
+    """One turn of an MSAgent record."""
+
+    role: Role
+    text: str
+    untrained: tuple[int, ...] = ()
+    """Which of its steps, counted from 0, its source shows and does not want trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,16 @@ class Conversation:
         return tuple(call for message in self.messages for call in message.tool_calls)
 
     @property
+    def called_tools(self) -> frozenset[str]:
+        """Names of the tools that are called."""
+        return frozenset(call.name for call in self.tool_calls)
+
+    @property
+    def offered(self) -> tuple[OfferedTool, ...]:
+        """The tools that the system text lists."""
+        return read_offered_tools(self.system)
+
+    @property
     def language(self) -> str:
         """`zh` where a user's message holds a Chinese character, else `en`."""
         return "zh" if any(m.role == "user" and _CJK.search(m.text) for m in self.messages) else "en"
@@ -120,28 +140,65 @@ class Conversation:
         An MSAgent record is hashed by its own turns, so its hash does not depend on how it is taken apart.
         """
         if any(message.source is not None for message in self.messages):
-            turns = ",".join(self._msagent_turns())
-            return hashlib.sha256(f"[{turns}]".encode()).hexdigest()
-        said = {"messages": [_hashed(message) for message in self.messages], "tools": self.tools}
-        return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+            said = ",".join(
+                [
+                    f'["{turn.role}",{encode_basestring(turn.text)}]'
+                    if not turn.untrained
+                    else json.dumps(turn, ensure_ascii=False)
+                    for turn in self.turns
+                ]
+            )
+            return hashlib.sha256(f"[{said}]".encode()).hexdigest()
+        everything = {"messages": [_hashed(message) for message in self.messages], "tools": self.tools}
+        return hashlib.sha256(json.dumps(everything, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
-    def _msagent_turns(self) -> Iterator[str]:
-        """Yield each turn of the record as JSON: role, text, and which steps of it are not trained."""
-        text, step = "", 0
-        untrained: list[int] = []
-        for at, message in enumerate(self.messages):
-            if message.source is None:
-                yield f'["{message.role}",{encode_basestring(message.text)}]'
+    @property
+    def turns(self) -> list[Turn]:
+        """The turns of an MSAgent record: the steps and results between two users are one."""
+        turns: list[Turn] = []
+        for is_agent, group in groupby(self.messages, lambda message: message.source is not None):
+            members = list(group)
+            if not is_agent:
+                turns += [Turn(message.role, message.text) for message in members]
                 continue
-            text += "".join([part.source for part in message.source])
-            if message.role == "assistant":
-                if not message.trained:
-                    untrained.append(step)
-                step += 1
-            if at + 1 == len(self.messages) or self.messages[at + 1].source is None:
-                turn = ["assistant", text, untrained] if untrained else ["assistant", text]
-                yield json.dumps(turn, ensure_ascii=False, separators=(", ", ": ") if untrained else (",", ":"))
-                text, step, untrained = "", 0, []
+            steps = (message for message in members if message.role == "assistant")
+            untrained = tuple(number for number, message in enumerate(steps) if not message.trained)
+            turns.append(Turn("assistant", "".join([message.source_text for message in members]), untrained))
+        return turns
+
+
+def step_message(parts: tuple[Part, ...], *, trained: bool = True) -> Message:
+    """Return a step of MSAgent text: its texts are the content, its readable calls the tool calls."""
+    texts = [part.source.strip() for part in parts if not isinstance(part, Call)]
+    calls = tuple(call for part in parts if isinstance(part, Call) for call in part.requests)
+    content = "\n".join(text for text in texts if text)
+    return Message("assistant", content or None, tool_calls=calls, trained=trained, source=parts)
+
+
+def result_message(observation: Observation, *blanks: Part) -> Message:
+    """Return a tool's result of MSAgent text, and the blanks after it."""
+    return Message("tool", strip_fence(observation.body), source=(observation, *blanks))
+
+
+def turn_messages(parts: Iterable[Part], untrained: Collection[int] = ()) -> list[Message]:
+    """Cut an assistant's turn of MSAgent text into its steps and the results between them.
+
+    Args:
+        untrained: Steps, counted from 0, that the source shows and does not want trained.
+    """
+    messages: list[Message] = []
+    steps = 0
+    for is_result, members in groupby(parts, lambda part: isinstance(part, Observation)):
+        run = tuple(members)
+        if is_result:
+            messages += [result_message(part) for part in run if isinstance(part, Observation)]
+        elif any(isinstance(part, Call) or part.source.strip() for part in run):
+            messages.append(step_message(run, trained=steps not in untrained))
+            steps += 1
+        else:  # blanks after a result: no step, and yet letters of the layout
+            last = messages[-1]
+            messages[-1] = replace(last, source=(*(last.source or ()), *run))
+    return messages
 
 
 def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

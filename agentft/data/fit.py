@@ -15,10 +15,10 @@ from itertools import islice, pairwise
 from typing import NamedTuple, TypeVar
 
 from agentft.data.config import TooLong
-from agentft.data.grammar import Observation, segment_steps
-from agentft.data.records import Conversation, part_id
+from agentft.data.conversation import Conversation
+from agentft.data.records import part_id
 from agentft.data.render import Template
-from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, shorten_observations
+from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, Rounds, count_shortened, result_length, shorten_observations
 from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
 
 _BATCH = 64
@@ -242,7 +242,7 @@ class Fitter:
     def _with_context(self, rounds: Rounds, sizes: _Sizes, piece: Piece, first: int) -> _Way[Piece]:
         """The piece with as many rounds before it as fit, shown and not trained."""
         # The piece's own rounds may have been shortened, so they are taken as they are.
-        own = piece.conversation.messages[-2 * piece.conversation.rounds :]
+        own = Rounds(piece.conversation).messages
         context = 0
         while (
             context < first and len(piece.example) + sum(sizes.rounds[first - context - 1 : first]) <= self.max_length
@@ -260,9 +260,7 @@ class Fitter:
         (piece,) = yield [_Attempt(conversation)]
         if len(piece.example) <= self.max_length:
             return piece
-        longest = max(
-            (len(o.body) for m in conversation.messages for o in m.parts if isinstance(o, Observation)), default=0
-        )
+        longest = max((result_length(m) for m in conversation.messages if m.role == "tool"), default=0)
         if longest <= MIN_OBSERVATION_CHARACTERS:
             return None
         fitting: Piece | None = None
@@ -296,7 +294,7 @@ def _sizes(rounds: Rounds, whole: Piece) -> _Way[_Sizes]:
     length = len(whole.example)
     if len(rounds) < 2:
         return _Sizes(0, [length])
-    if rounds.ends_with_result() or any(message.untrained for message in whole.conversation.messages):
+    if rounds.ends_with_result() or not all(message.trained for message in whole.conversation.messages):
         # Where the last thing in a round is a tool's result, its tokens run on into the next question; where a step is
         # not trained, no label says where it ends: measured apart.
         attempts = [_Attempt(rounds.part("", at, at + 1)) for at in range(len(rounds))]
@@ -321,11 +319,11 @@ class _Sizes:
 
 
 def _why_no_label(conversation: Conversation) -> str:
-    if any(message.untrained for message in conversation.messages):
+    if not all(message.trained for message in conversation.messages):
         return "nothing that the agent says here is to be trained, as its messages say"
     return "the agent says nothing in this conversation"
 
 
 def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> Fitted:
-    steps = sum(len(segment_steps(message.parts)) for message in conversation.messages)
-    return Fitted(conversation, tokens, Outcome.set_aside, (), 0, tuple(range(steps)), problem)
+    steps = tuple(range(len(conversation.steps)))
+    return Fitted(conversation, tokens, Outcome.set_aside, (), 0, steps, problem)

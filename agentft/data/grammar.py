@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from agentft.data.calls import CallFailure, JsonRefused, ToolRequest, read_call_body, read_json, strip_fence
+from agentft.data.calls import CallFailure, JsonRefused, ToolCall, read_call_body, read_json, strip_fence
 from agentft.errors import DataError
 
 THINK_OPEN = "<|startofthink|>"
@@ -60,7 +60,7 @@ class Call:
 
     source: str
     """The exact text, marks included."""
-    requests: tuple[ToolRequest, ...]
+    requests: tuple[ToolCall, ...]
     failure: CallFailure | None
 
     @property
@@ -248,7 +248,7 @@ def _refuse_look_alikes(text: str) -> None:
             )
 
 
-def _not_json(reading: tuple[ToolRequest, ...] | CallFailure) -> bool:
+def _not_json(reading: tuple[ToolCall, ...] | CallFailure) -> bool:
     return isinstance(reading, CallFailure) and reading.reason == "not_json"
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from agentft.data.block_digest import block_digest
-from agentft.data.records import Origin, Rejection
+from agentft.data.conversation import Origin
+from agentft.data.records import Rejection
 from agentft.data.sources import RawRow
 from agentft.errors import DataError
 

@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
 
-from agentft.data.calls import ToolRequest, strip_fence
+from agentft.data.calls import ToolCall, strip_fence
+from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import Call, Observation, Part, Text
 from agentft.data.native_system import NativeSystem, read_system
-from agentft.data.records import Conversation, Message
 from agentft.data.render import CallForm, Kind, Segment, shown_as, with_history
 
 HERMES_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -68,14 +68,14 @@ class NativeTemplate:
         segments = list(self.beginning)
         if conversation.messages[0].role != "system" and self.default_system is not None:
             segments += self._turn("system", [Segment(self.default_system, Kind.system)])
-        for message, history in with_history(conversation, context_rounds):
-            segments += shown_as(self._message(message), message, history=history)
+        for message, history in _joined_results(conversation, context_rounds):
+            segments += shown_as(self._message(message), history=history)
         return segments
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
         """A call that cannot be read, or a text that would read as a call, has no native form."""
         for message in conversation.messages:
-            for part in message.parts:
+            for part in message.source or ():
                 if isinstance(part, Call) and part.failure is not None:
                     return "call_without_native_form", f"{part.failure.reason}: {part.failure.detail}"
                 if isinstance(part, Text) and self._reads_as_call(part.source):
@@ -85,20 +85,18 @@ class NativeTemplate:
     def notes(self, conversation: Conversation) -> list[str]:
         """What became of the system text, and whether calls had fields that the native form lacks."""
         codes = [f"system_{read_system(conversation.system).reading}"]
-        if any(request.extras for call in conversation.calls for request in call.requests):
+        if any(call.extras for call in conversation.tool_calls):
             codes.append("call_fields_left_out")
         return codes
 
     def _message(self, message: Message) -> Iterator[Segment]:
         if message.role == "system":
-            yield from self._turn("system", self._system(read_system(message.source)))
+            yield from self._turn("system", self._system(read_system(message.text)))
         elif message.role == "user":
-            yield from self._turn("user", [Segment(message.source, Kind.user)])
+            yield from self._turn("user", [Segment(message.text, Kind.user)])
         else:
-            parts = (part for part in message.parts if not isinstance(part, Text) or part.source.strip())
-            for observed, group in groupby(parts, key=lambda part: isinstance(part, Observation)):
-                members = list(group)
-                yield from self._results(members) if observed else self._step(members)
+            parts = [part for part in message.source or () if not isinstance(part, Text) or part.source.strip()]
+            yield from self._results(parts) if message.role == "tool" else self._step(parts)
 
     def _system(self, system: NativeSystem) -> Iterator[Segment]:
         text = system.text
@@ -253,7 +251,18 @@ class Llama3Template(NativeTemplate):
         return LLAMA_CALL_START.match(text) is not None or "<|python_tag|>" in text
 
 
-def _pieces(parts: Sequence[Part]) -> Iterator[str | ToolRequest]:
+def _joined_results(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
+    """Yield the messages as `with_history` does, neighbouring results as one: these layouts write them in one turn."""
+    for is_result, group in groupby(with_history(conversation, context_rounds), lambda each: each[0].role == "tool"):
+        members = list(group)
+        if not is_result:
+            yield from members
+            continue
+        source = tuple(part for message, _ in members for part in message.source or ())
+        yield replace(members[0][0], source=source), members[0][1]
+
+
+def _pieces(parts: Sequence[Part]) -> Iterator[str | ToolCall]:
     """The texts of a step, trimmed, and its requests, in order; blank texts left out."""
     for part in parts:
         if isinstance(part, Call):
@@ -262,9 +271,9 @@ def _pieces(parts: Sequence[Part]) -> Iterator[str | ToolRequest]:
             yield part.source.strip()
 
 
-def _json_call(request: ToolRequest, arguments: str) -> Iterator[Segment]:
+def _json_call(request: ToolCall, arguments: str) -> Iterator[Segment]:
     """A request as JSON, its name and its parameters apart from the rest."""
-    name, parameters = _JSON.encode(request.name), _JSON.encode(request.parameters)
+    name, parameters = _JSON.encode(request.name), _JSON.encode(request.arguments)
     if _MARK_LIKE.search(name) or _MARK_LIKE.search(parameters):
         # The same JSON; a bracket can stand in its strings only, where a reader must not take it for a mark.
         name, parameters = (text.replace("<", "\\u003c") for text in (name, parameters))

@@ -10,105 +10,27 @@ Only assistant values are parsed. Marks in a system or user text are letters lik
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass
-from json.encoder import encode_basestring
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agentft.data import forms
 from agentft.data.calls import strip_fence
+from agentft.data.conversation import Conversation, Message, Origin, turn_messages
 from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
-from agentft.data.offered_tools import OfferedTool, read_offered_tools
+from agentft.data.offered_tools import OfferedTool
 from agentft.data.turn_builder import FormError
-from agentft.data.untrained import MarkedTurn, parts_of, steps_with, understood_fields, untrained_field
+from agentft.data.untrained import MarkedTurn, steps_with, understood_fields, untrained_field
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
 
-Role = Literal["system", "user", "assistant"]
+_Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
-_CJK = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
 _MAX_ID_CHARACTERS = 200
 _PART_ID = re.compile(r"/part-[0-9]+\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a record comes from."""
-
-    source: str
-    """Path or dataset id, as the user wrote it; for a folder the path of the file."""
-    line: int
-    """Line of a line-based file, else row; from 1. 0 is the file as a whole."""
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn."""
-
-    role: Role
-    source: str
-    """The exact text."""
-    parts: tuple[Part, ...] = ()
-    """What an assistant turn consists of; empty for the other roles, whatever marks their text holds."""
-    untrained: tuple[int, ...] = ()
-    """Which of an assistant turn's steps, counted from 0, its source shows and does not want trained."""
-
-    @property
-    def untrained_parts(self) -> frozenset[int]:
-        """The positions of the parts of those steps."""
-        return parts_of(self.untrained, self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A conversation that follows the form: optional system message, then user and assistant in turn."""
-
-    id: str
-    messages: tuple[Message, ...]
-    origin: Origin
-    offered: tuple[OfferedTool, ...]
-    weight: float = 1.0
-    """How often an epoch shows it, by the source it came from; see `agentft.data.source_weights`."""
-    piece_of: str | None = None
-    """Id of the conversation that this is a part of, where one too long was split; None: it is whole."""
-
-    @property
-    def system(self) -> str:
-        """The system text, empty where there is none."""
-        return self.messages[0].source if self.messages[0].role == "system" else ""
-
-    @property
-    def rounds(self) -> int:
-        """Number of user turns."""
-        return sum(message.role == "user" for message in self.messages)
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """All calls of all assistant turns, in order."""
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Call))
-
-    @property
-    def language(self) -> str:
-        """`zh` where a user turn holds a Chinese character, else `en`."""
-        return "zh" if any(m.role == "user" and _CJK.search(m.source) for m in self.messages) else "en"
-
-    @property
-    def content_hash(self) -> str:
-        """SHA-256 of roles, texts and what of them is not trained; equal for equal conversations, whatever their ids."""
-        return _content_hash(self.messages)
-
-    @property
-    def user_hash(self) -> str:
-        """SHA-256 of all user turns, white space collapsed."""
-        turns = [" ".join(m.source.split()) for m in self.messages if m.role == "user"]
-        return hashlib.sha256(f"[{', '.join(map(encode_basestring, turns))}]".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +84,13 @@ def read_record(
         record_id = _read_id(value.get("id"), origin, notices)
         turns = _read_turns(value, form, origin, notices)
         messages = _read_messages(turns, origin, notices)
-        offered = read_offered_tools(messages[0].source) if messages[0].role == "system" else ()
-        _note_quirks(messages, offered, origin, notices)
+        conversation = Conversation(record_id or "", messages, (), origin, weight)
+        _note_quirks(conversation, notices)
         if record_id is None:
-            record_id = "content-" + _content_hash(messages)[:16]
+            conversation = replace(conversation, id="content-" + conversation.content_hash[:16])
     except (_Refused, GrammarError, FormError) as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
-    return Conversation(record_id, messages, origin, offered, weight), notices
+    return conversation, notices
 
 
 def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None:
@@ -229,7 +151,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
         raise _Refused("conversations_empty", "'conversations' is an empty list")
     messages: list[Message] = []
     characters = 0
-    expected: Role = "user"
+    expected: _Role = "user"
     for number, turn in enumerate(turns, 1):
         role, value = _read_turn(turn, number)
         characters += len(value)
@@ -264,7 +186,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             expected = "assistant"
         else:
             parts = _parse_turn(value, number)
-            messages.append(Message("assistant", value, parts, _read_untrained(turn, number, parts, origin, notices)))
+            messages += turn_messages(parts, _read_untrained(turn, number, parts, origin, notices))
             expected = "user"
     if expected == "assistant":
         raise _Refused("ends_with_user", "the last turn is the user's: there is nothing to train")
@@ -293,7 +215,7 @@ def _read_untrained(
     return steps
 
 
-def _read_turn(turn: object, number: int) -> tuple[Role, str]:
+def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
     if not isinstance(turn, dict):
         raise _Refused("turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value")
     if "from" not in turn:
@@ -322,18 +244,17 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     return parts
 
 
-def _note_quirks(
-    messages: tuple[Message, ...], offered: tuple[OfferedTool, ...], origin: Origin, notices: list[Notice]
-) -> None:
+def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
+    offered, origin = conversation.offered, conversation.origin
     tools = {tool.name: tool for tool in offered}
     notices.extend(
         Notice(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
         for tool in offered
         if tool.problem
     )
-    for message in messages:
-        for part in message.parts:
+    for message in conversation.messages:
+        for part in message.source or ():
             source = part.source
             if isinstance(part, Call):
                 if source.count("<|") > 2 and len(MARK.findall(source)) > 2:
@@ -358,15 +279,15 @@ def _call_quirks(call: Call, tools: dict[str, OfferedTool]) -> list[tuple[str, s
     if source.count("\n") > 2 and not _is_strict_json(strip_fence(call.body)):  # two belong to the fence
         quirks.append(("raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"))
     for request in call.requests:
-        if not request.parameters and '"parameters"' not in source:
+        if not request.arguments and '"parameters"' not in source:
             quirks.append(("call_without_parameters", f"call to {request.name[:80]!r} has no field 'parameters'"))
         if not tools:
             continue
         tool = tools.get(request.name)
         if tool is None:
             quirks.append(("unknown_tool", f"{request.name[:80]!r} is not in the tool list"))
-        elif (declared := tool.parameter_names) is not None and not declared.issuperset(request.parameters):
-            extra = ", ".join(sorted(set(request.parameters) - declared))
+        elif (declared := tool.parameter_names) is not None and not declared.issuperset(request.arguments):
+            extra = ", ".join(sorted(set(request.arguments) - declared))
             quirks.append(("undeclared_parameter", f"{request.name[:80]!r} does not declare {extra[:80]}"))
     return quirks
 
@@ -377,18 +298,6 @@ def _is_strict_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _content_hash(messages: tuple[Message, ...]) -> str:
-    turns = ",".join(
-        [
-            f'["{message.role}",{encode_basestring(message.source)}]'
-            if not message.untrained
-            else json.dumps([message.role, message.source, message.untrained], ensure_ascii=False)
-            for message in messages
-        ]
-    )
-    return hashlib.sha256(f"[{turns}]".encode()).hexdigest()
 
 
 def _is_encodable(text: str) -> bool:

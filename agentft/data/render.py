@@ -16,8 +16,8 @@ from enum import IntEnum, StrEnum
 from typing import NamedTuple, Protocol
 
 from agentft.data.call_places import Place, call_places
+from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import Call, Observation, Part
-from agentft.data.records import Conversation, Message
 
 
 class Kind(IntEnum):
@@ -118,10 +118,19 @@ class MsagentTemplate:
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out; joined texts without stops are the original text."""
         segments: list[Segment] = []
+        agent_speaks = False
         for message, history in with_history(conversation, context_rounds):
-            separator = "\n\n" if segments else ""
-            segments.append(Segment(f"{separator}<|{message.role}|>:", Kind.header))
-            segments.extend(shown_as(self._body(message), message, history=history))
+            if message.source is None or not agent_speaks:
+                separator = "\n\n" if segments else ""
+                role = message.role if message.source is None else "assistant"
+                segments.append(Segment(f"{separator}<|{role}|>:", Kind.header))
+            agent_speaks = message.source is not None
+            if message.role == "assistant":
+                segments += shown_as(_step_segments(message.source or (), self.stop_token), history=history)
+            elif message.source is not None:
+                segments += _result_segments(message.source)
+            else:
+                segments.append(Segment(message.text, Kind.system if message.role == "system" else Kind.user))
         return segments
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
@@ -132,72 +141,46 @@ class MsagentTemplate:
         """Nothing: every byte is kept."""
         return []
 
-    def _body(self, message: Message) -> list[Segment]:
-        if message.role == "system":
-            return [Segment(message.source, Kind.system)]
-        if message.role == "user":
-            return [Segment(message.source, Kind.user)]
-        return render_assistant(message.parts, self.stop_token)
-
 
 def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
-    """Yield the messages, each with whether it belongs to the first `context_rounds` rounds."""
+    """Yield the messages, each with whether it is context alone.
+
+    That are the messages of the first `context_rounds` rounds, and steps that their source does not want trained.
+    """
     rounds = 0
     for message in conversation.messages:
         rounds += message.role == "user"
-        yield message, 0 < rounds <= context_rounds
+        yield message, 0 < rounds <= context_rounds or not message.trained
 
 
-def shown_as(segments: Iterable[Segment], message: Message, *, history: bool) -> Iterable[Segment]:
-    """Return a message's segments, as context where the agent's words are only shown.
-
-    They are in a round that is history, and in a step that the source does not want trained.
-    """
-    return segments if not history and not message.untrained else _as_history(segments, message, history=history)
+def shown_as(segments: Iterable[Segment], *, history: bool) -> Iterable[Segment]:
+    """Return the segments of a message, what the agent says as context alone where it is `history`."""
+    return [segment._replace(history=segment.spoken) for segment in segments] if history else segments
 
 
-def _as_history(segments: Iterable[Segment], message: Message, *, history: bool) -> Iterator[Segment]:
-    step = 0
-    for segment in segments:
-        only_shown = segment.spoken and (history or step in message.untrained)
-        yield segment._replace(history=True) if only_shown else segment
-        step += segment.kind is Kind.stop
+def _result_segments(parts: Sequence[Part]) -> Iterator[Segment]:
+    """Yield a tool's result and the blanks after it."""
+    for part in parts:
+        yield Segment(part.source, Kind.observation if isinstance(part, Observation) else Kind.header)
 
 
-def render_assistant(parts: Sequence[Part], stop_token: str) -> list[Segment]:
-    """Lay one assistant turn out, source text kept to the byte.
+def _step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
+    """Lay one step out, source text kept to the byte.
 
     White space at the edges of a step is context: a step begins with its first visible character and ends with its last
     one, followed at once by the stop token.
     """
     segments: list[Segment] = []
-    step: list[Part] = []
-    for part in parts:
-        if not isinstance(part, Observation):
-            step.append(part)
-            continue
-        if step:
-            _render_step(step, stop_token, segments)
-            step = []
-        segments.append(Segment(part.source, Kind.observation))
-    if step:
-        _render_step(step, stop_token, segments)
-    return segments
-
-
-def _render_step(parts: Sequence[Part], stop_token: str, segments: list[Segment]) -> None:
     source = parts[0].source if len(parts) == 1 else "".join([part.source for part in parts])
     start = len(source) - len(source.lstrip())
     stop = len(source.rstrip())
-    if start >= stop:
-        segments.append(Segment(source, Kind.header))
-        return
     if start:
         segments.append(Segment(source[:start], Kind.header))
     _clip(parts, start, stop, segments)
     segments.append(Segment(stop_token, Kind.stop, special=True))
     if stop < len(source):
         segments.append(Segment(source[stop:], Kind.header))
+    return segments
 
 
 def _clip(parts: Iterable[Part], start: int, stop: int, segments: list[Segment]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation, Part, segment_steps
-from agentft.data.records import Conversation, Message
+from agentft.data.conversation import Conversation, Message, result_message
+from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation
 
 MIN_OBSERVATION_CHARACTERS = 100
 """Tool results are not shortened below this: less would be no evidence for what the agent says next."""
@@ -20,13 +20,19 @@ class Rounds:
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
-        self._head = conversation.messages[:1] if conversation.messages[0].role == "system" else ()
-        turns = conversation.messages[len(self._head) :]
-        self._rounds = [turns[at : at + 2] for at in range(0, len(turns), 2)]
-        self._steps = [sum(len(segment_steps(message.parts)) for message in turns) for turns in self._rounds]
+        starts = [at for at, message in enumerate(conversation.messages) if message.role == "user"]
+        ends = [*starts[1:], len(conversation.messages)]
+        self._head = conversation.messages[: starts[0]]
+        self._rounds = [conversation.messages[start:end] for start, end in zip(starts, ends, strict=True)]
+        self._steps = [sum(message.role == "assistant" for message in messages) for messages in self._rounds]
 
     def __len__(self) -> int:
         return len(self._rounds)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The messages of all rounds."""
+        return tuple(message for messages in self._rounds for message in messages)
 
     def part(self, name: str, first: int, last: int) -> Conversation:
         """The rounds `first` to `last`, exclusive, under the system message."""
@@ -41,42 +47,45 @@ class Rounds:
 
     def ends_with_result(self) -> bool:
         """Whether a round before the last ends with a tool's result, on which the agent says nothing."""
-        turns = (round_[-1].parts for round_ in self._rounds[:-1])
-        return any(isinstance(next(_visible(reversed(parts)), None), Observation) for parts in turns)
-
-
-def _visible(parts: Iterable[Part]) -> Iterator[Part]:
-    return (part for part in parts if part.source.strip())
+        return any(messages[-1].role == "tool" for messages in self._rounds[:-1])
 
 
 def shorten_observations(conversation: Conversation, limit: int) -> Conversation:
     """Cut every tool result after `limit` characters and say there how much is missing."""
     messages = tuple(
-        message if message.role != "assistant" else _shorten_message(message, limit)
-        for message in conversation.messages
+        message if message.role != "tool" else _shorten_result(message, limit) for message in conversation.messages
     )
     return replace(conversation, messages=messages)
 
 
-def _shorten_message(message: Message, limit: int) -> Message:
-    parts: tuple[Part, ...] = tuple(
-        _shorten(part, limit) if isinstance(part, Observation) else part for part in message.parts
-    )
-    return replace(message, source="".join(part.source for part in parts), parts=parts)
-
-
-def _shorten(observation: Observation, limit: int) -> Observation:
+def _shorten_result(message: Message, limit: int) -> Message:
+    if message.source is None:
+        return replace(message, content=_shortened(message.text, limit))
+    observation, *blanks = message.source
+    assert isinstance(observation, Observation)
     fence = _FENCE.fullmatch(observation.body)
     before, text, after = fence.groups() if fence else ("", observation.body, "")
+    shortened = _shortened(text, limit)
+    if shortened == text:
+        return message
+    return result_message(Observation(f"{EXEC_OPEN}{before}{shortened}{after}{EXEC_CLOSE}"), *blanks)
+
+
+def _shortened(text: str, limit: int) -> str:
     missing = len(text) - limit
     note = f"... [{missing} characters left out]"
-    if missing <= len(note):
-        return observation
-    return Observation(f"{EXEC_OPEN}{before}{text[:limit]}{note}{after}{EXEC_CLOSE}")
+    return text if missing <= len(note) else f"{text[:limit]}{note}"
+
+
+def result_length(message: Message) -> int:
+    """Return the characters of a tool's result, as `shorten_observations` counts them or a fence more."""
+    return max(
+        (len(part.body) for part in message.source or () if isinstance(part, Observation)), default=len(message.text)
+    )
 
 
 def count_shortened(conversation: Conversation, parts: Iterable[Conversation]) -> int:
-    """How many tool results of parts of a conversation are not those of the conversation."""
-    whole = {part.source for message in conversation.messages for part in message.parts}
-    shown = [p.source for c in parts for m in c.messages for p in m.parts if isinstance(p, Observation)]
-    return len(set(shown) - whole)
+    """Count the tool results of parts of a conversation that are not those of the conversation."""
+    whole = {message.text for message in conversation.messages if message.role == "tool"}
+    shown = {message.text for part in parts for message in part.messages if message.role == "tool"}
+    return len(shown - whole)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from agentft.data.config import DatasetConfig, TooLong
+from agentft.data.conversation import Conversation
 from agentft.data.fit import Fitted, Fitter, Outcome
 from agentft.data.forms import Form
-from agentft.data.records import Conversation, Notice, Rejection, read_record
+from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.render import Template
 from agentft.data.source_weights import showing_keys
 from agentft.data.sources import RawRow, identity
@@ -135,7 +136,7 @@ class RowWork:
                 tuple([to_line(piece.conversation) for piece in shown]),
                 tuple([piece.conversation.content_hash for piece in shown]),
                 tuple(self.template.notes(each.original)) if each.problem is None else (),
-                frozenset().union(*(_tools(piece.conversation) for piece in each.pieces)),
+                frozenset().union(*(piece.conversation.called_tools for piece in each.pieces)),
                 None if each.outcome is Outcome.whole else _change(each, part),
                 each.problem and Rejection(each.original.origin, *each.problem, id=each.original.id),
             )
@@ -160,19 +161,15 @@ class _Read(NamedTuple):
         conversation = self.conversation
         return Understood(
             conversation.id,
-            identity(conversation),
+            identity(self.content_hash),
             self.notices,
             conversation.weight,
             bytes.fromhex(self.content_hash),
             bytes.fromhex(self.user_hash),
-            tuple(sorted(_tools(conversation))),
+            tuple(sorted(conversation.called_tools)),
             self.line,
             made,
         )
-
-
-def _tools(conversation: Conversation) -> frozenset[str]:
-    return frozenset(request.name for call in conversation.calls for request in call.requests)
 
 
 def _change(fitted: Fitted, part: str) -> dict[str, Any]:

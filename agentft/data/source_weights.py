@@ -13,8 +13,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from agentft.data.grammar import Call
-
 
 class Divisible(Protocol):
     """What decides a conversation's part and its place there: a conversation, or what is kept of one."""
@@ -32,8 +30,8 @@ class Divisible(Protocol):
         """Of its source."""
 
     @property
-    def calls(self) -> Sequence[Call]:
-        """What it calls."""
+    def called_tools(self) -> frozenset[str]:
+        """Names of the tools that it calls."""
 
 
 T = TypeVar("T")

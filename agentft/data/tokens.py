@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
+from agentft.data.conversation import Conversation
 from agentft.data.mixed_chunks import KindRun, MixedChunks
-from agentft.data.records import Conversation
 from agentft.data.render import Kind, Segment, Template
 from agentft.data.text_ids import FastIds, Ids, ReferenceIds, ShortTexts, TokenizersDisagree
 from agentft.data.tokenizer_json import TokenizerJson

@@ -50,14 +50,6 @@ def steps_with(positions: Iterable[int], parts: Sequence[Part]) -> tuple[int, ..
     return tuple(number for number, step in enumerate(_places(parts)) if wanted.intersection(step))
 
 
-def parts_of(steps: Iterable[int], parts: Sequence[Part]) -> frozenset[int]:
-    """The positions of the parts of some steps."""
-    wanted = set(steps)
-    if not wanted:
-        return frozenset()
-    return frozenset(at for number, step in enumerate(_places(parts)) if number in wanted for at in step)
-
-
 def _places(parts: Sequence[Part]) -> list[list[int]]:
     """Positions of the parts of each step: runs between tool results, blank ones left out."""
     runs: list[list[int]] = [[]]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentft.data.calls import CallFailure, JsonRefused, ToolRequest, read_call_body, read_json
+from agentft.data.calls import CallFailure, JsonRefused, ToolCall, read_call_body, read_json
 from agentft.data.native import LLAMA_CALL_START
 from agentft.data.render import CallForm
 
@@ -43,7 +43,7 @@ class Attempt:
 
     source: str
     """The text between the marks."""
-    requests: tuple[ToolRequest, ...]
+    requests: tuple[ToolCall, ...]
     """The calls in it, several if the span holds an array; empty if the span cannot be read."""
     failure: CallFailure | None
 
@@ -57,7 +57,7 @@ class ParsedReply:
     """What stands outside the calls, trimmed; pieces around a call are joined by a line break."""
 
     @property
-    def requests(self) -> tuple[ToolRequest, ...]:
+    def requests(self) -> tuple[ToolCall, ...]:
         """Every well-formed call, in order."""
         return tuple(request for attempt in self.attempts for request in attempt.requests)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from agentft.data.calls import CallFailure, ToolRequest, read_call_body, strip_fence
+from agentft.data.calls import CallFailure, ToolCall, read_call_body, strip_fence
 
 _CLOSING_QUOTES = {'"': '"', "'": "'", "“": "”“", "＂": "＂", "‘": "’‘", "＇": "＇"}
 _PUNCTUATION = {"：": ":", "，": ",", "｛": "{", "｝": "}", "［": "[", "］": "]", "【": "[", "】": "]"}
@@ -18,7 +18,7 @@ _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _WORD = re.compile(r"[A-Za-z_]+")
 
 
-def repair_call_body(body: str) -> tuple[ToolRequest, ...] | None:
+def repair_call_body(body: str) -> tuple[ToolCall, ...] | None:
     """Read the text between the think marks after mending it; None if it still is no call. Never raises."""
     text = strip_fence(body)
     start = min((found for found in (text.find(mark) for mark in "{[｛［") if found >= 0), default=None)

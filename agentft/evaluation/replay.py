@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from agentft.data.conversation import Conversation, step_message
 from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
-from agentft.data.records import Conversation
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.answer_file import Answerer
@@ -99,7 +99,7 @@ def replay(
 
 def is_replayable(conversation: Conversation) -> bool:
     """Whether there is a call to follow, and each can be read."""
-    return bool(conversation.calls) and all(call.failure is None for call in conversation.calls)
+    return bool(conversation.tool_calls) and not any(message.malformed_calls for message in conversation.messages)
 
 
 def own_words(text: str) -> str:
@@ -112,14 +112,10 @@ def own_words(text: str) -> str:
 def with_replies(conversation: Conversation, places: Sequence[StepPlace], replies: Sequence[str]) -> Conversation:
     """Return the conversation with the agent's first steps replaced; blanks around a step stay as they were."""
     messages = list(conversation.messages)
-    # From the last to the first: replacing a step moves the places behind it.
-    for place, reply in reversed(list(zip(places, replies, strict=False))):
-        message = messages[place.message]
-        source = "".join(part.source for part in place.parts(conversation))
+    for place, reply in zip(places, replies, strict=False):
+        source = messages[place.at].source_text
         before, after = source[: len(source) - len(source.lstrip())], source[len(source.rstrip()) :]
-        said = (*_blank(before), *_parts(reply), *_blank(after))
-        parts = (*message.parts[: place.start], *said, *message.parts[place.stop :])
-        messages[place.message] = dataclasses.replace(message, parts=parts, source="".join(p.source for p in parts))
+        messages[place.at] = step_message((*_blank(before), *_parts(reply), *_blank(after)))
     return dataclasses.replace(conversation, messages=tuple(messages))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from agentft.data.calls import ToolRequest
+from agentft.data.calls import ToolCall
 from agentft.evaluation.alignment import CallPair, align_calls
 from agentft.evaluation.equality import strictly_equal
 from agentft.evaluation.legacy import LegacyStep, legacy_step
@@ -288,8 +288,8 @@ def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedR
         "lenient": sum(pair.lenient for pair in pairs),
         "argument_f1": _sum_f1(pairs),
         "full_matches": sum(pair.full_matches for pair in pairs),
-        "reference_arguments": sum(len(call.parameters) for call in expected),
-        "predicted_arguments": sum(len(call.parameters) for call in predicted),
+        "reference_arguments": sum(len(call.arguments) for call in expected),
+        "predicted_arguments": sum(len(call.arguments) for call in predicted),
         "url_references": len(urls),
         "url_matches": sum(_same_url(expected[pair.reference], predicted[pair.prediction]) for pair in urls),
         "offered_attempts": attempts if record.offered is not None else 0,
@@ -307,7 +307,7 @@ def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedR
     return counts | {"errors": tuple(errors)}
 
 
-def _same_url(expected: ToolRequest, predicted: ToolRequest) -> bool:
+def _same_url(expected: ToolCall, predicted: ToolCall) -> bool:
     return "url" in predicted.extras and strictly_equal(expected.extras["url"], predicted.extras["url"])
 
 
@@ -316,12 +316,12 @@ def _sum_f1(pairs: Sequence[CallPair]) -> float:
 
 
 def _hallucinations(
-    offered: tuple[OfferedTool, ...] | None, expected: Sequence[ToolRequest], predicted: Sequence[ToolRequest]
+    offered: tuple[OfferedTool, ...] | None, expected: Sequence[ToolCall], predicted: Sequence[ToolCall]
 ) -> dict[str, int]:
     schemas = {tool.name: tool.parameters for tool in offered or ()}
     allowed = schemas.keys() | {call.name for call in expected}
     keys = [
-        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.parameters
+        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.arguments
     ]
     return {
         "hallucinated_tools": sum(call.name not in allowed for call in predicted) if offered is not None else 0,
@@ -331,9 +331,9 @@ def _hallucinations(
 
 
 def _repaired_counts(
-    expected: Sequence[ToolRequest], prediction: ParsedReply, pairs: tuple[CallPair, ...]
+    expected: Sequence[ToolCall], prediction: ParsedReply, pairs: tuple[CallPair, ...]
 ) -> dict[str, float]:
-    calls: list[ToolRequest] = []
+    calls: list[ToolCall] = []
     won_back, lost = 0, 0
     for attempt in prediction.attempts:
         mended = repair_call_body(attempt.source) if attempt.failure else attempt.requests
@@ -352,7 +352,7 @@ def _repaired_counts(
 
 
 def _confusions(
-    expected: Sequence[ToolRequest], predicted: Sequence[ToolRequest], pairs: Sequence[CallPair], malformed: int
+    expected: Sequence[ToolCall], predicted: Sequence[ToolCall], pairs: Sequence[CallPair], malformed: int
 ) -> tuple[tuple[str | None, str | None], ...]:
     """Lay the calls that found no partner side by side, in order; what is left over stands beside None."""
     met = {pair.reference for pair in pairs}
@@ -373,7 +373,7 @@ def _call_errors(
     confusions: Sequence[tuple[str | None, str | None]],
 ) -> list[str]:
     expected, predicted = reference.requests, prediction.requests
-    keys = [(expected[p.reference].parameters.keys(), predicted[p.prediction].parameters.keys()) for p in pairs]
+    keys = [(expected[p.reference].arguments.keys(), predicted[p.prediction].arguments.keys()) for p in pairs]
     present = {
         "missed_call": reference.has_call and not prediction.has_call,
         "spurious_call": prediction.has_call and not reference.has_call,

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from agentft.data.records import Conversation
-from agentft.data.render import CallForm, Template, render_assistant, shown_as, with_history
+from agentft.data.conversation import Conversation
+from agentft.data.render import CallForm, Template, with_history
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
 from agentft.evaluation.parse import quote_ends, to_msagent
@@ -39,7 +39,7 @@ class Step:
     def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
         """Join the step with what a model answered, in MSAgent form; `seen_tools` are the tools that training called."""
         conversation = self.conversation
-        called = {request.name for call in conversation.calls for request in call.requests}
+        called = conversation.called_tools
         return StepRecord(
             conversation_id=conversation.id,
             piece_of=conversation.piece_of,
@@ -70,20 +70,11 @@ def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example]
 
 def _reference_texts(conversation: Conversation, context_rounds: int) -> list[str]:
     """Collect what the agent says, step by step, in the words of the data, without what is only shown."""
-    texts: list[str] = []
-    for message, history in with_history(conversation, context_rounds):
-        open_step = False
-        for segment in shown_as(render_assistant(message.parts, ""), message, history=history):
-            if not segment.trained:
-                continue
-            if segment.special:
-                open_step = False
-            elif open_step:
-                texts[-1] += segment.text
-            else:
-                texts.append(segment.text)
-                open_step = True
-    return texts
+    return [
+        message.source_text.strip()
+        for message, history in with_history(conversation, context_rounds)
+        if message.role == "assistant" and not history
+    ]
 
 
 def _offered(conversation: Conversation) -> tuple[OfferedTool, ...] | None:

@@ -17,8 +17,9 @@ from rich.console import Console
 from agentft import progress
 from agentft.data.audit import Audit, Seen
 from agentft.data.config import DatasetConfig, TooLong
+from agentft.data.conversation import Conversation
 from agentft.data.fit import Fitted, Outcome, fit_conversations
-from agentft.data.records import Conversation, Rejection
+from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import ReadReport
 from agentft.data.template_choice import choose_template

@@ -24,11 +24,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from agentft.data.calls import ToolRequest
 from agentft.data.config import DatasetConfig, Split
+from agentft.data.conversation import Origin
 from agentft.data.fit import Outcome
-from agentft.data.grammar import Call
-from agentft.data.records import Origin, Rejection
+from agentft.data.records import Rejection
 from agentft.data.render import Template
 from agentft.data.row_work import CONVERSATIONS_A_BATCH, LinesToMake, Made, RowsToRead, RowWork, Understood, batches_of
 from agentft.data.sources import Intake, RawRow
@@ -64,7 +63,7 @@ class _Line:
     weight: float
     content: bytes
     user: bytes
-    calls: tuple[Call, ...]
+    called_tools: frozenset[str]
 
     @property
     def content_hash(self) -> str:
@@ -210,7 +209,7 @@ class _Builder:
             understood.weight,
             understood.content,
             understood.user,
-            self._one(tuple(Call("", (ToolRequest(name, {}),), None) for name in names), names),
+            self._one(frozenset(names), names),
         )
 
     def _one(self, value: T, key: Hashable) -> T:

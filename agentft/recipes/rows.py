@@ -9,7 +9,8 @@ from typing import Any
 
 from agentft.data import synthetic
 from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
-from agentft.data.records import Conversation, Origin, Rejection
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import Rejection
 from agentft.data.sources import LocalSource, RawRow, ReadReport, digest_local, read_conversations, read_local
 from agentft.errors import ConfigError
 

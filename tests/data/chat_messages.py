@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import Any
 
 from agentft.data.calls import strip_fence
+from agentft.data.conversation import Conversation
 from agentft.data.grammar import Call, Observation
 from agentft.data.native_system import read_system
-from agentft.data.records import Conversation
 from agentft.data.render import Kind, Segment
 
 
@@ -49,7 +49,7 @@ def native_messages(
                 continue
             words = "\n".join(part.source.strip() for part in members if not isinstance(part, Call))
             requests = [request for part in members if isinstance(part, Call) for request in part.requests]
-            calls = [{"function": {"name": each.name, "arguments": each.parameters}} for each in requests]
+            calls = [{"function": {"name": each.name, "arguments": each.arguments}} for each in requests]
             messages.append({"role": "assistant", "content": words} | ({"tool_calls": calls} if calls else {}))
     return messages, [json.loads(tool) for tool in read.tools] or None
 

@@ -69,7 +69,7 @@ def test_what_stands_there_reads_as_name_and_parameters(requests, indent, ascii_
     places = call_places(call)
     read = [call.source[start:stop] for start, stop in places]
     assert [json.loads(f'"{name}"', strict=False) for name in read[::2]] == [r.name for r in call.requests]
-    assert [json.loads(parameters, strict=False) for parameters in read[1::2]] == [r.parameters for r in call.requests]
+    assert [json.loads(parameters, strict=False) for parameters in read[1::2]] == [r.arguments for r in call.requests]
 
 
 def pieces(value: str) -> list[tuple[str, str]]:

@@ -8,8 +8,9 @@ import jinja2
 import pytest
 
 from agentft.data.chat_templates import chat_template
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.native import HERMES_MARKS, ChatmlTemplate, Llama3Template, Qwen3Template
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.records import read_record
 from agentft.data.render import MsagentTemplate
 from tests.data.chat_messages import before_steps, msagent_messages, native_messages, prompts
 

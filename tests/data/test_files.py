@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from agentft.data import files
-from agentft.data.records import Conversation, Rejection
+from agentft.data.conversation import Conversation
+from agentft.data.records import Rejection
 from agentft.data.sources import LocalSource, RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import DataError
 

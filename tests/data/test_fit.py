@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentft.data.config import LocalConfig, TooLong
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.fit import Fitted, Outcome, fit_conversations
 from agentft.data.grammar import Observation, segment_steps
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.records import read_record
 from agentft.data.rounds import MIN_OBSERVATION_CHARACTERS, shorten_observations
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentft.data.calls import strip_fence
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Text
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.records import Rejection, read_record
 
 ORIGIN = Origin("forms.jsonl", 1)
 TOOL = {
@@ -56,7 +57,7 @@ def said(conversation: Conversation, turn: int = -1) -> list[tuple[str, object]]
             case Text(source) if source.strip():
                 found.append(("text", source.strip()))
             case Call():
-                found += [("call", (request.name, request.parameters)) for request in part.requests]
+                found += [("call", (request.name, request.arguments)) for request in part.requests]
             case Observation():
                 found.append(("observation", strip_fence(part.body)))
     return found

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import MARK, Call, Observation, Text
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.records import Rejection, read_record
 from agentft.data.sources import read_conversations, read_local
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -209,9 +210,7 @@ def require_sound(outcome: object) -> bool:
                 case Call(_, requests, failure):
                     called += max(1, len(requests))
                     assert (failure is None) == bool(requests)
-                    json.dumps(
-                        [[request.name, request.parameters] for request in requests], ensure_ascii=False
-                    ).encode()
+                    json.dumps([[request.name, request.arguments] for request in requests], ensure_ascii=False).encode()
                 case Text(source):
                     # Every mark in a text belongs to a quoted pair, and between such a pair stands a connective.
                     texts = MARK.split(source)[1:-1:2]

@@ -115,7 +115,7 @@ def test_a_call_keeps_its_parameters_whatever_marks_its_strings_hold(parameters:
         assert THINK_CLOSE in body
         return
     assert isinstance(parts[0], Call)
-    assert parts[0].requests[0].parameters == parameters
+    assert parts[0].requests[0].arguments == parameters
     assert [type(part) for part in parts[1:]] == [Text, Observation, Text]
 
 

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.files import JsonTextError, parse_json_value
 from agentft.data.native_system import SystemReading, read_system
 from agentft.data.offered_tools import read_offered_tools
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.records import Rejection, read_record
 
 CALL = '<|startofthink|>{"api_name": "f", "parameters": {}}<|endofthink|>'
 

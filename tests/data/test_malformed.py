@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import Observation
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.records import Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import DataError
 
@@ -151,7 +152,7 @@ def test_rejected_forms_say_how_to_select_them() -> None:
         assert f"dataset.form={form}" in outcome.detail
     asked_for = read_record(by_defect["react_variant"], Origin("malformed.jsonl", 1), form="react")
     assert not isinstance(asked_for, Rejection)
-    assert asked_for[0].calls[0].requests[0].parameters == {"category": "habitat", "limit": 3}
+    assert asked_for[0].calls[0].requests[0].arguments == {"category": "habitat", "limit": 3}
 
 
 def test_the_whole_set_read_as_one_stream_counts_every_record() -> None:

@@ -30,7 +30,7 @@ TURNS = [
 SCRIPT = """
 import json, sys
 from agentft.data.modelscope_rows import read_modelscope
-from agentft.data.records import Conversation
+from agentft.data.conversation import Conversation
 from agentft.data.sources import read_conversations
 from agentft.errors import DataError
 found = []

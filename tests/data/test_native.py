@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentft.data.calls import ToolRequest
+from agentft.data.calls import ToolCall
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import Call, Observation, Text, segment_steps
 from agentft.data.native_system import SystemReading, read_system
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.records import read_record
 from agentft.data.render import CallForm, Kind
 from agentft.data.template_choice import NAMES, choose_template, detect_family
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
@@ -294,7 +295,7 @@ def _draw_turn(draw, builder: TurnBuilder, steps) -> None:
 def _said(parts) -> tuple[list[tuple[str, dict]], str]:
     requests = [r for part in parts if isinstance(part, Call) for r in part.requests]
     text = "\n".join(part.source.strip() for part in parts if isinstance(part, Text) and part.source.strip())
-    return [(r.name, r.parameters) for r in requests], text
+    return [(r.name, r.arguments) for r in requests], text
 
 
 def _steps(talk: Conversation):
@@ -314,7 +315,7 @@ def _check_laws(name: str, talk: Conversation) -> None:
         assert ids.count(stop_id) == 1
         said = tokenizer.decode(ids[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         reply = parse_reply(step.record(said).prediction)
-        assert ([(r.name, r.parameters) for r in reply.requests], reply.text) == _said(parts)
+        assert ([(r.name, r.arguments) for r in reply.requests], reply.text) == _said(parts)
         assert reply.malformed == 0
     for start, _ in example.steps():
         (alone,) = encoder.encode([("prompt", _context(template.render(talk), example, start, encoder))])
@@ -538,7 +539,7 @@ def test_nested_and_optional_parameters_survive_as_a_schema():
 # --- Native text of a model, read for scoring ---
 
 
-GOOD = ToolRequest("f", {"a": 1})
+GOOD = ToolCall("f", {"a": 1})
 SHREDS = ["<tool_call>", "</tool_call>", '{"name"', ': "f"}', ";", "<|python_tag|>", " a", "<think>", "</think>"]
 
 

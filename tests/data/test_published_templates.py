@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template, detect_family
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.model.random_weights import byte_tokenizer

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.calls import ToolRequest
+from agentft.data.calls import ToolCall
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import Call
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.offered_tools import read_offered_tools
-from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
+from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 from agentft.data.tool_schemas import check_request
 
@@ -179,11 +180,11 @@ def test_of_a_tool_without_a_declaration_nothing_is_known():
     for entry, names in ((of_an_api, None), ('1. {"name": "a"}', None), ('1. {"name": "a", "parameters": null}', None)):
         (tool,) = read_offered_tools(entry)
         assert (tool.parameter_names, tool.problem) == (names, None)
-        assert check_request(ToolRequest(tool.name, {"x": 1}), [tool]) == []
+        assert check_request(ToolCall(tool.name, {"x": 1}), [tool]) == []
     for entry in ('1. {"name": "a", "parameters": []}', '1. {"name": "a", "parameters": {"type": "object"}}'):
         (tool,) = read_offered_tools(entry)
         assert tool.parameter_names == frozenset()
-        assert [code for code, _, _ in check_request(ToolRequest("a", {"x": 1}), [tool])] == ["undeclared_parameter"]
+        assert [code for code, _, _ in check_request(ToolCall("a", {"x": 1}), [tool])] == ["undeclared_parameter"]
 
 
 def test_the_tool_list_is_read_with_tolerance() -> None:

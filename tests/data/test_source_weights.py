@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from agentft.data.config import LocalConfig, Split, WeightedPath
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import read_record
 from agentft.data.source_weights import in_showing_order
 from agentft.data.sources import LocalSource, ReadReport, read_conversations, read_local
 from agentft.data.splits import divide

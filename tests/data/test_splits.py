@@ -7,7 +7,8 @@ import random
 import pytest
 
 from agentft.data.config import Split
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import read_record
 from agentft.data.splits import divide
 from agentft.errors import DataError
 

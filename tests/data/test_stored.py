@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agentft.data.config import SpanWeights
-from agentft.data.records import Conversation, Origin
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, from_line, to_line
 from agentft.data.stored_examples import ExampleWriter, StoredExamples, pack, stored_id_type

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from agentft.data.config import LocalConfig, TooLong
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.fit import Outcome, fit_conversations
 from agentft.data.label_trace import trace_labels
 from agentft.data.native import ChatmlTemplate
-from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
+from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.stored_conversations import from_line, to_line

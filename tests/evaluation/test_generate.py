@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from agentft.data.records import Origin, read_record
+from agentft.data.conversation import Origin
+from agentft.data.records import read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
 from agentft.evaluation import slots

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from agentft.data.chat_templates import chat_template
-from agentft.data.records import Origin, read_record
+from agentft.data.conversation import Origin
+from agentft.data.records import read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.chat import answer_text, chat_step
@@ -55,7 +56,7 @@ def oracle(steps):
         sent = chat_step(step)
         own = {name: safe for safe, name in sent.names.items()}
         reply = parse_reply(step.reference)
-        calls = [tool_call(own.get(r.name, r.name), json.dumps(r.parameters)) for r in reply.requests]
+        calls = [tool_call(own.get(r.name, r.name), json.dumps(r.arguments)) for r in reply.requests]
         replies[json.dumps(sent.messages)] = {"content": reply.text or None, "tool_calls": calls}
     return lambda body, _: dict(replies[json.dumps(body["messages"])])
 

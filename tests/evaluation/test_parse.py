@@ -58,7 +58,7 @@ def test_fence_is_optional_and_an_array_is_several_calls() -> None:
 
 def test_raw_line_feed_inside_a_json_string_is_read() -> None:
     reply = parse_reply('<|startofthink|>{"api_name": "a", "parameters": {"x": "1\n2"}}<|endofthink|>')
-    assert reply.requests[0].parameters == {"x": "1\n2"}
+    assert reply.requests[0].arguments == {"x": "1\n2"}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_unclosed_span_is_one_malformed_attempt_even_if_its_json_is_whole() -> N
 
 
 def test_a_call_may_lack_parameters() -> None:
-    assert parse_reply('<|startofthink|>{"api_name": "a"}<|endofthink|>').requests[0].parameters == {}
+    assert parse_reply('<|startofthink|>{"api_name": "a"}<|endofthink|>').requests[0].arguments == {}
 
 
 MARKS = [
@@ -136,7 +136,7 @@ def test_modest_repair_wins_nearly_json_back(body: str) -> None:
     requests = repair_call_body(body)
     assert requests is not None
     assert requests[0].name == "a"
-    assert requests[0].parameters == {"x": "1", "y": [True, None]}
+    assert requests[0].arguments == {"x": "1", "y": [True, None]}
 
 
 @pytest.mark.parametrize("body", ["", "no call here", "{]", '{"x": 1}', '{"api_name": a b}'])
@@ -149,7 +149,7 @@ def test_a_call_that_an_engine_ended_by_token_ids_may_name_the_end_of_a_sequence
     call = f'<|startofthink|>```JSON\n{{"api_name": "explain", "parameters": {{"token": "what is {end}?"}}}}\n```<|endofthink|>'
     said = to_msagent(f"I look. {call}", CallForm.msagent)
     (request,) = parse_reply(said).requests
-    assert request.parameters == {"token": f"what is {end}?"}
+    assert request.arguments == {"token": f"what is {end}?"}
     assert parse_reply(f"I look. {call}").malformed == 1, "a raw text ends at the first one"
     for kept in (
         f"done{end} and more",

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from agentft.data.conversation import Origin
 from agentft.data.native import ChatmlTemplate
-from agentft.data.records import Origin, read_record
+from agentft.data.records import read_record
 from agentft.data.tokens import tokenize
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.places import step_places

@@ -21,8 +21,8 @@ import pytest
 
 from agentft.data import row_work, synthetic, text_ids, workers
 from agentft.data.config import LocalConfig, ModelScopeConfig, Split, SyntheticConfig, TooLong, WeightedPath
+from agentft.data.conversation import Conversation
 from agentft.data.fit import fit_conversations
-from agentft.data.records import Conversation
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
