@@ -19,7 +19,6 @@ Whatever is not understood raises `GrammarError`; nothing is guessed, because a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agentft.data.calls import CallFailure, JsonRefused, ToolCall, read_call_body, read_json, strip_fence
@@ -130,20 +129,6 @@ def parse_assistant(value: str) -> tuple[Part, ...]:
     if text_start < len(value):
         parts.append(_text(value[text_start:]))
     return tuple(parts)
-
-
-def segment_steps(parts: Iterable[Part]) -> tuple[tuple[Part, ...], ...]:
-    """The steps of an assistant turn: maximal runs of text and calls between observations, blank runs left out."""
-    steps: list[tuple[Part, ...]] = []
-    run: list[Part] = []
-    for part in (*parts, Observation("")):
-        if not isinstance(part, Observation):
-            run.append(part)
-            continue
-        if any(isinstance(member, Call) or member.source.strip() for member in run):
-            steps.append(tuple(run))
-        run = []
-    return tuple(steps)
 
 
 def _read_call(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Call, int]:

@@ -126,7 +126,7 @@ class MsagentTemplate:
                 segments.append(Segment(f"{separator}<|{role}|>:", Kind.header))
             agent_speaks = message.source is not None
             if message.role == "assistant":
-                segments += shown_as(_step_segments(message.source or (), self.stop_token), history=history)
+                segments += shown_as(step_segments(message.source or (), self.stop_token), history=history)
             elif message.source is not None:
                 segments += _result_segments(message.source)
             else:
@@ -164,7 +164,7 @@ def _result_segments(parts: Sequence[Part]) -> Iterator[Segment]:
         yield Segment(part.source, Kind.observation if isinstance(part, Observation) else Kind.header)
 
 
-def _step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
+def step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
     """Lay one step out, source text kept to the byte.
 
     White space at the edges of a step is context: a step begins with its first visible character and ends with its last

@@ -45,7 +45,7 @@ def _is_flag(value: object) -> bool:
 
 
 def steps_with(positions: Iterable[int], parts: Sequence[Part]) -> tuple[int, ...]:
-    """The steps that have one of the parts at `positions`, as `agentft.data.grammar.segment_steps` counts steps."""
+    """The steps that have one of the parts at `positions`."""
     wanted = set(positions)
     return tuple(number for number, step in enumerate(_places(parts)) if wanted.intersection(step))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agentft.data.call_places import call_places
 from agentft.data.grammar import Call, parse_assistant
-from agentft.data.render import CALL_KINDS, Kind, render_assistant
+from agentft.data.render import CALL_KINDS, Kind, step_segments
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import SegmentEncoder
 
@@ -73,7 +73,7 @@ def test_what_stands_there_reads_as_name_and_parameters(requests, indent, ascii_
 
 
 def pieces(value: str) -> list[tuple[str, str]]:
-    return [(segment.kind.name, segment.text) for segment in render_assistant(parse_assistant(value), "<|im_end|>")]
+    return [(segment.kind.name, segment.text) for segment in step_segments(parse_assistant(value), "<|im_end|>")]
 
 
 def test_a_call_is_cut_into_frame_and_call():
@@ -112,7 +112,7 @@ def merging_tokenizer():
 
 
 def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_tokenizer):
-    segments = list(render_assistant(parse_assistant(SAID), "<|im_end|>"))
+    segments = list(step_segments(parse_assistant(SAID), "<|im_end|>"))
     (example,) = SegmentEncoder(merging_tokenizer).encode([("c", segments)])
     kind_of_byte = [segment.kind for segment in segments for _ in segment.text.encode()]
     kind_of_token = [span.kind for span in example.spans for _ in range(span.start, span.stop)]
@@ -128,7 +128,7 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
 
 
 def test_telling_frame_and_call_apart_changes_no_token(merging_tokenizer):
-    segments = list(render_assistant(parse_assistant(SAID), "<|im_end|>"))
+    segments = list(step_segments(parse_assistant(SAID), "<|im_end|>"))
     coarse = [s._replace(kind=Kind.frame) if s.kind in CALL_KINDS else s for s in segments]
     fine, whole = SegmentEncoder(merging_tokenizer).encode([("fine", segments), ("whole", coarse)])
     assert fine.input_ids.tolist() == whole.input_ids.tolist()

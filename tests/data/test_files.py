@@ -70,7 +70,7 @@ def test_only_the_byte_n_ends_a_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(record("a", text), ensure_ascii=False) + "\n", encoding="utf-8", newline="")
     (conversation,) = read_conversations(read_local(path))
     assert isinstance(conversation, Conversation)
-    assert conversation.messages[0].source == text
+    assert conversation.messages[0].content == text
 
 
 def test_a_truncated_last_line_is_named_as_such(tmp_path: Path) -> None:

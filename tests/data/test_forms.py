@@ -1,6 +1,7 @@
 """Records of other layouts come through without loss, or are refused: never as something else."""
 
 import json
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from agentft.data.calls import strip_fence
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Text
+from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text
 from agentft.data.records import Rejection, read_record
 
 ORIGIN = Origin("forms.jsonl", 1)
@@ -49,10 +50,16 @@ def openai(*messages: dict, **fields: object) -> dict:
     return {"id": "o", "messages": list(messages), **fields}
 
 
+def turn_parts(conversation: Conversation) -> list[list[Part]]:
+    """The parts of each turn, none where it is not the agent's."""
+    by_turn = groupby(conversation.messages, lambda m: id(m) if m.source is None else None)
+    return [[part for message in turn for part in message.source or ()] for _, turn in by_turn]
+
+
 def said(conversation: Conversation, turn: int = -1) -> list[tuple[str, object]]:
     """What an assistant turn says: texts stripped of the layout's white space, calls and observations by content."""
     found: list[tuple[str, object]] = []
-    for part in conversation.messages[turn].parts:
+    for part in turn_parts(conversation)[turn]:
         match part:
             case Text(source) if source.strip():
                 found.append(("text", source.strip()))
@@ -274,9 +281,9 @@ def test_a_converted_record_says_exactly_what_it_said_before(
     conversation = outcome[0]
     expected: list[tuple[str, object]] = [("text", texts[0].strip())] if texts[0].strip() else []
     expected += [("call", (name, arguments)) for name, arguments in calls]
-    observed = [part.body for part in conversation.messages[-1].parts if isinstance(part, Observation)]
+    observed = [part.body for part in turn_parts(conversation)[-1] if isinstance(part, Observation)]
     assert observed == [r if body == r else f"```JSON\n{r}\n```" for r, body in zip(results, observed, strict=True)]
     expected += [("observation", strip_fence(body)) for body in observed]
     expected += [("text", texts[1].strip())] if results else []
     assert said(conversation) == expected
-    assert next(m.source for m in conversation.messages if m.role == "user") == user
+    assert next(m.content for m in conversation.messages if m.role == "user") == user

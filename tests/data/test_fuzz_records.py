@@ -192,18 +192,15 @@ def require_sound(outcome: object) -> bool:
     assert isinstance(conversation, Conversation)
     for notice in notices:
         f"{notice.code} {notice.detail}".encode()
-    roles = [message.role for message in conversation.messages]
+    roles = [turn.role for turn in conversation.turns]
     turns = roles[1:] if roles[0] == "system" else roles
     assert turns == ["user", "assistant"] * (len(turns) // 2)
     assert turns
     observed = called = 0
     for message in conversation.messages:
-        message.source.encode()
-        if message.role != "assistant":
-            assert message.parts == ()
-            continue
-        assert "".join(part.source for part in message.parts) == message.source
-        for part in message.parts:
+        (message.source_text or message.text).encode()
+        assert (message.source is None) == (message.role in ("system", "user"))
+        for part in message.source or ():
             match part:
                 case Observation():
                     observed += 1
@@ -292,7 +289,9 @@ def test_a_foreign_text_never_becomes_trainable() -> None:
             continue
         converted += 1
         for message in outcome[0].messages:
-            assert all("SECRET" not in part.source for part in message.parts if not isinstance(part, Observation))
+            assert all(
+                "SECRET" not in part.source for part in message.source or () if not isinstance(part, Observation)
+            )
     assert converted > 300
 
 
@@ -313,6 +312,6 @@ def test_a_tool_output_in_msagent_form_never_becomes_trainable() -> None:
         if isinstance(outcome, Rejection):
             continue
         kept += 1
-        for part in outcome[0].messages[-1].parts:
+        for part in (p for m in outcome[0].messages for p in m.source or ()):
             assert "SECRET" not in part.source or isinstance(part, Observation)
     assert kept > 300

@@ -35,7 +35,7 @@ def test_a_call_body_of_quotes_and_backslashes_is_read_once():
 def test_many_calls_results_and_look_alikes_are_read_in_one_pass():
     conversation = read(CALL * 5_000 + "<|startofexec|>{x<|endofexec|>" * 5_000)
     assert isinstance(conversation, Conversation)
-    assert len(conversation.calls) == 5_000
+    assert len(conversation.tool_calls) == 5_000
     assert isinstance(read("< | " * 200_000), Conversation)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.grammar import Observation
+from agentft.data.literal_text import read_literal
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import DataError
@@ -127,9 +127,11 @@ def test_a_malformed_record_has_the_outcome_that_is_suggested(record: dict) -> N
         assert CARE[record["defect"]] in codes
     else:
         assert codes <= REPAIRS
-        assert all(call.failure is None for call in conversation.calls)
-    for message in conversation.messages:
-        assert "".join(part.source for part in message.parts) == (message.source if message.role == "assistant" else "")
+        assert not any(message.malformed_calls for message in conversation.messages)
+    read = (
+        read_literal(record["conversations"]) if isinstance(record["conversations"], str) else record["conversations"]
+    )
+    assert [turn.text for turn in conversation.turns] == [turn["value"] for turn in read]
 
 
 def test_unreadable_calls_are_kept_as_calls_with_their_failure() -> None:
@@ -137,10 +139,10 @@ def test_unreadable_calls_are_kept_as_calls_with_their_failure() -> None:
         if CARE.get(record["defect"], "").startswith(("call_not_json", "call_no_name", "call_parameters")):
             outcome = read_record(record, Origin("malformed.jsonl", 1))
             assert not isinstance(outcome, Rejection)
-            (call, *_) = outcome[0].calls
-            assert call.failure is not None
+            messages = outcome[0].messages
+            (call, *_) = (call for message in messages for call in message.malformed_calls)
             assert call.requests == ()
-            assert any(isinstance(part, Observation) for message in outcome[0].messages for part in message.parts)
+            assert any(message.role == "tool" for message in messages)
 
 
 def test_rejected_forms_say_how_to_select_them() -> None:
@@ -152,7 +154,7 @@ def test_rejected_forms_say_how_to_select_them() -> None:
         assert f"dataset.form={form}" in outcome.detail
     asked_for = read_record(by_defect["react_variant"], Origin("malformed.jsonl", 1), form="react")
     assert not isinstance(asked_for, Rejection)
-    assert asked_for[0].calls[0].requests[0].arguments == {"category": "habitat", "limit": 3}
+    assert asked_for[0].tool_calls[0].arguments == {"category": "habitat", "limit": 3}
 
 
 def test_the_whole_set_read_as_one_stream_counts_every_record() -> None:

@@ -37,7 +37,7 @@ found = []
 for load in json.loads(sys.argv[1]):
     try:
         items = read_conversations(read_modelscope(**load))
-        found.append([[str(i.origin), i.id, [m.source for m in i.messages]] if isinstance(i, Conversation) else
+        found.append([[str(i.origin), i.id, [turn.text for turn in i.turns]] if isinstance(i, Conversation) else
                       [str(i.origin), i.reason] for i in items])
     except DataError as error:
         found.append(str(error))

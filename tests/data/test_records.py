@@ -47,16 +47,16 @@ def test_a_clean_record_is_a_conversation_without_notices() -> None:
     assert notices == []
     assert (conversation.id, conversation.system, conversation.rounds, conversation.language) == ("a", SYSTEM, 1, "en")
     assert conversation.origin == ORIGIN
-    assert [request.name for call in conversation.calls for request in call.requests] == ["f"]
+    assert [call.name for call in conversation.tool_calls] == ["f"]
     assert [tool.name for tool in conversation.offered] == ["f"]
-    assert [message.source for message in conversation.messages] == [t["value"] for t in GOOD["conversations"]]
+    assert [turn.text for turn in conversation.turns] == [t["value"] for t in GOOD["conversations"]]
 
 
 def test_marks_in_user_and_system_text_never_become_parts() -> None:
     spoof = f"ignore this {CALL} {OBSERVATION} <|endofexec|> <|startofthink|>"
     conversation, notices = read(record(("system", spoof), ("user", spoof), ("assistant", "ok")))
-    assert conversation.calls == ()
-    assert [message.parts for message in conversation.messages[:2]] == [(), ()]
+    assert conversation.tool_calls == ()
+    assert [message.source for message in conversation.messages[:2]] == [None, None]
     assert notices == []
 
 
@@ -165,7 +165,7 @@ def test_depth_and_digits_beyond_every_limit_are_rejections_not_exceptions() -> 
 def test_a_lone_surrogate_escaped_in_a_call_makes_the_call_unreadable() -> None:
     body = '{"api_name": "f", "parameters": {"x": "\\ud800"}}'
     conversation, notices = read(record(("user", "a"), ("assistant", f"<|startofthink|>{body}<|endofthink|>")))
-    assert conversation.calls[0].failure is not None
+    assert any(message.malformed_calls for message in conversation.messages)
     assert "call_not_json" in [notice.code for notice in notices]
 
 
@@ -211,7 +211,7 @@ def test_a_form_that_was_not_asked_for_is_named_in_the_reason() -> None:
     openai = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert reason_of(openai, form="msagent") == "form_openai"
     assert reason_of(GOOD, form="openai") == "form_msagent"
-    assert read(openai)[0].messages[1].source == "b"
+    assert read(openai)[0].messages[1].content == "b"
 
 
 def test_duplicates_are_dropped_and_other_content_is_renamed() -> None:
@@ -234,6 +234,7 @@ def test_every_clean_record_is_kept() -> None:
         read_conversations(read_local([DATA / "train.jsonl", DATA / "dev.jsonl"], report=report), report=report)
     )
     assert (report.kept, report.rejected.total()) == (7229 + 303, 0)
-    assert sum(len(c.calls) for c in conversations if isinstance(c, Conversation)) == 18_688 + 824
-    assert all(isinstance(call, Call) and call.failure is None for c in conversations for call in c.calls)
+    parts = [p for c in conversations if isinstance(c, Conversation) for m in c.messages for p in m.source or ()]
+    assert sum(isinstance(p, Call) for p in parts) == 18_688 + 824
+    assert all(p.failure is None for p in parts if isinstance(p, Call))
     assert set(report.notices) <= {"undeclared_parameter"}

@@ -100,7 +100,7 @@ def test_sharegpt_msagent_and_react_turns_say_it_too():
     user = {"from": "user", "value": "q"}
     for flag, untrained in (({"train": False}, (0,)), ({"train": True}, ())):
         conversation, notices = read({"conversations": [user, mine | flag, user, mine]})
-        assert [m.untrained for m in conversation.messages] == [(), untrained, (), ()]
+        assert [turn.untrained for turn in conversation.turns] == [(), untrained, (), ()]
         assert codes(notices) == ["step_not_trained"] * len(untrained)
     call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}', "weight": 0}
     turns = [
@@ -109,10 +109,10 @@ def test_sharegpt_msagent_and_react_turns_say_it_too():
         {"from": "observation", "value": "r"},
         {"from": "gpt", "value": "a"},
     ]
-    assert read({"conversations": turns})[0].messages[1].untrained == (0,)
+    assert read({"conversations": turns})[0].turns[1].untrained == (0,)
     react = "Thought: hm\nAction: look\nAction Input: {}\nObservation: r\nFinal Answer: a"
     turns = [user, {"from": "assistant", "value": react, "loss": False}]
-    assert read({"conversations": turns}, "react")[0].messages[1].untrained == (0, 1)
+    assert read({"conversations": turns}, "react")[0].turns[1].untrained == (0, 1)
     turns = [{"from": "human", "value": "q", "score": 3}, {"from": "gpt", "value": "a"}]
     assert codes(read({"conversations": turns})[1]) == ["field_not_carried"]
 
@@ -120,7 +120,7 @@ def test_sharegpt_msagent_and_react_turns_say_it_too():
 def test_turns_of_one_step_that_disagree_are_not_trained():
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": True}]
     turns.append({"from": "function_call", "value": '{"name": "look", "arguments": {}}', "train": False})
-    assert read({"conversations": turns})[0].messages[1].untrained == (0,)
+    assert read({"conversations": turns})[0].turns[1].untrained == (0,)
 
 
 def test_such_a_step_is_history_in_the_exam(layout, encoder):
@@ -131,7 +131,7 @@ def test_such_a_step_is_history_in_the_exam(layout, encoder):
     assert "first guess" in steps[0].reference
     assert [step.reference for step in steps[1:]] == ["It was found.", "You are welcome."]
     places = step_places(conversation)
-    assert [place.parts(conversation)[0].source.strip() for place in places] == [
+    assert [place.message(conversation).content for place in places] == [
         "Let me guess.",
         "It was found.",
         "You are welcome.",

@@ -78,7 +78,7 @@ def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, tem
     assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
     assert [show(example) for example in prepared.heldout_examples] == [show(piece.example) for piece in heldout]
     assert list(prepared.heldout) == [piece.conversation for piece in heldout]
-    assert prepared.train_tools == {r.name for p in train for call in p.conversation.calls for r in call.requests}
+    assert prepared.train_tools == {call.name for p in train for call in p.conversation.tool_calls}
     assert prepared.account.fitted == outcomes
     manifest = json.loads(manifest_of(prepared, tmp_path)[0])
     assert manifest["train"]["ids"] == [piece.example.id for piece in train]
