@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
-from agentft.data.calls import Json, ToolCall, strip_fence
-from agentft.data.grammar import Call, Observation, Part
+from agentft.data.calls import Json, ToolCall
+from agentft.data.grammar import Call, Part
 from agentft.data.offered_tools import OfferedTool, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -165,40 +164,6 @@ class Conversation:
             untrained = tuple(number for number, message in enumerate(steps) if not message.trained)
             turns.append(Turn("assistant", "".join([message.source_text for message in members]), untrained))
         return turns
-
-
-def step_message(parts: tuple[Part, ...], *, trained: bool = True) -> Message:
-    """Return a step of MSAgent text: its texts are the content, its readable calls the tool calls."""
-    texts = [part.source.strip() for part in parts if not isinstance(part, Call)]
-    calls = tuple(call for part in parts if isinstance(part, Call) for call in part.requests)
-    content = "\n".join(text for text in texts if text)
-    return Message("assistant", content or None, tool_calls=calls, trained=trained, source=parts)
-
-
-def result_message(observation: Observation, *blanks: Part) -> Message:
-    """Return a tool's result of MSAgent text, and the blanks after it."""
-    return Message("tool", strip_fence(observation.body), source=(observation, *blanks))
-
-
-def turn_messages(parts: Iterable[Part], untrained: Collection[int] = ()) -> list[Message]:
-    """Cut an assistant's turn of MSAgent text into its steps and the results between them.
-
-    Args:
-        untrained: Steps, counted from 0, that the source shows and does not want trained.
-    """
-    messages: list[Message] = []
-    steps = 0
-    for is_result, members in groupby(parts, lambda part: isinstance(part, Observation)):
-        run = tuple(members)
-        if is_result:
-            messages += [result_message(part) for part in run if isinstance(part, Observation)]
-        elif any(isinstance(part, Call) or part.source.strip() for part in run):
-            messages.append(step_message(run, trained=steps not in untrained))
-            steps += 1
-        else:  # blanks after a result: no step, and yet letters of the layout
-            last = messages[-1]
-            messages[-1] = replace(last, source=(*(last.source or ()), *run))
-    return messages
 
 
 def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

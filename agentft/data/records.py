@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from agentft.data import forms
 from agentft.data.calls import strip_fence
-from agentft.data.conversation import Conversation, Message, Origin, turn_messages
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.msagent import turn_messages
 from agentft.data.offered_tools import OfferedTool
 from agentft.data.turn_builder import FormError
 from agentft.data.untrained import MarkedTurn, steps_with, understood_fields, untrained_field

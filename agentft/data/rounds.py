@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from agentft.data.conversation import Conversation, Message, result_message
+from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation
+from agentft.data.msagent import result_message
 
 MIN_OBSERVATION_CHARACTERS = 100
 """Tool results are not shortened below this: less would be no evidence for what the agent says next."""

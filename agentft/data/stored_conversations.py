@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.calls import CallFailure, ToolCall, read_call_body
-from agentft.data.conversation import Conversation, Message, Origin, result_message, step_message
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text
+from agentft.data.msagent import result_message, step_message
 
 Rows = npt.NDArray[np.int64]
 

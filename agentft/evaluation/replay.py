@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from agentft.data.conversation import Conversation, step_message
+from agentft.data.conversation import Conversation
 from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
+from agentft.data.msagent import step_message
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.answer_file import Answerer

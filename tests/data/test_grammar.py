@@ -7,7 +7,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agentft.data.conversation import turn_messages
 from agentft.data.grammar import (
     EXEC_CLOSE,
     EXEC_OPEN,
@@ -20,6 +19,7 @@ from agentft.data.grammar import (
     Text,
     parse_assistant,
 )
+from agentft.data.msagent import turn_messages
 
 CALL = THINK_OPEN + '```JSON\n{"api_name": "f", "parameters": {"x": "1"}}\n```' + THINK_CLOSE
 OBSERVATION = EXEC_OPEN + '```JSON\n{"r": 1}\n```' + EXEC_CLOSE

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.conversation import Conversation, Message, Origin, turn_messages
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import Call, Observation, Text
+from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Kind
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 

@@ -1,0 +1,178 @@
+"""MSAgent text as messages, and messages as MSAgent text: the one reader of it and the one writer.
+
+An assistant's turn holds calls between think marks, results between exec marks, and text. Reading cuts it into steps and
+results. Writing makes such a turn of messages from other formats, and reads it back: where the text would read as anything
+else than these messages, it is refused. So a text can never turn into a call or a tool's output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from agentft.data.calls import Json, JsonRefused, ToolCall, read_json, strip_fence
+from agentft.data.conversation import Conversation, Message
+from agentft.data.grammar import (
+    EXEC_CLOSE,
+    EXEC_OPEN,
+    MARK,
+    THINK_CLOSE,
+    THINK_OPEN,
+    Call,
+    GrammarError,
+    Observation,
+    Part,
+    parse_assistant,
+)
+
+TOOLS_INTRODUCTION = (
+    "These tools can be called. To call one, write JSON with the fields api_name and parameters between "
+    f"{THINK_OPEN} and {THINK_CLOSE}; answer from its result, or answer directly where no tool is needed:"
+)
+"""Stands before the numbered list of tools that a record of another format declares."""
+
+
+def step_message(parts: tuple[Part, ...], *, trained: bool = True) -> Message:
+    """Return a step of MSAgent text: its texts are the content, its readable calls the tool calls."""
+    texts = [part.source.strip() for part in parts if not isinstance(part, Call)]
+    calls = tuple(call for part in parts if isinstance(part, Call) for call in part.requests)
+    content = "\n".join(text for text in texts if text)
+    return Message("assistant", content or None, tool_calls=calls, trained=trained, source=parts)
+
+
+def result_message(observation: Observation, *blanks: Part) -> Message:
+    """Return a tool's result of MSAgent text, and the blanks after it."""
+    return Message("tool", strip_fence(observation.body), source=(observation, *blanks))
+
+
+def turn_messages(parts: Iterable[Part], untrained: Collection[int] = ()) -> list[Message]:
+    """Cut an assistant's turn of MSAgent text into its steps and the results between them.
+
+    Args:
+        untrained: Steps, counted from 0, that the source shows and does not want trained.
+    """
+    messages: list[Message] = []
+    steps = 0
+    for is_result, members in groupby(parts, lambda part: isinstance(part, Observation)):
+        run = tuple(members)
+        if is_result:
+            messages += [result_message(part) for part in run if isinstance(part, Observation)]
+        elif any(isinstance(part, Call) or part.source.strip() for part in run):
+            messages.append(step_message(run, trained=steps not in untrained))
+            steps += 1
+        else:  # blanks after a result: no step, and yet letters of the layout
+            last = messages[-1]
+            messages[-1] = replace(last, source=(*(last.source or ()), *run))
+    return messages
+
+
+def as_msagent(conversation: Conversation) -> Conversation:
+    """Return the conversation with the MSAgent text of all its messages; one that was read from such text as it is.
+
+    Raises:
+        GrammarError: it holds what MSAgent text cannot say.
+    """
+    if any(message.source is not None for message in conversation.messages):
+        return conversation
+    messages: list[Message] = []
+    for is_agent, group in groupby(conversation.messages, lambda message: message.role in ("assistant", "tool")):
+        members = list(group)
+        messages += _write_turn(_in_order_of_calls(members)) if is_agent else members
+    has_system = messages[0].role in ("system", "developer")
+    others = messages[has_system:]
+    if any(message.role in ("system", "developer") for message in others):
+        raise GrammarError("system_in_middle", "a system message after the first message has no place in MSAgent text")
+    text = _system_text(conversation.system, conversation.tools)
+    head = [Message("system", text)] if text or has_system else []
+    return replace(conversation, messages=(*head, *others))
+
+
+def _system_text(text: str, tools: Sequence[dict[str, Json]]) -> str:
+    """Return the system text with the list of tools behind it."""
+    if not tools:
+        return text
+    entries = [f"{number}. {json.dumps(_entry(tool), ensure_ascii=False)}" for number, tool in enumerate(tools, 1)]
+    return "\n\n".join([text] * bool(text) + [TOOLS_INTRODUCTION, *entries])
+
+
+def _entry(tool: dict[str, Json]) -> dict[str, Any]:
+    """Return a tool's JSON schema as an entry of the MSAgent list."""
+    function = tool.get("function", tool)
+    schema = function.get("parameters") or {}
+    properties = schema.get("properties") or {}
+    required = schema.get("required") or []
+    parameters = []
+    for name, given in properties.items():
+        details = given if isinstance(given, dict) else {}
+        parameter = {"name": name, "description": details.get("description") or "", "required": name in required}
+        # A nested object's own list of required names would hide whether this parameter is required.
+        rest = {("required_fields" if key == "required" else key): value for key, value in details.items()}
+        parameters.append(parameter | {k: v for k, v in rest.items() if k not in parameter and v is not None})
+    return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
+
+
+def _in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the results of parallel calls in the order of the calls: here results have no ids."""
+    ordered: list[Message] = []
+    for is_result, group in groupby(messages, lambda message: message.role == "tool"):
+        members = list(group)
+        ordered += _by_call(members, ordered[-1].tool_calls) if is_result and ordered else members
+    return ordered
+
+
+def _by_call(results: Sequence[Message], calls: Sequence[ToolCall]) -> list[Message]:
+    places = {call.id: number for number, call in enumerate(calls) if call.id}
+    return sorted(results, key=lambda result: places.get(result.tool_call_id or "", len(places)))
+
+
+def _write_turn(messages: Sequence[Message]) -> list[Message]:
+    """Return the steps and results between two users with their MSAgent text."""
+    pieces = [piece for message in messages for piece in _pieces(message)]
+    value, before = "", ""
+    for source in pieces:
+        value += ("\n\n" if before.startswith(THINK_OPEN) else "\n") * bool(before) + source
+        before = source
+    parts = parse_assistant(value)
+    if [part.source.strip() for part in parts if part.source.strip()] != [piece.strip() for piece in pieces]:
+        raise GrammarError("not_representable", "texts, calls and results of the turn would read as another turn")
+    written = turn_messages(parts)
+    if [message.role for message in written] != [message.role for message in messages]:
+        raise GrammarError("two_assistant_turns", "two messages of the assistant in a row are one step in MSAgent text")
+    return [replace(message, source=text.source) for message, text in zip(messages, written, strict=True)]
+
+
+def _pieces(message: Message) -> list[str]:
+    if message.role == "tool":
+        _refuse_marks(message.text, "the result of a tool")
+        return [
+            f"{EXEC_OPEN}```JSON\n{message.text}\n```{EXEC_CLOSE}"
+            if _is_json(message.text)
+            else f"{EXEC_OPEN}{message.text}{EXEC_CLOSE}"
+        ]
+    _refuse_marks(message.text, "a text of the assistant")
+    return [message.text] * bool(message.text.strip()) + [call_text(call) for call in message.tool_calls]
+
+
+def call_text(call: ToolCall) -> str:
+    """Return a call as MSAgent text, marks included."""
+    name, arguments = (json.dumps(value, ensure_ascii=False) for value in (call.name, call.arguments))
+    body = f'{{"api_name": {name}, "parameters": {arguments}}}'
+    if MARK.search(body):
+        body = body.replace("<|", "\\u003c|")  # the same JSON; a bracket can stand in its strings only
+    return f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"
+
+
+def _refuse_marks(text: str, what: str) -> None:
+    if (found := MARK.search(text)) is not None:
+        raise GrammarError("marks_in_text", f"{what} holds the mark {found[0]}: in MSAgent text it would be structure")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        read_json(text)
+    except JsonRefused:
+        return False
+    return True
