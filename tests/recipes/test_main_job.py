@@ -47,8 +47,12 @@ def finished(tmp_path_factory):
     return train(quick_config(folder))
 
 
-def test_the_run_folder_documents_itself(finished):
+def test_the_run_folder_documents_itself(finished, golden_folder, update_golden):
+    """To renew the list of its files where a change is meant: `pytest tests/recipes/test_main_job.py --update-golden`."""
     run = finished.run_dir
+    if update_golden:
+        (golden_folder / "run_folder.txt").write_text(_files(run))
+    assert _files(run) == (golden_folder / "run_folder.txt").read_text()
     for name in ("config.yaml", "run.json", "status.json", "metrics.jsonl", "summary.json", "train.log", "report.txt"):
         assert (run / name).stat().st_size, name
     record = read_json(run / "run.json")
@@ -115,8 +119,8 @@ def test_the_adapter_loads_without_agentft_and_carries_the_training(finished):
     assert all(tensor.equal(by_suffix[name]) for name, tensor in adapter.items())
 
 
-def test_a_run_cut_short_goes_on_in_its_folder_to_the_same_end(finished, tmp_path):
-    """Resumed through the whole recipe: same losses, and metrics.jsonl holds each step once."""
+def test_a_run_cut_short_goes_on_in_its_folder_to_the_same_end(finished, tmp_path, golden_folder):
+    """Resumed through the whole recipe: same losses, same files, and metrics.jsonl holds each step once."""
     cut = tmp_path / "cut"
     config = quick_config(cut)
     import agentft.recipes.train as recipe
@@ -131,6 +135,11 @@ def test_a_run_cut_short_goes_on_in_its_folder_to_the_same_end(finished, tmp_pat
     assert max(step for step, _ in _losses(cut)) == 2
     train(config)
     assert _losses(cut) == _losses(finished.run_dir)
+    assert _files(cut) == (golden_folder / "run_folder.txt").read_text()
+
+
+def _files(run: Path) -> str:
+    return "".join(sorted(f"{path.relative_to(run).as_posix()}\n" for path in run.rglob("*") if path.is_file()))
 
 
 def test_a_run_does_not_go_on_with_another_attention_unless_allowed(finished, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from agentft.data.batches import StepPlan
+from agentft.data.tokens import IGNORE_INDEX
 from agentft.errors import CheckpointError, TrainingError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import prepare_for_training, trained_state
@@ -15,7 +16,7 @@ from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.training.checkpoint import list_checkpoints
 from agentft.training.config import Resume, TrainingConfig
 from agentft.training.engine import SingleEngine
-from agentft.training.loop import Job, train_model
+from agentft.training.loop import Job, step_batches, train_model
 from agentft.training.loss import LabelledLoss
 
 LORA = LoraConfig(name="lora", default_learning_rate=1e-2, rank=4, dropout=0.1)
@@ -77,6 +78,18 @@ def test_micro_batches_do_not_change_the_update(tmp_path, tiny_model, examples, 
     train_model(other)
     for (_, left), (_, right) in zip(losses, again, strict=True):
         assert right == pytest.approx(left, rel=2e-5)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 1200], ids=["padded", "packed"])
+def test_a_step_is_given_its_examples_ids_and_labels_and_no_others(tmp_path, tiny_model, examples, row_tokens):
+    job, _ = _job(tmp_path, tiny_model(), examples, micro=2, accumulation=3, row_tokens=row_tokens)
+    for step in range(job.plan.total_steps):
+        batches = step_batches(job, step, 2)
+        wanted = [examples[index] for index in job.plan.step(step)]
+        assert sorted(name for batch in batches for name in batch.ids) == sorted(example.id for example in wanted)
+        labels = [label for batch in batches for label in batch.labels_BT.flatten().tolist() if label != IGNORE_INDEX]
+        assert sorted(labels) == sorted(int(i) for e in wanted for i in e.labels if i != IGNORE_INDEX)
+        assert sum(batch.targets for batch in batches) == sum(example.trained_tokens for example in wanted)
 
 
 @pytest.mark.parametrize("sft", [LORA, FULL], ids=["lora", "full"])
