@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from agentft.data.calls import Json, ToolCall
 from agentft.data.grammar import Call, Part
-from agentft.data.offered_tools import OfferedTool, read_offered_tools
+from agentft.data.offered_tools import OfferedTool, declared_tools, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -118,8 +118,8 @@ class Conversation:
 
     @property
     def offered(self) -> tuple[OfferedTool, ...]:
-        """The tools that the system text lists."""
-        return read_offered_tools(self.system)
+        """The tools that are declared, or that an MSAgent system text lists."""
+        return declared_tools(self.tools) if self.tools else read_offered_tools(self.system)
 
     @property
     def language(self) -> str:

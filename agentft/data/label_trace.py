@@ -15,6 +15,7 @@ import numpy as np
 
 from agentft.data.calls import ToolCall
 from agentft.data.conversation import Conversation
+from agentft.data.msagent import as_msagent
 from agentft.data.render import with_history
 from agentft.data.text_ids import Ids
 from agentft.data.token_text import TokenText
@@ -67,6 +68,7 @@ def trace_labels(
     if text.unknown_id is not None and (input_ids == text.unknown_id).any():
         return LabelProblem("label_untraced", "the tokenizer does not know some characters")
     masked, trained = _runs(input_ids, labelled, text)
+    conversation = as_msagent(conversation)
     steps = _steps(conversation, context_rounds)
     if verbatim:
         return _compare(masked, trained, steps, _squeeze(stop_token))

@@ -11,7 +11,6 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from agentft.data.calls import Json, JsonRefused, ToolCall, read_json, strip_fence
 from agentft.data.conversation import Conversation, Message
@@ -27,6 +26,7 @@ from agentft.data.grammar import (
     Part,
     parse_assistant,
 )
+from agentft.data.offered_tools import tool_entry
 
 TOOLS_INTRODUCTION = (
     "These tools can be called. To call one, write JSON with the fields api_name and parameters between "
@@ -94,24 +94,8 @@ def _system_text(text: str, tools: Sequence[dict[str, Json]]) -> str:
     """Return the system text with the list of tools behind it."""
     if not tools:
         return text
-    entries = [f"{number}. {json.dumps(_entry(tool), ensure_ascii=False)}" for number, tool in enumerate(tools, 1)]
+    entries = [f"{number}. {json.dumps(tool_entry(tool), ensure_ascii=False)}" for number, tool in enumerate(tools, 1)]
     return "\n\n".join([text] * bool(text) + [TOOLS_INTRODUCTION, *entries])
-
-
-def _entry(tool: dict[str, Json]) -> dict[str, Any]:
-    """Return a tool's JSON schema as an entry of the MSAgent list."""
-    function = tool.get("function", tool)
-    schema = function.get("parameters") or {}
-    properties = schema.get("properties") or {}
-    required = schema.get("required") or []
-    parameters = []
-    for name, given in properties.items():
-        details = given if isinstance(given, dict) else {}
-        parameter = {"name": name, "description": details.get("description") or "", "required": name in required}
-        # A nested object's own list of required names would hide whether this parameter is required.
-        rest = {("required_fields" if key == "required" else key): value for key, value in details.items()}
-        parameters.append(parameter | {k: v for k, v in rest.items() if k not in parameter and v is not None})
-    return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
 
 
 def _in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
@@ -124,8 +108,9 @@ def _in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def _by_call(results: Sequence[Message], calls: Sequence[ToolCall]) -> list[Message]:
-    places = {call.id: number for number, call in enumerate(calls) if call.id}
-    return sorted(results, key=lambda result: places.get(result.tool_call_id or "", len(places)))
+    by_id = {call.id: number for number, call in enumerate(calls) if call.id}
+    by_name = {call.name: number for number, call in reversed(list(enumerate(calls)))}
+    return sorted(results, key=lambda r: by_id.get(r.tool_call_id or "", by_name.get(r.name or "", len(calls))))
 
 
 def _write_turn(messages: Sequence[Message]) -> list[Message]:

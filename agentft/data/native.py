@@ -23,7 +23,8 @@ from typing import ClassVar
 
 from agentft.data.calls import ToolCall, strip_fence
 from agentft.data.conversation import Conversation, Message
-from agentft.data.grammar import Call, Observation, Part, Text
+from agentft.data.grammar import Call, GrammarError, Observation, Part, Text
+from agentft.data.msagent import as_msagent
 from agentft.data.native_system import NativeSystem, read_system
 from agentft.data.render import CallForm, Kind, Segment, shown_as, with_history
 
@@ -66,6 +67,7 @@ class NativeTemplate:
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out."""
         segments = list(self.beginning)
+        conversation = as_msagent(conversation)
         if conversation.messages[0].role != "system" and self.default_system is not None:
             segments += self._turn("system", [Segment(self.default_system, Kind.system)])
         for message, history in _joined_results(conversation, context_rounds):
@@ -74,6 +76,10 @@ class NativeTemplate:
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
         """A call that cannot be read, or a text that would read as a call, has no native form."""
+        try:
+            conversation = as_msagent(conversation)
+        except GrammarError as error:
+            return error.reason, error.detail
         for message in conversation.messages:
             for part in message.source or ():
                 if isinstance(part, Call) and part.failure is not None:
@@ -84,7 +90,7 @@ class NativeTemplate:
 
     def notes(self, conversation: Conversation) -> list[str]:
         """What became of the system text, and whether calls had fields that the native form lacks."""
-        codes = [f"system_{read_system(conversation.system).reading}"]
+        codes = [f"system_{read_system(as_msagent(conversation).system).reading}"]
         if any(call.extras for call in conversation.tool_calls):
             codes.append("call_fields_left_out")
         return codes

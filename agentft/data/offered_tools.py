@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -50,6 +51,28 @@ class OfferedTool:
         if self.parameters is None:
             return None
         return frozenset(parameter["name"] for parameter in self.parameters)
+
+
+def tool_entry(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a declaration of OpenAI's shape as an entry of the MSAgent list."""
+    function = tool.get("function", tool)
+    schema = function.get("parameters") or {}
+    properties = schema.get("properties") or {}
+    required = schema.get("required") or []
+    parameters = []
+    for name, given in properties.items():
+        details = given if isinstance(given, dict) else {}
+        parameter = {"name": name, "description": details.get("description") or "", "required": name in required}
+        # A nested object's own list of required names would hide whether this parameter is required.
+        rest = {("required_fields" if key == "required" else key): value for key, value in details.items()}
+        parameters.append(parameter | {k: v for k, v in rest.items() if k not in parameter and v is not None})
+    return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
+
+
+def declared_tools(tools: Iterable[dict[str, Any]]) -> tuple[OfferedTool, ...]:
+    """Return what declarations of OpenAI's shape offer."""
+    entries = map(tool_entry, tools)
+    return tuple(OfferedTool(e["name"], e["description"], tuple(e["parameters"])) for e in entries)
 
 
 def read_offered_tools(system: str) -> tuple[OfferedTool, ...]:

@@ -3,7 +3,7 @@
 A record in MSAgent form is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
 assistant: at most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant
 value blank. `conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are
-recognised, and converted where `form` allows it (`forms.py`).
+recognised, and read where `form` allows it (`formats.py`).
 
 Only assistant values are parsed. Marks in a system or user text are letters like any others: they never become a label.
 """
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data import forms
-from agentft.data.calls import strip_fence
-from agentft.data.conversation import Conversation, Message, Origin
-from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant
+from agentft.data.calls import Json, ToolCall, strip_fence
+from agentft.data.conversation import Conversation, Message, Origin, chat_messages
+from agentft.data.formats import Form, FormatError, is_react_text, question_and_answer_fields, read_messages, recognise
+from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.msagent import turn_messages
 from agentft.data.offered_tools import OfferedTool
-from agentft.data.turn_builder import FormError
-from agentft.data.untrained import MarkedTurn, steps_with, understood_fields, untrained_field
+from agentft.data.untrained import understood_fields, untrained_field
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
@@ -69,7 +69,7 @@ class _Refused(Exception):  # noqa: N818  # a way out of nested readers, not an 
 
 
 def read_record(
-    value: object, origin: Origin, *, form: forms.Form = "auto", weight: float = 1.0
+    value: object, origin: Origin, *, form: Form = "auto", weight: float = 1.0
 ) -> tuple[Conversation, list[Notice]] | Rejection:
     """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
 
@@ -83,13 +83,13 @@ def read_record(
         if not isinstance(value, dict):
             raise _Refused("not_an_object", f"a record is an object, found {_kind(value)}")
         record_id = _read_id(value.get("id"), origin, notices)
-        turns = _read_turns(value, form, origin, notices)
-        messages = _read_messages(turns, origin, notices)
-        conversation = Conversation(record_id or "", messages, (), origin, weight)
+        messages, tools = _read(value, form, origin, notices)
+        conversation = Conversation(record_id or "", messages, tools, origin, weight)
         _note_quirks(conversation, notices)
+        _check_texts(conversation)
         if record_id is None:
             conversation = replace(conversation, id="content-" + conversation.content_hash[:16])
-    except (_Refused, GrammarError, FormError) as refusal:
+    except (_Refused, GrammarError, FormatError) as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
     return conversation, notices
 
@@ -110,27 +110,38 @@ def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None
     return None
 
 
-def _read_turns(record: dict[Any, Any], form: forms.Form, origin: Origin, notices: list[Notice]) -> list[Any]:
-    """The turns of a record in MSAgent form, converted from another layout where that is asked for."""
+def _read(
+    record: dict[Any, Any], form: Form, origin: Origin, notices: list[Notice]
+) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
+    """Return the messages of a record and the tools that it declares beside them."""
     turns = record.get("conversations")
     if isinstance(turns, str):
         turns = _read_turns_text(turns)
         record = {**record, "conversations": turns}
-    found = forms.recognise(record)
+    found = recognise(record)
     if found == "msagent" and form in ("auto", "msagent"):
         if "conversations" not in record:
-            raise _Refused("conversations_missing", "no field 'conversations'")
+            raise _Refused("conversations_missing", _what_is_there(record))
         if not isinstance(turns, list):
             raise _Refused("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
-        return turns
-    if form == "auto" or form == found or form == "react":
-        layout: forms.OtherForm = "react" if form == "react" or found == "msagent" else found
-        converted, quirks = forms.convert(record, layout)
-        notices.extend(Notice(origin, code, _writable(detail)) for code, detail in quirks)
-        return converted
-    raise _Refused(
-        f"form_{found}", f"the record has the {found} form, not {form}; select it with dataset.form={found} (or auto)"
-    )
+        return _read_messages(turns, origin, notices), ()
+    if form not in ("auto", "react", "toolace", found):
+        raise _Refused(
+            f"form_{found}",
+            f"the record has the {found} form, not {form}; select it with dataset.form={found} (or auto)",
+        )
+    reading = read_messages(record, form if form in ("react", "toolace") else found)
+    notices.extend(Notice(origin, code, _writable(detail)) for code, detail in reading.notes)
+    if not any(message.role in ("system", "developer") for message in reading.messages):
+        notices.append(Notice(origin, "missing_system", "no system message"))
+    return reading.messages, reading.tools
+
+
+def _what_is_there(record: dict[Any, Any]) -> str:
+    fields = ", ".join(repr(key) for key in record if isinstance(key, str))[:200] or "no field"
+    pair = question_and_answer_fields(record)
+    hint = f"; {pair[0]} and {pair[1]} are a question and an answer: write them as two messages" if pair else ""
+    return f"no field 'messages' and no field 'conversations', found {fields}{hint}"
 
 
 def _read_turns_text(text: str) -> object:
@@ -187,7 +198,10 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             expected = "assistant"
         else:
             parts = _parse_turn(value, number)
-            messages += turn_messages(parts, _read_untrained(turn, number, parts, origin, notices))
+            said = turn_messages(parts)
+            steps = sum(message.role == "assistant" for message in said)
+            untrained = _read_untrained(turn, number, steps, origin, notices)
+            messages += turn_messages(parts, untrained) if untrained else said
             expected = "user"
     if expected == "assistant":
         raise _Refused("ends_with_user", "the last turn is the user's: there is nothing to train")
@@ -199,21 +213,15 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
 
 
 def _read_untrained(
-    turn: dict[Any, Any], number: int, parts: tuple[Part, ...], origin: Origin, notices: list[Notice]
-) -> tuple[int, ...]:
-    """The steps of an assistant turn that are not to be trained, each noted."""
-    if isinstance(turn, MarkedTurn):
-        steps, why = turn.untrained, "as its message says"
-    else:
-        field = untrained_field(turn) if len(turn) > 2 else None
-        if field is None:
-            return ()
-        steps, why = steps_with(range(len(parts)), parts), field
-    for step in steps:
-        notices.append(
-            Notice(origin, "step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({why})")
-        )
-    return steps
+    turn: dict[Any, Any], number: int, steps: int, origin: Origin, notices: list[Notice]
+) -> Collection[int]:
+    """Return which steps of an assistant turn are not to be trained, all or none, each noted."""
+    field = untrained_field(turn) if len(turn) > 2 else None
+    if field is None:
+        return ()
+    for step in range(1, steps + 1):
+        notices.append(Notice(origin, "step_not_trained", f"turn {number}, step {step}: shown, not trained ({field})"))
+    return range(steps)
 
 
 def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
@@ -238,7 +246,7 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
         parts = parse_assistant(value)
     except GrammarError as error:
         raise _Refused(error.reason, f"turn {number}: {error.detail}") from None
-    if len(parts) == 1 and isinstance(parts[0], Text) and forms.is_react_text(value):
+    if len(parts) == 1 and isinstance(parts[0], Text) and is_react_text(value):
         raise _Refused(
             "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.form=react converts"
         )
@@ -254,43 +262,56 @@ def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
         for tool in offered
         if tool.problem
     )
-    for message in conversation.messages:
-        for part in message.source or ():
-            source = part.source
-            if isinstance(part, Call):
-                if source.count("<|") > 2 and len(MARK.findall(source)) > 2:
-                    notices.append(Notice(origin, "mark_inside_call", "a JSON string of a call holds a mark"))
-                for code, detail in _call_quirks(part, tools):
-                    notices.append(Notice(origin, code, detail))
-            elif "<|" in source:
-                marks = len(MARK.findall(source))
-                if isinstance(part, Text) and marks:
-                    notices.append(Notice(origin, "marks_quoted_in_text", "a text of the assistant quotes marks"))
-                elif isinstance(part, Observation) and marks > 2:
-                    notices.append(Notice(origin, "mark_inside_observation", "a string of an observation holds a mark"))
+    for call in conversation.tool_calls:
+        notices.extend(Notice(origin, code, detail) for code, detail in _call_quirks(call, tools))
+    for part in (part for message in conversation.messages for part in message.source or ()):
+        notices.extend(Notice(origin, code, detail) for code, detail in _text_quirks(part))
 
 
-def _call_quirks(call: Call, tools: dict[str, OfferedTool]) -> list[tuple[str, str]]:
-    if call.failure is not None:
-        return [(f"call_{call.failure.reason}", call.failure.detail)]
-    quirks: list[tuple[str, str]] = []
-    source = call.source
-    if 0 <= source.find("[") < source.find("{"):
-        quirks.append(("call_is_a_list", f"{len(call.requests)} requests between one pair of marks"))
-    if source.count("\n") > 2 and not _is_strict_json(strip_fence(call.body)):  # two belong to the fence
-        quirks.append(("raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"))
-    for request in call.requests:
-        if not request.arguments and '"parameters"' not in source:
-            quirks.append(("call_without_parameters", f"call to {request.name[:80]!r} has no field 'parameters'"))
-        if not tools:
-            continue
-        tool = tools.get(request.name)
-        if tool is None:
-            quirks.append(("unknown_tool", f"{request.name[:80]!r} is not in the tool list"))
-        elif (declared := tool.parameter_names) is not None and not declared.issuperset(request.arguments):
-            extra = ", ".join(sorted(set(request.arguments) - declared))
-            quirks.append(("undeclared_parameter", f"{request.name[:80]!r} does not declare {extra[:80]}"))
-    return quirks
+def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
+    """Yield what is odd about the MSAgent text of a part."""
+    source = part.source
+    marks = len(MARK.findall(source)) if "<|" in source else 0
+    if isinstance(part, Call):
+        if marks > 2:
+            yield "mark_inside_call", "a JSON string of a call holds a mark"
+        if part.failure is not None:
+            yield f"call_{part.failure.reason}", part.failure.detail
+            return
+        if 0 <= source.find("[") < source.find("{"):
+            yield "call_is_a_list", f"{len(part.requests)} requests between one pair of marks"
+        if source.count("\n") > 2 and not _is_strict_json(strip_fence(part.body)):  # two belong to the fence
+            yield "raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"
+        for call in part.requests:
+            if not call.arguments and '"parameters"' not in source:
+                yield "call_without_parameters", f"call to {call.name[:80]!r} has no field 'parameters'"
+    elif isinstance(part, Text) and marks:
+        yield "marks_quoted_in_text", "a text of the assistant quotes marks"
+    elif marks > 2:
+        yield "mark_inside_observation", "a string of an observation holds a mark"
+
+
+def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[tuple[str, str]]:
+    """Yield what a call does not share with the list of tools."""
+    if not tools:
+        return
+    tool = tools.get(call.name)
+    if tool is None:
+        yield "unknown_tool", f"{call.name[:80]!r} is not in the tool list"
+    elif (declared := tool.parameter_names) is not None and not declared.issuperset(call.arguments):
+        extra = ", ".join(sorted(set(call.arguments) - declared))
+        yield "undeclared_parameter", f"{call.name[:80]!r} does not declare {extra[:80]}"
+
+
+def _check_texts(conversation: Conversation) -> None:
+    """Refuse what is too large or cannot be written; MSAgent turns are checked one by one as they are read."""
+    if any(message.source is not None for message in conversation.messages):
+        return
+    said = json.dumps([chat_messages(conversation.messages), conversation.tools], ensure_ascii=False)
+    if len(said) > MAX_RECORD_CHARACTERS:
+        raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+    if not _is_encodable(said):
+        raise _Refused("lone_surrogate", "a message holds a lone surrogate: it cannot be written as UTF-8")
 
 
 def _is_strict_json(text: str) -> bool:

@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol
 
 from agentft.data.call_places import Place, call_places
 from agentft.data.conversation import Conversation, Message
-from agentft.data.grammar import Call, Observation, Part
+from agentft.data.grammar import Call, GrammarError, Observation, Part
+from agentft.data.msagent import as_msagent
 
 
 class Kind(IntEnum):
@@ -119,7 +120,7 @@ class MsagentTemplate:
         """Lay the whole conversation out; joined texts without stops are the original text."""
         segments: list[Segment] = []
         agent_speaks = False
-        for message, history in with_history(conversation, context_rounds):
+        for message, history in with_history(as_msagent(conversation), context_rounds):
             if message.source is None or not agent_speaks:
                 separator = "\n\n" if segments else ""
                 role = message.role if message.source is None else "assistant"
@@ -134,7 +135,11 @@ class MsagentTemplate:
         return segments
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
-        """Nothing: this is the layout that conversations are read from."""
+        """What MSAgent text cannot say of a record of another format."""
+        try:
+            as_msagent(conversation)
+        except GrammarError as error:
+            return error.reason, error.detail
         return None
 
     def notes(self, conversation: Conversation) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from agentft.data.config import DatasetConfig, TooLong
 from agentft.data.conversation import Conversation
 from agentft.data.fit import Fitted, Fitter, Outcome
-from agentft.data.forms import Form
+from agentft.data.formats import Form
 from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.render import Template
 from agentft.data.source_weights import showing_keys

@@ -19,7 +19,7 @@ from typing import Any
 from agentft.data.block_digest import block_digest
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.files import READABLE_SUFFIXES, FileFlaw, data_suffix, read_file
-from agentft.data.forms import Form
+from agentft.data.formats import Form
 from agentft.data.records import Notice, Rejection, read_record
 from agentft.errors import DataError
 

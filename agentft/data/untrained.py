@@ -12,19 +12,10 @@ one step disagree, the step is not trained. Any other value of these fields is n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from agentft.data.grammar import Observation, Part
-
 FIELDS = ("weight", "loss", "loss_scale", "train")
-
-
-class MarkedTurn(dict[str, str]):
-    """A turn in MSAgent form that another layout was converted to, with what of it is not to be trained."""
-
-    untrained: tuple[int, ...] = ()
-    """Steps of the turn, counted from 0."""
 
 
 def untrained_field(turn: Mapping[Any, Any]) -> str | None:
@@ -42,20 +33,3 @@ def understood_fields(turn: Mapping[Any, Any], *, agent: bool) -> frozenset[str]
 
 def _is_flag(value: object) -> bool:
     return isinstance(value, (bool, int, float)) and value in (0, 1)
-
-
-def steps_with(positions: Iterable[int], parts: Sequence[Part]) -> tuple[int, ...]:
-    """The steps that have one of the parts at `positions`."""
-    wanted = set(positions)
-    return tuple(number for number, step in enumerate(_places(parts)) if wanted.intersection(step))
-
-
-def _places(parts: Sequence[Part]) -> list[list[int]]:
-    """Positions of the parts of each step: runs between tool results, blank ones left out."""
-    runs: list[list[int]] = [[]]
-    for at, part in enumerate(parts):
-        if isinstance(part, Observation):
-            runs.append([])
-        else:
-            runs[-1].append(at)
-    return [run for run in runs if any(parts[at].source.strip() for at in run)]

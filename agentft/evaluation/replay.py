@@ -17,7 +17,7 @@ import numpy as np
 
 from agentft.data.conversation import Conversation
 from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
-from agentft.data.msagent import step_message
+from agentft.data.msagent import as_msagent, step_message
 from agentft.data.render import Template
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.answer_file import Answerer
@@ -82,6 +82,7 @@ def replay(
     shown_steps: Mapping[str, int] | None = None,
 ) -> list[Episode]:
     """Replay the conversations that hold a readable call, side by side, step by step; what is only shown stays."""
+    conversations = [as_msagent(each) for each in conversations]
     shown = {each.id: (shown_steps or {}).get(each.id, 0) for each in conversations}
     episodes = [
         Episode(each, step_places(each)[shown[each.id] :], shown[each.id])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentft.data.conversation import Conversation
+from agentft.data.msagent import as_msagent
 from agentft.data.render import CallForm, Template, with_history
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
@@ -55,6 +56,7 @@ class Step:
 
 def conversation_steps(conversation: Conversation, example: Example, template: Template) -> list[Step]:
     """Return the steps of one conversation in order; `example` is its tokenised form."""
+    conversation = as_msagent(conversation)
     references = _reference_texts(conversation, example.context_rounds)
     return [
         Step(conversation, index, example.input_ids, start, stop, reference, template.call_form)

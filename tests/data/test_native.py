@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from agentft.data.turn_builder import FormError, TurnBuilder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from agentft.data.records import read_record
 from agentft.data.render import CallForm, Kind
 from agentft.data.template_choice import NAMES, choose_template, detect_family
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
-from agentft.data.turn_builder import FormError, TurnBuilder
 from agentft.errors import ConfigError
 from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, parse_reply, to_msagent
 from agentft.evaluation.steps import conversation_steps
@@ -486,8 +486,9 @@ def test_a_system_text_that_is_not_understood_is_kept(system, reading):
 
 
 def test_every_synthetic_and_introduced_instruction_is_recognised():
-    from agentft.data import synthetic
     from agentft.data.turn_builder import TOOLS_INTRODUCTION
+
+    from agentft.data import synthetic
 
     records = synthetic.generate(60, seed=3, languages={"en": 0.5, "zh": 0.5}, part="train")
     texts = {record["conversations"][0]["value"] for record in records}
