@@ -115,6 +115,9 @@ class Traits:
     """What a template can say and how it says it; `agentft.data.template_probe` finds out."""
 
     tools: bool
+    """Calls and their results."""
+    declarations: bool
+    """The list of tools."""
     system: bool
     parallel_calls: bool
     text_beside_call: bool
@@ -130,6 +133,8 @@ class Traits:
     stop_with_next: bool = False
     """A step has no stop of its own: the header of the next message ends it."""
     arguments_as_text: bool = False
+    content_needed: bool = False
+    """A step of calls without text is handed over with an empty text."""
     call_ids: Literal["given", "made", "nine"] = "given"
     """As the record has them, made where it has none, or nine letters and digits."""
     problem: str = ""
@@ -142,6 +147,8 @@ class Rendering(NamedTuple):
     segments: tuple[Segment, ...]
     steps: tuple[int, ...]
     """The steps that it trains, by their numbers among `Conversation.steps`."""
+    spelt: bool = False
+    """A value spells a control token, which is letters there."""
 
 
 class LeftOut(NamedTuple):
@@ -259,8 +266,10 @@ class _Work:
     def _check_traits(self) -> None:
         traits, messages = self.traits, self.conversation.messages
         calls = [message for message in messages if message.tool_calls]
-        if not traits.tools and (calls or self.conversation.tools):
-            raise _Problem("template_has_no_tools", traits.problem or "it leaves tools or calls out")
+        if not traits.tools and calls:
+            raise _Problem("template_has_no_tools", traits.problem)
+        if not traits.declarations and self.conversation.tools:
+            raise _Problem("template_has_no_tools", "it leaves the declarations of tools out")
         if not traits.system and self.conversation.system.strip():
             raise _Problem("template_has_no_system", "it leaves a system text out")
         if not traits.reasoning and self.reasoning:
@@ -465,12 +474,14 @@ class _Work:
 
     def _rendering(self, text: MarkedText, regions: Sequence[Region], trained: Sequence[int]) -> Rendering:
         calls = {region.step: self.messages[self.steps[region.step]].get("tool_calls", ()) for region in regions}
-        return Rendering(cut_segments(text, regions, calls, trained, self.template.control), tuple(trained))
+        return Rendering(cut_segments(text, regions, calls, trained, self.template.control), tuple(trained), self.spelt)
 
 
 def server_messages(conversation: Conversation, traits: Traits) -> list[ChatMessage]:
     """Return the messages as a server gets them, call ids in the form that the template demands."""
     messages = chat_messages(conversation.messages)
+    if traits.content_needed:
+        messages = [message if "content" in message else {**message, "content": ""} for message in messages]
     if traits.call_ids == "given":
         return messages
     ids: dict[str, str] = {}

@@ -60,14 +60,14 @@ def probe(template: ChatTemplate) -> Traits:
     Where it cannot say one with tools, `problem` says why, and the other traits are of plain talk.
     """
     none = (Manner(), Manner())
-    traits = Traits(False, False, False, False, False, none, (), ())
-    for as_text, ids in product((False, True), ("given", "made", "nine")):
-        trial = replace(traits, arguments_as_text=as_text, call_ids=ids)
+    traits = Traits(False, False, False, False, False, False, none, (), ())
+    for as_text, content, ids in product((False, True), (False, True), ("given", "made", "nine")):
+        trial = replace(traits, arguments_as_text=as_text, content_needed=content, call_ids=ids)
         problem = _tool_problem(template, trial)
         if not problem:
-            traits = replace(trial, tools=True, problem="")
+            traits = replace(trial, tools=True, declarations=_declares(template, trial), problem="")
             break
-        traits = replace(traits, problem=traits.problem or problem)
+        traits = replace(traits, problem=problem)
     try:
         traits = _with_stops(template, traits)
     except TemplateRefusal as refusal:
@@ -89,7 +89,7 @@ def probe(template: ChatTemplate) -> Traits:
         system=can((_SYSTEM, *_TALK)),
         parallel_calls=traits.tools and can(_PARALLEL),
         text_beside_call=traits.tools and can(_BESIDE),
-        reasoning=can(_TALK[:2], reasoning=True),
+        reasoning=any(can(some, reasoning=True) for some in (_TALK[:2], *([_TOOLS[1:3]] if traits.tools else []))),
     )
 
 
@@ -97,6 +97,8 @@ def failed_trait(traits: Traits) -> str | None:
     """Name the first trait for want of which a template is no layout for tool conversations; None where it is one."""
     if not traits.tools:
         return f"a conversation with tools: {traits.problem}"
+    if not traits.declarations:
+        return "the declarations of tools"
     if traits.parallel_calls or traits.text_beside_call or traits.reasoning:
         return None
     return "neither two calls in a step, nor a text beside a call, nor reasoning"
@@ -118,13 +120,18 @@ def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
             return str(refusal)
         if text is None or text.text != plain:
             return "it changes the texts of messages"
-        if _DESCRIPTION not in plain:
-            return "it leaves the tools out"
         found = {plain[start:stop] for start, stop, _ in text.values}
         for said in ("wind", "Husum", _RESULT.text, _TELL.text):
             if said not in found:
                 return f"it leaves out {said!r} of a call or its result"
     return ""
+
+
+def _declares(template: ChatTemplate, traits: Traits) -> bool:
+    try:
+        return _DESCRIPTION in template.render(handed_over(chat_messages((_ASK,)), traits), (_TOOL,), prompt=True)
+    except TemplateRefusal:
+        return False
 
 
 def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
@@ -220,7 +227,7 @@ def _described(
     if not prompt.startswith(before):
         return Manner(args)
     header = prompt[len(before) :]
-    shared = os.path.commonprefix([prompt, text.text])[len(before) :]
+    shared = os.path.commonprefix([header, text.text[len(before) :], _first_header(template, traits, args)])
     thinking = any(message.reasoning_content for message in messages)
     others = (messages, _TALK, (_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if traits.tools else ()))
     whole = bool(header) and not thinking
@@ -236,11 +243,20 @@ def _described(
     return Manner(args, header, shared, whole)
 
 
+def _first_header(template: ChatTemplate, traits: Traits, args: Mapping[str, Any]) -> str:
+    """Return what a conversation without calls has where its first prompt ends, as history writes it."""
+    try:
+        before, _, text, _ = next(_steps(template, traits, _TALK, args))
+    except (TemplateRefusal, StopIteration):
+        return ""
+    return text.text[len(before) :]
+
+
 def _steps(
     template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, MarkedText, str]]:
     """Yield for each step the text before its prompt's header, its prompt, and the whole text, marked and plain."""
-    conversation = _conversation(messages)
+    conversation = _conversation(messages, declared=traits.declarations)
     handed = server_messages(conversation, traits)
     whole = [*handed, {"role": "user", "content": "?"}]
     text = _marked(template, traits, whole, conversation.tools, args)
@@ -254,7 +270,7 @@ def _steps(
 
 
 def _lay_out(template: ChatTemplate, traits: Traits, messages: Sequence[Message]) -> LaidOut | None:
-    laid_out = ChatLayout(template, traits).lay_out(_conversation(messages))
+    laid_out = ChatLayout(template, traits).lay_out(_conversation(messages, declared=traits.declarations))
     return laid_out if isinstance(laid_out, LaidOut) else None
 
 
@@ -273,6 +289,6 @@ def _thinking(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(replace(m, reasoning_content=_THOUGHT) if m.role == "assistant" else m for m in messages)
 
 
-def _conversation(messages: Sequence[Message]) -> Conversation:
-    tools = (_TOOL,) if any(message.tool_calls for message in messages) else ()
+def _conversation(messages: Sequence[Message], *, declared: bool = True) -> Conversation:
+    tools = (_TOOL,) if declared and any(message.tool_calls for message in messages) else ()
     return Conversation("probe", tuple(messages), tools, Origin("probe", 0))
