@@ -378,7 +378,8 @@ class _Work:
                 if not self._holds_context(prompt, self.steps[step]):
                     raise _Problem("template_drops_messages", "a message before this step is not in its prompt")
                 region = None
-                for text, regions in shared:
+                # What already has a step comes first: the whole may end its steps otherwise than they are said.
+                for text, regions in sorted(shared, key=lambda each: not each[1]):
                     if region := self._fitting(text, step, prompt):
                         regions.append(region)
                         break

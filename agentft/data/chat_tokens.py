@@ -77,14 +77,15 @@ class RenderingEncoder:
         """
         from tokenizers import Tokenizer
 
-        text = tokenizer.backend_tokenizer.to_str()
-        self._plain, self._letters = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        own = TokenizerJson.of(tokenizer.backend_tokenizer)
+        self._plain = Tokenizer.from_str(str(own))
+        # Added tokens that are not special would still be found in text that is to be letters.
+        self._letters = Tokenizer.from_str(str(own.with_special(lambda _: True)))
         self._letters.encode_special_tokens = True
         for each in (self._plain, self._letters):
             each.no_truncation()
             each.no_padding()
-        byte_level = TokenizerJson.of(tokenizer.backend_tokenizer).keeps_every_byte
-        self._lengths = byte_level_lengths(tokenizer) if byte_level else None
+        self._lengths = byte_level_lengths(tokenizer) if own.keeps_every_byte else None
         self._control = control
         self._sections: dict[tuple[str, bool], list[int]] = {}
         self._lead_ids = {lead: self._ids(lead) for lead in _LEADS}

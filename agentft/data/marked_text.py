@@ -108,6 +108,8 @@ class StepValues(NamedTuple):
     """Both without outer blanks; empty where there is none."""
     calls: int
     """Values of the calls: their names and the strings among their arguments that are not blank."""
+    names: tuple[str, ...] = ()
+    """Those of the calls; a template may write each more than once."""
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> StepValues:
@@ -115,7 +117,7 @@ class StepValues(NamedTuple):
         calls = [call["function"] for call in message.get("tool_calls", ())]
         count = len(calls) + sum(_strings(call["arguments"]) for call in calls)
         reasoning = message.get("reasoning_content") or ""
-        return cls(reasoning.strip(), (message.get("content") or "").strip(), count)
+        return cls(reasoning.strip(), (message.get("content") or "").strip(), count, tuple(c["name"] for c in calls))
 
     @property
     def count(self) -> int:
@@ -123,19 +125,22 @@ class StepValues(NamedTuple):
         return bool(self.reasoning) + bool(self.text) + self.calls
 
     def missing(self, text: str, values: Sequence[Value]) -> str | None:
-        """Name what a part of a rendered text lacks: reasoning, text or call; None where it holds this and no more."""
-        calls = 0
+        """Name what a part of a rendered text lacks: reasoning, text or call; None where it holds this and no other."""
+        calls: list[str] = []
         found = {Kind.reasoning: "", Kind.text: ""}
         for start, stop, kind in values:
             if kind is Kind.call:
-                calls += 1
+                calls.append(text[start:stop])
             elif kind in found:
                 found[kind] += text[start:stop]
         if found[Kind.reasoning] != self.reasoning:
             return "reasoning"
         if found[Kind.text] != self.text:
             return "text"
-        return "call" if calls != self.calls else None
+        if len(calls) == self.calls:
+            return None
+        repeated = len(calls) > self.calls and all(calls.count(n) >= self.names.count(n) for n in self.names)
+        return None if repeated and self.names else "call"
 
 
 def mark(text: str, kind: Kind) -> str:
