@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agentft.data.chat_template import Rendering
+from agentft.data.chat_layout import Rendering
 from agentft.data.render import Kind
 from agentft.data.text_ids import Ids
 from agentft.data.tokenizer_json import TokenizerJson
@@ -126,7 +126,7 @@ class RenderingEncoder:
     def _units(self, job: _Job) -> list[_Unit]:
         layout = job.layout
         stop = layout.steps[max(job.trained)].end
-        cuts = [(0, False, ())]
+        cuts: list[tuple[int, bool, tuple[str, ...]]] = [(0, False, ())]
         if layout.rendering.spelt:
             for start, end in layout.letters(self._control):
                 cuts += [(start, True, _LEADS[:1]), (end, False, _LEADS[:1])]
@@ -200,11 +200,10 @@ class RenderingEncoder:
             expected = self._ids(section)
             if len(section) < 100:
                 self._sections[section, step.section == 0] = expected
-        return ids[max(first - len(expected), 0) : first].tolist() == expected
+        before: list[int] = ids[max(first - len(expected), 0) : first].tolist()
+        return before == expected
 
-    def _example(
-        self, rendering: tuple[str, Rendering], job: _Job, ids: Ids, starts: Starts
-    ) -> EncodedRendering:
+    def _example(self, rendering: tuple[str, Rendering], job: _Job, ids: Ids, starts: Starts) -> EncodedRendering:
         name, rendered = rendering
         count = int(np.searchsorted(starts, job.layout.steps[max(job.trained)].end))
         ids, starts = ids[:count], starts[:count]

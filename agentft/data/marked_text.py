@@ -120,8 +120,8 @@ class StepValues(NamedTuple):
         return cls(reasoning.strip(), (message.get("content") or "").strip(), count, tuple(c["name"] for c in calls))
 
     @property
-    def count(self) -> int:
-        """How many values that are."""
+    def size(self) -> int:
+        """Number of values."""
         return bool(self.reasoning) + bool(self.text) + self.calls
 
     def missing(self, text: str, values: Sequence[Value]) -> str | None:

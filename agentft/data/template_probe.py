@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
+from agentft.data.chat_layout import ChatLayout, LaidOut, ends_of
 from agentft.data.chat_template import (
-    ChatLayout,
     ChatTemplate,
-    LaidOut,
     Manner,
     TemplateRefusal,
     Traits,
     answer_to,
-    ends_of,
     handed_over,
     server_messages,
 )
@@ -24,6 +21,9 @@ from agentft.data.conversation import Conversation, Message, Origin, ToolCall, c
 from agentft.data.marked_text import MarkedText, marked_message
 from agentft.data.render import Kind
 
+T = TypeVar("T", str, Sequence[str])
+
+_CallIds = Literal["given", "made", "nine"]
 _DESCRIPTION = "Tells how hard the wind blows."
 _TOOL: dict[str, Any] = {
     "type": "function",
@@ -61,7 +61,7 @@ def probe(template: ChatTemplate) -> Traits:
     """
     none = (Manner(), Manner())
     traits = Traits(False, False, False, False, False, False, none, (), ())
-    for as_text, content, ids in product((False, True), (False, True), ("given", "made", "nine")):
+    for as_text, content, ids in product((False, True), (False, True), get_args(_CallIds)):
         trial = replace(traits, arguments_as_text=as_text, content_needed=content, call_ids=ids)
         problem = _tool_problem(template, trial)
         if not problem:
@@ -137,7 +137,7 @@ def _declares(template: ChatTemplate, traits: Traits) -> bool:
 def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
     """Find the tokens that end a text and a step of calls."""
     ask, tell = chat_messages((_ASK, _TELL))
-    alone, rest = _tokens_after(template, traits, [ask, tell], (), Kind.text)
+    alone, _ = _tokens_after(template, traits, [ask, tell], (), Kind.text)
     followed, between = _tokens_after(template, traits, [ask, tell, *chat_messages((_THANK,))], (), Kind.text)
     own = bool(alone)
     if not alone and not followed:
@@ -173,7 +173,7 @@ def _closing_tokens(template: ChatTemplate, traits: Traits, ends: Sequence[str])
     if text is None or len(calls) < 4:
         return max(len(ends) - 1, 0)
     between = template.control.findall(text.text, calls[1].stop, calls[2].start)
-    return len(os.path.commonprefix([list(ends), between]))
+    return len(_common_prefix([ends, between]))
 
 
 def _tokens_after(
@@ -227,7 +227,7 @@ def _described(
     if not prompt.startswith(before):
         return Manner(args)
     header = prompt[len(before) :]
-    shared = os.path.commonprefix([header, text.text[len(before) :], _first_header(template, traits, args)])
+    shared = _common_prefix([header, text.text[len(before) :], _first_header(template, traits, args)])
     thinking = any(message.reasoning_content for message in messages)
     others = (messages, _TALK, (_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if traits.tools else ()))
     whole = bool(header) and not thinking
@@ -250,6 +250,16 @@ def _first_header(template: ChatTemplate, traits: Traits, args: Mapping[str, Any
     except (TemplateRefusal, StopIteration):
         return ""
     return text.text[len(before) :]
+
+
+def _common_prefix(texts: Sequence[T]) -> T:
+    first = texts[0]
+    length = 0
+    for place in zip(*texts, strict=False):
+        if any(each != place[0] for each in place):
+            break
+        length += 1
+    return first[:length]
 
 
 def _steps(

@@ -94,7 +94,15 @@ def _merging_json() -> str:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    words = ["assistant\n\n", "assistant\nHigh", "user\nHigh tide?", '{"harbour": "Husum"}}\n', ":\n\n", "\n\nAt 14:20.", ": "]
+    words = [
+        "assistant\n\n",
+        "assistant\nHigh",
+        "user\nHigh tide?",
+        '{"harbour": "Husum"}}\n',
+        ":\n\n",
+        "\n\nAt 14:20.",
+        ": ",
+    ]
     drawn = random.Random(7)
     backend.train_from_iterator(("".join(drawn.choices(words, k=6)) for _ in range(3000)), trainer)
     return backend.to_str()
@@ -122,7 +130,21 @@ def _sentencepiece_json() -> str:
         show_progress=False,
     )
     drawn = random.Random(9)
-    words = "High tide in Husum is at 14:20 user assistant system tool harbour get_tide name arguments the a of".split()
+    words = [
+        "High",
+        "tide",
+        "in",
+        "Husum",
+        "is",
+        "at",
+        "14:20",
+        "user",
+        "assistant",
+        "tool",
+        "harbour",
+        "get_tide",
+        "name",
+    ]
     backend.train_from_iterator((" ".join(drawn.choices(words, k=8)) for _ in range(2000)), trainer)
     return backend.to_str()
 
