@@ -198,7 +198,7 @@ class _Work:
 
     def _prompt(self, step: int) -> MarkedText:
         text = self._render(self.steps[step], prompt=True)
-        if not self.spelt:
+        if self.tested and not self.spelt:
             before = handed_over(self.messages[: self.steps[step]], self.traits)
             plain = self.template.render(before, self.conversation.tools, prompt=True, args=self.manner.args)
             if plain != text.text:

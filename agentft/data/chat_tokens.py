@@ -249,13 +249,18 @@ class _Layout:
     def spans(self, starts: Starts, trained: Iterable[int]) -> tuple[Span, ...]:
         """Return the labelled runs of tokens, by kind; a token that carries any part of a call's parameters is `call`."""
         first = np.searchsorted(self._ends, starts, side="right")
-        stops = np.maximum(np.append(starts[1:], starts[-1:] + 1), starts + 1)
-        last = np.searchsorted(self._starts, stops) - 1
-        kinds = self._kinds[first].copy()
-        calling = (self._calls[last + 1] > self._calls[first]) & (kinds == Kind.frame)
-        kinds[calling] = Kind.call
-        kinds[~np.isin(self._step_of[first], list(trained))] = -1
-        borders = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1)).tolist()
+        wanted = np.zeros(len(self.steps) + 1, dtype=bool)  # The last is that of segments in no step.
+        wanted[list(trained)] = True
+        kinds = np.where(wanted[self._step_of], self._kinds, -1)[first]
+        frames = np.flatnonzero(kinds == Kind.frame)
+        if len(frames):
+            ends = np.maximum(np.append(starts[1:], starts[-1:] + 1), starts + 1)[frames]
+            last = np.searchsorted(self._starts, ends) - 1
+            kinds[frames[self._calls[last + 1] > self._calls[first[frames]]]] = Kind.call
+        changed = np.empty(len(kinds) + 1, dtype=bool)
+        changed[0], changed[-1] = kinds[0] >= 0, kinds[-1] >= 0
+        np.not_equal(kinds[1:], kinds[:-1], out=changed[1:-1])
+        borders = np.flatnonzero(changed).tolist()
         return tuple(
             Span(start, stop, Kind(int(kinds[start])))
             for start, stop in zip(borders, borders[1:], strict=False)

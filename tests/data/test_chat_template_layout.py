@@ -70,6 +70,12 @@ def layout_of(name: str, tokenizer: str) -> ChatLayout:
     return ChatLayout(template, probe(template))
 
 
+@cache
+def encoder_of(name: str, tokenizer: str) -> RenderingEncoder:
+    template = layout_of(name, tokenizer).template
+    return RenderingEncoder(template.tokenizer, template.control)
+
+
 def check_laws(name: str, tokenizer: str, kind: str) -> tuple[LaidOut | tuple[str, str], int, int]:
     """Check all steps of a conversation; return how it was laid out, its examples' tokens and those of its longest one."""
     layout = layout_of(name, tokenizer)
@@ -82,7 +88,7 @@ def check_laws(name: str, tokenizer: str, kind: str) -> tuple[LaidOut | tuple[st
     args = layout.args(reasoning=any(message.reasoning_content for message in talk.messages))
     args.pop("strftime_now", None)
     spelt = any(token in str(message) for message in messages for token in layout.template.control_tokens)
-    encoder = RenderingEncoder(own, layout.template.control)
+    encoder = encoder_of(name, tokenizer)
     examples = [each for found in encoder.encode([(kind, r) for r in laid_out.renderings]) for each in found]
     stops = next((tokens for family, tokens in STOPS.items() if name.startswith(family)), {"<|im_end|>"})
     trained = []
@@ -204,8 +210,7 @@ def test_a_step_that_the_tokenizer_would_join_to_its_prompt_has_a_border_and_lat
     layout = layout_of("qwen2_5", "merging")
     laid_out = layout.lay_out(conversation("leading_breaks"))
     assert isinstance(laid_out, LaidOut)
-    encoder = RenderingEncoder(layout.template.tokenizer, layout.template.control)
-    (examples,) = encoder.encode([("x", laid_out.renderings[0])])
+    (examples,) = encoder_of("qwen2_5", "merging").encode([("x", laid_out.renderings[0])])
     assert [steps for _, steps in examples] == [(0, 2), (1,)]
 
 
