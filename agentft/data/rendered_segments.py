@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from agentft.data.marked_text import MarkedText, Value
 from agentft.data.render import TRAINED_KINDS, Kind, Segment
 
+_NO_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
+"""How templates begin a step without a thought."""
+
 
 class Region(NamedTuple):
     """Where a step stands in a rendered text."""
@@ -78,10 +81,13 @@ def _step(
     before: Kind | None = None
     start = region.begin
     values = text.within(region.begin, region.stop)
-    places = _call_places(text.text, region, values, calls)
+    places = _call_places(text, region, values, calls)
     for value in (*values, Value(region.stop, region.stop, Kind.frame if calls else Kind.text)):
         if value.start > start:
-            if Kind.reasoning in (before, value.kind):
+            if before is None and (thought := _NO_THOUGHT.match(text.text, start, value.start)):
+                yield _Piece(start, thought.end(), Kind.reasoning, template=True)
+                start = thought.end()
+            elif Kind.reasoning in (before, value.kind):
                 close = _thought_close(text.text, start, value, control)
                 yield _Piece(start, close, Kind.reasoning, template=True)
                 start, before = close, None
@@ -118,37 +124,46 @@ def _thought_close(text: str, start: int, after: Value, control: re.Pattern[str]
 
 
 def _call_places(
-    text: str, region: Region, values: Sequence[Value], calls: Sequence[Mapping[str, Any]]
+    text: MarkedText, region: Region, values: Sequence[Value], calls: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int, int]]:
     """Where the parameters of each call stand: as one JSON object, or its keys and values one by one."""
     places: list[tuple[int, int]] = []
     names = iter([value for value in values if value.kind is Kind.call])
     for call in calls:
         function = call["function"]
-        name = next((v for v in names if text[v.start : v.stop] == function["name"].strip()), None)
+        name = next((v for v in names if text.text[v.start : v.stop] == function["name"].strip()), None)
         if name is None:
             break
         written = json.dumps(function["arguments"], ensure_ascii=False)
-        start = text.find(written, name.stop, region.stop)
+        start = text.text.find(written, name.stop, region.stop)
         if start >= 0:
             places.append((start, start + len(written)))
         else:
             places += _words(text, name.stop, region.stop, function["arguments"])
-    return places
+    return sorted(places)
 
 
-def _words(text: str, start: int, stop: int, arguments: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Find the keys of some arguments, and what is not a string among their values, each behind the one before."""
+def _words(text: MarkedText, start: int, stop: int, arguments: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Find the keys of some arguments, in any order, and behind each its value where that is not a string."""
     for key, value in arguments.items():
-        spelt = "true" if value is True else "false" if value is False else "null" if value is None else str(value)
-        words = [key] if isinstance(value, str) else [key, spelt, json.dumps(value, ensure_ascii=False)]
-        for word in words:
-            found = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)").search(text, start, stop)
-            if found:
-                yield found.span()
-                start = found.end()
-        if isinstance(value, str) and (at := text.find(value.strip(), start, stop)) >= 0:
-            start = at + len(value.strip())
+        place = _word(text, key, start, stop)
+        if place is None:
+            continue
+        yield place
+        if not isinstance(value, str):
+            spelt = json.dumps(value, ensure_ascii=False)
+            place = _word(text, spelt, place[1], stop) or _word(text, str(value), place[1], stop)
+            if place is not None:
+                yield place
+
+
+def _word(text: MarkedText, word: str, start: int, stop: int) -> tuple[int, int] | None:
+    """Find a word in the template's own text."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+    for first, last in text.gaps(start, stop):
+        if found := pattern.search(text.text, first, last):
+            return found.span()
+    return None
 
 
 def _add(

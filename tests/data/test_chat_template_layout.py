@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,9 @@ from agentft.data.chat_template import ChatTemplate, handed_over, server_message
 from agentft.data.chat_tokens import RenderingEncoder
 from agentft.data.conversation import Conversation, Message, Origin, ToolCall
 from agentft.data.template_probe import probe
+from agentft.data.tokens import Example
 from agentft.errors import ConfigError
+from agentft.model.random_weights import byte_tokenizer
 from tests.data.chat_families import NO_TOOLS, TOKENIZERS, VALUES, conversation, template_names, with_template
 
 STOPS = {
@@ -63,7 +67,7 @@ UNSAID: dict[str, dict[str, set[str]]] = {
 
 @cache
 def layout_of(name: str, tokenizer: str) -> ChatLayout:
-    made = with_template(TOKENIZERS[tokenizer](), name)
+    made = with_template(byte_tokenizer() if tokenizer == "bytes" else TOKENIZERS[tokenizer](), name)
     template = ChatTemplate(
         made, template_args={"strftime_now": "2026-11-30"} if "strftime" in made.chat_template else {}
     )
@@ -266,3 +270,47 @@ def test_the_date_is_fixed_and_recorded():
     assert len(ChatTemplate(tokenizer).args["strftime_now"]) == 10
     with pytest.raises(ConfigError, match="expected a date like"):
         ChatTemplate(tokenizer, template_args={"strftime_now": "today"})
+
+
+FAMILIES = {
+    "qwen2_5": False,
+    "qwen3": True,
+    "qwen3_5_think": True,
+    "qwen3_6": True,
+    "llama3_1": False,
+    "glm4moe": True,
+    "deepseekv3": False,
+    "gptoss": True,
+    "gemma4_v5": True,
+    "nemotron_3_nano": True,
+    "lfm2_2_5": True,
+}
+"""Templates that have golden labels, and whether these show reasoning too."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_labels_of_a_family_equal_the_golden_file(name: str, golden_folder: Path, update_golden: bool):
+    layout = layout_of(name, "bytes")
+    lines = []
+    for kind in ("plain", "reasoning") if FAMILIES[name] else ("plain",):
+        laid_out = layout.lay_out(conversation(kind, declared=False))
+        assert isinstance(laid_out, LaidOut)
+        encoded = encoder_of(name, "bytes").encode([(kind, rendering) for rendering in laid_out.renderings])
+        for example, steps in (each for found in encoded for each in found):
+            lines += [f"=== {kind}, step {', '.join(str(step + 1) for step in steps)}", *readable(layout, example)]
+    text = "\n".join(lines) + "\n"
+    golden = golden_folder / "chat_labels" / f"{name}.txt"
+    if update_golden:
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), f"{golden} differs; if that is meant: pytest --update-golden"
+
+
+def readable(layout: ChatLayout, example: Example) -> Iterator[str]:
+    """A line for each line of a run of tokens of one kind, with a sign before what is trained."""
+    at = 0
+    for start, stop, kind in [*example.spans, (len(example), len(example), None)]:
+        for first, last, name in ((at, start, "-context"), (start, stop, f"+{kind.name if kind else ''}")):
+            text = layout.template.tokenizer.decode(example.input_ids[first:last], skip_special_tokens=False)
+            yield from (f"{name:<10}|{line}|" for line in text.split("\n") if last > first)
+        at = stop
