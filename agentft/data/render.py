@@ -37,9 +37,11 @@ class Kind(IntEnum):
     """The token that ends a step."""
     frame = 7
     """The rest of a call: its marks, fence, braces, field names and other fields."""
+    reasoning = 8
+    """What the agent thinks before it speaks, with the marks around it."""
 
 
-TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop, Kind.frame})
+TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop, Kind.frame, Kind.reasoning})
 """The mask law of agentft. Everything else is context and gets `IGNORE_INDEX`."""
 
 CALL_KINDS = frozenset({Kind.call, Kind.frame})
