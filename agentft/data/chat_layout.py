@@ -382,9 +382,9 @@ def _has_reasoning(messages: Sequence[ChatMessage]) -> bool:
 
 
 def _check_calls(conversation: Conversation) -> None:
-    for call in conversation.tool_calls:
-        if call.failure is not None:
-            raise _Problem("call_without_native_form", f"{call.failure.reason}: {call.failure.detail}")
+    for call in (call for message in conversation.messages for call in message.malformed_calls):
+        assert call.failure is not None
+        raise _Problem("call_without_native_form", f"{call.failure.reason}: {call.failure.detail}")
 
 
 def _names(messages: Sequence[ChatMessage], tools: Any) -> Iterator[tuple[str, str]]:
