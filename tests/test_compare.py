@@ -263,8 +263,10 @@ def test_the_page_needs_no_network_and_shows_every_run_in_every_chart(tmp_path: 
         assert f"<h3>{heading}</h3>" in page
     assert "Held-out loss</h3>" not in page, "it was never measured"
     assert page.count('data-run="7_rank-64_sample-480"') >= 10
-    assert "nan" not in re.sub(r"<style>.*?</style>", "", page).replace("tenant", "")
-    for svg in re.findall(r"<svg.*?</svg>", page):
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).replace("tenant", "")
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == page.count("<h3>")
+    for svg in drawings:
         ElementTree.fromstring(svg)
 
 

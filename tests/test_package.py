@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -28,14 +29,21 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of what the packages are built from."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel without the network needs setuptools in this environment")
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
     for folder in ("agentft", "conf", "sweeps"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source, cwd=target)
     (made,) = target.glob("agentft-*.whl")
@@ -56,14 +64,30 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
-def test_the_wheel_holds_every_module_and_every_config(wheel: Path):
+DATA = [
+    file for file in (ROOT / "agentft").rglob("*") if file.suffix not in (".py", ".pyc", ".so", "") and file.is_file()
+]
+"""Files that the package reads: the synthetic catalogue, templates, style sheets, scripts, the kernels' source."""
+
+
+def test_the_wheel_holds_every_module_config_and_data_file(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
         assert f"agentft/{file.relative_to(ROOT)}" in names
-    for file in (ROOT / "agentft").rglob("*.py"):
+    for file in [*(ROOT / "agentft").rglob("*.py"), *DATA]:
         assert str(file.relative_to(ROOT)) in names
+    assert {".yaml", ".j2", ".css", ".js", ".c"} <= {file.suffix for file in DATA}
     beside = {name.split("/")[0] for name in names} - {"agentft"}
     assert all(name.endswith(".dist-info") for name in beside), f"the wheel puts {beside} beside the package"
+
+
+def test_the_source_distribution_holds_every_data_file(source: Path, tmp_path: Path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", code, cwd=source)
+    (made,) = tmp_path.glob("agentft-*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(file.relative_to(ROOT)) for file in DATA} <= names
 
 
 def test_every_command_exists_and_can_be_loaded(installed: Path, tmp_path: Path):

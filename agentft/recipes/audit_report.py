@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentft.comparison.render import visible
 from agentft.data.audit import Audit, Statistics, Tally
 from agentft.data.findings import CODES, Example, Finding, Level
 from agentft.data.fit import Outcome
@@ -17,7 +18,6 @@ from agentft.data.fit_account import Fitting
 from agentft.data.render import TRAINED_KINDS, Kind
 from agentft.data.sources import ReadReport
 from agentft.recipes.config import AuditConfig
-from agentft.recipes.conversation_view import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

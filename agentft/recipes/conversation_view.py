@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agentft.comparison.render import visible
 from agentft.data.audit import Seen
 from agentft.data.render import Kind
 from agentft.data.token_text import TokenText
@@ -25,13 +26,6 @@ _STYLES: dict[Kind, tuple[str, str]] = {
     Kind.stop: ("white on #c04040", "white on #c04040"),
 }
 """Kind -> styles of its tokens, in turn, so that the borders of trained tokens can be seen."""
-
-_UNSEEN = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    0x7F: "␡",
-    **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd"),
-}
-"""Control characters as signs: a dataset must not move the reader's cursor or turn the direction of a line."""
 
 
 @dataclass(slots=True)
@@ -70,11 +64,6 @@ def labelled_runs(seen: Seen, text: TokenText) -> Iterator[Run]:
         pieces = list(text.pieces(example.input_ids[start:stop]))
         yield Run(Kind(int(kinds[start])), bool(labelled[start]), start, pieces)
         start = stop
-
-
-def visible(text: str) -> str:
-    """`text` with signs in place of control characters; line breaks and tabs stay."""
-    return text.translate(_UNSEEN)
 
 
 def print_conversation(seen: Seen, text: TokenText, console: Console, *, max_length: int) -> None:

@@ -26,7 +26,14 @@ from agentft.recipes.rows import source_digests
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DECIDES_NOTHING = ("name", "cache", "cache_limit_gb", "cache_dir", "max_rejected", "workers")
 _LIBRARIES = ("tokenizers", "fastokens", "pyarrow", "zstandard", "datasets", "modelscope")
-_ROOMS = ("data/**/*.py", "recipes/account.py", "recipes/build_data.py", "recipes/data_key.py", "recipes/rows.py")
+_ROOMS = (
+    "data/**/*.py",
+    "data/**/*.yaml",
+    "recipes/account.py",
+    "recipes/build_data.py",
+    "recipes/data_key.py",
+    "recipes/rows.py",
+)
 
 
 def key_of(ingredients: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agentft.comparison.call_differences import call_differences
+from agentft.comparison.predictions_page import call_differences
 from agentft.read import main
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -96,7 +96,7 @@ def test_every_kind_of_error_has_its_filter_and_wrong_answers_come_first(page):
 
 
 def test_user_reference_answer_and_what_differs_stand_side_by_side(page):
-    assert "weather: city is &quot;Oslo&quot; instead of &quot;Rome&quot;" in page
+    assert "weather: city is &#34;Oslo&#34; instead of &#34;Rome&#34;" in page
     assert "calls news instead of weather" in page
     assert "A question about wrong_tool &lt;i&gt;" in page
     assert "tools offered: 2</summary><pre>weather(city, day)\nnews</pre>" in page

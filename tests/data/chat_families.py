@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from agentft.data.conversation import Conversation, Message, Origin, ToolCall
+from agentft.data.calls import ToolCall
+from agentft.data.conversation import Conversation, Message, Origin
 
 NO_TOOLS = {
     "cohere": "roles must alternate",

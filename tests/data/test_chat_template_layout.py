@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from agentft.data.calls import ToolCall
 from agentft.data.chat_layout import ChatLayout, LaidOut
 from agentft.data.chat_template import ChatTemplate, handed_over, server_messages
 from agentft.data.chat_tokens import RenderingEncoder
-from agentft.data.conversation import Conversation, Message, Origin, ToolCall
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.template_probe import probe
 from agentft.data.tokens import Example
 from agentft.errors import ConfigError

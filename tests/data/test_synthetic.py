@@ -17,16 +17,18 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 
+from agentft.data import synthetic
 from agentft.data.calls import read_call_body
 from agentft.data.synthetic import generate
-from agentft.data.synthetic.catalogue import CHAINS, HELDOUT_FAMILIES, TOOLS, shelf
+from agentft.data.synthetic.catalogue import chains, heldout_families, segments, shelf, tools
 from agentft.data.synthetic.dialogues import KINDS
 from agentft.data.synthetic.generator import Author
-from agentft.data.synthetic.tools import segments
-from agentft.data.synthetic.values import base_pool, values_of
+from agentft.data.synthetic.values import base_pool, read_yaml, values_of
 from agentft.errors import DataError
 
+FOLDER = Path(synthetic.__file__).parent
 SETS = list(itertools.product(("en", "zh"), ("train", "heldout"), (False, True)))
 CALL = r"<\|startofthink\|>```JSON\n(?:(?!<\|).)*\n```<\|endofthink\|>"
 EXECUTION = r"<\|startofexec\|>```JSON\n(?:(?!<\|).)*\n```<\|endofexec\|>"
@@ -98,11 +100,11 @@ class TestEveryRecord:
 
     def test_calls_listed_tools_as_their_schema_says(self, language, part, unseen_tools):
         for record in records_of(language, part, unseen_tools):
-            tools = listed_tools(record)
-            assert 2 <= len(tools) <= 4
+            listed = listed_tools(record)
+            assert 2 <= len(listed) <= 4
             for request in calls_of(record):
                 assert not request.extras
-                jsonschema.Draft202012Validator(schema_of(tools[request.name])).validate(request.arguments)
+                jsonschema.Draft202012Validator(schema_of(listed[request.name])).validate(request.arguments)
 
     def test_takes_every_value_from_the_user_or_an_earlier_result(self, language, part, unseen_tools):
         for record in records_of(language, part, unseen_tools):
@@ -151,6 +153,32 @@ def test_same_bytes_twice_and_in_a_process_with_another_hash_seed():
             [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=True
         )
         assert process.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "expected"),
+    [
+        (400, {}, "5710f86ad7051a18"),
+        (300, {"seed": 7, "part": "heldout"}, "1739b31ba0f44316"),
+        (300, {"seed": 42, "languages": {"en": 1.0}, "unseen_tools": True}, "49ff09f5fbaaf618"),
+        (
+            300,
+            {"seed": 42, "languages": {"en": 1.0}, "part": "heldout", "unseen_tools": True, "max_rounds": 5},
+            "3f0bd27fd4a18f3e",
+        ),
+        (400, {"seed": 1, "languages": {"zh": 1.0}, "max_rounds": 1}, "cba80cc5887d5ec4"),
+        (400, {"seed": 3, "languages": {"zh": 1.0}, "part": "heldout"}, "78370f1555cbd889"),
+        (300, {"seed": 3, "languages": {"zh": 1.0}, "unseen_tools": True}, "e0f57d30ef6035a5"),
+        (
+            300,
+            {"seed": 11, "languages": {"en": 1, "zh": 2}, "part": "heldout", "unseen_tools": True},
+            "e00bc85ff2c889e6",
+        ),
+    ],
+)
+def test_the_records_of_a_seed_stay_what_they_were(count, arguments, expected):
+    """A run of another version of agentft can be compared only while the same seed gives the same bytes."""
+    assert fingerprint_of(generate(count, **arguments))[:16] == expected
 
 
 def test_a_longer_run_begins_with_a_shorter_one():
@@ -262,11 +290,34 @@ def test_a_minority_of_calls_is_indented():
 
 
 class TestCatalogue:
+    @pytest.mark.parametrize("name", ["tools", "chains", "en", "zh"])
+    def test_no_key_of_a_file_stands_twice(self, name):
+        """YAML keeps the last of two equal keys, so a second tool of one name would hide the first."""
+        waiting = [yaml.compose((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))]
+        while waiting:
+            node = waiting.pop()
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            keys = [key.value for key, _ in pairs]
+            assert len(set(keys)) == len(keys), keys
+            children = [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else [])
+            waiting += children
+
+    def test_every_word_of_a_file_is_text_and_every_list_has_one_of_each_part(self):
+        """`on`, `no` and numbers stay words; the third entry of a list is the first of the held-out part."""
+        for language in ("en", "zh"):
+            words = read_yaml(f"{language}.yaml")
+            for part in ("split", "shared", "enumerations", "booleans"):
+                for pool, each in words[part].items():
+                    assert all(isinstance(word, str) and word for word in each), pool
+                    assert len(set(each)) == len(each), pool
+                    assert len(each) >= (3 if part == "split" else 2), pool
+        assert read_yaml("en.yaml")["booleans"]["on_off"] == ["on", "off"]
+
     def test_is_as_large_as_promised(self):
-        assert len(TOOLS) >= 40
-        assert sum(tool.zh is not None for tool in TOOLS) >= 20
-        assert len({tool.key for tool in TOOLS}) == len(TOOLS)
-        assert {tool.family for tool in TOOLS} >= HELDOUT_FAMILIES
+        assert len(tools()) >= 40
+        assert sum(tool.zh is not None for tool in tools()) >= 20
+        assert len({tool.key for tool in tools()}) == len(tools())
+        assert {tool.family for tool in tools()} >= heldout_families()
 
     @pytest.mark.parametrize("language", ["en", "zh"])
     def test_every_phrasing_mentions_every_parameter_and_brackets_the_optional_ones(self, language):
@@ -299,14 +350,14 @@ class TestCatalogue:
                 assert all((p.en if language == "en" else p.zh) for p in tool.parameters), tool.key
 
     def test_parameter_names_of_a_tool_never_clash(self):
-        for tool in TOOLS:
-            names = [set(parameter.names.replace("_", "").split()) for parameter in tool.parameters]
+        for tool in tools():
+            names = [{name.replace("_", "") for name in parameter.names} for parameter in tool.parameters]
             assert sum(map(len, names)) == len(set().union(*names)), tool.key
 
     def test_chains_link_fields_that_exist(self):
-        tools = {tool.key: tool for tool in TOOLS}
-        for chain in CHAINS:
-            first, second = tools[chain.first], tools[chain.second]
+        by_key = {tool.key: tool for tool in tools()}
+        for chain in chains():
+            first, second = by_key[chain.first], by_key[chain.second]
             assert set(chain.links.values()) <= set(first.result)
             needed = {p.key for p in second.parameters if p.required} - set(chain.links)
             for language in ("en", "zh"):

@@ -266,9 +266,9 @@ def _other_code(monkeypatch, tmp_path):
     shutil.copytree(data_key._PACKAGE / "data", package / "data")
     shutil.copytree(data_key._PACKAGE / "recipes", package / "recipes")
     monkeypatch.setattr(data_key, "_PACKAGE", package)
-    with (package / "data" / "synthetic" / "words_zh.py").open("a") as file:
+    with (package / "data" / "synthetic" / "zh.yaml").open("a") as file:
         file.write("# another line\n")
-    for path in package.rglob("*.py"):
+    for path in (each for each in package.rglob("*") if each.is_file()):
         os.utime(path, (1, 1))
 
 

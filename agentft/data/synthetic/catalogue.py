@@ -1,163 +1,211 @@
-"""All tools and chains, and which of them a set of records may use."""
+"""Load the tools, chains and phrases of the dataset from `tools.yaml`, `chains.yaml`, `en.yaml` and `zh.yaml`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from types import MappingProxyType
+from typing import Any
 
-from agentft.data.synthetic.catalogue_daily import DAILY
-from agentft.data.synthetic.catalogue_home import AT_HOME
-from agentft.data.synthetic.catalogue_leisure import LEISURE
-from agentft.data.synthetic.catalogue_money import MONEY
-from agentft.data.synthetic.catalogue_people import PEOPLE_AND_OFFICE
-from agentft.data.synthetic.catalogue_shop import SHOPPING
-from agentft.data.synthetic.catalogue_travel import ON_THE_ROAD
-from agentft.data.synthetic.tools import Chain, Language, Part, Tool, segments
-from agentft.data.synthetic.values import base_pool
+from agentft.data.synthetic.values import Json, Language, Part, base_pool, plain_number, read_yaml
 
-TOOLS: tuple[Tool, ...] = (
-    *DAILY,
-    *AT_HOME,
-    *ON_THE_ROAD,
-    *LEISURE,
-    *MONEY,
-    *SHOPPING,
-    *PEOPLE_AND_OFFICE,
-)
+Derived = Callable[[Mapping[str, Json]], Json]
+"""Computes a field of an observation from the parameters and the fields before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a tool. Its pool (see `values.py`) gives both its values and its JSON type."""
+
+    key: str
+    """The slot it fills in phrasings; the name a conversation shows is one of `names`."""
+    pool: str
+    names: Sequence[str]
+    """Synonyms in snake_case."""
+    en: str
+    zh: str = ""
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How people speak about a tool in one language; the fields are explained in `tools.yaml`."""
+
+    descriptions: Sequence[str]
+    goal: str
+    asks: Sequence[str]
+    summaries: Sequence[str]
+    both: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One concept of the catalogue, in one or both languages."""
+
+    key: str
+    family: str
+    names: Sequence[str]
+    """Synonyms, words separated by blanks."""
+    parameters: Sequence[Parameter]
+    result: Mapping[str, str | Derived]
+    """Fields of the observation: a pool, or a function of what is known."""
+    en: Wording
+    zh: Wording | None = None
+    again: str = ""
+    """The parameter that a follow-up question or a correction changes; empty where that would sound odd."""
+
+    def wording(self, language: Language) -> Wording:
+        """Return the phrasings in `language`; the caller has chosen a tool that speaks it."""
+        wording = self.en if language == "en" else self.zh
+        if wording is None:
+            raise KeyError(f"tool {self.key!r} has no wording in {language!r}")
+        return wording
+
+    def parameter(self, key: str) -> Parameter:
+        """Return the parameter filling slot `key`."""
+        return next(parameter for parameter in self.parameters if parameter.key == key)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Two tools of which the second takes a value that the first returns."""
+
+    tools: Sequence[str]
+    links: Mapping[str, str]
+    """Parameter of the second tool -> field of the first tool's observation."""
+    en: Mapping[str, Sequence[str]]
+    zh: Mapping[str, Sequence[str]] | None = None
+
+    @property
+    def first(self) -> str:
+        """The concept that is called first."""
+        return self.tools[0]
+
+    @property
+    def second(self) -> str:
+        """The concept that is called with the result."""
+        return self.tools[1]
+
+    def phrasings(self, language: Language) -> Sequence[str]:
+        """Return requests for both tools in one turn."""
+        return ((self.en if language == "en" else self.zh) or {}).get("at_once", ())
+
+    def then_phrasings(self, language: Language) -> Sequence[str]:
+        """Return requests for the second tool in a later turn, after the first has answered."""
+        return ((self.en if language == "en" else self.zh) or {}).get("then", ())
+
+
+@dataclass(frozen=True, slots=True)
+class Phrasebook:
+    """What is said in one language whatever the tool. Slots are filled by `dialogues.py`."""
+
+    instructions: Sequence[str]
+    at_once: str
+    """Added to the instruction where several calls stand in one turn without waiting for results."""
+    plugins: str
+    greetings: Sequence[str]
+    announcements: Sequence[str]
+    joints: Sequence[str]
+    """Between two requests in one turn."""
+    between_summaries: str
+    list_joint: str
+    name_joint: str
+    again: Sequence[str]
+    questions: Sequence[str]
+    replies: Sequence[str]
+    corrections: Sequence[str]
+    refusals: Sequence[str]
+    failures: Sequence[str]
+    errors: Sequence[str]
+    not_found: str
+    unknown: str
+    thanks: Sequence[Sequence[str]]
+    """Pairs of what the user says and what the assistant replies, as in the next two."""
+    abilities: Sequence[Sequence[str]]
+    small_talk: Sequence[Sequence[str]]
+
+
+@cache
+def phrasebook(language: Language) -> Phrasebook:
+    """Return the phrases of `language`."""
+    return Phrasebook(**read_yaml(f"{language}.yaml")["phrases"])
+
+
+@cache
+def tools() -> tuple[Tool, ...]:
+    """Return all tools, in the order of the file."""
+    families = {name: group for name, group in read_yaml("tools.yaml").items() if name not in ("heldout", "shared")}
+    return tuple(_tool(key, family, **entry) for family, group in families.items() for key, entry in group.items())
+
+
+def heldout_families() -> frozenset[str]:
+    """Return the families that `unseen_tools` keeps out of training."""
+    return frozenset(read_yaml("tools.yaml")["heldout"])
+
+
+@cache
+def chains() -> tuple[Chain, ...]:
+    """Return all chains, in the order of the file."""
+    return tuple(Chain(**entry) for entry in read_yaml("chains.yaml"))
+
+
+def _tool(
+    key: str,
+    family: str,
+    *,
+    names: Sequence[str],
+    parameters: Mapping[str, Mapping[str, Any]],
+    returns: Mapping[str, str],
+    en: Mapping[str, Any],
+    optional: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    zh: Mapping[str, Any] | None = None,
+    again: str = "",
+) -> Tool:
+    """Return a tool from its entry in `tools.yaml`, whose keys are the arguments."""
+    listed = [(slot, fields, True) for slot, fields in parameters.items()]
+    listed += [(slot, fields, False) for slot, fields in optional.items()]
+    return Tool(
+        key,
+        family,
+        names,
+        [Parameter(slot, required=required, **{"pool": slot, **fields}) for slot, fields, required in listed],
+        {field: COMPUTED.get(source, source) for field, source in returns.items()},
+        Wording(**en),
+        Wording(**zh) if zh is not None else None,
+        again,
+    )
+
+
+_METERS = {"km": 1000.0, "miles": 1609.344, "m": 1.0, "feet": 0.3048, "inches": 0.0254, "cm": 0.01, "yards": 0.9144}
+
+
+def _converted_length(known: Mapping[str, Json]) -> Json:
+    return plain_number(round(known["measure"] * _METERS[known["source"]] / _METERS[known["target"]], 2))
+
+
+def _monthly_payment(known: Mapping[str, Json]) -> Json:
+    rate = known["interest"] / 1200
+    return plain_number(round(known["principal"] * rate / (1 - (1 + rate) ** (-12 * known["years"])), 2))
+
+
+COMPUTED: Mapping[str, Derived] = {
+    "body_mass_index": lambda known: plain_number(round(known["kilograms"] / (known["height"] / 100) ** 2, 1)),
+    "converted_amount": lambda known: plain_number(round(known["amount"] * known["rate"], 2)),
+    "converted_length": _converted_length,
+    "monthly_payment": _monthly_payment,
+    "us_dollars": lambda _: "USD",
+    "word_meaning": lambda known: read_yaml("en.yaml")["dictionary"][known["word"]][0],
+    "word_synonyms": lambda known: read_yaml("en.yaml")["dictionary"][known["word"]][1:],
+}
+"""Fields of a result that follow from the call, by the name that stands in `tools.yaml`."""
 
 LOOKED_UP_POOLS = frozenset(
     {"city", "person", "room", "door", "place", "word", "dish", "email", "symbol", "host", "event"}
     | {"order", "parcel", "flight", "account", "card", "event_id", "note_id", "song_id", "book_id", "ticket", "booking"}
 )
 """Values that a tool may fail to find."""
-
-HELDOUT_FAMILIES = frozenset({"hotel", "bank", "parcel", "library", "office", "sport"})
-"""Whole families, so that no near duplicate of a held-out tool is seen in training."""
-
-CHAINS: tuple[Chain, ...] = (
-    Chain(
-        "order_find",
-        "order_cancel",
-        {"order": "order"},
-        ("Cancel the last order of {person}.", "Find the latest order of {person} and cancel it."),
-        ("Then cancel it.", "Please cancel that order."),
-        ("取消{person}最近的订单。", "找到{person}的订单并取消。"),
-        ("那就取消吧。", "请取消这个订单。"),
-    ),
-    Chain(
-        "order_find",
-        "order_status",
-        {"order": "order"},
-        ("Has the last order of {person} been sent?", "Look up the last order of {person} and tell me its status."),
-        ("What is the status of that order?", "Has it been sent yet?"),
-        ("{person}最近的订单发货了吗？",),
-        ("这个订单什么状态？",),
-    ),
-    Chain(
-        "product_search",
-        "cart_add",
-        {"product_id": "product_id"},
-        (
-            "Find a {product} and put {quantity} pieces in my cart.",
-            "I need {quantity} pieces: search for a {product} and add it.",
-        ),
-        ("Good, put {quantity} pieces in my cart.", "I take {quantity} of them, add them to my basket."),
-        ("找{product}，加{quantity}件到购物车。",),
-        ("好，加{quantity}件到购物车。", "来{quantity}件，放进购物车。"),
-    ),
-    Chain(
-        "contact_find",
-        "message_send",
-        {"phone": "phone"},
-        ('Find the number of {person} and text: "{message}"', 'Look up {person} and send this message: "{message}"'),
-        ('Then text this: "{message}"', 'Send a message there: "{message}"'),
-        ("查{person}的电话，发短信：{message}。",),
-        ("给这个号码发短信：{message}。",),
-    ),
-    Chain(
-        "flight_search",
-        "flight_book",
-        {"flight": "flight"},
-        ("Find a flight from {origin} to {destination} on {date} and book it for {person}.",),
-        ("Book it for {person}.", "Good, reserve that flight for {person}."),
-        ("查{date}从{origin}到{destination}的航班，给{person}订上。",),
-        ("就订这个，乘客{person}。",),
-    ),
-    Chain(
-        "flight_search",
-        "flight_status",
-        {"flight": "flight"},
-        ("Find a flight from {origin} to {destination} on {date} and check its status.",),
-        ("Is that flight on time?", "Which gate does it leave from?"),
-        ("查{date}从{origin}到{destination}的航班，看看是否准点。",),
-        ("这个航班准点吗？",),
-    ),
-    Chain(
-        "hotel_search",
-        "hotel_book",
-        {"hotel_id": "hotel_id"},
-        (
-            "Find a hotel in {city} for {nights} nights and book it for {person}.",
-            "Book {person} a hotel in {city}, {nights} nights.",
-        ),
-        ("Book it for {person}.", "Reserve that one in the name of {person}."),
-        ("在{city}找酒店住{nights}晚，给{person}订上。",),
-        ("就订这家，入住人{person}。",),
-    ),
-    Chain(
-        "restaurant_find",
-        "table_book",
-        {"restaurant": "restaurant"},
-        ("Find {cuisine} food in {city} and book a table for {guests} people at {time}.",),
-        ("Book a table there for {guests} people at {time}.", "Reserve it for {guests} at {time}."),
-        ("在{city}找家{cuisine}餐厅，订{guests}人，{time}。",),
-        ("订这家，{guests}人，{time}。",),
-    ),
-    Chain(
-        "event_find",
-        "event_cancel",
-        {"event_id": "event_id"},
-        ("Find my {event} and cancel it.", "Look up {event} and cancel it."),
-        ("Then cancel it.", "Remove it from my calendar."),
-        ("找到{event}并取消。",),
-        ("取消这个日程。",),
-    ),
-    Chain(
-        "note_find",
-        "note_delete",
-        {"note_id": "note_id"},
-        ("Find my note about {person} and delete it.", "Delete what I wrote about {person}."),
-        ("Delete that note.", "I do not need it any more, erase it."),
-        ("找到关于{person}的笔记并删除。",),
-        ("把这条删掉。",),
-    ),
-    Chain(
-        "song_find",
-        "song_play",
-        {"song_id": "song_id"},
-        ("Find a song by {person} and play it.", "Play the best known song by {person}."),
-        ("Play it.", "Good, play that song."),
-    ),
-    Chain(
-        "book_find",
-        "book_reserve",
-        {"book_id": "book_id"},
-        ('Find the book "{title}" and reserve it.', 'Please reserve "{title}" for me, look up its number first.'),
-        ("Reserve it for me.", "Please put it on hold."),
-    ),
-    Chain(
-        "stock_price",
-        "currency_convert",
-        {"amount": "amount", "source": "currency"},
-        (
-            "What does one share of {symbol} cost in {target}?",
-            "Get the stock price of {symbol} and convert it to {target}.",
-        ),
-        ("How much is that in {target}?", "Convert that to {target}."),
-        ("一股{symbol}合多少{target}？",),
-        ("换成{target}是多少？",),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -181,7 +229,7 @@ class Shelf:
     def chains(self) -> tuple[Chain, ...]:
         """Chains of which both tools are here."""
         return tuple(
-            c for c in CHAINS if c.phrasings(self.language) and c.first in self.by_key and c.second in self.by_key
+            c for c in chains() if c.phrasings(self.language) and c.first in self.by_key and c.second in self.by_key
         )
 
     @cached_property
@@ -218,8 +266,42 @@ def _alone_in_brackets(phrasing: str, key: str) -> bool:
 
 @cache
 def shelf(language: Language, part: Part, unseen_tools: bool) -> Shelf:
-    """The tools of `language`; with `unseen_tools` only those of `part`."""
-    tools = tuple(tool for tool in TOOLS if language == "en" or tool.zh is not None)
+    """Return the tools of `language`; with `unseen_tools` only those of `part`."""
+    chosen = tuple(tool for tool in tools() if language == "en" or tool.zh is not None)
     if unseen_tools:
-        tools = tuple(tool for tool in tools if (tool.family in HELDOUT_FAMILIES) == (part == "heldout"))
-    return Shelf(language, tools)
+        chosen = tuple(tool for tool in chosen if (tool.family in heldout_families()) == (part == "heldout"))
+    return Shelf(language, chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a phrasing and the slots in it."""
+
+    text: str
+    slots: frozenset[str]
+    bracketed: bool
+
+
+_BRACKETS = re.compile(r"\[([^\]]*)\]")
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+@cache
+def segments(phrasing: str) -> tuple[Segment, ...]:
+    """Split a phrasing at its square brackets."""
+    pieces = _BRACKETS.split(phrasing)
+    return tuple(
+        Segment(text, frozenset(_SLOT.findall(text)), bracketed=index % 2 == 1)
+        for index, text in enumerate(pieces)
+        if text
+    )
+
+
+def fill(phrasing: str, spoken: Mapping[str, str]) -> str:
+    """Say `phrasing` with the words in `spoken`, leaving out the brackets for which a word is missing."""
+    known = spoken.keys()
+    return "".join(
+        segment.text.format_map(spoken) if segment.slots else segment.text
+        for segment in segments(phrasing)
+        if not segment.bracketed or segment.slots <= known
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from agentft.data.synthetic.catalogue import Chain, Tool, fill
 from agentft.data.synthetic.scene import Request, Result, Scene
-from agentft.data.synthetic.tools import Chain, Tool, fill
 from agentft.data.synthetic.values import Value
 
 ANNOUNCED_SHARE = 0.08

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 
 from agentft.data.synthetic.dialogues import KINDS
 from agentft.data.synthetic.scene import Scene
-from agentft.data.synthetic.tools import Language, Part
+from agentft.data.synthetic.values import Language, Part
 from agentft.errors import DataError
 
 DEFAULT_LANGUAGES: Mapping[str, float] = MappingProxyType({"en": 0.9, "zh": 0.1})

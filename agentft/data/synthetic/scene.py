@@ -1,4 +1,4 @@
-"""One conversation in the making: its tools and their names, the values, and the text of its turns."""
+"""Draw one conversation: its tools and the names it gives them, the values, and the text of its turns."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from agentft.data.synthetic.catalogue import shelf
-from agentft.data.synthetic.naming import Namer, ToolNames
-from agentft.data.synthetic.phrasing import phrasebook
-from agentft.data.synthetic.tools import Json, Language, Part, Tool, fill
-from agentft.data.synthetic.values import Value, base_pool, enum_values, json_type, values_of
+from agentft.data.synthetic.catalogue import Tool, fill, phrasebook, shelf
+from agentft.data.synthetic.values import Json, Language, Part, Value, base_pool, enum_values, json_type, values_of
 
 OPTIONAL_SHARE = 0.35
 """How often a user mentions an optional parameter."""
@@ -22,6 +19,61 @@ INDENTED_SHARE = 0.1
 """Conversations whose JSON is written over several lines."""
 
 _T = TypeVar("_T")
+
+NameStyle = Literal["snake", "camel", "capitalized", "dotted", "prefixed", "versioned"]
+
+_STYLES: tuple[NameStyle, ...] = ("snake", "camel", "capitalized", "dotted", "prefixed", "versioned")
+_STYLE_WEIGHTS = (34, 22, 14, 12, 12, 6)
+_ONSETS = ("b", "d", "f", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
+_RHYMES = ("a", "e", "i", "o", "u", "an", "el", "or", "ix")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolNames:
+    """What one conversation calls a tool and its parameters."""
+
+    tool: str
+    description: str
+    parameters: dict[str, str]
+    """Slot -> name."""
+
+
+class Namer:
+    """Names the tools of one conversation, all in one style."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._style: NameStyle = rng.choices(_STYLES, _STYLE_WEIGHTS)[0]
+        self._prefix = "".join(rng.choice(_ONSETS) + rng.choice(_RHYMES) for _ in range(2))
+        self._version = rng.randrange(2, 5)
+
+    def name(self, tool: Tool, description: str) -> ToolNames:
+        """Draw names for `tool`."""
+        words = self._rng.choice(tool.names).split()
+        parameters = {p.key: self._parameter(self._rng.choice(p.names)) for p in tool.parameters}
+        return ToolNames(self._tool(words, tool.family), description, parameters)
+
+    def _tool(self, words: list[str], family: str) -> str:
+        snake = "_".join(words)
+        match self._style:
+            case "snake":
+                return snake
+            case "camel":
+                return words[0] + "".join(word.capitalize() for word in words[1:])
+            case "capitalized":
+                return "".join(word.capitalize() for word in words)
+            case "dotted":
+                return f"{family}.{snake}"
+            case "prefixed":
+                return f"{self._prefix}_{snake}"
+            case "versioned":
+                return f"{snake}_v{self._version}"
+
+    def _parameter(self, snake: str) -> str:
+        if self._style not in ("camel", "capitalized"):
+            return snake
+        first, *others = snake.split("_")
+        return first + "".join(word.capitalize() for word in others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Values by pool: what users say and tools return. Held-out records draw from other values than training records.
+"""Draw values by pool: what users say and tools return. Held-out records draw from other values than training records.
 
 Word lists give every third entry to the held-out part, numbers in codes, amounts, dates and times those of one rest
-modulo five. Small counts and enumerations are shared: there are too few of them to split.
+modulo five. Small counts and enumerations are shared: there are too few of them to split. The words are in `en.yaml` and
+`zh.yaml`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from agentft.data.synthetic import words_en, words_zh
-from agentft.data.synthetic.tools import Json, Language, Part
+import yaml
 
+Json = Any
+"""A value as `json.loads` returns it."""
+
+Language = Literal["en", "zh"]
+Part = Literal["train", "heldout"]
 JsonType = Literal["string", "integer", "number", "boolean"]
 
 Value = tuple[Json, str]
@@ -30,23 +36,14 @@ _TYPES: dict[str, JsonType] = {
     **dict.fromkeys(("on_off", "lock_unlock", "with_without"), "boolean"),
 }
 
-_ENUMS: dict[str, dict[Language, tuple[str, ...]]] = {
-    "temperature_unit": {"en": ("celsius", "fahrenheit"), "zh": ("摄氏度", "华氏度")},
-    "cabin": {"en": ("economy", "business", "first"), "zh": ("经济舱", "商务舱", "头等舱")},
-    "travel_mode": {"en": ("walking", "cycling", "driving"), "zh": ("步行", "骑行", "驾车")},
-    "priority": {"en": ("low", "normal", "high"), "zh": ("低", "普通", "高")},
-    "image_style": {"en": ("sketch", "watercolor", "photo", "cartoon"), "zh": ("素描", "水彩", "照片", "卡通")},
-    "news_section": {"en": ("politics", "science", "business", "culture"), "zh": ("时政", "科技", "财经", "文化")},
-}
+# A tenth of the time of the loader in Python; both read every scalar as text, so that `on` stays a word.
+_Loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
-_BOOLEANS: dict[str, dict[Language, tuple[str, str]]] = {
-    "on_off": {"en": ("on", "off"), "zh": ("打开", "关闭")},
-    "lock_unlock": {"en": ("lock", "unlock"), "zh": ("锁上", "打开")},
-    "with_without": {"en": ("with", "without"), "zh": ("要", "不要")},
-}
 
-_CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CNY", "CHF", "CAD", "AUD", "SEK", "INR", "BRL", "MXN", "SGD", "KRW", "NOK")
-_LENGTH_UNITS = ("km", "miles", "m", "feet", "inches", "cm", "yards")
+@cache
+def read_yaml(name: str) -> Any:
+    """Return the content of a file beside this module, to be left as it is; every scalar is a string."""
+    return yaml.load((Path(__file__).parent / name).read_text(encoding="utf-8"), Loader=_Loader)
 
 
 def base_pool(pool: str) -> str:
@@ -66,7 +63,7 @@ def json_type(pool: str) -> JsonType:
 
 def enum_values(pool: str, language: Language) -> tuple[str, ...]:
     """All values of an enumeration; empty for other pools."""
-    return _ENUMS[pool][language] if pool in _ENUMS else ()
+    return tuple(read_yaml(f"{language}.yaml")["enumerations"].get(pool, ()))
 
 
 @cache
@@ -79,29 +76,30 @@ class Values:
     """Draws values by the name of a pool."""
 
     def __init__(self, language: Language, part: Part) -> None:
-        self._language: Language = language
         self._heldout = part == "heldout"
         self._zh = language == "zh"
-        self._lists = self._split_lists()
+        words = read_yaml(f"{language}.yaml")
+        split = words["split"] | ({"word": list(words["dictionary"])} if "dictionary" in words else {})
+        self._lists: dict[str, Sequence[str]] = {pool: self._share(each) for pool, each in split.items()} | words[
+            "shared"
+        ]
+        self._enumerations, self._booleans = words["enumerations"], words["booleans"]
         self._makers = self._named_makers()
 
     def draw(self, pool: str, rng: random.Random) -> Value:
         """Draw from `pool`."""
-        if pool in self._lists:
-            word = rng.choice(self._lists[pool])
+        if words := self._lists.get(pool) or self._enumerations.get(pool):
+            word = rng.choice(words)
             return word, word
-        if pool in _ENUMS:
-            word = rng.choice(_ENUMS[pool][self._language])
-            return word, word
-        if pool in _BOOLEANS:
+        if pool in self._booleans:
             truth = rng.random() < 0.6
-            return truth, _BOOLEANS[pool][self._language][0 if truth else 1]
+            return truth, self._booleans[pool][0 if truth else 1]
         value = self._makers[pool](rng)
         return value, str(value)
 
     def pools(self) -> frozenset[str]:
         """The names `draw` knows."""
-        return frozenset({*self._lists, *_ENUMS, *_BOOLEANS, *self._makers})
+        return frozenset({*self._lists, *self._enumerations, *self._booleans, *self._makers})
 
     def _share(self, words: Sequence[str]) -> tuple[str, ...]:
         return tuple(
@@ -109,35 +107,6 @@ class Values:
             for index, word in enumerate(words)
             if (index % _HELDOUT_WORD_OF == _HELDOUT_WORD_OF - 1) == self._heldout
         )
-
-    def _split_lists(self) -> dict[str, tuple[str, ...]]:
-        words = words_zh if self._zh else words_en
-        names = {
-            "city": "CITIES", "language": "LANGUAGES", "room": "ROOMS", "place": "PLACES", "cuisine": "CUISINES",
-            "place_category": "PLACE_CATEGORIES", "reason": "CANCEL_REASONS", "color": "COLORS", "goods": "PRODUCTS",
-            "hotel_word": "HOTEL_WORDS", "subject": "SUBJECTS", "predicate": "PREDICATES", "moment": "MOMENTS",
-            "chore": "CHORES", "meeting": "MEETINGS",
-        }  # fmt: skip
-        english_only = {
-            "word": "COMMON_WORDS", "door": "DOORS", "dish": "DISHES", "adjective": "ADJECTIVES", "noun": "NOUNS",
-            "bill": "BILLS", "complaint": "COMPLAINTS", "floor": "FLOORS", "host_role": "HOST_ROLES",
-            "first_name": "FIRST_NAMES", "last_name": "LAST_NAMES",
-        }  # fmt: skip
-        chinese_only = {"surname": "SURNAMES", "given_name": "GIVEN_NAMES", "restaurant_word": "RESTAURANT_WORDS"}
-        lists = {
-            pool: self._share(getattr(words, name))
-            for pool, name in {**names, **(chinese_only if self._zh else english_only)}.items()
-        }
-        # What tools return is not split: a state such as "delivered" is vocabulary, not a value to copy.
-        shared = {"sky": "SKIES", "air_level": "AIR_LEVELS", "parcel_state": "PARCEL_STATES"}
-        shared |= {"order_state": "ORDER_STATES", "flight_state": "FLIGHT_STATES"}
-        if not self._zh:
-            shared |= {"ticket_state": "TICKET_STATES", "server_state": "SERVER_STATES"}
-            shared |= {"ingredient": "INGREDIENTS"}
-        lists |= {pool: getattr(words, name) for pool, name in shared.items()}
-        lists["currency"] = _CURRENCIES
-        lists["length_unit"] = _LENGTH_UNITS
-        return lists
 
     def _integer(self, rng: random.Random, low: int, high: int) -> int:
         """An integer in [low, high] whose rest modulo five is that of this part."""
@@ -250,14 +219,12 @@ class Values:
 
     def _restaurant(self, rng: random.Random) -> str:
         if self._zh:
-            return rng.choice(self._lists["restaurant_word"]) + rng.choice(("饭店", "酒楼", "小馆", "食府"))
-        return (
-            f"{rng.choice(self._lists['last_name'])}'s {rng.choice(('Kitchen', 'Table', 'Bistro', 'Grill', 'Corner'))}"
-        )
+            return rng.choice(self._lists["restaurant_word"]) + rng.choice(self._lists["restaurant_kind"])
+        return f"{rng.choice(self._lists['last_name'])}'s {rng.choice(self._lists['restaurant_kind'])}"
 
     def _hotel(self, rng: random.Random) -> str:
         if self._zh:
-            return rng.choice(self._lists["hotel_word"]) + rng.choice(("酒店", "宾馆", "大酒店"))
+            return rng.choice(self._lists["hotel_word"]) + rng.choice(self._lists["hotel_kind"])
         return f"Hotel {self._two(rng, 'hotel_word', 'last_name')}"
 
     def _email(self, rng: random.Random) -> str:

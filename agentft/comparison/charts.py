@@ -1,11 +1,12 @@
-"""Plain SVG for the comparison page: scales, axes and marks; colours come from the page's style sheet."""
+"""Draw charts for a page: scales, axes and marks; their classes are in the style sheet of the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+
+from agentft.comparison.runs import ComparedRun
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 12, 42
 """Margins around the plotting area, in pixels."""
@@ -57,18 +58,43 @@ def category_scale(names: Sequence[str], label: str) -> Scale:
     return Scale(lambda v: (v + 0.5) / count, [(float(i), name) for i, name in enumerate(names)], label)
 
 
-@dataclass
-class Plot:
-    """A chart under construction: two scales, and marks in data coordinates."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An element of a drawing."""
 
-    x: Scale
-    y: Scale
-    width: int = 420
-    height: int = 270
-    parts: list[str] = field(default_factory=list)
+    tag: str
+    attributes: Mapping[str, object]
+    """As in SVG; those that are None are left out."""
+    text: str = ""
+    title: str = ""
+    """Its tooltip."""
+
+
+@dataclass
+class Drawing:
+    """A picture of so many pixels; `templates/drawing.j2` makes SVG of it."""
+
+    width: int
+    height: int
+    marks: list[Mark] = field(default_factory=list)
+    """What is drawn later covers what was drawn before."""
+
+    def draw(self, tag: str, *, text: str = "", title: str = "", **attributes: object) -> None:
+        """Add an element: `data_run` is its attribute `data-run`, `class_` its class; empty attributes are left out."""
+        named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value != ""}
+        self.marks.append(Mark(tag, named, text, title))
+
+
+class Plot(Drawing):
+    """A chart of two scales, with marks in data coordinates."""
+
+    def __init__(self, x: Scale, y: Scale, width: int = 420, height: int = 270) -> None:
+        super().__init__(width, height)
+        self.x, self.y = x, y
+        self._axes()
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point."""
+        """Return the pixels of a point."""
         across, up = self.x.place(x), self.y.place(y)
         inner_width, inner_height = self.width - LEFT - RIGHT, self.height - TOP - BOTTOM
         return round(LEFT + across * inner_width, 1), round(TOP + (1 - up) * inner_height, 1)
@@ -82,51 +108,74 @@ class Plot:
         kind: str = "",
         aside: Sequence[float] | None = None,
     ) -> None:
-        """A line through points, each so many pixels to the right; `kind` is a class of the style sheet."""
+        """Draw a line through points, each so many pixels to the right; `kind` is a class of the style sheet."""
         pixels = [self.at(x, y) for x, y in points]
         moved = zip(pixels, aside or [0.0] * len(pixels), strict=True)
         path = " ".join(f"{px + by:.1f},{py}" for (px, py), by in moved)
-        self.parts.append(f'<polyline points="{path}"{_marks(f"line {kind}", colour, run)}</polyline>')
+        self.draw("polyline", points=path, class_=f"line {kind}".strip(), style=colour, data_run=run)
         if run:  # a thin line is hard to point at
-            self.parts.append(f'<polyline points="{path}"{_marks("hit", "", run, run)}</polyline>')
+            self.draw("polyline", points=path, class_="hit", data_run=run, title=run)
 
     def dot(self, x: float, y: float, title: str, *, colour: str = "", run: str = "", aside: float = 0.0) -> None:
-        """A point with a tooltip, `aside` pixels to the right."""
+        """Draw a point with a tooltip, `aside` pixels to the right."""
         px, py = self.at(x, y)
-        place = f'cx="{px + aside:.1f}" cy="{py}" r="4"'
-        self.parts.append(f"<circle {place}{_marks('dot', colour, run, title)}</circle>")
+        across = f"{px + aside:.1f}"
+        self.draw("circle", cx=across, cy=py, r=4, class_="dot", style=colour, data_run=run, title=title)
 
     def interval(
         self, x: float, low: float, high: float, *, colour: str = "", run: str = "", aside: float = 0.0
     ) -> None:
-        """A vertical 95 % interval."""
+        """Draw a vertical 95 % interval."""
         (px, bottom), (_, top) = self.at(x, low), self.at(x, high)
         path = f"M{px + aside:.1f},{bottom}V{top}m-3,0h6M{px + aside - 3:.1f},{bottom}h6"
-        self.parts.append(f'<path d="{path}"{_marks("line", colour, run)}</path>')
+        self.draw("path", d=path, class_="line", style=colour, data_run=run)
 
-    def svg(self) -> str:
-        """The whole chart."""
+    def _axes(self) -> None:
         right, bottom = self.width - RIGHT, self.height - BOTTOM
-        parts = []
         for value, words in self.y.ticks:
             y = round(TOP + (1 - self.y.place(value)) * (bottom - TOP), 1)
             if TOP - 1 <= y <= bottom + 1:
-                parts.append(f'<path class="grid" d="M{LEFT},{y}H{right}"/>')
-                parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{escape(words)}</text>')
+                self.draw("path", class_="grid", d=f"M{LEFT},{y}H{right}")
+                self.draw("text", x=LEFT - 6, y=y + 4, text_anchor="end", text=words)
         for value, words in self.x.ticks:
             x = round(LEFT + self.x.place(value) * (right - LEFT), 1)
             if LEFT - 1 <= x <= right + 1:
-                parts.append(f'<path class="grid" d="M{x},{bottom}v4"/>')
-                parts.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(words[:24])}</text>')
-        parts.append(f'<path class="axis" d="M{LEFT},{TOP}V{bottom}H{right}"/>')
-        middle = (LEFT + right) / 2
-        parts.append(
-            f'<text class="label" x="{middle}" y="{self.height - 6}" text-anchor="middle">{escape(self.x.label)}</text>'
-        )
-        turned = f"translate(13,{(TOP + bottom) / 2}) rotate(-90)"
-        parts.append(f'<text class="label" transform="{turned}" text-anchor="middle">{escape(self.y.label)}</text>')
-        box = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
-        return f"<svg {box} role='img'>{''.join(parts + self.parts)}</svg>"
+                self.draw("path", class_="grid", d=f"M{x},{bottom}v4")
+                self.draw("text", x=x, y=bottom + 17, text_anchor="middle", text=words[:24])
+        self.draw("path", class_="axis", d=f"M{LEFT},{TOP}V{bottom}H{right}")
+        label = {"class_": "label", "text_anchor": "middle"}
+        self.draw("text", x=(LEFT + right) / 2, y=self.height - 6, **label, text=self.x.label)
+        self.draw("text", transform=f"translate(13,{(TOP + bottom) / 2}) rotate(-90)", **label, text=self.y.label)
+
+
+Axis = tuple[Scale, Callable[[ComparedRun], float | None]]
+"""Where a value lies, and a run's value; a run without one has no point on the axis."""
+
+_AXIS_TOP, _AXIS_HEIGHT, _AXIS_GAP, _AXIS_LEFT = 34, 250, 150, 80
+
+
+def parallel_coordinates(runs: Sequence[ComparedRun], axes: Sequence[Axis], colours: Mapping[str, str]) -> Drawing:
+    """Draw one vertical axis a setting or result and one line a run; `runs` come best first, the best is on top."""
+    drawing = Drawing(2 * _AXIS_LEFT + _AXIS_GAP * (len(axes) - 1), _AXIS_TOP + _AXIS_HEIGHT + 12)
+    across = [_AXIS_LEFT + i * _AXIS_GAP for i in range(len(axes))]
+
+    def height(scale: Scale, value: float) -> float:
+        return round(_AXIS_TOP + (1 - scale.place(value)) * _AXIS_HEIGHT, 1)
+
+    for x in across:
+        drawing.draw("path", class_="axis", d=f"M{x},{_AXIS_TOP}v{_AXIS_HEIGHT}")
+    for run in reversed(runs):
+        found = [(x, scale, get(run)) for x, (scale, get) in zip(across, axes, strict=True)]
+        points = " ".join(f"{x},{height(scale, value)}" for x, scale, value in found if value is not None)
+        drawing.draw("polyline", points=points, class_="line wide-line", style=colours[run.name], data_run=run.name)
+        drawing.draw("polyline", points=points, class_="hit", data_run=run.name, title=run.name)
+    for x, (scale, _) in zip(across, axes, strict=True):
+        label = scale.label.split(" (log")[0]
+        drawing.draw("text", class_="label", x=x, y=18, text_anchor="middle", text=label)
+        for value, words in scale.ticks:
+            if _AXIS_TOP - 1 <= (y := height(scale, value)) <= _AXIS_TOP + _AXIS_HEIGHT + 1:
+                drawing.draw("text", x=x - 6, y=y + 4, text_anchor="end", class_="halo", text=words[:16])
+    return drawing
 
 
 def colour_of(share: float) -> str:
@@ -153,14 +202,6 @@ def _mixed(stops: Sequence[tuple[int, int, int]], share: float) -> str:
     i = min(int(place), len(stops) - 2)
     mixed = (round(a + (b - a) * (place - i)) for a, b in zip(stops[i], stops[i + 1], strict=True))
     return "rgb({},{},{})".format(*mixed)
-
-
-def _marks(kind: str, colour: str, run: str, title: str = "") -> str:
-    """Class, colour, run and tooltip of a mark: the rest of its opening tag, `>` included."""
-    style = f' style="{colour}"' if colour else ""
-    name = f' data-run="{escape(run, quote=True)}"' if run else ""
-    inner = f"<title>{escape(title)}</title>" if title else ""
-    return f' class="{kind.strip()}"{style}{name}>{inner}'
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
