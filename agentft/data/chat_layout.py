@@ -74,6 +74,17 @@ class ChatLayout:
     rewritten: Literal["exact", "stable"] = "exact"
     """Where the template rewrites history: several renderings, each as served, or one, whose prompts may differ."""
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is rendered."""
+        manners = [dict(manner.args) for manner in self.traits.manners]
+        return {
+            "source": self.template.source,
+            "args": self.template.args,
+            "manners": manners,
+            "rewritten": self.rewritten,
+        }
+
     def args(self, *, reasoning: bool) -> dict[str, Any]:
         """Return the template arguments for conversations with or without reasoning, as they are recorded."""
         return {**self.template.args, **self.traits.manners[reasoning].args}

@@ -15,6 +15,9 @@ from typing import Any, Literal
 from agentft.data.conversation import Conversation, chat_messages
 from agentft.errors import ConfigError
 
+DEFAULT_DATE = "2026-01-01"
+"""The day that templates are shown which ask for one: data, cache and resumed runs must not change at midnight."""
+
 ChatMessage = dict[str, Any]
 """A message as a server hands it to a chat template."""
 
@@ -50,7 +53,7 @@ class ChatTemplate:
         except ValueError:
             raise ConfigError("the tokenizer has no chat template; set model.template to a layout or a file") from None
         if DATE in source:
-            self.args.setdefault(DATE, datetime.datetime.now(tz=datetime.UTC).date().isoformat())
+            self.args.setdefault(DATE, DEFAULT_DATE)
         self.source = _with_date(source, str(self.args.get(DATE)))
         """The template, its date fixed."""
         self.control_tokens = _control_tokens(tokenizer, source)

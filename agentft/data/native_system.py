@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
+from agentft.data.conversation import Conversation
 from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN
 from agentft.data.offered_tools import OfferedTool, read_offered_tools
 
@@ -59,6 +60,26 @@ def read_system(system: str) -> NativeSystem:
     if MARK.search(text):
         return NativeSystem(remainder.strip(), tools, SystemReading.tools_native_marks_kept)
     return NativeSystem(text.strip(), tools, SystemReading.tools_native)
+
+
+def lift_tools(conversation: Conversation) -> Conversation | tuple[str, str]:
+    """Return an MSAgent conversation with the list of its system text as `tools`; others as they are.
+
+    Returned is (reason, detail) where the list cannot be read or the text names marks in words that were not recognised:
+    a prompt in another layout must not ask for marks that are not trained.
+    """
+    if conversation.tools or not any(message.source is not None for message in conversation.messages):
+        return conversation
+    system = read_system(conversation.system)
+    if system.reading is SystemReading.tools_unreadable:
+        return "tools_not_lifted", "an entry of the tool list cannot be read as a function declaration"
+    if system.reading is SystemReading.tools_native_marks_kept:
+        return "system_names_marks", "the system text names MSAgent marks in words that are not recognised"
+    if system.reading is not SystemReading.tools_native:
+        return conversation
+    head = (replace(conversation.messages[0], content=system.text),) if system.text else ()
+    tools = tuple(json.loads(tool) for tool in system.tools)
+    return replace(conversation, messages=(*head, *conversation.messages[1:]), tools=tools)
 
 
 def _without_entries(system: str, offered: Sequence[OfferedTool]) -> str | None:

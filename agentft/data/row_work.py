@@ -15,12 +15,12 @@ from agentft.data.conversation import Conversation
 from agentft.data.fit import Fitted, Fitter, Outcome
 from agentft.data.formats import Form
 from agentft.data.records import Notice, Rejection, read_record
-from agentft.data.render import Template
 from agentft.data.source_weights import showing_keys
 from agentft.data.sources import RawRow, identity
 from agentft.data.splits import is_held_out
 from agentft.data.stored_conversations import from_line, to_line
 from agentft.data.stored_examples import PackedExample, pack, stored_id_type
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 
 CONVERSATIONS_A_BATCH = 64
@@ -89,7 +89,7 @@ class RowWork:
     """The work, with all that decides its results."""
 
     config: DatasetConfig
-    template: Template
+    template: Layout
     encoder: SegmentEncoder
 
     def read(self, batch: RowsToRead) -> list[Understood | Rejection]:
@@ -135,7 +135,7 @@ class RowWork:
                 tuple([pack(piece.example, id_type) for piece in each.pieces]),
                 tuple([to_line(piece.conversation) for piece in shown]),
                 tuple([piece.conversation.content_hash for piece in shown]),
-                tuple(self.template.notes(each.original)) if each.problem is None else (),
+                each.notes if each.problem is None else (),
                 frozenset().union(*(piece.conversation.called_tools for piece in each.pieces)),
                 None if each.outcome is Outcome.whole else _change(each, part),
                 each.problem and Rejection(each.original.origin, *each.problem, id=each.original.id),

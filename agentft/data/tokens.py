@@ -30,6 +30,8 @@ from agentft.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from agentft.data.chat_tokens import RenderingEncoder
+
 T = TypeVar("T")
 
 IGNORE_INDEX = -100
@@ -106,6 +108,8 @@ class SegmentEncoder:
         """Take the Rust tokenizer out of `tokenizer`, a fast tokenizer of transformers."""
         from tokenizers import Tokenizer
 
+        self._tokenizer = tokenizer
+        self._renderings: RenderingEncoder | None = None
         self._special_ids: dict[str, int] = dict(tokenizer.get_vocab())
         self._largest_id = max(self._special_ids.values())
         # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would type a
@@ -121,6 +125,14 @@ class SegmentEncoder:
         self._specials: dict[str, Ids] = {}
         """Shape [1] each."""
         self._mixed = MixedChunks(self._text_tokenizer, tokenizer if marked.keeps_every_byte else None)
+
+    def renderings(self, control: re.Pattern[str]) -> RenderingEncoder:
+        """Return the encoder of renderings of this tokenizer's chat template; `control` matches one control token."""
+        if self._renderings is None:
+            from agentft.data.chat_tokens import RenderingEncoder
+
+            self._renderings = RenderingEncoder(self._tokenizer, control)
+        return self._renderings
 
     def for_much_text(self, *, much: bool) -> SegmentEncoder:
         """One that gives the same ids and comes to be faster, at once where `much` text is known to come.

@@ -74,12 +74,19 @@ class GreedyGenerator:
     """Answers steps greedily with a transformers model."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, stop_id: int, slots: int, max_new_tokens: int, speculation: int = 16
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        slots: int,
+        max_new_tokens: int,
+        speculation: int = 16,
     ) -> None:
         """`slots` answers are under way at once; at most `speculation` tokens are guessed ahead, none if 0."""
         self._model = RowModel(model)
         self._tokenizer = tokenizer
-        self._stop_id = stop_id
+        self._stop_ids = stop_ids
         self._slots = slots
         self._max_new_tokens = max_new_tokens
         self._speculation = speculation
@@ -172,14 +179,14 @@ class GreedyGenerator:
         """Add a token to an answer; say whether that ends it."""
         reply.ids.append(token)
         reply.guesser.add(token)
-        how = _end(reply.ids, self._tokenizer, self._stop_id)
+        how = _end(reply.ids, self._tokenizer, self._stop_ids)
         return "length" if how is None and len(reply.ids) >= self._max_new_tokens else how
 
 
-def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_id: int) -> Answer:
+def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Answer:
     """Return the answer in the tokens that another engine generated, cut where this one would have stopped."""
     for length in range(1, len(ids) + 1):
-        if (how := _end(ids[:length], tokenizer, stop_id)) is not None:
+        if (how := _end(ids[:length], tokenizer, stop_ids)) is not None:
             return _answer(step, ids[:length], how, tokenizer)
     return _answer(step, ids, "length", tokenizer)
 
@@ -189,9 +196,9 @@ def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Answ
     return Answer(step, tokenizer.decode(said, skip_special_tokens=False), len(ids), how)
 
 
-def _end(ids: Sequence[int], tokenizer: Any, stop_id: int) -> Finish | None:
+def _end(ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Finish | None:
     """Say whether the newest token ends an answer."""
-    if ids[-1] == stop_id:
+    if ids[-1] in stop_ids:
         return "stop"
     tail = tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
     return "text_stop" if any(stop in tail for stop in TEXT_STOPS) else None

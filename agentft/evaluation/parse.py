@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentft.data.calls import CallFailure, JsonRefused, ToolCall, read_call_body, read_json
-from agentft.data.native import LLAMA_CALL_START
 from agentft.data.render import CallForm
 
 THINK_START = "<|startofthink|>"
@@ -92,6 +91,9 @@ def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> ParsedReply:
     pieces.append(own_words[end:])
     return ParsedReply(tuple(attempts), "\n".join(piece.strip() for piece in pieces if piece.strip()))
 
+
+LLAMA_CALL_START = re.compile(r'\s*\{\s*"name"\s*:')
+"""A Llama step that begins so is a call."""
 
 _HERMES_SPAN = re.compile(r"<tool_call>(?P<body>.*?)(?:(?P<closed></tool_call>)|\Z)", re.DOTALL)
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from agentft.data.conversation import Conversation
+from agentft.data.examples import make_examples
 from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
 from agentft.data.msagent import as_msagent, step_message
-from agentft.data.render import Template
-from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.template_choice import Layout
+from agentft.data.tokens import SegmentEncoder
 from agentft.evaluation.answer_file import Answerer
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.metrics import Metric, signature
@@ -27,7 +28,7 @@ from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, EXEC_START, USER_TAG
 from agentft.evaluation.places import StepPlace, step_places
 from agentft.evaluation.resampling import ratio_intervals, sum_pieces
 from agentft.evaluation.step_scores import StepScore, score_step
-from agentft.evaluation.steps import Step, conversation_steps
+from agentft.evaluation.steps import Step, steps_by_number
 
 METRICS = ("steps_until_divergence", "conv_replay_success")
 
@@ -74,7 +75,7 @@ class Episode:
 
 def replay(
     conversations: Sequence[Conversation],
-    template: Template,
+    template: Layout,
     encoder: SegmentEncoder,
     answerer: Answerer,
     *,
@@ -90,12 +91,9 @@ def replay(
         if is_replayable(each)
     ]
     for index in range(max((len(episode.places) for episode in episodes), default=0)):
-        running = [episode for episode in episodes if episode.is_open]
-        steps = _next_steps(running, index, template, encoder)
-        for episode, answer in zip(running, answerer.answer(steps), strict=True):
+        asked = _next_steps([episode for episode in episodes if episode.is_open], index, template, encoder)
+        for (episode, _), answer in zip(asked, answerer.answer([step for _, step in asked]), strict=True):
             episode.take(answer, seen_tools)
-            if episode.is_open and template.problem(_spoken(episode)) is not None:
-                episode.diverged = "no_such_layout"
     return episodes
 
 
@@ -159,14 +157,19 @@ def replay_report(episodes: Sequence[Episode], conversations: int, *, draws: int
     }
 
 
-def _next_steps(episodes: Sequence[Episode], index: int, template: Template, encoder: SegmentEncoder) -> list[Step]:
-    spoken = [_spoken(episode) for episode in episodes]
-    examples = tokenize(spoken, template, encoder)
-    steps = (
-        conversation_steps(conversation, example, template)[episode.shown + index]
-        for episode, conversation, example in zip(episodes, spoken, examples, strict=True)
-    )
-    return [dataclasses.replace(step, index=index) for step in steps]
+def _next_steps(
+    episodes: Sequence[Episode], index: int, template: Layout, encoder: SegmentEncoder
+) -> list[tuple[Episode, Step]]:
+    """Return the next step of each episode; one whose words the layout cannot hold ends."""
+    asked: list[tuple[Episode, Step]] = []
+    for episode, made in zip(episodes, make_examples(map(_spoken, episodes), template, encoder), strict=True):
+        number = episode.conversation.steps.index(episode.places[index].at)
+        step = steps_by_number(made, template).get(number)
+        if step is None:
+            episode.diverged = "no_such_layout"
+        else:
+            asked.append((episode, dataclasses.replace(step, index=index)))
+    return asked
 
 
 def _spoken(episode: Episode) -> Conversation:

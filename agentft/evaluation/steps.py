@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentft.data.conversation import Conversation
+from agentft.data.examples import Rendered
 from agentft.data.msagent import as_msagent
-from agentft.data.render import CallForm, Template, with_history
+from agentft.data.render import CallForm, MsagentTemplate, with_history
+from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
 from agentft.evaluation.parse import quote_ends, to_msagent
@@ -54,17 +56,34 @@ class Step:
         )
 
 
-def conversation_steps(conversation: Conversation, example: Example, template: Template) -> list[Step]:
+def conversation_steps(conversation: Conversation, example: Example, template: Layout) -> list[Step]:
     """Return the steps of one conversation in order; `example` is its tokenised form."""
     conversation = as_msagent(conversation)
     references = _reference_texts(conversation, example.context_rounds)
     return [
-        Step(conversation, index, example.input_ids, start, stop, reference, template.call_form)
+        Step(conversation, index, example.input_ids, start, stop, reference, call_form_of(template))
         for index, ((start, stop), reference) in enumerate(zip(example.steps(), references, strict=True))
     ]
 
 
-def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example], template: Template) -> list[Step]:
+def call_form_of(layout: Layout) -> CallForm:
+    """Return how a model writes calls that was trained in this layout."""
+    if isinstance(layout, MsagentTemplate):
+        return CallForm.msagent
+    return CallForm.hermes if "<tool_call>" in layout.template.source else CallForm.llama
+
+
+def steps_by_number(made: Rendered, layout: Layout) -> dict[int, Step]:
+    """Return the steps that the examples of a conversation train, by their number among all steps of the agent."""
+    found: dict[int, Step] = {}
+    for piece in made.pieces:
+        messages = [piece.conversation.messages[at] for at in piece.conversation.steps]
+        trained = (number for number, message in enumerate(messages) if message.trained)
+        found.update(zip(trained, conversation_steps(piece.conversation, piece.example, layout), strict=True))
+    return found
+
+
+def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example], template: Layout) -> list[Step]:
     """Return the steps of many conversations, in order."""
     by_id = {example.id: example for example in examples}
     return [step for c in conversations if c.id in by_id for step in conversation_steps(c, by_id[c.id], template)]

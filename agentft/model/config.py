@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from agentft.errors import ConfigError
 
@@ -68,6 +69,13 @@ class RandomShape:
     """Width inside the feed-forward part."""
 
 
+class RewrittenHistory(StrEnum):
+    """What is made of a conversation whose history the chat template rewrites."""
+
+    exact = "exact"
+    stable = "stable"
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """One model: where it is, how it talks, how it is loaded."""
@@ -90,8 +98,14 @@ class ModelConfig:
     """Package that holds a GGUF file, for `source=wheel`."""
     cache_dir: str | None = None
     """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
-    template: str = "msagent"
-    """How conversations become text: msagent, native, chatml, qwen2.5, qwen3 or llama3; see docs/templates.md."""
+    template: str = "auto"
+    """How conversations become text: auto (the model's own chat template where it can say a conversation with tools, else
+    msagent), native, msagent, chatml, qwen2.5, qwen3, llama3, or a file *.jinja; see docs/templates.md."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, `enable_thinking: false` for example: the same in training, evaluation and export."""
+    rewritten_history: RewrittenHistory = RewrittenHistory.exact
+    """Where a chat template rewrites history (most drop past reasoning): `exact` trains each step on the prompt that is
+    served, in several examples; `stable` makes one example, whose prompts may differ."""
     stop_token: str | None = None
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])

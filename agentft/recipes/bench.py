@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from agentft import runtime
-from agentft.data.render import Template
-from agentft.data.template_choice import choose_template
+from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
@@ -23,6 +22,7 @@ from agentft.model.load import (
     choose_attention,
     choose_dtype,
     choose_kernels,
+    choose_layout,
     load_model,
     load_tokenizer,
     locate_model,
@@ -50,8 +50,9 @@ class Bench:
     dtype: torch.dtype
     files: ModelFiles
     tokenizer: Any
-    template: Template
-    stop_id: int
+    template: Layout
+    stop_ids: tuple[int, ...]
+    """Of the tokens that end an answer."""
     data: PreparedData
     model: torch.nn.Module
     kernels: Kernels | LigerKernels | None = None
@@ -60,7 +61,7 @@ class Bench:
     @property
     def pad_id(self) -> int:
         """Any id serves: padding is masked in attention and loss by position, never by id."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_id
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
 
 
 def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
@@ -75,7 +76,7 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     # What is fetched or converted is so once, by rank 0, and then found by the others.
     files = world.first(lambda: locate_model(config.model))
     tokenizer = load_tokenizer(files, config.model)
-    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
+    template = choose_layout(config.model, tokenizer)
     encoder = SegmentEncoder(tokenizer)
     data = prepare_data(config.dataset, template, encoder)
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
@@ -93,8 +94,8 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     runtime.seed_everything(config.seed)
     model = prepare_for_training(model, config.sft_type, config.model, compiled, cast=not mapped)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
-    stop_id = encoder.special_id(template.stop_token)
-    return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, compiled)
+    stop_ids = tuple(encoder.special_id(token) for token in stop_tokens(template))
+    return Bench(device, dtype, files, tokenizer, template, stop_ids, data, model, compiled)
 
 
 def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpointing: bool) -> Engine:

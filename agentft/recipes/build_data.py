@@ -28,12 +28,12 @@ from agentft.data.config import DatasetConfig, Split
 from agentft.data.conversation import Origin
 from agentft.data.fit import Outcome
 from agentft.data.records import Rejection
-from agentft.data.render import Template
 from agentft.data.row_work import CONVERSATIONS_A_BATCH, LinesToMake, Made, RowsToRead, RowWork, Understood, batches_of
 from agentft.data.sources import Intake, RawRow
 from agentft.data.splits import divide, keep_apart
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, index_of
 from agentft.data.stored_examples import ExampleWriter, stored_id_type
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder, encode_fast
 from agentft.data.workers import Workers, process_count
 from agentft.errors import DataError
@@ -99,7 +99,7 @@ class _Use:
         return range(self.first_talk, self.first_talk + self.pieces)
 
 
-def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncoder, folder: Path) -> None:
+def build_data(config: DatasetConfig, template: Layout, encoder: SegmentEncoder, folder: Path) -> None:
     """Read, divide, sample and tokenise a dataset into an empty folder.
 
     Raises:
@@ -125,7 +125,7 @@ def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncode
 
 
 class _Builder:
-    def __init__(self, config: DatasetConfig, template: Template, encoder: SegmentEncoder, folder: Path) -> None:
+    def __init__(self, config: DatasetConfig, template: Layout, encoder: SegmentEncoder, folder: Path) -> None:
         self._config = config
         self._work = RowWork(config, template, encoder)
         self._encoder = encoder

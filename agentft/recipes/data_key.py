@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from agentft.data.config import DatasetConfig
-from agentft.data.render import Template
+from agentft.data.render import MsagentTemplate
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.recipes.rows import source_digests
 
@@ -41,7 +42,7 @@ def key_of(ingredients: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def key_ingredients(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> dict[str, Any] | None:
+def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> dict[str, Any] | None:
     """Everything that decides the data, as JSON; None where a source gives no bytes to know it by.
 
     Raises:
@@ -54,7 +55,7 @@ def key_ingredients(config: DatasetConfig, template: Template, encoder: SegmentE
     return {
         "sources": sources,
         "settings": settings,
-        "template": _plain(template),
+        "template": _plain(template) if isinstance(template, MsagentTemplate) else _plain(template.identity),
         "tokenizer": encoder.fingerprint(),
         "code": {str(path.relative_to(_PACKAGE)): hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()},
         "versions": {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()},

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from agentft import progress
-from agentft.data.render import Template
-from agentft.data.template_choice import choose_template
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.config import DistributedConfig
 from agentft.distributed.spread import lead
@@ -29,7 +28,7 @@ from agentft.evaluation.places import shown_steps
 from agentft.evaluation.vllm_engine import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, trains_weights
-from agentft.model.load import load_tokenizer, locate_model
+from agentft.model.load import choose_layout, load_tokenizer, locate_model
 from agentft.recipes.bench import Bench, set_up_bench
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.exam import Candidate, exam_steps, own_candidate, own_share, sit_exam, write_exam
@@ -58,7 +57,7 @@ class EvaluateResult:
 class _Desk:
     """What every way of measuring needs: the questions and how they are laid out."""
 
-    template: Template
+    template: Layout
     encoder: SegmentEncoder
     data: PreparedData
 
@@ -162,7 +161,7 @@ def _evaluate(
     if settings.mode is Mode.likelihood:
         return _likelihood(name, trained, bench, settings, target, world)
     candidate = own_candidate(
-        bench.model, bench.tokenizer, settings, stop_id=bench.stop_id, fingerprint=bench.files.fingerprint
+        bench.model, bench.tokenizer, settings, stop_ids=bench.stop_ids, fingerprint=bench.files.fingerprint
     )
     desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
     if settings.engine is Engine.vllm:
@@ -234,7 +233,7 @@ def _likelihood(
 def _desk_without_weights(trained: TrainConfig, run: RunFolder) -> _Desk:
     """Lay out the same exam as the run's: its tokenizer decides which conversations fit."""
     tokenizer = load_tokenizer(locate_model(trained.model), trained.model)
-    template = choose_template(trained.model.template, tokenizer, trained.model.stop_token)
+    template = choose_layout(trained.model, tokenizer)
     encoder = SegmentEncoder(tokenizer)
     data = prepare_data(trained.dataset, template, encoder)
     _refuse_other_data(data, run)
@@ -271,7 +270,7 @@ def _by_vllm(
             trust_remote_code=trained.model.trust_remote_code,
             options=settings.vllm_arguments(),
         )
-        engine = VllmEngine(model, bench.tokenizer, stop_id=bench.stop_id, max_new_tokens=settings.max_new_tokens)
+        engine = VllmEngine(model, bench.tokenizer, stop_ids=bench.stop_ids, max_new_tokens=settings.max_new_tokens)
         changes = {"engine": "vllm", "version": engine.version, "options": dict(model.options)}
         yield Candidate(engine, own.identity | changes)
 

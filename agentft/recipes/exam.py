@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.comparison.predictions_page import predictions_page, read_steps
-from agentft.data.render import Template
+from agentft.data.template_choice import Layout
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.answer_file import Answerer, AnswerFile, OnAnswer
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
@@ -81,7 +81,7 @@ class _OwnModel:
 
 
 def own_candidate(
-    model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_id: int, fingerprint: str
+    model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_ids: Sequence[int], fingerprint: str
 ) -> Candidate:
     """Make a candidate of a model as it is now; `fingerprint` is that of the files it was loaded from."""
     parameter = next(model.parameters())
@@ -91,18 +91,18 @@ def own_candidate(
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
-        "stop_id": stop_id,
+        "stop_ids": list(stop_ids),
         "max_new_tokens": config.max_new_tokens,
     }
-    return Candidate(own_model(model, tokenizer, config, stop_id=stop_id), identity)
+    return Candidate(own_model(model, tokenizer, config, stop_ids=stop_ids), identity)
 
 
-def own_model(model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_id: int) -> Answerer:
+def own_model(model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_ids: Sequence[int]) -> Answerer:
     """Return what answers with a model in this process."""
     generator = GreedyGenerator(
         model,
         tokenizer,
-        stop_id=stop_id,
+        stop_ids=stop_ids,
         slots=config.batch,
         max_new_tokens=config.max_new_tokens,
         speculation=config.speculation,
@@ -135,7 +135,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def exam_steps(data: PreparedData, template: Template, conversations: int) -> list[Step]:
+def exam_steps(data: PreparedData, template: Layout, conversations: int) -> list[Step]:
     """Return the steps of the first `conversations` held-out conversations; -1: of all."""
     chosen = data.heldout if conversations < 0 else data.heldout[:conversations]
     return all_steps(chosen, data.heldout_examples, template)

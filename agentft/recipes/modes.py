@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from agentft.data.render import Template
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.distributed.spread import spread_likelihood
 from agentft.evaluation.answer_file import Answerer, OnAnswer
@@ -30,7 +30,7 @@ def sit_replay(
     name: str,
     candidate: Candidate,
     data: PreparedData,
-    template: Template,
+    template: Layout,
     encoder: SegmentEncoder,
     config: EvaluationConfig,
     *,

@@ -14,9 +14,9 @@ import numpy as np
 
 from agentft.data.config import DatasetConfig
 from agentft.data.fit import Outcome
-from agentft.data.render import Template
 from agentft.data.stored_conversations import StoredConversations
 from agentft.data.stored_examples import StoredExamples
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.recipes.account import Account, read_account
 from agentft.recipes.build_data import ABOUT, ACCOUNT, HELDOUT, ORDER, build_data
@@ -42,7 +42,7 @@ class PreparedData:
     account: Account
 
 
-def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> PreparedData:
+def prepare_data(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> PreparedData:
     """Read, divide, sample and tokenise a dataset, or find it done before with the same settings.
 
     Raises:
@@ -60,7 +60,7 @@ def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEnco
     return prepared
 
 
-def _cached(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> PreparedData | None:
+def _cached(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> PreparedData | None:
     """The data from the cache, made there if need be; None where it cannot be kept."""
     cache = open_cache(config.cache_limit_gb)
     ingredients = None if cache is None else key_ingredients(config, template, encoder)

@@ -191,7 +191,7 @@ def _examine(
             bench.model,
             bench.tokenizer,
             config.evaluation,
-            stop_id=bench.stop_id,
+            stop_ids=bench.stop_ids,
             fingerprint=bench.files.fingerprint,
         )
 

@@ -83,7 +83,7 @@ class Watch:
 
     def _answer(self) -> dict[str, float]:
         bench, world = self._bench, self._engine.world
-        own = own_model(bench.model, bench.tokenizer, self._config, stop_id=bench.stop_id)
+        own = own_model(bench.model, bench.tokenizer, self._config, stop_ids=bench.stop_ids)
         answers = lead(world, own, lambda answerer: answer_all("during training", answerer, self._steps))
         found = None
         if answers is not None:
