@@ -37,8 +37,8 @@ ONE_CALL = {"parallel_calls": {"template_takes_one_call_a_step"}}
 NO_TEXT = {"text_beside_call": {"template_has_no_text_beside_calls"}}
 # Gemma 4 writes reasoning before calls only; its last revision lets a thought begin after every result.
 CALLS_THINK = {"reasoning": {"template_drops_reasoning"}, "reasoning_in_some": {"template_drops_reasoning"}}
-# It splits an answer that names the mark. The last rendering of an answer is for a template's own eyes.
-NEMOTRON = {"think_in_answer": {"template_drops_text"}}
+# An answer that names the mark is written without the empty thought that its prompt ends with.
+NEMOTRON = {"think_in_answer": {"template_cannot_continue"}}
 UNSAID: dict[str, dict[str, set[str]]] = {
     # It writes the header of calls once a conversation, and a thought nowhere but behind its generation prompt.
     "deepseekv3": {
