@@ -44,6 +44,8 @@ class SpanWeights(Settings, group="dataset.span_weights"):
     A weight is positive: what is not trained at all is context, and `agentft.data.render` alone decides that.
     """
 
+    reasoning: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
+    """What the agent thinks before it speaks."""
     text: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """Text before a call, answers and summaries."""
     call: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from agentft.data.config import SpanWeights
 from agentft.data.conversation import Conversation
 from agentft.data.mixed_chunks import KindRun, MixedChunks
-from agentft.data.render import Kind, Segment, Template
+from agentft.data.render import Kind, MsagentTemplate, Segment
 from agentft.data.text_ids import FastIds, Ids, ReferenceIds, ShortTexts, TokenizersDisagree
 from agentft.data.tokenizer_json import TokenizerJson
 from agentft.errors import ConfigError
@@ -301,7 +301,13 @@ def _join(segments: list[Segment], fate: Kind | None) -> Chunk:
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
     """Return the example with a weight for each span; unchanged where all count alike."""
-    by_kind = {Kind.text: weights.text, Kind.call: weights.call, Kind.frame: weights.frame, Kind.stop: weights.stop}
+    by_kind = {
+        Kind.reasoning: weights.reasoning,
+        Kind.text: weights.text,
+        Kind.call: weights.call,
+        Kind.frame: weights.frame,
+        Kind.stop: weights.stop,
+    }
     if set(by_kind.values()) == {1.0}:
         return example
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))
@@ -316,7 +322,9 @@ def encode_fast(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T], *,
         return work(encoder)
 
 
-def tokenize(conversations: Iterable[Conversation], template: Template, encoder: SegmentEncoder) -> Iterator[Example]:
+def tokenize(
+    conversations: Iterable[Conversation], template: MsagentTemplate, encoder: SegmentEncoder
+) -> Iterator[Example]:
     """Render and encode conversations, a batch at a time, in order."""
     iterator = iter(conversations)
     while batch := list(islice(iterator, _ENCODE_BATCH)):
