@@ -35,7 +35,7 @@ from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
 from agentft.model.remote_code import check_remote_code
-from agentft.model.shards import weight_files
+from agentft.model.shards import holds_weights, weight_files
 from agentft.model.wheel import converted_folder
 from agentft.runtime import Device, computes_in_bf16
 
@@ -311,7 +311,7 @@ def _random(config: ModelConfig) -> Path:
     shape = config.shape or RandomShape()
     key = hashlib.sha256(json.dumps([vars(shape), config.context, 2]).encode()).hexdigest()[:16]
     target = cache_root(config.cache_dir) / "models" / f"random-{key}"
-    return build_once(target, lambda folder: random_folder(shape, config.context, folder))
+    return build_once(target, lambda folder: random_folder(shape, config.context, folder), is_whole=holds_weights)
 
 
 def _needed(config: ModelConfig, field: str) -> str:
