@@ -157,6 +157,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             "device": bench.device.name,
             "threads": bench.device.threads,
             "dtype": str(bench.dtype).removeprefix("torch."),
+            "left_to_transformers": bench.ways.left,
             "model_fingerprint": bench.files.fingerprint,
             "model_commit": bench.files.commit,
             "estimated_memory_bytes": plan.estimate and plan.estimate.total,
@@ -202,13 +203,7 @@ def _examine(
     """Sit an exam with the models of all ranks; rank 0 gets it."""
     steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
     with engine.whole():
-        candidate = own_candidate(
-            bench.model,
-            bench.tokenizer,
-            config.evaluation,
-            stop_ids=bench.stop_ids,
-            fingerprint=bench.files.fingerprint,
-        )
+        candidate = own_candidate(bench, config.evaluation)
 
         def sit(answerer: Answerer) -> Exam:
             # Known by its weights: on resume, what was measured before training is read and never taken from trained
@@ -290,7 +285,7 @@ def _fit(
         on_start=start,
         stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
         fp16=bench.dtype is torch.float16,
-        row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.model, cuda=bench.device.is_cuda),
+        row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.ways.leak, cuda=bench.device.is_cuda),
     )
     with signals.deferred():
         outcome = train_model(job)
