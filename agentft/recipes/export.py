@@ -23,7 +23,7 @@ from agentft.model.quantization import require_bitsandbytes
 from agentft.recipes.config import ExportConfig, TrainConfig
 from agentft.recipes.evaluate import find_checkpoint
 from agentft.recipes.model_card import model_card
-from agentft.recipes.saved import saved_config
+from agentft.recipes.saved import trained_config
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 from agentft.strict_json import json_text
@@ -50,7 +50,7 @@ def export(config: ExportConfig) -> ExportResult:
         ModelError: weights cannot be read or written, or the hub refuses.
     """
     run = RunFolder.open(config.run)
-    trained = saved_config(run.path)
+    trained = trained_config(run.path, config.model)
     if config.push is not None:
         parse_target(config.push)
     require_bitsandbytes(trained.sft_type)
