@@ -241,7 +241,8 @@ def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequen
 
 def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Answer:
     said = ids[:-1] if how == "stop" else ids
-    return Answer(step, tokenizer.decode(said, skip_special_tokens=False), len(ids), how)
+    text = tokenizer.decode(said, skip_special_tokens=False) if step.reader is None else step.reader.decode(said)
+    return Answer(step, text, len(ids), how)
 
 
 def _end(ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Finish | None:
