@@ -33,6 +33,7 @@ _ROLES: dict[str, Literal["reasoning", "text", "call"]] = {
     "tool_calls": "call",
 }
 _CLOSES_TRIED = 64
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _PLACE = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
 
 
@@ -91,6 +92,8 @@ class ResponseTemplate:
 
     name: str
     fields: tuple[_Field, ...]
+    anchor: re.Pattern[str] | None = None
+    """Begins what the agent says, unless the prompt ends with it."""
 
     @classmethod
     def of(cls, name: str, spec: Mapping[str, Any]) -> ResponseTemplate:
@@ -100,10 +103,11 @@ class ResponseTemplate:
             TemplateUnknown: it has a field, a content or a pattern that is not known.
         """
         try:
-            read = [_field(key, field) for key, field in spec["fields"].items() if key != "role"]
+            read = [_field(key, field) for key, field in spec["fields"].items()]
+            anchor = _anchor(spec, "start_anchor")
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
             raise TemplateUnknown(f"response template {name}: {error}") from None
-        return cls(name, tuple(field for field in read if field is not None))
+        return cls(name, tuple(field for field in read if field is not None), anchor)
 
     def read(self, text: str, prompt: str = "", types: Types | None = None) -> Said:
         """Take one step apart.
@@ -135,11 +139,13 @@ class ResponseTemplate:
 
     def split(self, text: str, prompt: str, types: Types) -> Iterator[Region]:
         """Cut a step into its regions, in order; with the marks between them they are the text."""
-        position = outside = 0
+        begun = self.anchor.match(text) if self.anchor is not None else None
+        position = outside = begun.end() if begun is not None else 0
         said = called = False
         field = next((f for f in self.fields if _ends_with(f.open, prompt)), None)
         if field is not None:
-            region, position = self._region(field, text, 0, {}, types)
+            again = field.open.match(text, position)
+            region, position = self._region(field, text, again.end() if again else position, {}, types)
             yield region
             outside = position
         while (found := self._next(text, position, thinks=not said)) is not None:
@@ -280,8 +286,7 @@ def _field(key: str, spec: Mapping[str, Any]) -> _Field | None:
             body = body[: ended.start()]
         assert reader is not None
         try:
-            items = reader(body.replace(LETTERS, ""), args)
-            found = [_call(item, captures, transform, types) for item in items]
+            found = [_call(_without_letters(item), captures, transform, types) for item in reader(body, args)]
         except JsonRefused as refusal:
             return CallFailure("not_json", str(refusal))
         failed = next((each for each in found if isinstance(each, CallFailure)), None)
@@ -358,6 +363,15 @@ def _filled(value: Json, scope: Mapping[str, Json]) -> Json:
     )
 
 
+def _without_letters(value: Json) -> Json:
+    """Return a value without the signs behind letters that spell a control token."""
+    if isinstance(value, str):
+        return type(value)(value.replace(LETTERS, ""))
+    if isinstance(value, dict):
+        return {key.replace(LETTERS, ""): _without_letters(each) for key, each in value.items()}
+    return [_without_letters(each) for each in value] if isinstance(value, list) else value
+
+
 class _Bare(str):
     """A value that was written without quotes, so that its type must be known."""
 
@@ -369,9 +383,8 @@ def _typed(text: str, types: Sequence[str]) -> Json:
 
     Where none is known or fits it is what JSON reads, and else a text.
     """
-    words = {"True": "true", "False": "false", "None": "null"}
     try:
-        value = _strict(words.get(text.strip(), text))
+        value = _strict(_PYTHON_WORDS.get(text.strip(), text))
     except JsonRefused:
         return str(text)
     if not types:
@@ -416,7 +429,11 @@ def _read_json_body(body: str, args: Mapping[str, Any]) -> list[Json]:
     delims = args.get("string_delims", ())
     if delims or args.get("unquoted_keys"):
         quoted = "|".join(f"{re.escape(start)}(.*?){re.escape(end)}" for start, end in delims) or "(?!)"
-        bare = r"""(?<=[{,])(\s*)([^\s:{}\[\],"']+)(\s*:)""" if args.get("unquoted_keys") else "(?!)()()()"
+        bare = (
+            r"""(?<=[{,])(\s*)([^\s:{}\[\],"']+)(\s*:)|\b(None|True|False)\b"""
+            if args.get("unquoted_keys")
+            else "(?!)()()()()"
+        )
         body = re.sub(f"{quoted}|{bare}", _as_json, body, flags=re.DOTALL)
     if not body.strip():
         return []
@@ -424,7 +441,9 @@ def _read_json_body(body: str, args: Mapping[str, Any]) -> list[Json]:
 
 
 def _as_json(found: re.Match[str]) -> str:
-    *strings, blank, key, colon = found.groups()
+    *strings, blank, key, colon, word = found.groups()
+    if word is not None:
+        return _PYTHON_WORDS[word]
     if key is not None:
         return f"{blank}{json.dumps(key)}{colon}"
     return json.dumps(next(each for each in strings if each is not None))

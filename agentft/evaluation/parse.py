@@ -96,12 +96,6 @@ def without_end(text: str, ends: Sequence[str] = END_OF_SEQUENCE_TEXTS) -> str:
     return text
 
 
-def turn_end(text: str) -> int:
-    """Return where a text of a chat template goes on with another turn; its length where it does not."""
-    found = _cutting(()).search(text)
-    return len(text) if found is None else found.start()
-
-
 def reply_of(said: Said) -> ParsedReply:
     """Return a step that a response template took apart as a reply.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from agentft.data.calls import Attempt, CallFailure
 from agentft.data.chat_layout import ChatLayout
+from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
 from agentft.data.examples import Rendered
 from agentft.data.grammar import GrammarError
@@ -23,7 +25,7 @@ from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, msagent_text, reply_of, turn_end, without_end
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, reply_of, without_end
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
 
 _PROMPT_END = 32
@@ -48,8 +50,13 @@ class ReplyReader:
     def read(self, text: str, prompt: str, types: Mapping[Any, tuple[str, ...]], *, calls: bool) -> Said:
         """Take an answer apart. Where the layout cannot be read, one that should call (`calls`) is a failed call."""
         traits = self.layout.traits
-        kept = without_end(text, (*traits.stops, *traits.call_stops, *END_OF_SEQUENCE_TEXTS))
-        kept = kept[: turn_end(kept)]
+        ends = tuple(dict.fromkeys((*traits.stops, *traits.call_stops, *END_OF_SEQUENCE_TEXTS)))
+        kept = without_end(text, ends)
+        # Another turn is not what this one says.
+        control = self.layout.template.control_tokens
+        tags = any_of(tag for tag in USER_TAGS if tag.startswith(control))
+        if (other := re.search(f"(?:{any_of(ends)})\\s*(?={any_of(control)})|{tags}", kept)) is not None:
+            kept = kept[: other.start()]
         response = choose_response(self.layout)
         if response is not None:
             return response.read(kept, prompt, types)

@@ -22,7 +22,7 @@ Step = dict[str, Any]
 Ratio = tuple[Fraction | float, int]
 """Numerator and denominator."""
 
-CUTS = ("<|startofexec|>", "<|user|>")
+CUTS = ("<|startofexec|>", "<|user|>", "<|im_start|>user", "<|im_end|>\n<|im_start|>")
 ENDS = ("</s>", "<|endoftext|>", "<|im_end|>")
 HEADER = "<|assistant|>:"
 
