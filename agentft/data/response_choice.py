@@ -118,17 +118,16 @@ def _probes(layout: ChatLayout) -> Iterator[Conversation]:
     """Yield conversations of what the layout can say, each alone, so that one which it refuses takes no other with it."""
     traits = layout.traits
     talk = (Message("user", "Hello?"), Message("assistant", "Ahoy: {1} [2] (3)!"))
-    yield _conversation(talk)
-    if traits.reasoning:
-        yield _conversation((talk[0], replace(talk[1], reasoning_content="A greeting.")))
-    for calls in ((_FIRST,), (_FIRST, _SECOND)) if traits.tools else ():
-        results = [Message("tool", "Done.", name=call.name) for call in calls]
-        asked = (talk[0], Message("assistant", tool_calls=calls), *results, talk[1])
-        yield _conversation(asked, (_TOOL,) * traits.declarations)
-        if traits.reasoning:
-            thinking = (asked[0], replace(asked[1], reasoning_content="It asks."), *asked[2:])
-            yield _conversation(thinking, (_TOOL,) * traits.declarations)
+    for thought in (None, "It asks.") if traits.reasoning else (None,):
+        yield _conversation(talk, thought)
+        for calls in ((_FIRST,), (_FIRST, _SECOND)) if traits.tools else ():
+            results = [Message("tool", "Done.", name=call.name) for call in calls]
+            asked = (talk[0], Message("assistant", tool_calls=calls), *results, talk[1])
+            yield _conversation(asked, thought, (_TOOL,) * traits.declarations)
 
 
-def _conversation(messages: Sequence[Message], tools: tuple[dict[str, Any], ...] = ()) -> Conversation:
-    return Conversation("probe", tuple(messages), tools, Origin("probe", 0))
+def _conversation(
+    messages: Sequence[Message], thought: str | None, tools: tuple[dict[str, Any], ...] = ()
+) -> Conversation:
+    thinking = [replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in messages]
+    return Conversation("probe", tuple(thinking), tools, Origin("probe", 0))
