@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,7 +59,8 @@ class ReplyReader:
             kept = kept[: other.start()]
         response = choose_response(self.layout)
         if response is not None:
-            return response.read(kept, prompt, types)
+            said = response.read(kept, prompt, types)
+            return said if traits.reasoning else replace(said, thought=None)
         return Said(
             (Attempt(kept, (), CallFailure("not_read", "no response template reads this layout")),)
             if calls

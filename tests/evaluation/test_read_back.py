@@ -15,11 +15,13 @@ from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
 from agentft.data.response import Said, our_templates, parameter_types
 from agentft.data.response_choice import choose_response, differs, spoken_steps
+from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.parse import msagent_text, reply_of
 from agentft.evaluation.step_scores import score_step
 from agentft.evaluation.steps import ReplyReader, Step, conversation_steps
+from agentft.model.random_weights import byte_tokenizer
 from tests.data.chat_families import NO_TOOLS, TOOL, VALUES, conversation, merging_tokenizer, template_names
 from tests.data.test_chat_template_layout import encoder_of, layout_of
 
@@ -331,5 +333,39 @@ def test_steps_of_what_msagent_text_cannot_say_are_scored_all_the_same():
     assert record.prediction == record.reference
 
 
-def test_every_response_template_of_the_package_is_read():
-    assert len({template.name for template in our_templates()}) > 10
+@pytest.mark.parametrize("name", OURS)
+def test_the_layouts_of_the_package_are_read_back(name: str):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<tool_call>", "</tool_call>"])
+    layout = choose_template(name, tokenizer)
+    assert isinstance(layout, ChatLayout)
+    response = choose_response(layout)
+    assert response is not None
+    count = 0
+    for kind in VALUES:
+        talk = conversation(kind, declared=layout.traits.declarations)
+        for step in spoken_steps(layout, talk):
+            said = response.read(step.text, step.prompt, parameter_types(talk.tools, talk.tool_calls))
+            wrong = differs(said, talk.messages[talk.steps[step.number]])
+            assert wrong == ("text" if (name, kind, step.number) == ("llama3", "json", 1) else ""), (kind, said)
+            count += 1
+    assert count >= 44
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("mistral", 'I look.[TOOL_CALLS] [{"name": "get_tide", "arguments": %s, "id": "call00000"}]', "I look."),
+        ("mistral_args", "I look.[TOOL_CALLS]get_tide[ARGS]%s", "I look."),
+        ("mistral_args", "[TOOL_CALLS]get_tide[CALL_ID]call00000[ARGS]%s", ""),
+        ("deepseek3_1", "<｜tool▁call▁begin｜>get_tide<｜tool▁sep｜>%s<｜tool▁call▁end｜>", ""),
+        ("llama3", 'I look.<|python_tag|>{"name": "get_tide", "parameters": %s}', "I look."),
+        ("harmony", "<|channel|>commentary to=functions.get_tide <|constrain|>json<|message|>%s", ""),
+        ("glm4", "<tool_call>get_tide<arg_key>harbour</arg_key><arg_value>Husum [1]</arg_value></tool_call>", ""),
+    ],
+)  # fmt: skip
+def test_calls_as_families_write_them_whose_template_is_in_no_package(name: str, text: str, told: str):
+    template = next(each for each in our_templates() if each.name == name)
+    said = template.read(text % '{"harbour": "Husum [1]"}' if "%s" in text else text)
+    assert said.calls == (ToolCall("get_tide", {"harbour": "Husum [1]"}),)
+    assert said.text == told
