@@ -76,8 +76,6 @@ class Segment(NamedTuple):
         return Kind.call if self.kind in CALL_KINDS else self.kind
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class MsagentTemplate:
     """The layout of the original script, byte for byte, plus a real stop token after every step.

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
@@ -213,6 +214,12 @@ def our_templates() -> Iterator[ResponseTemplate]:
     """Yield the response templates of the package."""
     for file in sorted(files("agentft.data").joinpath("responses").iterdir(), key=lambda file: file.name):
         yield ResponseTemplate.of(file.name.removesuffix(".json"), json.loads(file.read_text(encoding="utf-8")))
+
+
+@cache
+def thought_template() -> ResponseTemplate:
+    """Return the response template that tells a thought from all else, as in the layout `msagent`."""
+    return next(template for template in our_templates() if template.name == "text")
 
 
 def parameter_types(tools: Sequence[Mapping[str, Any]], calls: Sequence[ToolCall] = ()) -> dict[Any, tuple[str, ...]]:

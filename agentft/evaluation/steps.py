@@ -20,12 +20,12 @@ from agentft.data.grammar import GrammarError
 from agentft.data.msagent import as_msagent
 from agentft.data.native_system import read_system
 from agentft.data.render import MsagentTemplate, with_history
-from agentft.data.response import Said, parameter_types, said_text
+from agentft.data.response import Said, parameter_types, said_text, thought_template
 from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, reply_of, without_end
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, parse_reply, reply_of, without_end
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
 
 _PROMPT_END = 32
@@ -88,7 +88,7 @@ class Step:
     reference: str
     """In MSAgent form, whatever the layout: scores are comparable across layouts."""
     message: Message | None = None
-    """The reference as a message; None in the layout `msagent`, where the text is all."""
+    """The reference as a message; None where its text is all."""
     reader: ReplyReader | None = None
     """Of the layout of a chat template."""
 
@@ -109,6 +109,12 @@ class Step:
             said = self.reader.read(prediction, prompt, self._types, calls=bool(self.message.tool_calls))
             prediction, reference = msagent_text(said), reference or msagent_text(expected)
             replies = {"prediction_reply": reply_of(said), "reference_reply": reply_of(expected)}
+        elif self.message is not None and any(message.reasoning_content for message in conversation.messages):
+            said, expected = thought_template().read(prediction), _said(self.message)
+            prediction = "".join(piece for piece in said.pieces if isinstance(piece, str)).strip()
+            for name, text, read in (("prediction", prediction, said), ("reference", reference, expected)):
+                reply = parse_reply(text)
+                replies[f"{name}_reply"] = replace(reply, reasoning=read.reasoning, thought=read.thought)
         return StepRecord(
             conversation_id=conversation.id,
             piece_of=conversation.piece_of,
@@ -143,7 +149,7 @@ def conversation_steps(conversation: Conversation, example: Example, template: L
     return [
         Step(
             conversation, index, example.input_ids, start, stop, message.source_text.strip(),
-            message if reader is not None else None, reader,
+            message, reader,
         )
         for index, ((start, stop), message) in enumerate(zip(example.steps(), messages, strict=True))
     ]  # fmt: skip

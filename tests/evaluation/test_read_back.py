@@ -17,6 +17,7 @@ from agentft.data.response import Said, our_templates, parameter_types
 from agentft.data.response_choice import choose_response, differs, spoken_steps
 from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
+from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.parse import msagent_text, reply_of
 from agentft.evaluation.step_scores import score_step
@@ -331,6 +332,17 @@ def test_steps_of_what_msagent_text_cannot_say_are_scored_all_the_same():
     record = step.record(step.reader.decode(step.input_ids[step.start : step.stop].tolist()))
     assert score_step(record).rouge_l == 1.0
     assert record.prediction == record.reference
+
+
+def test_the_layout_msagent_tells_thoughts_from_answers_too():
+    talk = conversation("reasoning", declared=False)
+    template = choose_template("msagent", byte_tokenizer())
+    (example,) = tokenize([talk], template, SegmentEncoder(byte_tokenizer()))
+    step = conversation_steps(talk, example, template)[1]
+    thinking = score_step(step.record("<think>\nIt is high at two.\n</think>\n\nAt 14:20."))
+    assert (thinking.rouge_l, thinking.thoughts, thinking.wellformed_thoughts) == (1.0, 1, 1)
+    unclosed = score_step(step.record("<think>\nAt 14:20."))
+    assert (unclosed.rouge_l, unclosed.thoughts, unclosed.wellformed_thoughts) == (0.0, 1, 0)
 
 
 @pytest.mark.parametrize("name", OURS)
