@@ -18,6 +18,7 @@ from agentft.data.response_choice import choose_response, differs, spoken_steps
 from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
 from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.evaluation.generate import read_answer
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.parse import msagent_text, reply_of
 from agentft.evaluation.step_scores import score_step
@@ -343,6 +344,18 @@ def test_the_layout_msagent_tells_thoughts_from_answers_too():
     assert (thinking.rouge_l, thinking.thoughts, thinking.wellformed_thoughts) == (1.0, 1, 1)
     unclosed = score_step(step.record("<think>\nAt 14:20."))
     assert (unclosed.rouge_l, unclosed.thoughts, unclosed.wellformed_thoughts) == (0.0, 1, 0)
+
+
+def test_an_answer_that_names_a_mark_goes_on_to_its_stop():
+    layout = layout_of("qwen3", "bytes")
+    tokenizer = layout.template.tokenizer
+    step, _ = next(iter(made_steps(layout_of("qwen3", "merging"), "qwen3", conversation("plain"))))
+    step = replace(step, reader=ReplyReader(layout))
+    ids = tokenizer("Write <|user|> first.").input_ids
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answer = read_answer(step, [*ids, stop, *ids], tokenizer, [stop])
+    assert (answer.text, answer.finish) == ("Write <|user|> first.", "stop")
+    assert read_answer(replace(step, reader=None), ids, tokenizer, [stop]).finish == "text_stop"
 
 
 @pytest.mark.parametrize("name", OURS)
