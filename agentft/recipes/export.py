@@ -127,8 +127,10 @@ def _dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def _stop_ids(layout: Layout, tokenizer: Any) -> list[int]:
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in stop_tokens(layout)]
+def _stop_ids(layout: Layout, tokenizer: Any) -> int | list[int]:
+    """Return the id that ends an answer, or the ids where there are several."""
+    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in stop_tokens(layout)]
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _write_how_to_talk(trained: TrainConfig, files: ModelFiles, folder: Path) -> None:
