@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -198,14 +199,15 @@ class StockGenerator:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
         answers = []
         for step in steps:
-            ids = greedy_ids(self._model, step.input_ids[: step.start].tolist(), self._max_new_tokens, self._ends)
+            context = step.input_ids[: step.start].tolist()
+            ids = greedy_ids(self._model, context, self._max_new_tokens, partial(self._ends, step))
             answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
             if on_answer is not None:
                 on_answer(answers[-1])
         return answers
 
-    def _ends(self, ids: list[int]) -> bool:
-        return _end(ids, self._tokenizer, self._stop_ids) is not None
+    def _ends(self, step: Step, ids: list[int]) -> bool:
+        return _end(step, ids, self._tokenizer, self._stop_ids) is not None
 
 
 def greedy_ids(
