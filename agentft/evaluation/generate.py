@@ -199,9 +199,8 @@ class StockGenerator:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
         answers = []
         for step in steps:
-            prompt = step.input_ids[: step.start].tolist()
-            ends = partial(self._ends, step)
-            ids = greedy_ids(self._model, prompt, self._max_new_tokens, ends)
+            context = step.input_ids[: step.start].tolist()
+            ids = greedy_ids(self._model, context, self._max_new_tokens, partial(self._ends, step))
             answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
             if on_answer is not None:
                 on_answer(answers[-1])
