@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from agentft.data.calls import ToolCall
+from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import Call
 from agentft.data.literal_text import LiteralError, read_literal
@@ -209,8 +210,8 @@ def test_the_tool_list_is_read_with_tolerance() -> None:
 
 def test_a_form_that_was_not_asked_for_is_named_in_the_reason() -> None:
     openai = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    assert reason_of(openai, form="msagent") == "form_openai"
-    assert reason_of(GOOD, form="openai") == "form_msagent"
+    assert reason_of(openai, form=Format.msagent) == "form_openai"
+    assert reason_of(GOOD, form=Format.openai) == "form_msagent"
     assert read(openai)[0].messages[1].content == "b"
 
 
