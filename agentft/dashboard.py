@@ -164,7 +164,7 @@ def _library() -> tuple[Any, Any]:
             "wandb_workspaces.reports.v2"
         )
     except ImportError as error:
-        raise ConfigError(f"wandb-workspaces is needed ({error}): pip install 'agentft[dashboard]'") from error
+        raise ConfigError(f"wandb-workspaces is needed ({error}): pip install wandb-workspaces") from error
 
 
 def _name_panels(sections: dict[str, list[Any]]) -> None:

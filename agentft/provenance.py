@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 
 from agentft.runtime import available_cores
 
+DISTRIBUTION = "agentft-hydra"
+"""Name of this project's package; what is imported is called `agentft`."""
+
 _PACKAGES = (
-    *("agentft", "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
+    *(DISTRIBUTION, "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
     *("flash-attn", "bitsandbytes", "vllm", "modelscope", "datasets", "pyarrow", "numpy", "jieba", "rouge-score"),
     *("hydra-core", "omegaconf", "wandb", "rich", "liger-kernel"),
 )
@@ -67,6 +71,18 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def other_agentft() -> str | None:
+    """Return a line on another project's package `agentft`, where it is installed: it writes over files of this one."""
+    for package in importlib.metadata.distributions(name="agentft"):
+        # Only a wheel's record counts: this project's own package had the name too, installed as a link to a checkout.
+        if re.search(r"^agentft/", package.read_text("RECORD") or "", flags=re.MULTILINE):
+            return (
+                f"the package agentft {package.version} of another project is installed and has the same import name: "
+                f"pip uninstall agentft, then install {DISTRIBUTION} again"
+            )
+    return None
 
 
 def _cpu_model() -> str:

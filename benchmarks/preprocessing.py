@@ -80,12 +80,10 @@ def run_agentft(
     path: Path, tokenizer: Any, encoder: Any, too_long: str = "drop", *, native: bool = False, cache: bool = False
 ) -> tuple[int, int]:
     from agentft.data.config import LocalConfig, TooLong
-    from agentft.data.native import ChatmlTemplate
-    from agentft.data.render import MsagentTemplate
+    from agentft.data.template_choice import choose_template
     from agentft.recipes.prepare import prepare_data
 
-    template = ChatmlTemplate(tokenizer.eos_token) if native else MsagentTemplate(tokenizer.eos_token)
-
+    template = choose_template("chatml" if native else "msagent", tokenizer)
     config = LocalConfig(
         name="local", path=str(path), max_length=MAX_LENGTH, too_long=TooLong[too_long], max_rejected=1.0, cache=cache
     )

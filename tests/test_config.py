@@ -271,11 +271,19 @@ MISTAKES = [
     ("sft_type.rank=[4", ["sft_type.rank: cannot be read", "expected name=value"]),
     ("dataset.path=数据.jsonl", ["dataset.path: cannot be read", "in double quotes"]),
     ("training", ["training: cannot be read", "expected name=value"]),
-    ("sft_type.rank=0", ["sft_type.rank=0: expected at least 1"]),
-    ("dataset.test_ratio=1.5", ["dataset.test_ratio=1.5: expected a share between 0 and 1"]),
+    ("sft_type.rank=0", ["sft_type.rank=0: expected a whole number from 1 to"]),
+    ("seed=1e20", ["seed=1e+20: expected a whole number from 0 to 4,294,967,295"]),
+    ("seed=100000000000000000000", ["seed=100000000000000000000: expected a whole number from 0 to 4,294,967,295"]),
+    ("threads=100000", ["threads=100000: expected a whole number from 1 to 1,024 or null"]),
+    ("training.learning_rate=nan", ["training.learning_rate=nan: expected a number above 0 and at most 1"]),
+    ("training.max_grad_norm=-1", ["training.max_grad_norm=-1.0: expected a number from 0 to"]),
+    ("training.max_grad_norm=inf", ["training.max_grad_norm=inf: expected a number from 0 to"]),
+    ("sft_type.dropout=0.999", ["sft_type.dropout=0.999: expected a number from 0 to 0.9"]),
+    ("-m hydra.launcher.eta=1 seed=1,2", ["hydra.launcher.eta=1: expected a whole number from 2 to"]),
+    ("dataset.test_ratio=1.5", ["dataset.test_ratio=1.5: expected a number above 0 and below 1"]),
     ("training.learning_rate=${sft_type.lr}", ["training.learning_rate:", "sft_type.lr"]),
     ("sft_type.rank=4,8", ["sft_type.rank=4,8: several values", "-m"]),
-    ("-m sft_type.rank=4,0", ["sft_type.rank=0: expected at least 1"]),
+    ("-m sft_type.rank=4,0", ["sft_type.rank=0: expected a whole number from 1 to"]),
     ("-m model=tiny,smollm2-135", ["model=smollm2-135: no such option"]),
     ("-m sft_type.rnak=4,8", ["sft_type.rnak:", "did you mean sft_type.rank?"]),
     ("-m run_dir=x seed=1,2", ["run_dir: names one folder"]),
@@ -468,8 +476,8 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("rank: 8", "rank: eight"), "sft_type.rank='eight': expected int"),
-        (("rank: 8", "rank: true"), "sft_type.rank=True: expected int"),
+        (("rank: 8", "rank: eight"), "sft_type.rank=eight: expected a whole number from 1 to"),
+        (("rank: 8", "rank: true"), "sft_type.rank=True: expected a whole number from 1 to"),
         (("rank: 8", "rnak: 8"), "sft_type.rnak: no such setting"),
         (("dtype: auto", "dtype: bf15"), "model.dtype='bf15': expected one of auto, bf16"),
         (("schema_lora", "schema_full"), "sft_type.rank: no such setting"),
@@ -478,7 +486,7 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
             "schema_other is not a schema; known are schema_lora, schema_qlora, schema_full",
         ),
         (("seed: 42\nthreads", "sead: 42\nthreads"), "sead: no such setting"),
-        (("  rank: 8\n", "  rank: 0\n"), "sft_type.rank=0: expected at least 1"),
+        (("  rank: 8\n", "  rank: 0\n"), "sft_type.rank=0: expected a whole number from 1 to"),
         (("model:\n", "_target_: os.system\nmodel:\n"), "_target_: no such setting"),
     ],
     ids=lambda change: str(change)[:40],
@@ -537,6 +545,8 @@ def _table(rows: dict[str, Setting]) -> list[str]:
         words = [" ".join(setting.doc.split())]
         if names := members(setting.hint):
             words.append(f"One of {', '.join(f'`{name}`' for name in names)}.")
+        if setting.number is not None:
+            words.append(f"Range: {setting.number}.")
         lines.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {' '.join(words)} |")
     return [*lines, ""]
 

@@ -22,6 +22,7 @@ FLOORS = {
     1: ("data",),
     0: (
         "errors",
+        "settings",
         "secrets",
         "runs",
         "provenance",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source, cwd=target)
-    (made,) = target.glob("agentft-*.whl")
+    (made,) = target.glob("agentft_hydra-*.whl")
     return made
 
 
@@ -84,7 +85,7 @@ def test_the_wheel_holds_every_module_config_and_data_file(wheel: Path):
 def test_the_source_distribution_holds_every_data_file(source: Path, tmp_path: Path):
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code, cwd=source)
-    (made,) = tmp_path.glob("agentft-*.tar.gz")
+    (made,) = tmp_path.glob("agentft_hydra-*.tar.gz")
     with tarfile.open(made) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {str(file.relative_to(ROOT)) for file in DATA} <= names
@@ -110,8 +111,39 @@ def test_the_extras_are_there_and_name_each_other_rightly(wheel: Path):
     extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra")}
     assert {"gpu", "quantization", "slurm", "ray", "optuna", "vllm", "deepspeed"} <= extras
     for line in lines:
-        if line.startswith("Requires-Dist: agentft["):
+        if line.startswith("Requires-Dist: agentft-hydra["):
             assert set(line.partition("[")[2].partition("]")[0].split(",")) <= extras, line
+
+
+def test_hints_name_what_can_be_installed():
+    """On the index, `agentft` is another project; an extra is installed from a clone."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    folders = ("agentft", "conf", "sweeps", "docs", "tests", "benchmarks")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix not in (".pyc", ".png")]
+    for file in [*files, *ROOT.glob("*.*"), ROOT / "Makefile"]:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        found = re.findall(r"""\bagentft\[|pip install (?:-\S+ )*['"]?agentft""", text)
+        assert found == [], f"{file}: {found}"
+        assert set(re.findall(r"'\.\[(\w+)\]'", text)) <= extras.keys(), file
+
+
+def test_another_package_of_the_same_name_is_said_in_one_line(installed: Path, tmp_path: Path):
+    (tmp_path / "agentft").mkdir()
+    (tmp_path / "agentft" / "__init__.py").touch()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "agentft"\nversion = "0.2.0"\n')
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    offline = ("--no-deps", "--no-index", "--no-build-isolation")
+    run(*pip, "install", *offline, "--target", tmp_path / "theirs", tmp_path, cwd=tmp_path)
+    command = (installed / "agentft-train", "--cfg", "job")
+    assert run(*command, cwd=tmp_path).stderr == ""
+    (site,) = installed.parent.glob("lib/python*/site-packages")
+    (site / "theirs.pth").write_text(f"{tmp_path / 'theirs'}\n")
+    try:
+        said = run(*command, cwd=tmp_path).stderr
+    finally:
+        (site / "theirs.pth").unlink()
+    assert said.count("\n") == 1
+    assert said.startswith("agentft-train: the package agentft 0.2.0 of another project is installed")
 
 
 def test_the_installed_command_composes_from_its_own_configs_and_finds_the_launcher(installed: Path, tmp_path: Path):

@@ -18,6 +18,7 @@ import yaml
 from agentft.config.groups import conf_dir
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.saved import SCHEMAS
+from agentft.settings import Number, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Setting:
     hint: Any
     default: Any
     doc: str
+    number: Number | None
+    """Its range; None: not a number."""
 
 
 def settings(
@@ -65,9 +68,10 @@ def _schema_of(group: str, option: str | None, folders: Sequence[Path]) -> type 
 
 def _fields(schema: type) -> Iterator[tuple[str, Setting]]:
     hints = typing.get_type_hints(schema)
-    docs = _field_docs(schema)
+    docs, ranges = _field_docs(schema), numbers(schema)
     for field in dataclasses.fields(schema):
-        yield field.name, Setting(hints[field.name], field.default, docs.get(field.name, ""))
+        name = field.name
+        yield name, Setting(hints[name], field.default, docs.get(name, ""), ranges.get(name))
 
 
 def _field_docs(schema: type) -> dict[str, str]:
@@ -100,17 +104,20 @@ def members(hint: Any) -> list[str]:
     return []
 
 
-def in_words(hint: Any) -> str:
-    """What a type accepts, as a user reads it."""
+def in_words(setting: Setting) -> str:
+    """Return what a setting accepts, as a user reads it."""
+    return _type_in_words(setting.hint) if setting.number is None else str(setting.number)
+
+
+def _type_in_words(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         parts = [part for part in typing.get_args(hint) if part is not type(None)]
-        return f"{' or '.join(in_words(part) for part in parts)} or null"
+        return f"{' or '.join(_type_in_words(part) for part in parts)} or null"
     if typing.get_origin(hint) is list:
         return "a list like [a,b]"
     if names := members(hint):
         return f"one of {', '.join(names)}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(hint, "settings by name")
+    return {bool: "true or false", str: "text"}.get(hint, "settings by name")
 
 
 def dotted(parent: str, name: str) -> str:

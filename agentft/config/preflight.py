@@ -13,6 +13,7 @@ from agentft.config.explaining import compose_or_explain
 from agentft.config.overrides import Scope, parse_overrides, values_of
 from agentft.config.refusals import refuse_foreign_calls, refuse_secrets, refuse_unknown_options
 from agentft.errors import ConfigError
+from agentft.sweeping.options import read_options
 
 
 def check_command(config_name: str, arguments: argparse.Namespace, root: type[C]) -> frozenset[str] | None:
@@ -47,6 +48,9 @@ def check_command(config_name: str, arguments: argparse.Namespace, root: type[C]
             )
         to_config(composed, root)
         return None
+    launcher = {str(name): value for name, value in composed.hydra.launcher.items() if name != "_target_"}
+    if "place" in launcher:  # one of ours
+        read_options(str(launcher.pop("place")), launcher)
     given = {o.get_key_element() for o in scope.overrides}
     if "run_dir" in given:
         raise ConfigError("run_dir: names one folder, a sweep has many; give hydra.sweep.dir=<folder>")

@@ -24,6 +24,7 @@ from agentft.config.groups import conf_dir
 from agentft.config.preflight import check_command
 from agentft.config.registration import register_resolvers, register_schemas
 from agentft.errors import AgentftError, ConfigError
+from agentft.provenance import other_agentft
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.secrets import redact_text
@@ -37,6 +38,8 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
     """
     program = Path(sys.argv[0]).name
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if clash := other_agentft():
+        sys.stderr.write(f"{program}: {clash}\n")
     register_schemas()
     try:
         arguments = parse_arguments()

@@ -41,7 +41,7 @@ def wrong_value(key: str, text: str, overrides: Sequence[Override], known: Mappi
         return f"{shown}: {first_line(Exception(text))}"
     near = nearest(value or "", members(known[key].hint))
     hint = f"; did you mean {key}={near}?" if near else ""
-    return f"{shown}: expected {in_words(known[key].hint)}{hint}"
+    return f"{shown}: expected {in_words(known[key])}{hint}"
 
 
 def unknown_setting(key: str, root: type, choices: Mapping[str, str], folders: Sequence[Path] = ()) -> str:

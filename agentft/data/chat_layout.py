@@ -188,8 +188,7 @@ class _Work:
         if not everything.isascii() and (found := MARK.search(everything)):
             raise _Problem("text_holds_a_noncharacter", f"U+{ord(found.group()):04X}, which no text should hold")
         tested = self.template.tested.search(everything) is not None
-        tokens = self.template.control_tokens
-        if not any(token in everything or json.dumps(token)[1:-1] in everything for token in tokens):
+        if not any(token in everything for token in self.template.spellings):
             return False, tested
         for where, name in _names(self.messages, list(self.conversation.tools)):
             if found := self.template.control.search(name):

@@ -58,6 +58,8 @@ class ChatTemplate:
         """The template, its date fixed."""
         self.control_tokens = _control_tokens(tokenizer, source)
         """Added tokens that are letters within a value; as `sanitize_control_tokens` of transformers finds them."""
+        self.spellings = tuple({*self.control_tokens, *(json.dumps(token)[1:-1] for token in self.control_tokens)})
+        """Control tokens as values spell them, in JSON too."""
         self.control = re.compile(f"({any_of(self.control_tokens)})")
         self.tested = re.compile(any_of({json.dumps(text)[1:-1] for text in _tested_texts(source)}))
         """What the template looks for in values."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from agentft.data.chat_layout import Rendering
 from agentft.data.render import Kind
-from agentft.data.text_ids import Ids
+from agentft.data.text_ids import FastIds, Ids, ReferenceIds, TextIds
 from agentft.data.tokenizer_json import TokenizerJson
 from agentft.data.tokens import Example, Span
 from agentft.data.vocabulary_bytes import byte_level_lengths
@@ -86,9 +87,21 @@ class RenderingEncoder:
             each.no_truncation()
             each.no_padding()
         self._lengths = byte_level_lengths(tokenizer) if own.keeps_every_byte else None
+        self._text_ids: TextIds = ReferenceIds(self._plain)
         self._control = control
         self._sections: dict[tuple[str, bool], list[int]] = {}
         self._lead_ids = {lead: self._ids(lead) for lead in _LEADS}
+
+    def for_much_text(self, *, much: bool) -> RenderingEncoder:
+        """Return one that gives the same ids and comes to be faster, as `SegmentEncoder.for_much_text` does."""
+        other = copy(self)
+        if self._lengths is not None:
+            other._text_ids = FastIds(ReferenceIds(self._plain), much=much)
+        return other
+
+    def settle(self) -> bool:
+        """Load the faster tokenizer between two batches if that is worth it; say whether no other will be loaded."""
+        return not isinstance(self._text_ids, FastIds) or self._text_ids.settle()
 
     def encode(self, renderings: Sequence[tuple[str, Rendering]]) -> list[list[EncodedRendering]]:
         """Return the examples of each (id, rendering): one, or several where a forced border would change a prompt."""
@@ -143,21 +156,22 @@ class RenderingEncoder:
     def _encode_units(self, units: Sequence[_Unit]) -> Iterator[tuple[Ids, Starts]]:
         whole = [unit for unit in units if not unit.leads]
         texts = [unit.text for unit in whole]
-        if self._lengths is not None:
-            encoded = iter(self._plain.encode_batch_fast(texts, add_special_tokens=False))
-        else:
-            encoded = iter(self._plain.encode_batch(texts, add_special_tokens=False))
+        if self._lengths is None:
+            offsets = iter(self._plain.encode_batch(texts, add_special_tokens=False))
+            for unit in units:
+                yield self._continuing(unit) if unit.leads else _placed(unit, next(offsets))
+            return
+        found = iter(self._text_ids.encode(texts))
         for unit in units:
-            yield self._continuing(unit) if unit.leads else self._placed(unit, next(encoded))
-
-    def _placed(self, unit: _Unit, encoding: Any) -> tuple[Ids, Starts]:
-        ids = np.asarray(encoding.ids, dtype=np.int32)
-        if self._lengths is not None:
+            if unit.leads:
+                yield self._continuing(unit)
+                continue
+            ids = next(found)
             starts = self._starts_by_bytes(unit.text, ids)
-            if starts is not None:
-                return ids, starts + unit.start
-            encoding = self._plain.encode(unit.text, add_special_tokens=False)
-        return ids, np.array([start for start, _ in encoding.offsets], dtype=np.int64) + unit.start
+            if starts is None:
+                yield _placed(unit, self._plain.encode(unit.text, add_special_tokens=False))
+            else:
+                yield ids, starts + unit.start
 
     def _starts_by_bytes(self, text: str, ids: Ids) -> Starts | None:
         """Count the bytes of byte-level tokens; None where the tokenizer changed the text."""
@@ -210,6 +224,11 @@ class RenderingEncoder:
         spans = job.layout.spans(starts, job.trained)
         steps = tuple(rendered.steps[at] for at in sorted(job.trained))
         return EncodedRendering(Example(name, ids, spans), steps)
+
+
+def _placed(unit: _Unit, encoding: Any) -> tuple[Ids, Starts]:
+    starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+    return np.asarray(encoding.ids, dtype=np.int32), starts + unit.start
 
 
 class _Layout:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from agentft.errors import ConfigError
+from agentft.settings import SEED, Settings
 
-MAX_WEIGHT = 100.0
-"""Showings of one conversation in an epoch: a greater weight is a slip, and would fill the memory."""
+MAX_WEIGHT = 100
+"""Of a token in the loss, and showings of a conversation in an epoch: more is a slip, and would fill the memory."""
 
 
 class Split(StrEnum):
@@ -61,44 +62,41 @@ class Reasoning(StrEnum):
 
 
 @dataclass(kw_only=True)
-class SpanWeights:
+class SpanWeights(Settings, group="dataset.span_weights"):
     """How much a labelled token counts in the loss, by what it is; the loss is divided by the sum of weights.
 
     A weight is positive: what is not trained at all is context, and `agentft.data.render` alone decides that.
     """
 
-    text: float = 1.0
+    reasoning: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
+    """What the agent thinks before it speaks."""
+    text: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """Text before a call, answers and summaries."""
-    call: float = 1.0
+    call: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """Names and parameters of calls. The paper of ModelScope-Agent weighs them 2."""
-    frame: float = 1.0
+    frame: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """The rest of a call: marks, fence, braces, field names and other fields."""
-    stop: float = 1.0
+    stop: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """The token that ends a step."""
-
-    def __post_init__(self) -> None:
-        for name in ("text", "call", "frame", "stop"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"dataset.span_weights.{name}={getattr(self, name)}: expected a positive number")
 
 
 @dataclass(kw_only=True)
-class DatasetConfig:
+class DatasetConfig(Settings, group="dataset"):
     """Settings that every dataset has."""
 
     name: str
     """The option of the group `dataset`; part of the run folder's name."""
-    sample: int = -1
+    sample: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
-    test_ratio: float = 0.02
+    test_ratio: float = field(default=0.02, metadata={"above": 0, "below": 1})
     """Share of all conversations that is held out, chosen before sampling, so every sample sits the same exam."""
-    test_sample: int = -1
+    test_sample: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Held-out conversations to use, nested like `sample`; -1: all."""
     split: Split = Split.content
     """How the held-out part is chosen."""
-    seed: int = 42
+    seed: int = field(default=42, metadata=SEED)
     """Decides the split and the order of the sample; separate from the seed of the training."""
-    max_length: int = 2048
+    max_length: int = field(default=2048, metadata={"minimum": 16, "maximum": 10**7})
     """Tokens of one example; `too_long` says what becomes of longer conversations."""
     too_long: TooLong = TooLong.split
     """What becomes of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every question."""
@@ -106,70 +104,42 @@ class DatasetConfig:
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
     reasoning: Reasoning = Reasoning.keep
     """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted."""
-    max_rejected: float = 0.1
+    max_rejected: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1})
     """Largest share of rows that may be set aside; above it the run stops and says why."""
     cache: bool = True
     """Keep the tokenised data, and use what a run with the same data, settings, tokenizer and code has kept."""
-    cache_limit_gb: float = 20.0
+    cache_limit_gb: float = field(default=20.0, metadata={"above": 0, "maximum": 10**6})
     """Size of that cache, in 10^9 bytes; above it the data that was not used for longest is removed."""
-    workers: int = 0
+    workers: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
     """Processes that read and tokenise where there is much to do; 0: one a core, at most 8; 1: only this one."""
-
-    def __post_init__(self) -> None:
-        if self.sample < -1 or self.sample == 0:
-            raise ConfigError(f"dataset.sample={self.sample}: expected -1 (all) or a positive number of conversations")
-        if self.test_sample < -1 or self.test_sample == 0:
-            raise ConfigError(f"dataset.test_sample={self.test_sample}: expected -1 (all) or a positive number")
-        if not 0.0 < self.test_ratio < 1.0:
-            raise ConfigError(f"dataset.test_ratio={self.test_ratio}: expected a share between 0 and 1")
-        if self.max_length < 16:
-            raise ConfigError(f"dataset.max_length={self.max_length}: expected at least 16 tokens")
-        if not self.cache_limit_gb > 0:
-            raise ConfigError(
-                f"dataset.cache_limit_gb={self.cache_limit_gb}: expected a size; dataset.cache=false: none"
-            )
-        if self.workers < 0:
-            raise ConfigError(f"dataset.workers={self.workers}: expected a number of processes, or 0 for one a core")
-        if not 0.0 <= self.max_rejected <= 1.0:
-            raise ConfigError(f"dataset.max_rejected={self.max_rejected}: expected a share between 0 and 1")
 
 
 @dataclass(kw_only=True)
 class SyntheticConfig(DatasetConfig):
     """Conversations that agentft generates itself; see `agentft.data.synthetic`."""
 
-    conversations: int = 1000
+    conversations: int = field(default=1000, metadata={"minimum": 1, "maximum": 10**7})
     """Training conversations to generate; the held-out ones are generated beside them."""
-    heldout: int = 60
+    heldout: int = field(default=60, metadata={"minimum": 1, "maximum": 10**7})
     """Held-out conversations to generate, from values (and on request tools) that training never shows."""
-    chinese: float = 0.1
+    chinese: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1})
     """Share of conversations in Chinese."""
-    max_rounds: int = 3
+    max_rounds: int = field(default=3, metadata={"minimum": 1, "maximum": 100})
     """Most tool calls before an answer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.conversations < 1 or self.heldout < 1:
-            raise ConfigError("dataset.conversations and dataset.heldout: expected positive numbers")
-        if not 0.0 <= self.chinese <= 1.0:
-            raise ConfigError(f"dataset.chinese={self.chinese}: expected a share between 0 and 1")
 
 
 @dataclass(kw_only=True)
-class WeightedPath:
+class WeightedPath(Settings):
     """One of several local sources."""
 
     path: str
     """A file or a folder, as `dataset.path`."""
-    weight: float = 1.0
+    weight: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """How often each of its training conversations is shown in an epoch: 0.5 keeps half of them, 2 shows each twice."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.weight <= MAX_WEIGHT:
-            raise ConfigError(
-                f"dataset.sources: the weight of {self.path} is {self.weight}, expected a number above 0, at most "
-                f"{MAX_WEIGHT:g}; to leave a source out, do not name it"
-            )
+        self._group = f"dataset.sources: {self.path}: "
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ import numpy as np
 from agentft.data.calls import ToolCall
 from agentft.data.conversation import Conversation
 from agentft.data.msagent import as_msagent
-from agentft.data.render import with_history
+from agentft.data.render import thought_text, with_history
 from agentft.data.text_ids import Ids
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import IGNORE_INDEX
@@ -103,7 +103,9 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
         if message.role != "assistant" or history:
             context(message.source_text or message.text)
         else:
-            words.append(message.source_text)
+            words.append(
+                (thought_text(message.reasoning_content) if message.reasoning_content else "") + message.source_text
+            )
     context("")
     return steps
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from agentft.data.call_places import Place, call_places
 from agentft.data.conversation import Conversation, Message
@@ -87,27 +87,6 @@ class CallForm(StrEnum):
     """Bare JSON with `name` and `parameters`; several are joined by `; `, text before them ends with `<|python_tag|>`."""
 
 
-class Template(Protocol):
-    """A layout: conversation -> segments."""
-
-    @property
-    def stop_token(self) -> str:
-        """The special token that ends every step."""
-
-    @property
-    def call_form(self) -> CallForm:
-        """How calls are written."""
-
-    def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
-        """Lay the conversation out; the first `context_rounds` rounds are shown and not trained."""
-
-    def problem(self, conversation: Conversation) -> tuple[str, str] | None:
-        """Say, as (reason, detail), why this layout cannot hold the conversation; None where it can."""
-
-    def notes(self, conversation: Conversation) -> list[str]:
-        """Codes of what the layout writes otherwise than the source; they are counted."""
-
-
 @dataclass(frozen=True, slots=True)
 class MsagentTemplate:
     """The layout of the original script, byte for byte, plus a real stop token after every step.
@@ -116,6 +95,8 @@ class MsagentTemplate:
     """
 
     stop_token: str
+    thought_tokens: bool = False
+    """`<think>` and `</think>` are tokens of the tokenizer; else they are letters."""
     call_form = CallForm.msagent
 
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
@@ -129,12 +110,28 @@ class MsagentTemplate:
                 segments.append(Segment(f"{separator}<|{role}|>:", Kind.header))
             agent_speaks = message.source is not None
             if message.role == "assistant":
-                segments += shown_as(step_segments(message.source or (), self.stop_token), history=history)
+                step = step_segments(message.source or (), self.stop_token)
+                if message.reasoning_content:
+                    first = step[0].kind is Kind.header  # white space before the step
+                    step[first:first] = self._thought(message.reasoning_content)
+                segments += shown_as(step, history=history)
             elif message.source is not None:
                 segments += _result_segments(message.source)
             else:
                 segments.append(Segment(message.text, Kind.system if message.role == "system" else Kind.user))
         return segments
+
+    def _thought(self, reasoning: str) -> list[Segment]:
+        """Lay out what the agent thinks before it speaks."""
+        opening, closing = "<think>", "</think>"
+        if not self.thought_tokens:
+            return [Segment(thought_text(reasoning), Kind.reasoning)]
+        return [
+            Segment(opening, Kind.reasoning, special=True),
+            Segment(f"\n{reasoning}\n", Kind.reasoning),
+            Segment(closing, Kind.reasoning, special=True),
+            Segment("\n\n", Kind.reasoning),
+        ]
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
         """What MSAgent text cannot say of a record of another format."""
@@ -144,9 +141,10 @@ class MsagentTemplate:
             return error.reason, error.detail
         return None
 
-    def notes(self, conversation: Conversation) -> list[str]:
-        """Nothing: every byte is kept."""
-        return []
+
+def thought_text(reasoning: str) -> str:
+    """Return a thought as the layout `msagent` writes it."""
+    return f"<think>\n{reasoning}\n</think>\n\n"
 
 
 def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:

@@ -161,16 +161,17 @@ def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[Ra
             continue
         if path.is_dir() and not files:
             raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
+        in_folder = path.is_dir()
         for file in files:
             # A file name that is no UTF-8 must not break the report that names it.
-            name = str(file if file is not path else source.path).encode("utf-8", "backslashreplace").decode()
+            name = str(file if in_folder else source.path).encode("utf-8", "backslashreplace").decode()
             report.files.append(name)
-            if file is not path:
+            if in_folder:
                 report.source_of_file[name] = str(source.path)
-            if file is not path and (flaw := unsafe_in_folder(file, path)):
-                yield Rejection(Origin(name, 0), *flaw)
-                continue
-            yield from _read_one(file, name, source.weight, report, alone=file is path)
+                if flaw := unsafe_in_folder(file, path):
+                    yield Rejection(Origin(name, 0), *flaw)
+                    continue
+            yield from _read_one(file, name, source.weight, report, alone=not in_folder)
 
 
 def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:

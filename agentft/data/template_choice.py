@@ -56,7 +56,8 @@ def choose_template(
             log.info("layout: msagent, since the model's own chat template cannot be used: %s", problem)
         name = "native" if problem is None else "msagent"
     if name == "msagent":
-        return MsagentTemplate(_stop_token(tokenizer, stop_token))
+        marks = {"<think>", "</think>"} <= tokenizer.get_vocab().keys()
+        return MsagentTemplate(_stop_token(tokenizer, stop_token), thought_tokens=marks)
     if stop_token is not None:
         raise ConfigError(
             f"model.stop_token={stop_token!r} is for model.template=msagent; a chat template writes its own"

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from agentft.errors import ConfigError
+from agentft.settings import Settings
 
 
 class EngineKind(StrEnum):
@@ -21,30 +22,30 @@ class EngineKind(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ElasticConfig:
+class ElasticConfig(Settings, group="distributed.elastic"):
     """What becomes of a job whose rank dies."""
 
-    max_restarts: int = 0
+    max_restarts: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
     """How often all ranks start again, from the last good checkpoint, before the job fails."""
-    grace: int = 30
+    grace: int = field(default=30, metadata={"minimum": 1, "maximum": 86400})
     """Seconds that the other ranks have to end by themselves before they are killed."""
 
 
 @dataclass(kw_only=True)
-class DistributedConfig:
+class DistributedConfig(Settings, group="distributed"):
     """Ranks, where they are, and what divides the work. The training is the same with every engine."""
 
     name: str
     """The option of the group `distributed`."""
     engine: EngineKind = EngineKind.single
     """What holds weights, gradients and optimiser."""
-    nproc: int | None = None
+    nproc: int | None = field(default=None, metadata={"minimum": 1, "maximum": 1024})
     """Ranks on each machine; null: one for each visible GPU, without GPUs one."""
-    nnodes: int | None = None
+    nnodes: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
     """Machines; null: those of the launcher's or SLURM's job step (`SLURM_STEP_NUM_NODES`), else one."""
     rdzv_endpoint: str | None = None
     """`host:port` of the first machine, the same on all; null: the first host that the launcher or SLURM names."""
-    timeout: float = 1800.0
+    timeout: float = field(default=1800.0, metadata={"above": 0, "maximum": 10**6})
     """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named. A rank that fetches
     weights or prepares data gets somewhere as long as it computes, reads or writes."""
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
@@ -53,13 +54,7 @@ class DistributedConfig:
     """DeepSpeed's own configuration, key by key, for `engine=deepspeed`; `+distributed.deepspeed.<key>` adds one."""
 
     def __post_init__(self) -> None:
-        for name, value in (("nproc", self.nproc), ("nnodes", self.nnodes)):
-            if value is not None and value < 1:
-                raise ConfigError(f"distributed.{name}={value}: expected at least 1")
-        if self.timeout <= 0:
-            raise ConfigError(f"distributed.timeout={self.timeout}: expected a positive number of seconds")
-        if self.elastic.max_restarts < 0 or self.elastic.grace < 1:
-            raise ConfigError("distributed.elastic: expected max_restarts of 0 or more and grace of at least 1 second")
+        super().__post_init__()
         if self.engine is EngineKind.single and ((self.nproc or 1) > 1 or (self.nnodes or 1) > 1):
             raise ConfigError(
                 f"distributed=single is one process; for {self.nproc or 1} x {self.nnodes or 1} choose distributed=ddp, "

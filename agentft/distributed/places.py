@@ -116,9 +116,7 @@ def require_engine(config: DistributedConfig, *, gpus: int, fp16_weights: bool) 
             "model itself; choose model.dtype=bf16, or distributed=fsdp"
         )
     if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"distributed={config.name} needs the package deepspeed: pip install 'agentft[deepspeed]' (Linux)"
-        )
+        raise ConfigError(f"distributed={config.name} needs the package deepspeed: pip install deepspeed (Linux)")
     if _compiles_ops(config) and not _can_compile():
         raise ConfigError(
             f"distributed={config.name}: distributed.deepspeed.optimizer makes DeepSpeed compile its own Adam at first "

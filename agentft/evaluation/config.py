@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from agentft.errors import ConfigError
 from agentft.evaluation.metric_names import BEST_METRICS
+from agentft.settings import SEED, Settings
 
 
 class Mode(StrEnum):
@@ -35,40 +36,40 @@ class Engine(StrEnum):
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings, group="evaluation"):
     """Greedy evaluation of the steps of the held-out conversations."""
 
     mode: Mode = Mode.teacher_forced
     """How `evaluate.py` measures; a training measures teacher-forced before and after, and likelihood on its way."""
     engine: Engine = Engine.transformers
     """Who answers in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
-    steps: int = 50
+    steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
     """Training steps between evaluations of the held-out loss; 0: never during training."""
     before: bool = True
     """Measure the untrained model too, so that the run ends with a table before / after."""
     after: bool = True
     """Generate and score at the end of training."""
-    conversations: int = -1
+    conversations: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Held-out conversations that are answered, the first of the held-out order; -1: all."""
-    conversations_during: int = 0
+    conversations_during: int = field(default=0, metadata={"minimum": 0, "maximum": 10**9})
     """Held-out conversations answered at each evaluation of a training; 0: 16, none if `best_metric=loss`."""
-    batch: int = 8
+    batch: int = field(default=8, metadata={"minimum": 1, "maximum": 10**5})
     """Answers generated at once; for `engine=openai`, requests under way at once."""
-    max_new_tokens: int = 512
+    max_new_tokens: int = field(default=512, metadata={"minimum": 1, "maximum": 10**6})
     """An answer is cut here, which is counted."""
-    speculation: int = 16
+    speculation: int = field(default=16, metadata={"minimum": 0, "maximum": 1024})
     """Tokens that are guessed ahead from what was said before, and checked at once; 0: none. Answers are the same."""
     best_metric: str = "arg_f1"
     """Decides the best checkpoint: a metric of answers, generated during training, or `loss`. The loss decides ties."""
-    patience: int = 0
+    patience: int = field(default=0, metadata={"minimum": 0, "maximum": 10**6})
     """Training ends after so many evaluations in a row that were no better; 0: never early."""
-    draws: int = 10_000
+    draws: int = field(default=10_000, metadata={"minimum": 1, "maximum": 10**6})
     """Bootstrap draws over conversations for the 95 % intervals."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     """Seed of the bootstrap."""
     allow_bad_references: bool = False
     """Go on when a reference call cannot be read; it is listed and left out of the scores."""
-    examples: int = 2
+    examples: int = field(default=2, metadata={"minimum": 0, "maximum": 1000})
     """Example answers shown side by side at the end."""
     base_url: str | None = None
     """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
@@ -79,25 +80,16 @@ class EvaluationConfig:
     request: str | None = None
     """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
     Without `tools`, a step goes as it is recorded, in marks."""
-    request_timeout: float = 120.0
+    request_timeout: float = field(default=120.0, metadata={"above": 0, "maximum": 86400})
     """Seconds without a word from the endpoint after which a request is tried again."""
-    retries: int = 5
+    retries: int = field(default=5, metadata={"minimum": 0, "maximum": 1000})
     """Further attempts of a request that met a busy, failing or silent endpoint."""
 
     vllm_options: str | None = None
     """JSON object of further arguments of `vllm.LLM` for `engine=vllm`: `{"gpu_memory_utilization": 0.8}`."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "max_new_tokens", "draws"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluation.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("patience", "conversations_during", "retries", "speculation"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"evaluation.{name}={getattr(self, name)}: expected 0 or more")
-        if self.conversations < -1 or self.conversations == 0:
-            raise ConfigError(f"evaluation.conversations={self.conversations}: expected -1 (all) or a positive number")
-        if self.request_timeout <= 0:
-            raise ConfigError(f"evaluation.request_timeout={self.request_timeout}: expected a positive number")
+        super().__post_init__()
         if self.patience and not self.steps:
             raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.steps=0")
         _check_best_metric(self.best_metric)

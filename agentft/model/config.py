@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from agentft.errors import ConfigError
+from agentft.settings import Settings
 
 
 class ModelSource(StrEnum):
@@ -56,16 +57,16 @@ class KernelChoice(StrEnum):
 
 
 @dataclass(kw_only=True)
-class RandomShape:
+class RandomShape(Settings, group="model.shape"):
     """Shape of a model with random weights."""
 
-    hidden: int = 64
+    hidden: int = field(default=64, metadata={"minimum": 1, "maximum": 10**6})
     """Width."""
-    layers: int = 2
+    layers: int = field(default=2, metadata={"minimum": 1, "maximum": 1024})
     """Transformer blocks."""
-    heads: int = 4
+    heads: int = field(default=4, metadata={"minimum": 1, "maximum": 1024})
     """Attention heads."""
-    intermediate: int = 128
+    intermediate: int = field(default=128, metadata={"minimum": 1, "maximum": 10**6})
     """Width inside the feed-forward part."""
 
 
@@ -77,7 +78,7 @@ class RewrittenHistory(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings, group="model"):
     """One model: where it is, how it talks, how it is loaded."""
 
     name: str
@@ -110,9 +111,9 @@ class ModelConfig:
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Linear layers that LoRA adapts when `sft_type.targets` is null."""
-    learning_rate_scale: float = 1.0
+    learning_rate_scale: float = field(default=1.0, metadata={"above": 0, "maximum": 1000})
     """Factor on the default learning rate of the method; small models want larger steps."""
-    context: int = 2048
+    context: int = field(default=2048, metadata={"minimum": 16, "maximum": 10**7})
     """Positions that the model was trained for; `dataset.max_length` may not exceed it."""
     dtype: Dtype = Dtype.auto
     """Number format of the weights that are loaded and of the computation."""
@@ -134,12 +135,12 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class SftConfig:
+class SftConfig(Settings, group="sft_type"):
     """Settings that every way of supervised fine-tuning has."""
 
     name: str
     """The option of the group `sft_type`."""
-    default_learning_rate: float
+    default_learning_rate: float = field(metadata={"above": 0, "maximum": 1})
     """What `training.learning_rate` is unless given."""
 
 
@@ -160,11 +161,11 @@ class LoraStart(StrEnum):
 class LoraConfig(SftConfig):
     """Low-rank adapters (Hu et al., 2021, arXiv 2106.09685): W + alpha / rank * B A, with W frozen."""
 
-    rank: int = 8
+    rank: int = field(default=8, metadata={"minimum": 1, "maximum": 16384})
     """Rank of the update."""
-    alpha: float = 32.0
+    alpha: float = field(default=32.0, metadata={"above": 0, "maximum": 10**6})
     """The update is scaled by alpha / rank."""
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata={"minimum": 0, "maximum": 0.9})
     """Share of the adapters' inputs that is dropped in training."""
     targets: list[str] | None = None
     """Names of linear layers, or [all-linear] for all but the output head; null: the model's `lora_targets`."""
@@ -172,18 +173,13 @@ class LoraConfig(SftConfig):
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv 2312.03732), for large ranks."""
     dora: bool = False
     """Train each weight's column norms beside its direction (Liu et al., 2024, arXiv 2402.09353)."""
-    learning_rate_ratio: float = 1.0
+    learning_rate_ratio: float = field(default=1.0, metadata={"above": 0, "maximum": 1000})
     """Rate of B over that of A: LoRA+ (Hayou et al., 2024, arXiv 2402.12354) advises 16; 1: the same."""
     start: LoraStart = LoraStart.zero
     """What the adapters are before the first step."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"sft_type.rank={self.rank}: expected at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"sft_type.dropout={self.dropout}: expected 0 <= dropout < 1")
-        if not 0.0 < self.learning_rate_ratio < float("inf"):
-            raise ConfigError(f"sft_type.learning_rate_ratio={self.learning_rate_ratio}: expected a positive number")
+        super().__post_init__()
         if self.targets is not None and (not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1)):
             raise ConfigError(
                 f"sft_type.targets=[{','.join(self.targets)}]: expected names of layers, or {ALL_LINEAR} alone"
@@ -211,7 +207,7 @@ class QuantKind(StrEnum):
 class QloraConfig(LoraConfig):
     """Adapters on a base in 4 or 8 bits (Dettmers et al., 2023, arXiv 2305.14314); needs the extra `quantization`."""
 
-    bits: int = 4
+    bits: int = field(default=4, metadata={"one_of": (4, 8)})
     """4, or 8 (LLM.int8, Dettmers et al., 2022, arXiv 2208.07339)."""
     kind: QuantKind = QuantKind.nf4
     """The 4-bit numbers."""
@@ -220,8 +216,6 @@ class QloraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in (4, 8):
-            raise ConfigError(f"sft_type.bits={self.bits}: expected 4 or 8")
         if self.dora and self.bits == 8:
             raise ConfigError("sft_type.dora=true with sft_type.bits=8: peft cannot; use sft_type.bits=4")
 
@@ -235,7 +229,7 @@ class FullConfig(SftConfig):
 class FreezeConfig(SftConfig):
     """The last blocks are trained, all below stays as it is."""
 
-    layers: int = 2
+    layers: int = field(default=2, metadata={"minimum": 0, "maximum": 1024})
     """Blocks at the end that are trained, each whole."""
     embeddings: bool = False
     """Train the input embeddings too; where the head is tied to them, both."""
@@ -243,8 +237,9 @@ class FreezeConfig(SftConfig):
     """Train the output head too, and the norm before it; where it is tied to the embeddings, both."""
 
     def __post_init__(self) -> None:
-        if self.layers < 0 or (self.layers == 0 and not (self.embeddings or self.head)):
-            raise ConfigError(f"sft_type.layers={self.layers}: nothing would be trained; expected at least 1")
+        super().__post_init__()
+        if self.layers == 0 and not (self.embeddings or self.head):
+            raise ConfigError("sft_type.layers=0: nothing would be trained; expected at least 1")
 
 
 def trains_weights(sft: SftConfig) -> bool:

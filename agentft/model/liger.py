@@ -18,7 +18,7 @@ from agentft.model.fused import ATTENTIONS, RMS_NORMS, is_gated_silu_mlp
 
 log = logging.getLogger(__name__)
 
-INSTALL = "pip install 'agentft[gpu]'"
+INSTALL = "pip install liger-kernel"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,14 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig, kernels:
     """Freeze `model` and put adapters beside the layers that `sft.targets` names.
 
     Raises:
-        ConfigError: no linear layer has such a name.
+        ConfigError: no linear layer has such a name, or peft does not adapt it.
     """
     from peft import get_peft_model
 
-    adapted = get_peft_model(model, peft_config(sft, find_targets(model, sft, model_config)))
+    try:
+        adapted = get_peft_model(model, peft_config(sft, find_targets(model, sft, model_config)))
+    except ValueError as error:  # a layer that the library does not adapt in this architecture
+        raise ConfigError(f"sft_type.targets: {error}") from error
     if sft.start is LoraStart.pissa:
         begin_with_principal_part(adapted, sft)
     for parameter in adapted.parameters():

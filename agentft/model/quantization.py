@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INSTALL = "pip install 'agentft[quantization]'"
+INSTALL = "pip install bitsandbytes"
 
 
 def require_bitsandbytes(sft: SftConfig) -> None:

@@ -10,12 +10,16 @@ from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import Dtype, KernelChoice, ModelConfig, SftConfig
+from agentft.settings import SEED, Settings
 from agentft.tracking import TrackingConfig
 from agentft.training.config import TrainingConfig
 
+THREADS = {"minimum": 1, "maximum": 1024}
+"""More would not compute faster on any machine, and a slip of some zeros stops one."""
+
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """`python train.py`: compose, preprocess, fine-tune, evaluate."""
 
     model: ModelConfig
@@ -31,12 +35,13 @@ class TrainConfig:
     """This run's folder."""
     experiment: str | None = None
     """Name of the experiment file in use, for grouping."""
-    seed: int = 42
+    seed: int = field(default=42, metadata=SEED)
     """Seed of initial adapter weights, dropout and the order of training."""
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata=THREADS)
     """CPU threads for torch; null: all cores. Recorded, since it decides the last bits of a loss."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.training.compile and self.model.kernels in (KernelChoice.compiled, KernelChoice.liger):
             raise ConfigError(
                 f"training.compile=true with model.kernels={self.model.kernels}: torch's compiler fuses the same parts, and "
@@ -50,7 +55,7 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """`python evaluate.py run=<run folder>`: answer the held-out conversations again and score them."""
 
     run: str
@@ -62,42 +67,38 @@ class EvaluateConfig:
     tracking: TrackingConfig
     distributed: DistributedConfig = field(default_factory=lambda: DistributedConfig(name="single"))
     """Ranks that share the conversations out among them. Each holds the model whole, whatever the engine."""
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata=THREADS)
     """CPU threads for torch; null: as the run was trained with."""
     output: str | None = None
     """Folder that answers and scores go to; null: the run's own. A job of a sweep gets one to itself."""
 
 
 @dataclass(kw_only=True)
-class AuditOptions:
+class AuditOptions(Settings, group="audit"):
     """What an audit looks for, shows, and fails on."""
 
     fail_on: list[str] = field(default_factory=list)
     """Codes of findings that make the audit fail, besides broken invariants; docs/audit.md lists them."""
-    examples: int = 5
+    examples: int = field(default=5, metadata={"minimum": 0, "maximum": 10**6})
     """Places that are named for each kind of finding."""
-    sample: int = 24
+    sample: int = field(default=24, metadata={"minimum": 0, "maximum": 10**6})
     """Conversations in the page, chosen by content hash; the first example of each finding comes on top."""
-    tools: int = 15
+    tools: int = field(default=15, metadata={"minimum": 0, "maximum": 10**6})
     """Most called tools that are listed."""
-    similarity: float = 0.8
+    similarity: float = field(default=0.8, metadata={"above": 0, "maximum": 1})
     """Share of common five-letter runs above which a held-out user turn nearly equals one of training."""
     page: bool = True
     """Write `audit.html`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for code in self.fail_on:
             if code not in CODES:
                 raise ConfigError(f"audit.fail_on={code}: no such finding; known are {', '.join(CODES)}")
-        for name in ("examples", "sample", "tools"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"audit.{name}={getattr(self, name)}: expected 0 or more")
-        if not 0.0 < self.similarity <= 1.0:
-            raise ConfigError(f"audit.similarity={self.similarity}: expected a share above 0, at most 1")
 
 
 @dataclass(kw_only=True)
-class AuditConfig:
+class AuditConfig(Settings):
     """`python -m agentft.audit`: what a dataset would train, and what is wrong with it; loads no weights."""
 
     model: ModelConfig
@@ -110,6 +111,7 @@ class AuditConfig:
     """Folder for the page, the report, its numbers and the rows that were set aside."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dataset.max_length > self.model.context:
             raise ConfigError(
                 f"dataset.max_length={self.dataset.max_length} exceeds model.context={self.model.context} "
@@ -118,7 +120,7 @@ class AuditConfig:
 
 
 @dataclass(kw_only=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """`python -m agentft.export run=<run folder>`: a folder that transformers, vLLM and the hubs load as it is."""
 
     run: str

@@ -20,6 +20,7 @@ _STYLES: dict[Kind, tuple[str, str]] = {
     Kind.system: ("bright_black", "bright_black"),
     Kind.user: ("yellow", "yellow"),
     Kind.observation: ("magenta", "magenta"),
+    Kind.reasoning: ("black on #d9c2f0", "black on #eadff7"),
     Kind.text: ("black on #8fc7ff", "black on #c4e2ff"),
     Kind.call: ("black on #7fd88f", "black on #b5ecc0"),
     Kind.frame: ("black on #d5e8d8", "black on #e6f3e8"),

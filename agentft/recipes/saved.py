@@ -173,6 +173,8 @@ def _build(value: Any, expected: Any, key: str, classes: Mapping[str, type]) -> 
         return expected[value]
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if expected in (int, float):
+        return value  # the schema refuses what is none, and says the range
     if type(value) is not expected:
         raise _wrong(key, value, expected.__name__)
     return value

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentft.errors import ConfigError, RunError
+from agentft.errors import RunError
 from agentft.runs import read_json
 from agentft.sweeping.jobs import Job
 
@@ -27,11 +27,6 @@ class Halving:
     """One job in `eta` goes on from a rung."""
     rungs: int
     """The last is the end of training."""
-
-    def __post_init__(self) -> None:
-        for name in ("eta", "rungs"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"hydra.launcher.{name}={getattr(self, name)}: expected at least 2")
 
     @property
     def shares(self) -> list[float]:

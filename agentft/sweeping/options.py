@@ -20,9 +20,9 @@ from agentft.sweeping.slots import Slot, make_slots, visible_gpus
 class LaunchOptions(Rules):
     """What every launcher has; the fields are explained in `agentft.plugins`."""
 
-    slots: int | None = None
-    eta: int | None = None
-    rungs: int = 3
+    slots: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
+    eta: int | None = field(default=None, metadata={"minimum": 2, "maximum": 1000})
+    rungs: int = field(default=3, metadata={"minimum": 2, "maximum": 100})
 
     def make_slots(self, jobs: int) -> list[Slot]:
         """The places for jobs, for a sweep of so many."""
@@ -39,8 +39,8 @@ class LaunchOptions(Rules):
 class LocalOptions(LaunchOptions):
     """`hydra/launcher=agentft`."""
 
-    gpus_per_job: int = 1
-    threads_per_job: int | None = None
+    gpus_per_job: int = field(default=1, metadata={"minimum": 0, "maximum": 1024})
+    threads_per_job: int | None = field(default=None, metadata={"minimum": 1, "maximum": 1024})
     warm_start: bool = True
 
     def make_slots(self, jobs: int) -> list[Slot]:
@@ -58,13 +58,10 @@ class LocalOptions(LaunchOptions):
 class _QueueOptions(LaunchOptions):
     """Of launchers that hand jobs to a queue, which knows the machines."""
 
-    threads_per_job: int = 1
+    threads_per_job: int = field(default=1, metadata={"minimum": 1, "maximum": 1024})
 
     def make_slots(self, jobs: int) -> list[Slot]:
         """One for each job, unless fewer are wanted: waiting is the queue's work."""
-        for name, value in (("slots", self.slots), ("threads_per_job", self.threads_per_job)):
-            if value is not None and value < 1:
-                raise ConfigError(f"hydra.launcher.{name}={value}: expected at least 1")
         count = max(1, min(jobs, self.slots or jobs))
         return [Slot(i, None, self.threads_per_job) for i in range(count)]
 
@@ -74,7 +71,7 @@ class RayOptions(_QueueOptions):
     """`hydra/launcher=ray`."""
 
     address: str | None = None
-    gpus_per_job: int = 0
+    gpus_per_job: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
 
     def make_place(
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
@@ -90,10 +87,10 @@ class SlurmOptions(_QueueOptions):
     """`hydra/launcher=slurm`."""
 
     cluster: str = "slurm"
-    nodes: int = 1
-    gpus_per_node: int = 0
-    memory_gb: float | None = None
-    minutes: int = 1440
+    nodes: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
+    gpus_per_node: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
+    memory_gb: float | None = field(default=None, metadata={"above": 0, "maximum": 10**6})
+    minutes: int = field(default=1440, metadata={"minimum": 1, "maximum": 10**6})
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -137,7 +134,11 @@ _KINDS: dict[str, type[LaunchOptions]] = {"agentft": LocalOptions, "ray": RayOpt
 
 
 def read_options(place: str, values: Mapping[str, Any]) -> LaunchOptions:
-    """The options of the launcher `place` from Hydra's values for it."""
+    """Return the options of the launcher `place` from Hydra's values for it.
+
+    Raises:
+        ConfigError: there is no such place, or a number is outside of its range.
+    """
     if place not in _KINDS:
         raise ConfigError(f"hydra.launcher.place={place}: expected one of {', '.join(_KINDS)}")
     plain = {

@@ -8,12 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 from agentft.errors import RunError
+from agentft.settings import Settings
 from agentft.sweeping.jobs import LOG, Job, last_words
 from agentft.sweeping.places import Place
 from agentft.sweeping.processes import Attempt, describe_exit
@@ -26,13 +27,13 @@ CONFIG_REFUSED = 2
 
 
 @dataclass(kw_only=True)
-class Rules:
+class Rules(Settings, group="hydra.launcher"):
     """What holds for every job."""
 
-    retry: int = 0
-    time_limit: float | None = None
+    retry: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
+    time_limit: float | None = field(default=None, metadata={"above": 0, "maximum": 10**6})
     """Minutes of one attempt."""
-    grace: float = 20.0
+    grace: float = field(default=20.0, metadata={"minimum": 0, "maximum": 86400})
     """Seconds between asking a job to end and killing it."""
 
 

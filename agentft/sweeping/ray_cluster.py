@@ -24,7 +24,7 @@ class RayCluster:
         try:
             import ray
         except ImportError:
-            raise ConfigError("hydra/launcher=ray needs Ray: pip install 'agentft[ray]'") from None
+            raise ConfigError("hydra/launcher=ray needs Ray: pip install ray") from None
         self._ray = ray
         self._grace = grace
         here: dict[str, Any] = {} if address else {"include_dashboard": False}

@@ -39,13 +39,6 @@ def make_slots(
     Raises:
         ConfigError: more is asked for than there is.
     """
-    for name, value, least in (
-        ("slots", slots, 1),
-        ("gpus_per_job", gpus_per_job, 0),
-        ("threads_per_job", threads_per_job, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"hydra.launcher.{name}={value}: expected at least {least}")
     cores = cores or available_cores()
     on_gpu = bool(gpus) and gpus_per_job > 0
     if not on_gpu and gpus_per_job > 1:

@@ -69,7 +69,7 @@ class Slurm:
         try:
             import submitit
         except ImportError:
-            raise ConfigError("hydra/launcher=slurm needs submitit: pip install 'agentft[slurm]'") from None
+            raise ConfigError("hydra/launcher=slurm needs submitit: pip install submitit") from None
         self._local, self._grace = local, grace
         try:
             self._executor = submitit.AutoExecutor(folder=sweep / FOLDER, cluster="local" if local else "slurm")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from agentft.errors import ConfigError
+from agentft.settings import Settings
 
 
 class Schedule(StrEnum):
@@ -39,44 +40,44 @@ class NonFinite(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Settings, group="training"):
     """The loop. One step is one update of the weights, from `micro_batch x accumulation` conversations over all ranks."""
 
-    epochs: float = 1.0
+    epochs: float = field(default=1.0, metadata={"above": 0, "maximum": 10**6})
     """Passes over the sample; may be a fraction."""
-    max_steps: int = -1
+    max_steps: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Stop after so many steps; -1: by `epochs`."""
-    stop_at: float = 1.0
+    stop_at: float = field(default=1.0, metadata={"above": 0, "maximum": 1})
     """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
-    micro_batch: int = 1
+    micro_batch: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
     """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one. Halved, with the same
     conversations in a step, where memory runs out."""
     packing: str = "auto"
     """Lay several conversations end to end in a row, each seeing itself alone: true, false, or auto, which packs on CUDA,
     where it saves time, and not on the CPU, where it costs some. The update is the same; the choice is printed."""
-    accumulation: int = 16
+    accumulation: int = field(default=16, metadata={"minimum": 1, "maximum": 10**5})
     """Forward passes in one step, shared out among the ranks. The loss is weighed by supervised tokens over all of them."""
-    learning_rate: float
+    learning_rate: float = field(metadata={"above": 0, "maximum": 1})
     """Peak rate, reached after the warm-up."""
     schedule: Schedule = Schedule.cosine
     """How the rate falls after the warm-up."""
-    warmup: float = 0.1
+    warmup: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1})
     """Share of all steps in which the rate rises from 0."""
-    min_learning_rate_ratio: float = 0.0
+    min_learning_rate_ratio: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
     """Rate at the end over the peak rate."""
-    weight_decay: float = 0.01
+    weight_decay: float = field(default=0.01, metadata={"minimum": 0, "maximum": 10})
     """Decoupled; on matrices only, never on biases, norms or embeddings of LoRA."""
-    beta1: float = 0.9
+    beta1: float = field(default=0.9, metadata={"minimum": 0, "below": 1})
     """AdamW's decay of the mean gradient."""
-    beta2: float = 0.999
+    beta2: float = field(default=0.999, metadata={"minimum": 0, "below": 1})
     """AdamW's decay of the mean squared gradient."""
-    epsilon: float = 1e-8
+    epsilon: float = field(default=1e-8, metadata={"above": 0, "maximum": 1})
     """AdamW's addend in the denominator."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata={"minimum": 0, "maximum": 10**6})
     """Gradients are scaled down to this L2 norm; 0: never."""
     nonfinite: NonFinite = NonFinite.stop
     """What a step does whose loss or gradient is NaN or infinite; it never changes the weights."""
-    nonfinite_limit: int = 3
+    nonfinite_limit: int = field(default=3, metadata={"minimum": 0, "maximum": 10**6})
     """With `nonfinite=skip`: steps that may be left out in a row; one more ends the training."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA, where the estimated memory does not fit without it."""
@@ -85,11 +86,11 @@ class TrainingConfig:
     compile: bool = False
     """Run torch's compiler over each block. It takes a minute at the start and a C++ compiler on a CPU, Triton on CUDA; not
     together with `model.kernels=compiled`, which fuses the same parts without it."""
-    logging_steps: int = 20
+    logging_steps: int = field(default=20, metadata={"minimum": 1, "maximum": 10**9})
     """Steps between lines of `metrics.jsonl` and of the log."""
-    save_steps: int = 50
+    save_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
     """Steps between checkpoints; 0: only at the end."""
-    save_total_limit: int = 2
+    save_total_limit: int = field(default=2, metadata={"minimum": 1, "maximum": 10**6})
     """Checkpoints to keep besides the best one."""
     resume: Resume = Resume.auto
     """What to do with the checkpoints of the run folder."""
@@ -99,23 +100,7 @@ class TrainingConfig:
     """Go on from a checkpoint although data, model, settings or threads differ; `run.json` names every difference."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.packing = self.packing.lower()
         if self.packing not in ("auto", "true", "false"):
             raise ConfigError(f"training.packing={self.packing}: expected auto, true or false")
-        for name in ("micro_batch", "accumulation", "logging_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name}={getattr(self, name)}: expected at least 1")
-        if self.nonfinite_limit < 0:
-            raise ConfigError(f"training.nonfinite_limit={self.nonfinite_limit}: expected 0 or more")
-        if self.save_steps < 0:
-            raise ConfigError(f"training.save_steps={self.save_steps}: expected 0 (at the end only) or more")
-        if self.max_steps < -1 or self.max_steps == 0:
-            raise ConfigError(f"training.max_steps={self.max_steps}: expected -1 (by epochs) or a positive number")
-        if self.epochs <= 0:
-            raise ConfigError(f"training.epochs={self.epochs}: expected a positive number")
-        if not 0.0 < self.stop_at <= 1.0:
-            raise ConfigError(f"training.stop_at={self.stop_at}: expected a share of all steps above 0, at most 1")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"training.learning_rate={self.learning_rate}: expected a positive number")
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ConfigError(f"training.warmup={self.warmup}: expected a share of all steps between 0 and 1")

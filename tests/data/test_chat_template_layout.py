@@ -37,8 +37,8 @@ ONE_CALL = {"parallel_calls": {"template_takes_one_call_a_step"}}
 NO_TEXT = {"text_beside_call": {"template_has_no_text_beside_calls"}}
 # Gemma 4 writes reasoning before calls only; its last revision lets a thought begin after every result.
 CALLS_THINK = {"reasoning": {"template_drops_reasoning"}, "reasoning_in_some": {"template_drops_reasoning"}}
-# It splits an answer that names the mark. The last rendering of an answer is for a template's own eyes.
-NEMOTRON = {"think_in_answer": {"template_drops_text"}}
+# An answer that names the mark is written without the empty thought that its prompt ends with.
+NEMOTRON = {"think_in_answer": {"template_cannot_continue"}}
 UNSAID: dict[str, dict[str, set[str]]] = {
     # It writes the header of calls once a conversation, and a thought nowhere but behind its generation prompt.
     "deepseekv3": {
@@ -176,13 +176,14 @@ def test_enable_thinking_is_what_keeps_the_prompts_prefixes_of_the_whole(name, w
     assert layout.traits.manners[0].whole
 
 
-def test_five_rounds_without_reasoning_cost_qwen3_nothing():
-    rounds = [Message("user", "High tide?"), Message("assistant", "At 14:20.")] * 5
+@pytest.mark.parametrize("ask", ["High tide?", "What is </think>?"], ids=["one_rendering", "by_round"])
+def test_five_rounds_without_reasoning_cost_qwen3_nothing(ask: str):
+    rounds = [Message("user", ask), Message("assistant", "At 14:20.")] * 5
     laid_out = layout_of("qwen3", "merging").lay_out(Conversation("five", tuple(rounds), (), Origin("test", 1)))
     assert isinstance(laid_out, LaidOut)
     (rendering,) = laid_out.renderings
     assert rendering.steps == (0, 1, 2, 3, 4)
-    assert "think" not in "".join(segment.text for segment in rendering.segments)
+    assert "think" not in "".join(segment.text for segment in rendering.segments if segment.trained)
 
 
 def test_stable_is_one_rendering_and_counts_prompts_that_differ():
@@ -315,3 +316,20 @@ def readable(layout: ChatLayout, example: Example) -> Iterator[str]:
             text = layout.template.tokenizer.decode(example.input_ids[first:last], skip_special_tokens=False)
             yield from (f"{name:<10}|{line}|" for line in text.split("\n") if last > first)
         at = stop
+
+
+def test_the_faster_tokenizer_gives_the_same_examples():
+    layout = layout_of("qwen3", "bytes")
+    laid_out = [layout.lay_out(conversation(kind)) for kind in VALUES]
+    renderings = [
+        (str(at), r) for at, each in enumerate(laid_out) if isinstance(each, LaidOut) for r in each.renderings
+    ]
+    encoder = encoder_of("qwen3", "bytes")
+    fast = encoder.for_much_text(much=True)
+    fast.encode(renderings[:2])
+    assert fast.settle()
+    for ours, theirs in zip(encoder.encode(renderings), fast.encode(renderings), strict=True):
+        assert [each.example.input_ids.tolist() for each in ours] == [
+            each.example.input_ids.tolist() for each in theirs
+        ]
+        assert [each.example.spans for each in ours] == [each.example.spans for each in theirs]

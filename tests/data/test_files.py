@@ -102,7 +102,7 @@ def test_a_string_of_fifty_megabytes_costs_less_memory_than_twice_the_file(tmp_p
 
 def test_reading_imports_nothing_heavy() -> None:
     heavy = "torch transformers hydra modelscope pyarrow zstandard datasets numpy"
-    script = f"import sys, agentft.data.sources, agentft.data.modelscope_rows; print(set('{heavy}'.split()) & set(sys.modules))"
+    script = f"import sys, agentft.data.sources, agentft.data.hub_rows; print(set('{heavy}'.split()) & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert run.stdout.strip() == "set()"
 
@@ -172,7 +172,7 @@ def test_a_csv_holds_the_list_as_text(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'd,"\xff"\n' + b'e,"never closed')
     assert outcome(path)[4:] == ["6:not_utf8", "7:bad_csv"]
     path.write_text("id,text\n1,2\n")
-    with pytest.raises(DataError, match=r"no column 'conversations'"):
+    with pytest.raises(DataError, match=r"no column 'messages' or 'conversations'"):
         outcome(path)
 
 

@@ -80,7 +80,7 @@ def test_the_exam_knows_no_weights():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 101.0])
 def test_a_weight_that_is_none_is_refused(weight: float):
-    with pytest.raises(ConfigError, match=r"the weight of a\.jsonl is .*, expected a number above 0, at most 100"):
+    with pytest.raises(ConfigError, match=r"sources: a\.jsonl: weight=.*: expected a number above 0 and at most 100"):
         WeightedPath(path="a.jsonl", weight=weight)
 
 

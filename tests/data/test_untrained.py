@@ -11,11 +11,10 @@ from agentft.data.config import Format, LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.fit import Outcome, fit_conversations
 from agentft.data.label_trace import trace_labels
-from agentft.data.native import ChatmlTemplate
 from agentft.data.records import Notice, Rejection, read_record
-from agentft.data.render import MsagentTemplate
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.stored_conversations import from_line, to_line
+from agentft.data.template_choice import choose_template
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
 from agentft.evaluation.places import shown_steps, step_places
@@ -59,8 +58,7 @@ def steps_trained(conversation: Conversation) -> list[bool]:
 
 @pytest.fixture(params=["msagent", "chatml"])
 def layout(request, byte_tokenizer):
-    stop = byte_tokenizer.eos_token
-    return MsagentTemplate(stop) if request.param == "msagent" else ChatmlTemplate(stop)
+    return choose_template(request.param, byte_tokenizer)
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss_scale": 0}, {"train": False}])

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from agentft.data.chat_templates import chat_template
 from agentft.data.conversation import Origin
 from agentft.data.records import read_record
+from agentft.data.template_choice import exported_template
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.chat import answer_text, chat_step
@@ -87,7 +87,7 @@ def test_as_recorded_the_layout_s_own_chat_template_writes_what_training_showed(
         sent = chat_step(step, as_recorded=True)
         assert sent.tools == []
         written = byte_tokenizer.apply_chat_template(
-            sent.messages, chat_template=chat_template(template), tokenize=False, add_generation_prompt=True
+            sent.messages, chat_template=exported_template(template), tokenize=False, add_generation_prompt=True
         )
         shown = byte_tokenizer.decode(step.input_ids[: step.start].tolist(), skip_special_tokens=False)
         assert written == shown, step.conversation.id

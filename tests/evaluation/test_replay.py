@@ -7,8 +7,8 @@ import json
 import pytest
 
 from agentft.data.conversation import Origin
-from agentft.data.native import ChatmlTemplate
 from agentft.data.records import read_record
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.places import step_places
@@ -154,16 +154,16 @@ def test_rounds_that_are_only_shown_are_not_asked(template, encoder):
     assert [step.context_hash for step in model.asked] == contexts[3:]
 
 
-def test_a_native_layout_is_replayed_in_its_own_form(encoder):
-    template = ChatmlTemplate("<|im_end|>")
+def test_a_native_layout_is_replayed_in_its_own_form(encoder, byte_tokenizer):
+    template = choose_template("chatml", byte_tokenizer)
     said = {
         ("c", 0): '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
         ("c", 2): "<think>An unfinished thought",
     }
     (episode,) = replay([conversation()], template, encoder, Scripted(said))
-    assert episode.diverged == "no_such_layout"
-    assert episode.steps_until_divergence == 2
+    assert episode.diverged is None, "letters that look like a mark are letters in the history"
     assert episode.words[0] == call("weather", city="Rome")
+    assert episode.words[2] == "<think>An unfinished thought"
 
 
 def test_without_any_call_there_is_nothing_to_replay():

@@ -119,12 +119,12 @@ def test_long_texts_do_not_recurse() -> None:
 
 def test_jieba_is_an_extra_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(EvaluationError, match=r"pip install 'agentft\[jieba\]'"):
+    with pytest.raises(EvaluationError, match="pip install jieba"):
         JiebaTokenizer()
 
 
 def test_jieba_counts_words_where_the_headline_counts_characters(tmp_path: Path) -> None:
-    pytest.importorskip("jieba", reason="the extra agentft[jieba] is not installed")
+    pytest.importorskip("jieba", reason="jieba is not installed")
     tokenizer = JiebaTokenizer()
     assert tokenizer.tokenize("今天，ＡＰＩ天气很好。") == ["今天", "api", "天气", "很", "好"]
     # 今天天气 / 很 / 好 against 今天天气 / 不错: one word of three and two; characters: 4 of 6 each
@@ -141,7 +141,7 @@ def test_jieba_counts_words_where_the_headline_counts_characters(tmp_path: Path)
 def test_the_dictionary_is_not_read_from_the_shared_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip("jieba", reason="the extra agentft[jieba] is not installed")
+    pytest.importorskip("jieba", reason="jieba is not installed")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "jieba.cache").write_bytes(b"planted")
     assert "".join(JiebaTokenizer().tokenize("今天")) == "今天"

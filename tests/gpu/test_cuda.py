@@ -67,7 +67,7 @@ def test_ligers_kernels_are_as_near_to_fp32_as_torchs(family, trained):
 
     kernels = load_liger()
     if kernels is None:
-        pytest.skip("liger-kernel is not installed: pip install 'agentft[gpu]'")
+        pytest.skip("liger-kernel is not installed: pip install liger-kernel")
     sft = FullConfig if trained else LoraConfig
 
     def results(dtype, used):

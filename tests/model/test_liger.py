@@ -114,7 +114,7 @@ def test_who_computes_on_cuda_is_chosen_by_what_is_there(monkeypatch, caplog):
     assert "model.kernels=auto: liger" in caplog.text
     asked = ModelConfig(name="x", kernels=KernelChoice.liger)
     assert choose_kernels(asked, LORA, GPU, torch.bfloat16) is FORMULAE
-    with pytest.raises(ModelError, match=r"needs a CUDA device and the package: pip install 'agentft\[gpu\]'"):
+    with pytest.raises(ModelError, match=r"needs a CUDA device and the package: pip install liger-kernel"):
         choose_kernels(asked, LORA, Device("cpu", "a CPU", 1), torch.bfloat16)
     monkeypatch.setattr(load, "load_liger", lambda: None)
     assert choose_kernels(auto, LORA, GPU, torch.bfloat16) is None
@@ -128,7 +128,7 @@ def test_what_is_not_installed_is_said(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
     assert load_liger() is None
-    assert "pip install 'agentft[gpu]'" in caplog.text
+    assert "pip install liger-kernel" in caplog.text
 
 
 def test_liger_and_torchs_compiler_are_not_taken_together():
@@ -139,7 +139,7 @@ def test_liger_and_torchs_compiler_are_not_taken_together():
 def test_ligers_own_kernels_equal_float64_in_tritons_interpreter():
     for package in ("triton", "liger_kernel"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed, as it is with agentft[gpu] on CUDA")
+            pytest.skip(f"{package} is not installed, as it is with the extra gpu on CUDA")
     script = Path(__file__).with_name("liger_interpreted.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agentft.errors import ConfigError, ModelError
 from agentft.model import quantization
@@ -345,7 +345,7 @@ def test_answering_in_the_middle_of_a_training_leaves_the_quantised_weights_alon
 
 def test_without_the_package_qlora_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"needs the package bitsandbytes: pip install 'agentft\[quantization\]'"):
+    with pytest.raises(ModelError, match="needs the package bitsandbytes: pip install bitsandbytes"):
         quantization_config(qlora(), torch.float32)
     assert quantization_config(lora(), torch.float32) is None
 
@@ -378,3 +378,75 @@ def test_importing_bitsandbytes_never_asks_for_kernels_from_a_hub(tmp_path):
 def test_parameters_are_counted_once():
     count = count_parameters(prepare_for_training(tiny(tied=True), freeze(layers=0, head=True), MODEL))
     assert count.trained == 50 * 32 + 32
+
+
+# --- Layers that adapters reach ---
+
+DELTA_NET = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRIDS = {
+    "llama": ({}, 8, None),
+    "qwen3_5_text": (DELTA_NET, 2, "Qwen3_5GatedDeltaNet (in_proj_a, in_proj_b, in_proj_qkv, in_proj_z, out_proj)"),
+    "qwen3_next": (
+        DELTA_NET | EXPERTS | {"shared_expert_intermediate_size": 16},
+        2,
+        "Qwen3NextGatedDeltaNet (in_proj_ba, in_proj_qkvz, out_proj)",
+    ),
+    "nemotron_h": (
+        {
+            "layers_block_type": ["mamba", "moe", "mamba", "attention", "mamba", "moe", "mamba", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+        1,
+        "NemotronHMamba2Mixer (in_proj, out_proj)",
+    ),
+    "jamba": ({"num_experts": 2}, 1, "JambaMambaMixer (dt_proj, in_proj, out_proj, x_proj)"),
+}
+"""Model type -> its own settings, layers of 8 that the default targets reach, what the log names of the others."""
+
+
+def _is_our_warning(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING and record.name.startswith("agentft")
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_the_log_says_how_many_layers_have_adapters(kind, caplog):
+    own, reached, missed = HYBRIDS[kind]
+    width = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **width, vocab_size=50, num_hidden_layers=8, **own)
+    caplog.set_level("INFO", "agentft")
+    adapted = prepare_for_training(AutoModelForCausalLM.from_config(config), lora(), MODEL)
+    count = count_parameters(adapted)
+    said = f"adapters in {reached} of 8 layers"
+    assert f"{said}, {count.trained:,} of {count.total:,} parameters" in caplog.messages
+    warnings = [record.message for record in caplog.records if _is_our_warning(record)]
+    if missed is None:
+        assert warnings == []
+        return
+    (warning,) = warnings
+    assert warning.startswith(f"{said}: ")
+    assert missed in warning
+    # By hand: layers by the names of the trained parameters.
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len({name.partition(".layers.")[2].partition(".")[0] for name in names}) == reached
+    caplog.clear()
+    everything = lora(targets=["all-linear"])
+    if kind == "nemotron_h":
+        with pytest.raises(ConfigError, match=r"sft_type\.targets: .*'out_proj' is incompatible"):
+            prepare_for_training(AutoModelForCausalLM.from_config(config), everything, MODEL)
+        return
+    prepare_for_training(AutoModelForCausalLM.from_config(config), everything, MODEL)
+    assert any(message.startswith("adapters in 8 of 8 layers, ") for message in caplog.messages)
+    assert not any(map(_is_our_warning, caplog.records))

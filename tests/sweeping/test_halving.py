@@ -106,9 +106,6 @@ def test_rungs_are_shares_with_a_constant_factor() -> None:
     assert Halving(3, 3).shares == [0.111111, 0.333333, 1.0]
     assert Halving(2, 4).shares == [0.125, 0.25, 0.5, 1.0]
     assert [Halving(3, 3).survivors(jobs) for jobs in (27, 9, 4, 1)] == [9, 3, 2, 1]
-    for name, bad in (("eta", Halving), ("rungs", lambda n, m: Halving(m, n))):
-        with pytest.raises(ConfigError, match=rf"hydra\.launcher\.{name}=1"):
-            bad(1, 3)
 
 
 def test_best_is_the_higher_objective_then_the_lower_loss() -> None:

@@ -182,7 +182,6 @@ def test_cores_are_shared_out_among_slots() -> None:
         (3, 1, ["0", "1"], "3 slot.*but 2 GPU"),
         (None, 3, ["0", "1"], "3 GPU.* each"),
         (None, 2, [], "no GPU is visible"),
-        (0, 1, [], "slots=0"),
     ],
 )
 def test_more_than_there_is_is_refused(slots: int | None, gpus_per_job: int, gpus: list[str], words: str) -> None:

@@ -21,20 +21,16 @@ from tests.sweeping.watching import is_alive, wait_for
 REPOSITORY = Path(__file__).parents[2]
 
 
-def needs(package: str, extra: str) -> pytest.MarkDecorator:
+def needs(package: str) -> pytest.MarkDecorator:
     try:
         there = importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # not even the package that would hold it
         there = False
-    return pytest.mark.skipif(not there, reason=f"{package} is not installed: pip install 'agentft[{extra}]'")
+    return pytest.mark.skipif(not there, reason=f"{package} is not installed")
 
 
-SLURM = pytest.param(
-    ["hydra/launcher=slurm", "hydra.launcher.cluster=local"], id="slurm", marks=needs("submitit", "slurm")
-)
-RAY = pytest.param(
-    ["hydra/launcher=ray"], id="ray", marks=[needs("ray", "ray"), pytest.mark.slow, pytest.mark.timeout(900)]
-)
+SLURM = pytest.param(["hydra/launcher=slurm", "hydra.launcher.cluster=local"], id="slurm", marks=needs("submitit"))
+RAY = pytest.param(["hydra/launcher=ray"], id="ray", marks=[needs("ray"), pytest.mark.slow, pytest.mark.timeout(900)])
 
 
 @pytest.mark.parametrize("launcher", [SLURM, RAY])
@@ -72,7 +68,7 @@ def test_stopping_the_launcher_ends_what_it_has_in_a_queue(sweep: Any, launcher:
 
 
 @pytest.mark.slow
-@needs("submitit", "slurm")
+@needs("submitit")
 def test_a_time_limit_counts_from_the_begin_of_the_job_in_the_queue(sweep: Any) -> None:
     limit = ["hydra.launcher.time_limit=0.02", "hydra.launcher.grace=2"]
     done = sweep.launch("act=sleep", *SLURM.values[0], *limit)
@@ -80,7 +76,7 @@ def test_a_time_limit_counts_from_the_begin_of_the_job_in_the_queue(sweep: Any) 
     assert sweep.jobs()[0]["reason"] == "time limit of 0.02 minutes"
 
 
-@needs("submitit", "slurm")
+@needs("submitit")
 def test_the_command_is_started_once_on_each_node_and_told_which_it_is(sweep: Any) -> None:
     done = sweep.launch("text=a", *SLURM.values[0], "hydra.launcher.nodes=2")
     assert done.returncode == 0, done.stderr
@@ -104,7 +100,7 @@ except KeyboardInterrupt:
 """
 
 
-@needs("submitit", "slurm")
+@needs("submitit")
 def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM announces the end by a signal to the agent; submitit puts the job back into the queue."""
     from agentft.sweeping.jobs import Job
@@ -126,7 +122,7 @@ def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkey
     assert "went on" in log
 
 
-@needs("submitit", "slurm")
+@needs("submitit")
 def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`sbatch` is a program here that keeps what it is given: the file that a real one would read."""
     kept = tmp_path / "kept"
@@ -162,7 +158,7 @@ def test_an_unknown_place_and_no_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match="place=moon"):
         read_options("moon", {})
     with pytest.raises(ConfigError, match="slots=0"):
-        read_options("slurm", {"slots": 0}).make_slots(3)
+        read_options("slurm", {"slots": 0})
     assert len(SlurmOptions().make_slots(12)) == 12, "waiting is the queue's work"
 
 
@@ -182,7 +178,7 @@ LAUNCHERS = [
     pytest.param(
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
         id="joblib",
-        marks=needs("hydra_plugins.hydra_joblib_launcher", "joblib"),
+        marks=needs("hydra_plugins.hydra_joblib_launcher"),
     ),
 ]
 
@@ -243,7 +239,7 @@ def table_of(sweep: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-@needs("hydra_plugins.hydra_optuna_sweeper", "optuna")
+@needs("hydra_plugins.hydra_optuna_sweeper")
 def test_optuna_proposes_and_our_launcher_runs(tmp_path: Path) -> None:
     wishes = ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize"]
     grid = ("sft_type.rank=choice(2,4)", "training.learning_rate=tag(log,interval(1e-4,1e-2))")

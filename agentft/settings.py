@@ -1,0 +1,88 @@
+"""The base of every dataclass of settings: a number has its range on its field, and one outside of it is refused.
+
+    rank: int = field(default=8, metadata={"minimum": 1, "maximum": 16384})
+
+`minimum` and `maximum` belong to the range, `above` and `below` do not; `also` is a value beside it (-1 for "all");
+`one_of` lists the values where there are few. Every number has a lower and an upper end, so that neither nan nor inf is
+ever taken. Other keys of the metadata are free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agentft.errors import ConfigError
+
+SEED = {"minimum": 0, "maximum": 2**32 - 1}
+"""Range of a seed: what NumPy takes."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a field that holds a number allows."""
+
+    whole: bool
+    optional: bool
+    range: Mapping[str, Any]
+
+    def allows(self, value: object) -> bool:
+        """Return whether the field may have this value."""
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        if "one_of" in self.range:
+            return value in self.range["one_of"]
+        if value == self.range.get("also"):
+            return True
+        is_high_enough = value > self.range["above"] if "above" in self.range else value >= self.range["minimum"]
+        is_low_enough = value < self.range["below"] if "below" in self.range else value <= self.range["maximum"]
+        return bool(is_high_enough and is_low_enough)
+
+    def __str__(self) -> str:
+        """Return the range in words: `a whole number from 1 to 1024 or null`."""
+        if "one_of" in self.range:
+            return " or ".join(map(str, self.range["one_of"]))
+        if self.range.keys() >= {"minimum", "maximum"}:
+            ends = f"from {self.range['minimum']:,} to {self.range['maximum']:,}"
+        else:
+            words = {"minimum": "at least", "above": "above", "maximum": "at most", "below": "below"}
+            ends = " and ".join(f"{word} {self.range[key]:,}" for key, word in words.items() if key in self.range)
+        beside = [str(self.range["also"])] if "also" in self.range else []
+        kind = "a whole number" if self.whole else "a number"
+        return " or ".join([f"{kind} {ends}", *beside, *(["null"] if self.optional else [])])
+
+
+def numbers(schema: type) -> dict[str, Number]:
+    """Return the fields of a dataclass that hold a number, by name."""
+    hints = typing.get_type_hints(schema)
+    found = {}
+    for field in dataclasses.fields(schema):
+        kinds = set(typing.get_args(hints[field.name])) or {hints[field.name]}
+        if kinds <= {int, float, type(None)}:
+            found[field.name] = Number(float not in kinds, type(None) in kinds, field.metadata)
+    return found
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """A group of settings. `class X(Settings, group="model")` names the group for messages; a subclass inherits it.
+
+    Raises:
+        ConfigError: a number is outside of its range.
+    """
+
+    _group = ""
+
+    def __init_subclass__(cls, group: str | None = None) -> None:
+        if group is not None:
+            cls._group = f"{group}."
+
+    def __post_init__(self) -> None:
+        for name, number in numbers(type(self)).items():
+            if not number.allows(value := getattr(self, name)):
+                raise ConfigError(f"{self._group}{name}={value}: expected {number}")

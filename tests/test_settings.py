@@ -1,0 +1,116 @@
+"""Every number of the settings has a range, and a value outside of it is refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from agentft.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig, compose, compose_and_run, settings
+from agentft.errors import ConfigError
+from agentft.recipes.saved import ROOTS, SCHEMAS
+from agentft.settings import Number, Settings, numbers
+from agentft.sweeping.options import LocalOptions, RayOptions, SlurmOptions
+
+
+def schemas() -> list[type]:
+    """Return every dataclass of settings, those inside others too."""
+    found = [*ROOTS.values(), *(schema for group in SCHEMAS.values() for schema in group.values())]
+    found += [LocalOptions, RayOptions, SlurmOptions]
+    for schema in found:  # grows as it goes
+        for hint in typing.get_type_hints(schema).values():
+            parts = (hint, *typing.get_args(hint))
+            found += [part for part in parts if dataclasses.is_dataclass(part) and part not in found]
+    return found
+
+
+FIELDS = [(schema, name, number) for schema in schemas() for name, number in numbers(schema).items()]
+KEYS = {key for root in (TrainConfig, EvaluateConfig, AuditConfig, ExportConfig) for key in settings(root)}
+
+
+@functools.cache
+def example(schema: type) -> Any:
+    """Return an instance: of a root what its defaults compose to, of another class its own defaults."""
+    for name, root in ROOTS.items():
+        if schema is root:
+            given = ["run_dir=x"] if schema is TrainConfig else ["run=x"] if schema is not AuditConfig else []
+            return OmegaConf.to_object(compose(name.removeprefix("schema_"), given))
+    required = {"name": "x", "id": "x", "path": "x", "learning_rate": 1e-3, "default_learning_rate": 1e-3}
+    names = {field.name for field in dataclasses.fields(schema)}
+    return schema(**{name: value for name, value in required.items() if name in names})
+
+
+def ends(number: Number) -> tuple[list[float], list[float]]:
+    """Return the outermost values of a range, and the nearest ones that are outside of it."""
+    limits = number.range
+    if "one_of" in limits:
+        return list(limits["one_of"]), [min(limits["one_of"]) - 1, max(limits["one_of"]) + 1]
+    inside, outside = [], []
+    for closed, opened, direction in (("minimum", "above", -1), ("maximum", "below", 1)):
+        assert (closed in limits) != (opened in limits), f"one {closed} or {opened} is needed"
+        end = limits.get(closed, limits.get(opened))
+        beyond = end + direction if number.whole else math.nextafter(end, direction * math.inf)
+        before = end - direction if number.whole else math.nextafter(end, -direction * math.inf)
+        inside.append(end if closed in limits else before)
+        outside.append(beyond if closed in limits else end)
+    also = [limits["also"]] if "also" in limits else []
+    return inside + also, [*outside, *(value - 1 for value in also)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "number"), FIELDS, ids=[f"{schema.__name__}.{name}" for schema, name, _ in FIELDS]
+)
+def test_a_number_is_taken_at_the_ends_of_its_range_and_refused_beyond(schema: type, name: str, number: Number) -> None:
+    inside, outside = ends(number)
+    wrong: list[Any] = [*outside, math.nan, math.inf, -math.inf, 10**30, "many", True, [1]]
+    wrong += [] if number.optional else [None]
+    wrong += [inside[0] + 0.5] if number.whole else []
+    for value in wrong:
+        with pytest.raises(ConfigError) as refused:
+            dataclasses.replace(example(schema), **{name: value})
+        line = str(refused.value)
+        assert line.endswith(f"{name}={value}: expected {number}")
+        assert "\n" not in line
+        key = line.partition("=")[0]
+        assert key in KEYS or key.startswith(("hydra.launcher.", "dataset.sources: x: ")), "the name that one types"
+    taken = copy.copy(example(schema))
+    for value in [*inside, *([None] if number.optional else [])]:
+        setattr(taken, name, value)
+        Settings.__post_init__(taken)  # without what a schema asks of several settings together
+
+
+def test_every_number_is_seen() -> None:
+    """A field that holds a number in another way would be in no table and have no range."""
+    for schema in schemas():
+        hints = typing.get_type_hints(schema)
+        mentions = {name for name, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}}
+        assert mentions == numbers(schema).keys(), schema
+
+
+@pytest.mark.slow
+def test_the_command_line_refuses_each_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = settings(TrainConfig, {"sft_type": "qlora", "dataset": "synthetic"})
+    typed = {key: setting.number for key, setting in shown.items() if setting.number is not None}
+    launcher = {f"hydra.launcher.{name}": number for name, number in numbers(LocalOptions).items()}
+    for key, number in (typed | launcher).items():
+        several = ["-m"] if key in launcher else []
+        for value in (ends(number)[1][0], math.nan):
+            monkeypatch.setattr("sys.argv", ["train.py", *several, "model=tiny", "sft_type=qlora", f"{key}={value}"])
+            with pytest.raises(SystemExit) as stop:
+                compose_and_run("train", TrainConfig, lambda config: 0.0)
+            said = capsys.readouterr()
+            assert (stop.value.code, said.out) == (2, "")
+            assert said.err.count("\n") == 1
+            assert f"{key}={value}" in said.err
+            assert key in launcher or str(number) in said.err
+    assert list(tmp_path.iterdir()) == []
