@@ -102,7 +102,9 @@ def test_a_string_of_fifty_megabytes_costs_less_memory_than_twice_the_file(tmp_p
 
 def test_reading_imports_nothing_heavy() -> None:
     heavy = "torch transformers hydra modelscope pyarrow zstandard datasets numpy"
-    script = f"import sys, agentft.data.sources, agentft.data.hub_rows; print(set('{heavy}'.split()) & set(sys.modules))"
+    script = (
+        f"import sys, agentft.data.sources, agentft.data.hub_rows; print(set('{heavy}'.split()) & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert run.stdout.strip() == "set()"
 

@@ -141,7 +141,7 @@ def test_an_id_that_is_no_name_is_replaced(bad_id: object) -> None:
         (record(("user", "a"), ("assistant", "x" * 17_000_000)), "too_long"),
         ({"conversations": "x" * 50_000_000}, "too_long"),
         (record(("user", "a"), ("assistant", "\ud800")), "lone_surrogate"),
-        (record(("user", "a"), ("assistant", "a"), ("tool", "a"), ("assistant", "b")), "unknown_role"),
+        (record(("user", "a"), ("assistant", "a"), ("tool", "a"), ("assistant", "b")), "observation_without_call"),
         ({"conversations": [{"from": ["user"], "value": "a"}]}, "unknown_role"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
