@@ -1,16 +1,24 @@
 """Records of other layouts come through without loss, or are refused: never as something else."""
 
 import json
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.config import Format
+from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Origin
+from agentft.data.examples import make_examples
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, GrammarError
+from agentft.data.label_trace import trace_labels
 from agentft.data.msagent import as_msagent
 from agentft.data.records import Rejection, read_record
+from agentft.data.render import Kind, Segment
+from agentft.data.stored_conversations import from_line, to_line
+from agentft.data.template_choice import choose_template
+from agentft.data.token_text import TokenText
+from agentft.data.tokens import SegmentEncoder
 from tests.data.format_records import ANSWER, ARGUMENTS, NAMED, QUESTION, RECORDS, RESULT, SYSTEM, THOUGHT
 from tests.data.format_records import TOOL as WEATHER
 
@@ -311,3 +319,42 @@ def test_a_converted_record_says_exactly_what_it_said_before(
     read_again = read({"conversations": [{"from": turn.role, "value": turn.text} for turn in written.turns]})
     words = [(kind, text.strip() if isinstance(text, str) else text) for kind, text in expected if kind != "result"]
     assert [each for each in said(read_again) if each[0] != "result"] == [each for each in words if each[1]]
+
+
+THINKING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ message.content or '' }}{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def thoughts_of(segments: Iterable[Segment]) -> list[tuple[bool, str]]:
+    return [(s.trained, s.text) for s in segments if s.kind is Kind.reasoning and s.text.strip()]
+
+
+@pytest.mark.parametrize("how", Reasoning)
+@pytest.mark.parametrize("layout", ["msagent", "thinking.jinja"])
+def test_reasoning_is_trained_or_left_out_or_shown(how: Reasoning, layout: str, byte_tokenizer, tmp_path) -> None:
+    outcome = read_record(RECORDS["openai"], ORIGIN, reasoning=how)
+    assert not isinstance(outcome, Rejection)
+    conversation, notices = outcome
+    assert from_line(to_line(conversation)) == conversation
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    template = choose_template(layout.replace("thinking", str(tmp_path / "thinking")), byte_tokenizer)
+    encoder = SegmentEncoder(byte_tokenizer)
+    (made,) = make_examples([conversation], template, encoder)
+    assert made.problem is None
+    thoughts = [thought for piece in made.pieces for thought in thoughts_of(piece.segments) if THOUGHT in thought[1]]
+    counted = [notice.code for notice in notices if notice.code in ("reasoning_dropped", "reasoning_not_trained")]
+    assert counted == {"keep": [], "drop": ["reasoning_dropped"], "context": ["reasoning_not_trained"]}[how]
+    assert [trained for trained, _ in thoughts] == {"keep": [True], "drop": [], "context": [False]}[how]
+    labelled = "".join(byte_tokenizer.decode(p.example.labels[p.example.labels >= 0]) for p in made.pieces)
+    assert (THOUGHT in labelled) == (how is Reasoning.keep)
+    assert ANSWER in labelled
+    if layout == "msagent":
+        (piece,) = made.pieces
+        text = TokenText(byte_tokenizer)
+        ids, labels = piece.example.input_ids, piece.example.labels
+        assert trace_labels(conversation, ids, labels, text, stop_token=template.stop_token, verbatim=True) is None
