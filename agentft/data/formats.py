@@ -82,6 +82,13 @@ _QUESTION_AND_ANSWER = (
 )
 
 
+KNOWN = (
+    "openai (messages with role and content), sharegpt (conversations with from and value), msagent (the same, calls between "
+    "<|startofthink|> marks), xlam (query, tools, answers), toolace, react"
+)
+"""What a refusal says of the formats."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What a record says."""

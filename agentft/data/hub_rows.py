@@ -79,7 +79,8 @@ def _load(config: HubConfig, split: str) -> Any:
         wanted = "datasets" if isinstance(config, HuggingFaceConfig) else "'modelscope[datasets]'"
         raise DataError(f"the client of {hub} is not installed: pip install {wanted} ({error})") from error
     except Exception as error:  # the client, the hub and the reader of the files each raise types of their own
-        said = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        cause = error.__cause__ or error  # `datasets` wraps what went wrong in "an error occurred"
+        said = f"{type(cause).__name__}: {cause}".split("\n")[0][:300]
         offline = [
             name for name in _OFFLINE_VARIABLES if os.environ.get(name, "0").upper() in ("1", "ON", "YES", "TRUE")
         ]

@@ -158,6 +158,10 @@ def _what_is_there(record: dict[Any, Any]) -> str:
     fields = ", ".join(repr(key) for key in record if isinstance(key, str))[:200] or "no field"
     pair = question_and_answer_fields(record)
     hint = f"; {pair[0]} and {pair[1]} are a question and an answer: write them as two messages" if pair else ""
+    for key, rows in record.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and isinstance(key, str):
+            hint = f"; {key[:40]!r} is a list of {len(rows):,} objects: if these are the records, write that list alone"
+            break
     return f"no field 'messages' and no field 'conversations', found {fields}{hint}"
 
 

@@ -146,6 +146,7 @@ class _Builder:
         at_once = config.sample < 0 and (config.split is Split.content or rows.heldout is not None)
         kept = None if at_once else ConversationWriter(self._folder / _READ)
         train = list(self._read(rows.train, rows.form, None if rows.heldout is None else "train", kept))
+        account.check_any()
         if rows.heldout is None:
             parts = divide(train, split=config.split, test_ratio=config.test_ratio, seed=config.seed)
         else:
