@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agentft.data.text_calls import foreign_call
 from agentft.errors import EvaluationError
 from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
 from agentft.evaluation.metrics import (
@@ -144,6 +145,11 @@ def _read_record(line: bytes) -> StepRecord:
         raise EvaluationError(f"field 'step' is {value['step']}; expected an integer from 0")
     for name in ("reference", "prediction"):
         _require(value, name, str, "a string")
+    if (mark := foreign_call(value["reference"])) is not None and not mark.startswith("<|startof"):
+        raise EvaluationError(
+            f"field 'reference' holds {mark!r}, which begins a call in marks that are not read here; write calls between "
+            "<|startofthink|> marks or <tool_call> marks"
+        )
     for name, (kind, words) in _OPTIONAL_FIELDS.items():
         if value.get(name) is not None:
             _require(value, name, kind, words)

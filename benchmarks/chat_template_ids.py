@@ -13,8 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
-from agentft.config import compose, to_train_config
 from agentft.data.chat_templates import chat_template
+
+from agentft.config import compose, to_train_config
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template

@@ -10,10 +10,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from agentft.data.calls import CallFailure, JsonRefused, ToolCall, read_call_body, read_json
+from agentft.data.calls import CallFailure, CallFailureReason, JsonRefused, ToolCall, read_call_body, read_json
+from agentft.data.grammar import MAX_CLOSING_MARKS_TRIED
 from agentft.data.render import CallForm
+from agentft.data.text_calls import end_of_bracket, foreign_call, read_call
+from agentft.errors import FormatError
 
 THINK_START = "<|startofthink|>"
 THINK_END = "<|endofthink|>"
@@ -30,10 +34,15 @@ _ROLE_HEADER = re.compile(
     r"|<\|im_start\|>assistant\b"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>)"
 )
-# Non-greedy: a second, invented call must not swallow a correct first one.
-_THINK_SPAN = re.compile(
-    re.escape(THINK_START) + r"(?P<body>.*?)(?:(?P<closed>" + re.escape(THINK_END) + r")|\Z)", re.DOTALL
-)
+_CALL_OPEN = re.compile(re.escape(THINK_START) + r"|<tool_call>\s*(?=[{\[])")
+_THINK_CLOSE = re.compile(re.escape(THINK_END))
+_HERMES_CLOSE = re.compile(r"\s*</tool_call>")
+_FAILURES: dict[str, CallFailureReason] = {
+    "call_not_an_object": "not_an_object",
+    "call_without_name": "no_name",
+    "arguments_not_an_object": "parameters_not_an_object",
+}
+"""What is wrong with a call between `<tool_call>` marks, as MSAgent's has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +89,67 @@ def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> ParsedReply:
 
     Never raises: whatever a model writes is data.
     """
-    own_words = _cut(_ROLE_HEADER.sub("", text, count=1), (*END_OF_SEQUENCE_TEXTS, *stop_texts, EXEC_START, *USER_TAGS))
+    own_words = without_stops(_ROLE_HEADER.sub("", text, count=1), stop_texts)
+    ends = (EXEC_START, *_INVENTED[CallForm.hermes][:1], *USER_TAGS, *stop_texts)
     attempts: list[Attempt] = []
     pieces: list[str] = []
-    end = 0
-    for span in _THINK_SPAN.finditer(own_words):
-        pieces.append(own_words[end : span.start()])
-        attempts.append(_read_attempt(span["body"], closed=span["closed"] is not None))
-        end = span.end()
-    pieces.append(own_words[end:])
+    at = 0
+    while (found := _CALL_OPEN.search(own_words, at)) is not None:
+        before = own_words[at : found.start()]
+        if _cut(before, ends) != before:  # what follows is invented, calls too
+            break
+        read = _read_msagent if found[0] == THINK_START else _read_hermes
+        attempt, end = read(own_words, found.end())
+        pieces.append(before)
+        attempts.append(attempt)
+        at = end
+    rest = without_stops(_cut(own_words[at:], ends), stop_texts)
+    pieces.append(rest)
+    if not attempts and (mark := foreign_call(rest)) is not None:
+        attempts.append(
+            Attempt(rest, (), CallFailure("not_json", f"{mark!r} begins a call in marks that are not read"))
+        )
     return ParsedReply(tuple(attempts), "\n".join(piece.strip() for piece in pieces if piece.strip()))
+
+
+def without_stops(text: str, stop_texts: Sequence[str] = ()) -> str:
+    """Return a text without the names of end tokens at its very end; elsewhere they are letters."""
+    stops = (*END_OF_SEQUENCE_TEXTS, *filter(None, stop_texts))
+    while (shorter := text.rstrip()).endswith(stops):
+        text = shorter[: -len(next(stop for stop in stops if shorter.endswith(stop)))]
+    return text
+
+
+def _read_msagent(text: str, start: int) -> tuple[Attempt, int]:
+    """Read the call that a think mark before `start` opens; a closing mark inside a JSON string is data."""
+    closings = [found.start() for found in islice(_THINK_CLOSE.finditer(text, start), MAX_CLOSING_MARKS_TRIED)]
+    for closing in closings:
+        attempt = _read_attempt(text[start:closing], closed=True)
+        if attempt.failure is None:
+            return attempt, closing + len(THINK_END)
+    if not closings:
+        return _read_attempt(text[start:], closed=False), len(text)
+    return _read_attempt(text[start : closings[0]], closed=True), closings[0] + len(THINK_END)
+
+
+def _read_hermes(text: str, start: int) -> tuple[Attempt, int]:
+    """Read the call that `<tool_call>` before `start` opens."""
+    stop = end_of_bracket(text, start)
+    closed = None if stop is None else _HERMES_CLOSE.match(text, stop)
+    end = closed.end() if closed else text.find("</tool_call>", start) + len("</tool_call>")
+    if closed is None or stop is None:
+        end = end if end >= start + len("</tool_call>") else len(text)
+        return Attempt(text[start:end], (), CallFailure("unclosed", "no </tool_call> after the call")), end
+    source = text[start:stop]
+    try:
+        value = read_json(source)
+        calls = tuple(read_call(item, []) for item in (value if isinstance(value, list) else [value]))
+    except JsonRefused as error:
+        return Attempt(source, (), CallFailure("not_json", str(error))), end
+    except FormatError as error:
+        return Attempt(source, (), CallFailure(_FAILURES.get(error.reason, "not_json"), error.detail)), end
+    empty = None if calls else CallFailure("empty", "an empty list of calls")
+    return Attempt(source, calls, empty), end
 
 
 LLAMA_CALL_START = re.compile(r'\s*\{\s*"name"\s*:')
@@ -110,33 +170,15 @@ def to_msagent(text: str, form: CallForm) -> str:
 
     A call that is malformed in its own form is malformed after it, for the same reason where both forms have it. Text is
     kept, MSAgent marks in it too: a model that answers with them called all the same. A text in MSAgent's own form stays
-    as it is, but for `quote_ends`.
+    as it is.
     """
     if form is CallForm.msagent:
-        return quote_ends(text)
-    own_words = _cut(_ROLE_HEADER.sub("", text, count=1), (*END_OF_SEQUENCE_TEXTS, *_INVENTED[form]))
+        return text
+    own_words = without_stops(_cut(_ROLE_HEADER.sub("", text, count=1), _INVENTED[form]))
     if form is CallForm.llama:
         return "\n".join(_llama_pieces(own_words))
     own_words = _EMPTY_THOUGHT.sub("", own_words, count=1)
     return _HERMES_SPAN.sub(_hermes_call, own_words)
-
-
-def quote_ends(text: str) -> str:
-    """Escape what names the end of a sequence inside the strings of readable calls: the same JSON, and no end of an answer.
-
-    For texts that were ended by token ids already, where such a name is letters. A raw text ends at its first one.
-    """
-    return _THINK_SPAN.sub(_quoted_call, text)
-
-
-def _quoted_call(span: re.Match[str]) -> str:
-    body = span["body"]
-    if span["closed"] is None or not any(end in body for end in END_OF_SEQUENCE_TEXTS):
-        return span[0]
-    if isinstance(read_call_body(body), CallFailure):
-        return span[0]
-    # In a readable call a bracket can stand in a string only.
-    return THINK_START + body.replace("<", "\\u003c") + THINK_END
 
 
 def _hermes_call(span: re.Match[str]) -> str:

@@ -24,7 +24,7 @@ from agentft.data.tokens import SegmentEncoder
 from agentft.evaluation.answer_file import Answerer
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.metrics import Metric, signature
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, EXEC_START, USER_TAGS
+from agentft.evaluation.parse import EXEC_START, USER_TAGS, without_stops
 from agentft.evaluation.places import StepPlace, step_places
 from agentft.evaluation.resampling import ratio_intervals, sum_pieces
 from agentft.evaluation.step_scores import StepScore, score_step
@@ -104,9 +104,8 @@ def is_replayable(conversation: Conversation) -> bool:
 
 def own_words(text: str) -> str:
     """Return what of an answer stays in the history: all before the model speaks for a tool, the user or the system."""
-    marks = (*END_OF_SEQUENCE_TEXTS, EXEC_START, *USER_TAGS, "<|system|>")
-    ends = [position for mark in marks if (position := text.find(mark)) >= 0]
-    return text[: min(ends, default=len(text))].strip()
+    ends = [position for mark in (EXEC_START, *USER_TAGS, "<|system|>") if (position := text.find(mark)) >= 0]
+    return without_stops(text[: min(ends, default=len(text))]).strip()
 
 
 def with_replies(conversation: Conversation, places: Sequence[StepPlace], replies: Sequence[str]) -> Conversation:

@@ -13,7 +13,7 @@ from agentft.data.render import CallForm, MsagentTemplate, with_history
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
-from agentft.evaluation.parse import quote_ends, to_msagent
+from agentft.evaluation.parse import to_msagent
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
 
 
@@ -47,7 +47,7 @@ class Step:
             conversation_id=conversation.id,
             piece_of=conversation.piece_of,
             step=self.index,
-            reference=quote_ends(self.reference),
+            reference=self.reference,
             prediction=to_msagent(prediction, self.call_form),
             offered=_offered(conversation),
             language=conversation.language,
