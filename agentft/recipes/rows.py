@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from agentft.data.sources import (
     read_local,
 )
 from agentft.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Rows = Iterable[RawRow | Rejection]
 
@@ -60,6 +63,8 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
         case LocalConfig():
             sources = _local_sources(config)
             own = any(heldout_files(Path(source.path)) for source in sources)
+            if own and config.test_path is None:
+                log.info("data: test and validation files beside training files are held out, and not trained on")
             test: Any = config.test_path or [replace(source, part="heldout") for source in sources]
             heldout = read_local(test, report=report) if own or config.test_path is not None else None
             train = read_local([replace(source, part="train") for source in sources], report=report)

@@ -173,5 +173,5 @@ def test_without_any_call_there_is_nothing_to_replay():
 
 def test_words_for_others_are_cut():
     assert own_words("a b <|startofexec|>x") == "a b"
-    assert own_words("a</s>b") == "a"
+    assert own_words("a</s>b</s>") == "a</s>b"
     assert own_words("a<|user|>:b") == "a"
