@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test test-slow faults gpu check format clean
+.PHONY: help install quickstart test test-slow faults cluster gpu check format clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ faults: install  ## Run the whole fault matrix and write its table (about 25 min
 
 test-slow: install  ## Run the longer experiments.
 	$(BIN)/python -m pytest -m slow
+
+cluster: install  ## Stop trainings on a real SLURM, where one is at hand or can be started, and see them saved.
+	$(BIN)/python benchmarks/cluster_stops.py
 
 gpu: install  ## Run the tests that need a GPU, and measure training on it.
 	$(BIN)/python -m pytest -m gpu tests/gpu

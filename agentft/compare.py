@@ -19,6 +19,7 @@ from agentft.comparison.runs import read_runs
 from agentft.comparison.tables import csv_text, markdown, rich_table
 from agentft.errors import AgentftError, RunError
 from agentft.outfile import write_out
+from agentft.progress import outlive_console
 from agentft.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
+    outlive_console()
     options = _parse_options(arguments)
     try:
         paths = [Path(path) for path in options.paths]

@@ -20,6 +20,7 @@ from typing import Any
 from agentft.errors import AgentftError, ConfigError, RunError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
 from agentft.outfile import write_out
+from agentft.progress import outlive_console
 from agentft.secrets import redact_text
 from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
 
@@ -137,6 +138,7 @@ def push(workspace: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
+    outlive_console()
     options = _parse_options(arguments)
     try:
         if options.push:

@@ -1,22 +1,35 @@
-"""The entry points that compose a config: `train.py` and `evaluate.py`, installed `agentft-train` and `agentft-evaluate`."""
+"""The entry points that compose a config: `train.py` and `evaluate.py`, installed `agentft-train` and `agentft-evaluate`.
+
+Signals are heard before anything is imported, which takes seconds; the work itself then ends at once, or saves.
+"""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from agentft.config import EvaluateConfig, TrainConfig, compose_and_run
-from agentft.recipes.as_trained import with_run_settings
+from agentft.signals import StopSignals
+
+if TYPE_CHECKING:
+    from agentft.config import EvaluateConfig, TrainConfig
 
 
 def train() -> None:
     """Fine-tune a model by the command line."""
-    compose_and_run("train", TrainConfig, _train)
+    with StopSignals() as signals, signals.deferred():
+        from agentft.config import TrainConfig, compose_and_run
+
+        compose_and_run("train", TrainConfig, _train)
 
 
 def evaluate() -> None:
     """Answer a run's held-out conversations again and score them, by the command line."""
-    sys.argv[1:] = with_run_settings(sys.argv[1:])
-    compose_and_run("evaluate", EvaluateConfig, _evaluate)
+    with StopSignals() as signals, signals.deferred():
+        from agentft.config import EvaluateConfig, compose_and_run
+        from agentft.recipes.as_trained import with_run_settings
+
+        sys.argv[1:] = with_run_settings(sys.argv[1:])
+        compose_and_run("evaluate", EvaluateConfig, _evaluate)
 
 
 def _train(config: TrainConfig) -> float | None:
@@ -29,4 +42,5 @@ def _train(config: TrainConfig) -> float | None:
 def _evaluate(config: EvaluateConfig) -> float | None:
     from agentft.recipes.evaluate import evaluate
 
-    return evaluate(config).objective
+    with StopSignals.shared() as signals, signals.at_once():
+        return evaluate(config).objective

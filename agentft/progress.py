@@ -1,15 +1,20 @@
-"""What a person sees during long work: one bar on a terminal, nothing but log lines elsewhere."""
+"""What a person sees during long work: one bar on a terminal, nothing but log lines elsewhere.
+
+The console may go away at any time (`| head`, a closed terminal, a full disk under a redirection): that ends no work.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import select
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentft.secrets import install_log_redaction
 
@@ -29,6 +34,67 @@ class _NoBar:
         pass
 
 
+class _Console(io.FileIO):
+    """Standard output or error, until a write fails: from then on everything is taken and nothing written."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write to the descriptor, and raise nothing where that is impossible."""
+        if self.lost is None:
+            try:
+                while (written := super().write(data)) is None:  # full, and set not to block by another program
+                    select.select([], [self], [])
+                return written
+            except OSError as error:
+                self.lost = error
+                _tell_of_lost_consoles()
+        return len(data)
+
+
+_IN_FILE = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+_consoles: dict[str, _Console] = {}
+_log_file: Path | None = None
+
+
+def outlive_console() -> None:
+    """From here on no write to standard output or error fails, whoever makes it, the interpreter at its exit included.
+
+    Streams that something else has put in their place (a notebook, a test) stay as they are.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started this process
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):
+            with suppress(OSError):
+                stream.flush()
+            _consoles[name] = console = _Console(stream.fileno(), "w", closefd=False)
+            lasting = io.TextIOWrapper(
+                io.BufferedWriter(console),
+                encoding=stream.encoding,
+                errors="backslashreplace",  # letters that a terminal lacks
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, lasting)
+
+
+def _tell_of_lost_consoles() -> None:
+    """Write a line for each into the log file, where there is one by now, and send to nowhere what libraries and child
+    processes write to its descriptor. Not by `logging`: this may run in the middle of a record's way to the console."""
+    for name, console in list(_consoles.items()):
+        if console.lost is not None and _log_file is not None:
+            del _consoles[name]
+            reason = console.lost.strerror or str(console.lost)
+            words = f"{name} is gone ({reason}): the work goes on"
+            record = logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": words})
+            with suppress(OSError), _log_file.open("a", encoding="utf-8") as log:
+                log.write(_IN_FILE.format(record) + "\n")
+            with suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), console.fileno())
+
+
 def _may_show() -> bool:
     """Whether there may be a terminal: rich looks closer, but takes a fifth of a second to be imported."""
     return sys.stderr.isatty() or "FORCE_COLOR" in os.environ or "ipykernel" in sys.modules
@@ -36,9 +102,13 @@ def _may_show() -> bool:
 
 @cache
 def console() -> Console:
-    """Return the one console on standard error, shared by bars and log lines so that they do not overwrite each other."""
+    """Return the one console on standard error, shared by bars and log lines so that they do not overwrite each other.
+
+    It may go away, see `outlive_console`.
+    """
     from rich.console import Console
 
+    outlive_console()
     # Where there is no terminal rich would wrap lines at 80 columns, in the middle of paths.
     return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=160)
 
@@ -47,6 +117,9 @@ def set_up_logging(log_file: Path) -> None:
     """Send log lines to the console in short form, and to `log_file` with time and module."""
     from rich.logging import RichHandler
 
+    global _log_file
+    _log_file = log_file
+    _tell_of_lost_consoles()
     screen = RichHandler(console=console(), show_path=False, show_level=False, omit_repeated_times=False, markup=False)
     screen.setFormatter(logging.Formatter("%(message)s"))
     screen.setLevel(logging.INFO)
@@ -54,7 +127,7 @@ def set_up_logging(log_file: Path) -> None:
     logging.captureWarnings(True)
     screen.addFilter(lambda record: record.name != "py.warnings")
     file = logging.FileHandler(log_file, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    file.setFormatter(_IN_FILE)
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)

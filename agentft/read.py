@@ -16,12 +16,14 @@ from agentft.comparison.pairs import ANSWERS, predictions_file
 from agentft.comparison.predictions_page import predictions_page, read_steps
 from agentft.errors import AgentftError
 from agentft.evaluation.metrics import score_records
+from agentft.progress import outlive_console
 from agentft.runs import RunFolder
 from agentft.score import read_records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    outlive_console()
     options = _parse_options(arguments)
     try:
         file = predictions_file(options.path, options.answers)

@@ -27,6 +27,7 @@ from agentft.evaluation.metrics import (
     read_offered_tool,
     score_records,
 )
+from agentft.progress import outlive_console
 
 _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
     "piece_of": (str, "a string"),
@@ -39,6 +40,7 @@ _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    outlive_console()
     options = _parse_options(arguments)
     try:
         scores = score_records(read_records(options.file), stop_texts=options.stop, with_jieba=options.jieba)

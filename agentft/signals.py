@@ -2,26 +2,43 @@
 
 A training notes the request and saves after the step it is in. Everywhere else (loading, answering) the request ends the
 work at once, as Ctrl-C does; what those phases had done so far is on disk already.
+
+SLURM and terminals signal every process of a job. The one that a person started answers; those that it started itself obey
+its word (`distributed/stops.py`, `sweeping/processes.py`), since the same request reaches them from several sides.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-NOTICED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+STOPS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__)  # Windows has not all
+"""The signals that ask for an end."""
+
+STARTED_BY = "AGENTFT_STARTED_BY"
+"""The environment variable by which a launcher marks the processes that it starts, and ends, itself."""
+
+Tell = Callable[[signal.Signals, bool], None]
+"""Told the signal that came first, and whether a person insists."""
 
 
 class StopSignal(KeyboardInterrupt):
     """A signal asked this process to end. Like Ctrl-C it is no `Exception`, so that no handler of errors swallows it."""
 
     def __init__(self, number: int, words: str = "") -> None:
-        self.signal = signal.Signals(number)
+        self.signal, self._words = signal.Signals(number), words
         super().__init__(f"stopped by {self.signal.name}{words}")
+
+    def __reduce__(self) -> tuple[type[StopSignal], tuple[int, str]]:
+        return type(self), (int(self.signal), self._words)
 
     @property
     def exit_code(self) -> int:
@@ -36,33 +53,53 @@ class StopSignal(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Notices the signals of `NOTICED` inside its `with` block; those that the process was told to ignore stay ignored.
+    """Notices `STOPS` inside its `with` block; those that the process was told to ignore stay ignored.
 
     Outside the main thread, where Python takes no signals, it does nothing.
     """
+
+    _standing: ClassVar[StopSignals | None] = None
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         """The first one that came."""
         self._deferred = False
+        self._tell: Tell | None = None
+        self._from_person = not os.environ.keys() & {STARTED_BY, "TORCHELASTIC_RUN_ID"}
         self._before: dict[signal.Signals, Any] = {}
+        self._outer: StopSignals | None = None
 
     def __enter__(self) -> Self:
+        self._outer, StopSignals._standing = StopSignals._standing, self
         if threading.current_thread() is threading.main_thread():
-            for name in NOTICED:
-                number = getattr(signal, name, None)  # Windows has not all of them
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            for number in STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        StopSignals._standing = self._outer
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
+    @classmethod
+    @contextmanager
+    def shared(cls) -> Iterator[StopSignals]:
+        """Give those that stand since the program's start, so that a signal after the first is known for one; else new ones."""
+        if cls._standing is not None:
+            yield cls._standing
+            return
+        with cls() as signals:
+            yield signals
+
     def is_requested(self) -> bool:
         """Whether a signal has come."""
         return self.requested is not None
+
+    def agree(self, heard: Iterable[signal.Signals | None]) -> None:
+        """Take over what another process of the job has heard, where this one has heard nothing yet."""
+        self.requested = self.requested or next((number for number in heard if number is not None), None)
 
     def raise_if_requested(self, words: str = "") -> None:
         """Raise the `StopSignal` that was noted while signals were deferred; `words` say what was done about it."""
@@ -70,31 +107,48 @@ class StopSignals:
             raise StopSignal(self.requested, words)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted: whoever runs there asks `is_requested` where it can stop."""
-        with self._mode(deferred=True):
+    def deferred(self, tell: Tell | None = None) -> Iterator[None]:
+        """Inside, a signal is only noted, and `tell` called: whoever runs there asks `is_requested` where it can stop."""
+        with self._mode(deferred=True, tell=tell):
             yield
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside, a signal raises, one that was noted before too: for long work within a deferred block."""
-        with self._mode(deferred=False):
+        with self._mode(deferred=False, tell=None):
             self.raise_if_requested()
             yield
 
     @contextmanager
-    def _mode(self, *, deferred: bool) -> Iterator[None]:
-        before, self._deferred = self._deferred, deferred
+    def _mode(self, *, deferred: bool, tell: Tell | None) -> Iterator[None]:
+        before = self._deferred, self._tell
+        self._deferred, self._tell = deferred, tell
         try:
             yield
         finally:
-            self._deferred = before
+            self._deferred, self._tell = before
 
     def _notice(self, number: int, _: FrameType | None) -> None:
-        again = self.requested is not None
-        if not again:
-            self.requested = signal.Signals(number)
         # Schedulers repeat themselves, and a repetition must not disturb the save; a person who presses Ctrl-C twice
         # does not want to wait for it.
-        if number == signal.SIGINT if again else not self._deferred:
+        again, first = self.requested is not None, self.requested or signal.Signals(number)
+        insists = again and self._from_person and number == first == signal.SIGINT
+        self.requested = first
+        if self._tell is not None and (insists or not again):
+            self._tell(first, insists)
+        if insists or not (again or self._deferred):
             raise StopSignal(number)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel end this process when the thread that started it ends, in whatever way. Linux only; else nothing.
+
+    Args:
+        parent: Process that started this one. If it is gone already, this one ends here.
+    """
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

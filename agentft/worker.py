@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentft.errors import AgentftError, ConfigError
+from agentft.progress import outlive_console
+from agentft.signals import StopSignal, StopSignals
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         AgentftError: what the training raises, or settings that cannot be read.
     """
+    outlive_console()
     parser = argparse.ArgumentParser(prog="python -m agentft.worker", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, help="resolved configuration, as in a run folder")
     parser.add_argument(
@@ -39,9 +42,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(
             "--config <file> is needed, and settings belong to --write; see python -m agentft.worker --help"
         )
-    from agentft.recipes.train import train_rank
+    with StopSignals() as signals, signals.deferred():
+        from agentft.recipes.train import train_rank
 
-    train_rank(given.config.read_text(encoding="utf-8"))
+        with signals.at_once():
+            train_rank(given.config.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, settings: Sequence[str]) -> None:
@@ -58,3 +63,6 @@ if __name__ == "__main__":
     except AgentftError as error:
         sys.stderr.write(f"agentft.worker: {error}\n")
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except StopSignal as stop:
+        sys.stderr.write(f"agentft.worker: {stop}\n")
+        raise SystemExit(stop.exit_code) from None

@@ -326,3 +326,19 @@ def test_comparing_starts_without_torch_and_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_a_table_that_nobody_reads_costs_nothing_else(tmp_path: Path, output: str) -> None:
+    """As of `| head`: no traceback, exit code 0, and the files are written."""
+    make_run(tmp_path / "runs" / "one", right=lambda i: True)
+    command = [sys.executable, "-m", "agentft.compare", str(tmp_path / "runs"), "--csv", str(tmp_path / "table.csv")]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") if output == "closed pipe" else Path("/dev/full").open("wb") as out:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=buffered, stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "table.csv").read_text()

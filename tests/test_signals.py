@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import stat
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentft import slurm
-from agentft.signals import StopSignal, StopSignals
+from agentft.signals import STARTED_BY, StopSignal, StopSignals
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
@@ -52,6 +53,57 @@ def test_ctrl_c_a_second_time_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(StopSignal):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_after_another_signal_does_not_end_the_save():
+    """SLURM signals agent and job both; whoever started the job then adds a SIGINT of its own."""
+    with StopSignals() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.requested is signal.SIGUSR1
+
+
+@pytest.mark.parametrize("variable", [STARTED_BY, "TORCHELASTIC_RUN_ID"])
+def test_no_second_ctrl_c_is_a_persons_in_a_process_that_another_has_started(monkeypatch, variable):
+    monkeypatch.setenv(variable, "launcher")
+    with StopSignals() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.requested is signal.SIGINT
+
+
+def test_a_signal_that_comes_after_the_save_does_not_disturb_the_end():
+    with StopSignals() as program:
+        with StopSignals.shared() as signals, signals.deferred():
+            assert signals is program
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_whoever_passes_a_signal_on_is_told_the_first_and_a_person_who_insists():
+    told = []
+    with StopSignals() as signals, signals.deferred(lambda *words: told.append(words)):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopSignal):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert told == [(signal.SIGINT, False), (signal.SIGINT, True)]
+
+
+def test_what_another_rank_has_heard_counts_here_and_comes_but_once():
+    with StopSignals() as signals:
+        with signals.deferred():
+            signals.agree([None, signal.SIGUSR1])
+        with pytest.raises(StopSignal, match="stopped by SIGUSR1, saved"):
+            signals.raise_if_requested(", saved")
+        os.kill(os.getpid(), signal.SIGUSR1)  # the word, come late, which must not disturb the end
+
+
+def test_a_stop_passes_from_a_rank_to_its_agent_as_it_is():
+    stop = pickle.loads(pickle.dumps(StopSignal(signal.SIGUSR1, " after step 3")))
+    assert (str(stop), stop.exit_code) == ("stopped by SIGUSR1 after step 3", 138)
+    assert stop.asks_for_another_turn
 
 
 def test_long_work_within_a_deferred_block_ends_at_once():

@@ -24,6 +24,7 @@ from agentft.config.groups import conf_dir
 from agentft.config.preflight import check_command
 from agentft.config.registration import register_resolvers, register_schemas
 from agentft.errors import AgentftError, ConfigError
+from agentft.progress import outlive_console
 from agentft.provenance import other_agentft
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.runs import SWEEP_FOLDER_VARIABLE
@@ -36,6 +37,7 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
     A configuration that cannot run ends the program with exit code 2 and one line; an `AgentftError` of the recipe ends
     it with 1 and one line. `recipe` returns the number that a sweeper optimises.
     """
+    outlive_console()
     program = Path(sys.argv[0]).name
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     if clash := other_agentft():

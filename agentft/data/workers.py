@@ -6,7 +6,6 @@ process: they find the tokenizers loaded, cost no import, and a short preparatio
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -22,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from agentft.errors import DataError
+from agentft.signals import STOPS, die_with
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -126,21 +126,13 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
     _work = work
     # Sent to all processes of a job they ask the parent to end its work, and so its workers'; its handlers are for it alone.
     # One that died while it writes a result would leave the parent waiting for the rest of it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     gc.freeze()  # a collection would touch, and so copy, every page that is shared with the parent
-    _die_with(parent)
+    die_with(parent)
 
 
 def _do(batch: Any) -> Any:
     assert _work is not None
     return _work(batch)
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, in whatever way: it would wait for work for ever."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -19,8 +19,9 @@ from agentft.data.batches import Batch
 from agentft.distributed.loss_scale import LossScale
 from agentft.distributed.sharded import ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
 from agentft.model.adapters import kept_parameters
+from agentft.model.causal import causal_model
 from agentft.training.config import TrainingConfig
-from agentft.training.loss import LabelledLoss, causal_model
+from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer
 from agentft.training.tensor_stream import Kind, TensorStream
 from agentft.world import World

@@ -56,7 +56,12 @@ class RankFailure:
     @property
     def is_consequence(self) -> bool:
         """Whether it says no more than that another rank was lost."""
-        return any(words in self.message for words in _LOST)
+        return tells_of_a_loss(self.message)
+
+
+def tells_of_a_loss(message: str) -> bool:
+    """Say by its message whether an error is no more than the loss of another rank."""
+    return any(words in message for words in _LOST)
 
 
 def read_failures(folder: Path) -> dict[int, RankFailure]:

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,13 @@ def read_marks(folder: Path) -> list[Mark]:
             moment, pid, where = path.read_text(encoding="utf-8").rstrip("\n").split(" ", 2)
             marks.append(Mark(int(path.name.removeprefix("rank-")), float(moment), int(pid), where))
     return sorted(marks, key=lambda mark: mark.rank)
+
+
+def kill_ranks(marks: Iterable[Mark]) -> None:
+    """End the ranks that have left these marks."""
+    for mark in marks:
+        with suppress(ProcessLookupError):
+            os.kill(mark.pid, signal.SIGKILL)
 
 
 class HangWatch:
@@ -73,7 +81,6 @@ class HangWatch:
             + (f"; {others}" if others else "")
         )
         # The stuck rank would not hear anything gentler, and the others wait for it.
+        kill_ranks(marks)
         for mark in marks:
-            with suppress(ProcessLookupError):
-                os.kill(mark.pid, signal.SIGKILL)
             (self._folder / f"rank-{mark.rank}").unlink(missing_ok=True)

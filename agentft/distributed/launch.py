@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -26,10 +25,11 @@ from agentft.distributed.config import DistributedConfig
 from agentft.distributed.failures import RankFailure, explain, read_failures
 from agentft.distributed.hang import HangWatch
 from agentft.distributed.places import Places
+from agentft.distributed.stops import GAVE_UP, as_stop, obeying, start_server, telling
 from agentft.errors import RankError
 from agentft.runtime import available_cores
 from agentft.secrets import redact_text
-from agentft.signals import NOTICED, StopSignal
+from agentft.signals import STARTED_BY, StopSignal
 from agentft.world import MARKS_VARIABLE
 
 Entry = Callable[[str], Any]
@@ -56,10 +56,10 @@ def start_ranks(
 
     Raises:
         RankError: a rank died, hung, or the machines did not meet; the failed rank's traceback comes first.
-        StopSignal: a signal ended the job; each rank has got it too.
+        StopSignal: a signal to this process ended the job; its ranks have saved what they could, and ended.
         AgentftError: whatever a rank raised for the user.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -81,42 +81,56 @@ def start_ranks(
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
         shutdown_timeout=config.elastic.grace,
-        signals_to_handle=",".join(NOTICED),
+        signals_to_handle="",  # they are heard by `telling`, and torch would end ranks in the middle of their save
     )
     _silence_elastic()
     if places.nnodes > 1:
         # A store of its own for every attempt: the agents of several machines count attempts differently.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # Torch is loaded once, by the server that all ranks of this machine are forked from.
-    multiprocessing.set_forkserver_preload([entry.__module__])
-    with _marks() as marks, HangWatch(marks, config.timeout) as watch:
+    with (
+        _marks() as marks,
+        telling(marks, machines=places.nnodes) as signals,
+        HangWatch(marks, config.timeout) as watch,
+    ):
+        start_server(
+            [entry.__module__]
+        )  # torch is loaded once, by the server that all ranks of this machine are forked from
         share = threads or max(1, available_cores() // places.nproc)
-        environment = {**os.environ, MARKS_VARIABLE: str(marks), "OMP_NUM_THREADS": str(share)}
+        environment = {**os.environ, MARKS_VARIABLE: str(marks), "OMP_NUM_THREADS": str(share), STARTED_BY: "agent"}
         try:
-            results = elastic_launch(launch, _run_rank)(entry, payload, environment)
+            results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
         except ChildFailedError as error:
+            if all(failure.exitcode == GAVE_UP for failure in error.failures.values()):
+                signals.raise_if_requested()
             failures = read_failures(marks)
             for rank, failure in error.failures.items():
                 failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))
             raise explain(failures, hang=watch.verdict, logs=logs) from None
-        except SignalException as error:
-            raise StopSignal(int(error.sigval)) from None
         except RendezvousError as error:
             raise RankError(f"the {places.nnodes} machines did not meet at {places.endpoint}: {error}") from error
-    return results[min(results)]
+    first = results[min(results)]
+    if isinstance(first, StopSignal):
+        raise first
+    return first
 
 
-def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str]) -> Any:
+def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent: int) -> Any:
     """Run one rank; what it raises is written down for the agent before the process ends.
+
+    A stop is returned: for torch's agent an error of one rank is a reason to end the others, which may still save.
 
     The server that ranks are forked from has the environment of the first job in this program; this is the present one.
     """
     os.environ.update({name: value for name, value in environment.items() if not _ELASTIC.fullmatch(name)})
-    try:
-        return entry(payload)
-    except BaseException as error:
-        _write_failure(error)
-        raise
+    with obeying(agent, Path(os.environ[MARKS_VARIABLE])) as signals:
+        try:
+            return entry(payload)
+        except BaseException as error:
+            with signals.deferred():
+                if isinstance(stop := as_stop(error), StopSignal):
+                    return stop
+                _write_failure(error)
+                raise
 
 
 def _write_failure(error: BaseException) -> None:

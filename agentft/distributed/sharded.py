@@ -16,8 +16,9 @@ from torch import nn
 from agentft.distributed.loss_scale import LossScale
 from agentft.errors import ConfigError
 from agentft.model.adapters import kept_parameters, require_same_parameters
+from agentft.model.causal import causal_model
 from agentft.training.engine import plain_groups, restore_groups, slots_by_parameter
-from agentft.training.loss import LabelledLoss, causal_model
+from agentft.training.loss import LabelledLoss
 from agentft.world import World
 
 

@@ -143,13 +143,16 @@ def spread_likelihood(
     batch: int,
     pad_id: int,
     autocast: torch.dtype | None = None,
+    stock: bool = False,
 ) -> Likelihood:
     """Measure `examples` as `measure_likelihood` does, each on one rank; every rank gets the whole result."""
     if world.size == 1:
-        return measure_likelihood(model, examples, batch=batch, pad_id=pad_id, autocast=autocast)
+        return measure_likelihood(model, examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock)
     shares = share_out([len(example) for example in examples], world.size)
     mine = [examples[at] for at in shares[world.rank]]
-    found = measure_likelihood(model, mine, batch=batch, pad_id=pad_id, autocast=autocast) if mine else None
+    found = None
+    if mine:
+        found = measure_likelihood(model, mine, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock)
     parts = world.gather(None if found is None else (found.nats_GK, found.tokens_GK))
     filled = [part for part in parts if part is not None]
     orders = [at for share in shares for at in share]

@@ -21,6 +21,7 @@ from torch import nn
 from agentft.evaluation.guesses import Guesser, SaidBefore
 from agentft.evaluation.slots import History, Row, RowModel
 from agentft.evaluation.steps import Step
+from agentft.model.causal import causal_model
 
 TEXT_STOPS = ("<|startofexec|>", "<|user|>", "<|system|>")
 """Once one of these is said the agent has left its own part: what follows would be an invented tool result or user."""
@@ -181,6 +182,53 @@ class GreedyGenerator:
         reply.guesser.add(token)
         how = _end(reply.ids, self._tokenizer, self._stop_ids)
         return "length" if how is None and len(reply.ids) >= self._max_new_tokens else how
+
+
+class StockGenerator:
+    """Answers steps one by one by transformers' `generate`, for models whose layers remember more than keys and values."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, stop_ids: Sequence[int], max_new_tokens: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+        self._max_new_tokens = max_new_tokens
+
+    @torch.inference_mode()
+    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+        """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
+        answers = []
+        for step in steps:
+            ids = greedy_ids(self._model, step.input_ids[: step.start].tolist(), self._max_new_tokens, self._ends)
+            answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
+            if on_answer is not None:
+                on_answer(answers[-1])
+        return answers
+
+    def _ends(self, ids: list[int]) -> bool:
+        return _end(ids, self._tokenizer, self._stop_ids) is not None
+
+
+def greedy_ids(
+    model: nn.Module, context: Sequence[int], count: int, ends: Callable[[list[int]], bool] = lambda ids: False
+) -> list[int]:
+    """Return up to `count` tokens by transformers' `generate`, the likeliest at each place; `ends` is asked after each."""
+    from transformers import GenerationConfig
+
+    causal = causal_model(model)
+    prompt = torch.tensor([list(context)], device=next(model.parameters()).device)
+
+    def stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([ends(ids[0, len(context) :].tolist())], device=ids.device)
+
+    own = causal.generation_config
+    # In its place, since transformers takes from it whatever is not given: other ends, penalties, sampling.
+    causal.generation_config = GenerationConfig(max_new_tokens=count, do_sample=False, use_cache=True, pad_token_id=0)
+    try:
+        out = causal.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=[stop])
+    finally:
+        causal.generation_config = own
+    new: list[int] = out[0, len(context) :].tolist()
+    return new
 
 
 def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Answer:

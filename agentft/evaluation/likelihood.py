@@ -24,6 +24,7 @@ from agentft.data.tokens import Example
 from agentft.errors import DataError
 from agentft.evaluation.metrics import SCORING_VERSION, Metric
 from agentft.evaluation.resampling import Floats, ratio_intervals, sum_pieces
+from agentft.model.causal import last_states, output_head, stock_logits
 
 KINDS = tuple(sorted(TRAINED_KINDS))
 """Columns of `Likelihood`: what the agent says in words, its calls, the token that ends a step, and the frame of calls."""
@@ -103,6 +104,7 @@ def measure_likelihood(
     batch: int,
     pad_id: int,
     autocast: torch.dtype | None = None,
+    stock: bool = False,
 ) -> Likelihood:
     """Measure `examples` without dropout; the model's mode is put back and random streams are not touched.
 
@@ -112,6 +114,7 @@ def measure_likelihood(
         batch: Conversations in one forward pass.
         pad_id: Any id; padding is masked by position.
         autocast: The number format in which fp32 weights are multiplied.
+        stock: Take the logits of the model's own forward pass, which does more to them than its head.
 
     Raises:
         DataError: the examples hold no label.
@@ -127,7 +130,7 @@ def measure_likelihood(
         with torch.inference_mode():
             for at in range(0, len(by_length), batch):
                 orders = by_length[at : at + batch]
-                nats, tokens = _measure([examples[order] for order in orders], model, pad_id, autocast)
+                nats, tokens = _measure([examples[order] for order in orders], model, pad_id, autocast, stock)
                 nats_GK[orders], tokens_GK[orders] = nats, tokens
     finally:
         model.train(was_training)
@@ -135,23 +138,24 @@ def measure_likelihood(
 
 
 def _measure(
-    examples: Sequence[Example], model: nn.Module, pad_id: int, autocast: torch.dtype | None
+    examples: Sequence[Example], model: nn.Module, pad_id: int, autocast: torch.dtype | None, stock: bool
 ) -> tuple[Floats, Floats]:
     device = next(model.parameters()).device
     rows, positions, kinds = _places(examples)
     piece = collate(examples, pad_id).to(device)
     rows_N, positions_N = torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    head = causal.get_output_embeddings()
+    targets_N = piece.input_ids_BT[rows_N, positions_N]
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        hidden_BTD = causal.get_decoder()(input_ids=piece.input_ids_BT, use_cache=False).last_hidden_state
-        # Gathered before the head meets them: the logits of whole conversations would not fit beside a large vocabulary.
-        hidden_ND = hidden_BTD[rows_N, positions_N - 1]
-        targets_N = piece.input_ids_BT[rows_N, positions_N]
-        nats = [
-            functional.cross_entropy(head(hidden).float(), targets, reduction="none")
-            for hidden, targets in zip(torch.split(hidden_ND, _CHUNK), torch.split(targets_N, _CHUNK), strict=True)
-        ]
+        if stock:
+            at_N = rows_N * piece.input_ids_BT.shape[1] + positions_N - 1
+            logits_NV = stock_logits(model, piece.input_ids_BT, at_N)
+            nats = [functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")]
+        else:
+            # Gathered before the head meets them: the logits of whole conversations would not fit beside a large vocabulary.
+            hidden_ND = last_states(model, piece.input_ids_BT)[rows_N, positions_N - 1]
+            chunks = zip(torch.split(hidden_ND, _CHUNK), torch.split(targets_N, _CHUNK), strict=True)
+            head = output_head(model)
+            nats = [functional.cross_entropy(head(h).float(), targets, reduction="none") for h, targets in chunks]
     cells = rows * len(KINDS) + kinds
     size = len(examples) * len(KINDS)
     shape = (len(examples), len(KINDS))

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from agentft.errors import EvaluationError
+from agentft.model.causal import causal_model
 
 NAME = "agentft_rows"
 """What transformers knows the attention by."""
@@ -99,8 +100,7 @@ class RowModel:
     def __init__(self, model: nn.Module) -> None:
         _register()
         self._model = model
-        causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self._config = causal.config
+        self._config = causal_model(model).config
         self._layers = int(self._config.num_hidden_layers)
         self._device = next(model.parameters()).device
 
@@ -124,6 +124,15 @@ class RowModel:
         Raises:
             EvaluationError: the model does not compute its attention through transformers' interface.
         """
+        flat = iter(self.logits(rows).argmax(-1).tolist())
+        return [[next(flat) for _ in row.wanted] for row in rows]
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Run one forward pass and return the logits after each wanted token, one row of rows after the other, `[N, V]`.
+
+        Raises:
+            EvaluationError: the model does not compute its attention through transformers' interface.
+        """
         ids = [token for row in rows for token in row.ids]
         positions = [row.position + offset for row in rows for offset in range(len(row.ids))]
         starts = _starts(rows)
@@ -143,8 +152,8 @@ class RowModel:
                 f"{self._layers - len(at.layers)} of {self._layers} layers, so agentft cannot generate with it; "
                 "serve it and evaluate with evaluation.engine=openai"
             )
-        flat = iter(output.logits[0, : len(keep)].argmax(-1).tolist())
-        return [[next(flat) for _ in row.wanted] for row in rows]
+        logits: torch.Tensor = output.logits[0, : len(keep)]
+        return logits
 
 
 def attend(

@@ -13,7 +13,7 @@ from agentft.errors import ModelError
 from agentft.model import baichuan, qwen_v1
 from agentft.model.cache import build_once, cache_root
 from agentft.model.file_names import read_json
-from agentft.model.shards import check_free_disk, rewrite_weights, weight_files
+from agentft.model.shards import check_free_disk, holds_weights, rewrite_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +50,13 @@ def converted_folder(
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([fingerprint, states, layout.VERSION]).encode()).hexdigest()[:16]
     target = cache_root(cache_dir) / "models" / f"{settings['model_type']}-{key}"
-    if not target.is_dir():
-        log.info("converting %s once into %s (%s -> %s)", source, target, settings["model_type"], layout.TARGET)
-        check_free_disk(target, sum(size for _, size, _ in states), "the converted copy")
-    return build_once(target, lambda folder: convert(source, files, folder, fingerprint))
+
+    def build(folder: Path) -> None:
+        log.info("converting %s (%s -> %s)", source, settings["model_type"], layout.TARGET)
+        check_free_disk(folder, sum(size for _, size, _ in states), "the converted copy")
+        convert(source, files, folder, fingerprint)
+
+    return build_once(target, build, is_whole=holds_weights)
 
 
 def convert(source: Path, files: list[Path], folder: Path, fingerprint: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from agentft.errors import ModelError
 from agentft.model import attention as tiled_attention
 from agentft.model import conversion, flex
 from agentft.model.cache import build_once, cache_root
+from agentft.model.causal import causal_model
 from agentft.model.config import (
     Attention,
     Dtype,
@@ -35,7 +37,7 @@ from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
 from agentft.model.remote_code import check_remote_code
-from agentft.model.shards import weight_files
+from agentft.model.shards import holds_weights, weight_files
 from agentft.model.wheel import converted_folder
 from agentft.runtime import Device, computes_in_bf16
 
@@ -48,6 +50,7 @@ _KERNEL_NEEDS = {
     KernelChoice.compiled: "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names)",
     KernelChoice.liger: f"model.kernels=liger needs a CUDA device and the package: {LIGER_INSTALL}",
 }
+_OURS = (tiled_attention.NAME, flex.NAME)
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
 
 
@@ -259,6 +262,7 @@ def load_model(
 ) -> torch.nn.Module:
     """Load the weights in `dtype` onto `device`, in evaluation mode; `quantization` from `quantization_config`.
 
+    An `attention` that the model's own code does not know leaves it with eager attention, or with the only one it has.
     With `dtype` None they keep the files' own. On a CPU they are then the mapped files: no copy is made, what is not
     touched is not read, and all processes of a machine share the pages.
 
@@ -270,9 +274,10 @@ def load_model(
 
     disable_progress_bar()
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}
-    try:
+
+    def load(attention: str) -> Any:
         with compiler_put_off():
-            model = AutoModelForCausalLM.from_pretrained(
+            return AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 dtype=dtype or "auto",
                 attn_implementation=attention,
@@ -280,8 +285,21 @@ def load_model(
                 use_safetensors=None if config.allow_pickle else True,
                 **quantized,
             )
-    except (OSError, ValueError) as error:
+
+    # Models that do not ask transformers' interface would take our names for others of theirs, or end in a KeyError.
+    ours = attention in _OURS
+    try:
+        try:
+            model = load("eager" if ours else attention)
+        except (KeyError, AttributeError, ImportError, ValueError):
+            if ours or attention == "eager":
+                raise
+            model = load("eager")
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
+    if ours:
+        with suppress(ValueError):
+            take_attention(model, attention)
     # Packed or padded training rows must never meet a cache; generation passes its own.
     model.config.use_cache = False
     if quantization is None:
@@ -289,6 +307,27 @@ def load_model(
     keep_weights_as_quantized(model)
     module: torch.nn.Module = model.eval()
     return module
+
+
+def take_attention(model: torch.nn.Module, name: str) -> str:
+    """Let the model compute attention as transformers knows it by `name`, and return what it takes.
+
+    Raises:
+        ValueError: transformers knows that the model cannot.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    causal = causal_model(model)
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of what it does not set, which the caller sees
+    try:
+        if name in _OURS:
+            # Ours compute what torch's kernels do: not for models whose attention these cannot, with sinks or capped scores.
+            causal.set_attn_implementation("sdpa")
+        causal.set_attn_implementation(name)
+    finally:
+        transformers_logging.set_verbosity(said)
+    return str(causal.config._attn_implementation)
 
 
 def fingerprint(folder: Path) -> str:
@@ -311,7 +350,7 @@ def _random(config: ModelConfig) -> Path:
     shape = config.shape or RandomShape()
     key = hashlib.sha256(json.dumps([vars(shape), config.context, 2]).encode()).hexdigest()[:16]
     target = cache_root(config.cache_dir) / "models" / f"random-{key}"
-    return build_once(target, lambda folder: random_folder(shape, config.context, folder))
+    return build_once(target, lambda folder: random_folder(shape, config.context, folder), is_whole=holds_weights)
 
 
 def _needed(config: ModelConfig, field: str) -> str:

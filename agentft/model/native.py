@@ -186,7 +186,7 @@ def load_kernels(cache_dir: str | None) -> Kernels | None:
     try:
         compiler = shlex.split(found)  # CC may hold a wrapper or flags too: `ccache gcc`
         folder = cache_root(cache_dir) / "kernels" / _key(compiler)
-        return _load(build_once(folder, lambda target: _build(compiler, target)))
+        return _load(build_once(folder, lambda work: _build(compiler, work), is_whole=_is_built))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         log.warning("kernels.c cannot be built with %s (%s): row-wise parts run in torch", found, error)
         return None
@@ -219,6 +219,10 @@ def _build(compiler: list[str], folder: Path) -> None:
             done = _run([*compiler, "-shared", "-o", str(folder / f"{name}.so"), str(folder / f"{name}.o"), "-lm"])
         if done.returncode and name == "plain":
             raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the compiler failed")
+
+
+def _is_built(folder: Path) -> bool:
+    return (folder / "plain.so").is_file()
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

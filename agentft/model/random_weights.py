@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agentft.model.config import RandomShape
+from agentft.model.shards import save_model
 
 SEED = 20260101
 """Seed of the weights, fixed so that every machine makes the same model."""
@@ -54,5 +55,5 @@ def random_folder(shape: RandomShape, context: int, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     tokenizer.save_pretrained(folder)

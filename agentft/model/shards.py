@@ -43,6 +43,32 @@ def weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
     raise ModelError(f"{folder}: no weights; expected {SAFE_NAME}, {SAFE_INDEX} or the same as {PICKLE_NAME}")
 
 
+def holds_weights(folder: Path) -> bool:
+    """Return True where every weight file of a folder is there, with as many bytes as its header tells of."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in weight_files(folder, allow_pickle=False):
+            with safe_open(file, framework="numpy"):
+                pass
+    except (ModelError, OSError, SafetensorError):
+        return False
+    return True
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write weights and settings of a model of transformers; its own `save_pretrained` writes on rank 0 of a job alone."""
+    from huggingface_hub import save_torch_state_dict
+
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # of tied weights the first name
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
 def pickle_refusal(origin: str) -> ModelError:
     """Return the error for weights that exist as pickles only."""
     return ModelError(

@@ -7,14 +7,15 @@ file does not carry everything a tokenizer needs.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from pathlib import Path
 from typing import Any
 
 from agentft.errors import ModelError
 from agentft.model.cache import build_once, cache_root, file_digest
+from agentft.model.shards import holds_weights, save_model
 
-log = logging.getLogger(__name__)
+VERSION = 2
+"""Of the conversion: a repair of it gets a new number, so that no folder from before outlives it in a cache."""
 
 
 def _split_digits(backend: Any) -> None:
@@ -55,11 +56,11 @@ def locate_gguf(package: str) -> Path:
 def converted_folder(package: str, cache_dir: str | None) -> Path:
     """Return a folder with safetensors weights, config and tokenizer made from the package's GGUF file.
 
-    The folder is keyed by the file's digest and made once.
+    The folder is keyed by the file's digest and `VERSION`, and made once.
     """
     gguf = locate_gguf(package)
-    target = cache_root(cache_dir) / "models" / f"{package}-{file_digest(gguf)[:16]}"
-    return build_once(target, lambda folder: _convert(package, gguf, folder))
+    target = cache_root(cache_dir) / "models" / f"{package}-{file_digest(gguf)[:16]}-v{VERSION}"
+    return build_once(target, lambda folder: _convert(package, gguf, folder), is_whole=holds_weights)
 
 
 def _convert(package: str, gguf: Path, folder: Path) -> None:
@@ -67,7 +68,6 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
-    log.info("converting %s once into %s", gguf.name, folder.parent)
     disable_progress_bar()
     quantized = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -84,7 +84,7 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
     dense.load_state_dict(quantized.state_dict())
     dense.tie_weights()
     dense.generation_config = quantized.generation_config
-    dense.save_pretrained(folder)
+    save_model(dense, folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if package in TOKENIZER_REPAIRS:

@@ -14,7 +14,7 @@ from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
-from agentft.model.config import FullConfig, trains_weights
+from agentft.model.config import Attention, FullConfig, trains_weights
 from agentft.model.liger import LigerKernels
 from agentft.model.light_imports import import_model_libraries
 from agentft.model.load import (
@@ -26,14 +26,14 @@ from agentft.model.load import (
     load_model,
     load_tokenizer,
     locate_model,
+    take_attention,
 )
 from agentft.model.native import Kernels
 from agentft.model.quantization import quantization_config
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.prepare import PreparedData, prepare_data
-from agentft.recipes.ranks import (
-    loads_mapped,
-)
+from agentft.recipes.probe import Ways, ask_stock, probe
+from agentft.recipes.ranks import loads_mapped
 from agentft.training.compilation import compile_blocks
 from agentft.training.engine import Engine
 from agentft.training.loss import LabelledLoss
@@ -55,13 +55,19 @@ class Bench:
     """Of the tokens that end an answer."""
     data: PreparedData
     model: torch.nn.Module
+    ways: Ways
+    """What of it is computed in ways of our own, and what as transformers does."""
     kernels: Kernels | LigerKernels | None = None
     """What computes row-wise parts in torch's place, where it serves."""
 
     @property
     def pad_id(self) -> int:
-        """Any id serves: padding is masked in attention and loss by position, never by id."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
+        return _pad_id(self.tokenizer, self.stop_ids[0])
+
+
+def _pad_id(tokenizer: Any, stop_id: int) -> int:
+    """Any id serves: padding is masked in attention and loss by position, never by id."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_id
 
 
 def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
@@ -91,25 +97,29 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
         attention=attention,
         quantization=quantization,
     )
+    stop_ids = tuple(encoder.special_id(token) for token in stop_tokens(template))
+    pad_id, autocast = _pad_id(tokenizer, stop_ids[0]), _autocast(config, dtype)
+    stock = ask_stock(model, pad_id=pad_id, autocast=autocast) if world.is_main else None
     runtime.seed_everything(config.seed)
     model = prepare_for_training(model, config.sft_type, config.model, compiled, cast=not mapped)
     log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
-    stop_ids = tuple(encoder.special_id(token) for token in stop_tokens(template))
-    return Bench(device, dtype, files, tokenizer, template, stop_ids, data, model, compiled)
+    ways = None
+    if stock is not None:
+        # Weights that wait on the CPU for their shards cannot try what runs on a GPU alone.
+        tried, asked = (attention, config.model.attention) if place == device else ("sdpa", Attention.auto)
+        objective = _objective(config, model, dtype, compiled)
+        ways = probe(stock, objective, tried, pad_id=pad_id, asked=asked is not Attention.auto)
+        ways = ways if place == device else dataclasses.replace(ways, attention=attention)
+    ways = world.broadcast(ways)
+    assert ways is not None
+    take_attention(model, ways.attention)
+    return Bench(device, dtype, files, tokenizer, template, stop_ids, data, model, ways, compiled)
 
 
 def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpointing: bool) -> Engine:
     """Hand the loaded model to the engine of `distributed`."""
-    mixed = trains_weights(config.sft_type) and bench.dtype != torch.float32
-    # Engines that shard gather the head's weight only around a call of the head.
-    sharded = loads_on_cpu(config.distributed)
-    objective = LabelledLoss(
-        bench.model,
-        autocast=bench.dtype if mixed else None,
-        rate_factors=rate_factors(config.sft_type),
-        kernels=None if sharded or isinstance(bench.kernels, LigerKernels) else bench.kernels,
-        reads_head=not sharded,
-    )
+    objective = _objective(config, bench.model, bench.dtype, bench.kernels)
+    objective.stock_logits = bench.ways.stock_logits
     if checkpointing:
         bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if config.training.compile:
@@ -117,3 +127,21 @@ def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpoint
     fp16 = bench.dtype is torch.float16
     frozen = bench.dtype if loads_mapped(config) else None
     return make_engine(config.distributed, objective, config.training, world, fp16=fp16, frozen=frozen)
+
+
+def _objective(
+    config: TrainConfig, model: torch.nn.Module, dtype: torch.dtype, kernels: Kernels | LigerKernels | None
+) -> LabelledLoss:
+    # Engines that shard gather the head's weight only around a call of the head.
+    sharded = loads_on_cpu(config.distributed)
+    return LabelledLoss(
+        model,
+        autocast=_autocast(config, dtype),
+        rate_factors=rate_factors(config.sft_type),
+        kernels=None if sharded or isinstance(kernels, LigerKernels) else kernels,
+        reads_head=not sharded,
+    )
+
+
+def _autocast(config: TrainConfig, dtype: torch.dtype) -> torch.dtype | None:
+    return dtype if trains_weights(config.sft_type) and dtype != torch.float32 else None

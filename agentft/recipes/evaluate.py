@@ -160,9 +160,7 @@ def _evaluate(
     _load_weights(bench, source, checkpoint)
     if settings.mode is Mode.likelihood:
         return _likelihood(name, trained, bench, settings, target, world)
-    candidate = own_candidate(
-        bench.model, bench.tokenizer, settings, stop_ids=bench.stop_ids, fingerprint=bench.files.fingerprint
-    )
+    candidate = own_candidate(bench, settings)
     desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
     if settings.engine is Engine.vllm:
         with _by_vllm(candidate, trained, bench, settings, target) as candidate:
@@ -222,6 +220,7 @@ def _likelihood(
         settings,
         pad_id=bench.pad_id,
         autocast=bench.dtype if mixed else None,
+        stock=bench.ways.stock_logits,
         run=run,
         world=world,
         piece_of={each.id: each.piece_of for each in bench.data.heldout if each.piece_of is not None},

@@ -20,7 +20,7 @@ from agentft.data.template_choice import Layout
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.answer_file import Answerer, AnswerFile, OnAnswer
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.generate import Answer, GreedyGenerator
+from agentft.evaluation.generate import Answer, GreedyGenerator, StockGenerator
 from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
 from agentft.evaluation.places import shown_steps, step_places
 from agentft.evaluation.step_scores import StepScore
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+
+    from agentft.recipes.bench import Bench
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Exam:
 class _OwnModel:
     """Answers with a model in this process; its mode is put back afterwards."""
 
-    def __init__(self, model: nn.Module, generator: GreedyGenerator) -> None:
+    def __init__(self, model: nn.Module, generator: Answerer) -> None:
         self._model = model
         self._generator = generator
 
@@ -80,32 +82,29 @@ class _OwnModel:
             self._model.train(was_training)
 
 
-def own_candidate(
-    model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_ids: Sequence[int], fingerprint: str
-) -> Candidate:
-    """Make a candidate of a model as it is now; `fingerprint` is that of the files it was loaded from."""
+def own_candidate(bench: Bench, config: EvaluationConfig) -> Candidate:
+    """Make a candidate of the bench's model as it is now."""
+    model = bench.model
     parameter = next(model.parameters())
     identity = {
         "engine": "transformers",
-        "model": fingerprint,
+        "model": bench.files.fingerprint,
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
-        "stop_ids": list(stop_ids),
+        "stop_ids": list(bench.stop_ids),
         "max_new_tokens": config.max_new_tokens,
     }
-    return Candidate(own_model(model, tokenizer, config, stop_ids=stop_ids), identity)
+    return Candidate(own_model(bench, config), identity)
 
 
-def own_model(model: nn.Module, tokenizer: Any, config: EvaluationConfig, *, stop_ids: Sequence[int]) -> Answerer:
-    """Return what answers with a model in this process."""
+def own_model(bench: Bench, config: EvaluationConfig) -> Answerer:
+    """Return what answers with the bench's model in this process."""
+    model, tokenizer, stop_ids, new = bench.model, bench.tokenizer, bench.stop_ids, config.max_new_tokens
+    if bench.ways.stock_answers:
+        return _OwnModel(model, StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new))
     generator = GreedyGenerator(
-        model,
-        tokenizer,
-        stop_ids=stop_ids,
-        slots=config.batch,
-        max_new_tokens=config.max_new_tokens,
-        speculation=config.speculation,
+        model, tokenizer, stop_ids=stop_ids, slots=config.batch, max_new_tokens=new, speculation=config.speculation
     )
     return _OwnModel(model, generator)
 

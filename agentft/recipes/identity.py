@@ -10,11 +10,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentft.data.batches import StepPlan
+from agentft.model.causal import causal_model
 from agentft.model.config import KernelChoice, QloraConfig, SftConfig
 from agentft.model.liger import LigerKernels
 from agentft.model.native import Kernels
 from agentft.recipes.config import TrainConfig
-from agentft.training.loss import causal_model
 
 if TYPE_CHECKING:
     from agentft.recipes.bench import Bench

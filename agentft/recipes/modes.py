@@ -75,13 +75,14 @@ def sit_likelihood(
     *,
     pad_id: int,
     autocast: torch.dtype | None,
+    stock: bool,
     run: RunFolder,
     piece_of: Mapping[str, str] | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Measure the loss of the references, write the files and return the report; `piece_of` as in `Likelihood`."""
     started = time.perf_counter()
-    found = spread_likelihood(world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast)
+    found = spread_likelihood(world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast, stock=stock)
     report = found.to_json(draws=config.draws, seed=config.seed, piece_of=piece_of)
     report["conversations"] = found.rows()
     run.write_json(run.metrics(name), report | {"seconds": round(time.perf_counter() - started, 3)})

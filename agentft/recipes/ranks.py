@@ -19,6 +19,7 @@ from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, settings_to_yaml
 from agentft.runs import RunFolder, read_json
 from agentft.runtime import available_cores
+from agentft.signals import StopSignal
 from agentft.world import World, join_world, leave_world
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _start(
     )
     try:
         return start_ranks(entry, payload, places, distributed, folder=folder, threads=threads)
-    except RankError as error:
+    except (RankError, StopSignal) as error:
         if places.node <= 0:
             _note_end(folder, error)
         raise
@@ -148,12 +149,14 @@ def _visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _note_end(folder: Path, error: RankError) -> None:
+def _note_end(folder: Path, error: RankError | StopSignal) -> None:
     """Say in the run's status how it ended, where the rank that writes it could not."""
     path = RunFolder(folder).status_file
     if not path.is_file() or read_json(path).get("state") != "running":
         return
     with RunFolder.create(folder) as run:
         progress.set_up_logging(run.log_file)
-        run.update_status("failed", error=f"{type(error).__name__}: {error}")
+        run.update_status(
+            "stopped" if isinstance(error, StopSignal) else "failed", error=f"{type(error).__name__}: {error}"
+        )
         log.error("%s", error)

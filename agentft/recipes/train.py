@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
 from agentft.distributed.spread import lead
+from agentft.distributed.stops import as_stop
 from agentft.errors import RunError
 from agentft.evaluation.answer_file import Answerer
 from agentft.model.adapters import count_parameters
@@ -56,7 +58,7 @@ from agentft.training.engine import Engine
 from agentft.training.loop import Job, Outcome, train_model
 from agentft.training.memory_snapshot import snapshot_on_out_of_memory
 from agentft.training.packing import choose_row_tokens
-from agentft.world import ALONE, World
+from agentft.world import ALONE, MARKS_VARIABLE, World
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +84,9 @@ def train(config: TrainConfig) -> TrainResult:
         AgentftError: anything the user can act on; the run folder's status says so too.
         StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder goes on.
     """
-    if is_spread(config):
-        result: TrainResult = on_ranks(train_rank, config)
+    with _another_turn_asked_for(), StopSignals.shared() as signals, signals.at_once():
+        result: TrainResult = on_ranks(train_rank, config) if is_spread(config) else _train_as(config, ALONE)
         return result
-    return _train_as(config, ALONE)
 
 
 def train_rank(payload: str) -> TrainResult:
@@ -93,12 +94,26 @@ def train_rank(payload: str) -> TrainResult:
     config = resolved(payload)
     with rank_of(config.distributed, config.run_dir) as world:
         require_ranks(config, world.size)
-        return _train_as(dataclasses.replace(config, threads=config.threads or threads_of_rank()), world)
+        own = dataclasses.replace(config, threads=config.threads or threads_of_rank())
+        # Where they have an agent, it asks, when all have ended.
+        with _another_turn_asked_for() if world.is_main and MARKS_VARIABLE not in os.environ else nullcontext():
+            return _train_as(own, world)
+
+
+@contextmanager
+def _another_turn_asked_for() -> Iterator[None]:
+    """Ask SLURM to queue the job again where the body is stopped because its time is up."""
+    try:
+        yield
+    except StopSignal as stop:
+        if stop.asks_for_another_turn:
+            slurm.requeue()
+        raise
 
 
 def _train_as(config: TrainConfig, world: World) -> TrainResult:
     folder = RunFolder.create(config.run_dir) if world.is_main else RunFolder.follow(config.run_dir)
-    with StopSignals() as signals, folder as run:
+    with StopSignals.shared() as signals, folder as run:
         said = run.log_file if world.is_main else run.rank_log(world.rank)
         said.parent.mkdir(parents=True, exist_ok=True)
         progress.set_up_logging(said)
@@ -106,13 +121,16 @@ def _train_as(config: TrainConfig, world: World) -> TrainResult:
         try:
             result = _train(config, run, signals, world)
         except BaseException as error:
-            _conclude(error, run, world)
-            raise
+            found = error if world.size == 1 else as_stop(error)
+            _conclude(found, run)
+            if found is error:
+                raise
+            raise found from error
         run.update_status("paused" if result.paused else "finished", objective=result.objective)
         return result
 
 
-def _conclude(error: BaseException, run: RunFolder, world: World) -> None:
+def _conclude(error: BaseException, run: RunFolder) -> None:
     """Write down how a run ended that did not finish; nothing here may hide `error`."""
     asked = isinstance(error, KeyboardInterrupt)
     state: RunState = "stopped" if asked else "failed"
@@ -121,15 +139,12 @@ def _conclude(error: BaseException, run: RunFolder, world: World) -> None:
         run.update_status(state, error=f"{type(error).__name__}: {error}")
     except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
         log.error("%s cannot be written: %s", run.status_file, second)
-    if isinstance(error, StopSignal) and error.asks_for_another_turn and world.is_main:
-        slurm.requeue()
 
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_exam(config.evaluation)
-    plan = check_memory(config)
-    estimate = plan.estimate
     with world.at_work("preparing data and model"):
+        plan = check_memory(config)
         bench = set_up_bench(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
     engine = set_up_engine(config, bench, world, checkpointing=world.broadcast(plan.checkpointing))
@@ -142,9 +157,10 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             "device": bench.device.name,
             "threads": bench.device.threads,
             "dtype": str(bench.dtype).removeprefix("torch."),
+            "left_to_transformers": bench.ways.left,
             "model_fingerprint": bench.files.fingerprint,
             "model_commit": bench.files.commit,
-            "estimated_memory_bytes": estimate and estimate.total,
+            "estimated_memory_bytes": plan.estimate and plan.estimate.total,
             "data_fingerprint": bench.data.fingerprint,
             "run_id": run_id(config),
         },
@@ -187,13 +203,7 @@ def _examine(
     """Sit an exam with the models of all ranks; rank 0 gets it."""
     steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
     with engine.whole():
-        candidate = own_candidate(
-            bench.model,
-            bench.tokenizer,
-            config.evaluation,
-            stop_ids=bench.stop_ids,
-            fingerprint=bench.files.fingerprint,
-        )
+        candidate = own_candidate(bench, config.evaluation)
 
         def sit(answerer: Answerer) -> Exam:
             # Known by its weights: on resume, what was measured before training is read and never taken from trained
@@ -275,10 +285,11 @@ def _fit(
         on_start=start,
         stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
         fp16=bench.dtype is torch.float16,
-        row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.model, cuda=bench.device.is_cuda),
+        row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.ways.leak, cuda=bench.device.is_cuda),
     )
     with signals.deferred():
         outcome = train_model(job)
+        signals.agree(engine.world.gather(signals.requested))  # told at different moments, ranks leave together
     steps = f"{outcome.counters.step} of {plan.total_steps}"
     signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} goes on from there")
     if outcome.paused:

@@ -77,13 +77,14 @@ class Watch:
     def _measure(self) -> Likelihood:
         bench, engine = self._bench, self._engine
         batch, pad_id, autocast = self._config.batch, bench.pad_id, engine.autocast
+        stock = bench.ways.stock_logits
         return spread_likelihood(
-            engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast
+            engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock
         )
 
     def _answer(self) -> dict[str, float]:
         bench, world = self._bench, self._engine.world
-        own = own_model(bench.model, bench.tokenizer, self._config, stop_ids=bench.stop_ids)
+        own = own_model(bench, self._config)
         answers = lead(world, own, lambda answerer: answer_all("during training", answerer, self._steps))
         found = None
         if answers is not None:

@@ -16,11 +16,14 @@ import json
 import os
 import runpy
 import selectors
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from agentft.signals import STOPS
 
 Request = dict[str, Any]
 """`program`: the command without its interpreter; `environment`: all of it; `working_folder`; `log`: appended to."""
@@ -74,8 +77,10 @@ def _fork_jobs(connection: Connection) -> Request | None:
     return None
 
 
-def become(request: Request) -> None:
+def become(request: Request, handlers: Mapping[signal.Signals, Any]) -> None:
     """Turn this copy of the server into the job: what is left to do is to run its program, and to end as it ends."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     os.setsid()
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -107,5 +112,7 @@ def _send(connection: Connection, **message: object) -> None:
 
 if __name__ == "__main__":
     # Nothing may follow: the job ends with the exit code, the traceback and the clean-up of its program.
+    # SLURM signals it with the jobs; without it, nobody would know how they end.
+    heard = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
     if (due := serve(Connection(int(sys.argv[1])), sys.argv[2:])) is not None:
-        become(due)
+        become(due, heard)

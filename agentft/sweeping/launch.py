@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from agentft import slurm
 from agentft.errors import RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE
+from agentft.signals import StopSignals
 from agentft.sweeping.display import Display
 from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import Job, earlier_jobs, free_folder, identity_of, varying
@@ -94,7 +95,12 @@ def launch(
 
         # For a single job, importing once is importing no less.
         modules = _LIBRARIES.get(getattr(OmegaConf.get_type(config), "__name__", ""), ()) if len(waiting) > 1 else ()
-        with contextlib.closing(options.make_place(slots, sweep, modules, display.say)) as place, display:
+        with (
+            StopSignals.shared() as signals,
+            signals.at_once(),  # one that came while jobs were composed, too; a repetition does not disturb the report
+            contextlib.closing(options.make_place(slots, sweep, modules, display.say)) as place,
+            display,
+        ):
             stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
         _report(sweep, distinct, config, display)
     if stopped == signal.SIGINT:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from agentft.signals import STARTED_BY
+
 
 class Attempt(Protocol):
     """One attempt of a job, wherever it runs."""
@@ -131,7 +133,7 @@ class FreshProcess(JobProcess):
 
 def whole_environment(own: Mapping[str, str]) -> dict[str, str]:
     """The environment of a job: this process's, what suits output into a file, and the job's `own`."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **own}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", STARTED_BY: "launcher", **own}
 
 
 def describe_exit(code: int) -> tuple[str, str | None]:

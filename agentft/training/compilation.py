@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from agentft.model.causal import causal_model
 from agentft.model.light_imports import tell_the_compiler
-from agentft.training.loss import causal_model
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agentft.data.batches import Batch
 from agentft.data.tokens import IGNORE_INDEX
+from agentft.model.causal import last_states, output_head, stock_logits
 from agentft.model.native import Kernels
 
 CHUNK = 1024
@@ -36,6 +37,7 @@ class LabelledLoss(nn.Module):
         rate_factors: Mapping[str, float] | None = None,
         kernels: Kernels | None = None,
         reads_head: bool = False,
+        stock_logits: bool = False,
     ) -> None:
         """Wrap `model`.
 
@@ -45,37 +47,46 @@ class LabelledLoss(nn.Module):
             kernels: Compute the loss behind a frozen head in bf16.
             reads_head: A frozen head's weight can be read outside its own forward pass: on CUDA the gradient is then made
                 in the forward pass, and no logits are computed twice.
+            stock_logits: Logits come from the model's own forward pass, which does more to them than its head.
         """
         super().__init__()
         self.model = model
         self.autocast = autocast
         self.kernels = kernels
         self.reads_head = reads_head
+        self.stock_logits = stock_logits
         self.rate_factors = dict(rate_factors or {})
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy summed over the batch's labelled positions, each by its weight: a scalar, fp32."""
         device_type = batch.input_ids_BT.device.type
         with torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None):
-            # With a cache transformers would drop the borders between packed conversations without a word.
-            hidden_BTD = _decoder(self.model)(
-                input_ids=batch.input_ids_BT, use_cache=False, **packed_arguments(batch)
-            ).last_hidden_state
-            return self.of_hidden(hidden_BTD, batch)
+            if self.stock_logits:
+                at_N, targets_N, weights_N = _labelled(batch)
+                logits_NV = stock_logits(self.model, batch.input_ids_BT, at_N, **packed_arguments(batch))
+                return _summed(logits_NV, targets_N, weights_N)
+            return self.of_hidden(last_states(self.model, batch.input_ids_BT, **packed_arguments(batch)), batch)
 
     def of_hidden(self, hidden_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the loss of a batch whose last hidden states are known; on CUDA the host does not wait for the device."""
-        at_N = predicting_positions(batch.labels_BT) if batch.predicting_N is None else batch.predicting_N
-        weights_BT = batch.weights_BT
+        at_N, targets_N, weights_N = _labelled(batch)
         loss: torch.Tensor = chunked_cross_entropy(
             hidden_BTD.flatten(0, 1).index_select(0, at_N),
-            batch.labels_BT.flatten().index_select(0, at_N + 1),
+            targets_N,
             output_head(self.model),
-            None if weights_BT is None else weights_BT.flatten().index_select(0, at_N + 1),
+            weights_N,
             self.kernels,
             at_once=self.reads_head and hidden_BTD.is_cuda and torch.is_grad_enabled(),
         )
         return loss
+
+
+def _labelled(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the positions of the flattened batch that a label follows, these labels, and what each counts."""
+    at_N = predicting_positions(batch.labels_BT) if batch.predicting_N is None else batch.predicting_N
+    targets_N = batch.labels_BT.flatten().index_select(0, at_N + 1)
+    weights_BT = batch.weights_BT
+    return at_N, targets_N, None if weights_BT is None else weights_BT.flatten().index_select(0, at_N + 1)
 
 
 def predicting_positions(labels_BT: torch.Tensor) -> torch.Tensor:
@@ -121,12 +132,12 @@ def chunked_cross_entropy(
         compiled: torch.Tensor = FrozenHeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
         return compiled
     if len(targets_N) <= CHUNK:
-        return _summed(hidden_ND, targets_N, head, weights_N)
+        return _head_loss(hidden_ND, targets_N, head, weights_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for at in range(0, len(targets_N), CHUNK):
         piece = slice(at, at + CHUNK)
         weights = None if weights_N is None else weights_N[piece]
-        total = total + checkpoint(_summed, hidden_ND[piece], targets_N[piece], head, weights, use_reentrant=False)
+        total = total + checkpoint(_head_loss, hidden_ND[piece], targets_N[piece], head, weights, use_reentrant=False)
     return total
 
 
@@ -184,26 +195,13 @@ def _is_frozen_linear(head: Any) -> bool:
     return is_linear and bias is None and not head.weight.requires_grad and bool(head.weight.is_contiguous())
 
 
-def _summed(
+def _head_loss(
     hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, weights_N: torch.Tensor | None
 ) -> torch.Tensor:
-    logits_NV = head(hidden_ND).float()
+    return _summed(head(hidden_ND), targets_N, weights_N)
+
+
+def _summed(logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
     if weights_N is None:
-        return functional.cross_entropy(logits_NV, targets_N, reduction="sum")
-    return (functional.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
-
-
-def causal_model(model: nn.Module) -> Any:
-    """Return the transformers model under an adapter wrapper, or `model` itself."""
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
-
-
-def _decoder(model: nn.Module) -> Any:
-    return causal_model(model).get_decoder()
-
-
-def output_head(model: nn.Module) -> nn.Module:
-    """Return the layer that makes logits of hidden states."""
-    head: nn.Module = causal_model(model).get_output_embeddings()
-    return head
+        return functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    return (functional.cross_entropy(logits_NV.float(), targets_N, reduction="none") * weights_N).sum()

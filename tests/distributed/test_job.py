@@ -100,6 +100,42 @@ def test_settings_that_cannot_run_are_refused_before_anything_loads(tmp_path):
     assert not run.exists() or not list(run.glob("*.log"))
 
 
+# --- An empty cache ---------------------------------------------------------------------------------------------------
+
+ENGINES = ["fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
+
+
+def _train_from_an_empty_cache(tmp_path: Path, *settings: str) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    short = ["distributed.nproc=2", "training.max_steps=1", f"run_dir={run}"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *settings, *short],
+        cwd=ROOT,
+        env=_environment() | {"AGENTFT_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (model,) = [path for path in (cache / "models").iterdir() if path.is_dir()]
+    assert (model / "model.safetensors").is_file()
+    logs = (run / "train.log").read_text() + (run / "ranks" / "rank-1.log").read_text()
+    assert logs.count(f"building {model} once") == 1, logs
+
+
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES)])
+def test_ranks_that_find_an_empty_cache_build_the_model_once(tmp_path, engine):
+    if engine.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    _train_from_an_empty_cache(tmp_path, *TINY, f"distributed={engine}")
+
+
+@pytest.mark.slow
+def test_ranks_that_find_an_empty_cache_convert_the_default_model_once(tmp_path):
+    kept = [each for each in TINY if not each.startswith("model")]
+    _train_from_an_empty_cache(tmp_path, *kept, "distributed=ddp")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentft.errors import RunError
+from agentft.signals import STOPS
 from agentft.sweeping.forks import GONE, ForkServer, can_fork, is_forkable
 from agentft.sweeping.jobs import Job
 from agentft.sweeping.places import ThisMachine
@@ -101,6 +102,17 @@ def test_a_module_is_run_as_by_its_option(server: ForkServer, program: Path) -> 
     ]
     assert codes == [3, 3]
     assert said(Path("forked.log")) == said(Path("fresh.log"))
+
+
+def test_signals_to_every_process_of_a_batch_job_leave_the_server_alone(server: ForkServer, program: Path) -> None:
+    """SLURM signals it too: without it nobody would know how the jobs end."""
+    command = [sys.executable, str(program), "ok"]
+    codes = [end_of(server.start(command, {"MINE": ""}, Path("before.log"), ""))]
+    for number in STOPS:
+        os.kill(server._process.pid, number)
+    codes.append(end_of(server.start(command, {"MINE": ""}, Path("after.log"), "")))
+    assert codes == [0, 0]
+    assert "SIG_IGN" not in said(Path("after.log"))  # to the jobs signals are what they are to a fresh one
 
 
 def test_jobs_run_beside_each_other_and_each_end_is_its_own(server: ForkServer, program: Path) -> None:

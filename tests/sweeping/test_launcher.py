@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -123,6 +125,37 @@ def test_stopping_the_launcher_leaves_no_child_alive(sweep: Any, number: signal.
     assert [jobs[i]["state"] for i in range(3)] == ["stopped", "stopped", "waiting"]
     assert jobs[0]["reason"] == f"stopped by {number.name}"
     assert "3 of 3 jobs are not finished" in said
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_a_sweep_outlives_its_console(sweep: Any, output: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") if output == "closed pipe" else Path("/dev/full").open("wb") as out:
+        done = subprocess.run(
+            sweep.command("act=ok,raise"), cwd=sweep.folder, env=sweep.environment, stdout=out, stderr=out, check=False
+        )
+    assert done.returncode == 1  # of the job that raises
+    assert [sweep.jobs()[i]["state"] for i in range(2)] == ["finished", "failed"]
+    assert len((sweep.folder / "out/sweep.csv").read_text().splitlines()) == 3
+
+
+def test_a_closed_terminal_stops_the_sweep_and_leaves_no_child_alive(sweep: Any) -> None:
+    """With the live table on it."""
+    command = sweep.command("act=sleep", "text=a,b", "hydra.launcher.slots=2")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.chdir(sweep.folder)
+        os.execve(command[0], command, sweep.environment)
+    while len(list(sweep.folder.glob("out/*/pids"))) < 2:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 1 << 16)
+    pids = [int(word) for path in sweep.folder.glob("out/*/pids") for word in path.read_text().split()]
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert [(job["state"], job["reason"]) for job in sweep.jobs().values()] == [("stopped", "stopped by SIGHUP")] * 2
+    wait_for(lambda: not any(is_alive(each) for each in pids))
 
 
 def test_one_launcher_at_a_time_works_in_a_sweep_folder(sweep: Any) -> None:

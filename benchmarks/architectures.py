@@ -1,0 +1,204 @@
+"""The probe over every causal architecture of transformers, at a small size with random weights: `docs/architectures.md`.
+
+    python benchmarks/architectures.py                       # all of them, into the page
+    python benchmarks/architectures.py llama granite bloom   # some, to the screen
+
+Each is tried as a training on a CPU in bf16 asks for it (tiled attention) and in fp32 (torch's kernels).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from agentft.errors import ModelError
+from agentft.model import attention as tiled
+from agentft.recipes.probe import Ways, ask_stock, probe
+from agentft.training.loss import LabelledLoss
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+
+LARGEST = 30_000_000
+"""Parameters of a model that counts as small."""
+
+SIZES: dict[float, str] = {
+    64: "hidden_size d_model n_embd dim embedding_size hidden_dim word_embed_proj_dim"
+    " feed_forward_size shared_intermediate_size",
+    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_attention_heads n_head n_heads "
+    "num_heads attention_heads decoder_attention_heads encoder_attention_heads num_local_experts num_experts index_n_heads "
+    "n_routed_experts moe_num_experts linear_num_heads linear_num_value_heads linear_attn_num_heads zero_expert_num",
+    2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token moe_topk top_k moe_k "
+    "linear_num_key_heads hc_lowrank",
+    16: "head_dim attention_head_size attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_head_dim "
+    "linear_key_head_dim linear_value_head_dim index_head_dim rotary_dim q_lora_rank kv_lora_rank mamba_d_state "
+    "ssm_state_size state_size mamba_dt_rank mamba_d_head mamba_head_dim mamba_chunk_size chunk_size block_size index_topk "
+    "o_lora_rank moe_latent_size",
+    8: "mamba_n_heads mamba_num_heads n_mamba_heads",
+    128: "intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size vocab_size padded_vocab_size "
+    "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size "
+    "mamba_d_ssm vocab_size_per_layer_input attention_hidden_size shared_experts_intermediate_size ngram_vocab_size_base",
+    256: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx",
+    1: "n_group topk_group num_expert_group n_groups mamba_n_groups num_shared_experts n_shared_experts "
+    "mamba_expand num_dense_layers",
+    0: "num_kv_shared_layers pad_token_id num_nextn_predict_layers",
+    # Defaults at which a scale does nothing, and weights so small that a mistake would not show.
+    8.5: "logits_scaling",
+    12.0: "embedding_multiplier",
+    0.3: "lm_head_multiplier",
+    0.2: "initializer_range init_std",
+}
+SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+
+HALF_ATTENTION = ["linear_attention", "full_attention"] * 2
+OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": HALF_ATTENTION, "num_key_value_heads": 4},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_expand": 2, "mamba_d_head": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "falcon_h1": {"mamba_expand": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": HALF_ATTENTION, "mamba_expand": 2, "mamba_d_head": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_expand": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"num_layers": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_attention_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2, "attention_head_dim": 32},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 32,
+        "mamba_headdim": 16,
+        "mamba_expand": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What the sizes alone do not settle: layers of both kinds where a model has two, and numbers that must fit each other."""
+
+
+def small_model(kind: str, dtype: torch.dtype) -> Any:
+    """Return a small model of an architecture with random weights.
+
+    Raises:
+        Exception: whatever its code makes of such sizes.
+    """
+    whole = CONFIG_MAPPING[kind]
+    config = type(whole().get_text_config(decoder=True))
+    settings = config().to_dict()
+    renamed = set(getattr(config, "attribute_map", {}))
+    known = set(settings) | set(getattr(config, "__dataclass_fields__", {}))
+    given: dict[str, Any] = {name: size for name, size in SMALL.items() if name in known and name not in renamed}
+    if "kv_lora_rank" in known:
+        given["num_key_value_heads"] = 4
+    given = {name: value for name, value in given.items() if settings.get(name, 0) is not None or name in _MAY_BE_NONE}
+    given |= OF_ITS_OWN.get(kind, {})
+    small = config(**given)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in _build(whole, small, dtype).parameters())
+    if count > LARGEST:
+        raise ValueError(f"{count / 1e6:,.0f} million parameters at the smallest")
+    torch.manual_seed(0)
+    model = _build(whole, small, dtype).eval()
+    model.config.use_cache = False
+    return model
+
+
+_MAY_BE_NONE = (
+    "head_dim",
+    "num_key_value_heads",
+    "rotary_dim",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+
+
+def _build(whole: Any, small: Any, dtype: torch.dtype) -> Any:
+    try:
+        return transformers.AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return MODEL_FOR_CAUSAL_LM_MAPPING[whole]._from_config(small, attn_implementation="eager", dtype=dtype)
+
+
+def try_one(kind: str, dtype: torch.dtype) -> Ways | str:
+    """Return how an architecture is computed, or why it is refused or cannot be made small."""
+    try:
+        model = small_model(kind, dtype)
+    except Exception as error:
+        return f"not small: {type(error).__name__}: {str(error).strip().splitlines()[-1][:90]}"
+    try:
+        wanted = tiled.NAME if dtype is torch.bfloat16 else "sdpa"
+        return probe(ask_stock(model, pad_id=0), LabelledLoss(model), wanted, pad_id=0, asked=False)
+    except ModelError as error:
+        return str(error)
+
+
+def verdict(ways: Ways | str) -> str:
+    if isinstance(ways, Ways):
+        return "fell back" if ways.left else "held"
+    return "not small" if ways.startswith("not small") else "refused"
+
+
+def row(kind: str) -> tuple[str, str]:
+    """Return an architecture's verdict and its line of the table."""
+    found = [try_one(kind, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    order = ("not small", "refused", "fell back", "held")
+    worst = min(map(verdict, found), key=order.index)
+    if isinstance(found[0], str):
+        return worst, f"| {kind} | {worst} | {found[0].removeprefix('not small: ').replace('|', '/')} | | | |"
+    cells = [_cells(ways) if isinstance(ways, Ways) else [ways] for ways in found]
+    merged = [one if one == other else f"{one}; fp32: {other}" for one, other in zip(*cells, strict=False)]
+    return worst, f"| {kind} | {worst} | " + " | ".join(merged) + " |"
+
+
+def _cells(ways: Ways) -> list[str]:
+    asked = ways.attention if any(w.startswith("attention") for w in ways.left) else "as asked"
+    leak = "no" if ways.leak else "yes"
+    return [asked, "forward pass" if ways.stock_logits else "head", leak, "generate" if ways.stock_answers else "rows"]
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    tiled.register()
+    kinds = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    counts: Counter[str] = Counter()
+    lines = []
+    for kind in kinds:
+        found, line = row(kind)
+        counts[found] += 1
+        lines.append(line)
+        print(line, flush=True)
+    summary = ", ".join(f"{counts[name]} {name}" for name in ("held", "fell back", "refused", "not small"))
+    print(summary)
+    if not sys.argv[1:]:
+        PAGE.write_text(HEAD.format(version=transformers.__version__, summary=summary) + "\n".join(lines) + "\n")
+
+
+HEAD = """# Architectures
+
+Written by `python benchmarks/architectures.py`. The probe that opens every training, over each causal architecture of
+transformers {version} at a small size with random weights, in bf16 with tiled attention and in fp32 with torch's kernels:
+{summary}.
+
+Held: attention, loss, packed rows and answers are computed in agentft's own ways, and say what transformers' own code
+says. Fell back: the named part is left to transformers. Refused: nothing is trained. Not small: no small model of it could
+be made.
+
+| `model_type` | verdict | attention | logits | packed | answers |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+if __name__ == "__main__":
+    main()
