@@ -101,11 +101,7 @@ class ReadReport:
     def note(self, notices: Iterable[Notice]) -> None:
         """Count notices and keep the first few of each code."""
         for notice in notices:
-            code = notice.code
-            kind, colon, _ = code.partition(":")
-            if colon and code not in self.notices:
-                named = sum(known.startswith(kind + ":") for known in self.notices)
-                code = code if named < _MAX_NAMES_NOTED else f"{kind}:other_names"
+            code = bounded_code(notice.code, self.notices)
             self.notices[code] += 1
             shown = self.notices_shown.setdefault(code, [])
             if len(shown) < _NOTICES_SHOWN_PER_CODE:
@@ -118,6 +114,14 @@ class ReadReport:
         if noted:
             parts.append(f"noted {noted}")
         return "; ".join(parts)
+
+
+def bounded_code(code: str, counted: Counter[str]) -> str:
+    """Return the code to count under: where one ends with a name, and many names are counted, one for all further names."""
+    kind, colon, _ = code.partition(":")
+    if not colon or code in counted or sum(known.startswith(kind + ":") for known in counted) < _MAX_NAMES_NOTED:
+        return code
+    return f"{kind}:other_names"
 
 
 def read_local(

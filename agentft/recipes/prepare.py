@@ -103,7 +103,7 @@ def _report(prepared: PreparedData, seconds: float) -> None:
     account = prepared.account
     tokens = int(prepared.train.lengths.sum())
     log.info(
-        "data: %d rows%s -> %d training and %d held-out conversations; %s tokens to train on, %.0f %% of them labelled (%.1f s)",
+        "data: %d rows%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
         account.read.rows,
         _of_files(account.read.files),
         account.used("train"),
