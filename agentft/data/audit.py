@@ -25,7 +25,7 @@ from agentft.data.label_trace import LabelProblem, trace_labels
 from agentft.data.overlap import Ledger
 from agentft.data.records import Rejection
 from agentft.data.render import Kind, Segment
-from agentft.data.sources import ReadReport
+from agentft.data.sources import ReadReport, bounded_code
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example
 from agentft.data.tool_schemas import check_request
@@ -120,6 +120,8 @@ class Audit:
         self.statistics = Statistics()
         self.findings = Findings(examples)
         self.rejections: Counter[str] = Counter()
+        self.layout: Counter[str] = Counter()
+        """What the layout writes otherwise than the source."""
         self._config = config
         self._text = text
         self._stop_token = stop_token
@@ -149,6 +151,8 @@ class Audit:
             heldout: It comes from the held-out source of two.
         """
         conversation, example = seen.conversation, seen.example
+        for code in fitted.notes:
+            self.layout[bounded_code(code, self.layout)] += 1
         trained = int((example.labels != IGNORE_INDEX).sum())
         self._count(conversation, seen, trained)
         self._check_turns(seen)

@@ -6,6 +6,7 @@ One reader serves the training data and the scoring of predictions, so both agre
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,8 +77,8 @@ def read_json(text: str) -> Json:
     """Parse one JSON document, allowing raw control characters inside strings (genuine references hold them).
 
     Raises:
-        JsonRefused: not JSON, NaN or Infinity, deeper than `MAX_JSON_DEPTH`, a number too long to hold, or half of a
-            surrogate pair (escaped, it is legal JSON and yet no text).
+        JsonRefused: not JSON, NaN, Infinity or a number beyond it, deeper than `MAX_JSON_DEPTH`, a number too long to
+            hold, a key given twice, or half of a surrogate pair (escaped, it is legal JSON and yet no text).
     """
     if json_depth(text) > MAX_JSON_DEPTH:
         raise JsonRefused(f"nested deeper than {MAX_JSON_DEPTH} levels")
@@ -173,4 +174,25 @@ def _holds_surrogate(value: Json) -> bool:
     return False
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_int=_bounded_int)
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise JsonRefused(f"{digits[:40]} is beyond the numbers that can be held")
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise JsonRefused(f"the key {max(keys, key=keys.count)[:40]!r} is given twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(
+    strict=False,
+    parse_constant=_refuse_constant,
+    parse_int=_bounded_int,
+    parse_float=_finite_float,
+    object_pairs_hook=_distinct_keys,
+)

@@ -375,7 +375,9 @@ class _Work:
 
     def _rendering(self, text: MarkedText, regions: Sequence[Region], trained: Sequence[int]) -> Rendering:
         calls = {region.step: self.messages[self.steps[region.step]].get("tool_calls", ()) for region in regions}
-        return Rendering(cut_segments(text, regions, calls, trained, self.template.control), tuple(trained), self.spelt)
+        silent = [step for step, at in enumerate(self.steps) if not self.conversation.messages[at].reasoning_trained]
+        segments = cut_segments(text, regions, calls, trained, self.template.control, silent)
+        return Rendering(segments, tuple(trained), self.spelt)
 
 
 def ends_of(header: str, text: MarkedText) -> Iterator[int]:

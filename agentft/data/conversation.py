@@ -49,6 +49,8 @@ class Message:
     name: str | None = None
     trained: bool = True
     """Of an assistant's message: False where its source shows it and does not want it trained."""
+    reasoning_trained: bool = True
+    """False where the reasoning is shown and not trained."""
     source: tuple[Part, ...] | None = None
     """The parts of MSAgent text that it was read from, blanks around them included; None for other formats."""
 
@@ -193,4 +195,5 @@ def _chat_message(message: Message) -> dict[str, Any]:
 
 def _hashed(message: Message) -> dict[str, Any]:
     said = _chat_message(message)
-    return said if message.trained else {**said, "trained": False}
+    flags = {"trained": message.trained, "reasoning_trained": message.reasoning_trained}
+    return said | {key: value for key, value in flags.items() if not value}

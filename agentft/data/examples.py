@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from agentft.data.chat_layout import ChatLayout, LaidOut
 from agentft.data.conversation import Conversation
+from agentft.data.msagent import not_written
 from agentft.data.native_system import lift_tools
 from agentft.data.records import part_id
 from agentft.data.render import MsagentTemplate, Segment
@@ -101,7 +102,8 @@ def _by_segments(
                 made.append(Rendered(conversation, (), (str(found[0]), str(found[1]))))
             else:
                 example = encoder.finish(draft, (known[chunk.key] for chunk in draft.to_encode))
-                made.append(Rendered(conversation, (Piece(conversation, example, tuple(found)),)))
+                piece = Piece(conversation, example, tuple(found))
+                made.append(Rendered(conversation, (piece,), None, not_written(conversation)))
         yield made
 
 

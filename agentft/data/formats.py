@@ -2,35 +2,41 @@
 
 | format | how it is recognised | what it is |
 |---|---|---|
-| `openai` | a field `messages`, or turns with `role` and `content` | OpenAI's chat format and its relatives: `tool_calls`, `function_call`, Anthropic's blocks, ms-swift's `tool_call` / `tool_response`, calls as text in `<tool_call>` |
-| `sharegpt` | turns with `from` and `value` from `human`, `gpt`, `function_call`, `observation`, `tool`, `function`; or a column `tools` or `system` beside them | the same with other names |
-| `xlam` | fields `query`, `tools` and `answers` | one question and its calls |
-| `toolace` | calls such as `[f(a=1)]`, declared in the system text | a dialect of `sharegpt` and `openai`, and a name for it |
-| `react` | it must be named; ToolBench's role `function` shows it too | text with lines `Thought:`, `Action:`, `Action Input:`, `Observation:`, `Final Answer:` |
+| `openai` | a field `messages`, or turns with `role` and `content` | OpenAI's chat format and its relatives: `tool_calls`, `function_call`, Anthropic's blocks, ms-swift's `tool_call` and `tool_response`, Toucan's messages as JSON text |
+| `sharegpt` | turns with `from` and `value` from `human`, `gpt`, `function_call`, `observation`, `tool` or `function`; or a column `tools` or `system` beside them | the same with other names: LLaMA-Factory, APIGen-MT, Hermes, ToolBench |
+| `xlam` | fields `query` and `answers` | one question and its calls |
+| `toolace` | as `sharegpt` or `openai` | the name for it: every text in brackets is a list of calls, refused where it is none |
+| `react` | it must be named, but for ToolBench's role `function` | text with lines `Thought:`, `Action:`, `Action Input:` and so on |
 
-Names, arguments, texts and declarations come through unchanged. Results belong to calls by id or name where the record has
-them, else by their order. What a record holds and no reader knows is noted by its name.
+Names, arguments, texts and declarations come through unchanged; `text_calls` reads what is written into text. Results
+belong to calls by id or name where the record has them, else by their order. What has no meaning here is noted by name.
 """  # noqa: E501
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agentft.data.calls import Json, JsonRefused, ToolCall, read_json
+from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
-from agentft.data.grammar import Call, GrammarError, Observation, parse_assistant
-from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.declarations import Tools, lift_tools, read_tools, tool_names
+from agentft.data.text_calls import (
+    blank,
+    is_react_text,
+    literal,
+    read_call,
+    read_id,
+    read_react,
+    read_responses,
+    read_text_calls,
+    split_thought,
+)
 from agentft.data.untrained import understood_fields, untrained_field
-
-Form = Literal["auto", "msagent", "openai", "sharegpt", "xlam", "toolace", "react"]
-"""How records are laid out; `auto` is every format that a record shows by its fields and roles."""
-
-Format = Literal["msagent", "openai", "sharegpt", "xlam"]
+from agentft.errors import FormatError
 
 Note = tuple[str, str]
 """Code and detail of what was understood in a way that a reader should know of."""
@@ -52,22 +58,22 @@ _ROLES: dict[str, str] = {
     "ipython": "result",
 }
 _SHAREGPT_ROLES = frozenset(_ROLES) - {"system", "developer", "user", "assistant"}
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_TURN_FIELDS = frozenset(
-    {
-        "role",
-        "content",
-        "from",
-        "value",
-        "tool_calls",
-        "function_call",
-        "tool_call_id",
-        "name",
-        "id",
-        *_REASONING_FIELDS,
-    }
-)
-_COLUMNS = frozenset({"id", "messages", "conversations", "tools", "functions", "system"})
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "assistant": ("name", "tool_calls", "function_call", *_REASONING),
+    "call": _REASONING,
+    "result": ("name", "tool_call_id"),
+}
+"""What a message of a role has beside its role and its content; all others can have a name."""
+_BLOCKS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("text", "input_text", "output_text"), frozenset({"text"})),
+    "thinking": frozenset({"thinking", "signature"}),
+    "tool_use": frozenset({"id", "name", "input"}),
+    "tool_result": frozenset({"tool_use_id", "content"}),
+}
+"""Types of the parts of a content, with their fields."""
+_TOOL_COLUMNS = ("tools", "functions", "available_tools")
+_COLUMNS = frozenset({"id", "messages", "conversations", "system", *_TOOL_COLUMNS})
 _QUESTION_AND_ANSWER = (
     ("query", "response"),
     ("instruction", "output"),
@@ -75,24 +81,12 @@ _QUESTION_AND_ANSWER = (
     ("question", "answer"),
 )
 
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_TOOL_RESPONSE = re.compile(r"\s*<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
-_TOOLS_BLOCK = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)\Z", re.DOTALL)
-_OTHER_MARKS = ("[TOOL_CALLS]", "<|python_tag|>", "<function=", "<|tool_call|>", "<｜tool▁call", "<|tool_call_begin|>")
-"""How other families begin a call. A text that holds one is no prose."""
-_PYTHONIC = re.compile(r"\s*\[\s*[^\[\]\"'{}()=]+\(.*\)\s*\]\s*\Z", re.DOTALL)
-_REACT_TEXT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
-_REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
 
-
-class FormatError(ValueError):
-    """A record that does not follow its format; `reason` is a stable snake_case code."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+KNOWN = (
+    "openai (messages with role and content), sharegpt (conversations with from and value), msagent (the same, calls between "
+    "<|startofthink|> marks), xlam (query, tools, answers), toolace, react"
+)
+"""What a refusal says of the formats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +94,20 @@ class Reading:
     """What a record says."""
 
     messages: tuple[Message, ...]
-    tools: tuple[dict[str, Json], ...]
+    tools: Tools
     notes: tuple[Note, ...]
 
 
-def recognise(record: Mapping[Any, Any]) -> Format:
+def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "sharegpt", "xlam"]:
     """Return the format that the fields and the first roles of a record show; `msagent` where they show no other."""
     turns = record.get("conversations")
     if turns is None:
         if record.get("messages") is not None:
             return "openai"
         return "xlam" if {"query", "answers"} <= record.keys() else "msagent"
-    for turn in turns[:4] if isinstance(turns, list) else ():
+    if not isinstance(turns, list):
+        return "msagent"
+    for turn in turns[:4]:
         if not isinstance(turn, dict):
             break
         role = turn.get("from")
@@ -120,16 +116,24 @@ def recognise(record: Mapping[Any, Any]) -> Format:
                 return "sharegpt"
         elif role is None and "from" not in turn and isinstance(turn.get("role"), str) and "content" in turn:
             return "openai"
-    beside = any(record.get(column) for column in ("tools", "functions", "system"))
-    return "sharegpt" if beside and isinstance(turns, list) and not _has_msagent_calls(turns) else "msagent"
+    beside = any(record.get(column) for column in ("system", *_TOOL_COLUMNS))
+    values = (turn.get("value") for turn in turns if isinstance(turn, dict)) if beside else ()
+    calls = any(isinstance(value, str) and "<|startofthink|>" in value for value in values)
+    return "sharegpt" if beside and not calls else "msagent"
 
 
-def is_react_text(value: str) -> bool:
-    """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
-    return "Action Input" in value and _REACT_TEXT.search(value) is not None
+def unused_columns(record: Mapping[Any, Any], known: Collection[str] = _COLUMNS) -> list[Note]:
+    """Return a note for each column that has a value and no meaning."""
+    names = [key_name(key) for key, value in record.items() if key not in known and not blank(value)]
+    return [(f"column_not_used:{name}", f"column {name!r}") for name in names]
 
 
-def read_messages(record: Mapping[Any, Any], form: str) -> Reading:
+def question_and_answer_fields(record: Mapping[Any, Any]) -> tuple[str, str] | None:
+    """Return the two fields of a record that is a question and an answer, and no conversation."""
+    return next((pair for pair in _QUESTION_AND_ANSWER if record.keys() >= set(pair)), None)
+
+
+def read_messages(record: Mapping[Any, Any], form: Format) -> Reading:
     """Read a record of any format but MSAgent's.
 
     Args:
@@ -144,83 +148,311 @@ def read_messages(record: Mapping[Any, Any], form: str) -> Reading:
         raise FormatError("too_deep", "nested too deep to be read") from None
 
 
-def _has_msagent_calls(turns: Sequence[Any]) -> bool:
-    values = (turn.get("value") for turn in turns if isinstance(turn, dict))
-    return any(isinstance(value, str) and "<|startofthink|>" in value for value in values)
+def key_name(key: object) -> str:
+    """Return a key as a name that can stand in a report."""
+    return re.sub(r"[^\w$.-]", "_", key)[:40] if isinstance(key, str) else type(key).__name__
+
+
+def _read_chat(record: Mapping[Any, Any], form: Format) -> Reading:
+    notes = unused_columns(record)
+    turns = _turns(record)
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    begins_with_system = _ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer")
+    column = next((column for column in _TOOL_COLUMNS if not blank(record.get(column))), None)
+    of_system = column is None and begins_with_system  # some keep the tools in the system message
+    tools = read_tools(first.get("tools") if of_system else record.get(column or ""))
+    if column == "available_tools":
+        notes.append((f"tools_from_column:{column}", f"column {column!r} holds the tools"))
+    system = _text(record["system"], 0, notes) if not blank(record.get("system")) else ""
+    made = _Messages(notes, tools, form, toolbench=_is_toolbench(turns))
+    if system.strip():
+        if not begins_with_system:
+            made.plain("system", system, None, 0)
+        elif first.get("content", first.get("value")) != system:
+            raise FormatError("two_system_turns", "a column 'system' and a system message")
+    for number, turn in enumerate(turns, 1):
+        made.read(turn, number, understood=("tools",) if of_system and number == 1 else ())
+    return made.reading()
+
+
+def _read_xlam(record: Mapping[Any, Any]) -> Reading:
+    """Read a row of xLAM's data: a question, the tools, and the calls that answer it."""
+    notes = unused_columns(record, ("id", "query", "tools", "answers"))
+    made = _Messages(notes, read_tools(record.get("tools")), Format.xlam)
+    made.plain("user", _text(record.get("query"), 1, notes), None, 1)
+    answers = record.get("answers")
+    answers = literal(answers, "call_not_json") if isinstance(answers, str) else answers
+    if not isinstance(answers, list):
+        raise FormatError("call_not_json", "'answers' is no list of calls")
+    made.calls(answers, None, 2, trained=True)
+    return made.reading()
+
+
+def _is_toolbench(turns: Sequence[Any]) -> bool:
+    return any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns)
+
+
+def _turns(record: Mapping[Any, Any]) -> list[Any]:
+    field = "messages" if record.get("conversations") is None else "conversations"
+    turns = record.get(field)
+    if isinstance(turns, str):
+        turns = literal(turns, f"{field}_unreadable_text")
+    if not isinstance(turns, list) or not turns:
+        raise FormatError(f"{field}_not_a_list", f"{field!r} is no list with at least one message")
+    return turns
 
 
 class _Messages:
-    """Collects messages; the texts and calls of one step, wherever they stand, become one message."""
+    """Reads messages one by one; the words and calls of one step, wherever they stand, become one message."""
 
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self.notes: list[Note] = []
+    def __init__(self, notes: list[Note], tools: Tools, form: Format, *, toolbench: bool = False) -> None:
+        self._notes = notes
+        self._tools = tools
+        self._form = form
+        self._toolbench = toolbench
+        self._messages: list[Message] = []
         self._open: list[ToolCall | None] = []
         """The calls of the last step; None once they have their result."""
 
-    def plain(self, role: Role, text: str, number: int) -> None:
+    def read(self, turn: Any, number: int, *, understood: Sequence[str] = ()) -> None:
+        """Read one message of a record."""
+        if not isinstance(turn, dict):
+            raise FormatError("turn_not_an_object", f"message {number} is no object")
+        given = turn.get("role", turn.get("from"))
+        if not isinstance(given, str):
+            raise FormatError("role_missing", f"message {number} has no role")
+        role = _ROLES.get(given)
+        if role is None:
+            known = ", ".join(_ROLES)
+            raise FormatError("unknown_role", f"message {number} has the role {given[:40]!r}; known are {known}")
+        self._note_fields(turn, role, number, understood)
+        content = turn.get("content", turn.get("value"))
+        name = turn["name"] if isinstance(turn.get("name"), str) and turn["name"] else None
+        if role == "call":
+            self._read_calls(turn, content, number)
+        elif role == "result":
+            self._read_result(content, read_id(turn.get("tool_call_id")), name, number)
+        elif role == "assistant":
+            self._read_assistant(turn, content, name, number)
+        elif role == "user":
+            self._read_user(content, name, number)
+        else:
+            self.plain("developer" if role == "developer" else "system", self._text(content, number), name, number)
+
+    def plain(self, role: Role, text: str, name: str | None, number: int) -> None:
         """Add a system's or a user's message."""
+        last = self._messages[-1].role if self._messages else None
         if role == "user":
             if not text.strip():
                 raise FormatError("empty_user", f"message {number} (user) is blank")
-            if self.messages and self.messages[-1].role == "user":
+            if last == "user":
                 raise FormatError("two_user_turns", f"message {number} is the user's as is the one before it")
+        elif last is None and (lifted := lift_tools(text)):
+            if not self._tools or tool_names(lifted.tools) == tool_names(self._tools):
+                text, self._tools = lifted.text, self._tools or lifted.tools
+                self._note("tools_lifted", "the tools are taken out of the system text", number)
+                if lifted.words_left_out:
+                    self._note("words_about_calls_left_out", "so are its words about how to write a call", number)
+                if not text:
+                    return
+            else:
+                self._note("tools_in_system_too", "the system text lists other tools than the record", number)
         self._close()
-        self.messages.append(Message(role, text))
+        self._messages.append(Message(role, text, name=name))
 
-    def step(
-        self, text: str | None, reasoning: str | None, calls: Sequence[ToolCall], number: int, *, trained: bool
+    def calls(self, values: Sequence[object], reasoning: str | None, number: int, *, trained: bool) -> None:
+        """Add calls, given as objects."""
+        unknown: list[str] = []
+        calls = [read_call(value, unknown) for value in values]
+        self._note_unknown(unknown, number)
+        self._step(None, reasoning, calls, None, number, trained=trained)
+
+    def reading(self) -> Reading:
+        """Leave out what follows the agent's last message, and return what was read.
+
+        Raises:
+            FormatError: the agent says nothing.
+        """
+        self._close()
+        while self._messages and self._messages[-1].role not in ("assistant", "tool"):
+            left_out = self._messages.pop()
+            self._notes.append((f"last_{left_out.role}_left_out", "nothing of the agent follows it"))
+        if not any(message.role == "assistant" for message in self._messages):
+            raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
+        return Reading(tuple(self._messages), self._tools, tuple(self._notes))
+
+    def _read_user(self, content: object, name: str | None, number: int) -> None:
+        if isinstance(content, list) and any(_is_block(block, "tool_result") for block in content):
+            for block in content:
+                if _is_block(block, "tool_result"):
+                    _note_block(block, self._notes)
+                    text = self._text(block.get("content") or "", number)
+                    self._result(text, read_id(block.get("tool_use_id")), None)
+            content = [block for block in content if not _is_block(block, "tool_result")]
+            if not content:
+                return
+        text = self._text(content, number)
+        responses = read_responses(text) if any(self._open) else []
+        for response in responses:
+            self._result(response, None, None)
+        if not responses:
+            self.plain("user", text, name, number)
+
+    def _read_result(self, content: object, call_id: str | None, name: str | None, number: int) -> None:
+        text = self._text(content, number)
+        waiting = [call for call in self._open if call is not None]
+        if call_id is None and name is None and len(waiting) > 1 and (named := _results_by_name(text, waiting)):
+            for call, response in zip(waiting, named, strict=True):
+                self._result(response, call.id, call.name)
+            return
+        for response in read_responses(text) or [text]:
+            self._result(response, call_id, name)
+
+    def _read_calls(self, turn: Mapping[str, Any], content: object, number: int) -> None:
+        """Read a message that is one call or several, perhaps behind a thought."""
+        thought = None
+        if not isinstance(content, dict):
+            thought, text = split_thought(self._text(content, number))
+            content = literal(text, "call_not_json")
+        values = content if isinstance(content, list) else [content]
+        self.calls(values, self._reasoning(turn, thought, number), number, trained=self._is_trained(turn, number))
+
+    def _read_assistant(self, turn: Mapping[str, Any], content: object, name: str | None, number: int) -> None:
+        trained = self._is_trained(turn, number)
+        unknown: list[str] = []
+        calls = [read_call(call, unknown) for call in self._tool_calls(turn, number)]
+        thought: str | None = None
+        text: str | None = None
+        if isinstance(content, list):
+            thoughts, words, more = self._read_blocks(content, unknown, number)
+            calls += more
+            thought = "\n".join(thoughts) or None
+            text = self._text(words, number) if words else None
+        elif content is not None:
+            text = self._text(content, number)
+        if text is not None and not calls and (self._form == "react" or (self._toolbench and is_react_text(text))):
+            for kind, said, call in read_react(text, unknown):
+                if kind == "result":
+                    self._result(said, None, None)
+                else:
+                    self._step(said or None, None, [call] if call else [], name, number, trained=trained)
+            self._note_unknown(unknown, number)
+            return
+        if text is not None and thought is None:
+            thought, text = split_thought(text)
+        reasoning = self._reasoning(turn, thought, number)
+        if text is not None:
+            found = read_text_calls(text, tool_names(self._tools), unknown, pythonic=self._form == "toolace")
+            if found.calls and calls:
+                raise FormatError("calls_in_text", f"message {number} has calls as a field and in its text")
+            if found.words_after:
+                self._note("words_after_a_call", "its words stand before its calls now", number)
+            text, calls = found.words if found.calls else text, [*calls, *found.calls]
+        self._note_unknown(unknown, number)
+        if self._messages and self._messages[-1].role == "assistant":
+            self._note("messages_joined", "it and the message before are one step", number)
+        self._step(text, reasoning, calls, name, number, trained=trained)
+
+    def _read_blocks(
+        self, content: Sequence[Any], unknown: list[str], number: int
+    ) -> tuple[list[str], list[object], list[ToolCall]]:
+        """Return the thoughts, the parts that are words, and the calls of a content in parts."""
+        thoughts: list[str] = []
+        words: list[object] = []
+        calls: list[ToolCall] = []
+        for block in content:
+            if _is_block(block, "thinking") and isinstance(block.get("thinking"), str):
+                _note_block(block, self._notes)
+                thoughts.append(block["thinking"])
+            elif _is_block(block, "tool_use"):
+                calls.append(read_call(block, unknown))
+            else:
+                words.append(block)
+                if calls:
+                    self._note("words_after_a_call", "its words stand before its calls now", number)
+        return thoughts, words, calls
+
+    def _tool_calls(self, turn: Mapping[str, Any], number: int) -> list[Any]:
+        calls = turn.get("tool_calls") or []
+        if isinstance(calls, str):
+            calls = literal(calls, "call_not_json")
+        older = turn.get("function_call")
+        if not blank(older):
+            if calls:
+                raise FormatError("call_not_an_object", f"message {number} has both tool_calls and function_call")
+            calls = [literal(older, "call_not_json") if isinstance(older, str) else older]
+        if not isinstance(calls, list):
+            raise FormatError("call_not_an_object", f"tool_calls of message {number} is no list")
+        return calls
+
+    def _reasoning(self, turn: Mapping[str, Any], thought: str | None, number: int) -> str | None:
+        """Return the reasoning of a message, and note which field or mark it comes from."""
+        given = {field: turn[field] for field in _REASONING if isinstance(turn.get(field), str) and turn[field]}
+        if thought:
+            given["<think>"] = thought
+        if len({text.strip() for text in given.values()}) > 1:
+            raise FormatError("two_reasonings", f"message {number}: {' and '.join(given)} say different things")
+        field = next(iter(given), None)
+        if field is None:
+            return None
+        self._note(f"reasoning_from:{field.strip('<>')}", "its reasoning is read", number)
+        return str(given[field])
+
+    def _is_trained(self, turn: Mapping[Any, Any], number: int) -> bool:
+        field = untrained_field(turn)
+        if field is not None:
+            self._note("step_not_trained", f"shown, not trained ({field})", number)
+        return field is None
+
+    def _step(
+        self,
+        text: str | None,
+        reasoning: str | None,
+        calls: Sequence[ToolCall],
+        name: str | None,
+        number: int,
+        *,
+        trained: bool,
     ) -> None:
         """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
-        if not any(message.role == "user" for message in self.messages):
-            raise FormatError(
-                "starts_with_assistant", f"message {number} is the assistant's, expected the user's first"
-            )
+        if not any(message.role == "user" for message in self._messages):
+            problem = f"message {number} is the assistant's, expected the user's first"
+            raise FormatError("starts_with_assistant", problem)
         if not (text or "").strip() and not calls:
             raise FormatError("empty_assistant", f"message {number} has neither text nor calls")
-        last = self.messages[-1]
+        last = self._messages[-1]
         if last.role == "assistant":
-            if text or reasoning or not calls:
+            if text or (reasoning and last.reasoning_content) or not calls:
                 raise FormatError("two_assistant_turns", f"message {number} is the assistant's as is the one before it")
             both = (*last.tool_calls, *calls)
-            self.messages[-1] = replace(last, tool_calls=both, trained=last.trained and trained)
+            reasoning = last.reasoning_content or reasoning
+            self._messages[-1] = replace(
+                last, tool_calls=both, reasoning_content=reasoning, trained=last.trained and trained
+            )
         else:
             self._close()
-            self.messages.append(Message("assistant", text, reasoning, tuple(calls), trained=trained))
+            self._messages.append(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained))
         self._open += calls
-        _refuse_equal_ids(self.messages[-1].tool_calls)
+        ids = [call.id for call in self._messages[-1].tool_calls if call.id is not None]
+        if len(set(ids)) < len(ids):
+            raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
 
-    def result(self, text: str, call_id: str | None, name: str | None) -> None:
-        """Add a tool's result."""
-        at = self._call_of(call_id, name)
-        if at is None:
-            named = f"with id {call_id!r}" if call_id is not None else f"of {name!r}" if name else ""
-            raise FormatError("observation_without_call", f"no call awaits the tool result {named}".rstrip())
-        call = self._open[at]
-        assert call is not None
-        self._open[at] = None
-        self.messages.append(Message("tool", text, tool_call_id=call.id, name=name))
-
-    def awaits_result(self) -> bool:
-        """Return whether a call has no result yet."""
-        return any(call is not None for call in self._open)
-
-    def end(self) -> None:
-        """Leave out what follows the agent's last message, and refuse what trains nothing."""
-        self._close()
-        while self.messages and self.messages[-1].role not in ("assistant", "tool"):
-            left_out = self.messages.pop()
-            self.notes.append((f"last_{left_out.role}_left_out", "nothing of the agent follows it"))
-        if not any(message.role == "assistant" for message in self.messages):
-            raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
-
-    def _call_of(self, call_id: str | None, name: str | None) -> int | None:
+    def _result(self, text: str, call_id: str | None, name: str | None) -> None:
+        """Add a tool's result: to the call of its id, else to the first of its name, else to the first without one."""
         waiting = [(at, call) for at, call in enumerate(self._open) if call is not None]
         if call_id is not None and any(call.id is not None for _, call in waiting):
-            return next((at for at, call in waiting if call.id == call_id), None)
-        if name is not None and any(call.name == name for _, call in waiting):
-            return next(at for at, call in waiting if call.name == name)
-        return waiting[0][0] if waiting else None
+            fitting = [at for at, call in waiting if call.id == call_id]
+        elif name is not None:
+            fitting = [at for at, call in waiting if call.name == name]
+        else:
+            fitting = [at for at, _ in waiting]
+        if not fitting:
+            named = f"with id {call_id!r}" if call_id is not None else f"of {name!r}" if name else ""
+            raise FormatError("observation_without_call", f"no call awaits the tool result {named}".rstrip())
+        call = self._open[fitting[0]]
+        assert call is not None
+        self._open[fitting[0]] = None
+        self._messages.append(Message("tool", text, tool_call_id=call.id, name=name))
 
     def _close(self) -> None:
         """End the step: of parallel calls all have results, or none after the first that lacks one."""
@@ -229,430 +461,63 @@ class _Messages:
             raise FormatError("result_missing", "a call has no result, while a parallel call after it has one")
         self._open = []
 
+    def _note(self, code: str, detail: str, number: int) -> None:
+        self._notes.append((code, f"message {number}: {detail}"))
 
-def _refuse_equal_ids(calls: Sequence[ToolCall]) -> None:
-    ids = [call.id for call in calls if call.id is not None]
-    if len(set(ids)) < len(ids):
-        raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
+    def _note_unknown(self, names: Sequence[str], number: int) -> None:
+        for name in names:
+            self._note(f"field_not_carried:{key_name(name)}", f"{key_name(name)} of a call", number)
 
+    def _note_fields(self, turn: Mapping[Any, Any], role: str, number: int, understood: Sequence[str]) -> None:
+        shown = understood_fields(turn, agent=role in ("assistant", "call"))
+        texts = [field for field in _REASONING if isinstance(turn.get(field), str)]
+        known = {"role" if "role" in turn else "from", "content" if "content" in turn else "value", *understood}
+        known.update(field for field in _FIELDS.get(role, ("name",)) if field not in _REASONING or field in texts)
+        for key, value in turn.items():
+            if key not in known and key not in shown and not blank(value):
+                self._note(f"field_not_carried:{key_name(key)}", key_name(key), number)
 
-def _read_chat(record: Mapping[Any, Any], form: str) -> Reading:
-    turns = _turns(record)
-    made = _Messages()
-    tools = _tools(record.get("tools") or record.get("functions"))
-    _note_columns(record, made)
-    system = record.get("system")
-    if isinstance(system, str) and system.strip():
-        if (
-            turns
-            and isinstance(turns[0], dict)
-            and turns[0].get("role", turns[0].get("from")) in ("system", "developer")
-        ):
-            raise FormatError("two_system_turns", "a column 'system' and a system message")
-        made.plain("system", system, 0)
-    dialect = form
-    if form != "react" and any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns):
-        dialect = "react"
-    for number, turn in enumerate(turns, 1):
-        _read_turn(turn, number, made, dialect)
-    made.end()
-    messages = tuple(made.messages)
-    if not tools:
-        messages, tools = _lift_tools(messages)
-    return Reading(messages, tools, tuple(made.notes))
+    def _text(self, content: object, number: int) -> str:
+        return _text(content, number, self._notes)
 
 
-def _turns(record: Mapping[Any, Any]) -> list[Any]:
-    field = "messages" if record.get("conversations") is None else "conversations"
-    turns = record.get(field)
-    if isinstance(turns, str):
-        turns = _literal(turns, f"{field}_unreadable_text")
-    if not isinstance(turns, list) or not turns:
-        raise FormatError(f"{field}_not_a_list", f"{field!r} is no list with at least one message")
-    return turns
-
-
-def _read_turn(turn: Any, number: int, made: _Messages, dialect: str) -> None:
-    if not isinstance(turn, dict):
-        raise FormatError("turn_not_an_object", f"message {number} is no object")
-    given = turn.get("role", turn.get("from"))
-    if not isinstance(given, str):
-        raise FormatError("role_missing", f"message {number} has no role")
-    role = _ROLES.get(given)
-    if role is None:
-        known = ", ".join(_ROLES)
-        raise FormatError("unknown_role", f"message {number} has the role {given[:40]!r}; known are {known}")
-    _note_fields(turn, number, role, made)
-    content = turn.get("content", turn.get("value"))
-    trained = untrained_field(turn) is None
-    if not trained and role in ("assistant", "call"):
-        made.notes.append(("step_not_trained", f"message {number}: shown, not trained ({untrained_field(turn)})"))
-    if role == "call":
-        calls = _literal(_text(content, number), "call_not_json")
-        read = [_call(None, call) for call in (calls if isinstance(calls, list) else [calls])]
-        made.step(None, None, read, number, trained=trained)
-    elif role == "result":
-        _read_result(turn, content, number, made)
-    elif role == "assistant":
-        _read_assistant(turn, content, number, made, dialect, trained=trained)
-    elif role == "user" and isinstance(content, list) and any(_is_block(block, "tool_result") for block in content):
-        for block in content:
-            if _is_block(block, "tool_result"):
-                made.result(_text(block.get("content") or "", number), _id(block.get("tool_use_id")), None)
-        if words := [block for block in content if not _is_block(block, "tool_result")]:
-            made.plain("user", _text(words, number), number)
-    else:
-        text = _text(content, number)
-        if role == "user" and made.awaits_result() and (responses := _responses(text)):
-            for response in responses:
-                made.result(response, None, None)
-        else:
-            made.plain("user" if role == "user" else "developer" if role == "developer" else "system", text, number)
-
-
-def _read_result(turn: Mapping[str, Any], content: object, number: int, made: _Messages) -> None:
-    text = _text(content, number)
-    name = turn.get("name")
-    responses = _responses(text) or [text]
-    for response in responses:
-        made.result(response, _id(turn.get("tool_call_id")), name if isinstance(name, str) else None)
-
-
-def _read_assistant(
-    turn: Mapping[str, Any], content: object, number: int, made: _Messages, dialect: str, *, trained: bool
-) -> None:
-    reasoning = next((turn[field] for field in _REASONING_FIELDS if isinstance(turn.get(field), str)), None)
-    calls = _tool_calls(turn, number)
-    text: str | None
-    if isinstance(content, list) and any(_is_block(block, "tool_use", "thinking") for block in content):
-        thoughts = [block.get("thinking") for block in content if _is_block(block, "thinking")]
-        reasoning = "\n".join(thought for thought in thoughts if isinstance(thought, str)) or reasoning
-        for block in content:
-            if _is_block(block, "tool_use"):
-                calls.append(_call(block.get("id"), {"name": block.get("name"), "arguments": block.get("input")}))
-        words = [block for block in content if not _is_block(block, "tool_use", "thinking")]
-        text = _text(words, number) if words else None
-    else:
-        text = None if content is None else _text(content, number)
-    if dialect == "react" and text is not None and not calls:
-        _read_react(text, number, made, trained=trained)
-        return
-    if reasoning is None and text is not None:
-        reasoning, text = _split_thought(text, number)
-    if text is not None and not calls:
-        text, calls = _calls_in_text(text, number, dialect)
-    made.step(text, reasoning or None, calls, number, trained=trained)
-
-
-def _split_thought(text: str, number: int) -> tuple[str | None, str]:
-    """Return the thought that a text begins with, and the text after it."""
-    if "</think>" not in text:
-        if text.lstrip().startswith("<think>"):
-            raise FormatError("thought_never_closed", f"message {number} opens <think> and never closes it")
-        return None, text
-    found = _THOUGHT.match(text)
-    thought, after = (found[1], found[2]) if found else text.split("</think>", 1)
-    if not found and "<think>" in thought:  # somewhere inside a sentence: letters
-        return None, text
-    return thought.strip("\n") or None, after.lstrip("\n")
-
-
-def _calls_in_text(text: str, number: int, dialect: str) -> tuple[str | None, list[ToolCall]]:
-    """Return the words of a text and the calls that are written in it.
-
-    Raises:
-        FormatError: it holds calls that no reader understands.
-    """
-    if "<tool_call>" in text:
-        bodies = _TOOL_CALL.findall(text)
-        words = _TOOL_CALL.sub("", text)
-        if "<tool_call>" not in words and bodies:
-            return words.strip() or None, [_call(None, _literal(body.strip(), "call_not_json")) for body in bodies]
-        raise FormatError("call_never_closed", f"message {number} opens <tool_call> and never closes it")
-    if dialect == "toolace" or _PYTHONIC.match(text):
-        calls = _pythonic_calls(text)
-        if calls:
-            return None, calls
-        if dialect == "toolace" and _PYTHONIC.match(text):
-            raise FormatError("call_not_read", f"message {number} is no list of calls such as [f(a=1)]")
-    for mark in _OTHER_MARKS:
-        if mark in text:
-            raise FormatError(
-                "calls_in_text", f"message {number} holds {mark!r}, by which a call of another family begins"
-            )
-    if "<|startof" in text:
-        try:
-            parts = parse_assistant(text)
-        except GrammarError as error:
-            raise FormatError("marks_in_text", f"message {number}: {error.detail}") from None
-        if any(isinstance(part, Call | Observation) for part in parts):
-            names = "conversations, from, value, user, assistant"
-            raise FormatError(
-                "marks_in_text", f"message {number} is MSAgent text; such a record needs the names {names}"
-            )
-    return text, []
-
-
-def _pythonic_calls(text: str) -> list[ToolCall]:
-    """Read `[name(key=value, ...), ...]`; names may hold blanks, as ToolACE's do. No code is run; [] where it is none."""
-    body = text.strip()
-    if not (body.startswith("[") and body.endswith(")]")):
-        return []
-    calls: list[ToolCall] = []
-    position, end = 1, len(body) - 1
-    while position < end:
-        opening = body.find("(", position)
-        name = body[position:opening].strip(" \n\t,")
-        closing = _closing(body, opening)
-        if opening < 0 or not name or closing is None or len(body) > 100_000:
-            return []
-        try:
-            node = ast.parse(f"f({body[opening + 1 : closing]})", mode="eval").body
-            assert isinstance(node, ast.Call)
-            if node.args or any(keyword.arg is None for keyword in node.keywords):
-                return []
-            arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
-            json.dumps(arguments, allow_nan=False)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AssertionError):
-            return []
-        calls.append(ToolCall(name, arguments))
-        position = closing + 1
-        if body[position:end].strip() and not body[position:end].lstrip().startswith(","):
-            return []
-    return calls
-
-
-def _closing(text: str, opening: int) -> int | None:
-    """Return where the bracket that opens at `opening` is closed, quoted ones passed over."""
-    depth, quote, at = 0, "", opening
-    while 0 <= at < len(text):
-        letter = text[at]
-        if quote:
-            if letter == "\\":
-                at += 1
-            elif letter == quote:
-                quote = ""
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-            if depth == 0:
-                return at
-        at += 1
-    return None
-
-
-def _read_react(value: str, number: int, made: _Messages, *, trained: bool) -> None:
-    """Strictly ordered: an observation follows its action input, that follows its action; the final answer ends."""
-    labels = list(_REACT_LABEL.finditer(value))
-    ends = [label.start() for label in labels[1:]] + [len(value)] * bool(labels)
-    texts = [value[: labels[0].start()].strip()] if labels else [value.strip()]
-    action: str | None = None
-    before = ""
-    for label, end in zip(labels, ends, strict=True):
-        kind, content = label[1], value[label.end() : end].strip()
-        expected_before = {"Action Input": ("Action",), "Observation": ("Action Input",)}.get(kind)
-        if before == "Action" and kind != "Action Input":
-            raise FormatError("react_order", "Action without Action Input")
-        if before == "Final Answer" or (expected_before is not None and before not in expected_before):
-            raise FormatError("react_order", f"{kind} after {before or 'nothing'}")
-        if kind in ("Thought", "Final Answer"):
-            texts.append(content)
-        elif kind == "Action":
-            action = content
-        elif kind == "Action Input":
-            call = _call(None, {"name": action, "arguments": _literal(content, "arguments_not_json")})
-            made.step("\n".join(filter(None, texts)) or None, None, [call], number, trained=trained)
-            texts = []
-        else:
-            made.result(content, None, None)
-        before = kind
-    if before == "Action":
-        raise FormatError("react_order", "Action without Action Input")
-    if any(texts):
-        made.step("\n".join(filter(None, texts)), None, [], number, trained=trained)
-
-
-def _read_xlam(record: Mapping[Any, Any]) -> Reading:
-    """Read a row of xLAM's data: a question, the tools, and the calls that answer it."""
-    made = _Messages()
-    _note_columns(record, made, {"query", "answers"})
-    made.plain("user", _text(record.get("query"), 1), 1)
-    answers = record.get("answers")
-    answers = _literal(answers, "call_not_json") if isinstance(answers, str) else answers
-    if not isinstance(answers, list):
-        raise FormatError("call_not_json", "'answers' is no list of calls")
-    made.step(None, None, [_call(None, answer) for answer in answers], 2, trained=True)
-    made.end()
-    return Reading(tuple(made.messages), _tools(record.get("tools")), tuple(made.notes))
-
-
-def question_and_answer_fields(record: Mapping[Any, Any]) -> tuple[str, str] | None:
-    """Return the two fields of a record that is a question and an answer, and no conversation."""
-    return next((pair for pair in _QUESTION_AND_ANSWER if record.keys() >= set(pair)), None)
-
-
-def _tool_calls(turn: Mapping[str, Any], number: int) -> list[ToolCall]:
-    calls = turn.get("tool_calls") or []
-    if turn.get("function_call"):
-        calls = [{"function": turn["function_call"]}]
-    if isinstance(calls, str):
-        calls = _literal(calls, "call_not_json")
-    if not isinstance(calls, list):
-        raise FormatError("call_not_an_object", f"tool_calls of message {number} is no list")
-    read: list[ToolCall] = []
-    for call in calls:
-        if not isinstance(call, dict):
-            raise FormatError("call_not_an_object", f"a tool call of message {number} is no object")
-        read.append(_call(call.get("id"), call.get("function", call)))
-    return read
-
-
-def _call(call_id: object, call: object) -> ToolCall:
-    if not isinstance(call, dict):
-        raise FormatError("call_not_an_object", "a call is no object with name and arguments")
-    name = call.get("name")
-    if not isinstance(name, str) or not name.strip():
-        raise FormatError("call_without_name", "a tool call has no name")
-    return ToolCall(name, _arguments(call.get("arguments", call.get("parameters", {}))), _id(call_id))
-
-
-def _arguments(arguments: object) -> dict[str, Json]:
-    """Return the arguments of a call, an object or its JSON text, as an object."""
-    value = {} if arguments is None else arguments
-    try:
-        if isinstance(value, str):
-            value = read_json(value.strip() or "{}")
-        else:
-            json.dumps(value, allow_nan=False)
-    except (JsonRefused, TypeError, ValueError) as error:
-        raise FormatError("arguments_not_json", str(error)) from None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise FormatError("arguments_not_an_object", "the arguments of a call are no object with names")
-    return value
-
-
-def _id(value: object) -> str | None:
-    """Return an id as text; integers are ids too."""
-    if isinstance(value, str):
-        return value or None
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _text(content: object, number: int) -> str:
+def _text(content: object, number: int, notes: list[Note]) -> str:
     """Return the text of a message; of a list of parts the text parts, a line each, as a server joins them."""
     if isinstance(content, str):
         return content
+    kind = "null" if content is None else type(content).__name__
     if isinstance(content, list):
-        texts = [part.get("text") if _is_block(part, "text") else None for part in content]
-        if all(isinstance(text, str) for text in texts):
-            return "\n".join(text for text in texts if isinstance(text, str))
-    raise FormatError("value_not_text", f"the content of message {number} is neither text nor a list of text parts")
+        other = [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]
+        other += [part for part in content if isinstance(part, dict) and "text" not in str(part.get("type", "text"))]
+        if not other:
+            for part in content:
+                _note_block(part, notes)
+            return "\n".join(part["text"] for part in content)
+        kind = f"a part {key_name(other[0].get('type'))!r}" if isinstance(other[0], dict) else "a part without type"
+    where = f"message {number}" if number else "the column 'system'"
+    raise FormatError("value_not_text", f"the content of {where} is {kind}, expected text or a list of text parts")
 
 
-def _is_block(block: object, *types: str) -> bool:
-    return isinstance(block, dict) and block.get("type") in types
+def _is_block(block: Any, kind: str) -> bool:
+    return isinstance(block, dict) and block.get("type") == kind
 
 
-def _responses(text: str) -> list[str]:
-    """Return the results in a text that is made of `<tool_response>` blocks alone, none where it is not."""
-    if not text.lstrip().startswith("<tool_response>") or _TOOL_RESPONSE.sub("", text):
+def _note_block(block: Mapping[Any, Any], notes: list[Note]) -> None:
+    known = _BLOCKS.get(block.get("type", "text"), frozenset())
+    for key, value in block.items():
+        if key != "type" and key not in known and not blank(value):
+            notes.append((f"field_not_carried:{key_name(key)}", f"{key_name(key)} of a part of a content"))
+
+
+def _results_by_name(text: str, calls: Sequence[ToolCall]) -> list[str]:
+    """Return the results of several calls that are written as one list of objects with their names, as ToolACE does."""
+    if not text.lstrip().startswith("["):
         return []
-    return [body.strip("\n") for body in _TOOL_RESPONSE.findall(text)]
-
-
-def _tools(tools: object) -> tuple[dict[str, Json], ...]:
-    """Return declarations: OpenAI's as they are, others in OpenAI's shape."""
-    if isinstance(tools, str):
-        tools = _literal(tools, "tools_unreadable") if tools.strip() else []
-    if not isinstance(tools, (list, type(None))):
-        raise FormatError("tools_unreadable", "'tools' is no list")
-    read = tuple(_tool(tool) for tool in tools or [])
     try:
-        json.dumps(read)
-    except (TypeError, ValueError) as error:
-        raise FormatError("tools_unreadable", str(error)) from None
-    return read
-
-
-def _tool(tool: object) -> dict[str, Json]:
-    if isinstance(tool, str):
-        tool = _literal(tool, "tools_unreadable")
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(tool, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FormatError("tools_unreadable", "a tool is no object with a name")
-    schema = function.get("parameters")
-    if not isinstance(schema, (dict, type(None))) or not isinstance((schema or {}).get("properties", {}), dict):
-        raise FormatError(
-            "tools_unreadable", f"parameters of {function['name'][:40]!r} are no JSON schema of an object"
-        )
-    if "function" in tool:
-        return {"type": "function", **tool} if "type" not in tool else dict(tool)
-    declared = {key: value for key, value in tool.items() if key != "type"}
-    if "input_schema" in declared:  # Anthropic's name
-        declared["parameters"] = declared.pop("input_schema")
-    elif schema and "properties" not in schema and all(isinstance(value, dict) for value in schema.values()):
-        declared["parameters"] = {"type": "object", "properties": schema}  # xLAM writes the properties alone
-    return {"type": "function", "function": declared}
-
-
-def _lift_tools(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
-    """Take declarations out of a system text that holds them between `<tools>` marks or as a JSON list."""
-    head = messages[0]
-    if head.role != "system" or not any(message.tool_calls for message in messages):
-        return messages, ()
-    for text, before, after in _lists_in(head.text):
-        try:
-            tools = _tools(text)
-        except FormatError:
-            continue
-        if tools:
-            left = "\n\n".join(piece.strip() for piece in (before, after) if piece.strip())
-            return ((replace(head, content=left), *messages[1:]) if left else messages[1:]), tools
-    return messages, ()
-
-
-def _lists_in(text: str) -> Iterator[tuple[str, str, str]]:
-    """Yield what may be a list of tools, and the text before and after it."""
-    if found := _TOOLS_BLOCK.search(text):
-        body = found[1].strip()
-        listed = body if body.startswith("[") else f"[{','.join(body.splitlines())}]"
-        yield listed, text[: found.start()], text[found.end() :]
-    start = text.find("[{")
-    if start >= 0:
-        try:
-            _, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-        except (ValueError, RecursionError):
-            return
-        yield text[start:end], text[:start], text[end:]
-
-
-def _note_columns(record: Mapping[Any, Any], made: _Messages, known: set[str] = set()) -> None:  # noqa: B006
-    for key, value in record.items():
-        if key not in _COLUMNS and key not in known and not _is_blank(value):
-            made.notes.append((f"column_not_used:{_name(key)}", f"column {_name(key)!r}"))
-
-
-def _note_fields(turn: Mapping[Any, Any], number: int, role: str, made: _Messages) -> None:
-    understood = understood_fields(turn, agent=role in ("assistant", "call"))
-    for key, value in turn.items():
-        if key not in _TURN_FIELDS and key not in understood and not _is_blank(value):
-            made.notes.append((f"field_not_carried:{_name(key)}", f"message {number}: {_name(key)}"))
-
-
-def _name(key: object) -> str:
-    """Return a key as a name that can stand in a report."""
-    return re.sub(r"[^\w.-]", "_", key)[:40] if isinstance(key, str) else type(key).__name__
-
-
-def _is_blank(value: object) -> bool:
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
-
-
-def _literal(text: str, reason: str) -> Any:
-    try:
-        return read_literal(text)
-    except LiteralError as error:
-        raise FormatError(reason, str(error)) from None
+        values: Json = read_json(text.strip())
+    except JsonRefused:
+        return []
+    names = [value.get("name") if isinstance(value, dict) else None for value in values]
+    if names != [call.name for call in calls]:
+        return []
+    return [json.dumps(value, ensure_ascii=False) for value in values]

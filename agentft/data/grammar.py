@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 
 from agentft.data.calls import CallFailure, JsonRefused, ToolCall, read_call_body, read_json, strip_fence
-from agentft.errors import DataError
+from agentft.errors import FormatError
 
 THINK_OPEN = "<|startofthink|>"
 THINK_CLOSE = "<|endofthink|>"
@@ -84,13 +84,8 @@ class Observation:
 Part = Text | Call | Observation
 
 
-class GrammarError(DataError):
-    """An assistant value that does not follow the grammar; `reason` is a stable snake_case code."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+class GrammarError(FormatError):
+    """An assistant value that does not follow the grammar."""
 
 
 def parse_assistant(value: str) -> tuple[Part, ...]:

@@ -103,9 +103,11 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
         if message.role != "assistant" or history:
             context(message.source_text or message.text)
         else:
-            words.append(
-                (thought_text(message.reasoning_content) if message.reasoning_content else "") + message.source_text
-            )
+            thought = thought_text(message.reasoning_content) if message.reasoning_content else ""
+            if thought and not message.reasoning_trained:
+                context(thought)
+                thought = ""
+            words.append(thought + message.source_text)
     context("")
     return steps
 

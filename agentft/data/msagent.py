@@ -26,7 +26,7 @@ from agentft.data.grammar import (
     Part,
     parse_assistant,
 )
-from agentft.data.offered_tools import tool_entry
+from agentft.data.offered_tools import tool_entry, uncarried_parts
 
 TOOLS_INTRODUCTION = (
     "These tools can be called. To call one, write JSON with the fields api_name and parameters between "
@@ -88,6 +88,20 @@ def as_msagent(conversation: Conversation) -> Conversation:
     text = _system_text(conversation.system, conversation.tools)
     head = [Message("system", text)] if text or has_system else []
     return replace(conversation, messages=(*head, *others))
+
+
+def not_written(conversation: Conversation) -> tuple[str, ...]:
+    """Return codes of what MSAgent text leaves out or changes of a record of another format."""
+    if any(message.source is not None for message in conversation.messages):
+        return ()
+    parts = (name for tool in conversation.tools for name in uncarried_parts(tool))
+    codes = dict.fromkeys(f"schema_part_not_written:{name}" for name in parts)
+    messages = conversation.messages
+    if any(message.name for message in messages if message.role != "tool"):
+        codes["name_not_written"] = None
+    if _in_order_of_calls(messages) != list(messages):
+        codes["results_in_order_of_calls"] = None
+    return tuple(codes)
 
 
 def _system_text(text: str, tools: Sequence[dict[str, Json]]) -> str:

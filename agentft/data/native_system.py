@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -12,7 +11,7 @@ from typing import Any
 
 from agentft.data.conversation import Conversation
 from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN
-from agentft.data.offered_tools import OfferedTool, read_offered_tools
+from agentft.data.offered_tools import OfferedTool, functions_of, read_offered_tools
 
 
 class SystemReading(StrEnum):
@@ -52,10 +51,19 @@ def read_system(system: str) -> NativeSystem:
     offered = read_offered_tools(system)
     if not offered:
         return NativeSystem(system, (), SystemReading.no_tools if system.strip() else SystemReading.none)
-    remainder = _without_entries(system, offered)
-    if remainder is None:
-        return NativeSystem(system, (), SystemReading.tools_unreadable)
-    tools = tuple(dict.fromkeys(_JSON.encode(_declaration(tool)) for tool in offered))
+    pieces: list[str] = []
+    functions: list[OfferedTool] = []
+    position = 0
+    for tool in offered:
+        found = functions_of(system, tool)
+        if found is None:
+            return NativeSystem(system, (), SystemReading.tools_unreadable)
+        functions += found[0]
+        pieces.append(system[position : tool.place[0]])
+        position = found[1]
+    pieces.append(system[position:])
+    remainder = "\n\n".join(piece.strip() for piece in pieces if piece.strip())
+    tools = tuple(dict.fromkeys(_JSON.encode(_declaration(function)) for function in functions))
     text = _without_words_about_marks(remainder)
     if MARK.search(text):
         return NativeSystem(remainder.strip(), tools, SystemReading.tools_native_marks_kept)
@@ -80,20 +88,6 @@ def lift_tools(conversation: Conversation) -> Conversation | tuple[str, str]:
     head = (replace(conversation.messages[0], content=system.text),) if system.text else ()
     tools = tuple(json.loads(tool) for tool in system.tools)
     return replace(conversation, messages=(*head, *conversation.messages[1:]), tools=tools)
-
-
-def _without_entries(system: str, offered: Sequence[OfferedTool]) -> str | None:
-    """The text around the list of tools; None where an entry is flawed or has fields of its own."""
-    if any(tool.problem or tool.other_fields for tool in offered):
-        return None
-    pieces: list[str] = []
-    position = 0
-    for tool in offered:
-        start, end = tool.place
-        pieces.append(system[position:start])
-        position = end
-    pieces.append(system[position:])
-    return "\n\n".join(piece.strip() for piece in pieces if piece.strip())
 
 
 def _without_words_about_marks(text: str) -> str:

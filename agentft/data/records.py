@@ -1,6 +1,6 @@
 """One raw value -> a `Conversation`, or a `Rejection` with its reason. Strict: what is not understood is not trained.
 
-A record in MSAgent form is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
+A record in MSAgent's format is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
 assistant: at most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant
 value blank. `conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are
 recognised, and read where `form` allows it (`formats.py`).
@@ -17,13 +17,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agentft.data.calls import Json, ToolCall, strip_fence
+from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.formats import Form, FormatError, is_react_text, question_and_answer_fields, read_messages, recognise
+from agentft.data.formats import question_and_answer_fields, read_messages, recognise, unused_columns
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.msagent import turn_messages
 from agentft.data.offered_tools import OfferedTool
+from agentft.data.text_calls import is_react_text
 from agentft.data.untrained import understood_fields, untrained_field
+from agentft.errors import FormatError
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
@@ -59,39 +62,52 @@ def part_id(whole: str, number: int) -> str:
     return f"{whole}/part-{number}"
 
 
-class _Refused(Exception):  # noqa: N818  # a way out of nested readers, not an error
-    """Carries reason and detail up to `read_record`; never leaves this module."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-
-
 def read_record(
-    value: object, origin: Origin, *, form: Form = "auto", weight: float = 1.0
+    value: object,
+    origin: Origin,
+    *,
+    form: Format = Format.auto,
+    weight: float = 1.0,
+    reasoning: Reasoning = Reasoning.keep,
 ) -> tuple[Conversation, list[Notice]] | Rejection:
     """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
 
     Args:
-        form: `auto` takes MSAgent, OpenAI and ShareGPT records; the name of one form takes that form alone. ReAct text
-            is converted only when named, since ordinary prose can hold its keywords.
+        form: `auto` takes every format that a record shows; the name of one takes that format alone. ReAct text is read
+            only when named, since ordinary prose can hold its keywords.
+        reasoning: What becomes of reasoning: trained, left out and counted, or shown as context.
     """
     notices: list[Notice] = []
     record_id: str | None = None
     try:
         if not isinstance(value, dict):
-            raise _Refused("not_an_object", f"a record is an object, found {_kind(value)}")
+            raise FormatError("not_an_object", f"a record is an object, found {_kind(value)}")
         record_id = _read_id(value.get("id"), origin, notices)
         messages, tools = _read(value, form, origin, notices)
+        messages = _with_reasoning(messages, reasoning, origin, notices)
         conversation = Conversation(record_id or "", messages, tools, origin, weight)
         _note_quirks(conversation, notices)
         _check_texts(conversation)
         if record_id is None:
             conversation = replace(conversation, id="content-" + conversation.content_hash[:16])
-    except (_Refused, GrammarError, FormatError) as refusal:
+    except FormatError as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
     return conversation, notices
+
+
+def _with_reasoning(
+    messages: tuple[Message, ...], reasoning: Reasoning, origin: Origin, notices: list[Notice]
+) -> tuple[Message, ...]:
+    """Apply `dataset.reasoning` to messages, each change noted."""
+    if reasoning is Reasoning.keep:
+        return messages
+    code = "reasoning_dropped" if reasoning is Reasoning.drop else "reasoning_not_trained"
+    change: Any = {"reasoning_content": None} if reasoning is Reasoning.drop else {"reasoning_trained": False}
+    changed = [replace(m, **change) if m.reasoning_content is not None else m for m in messages]
+    for number, message in enumerate(messages, 1):
+        if message.reasoning_content is not None:
+            notices.append(Notice(origin, code, f"message {number}: dataset.reasoning={reasoning}"))
+    return tuple(changed)
 
 
 def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None:
@@ -111,7 +127,7 @@ def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None
 
 
 def _read(
-    record: dict[Any, Any], form: Form, origin: Origin, notices: list[Notice]
+    record: dict[Any, Any], form: Format, origin: Origin, notices: list[Notice]
 ) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
     """Return the messages of a record and the tools that it declares beside them."""
     turns = record.get("conversations")
@@ -121,16 +137,17 @@ def _read(
     found = recognise(record)
     if found == "msagent" and form in ("auto", "msagent"):
         if "conversations" not in record:
-            raise _Refused("conversations_missing", _what_is_there(record))
+            raise FormatError("conversations_missing", _what_is_there(record))
         if not isinstance(turns, list):
-            raise _Refused("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
+            raise FormatError("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
+        notices.extend(Notice(origin, code, _writable(detail)) for code, detail in unused_columns(record))
         return _read_messages(turns, origin, notices), ()
     if form not in ("auto", "react", "toolace", found):
-        raise _Refused(
+        raise FormatError(
             f"form_{found}",
-            f"the record has the {found} form, not {form}; select it with dataset.form={found} (or auto)",
+            f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
         )
-    reading = read_messages(record, form if form in ("react", "toolace") else found)
+    reading = read_messages(record, form if form in (Format.react, Format.toolace) else Format(found))
     notices.extend(Notice(origin, code, _writable(detail)) for code, detail in reading.notes)
     if not any(message.role in ("system", "developer") for message in reading.messages):
         notices.append(Notice(origin, "missing_system", "no system message"))
@@ -141,26 +158,30 @@ def _what_is_there(record: dict[Any, Any]) -> str:
     fields = ", ".join(repr(key) for key in record if isinstance(key, str))[:200] or "no field"
     pair = question_and_answer_fields(record)
     hint = f"; {pair[0]} and {pair[1]} are a question and an answer: write them as two messages" if pair else ""
+    for key, rows in record.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and isinstance(key, str):
+            hint = f"; {key[:40]!r} is a list of {len(rows):,} objects: if these are the records, write that list alone"
+            break
     return f"no field 'messages' and no field 'conversations', found {fields}{hint}"
 
 
 def _read_turns_text(text: str) -> object:
     if len(text) > MAX_RECORD_CHARACTERS:
-        raise _Refused(
+        raise FormatError(
             "too_long", f"'conversations' is a text of {len(text):,} characters, at most {MAX_RECORD_CHARACTERS:,}"
         )
     try:
         turns = read_literal(text)
     except LiteralError as error:
-        raise _Refused("conversations_unreadable_text", str(error)) from None
+        raise FormatError("conversations_unreadable_text", str(error)) from None
     if isinstance(turns, str):
-        raise _Refused("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
+        raise FormatError("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
     return turns
 
 
 def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> tuple[Message, ...]:
     if not turns:
-        raise _Refused("conversations_empty", "'conversations' is an empty list")
+        raise FormatError("conversations_empty", "'conversations' is an empty list")
     messages: list[Message] = []
     characters = 0
     expected: _Role = "user"
@@ -168,7 +189,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
         role, value = _read_turn(turn, number)
         characters += len(value)
         if characters > MAX_RECORD_CHARACTERS:
-            raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+            raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
             extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in known)
@@ -176,23 +197,25 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
                 detail = f"turn {number}: {', '.join(extra)[:80]!r} not used"
                 notices.append(Notice(origin, "unknown_turn_field", detail))
         if not _is_encodable(value):
-            raise _Refused(
+            raise FormatError(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
             )
         if role == "system":
             if messages:
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
-                raise _Refused(reason, f"turn {number} is a system turn; only the first may be")
+                raise FormatError(reason, f"turn {number} is a system turn; only the first may be")
             if not value or value.isspace():
                 notices.append(Notice(origin, "empty_system", "the system value is blank"))
             messages.append(Message("system", value))
             continue
         if role != expected:
             if len(messages) == 0 or messages[-1].role == "system":
-                raise _Refused("starts_with_assistant", f"turn {number} is the assistant's, expected the user's first")
-            raise _Refused(f"two_{role}_turns", f"turn {number} is the {role}'s as is the turn before it")
+                raise FormatError(
+                    "starts_with_assistant", f"turn {number} is the assistant's, expected the user's first"
+                )
+            raise FormatError(f"two_{role}_turns", f"turn {number} is the {role}'s as is the turn before it")
         if not value or value.isspace():
-            raise _Refused(f"empty_{role}", f"turn {number} ({role}) is blank")
+            raise FormatError(f"empty_{role}", f"turn {number} ({role}) is blank")
         if role == "user":
             messages.append(Message("user", value))
             expected = "assistant"
@@ -204,9 +227,9 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             messages += turn_messages(parts, untrained) if untrained else said
             expected = "user"
     if expected == "assistant":
-        raise _Refused("ends_with_user", "the last turn is the user's: there is nothing to train")
+        raise FormatError("ends_with_user", "the last turn is the user's: there is nothing to train")
     if messages[-1].role == "system":
-        raise _Refused("no_user_turn", "only a system turn")
+        raise FormatError("no_user_turn", "only a system turn")
     if messages[0].role != "system":
         notices.append(Notice(origin, "missing_system", "no system turn"))
     return tuple(messages)
@@ -226,18 +249,20 @@ def _read_untrained(
 
 def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
     if not isinstance(turn, dict):
-        raise _Refused("turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value")
+        raise FormatError(
+            "turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value"
+        )
     if "from" not in turn:
-        raise _Refused("role_missing", f"turn {number} has no field 'from'")
+        raise FormatError("role_missing", f"turn {number} has no field 'from'")
     role = turn["from"]
     if not isinstance(role, str) or role not in _ROLES:
         shown = repr(role[:40]) if isinstance(role, str) else _kind(role)
-        raise _Refused("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
+        raise FormatError("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
     if "value" not in turn:
-        raise _Refused("value_missing", f"turn {number} ({role}) has no field 'value'")
+        raise FormatError("value_missing", f"turn {number} ({role}) has no field 'value'")
     value = turn["value"]
     if not isinstance(value, str):
-        raise _Refused("value_not_text", f"the value of turn {number} ({role}) is {_kind(value)}, expected text")
+        raise FormatError("value_not_text", f"the value of turn {number} ({role}) is {_kind(value)}, expected text")
     return role, value  # type: ignore[return-value]  # membership in _ROLES was checked
 
 
@@ -245,10 +270,10 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     try:
         parts = parse_assistant(value)
     except GrammarError as error:
-        raise _Refused(error.reason, f"turn {number}: {error.detail}") from None
+        raise FormatError(error.reason, f"turn {number}: {error.detail}") from None
     if len(parts) == 1 and isinstance(parts[0], Text) and is_react_text(value):
-        raise _Refused(
-            "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.form=react converts"
+        raise FormatError(
+            "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
         )
     return parts
 
@@ -309,9 +334,9 @@ def _check_texts(conversation: Conversation) -> None:
         return
     said = json.dumps([chat_messages(conversation.messages), conversation.tools], ensure_ascii=False)
     if len(said) > MAX_RECORD_CHARACTERS:
-        raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+        raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
     if not _is_encodable(said):
-        raise _Refused("lone_surrogate", "a message holds a lone surrogate: it cannot be written as UTF-8")
+        raise FormatError("lone_surrogate", "a message holds a lone surrogate: it cannot be written as UTF-8")
 
 
 def _is_strict_json(text: str) -> bool:

@@ -101,7 +101,8 @@ class MsagentTemplate:
                 step = step_segments(message.source or (), self.stop_token)
                 if message.reasoning_content:
                     first = step[0].kind is Kind.header  # white space before the step
-                    step[first:first] = self._thought(message.reasoning_content)
+                    thought = self._thought(message.reasoning_content)
+                    step[first:first] = shown_as(thought, history=not message.reasoning_trained)
                 segments += shown_as(step, history=history)
             elif message.source is not None:
                 segments += _result_segments(message.source)

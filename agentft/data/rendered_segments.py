@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from agentft.data.marked_text import MarkedText, Value
@@ -40,6 +40,7 @@ def cut_segments(
     calls: Mapping[int, Sequence[Mapping[str, Any]]],
     trained: Iterable[int],
     control: re.Pattern[str],
+    silent: Collection[int] = (),
 ) -> tuple[Segment, ...]:
     """Cut a rendered text up to the end of its last trained step.
 
@@ -48,6 +49,7 @@ def cut_segments(
         calls: by step, its calls as a server hands them over.
         trained: the steps that become labels.
         control: matches one control token, in a group.
+        silent: the steps whose reasoning is shown and not trained.
     """
     wanted = set(trained)
     last = max(region.end for region in regions if region.step in wanted)
@@ -58,7 +60,8 @@ def cut_segments(
             break
         history = region.step not in wanted
         _add(segments, text.text, _context(text, at, region.begin), control, history=True)
-        _add(segments, text.text, _step(text, region, calls[region.step], control), control, history=history)
+        said = _step(text, region, calls[region.step], control)
+        _add(segments, text.text, said, control, history=history, silent=region.step in silent)
         segments.append(Segment(text.text[region.stop : region.end], Kind.stop, special=True, history=history))
         at = region.end
     return tuple(segments)
@@ -167,11 +170,17 @@ def _word(text: MarkedText, word: str, start: int, stop: int) -> tuple[int, int]
 
 
 def _add(
-    segments: list[Segment], text: str, pieces: Iterable[_Piece], control: re.Pattern[str], *, history: bool
+    segments: list[Segment],
+    text: str,
+    pieces: Iterable[_Piece],
+    control: re.Pattern[str],
+    *,
+    history: bool,
+    silent: bool = False,
 ) -> None:
     """Add pieces as segments: control tokens of the template each by itself, neighbours of one fate as one."""
     for start, stop, kind, template in pieces:
-        shown = history and kind in TRAINED_KINDS
+        shown = kind in TRAINED_KINDS and (history or (silent and kind is Kind.reasoning))
         words = control.split(text[start:stop]) if template else [text[start:stop]]
         for number, word in enumerate(words):
             if not word:

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from agentft.data.config import DatasetConfig, TooLong
+from agentft.data.config import DatasetConfig, Format, TooLong
 from agentft.data.conversation import Conversation
 from agentft.data.fit import Fitted, Fitter, Outcome
-from agentft.data.formats import Form
 from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.source_weights import showing_keys
 from agentft.data.sources import RawRow, identity
@@ -67,7 +66,7 @@ class RowsToRead:
     """A batch of one source."""
 
     rows: Sequence[RawRow | Rejection]
-    form: Form
+    form: Format
     part: str | None
     """The part that the source is for; None: what a conversation says decides."""
     waiting: bool
@@ -104,7 +103,9 @@ class RowWork:
     def _read(self, row: RawRow | Rejection, batch: RowsToRead) -> _Read | Rejection:
         if isinstance(row, Rejection):
             return row
-        outcome = read_record(row.value, row.origin, form=batch.form, weight=row.weight)
+        outcome = read_record(
+            row.value, row.origin, form=batch.form, weight=row.weight, reasoning=self.config.reasoning
+        )
         if isinstance(outcome, Rejection):
             return outcome
         conversation, notices = outcome

@@ -10,20 +10,28 @@ Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agentft.data.block_digest import block_digest
+from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.files import READABLE_SUFFIXES, FileFlaw, data_suffix, read_file
-from agentft.data.formats import Form
+from agentft.data.files import LFS_ADVICE, READABLE_SUFFIXES, FileFlaw, data_suffix, is_lfs_pointer, read_file
 from agentft.data.records import Notice, Rejection, read_record
 from agentft.errors import DataError
 
 _NOTICES_SHOWN_PER_CODE = 20
+_MAX_NAMES_NOTED = 40
+"""Names of columns or fields under one code; a record with names of its own would fill the memory."""
+_TRAIN_NAME = re.compile(r"train(?:ing)?(?:[-_.]|\Z)", re.IGNORECASE)
+_HELDOUT_NAME = re.compile(r"(?:test|validation|valid|val|dev|eval)(?:[-_.]|\Z)", re.IGNORECASE)
+"""How hubs call the files and folders of a split."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
+"""What `datasets` writes beside the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,8 @@ class LocalSource:
 
     path: str | Path
     weight: float = 1.0
+    part: Literal["all", "train", "heldout"] = "all"
+    """Of a folder that is a snapshot of a hub: the files that it holds out itself, or the others."""
 
 
 @dataclass(slots=True)
@@ -91,8 +101,9 @@ class ReadReport:
     def note(self, notices: Iterable[Notice]) -> None:
         """Count notices and keep the first few of each code."""
         for notice in notices:
-            self.notices[notice.code] += 1
-            shown = self.notices_shown.setdefault(notice.code, [])
+            code = bounded_code(notice.code, self.notices)
+            self.notices[code] += 1
+            shown = self.notices_shown.setdefault(code, [])
             if len(shown) < _NOTICES_SHOWN_PER_CODE:
                 shown.append(notice)
 
@@ -105,10 +116,18 @@ class ReadReport:
         return "; ".join(parts)
 
 
+def bounded_code(code: str, counted: Counter[str]) -> str:
+    """Return the code to count under: where one ends with a name, and many names are counted, one for all further names."""
+    kind, colon, _ = code.partition(":")
+    if not colon or code in counted or sum(known.startswith(kind + ":") for known in counted) < _MAX_NAMES_NOTED:
+        return code
+    return f"{kind}:other_names"
+
+
 def read_local(
     paths: str | Path | LocalSource | Sequence[str | Path | LocalSource], *, report: ReadReport | None = None
 ) -> Iterator[RawRow | Rejection]:
-    """Rows of local files: json, jsonl, csv (also .gz and .zst) and parquet; a folder stands for its files, sorted.
+    """Rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
 
     Raises:
         DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
@@ -140,20 +159,23 @@ def _refuse_overlap(sources: list[LocalSource]) -> None:
 def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
     for source in sources:
         path = Path(source.path)
-        report.sources[str(source.path)] = SourceCount(source.weight)
-        files = folder_files(path, report) if path.is_dir() else [path]
+        report.sources.setdefault(str(source.path), SourceCount(source.weight))
+        files = _files_of(source, report)
+        if not files and source.part == "heldout":
+            continue
         if path.is_dir() and not files:
             raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
+        in_folder = path.is_dir()
         for file in files:
             # A file name that is no UTF-8 must not break the report that names it.
-            name = str(file if file is not path else source.path).encode("utf-8", "backslashreplace").decode()
+            name = str(file if in_folder else source.path).encode("utf-8", "backslashreplace").decode()
             report.files.append(name)
-            if file is not path:
+            if in_folder:
                 report.source_of_file[name] = str(source.path)
-            if file is not path and (flaw := unsafe_in_folder(file, path)):
-                yield Rejection(Origin(name, 0), *flaw)
-                continue
-            yield from _read_one(file, name, source.weight, report, alone=file is path)
+                if flaw := unsafe_in_folder(file, path):
+                    yield Rejection(Origin(name, 0), *flaw)
+                    continue
+            yield from _read_one(file, name, source.weight, report, alone=not in_folder)
 
 
 def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:
@@ -173,6 +195,23 @@ def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone
         yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
 
 
+def _files_of(source: LocalSource, report: ReadReport) -> list[Path]:
+    path = Path(source.path)
+    if not path.is_dir():
+        return [] if source.part == "heldout" else [path]
+    own = heldout_files(path) if source.part != "all" else []
+    if source.part == "heldout":
+        return own
+    return [file for file in folder_files(path, report) if file not in own]
+
+
+def heldout_files(path: Path) -> list[Path]:
+    """Return the files of a folder that are held out by their names: `test-*` or `validation/*` beside others for training."""
+    files = folder_files(path, ReadReport()) if path.is_dir() else []
+    own = [file for file in files if any(_HELDOUT_NAME.match(part) for part in file.relative_to(path).parts)]
+    return own if any(_TRAIN_NAME.match(part) for file in files for part in file.relative_to(path).parts) else []
+
+
 def folder_files(folder: Path, report: ReadReport) -> list[Path]:
     """Data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
     files: list[Path] = []
@@ -180,7 +219,7 @@ def folder_files(folder: Path, report: ReadReport) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root, name)
-            if name.startswith(".") or data_suffix(path) is None:
+            if name.startswith((".", "cache-")) or name in _DESCRIPTIONS or data_suffix(path) is None:
                 report.skipped_files.append(str(path))
             else:
                 files.append(path)
@@ -195,6 +234,8 @@ def unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
         return "not_a_file", "no regular file"
     if file.stat().st_size == 0:
         return "empty_file", "the file is empty"
+    if is_lfs_pointer(file):
+        return "git_lfs_pointer", LFS_ADVICE
     return None
 
 
@@ -213,7 +254,11 @@ def digest_local(paths: str | Path | LocalSource | Sequence[str | Path | LocalSo
 
 
 def read_conversations(
-    rows: Iterable[RawRow | Rejection], *, form: Form = "auto", report: ReadReport | None = None
+    rows: Iterable[RawRow | Rejection],
+    *,
+    form: Format = Format.auto,
+    reasoning: Reasoning = Reasoning.keep,
+    report: ReadReport | None = None,
 ) -> Iterator[Conversation | Rejection]:
     """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
     intake = Intake(report if report is not None else ReadReport())
@@ -221,7 +266,7 @@ def read_conversations(
         if isinstance(row, Rejection):
             yield intake.refuse(row, row)
             continue
-        outcome = read_record(row.value, row.origin, form=form, weight=row.weight)
+        outcome = read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
         if isinstance(outcome, Rejection):
             yield intake.refuse(row, outcome)
             continue

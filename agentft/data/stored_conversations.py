@@ -52,6 +52,7 @@ def _stored(message: Message) -> list[Any]:
         "tool_call_id": message.tool_call_id,
         "name": message.name,
         "trained": None if message.trained else False,
+        "reasoning_trained": None if message.reasoning_trained else False,
     }
     return [message.role, {key: value for key, value in fields.items() if value is not None}]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -204,7 +205,8 @@ def _line(rejection: Rejection) -> dict[str, Any]:
 
 def _screen() -> Console:
     # The dataset's words are shown as they are: no markup, no emoji codes.
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ  # rich reads it
+    return Console(width=None if wide else _WIDTH, markup=False, emoji=False, highlight=False)
 
 
 def _write(path: Path, text: str) -> None:

@@ -81,6 +81,7 @@ class AuditReport:
                 for name, count in self.read.sources.items()
             },
             "notices": dict(self.read.notices.most_common()),
+            "layout": dict(self.audit.layout.most_common()),
             "whole": dataclasses.asdict(statistics.whole),
             **{
                 name: {key: dataclasses.asdict(tally) for key, tally in groups.items()}
@@ -121,12 +122,14 @@ class AuditReport:
         # What is a finding of its own stands below.
         quirks = {code: count for code, count in self.read.notices.most_common() if code not in CODES}
         noted = ", ".join(f"{count:,} {code}" for code, count in quirks.items())
+        otherwise = ", ".join(f"{count:,} {code}" for code, count in self.audit.layout.most_common())
         return (
             f"{self.read.rows:,} rows: {whole.conversations:,} conversations read, {whole.too_long:,} of them longer "
             f"than {self.config.dataset.max_length:,} tokens; {self.audit.rejections.total():,} set aside in reading, "
             f"{len(self.audit.unfit):,} in fitting. "
             f"{whole.tokens:,} tokens, {whole.trained:,} trained ({whole.share_trained:.1%}), in {self.seconds:.1f} s"
             + (f". Read with a notice: {noted}" if noted else "")
+            + (f". Written otherwise by the layout: {otherwise}" if otherwise else "")
         )
 
     def verdict(self) -> str:

@@ -29,7 +29,7 @@ from agentft.data.conversation import Origin
 from agentft.data.fit import Outcome
 from agentft.data.records import Rejection
 from agentft.data.row_work import CONVERSATIONS_A_BATCH, LinesToMake, Made, RowsToRead, RowWork, Understood, batches_of
-from agentft.data.sources import Intake, RawRow
+from agentft.data.sources import Intake, RawRow, bounded_code
 from agentft.data.splits import divide, keep_apart
 from agentft.data.stored_conversations import ConversationWriter, StoredConversations, index_of
 from agentft.data.stored_examples import ExampleWriter, stored_id_type
@@ -146,6 +146,7 @@ class _Builder:
         at_once = config.sample < 0 and (config.split is Split.content or rows.heldout is not None)
         kept = None if at_once else ConversationWriter(self._folder / _READ)
         train = list(self._read(rows.train, rows.form, None if rows.heldout is None else "train", kept))
+        account.check_any()
         if rows.heldout is None:
             parts = divide(train, split=config.split, test_ratio=config.test_ratio, seed=config.seed)
         else:
@@ -289,7 +290,8 @@ class _Builder:
         """Account for a conversation when it is shown for the first time."""
         account = self._account
         account.fitted[part][str(use.outcome)] += 1
-        account.layout.update(use.notes)
+        for code in use.notes:
+            account.layout[bounded_code(code, account.layout)] += 1
         if use.change is not None:
             account.changed.append(use.change)
         if use.rejection is not None:

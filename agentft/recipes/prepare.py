@@ -103,8 +103,9 @@ def _report(prepared: PreparedData, seconds: float) -> None:
     account = prepared.account
     tokens = int(prepared.train.lengths.sum())
     log.info(
-        "data: %d rows -> %d training and %d held-out conversations; %s tokens to train on, %.0f %% of them labelled (%.1f s)",
+        "data: %d rows%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
         account.read.rows,
+        _of_files(account.read.files),
         account.used("train"),
         account.used("heldout"),
         f"{tokens:,}",
@@ -123,6 +124,10 @@ def _report(prepared: PreparedData, seconds: float) -> None:
         log.info("data: in neither part: %s", dict(account.left_out))
     if account.read.notices:
         log.info("data: kept, and noted: %s", dict(account.read.notices.most_common()))
+
+
+def _of_files(files: list[str]) -> str:
+    return f" of {files[0]}" + f" and {len(files) - 1} more files" * (len(files) > 1) if files else ""
 
 
 def _sources(account: Account) -> list[dict[str, Any]]:

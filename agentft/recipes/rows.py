@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agentft.data import synthetic
-from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
+from agentft.data.config import DatasetConfig, Format, HubConfig, LocalConfig, Reasoning, Split, SyntheticConfig
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import Rejection
-from agentft.data.sources import LocalSource, RawRow, ReadReport, digest_local, read_conversations, read_local
+from agentft.data.sources import (
+    LocalSource,
+    RawRow,
+    ReadReport,
+    digest_local,
+    heldout_files,
+    read_conversations,
+    read_local,
+)
 from agentft.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Rows = Iterable[RawRow | Rejection]
 
@@ -27,13 +38,14 @@ class DatasetRows:
 
     train: Rows
     heldout: Rows | None
-    form: Any
+    form: Format
+    reasoning: Reasoning
 
     def conversations(self, report: ReadReport) -> Iterator[tuple[Conversation | Rejection, bool]]:
         """Everything that the rows hold, and whether it comes from the held-out source."""
         for rows, heldout in ((self.train, False), (self.heldout, True)):
             if rows is not None:
-                for item in read_conversations(rows, form=self.form, report=report):
+                for item in read_conversations(rows, form=self.form, reasoning=self.reasoning, report=report):
                     yield item, heldout
 
 
@@ -44,23 +56,24 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
         DataError: a path is missing or holds nothing.
         ConfigError: no source reads this kind of dataset.
     """
-    form = getattr(config, "form", "msagent")
     match config:
         case SyntheticConfig():
-            return DatasetRows(
-                _synthetic(config, "train", config.conversations), _synthetic(config, "heldout", config.heldout), form
-            )
+            train: Rows = _synthetic(config, "train", config.conversations)
+            return DatasetRows(train, _synthetic(config, "heldout", config.heldout), Format.msagent, config.reasoning)
         case LocalConfig():
-            test = None if config.test_path is None else read_local(config.test_path, report=report)
-            return DatasetRows(read_local(_local_sources(config), report=report), test, form)
-        case ModelScopeConfig():
-            from agentft.data.modelscope_rows import read_modelscope
+            sources = _local_sources(config)
+            own = any(heldout_files(Path(source.path)) for source in sources)
+            if own and config.test_path is None:
+                log.info("data: test and validation files beside training files are held out, and not trained on")
+            test: Any = config.test_path or [replace(source, part="heldout") for source in sources]
+            heldout = read_local(test, report=report) if own or config.test_path is not None else None
+            train = read_local([replace(source, part="train") for source in sources], report=report)
+            return DatasetRows(train, heldout, config.format, config.reasoning)
+        case HubConfig():
+            from agentft.data.hub_rows import read_hub
 
-            def split(name: str) -> Rows:
-                return read_modelscope(config.id, name, revision=config.revision, cache_dir=config.cache_dir)
-
-            heldout = None if config.test_split is None else split(config.test_split)
-            return DatasetRows(split(config.train_split), heldout, form)
+            heldout = None if config.test_split is None else read_hub(config, config.test_split)
+            return DatasetRows(read_hub(config, config.train_split), heldout, config.format, config.reasoning)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 
@@ -91,14 +104,11 @@ def source_digests(config: DatasetConfig) -> Any:
         case LocalConfig():
             test = None if config.test_path is None else digest_local(config.test_path)
             return [digest_local(_local_sources(config)), test]
-        case ModelScopeConfig():
-            from agentft.data.modelscope_rows import digest_modelscope
+        case HubConfig():
+            from agentft.data.hub_rows import digest_hub
 
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
-            digests = [
-                digest_modelscope(config.id, split, revision=config.revision, cache_dir=config.cache_dir)
-                for split in splits
-            ]
+            digests = [digest_hub(config, split) for split in splits]
             return None if None in digests else digests
         case _:
             return []  # made from the settings alone

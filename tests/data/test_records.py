@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from agentft.data.calls import ToolCall
+from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import Call
 from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.native_system import lift_tools
 from agentft.data.offered_tools import read_offered_tools
 from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
@@ -140,7 +142,7 @@ def test_an_id_that_is_no_name_is_replaced(bad_id: object) -> None:
         (record(("user", "a"), ("assistant", "x" * 17_000_000)), "too_long"),
         ({"conversations": "x" * 50_000_000}, "too_long"),
         (record(("user", "a"), ("assistant", "\ud800")), "lone_surrogate"),
-        (record(("user", "a"), ("assistant", "a"), ("tool", "a"), ("assistant", "b")), "unknown_role"),
+        (record(("user", "a"), ("assistant", "a"), ("tool", "a"), ("assistant", "b")), "observation_without_call"),
         ({"conversations": [{"from": ["user"], "value": "a"}]}, "unknown_role"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -207,10 +209,45 @@ def test_the_tool_list_is_read_with_tolerance() -> None:
     assert tools[3].parameters == ({"type": "string", "name": "q", "required": True},)
 
 
+PATH = {"name": "find", "method": "get", "description": "d", "parameters": [{"name": "id", "required": "True"}]}
+API = {"name": "pets", "description": "of pets", "url": "u", "paths": [PATH, PATH | {"name": "add", "description": ""}]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "functions"),
+    [
+        (API, [("find", "d"), ("add", "of pets")]),
+        (
+            {"plugin_name": "p", "plugin_owner": "o", "plugin_type": "t", "plugin_schema_for_model": API},
+            ["find", "add"],
+        ),
+        ({"plugin_name": "p", "plugin_schema_for_model": {"name": "f", "parameters": []}}, ["f"]),
+        (API | {"auth": "key"}, None),
+        (API | {"paths": [PATH | {"parameters": "id"}]}, None),
+        ({"plugin_name": "p", "plugin_schema_for_model": {"name": "f"}}, None),
+    ],
+)
+def test_the_functions_of_plugins_and_of_apis_are_lifted_or_left_whole(entry: dict, functions: list | None) -> None:
+    system = f'Tools:\n\n1. {json.dumps(entry)}\n\n2. {{"name": "g", "parameters": []}}\n\nBe brief.'
+    conversation, _ = read(record(("system", system), ("user", "a"), ("assistant", "b")))
+    lifted = lift_tools(conversation)
+    if functions is None:
+        assert lifted == ("tools_not_lifted", "an entry of the tool list cannot be read as a function declaration")
+        return
+    assert isinstance(lifted, Conversation)
+    found = [(tool["function"]["name"], tool["function"]["description"]) for tool in lifted.tools]
+    assert found[-1] == ("g", "")
+    assert [each if isinstance(functions[0], tuple) else each[0] for each in found[:-1]] == functions
+    assert lifted.system == "Tools:\n\nBe brief."
+    assert {"type": "object", "properties": {"id": {}}, "required": ["id"]} in [
+        tool["function"]["parameters"] for tool in lifted.tools
+    ] or functions == ["f"]
+
+
 def test_a_form_that_was_not_asked_for_is_named_in_the_reason() -> None:
     openai = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    assert reason_of(openai, form="msagent") == "form_openai"
-    assert reason_of(GOOD, form="openai") == "form_msagent"
+    assert reason_of(openai, form=Format.msagent) == "form_openai"
+    assert reason_of(GOOD, form=Format.openai) == "form_msagent"
     assert read(openai)[0].messages[1].content == "b"
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from agentft.data.config import LocalConfig, TooLong
+from agentft.data.config import Format, LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.fit import Outcome, fit_conversations
 from agentft.data.label_trace import trace_labels
@@ -42,7 +42,7 @@ def openai(*, first: dict | None = None, second: dict | None = None, last: dict 
     }
 
 
-def read(record: object, form: str = "auto") -> tuple[Conversation, list[Notice]]:
+def read(record: object, form: Format = Format.auto) -> tuple[Conversation, list[Notice]]:
     outcome = read_record(record, Origin("x", 1), form=form)
     assert not isinstance(outcome, Rejection), outcome
     return outcome
@@ -50,6 +50,10 @@ def read(record: object, form: str = "auto") -> tuple[Conversation, list[Notice]
 
 def codes(notices: list[Notice]) -> list[str]:
     return [notice.code for notice in notices if notice.code not in ("missing_system", "id_missing")]
+
+
+def steps_trained(conversation: Conversation) -> list[bool]:
+    return [message.trained for message in conversation.messages if message.role == "assistant"]
 
 
 @pytest.fixture(params=["msagent", "chatml"])
@@ -82,12 +86,12 @@ def test_a_message_that_is_to_be_trained_is_as_one_that_says_nothing(flag):
 def test_what_is_not_understood_is_trained_and_noted(flag):
     conversation, notices = read(openai(first=flag))
     assert conversation == read(openai())[0]
-    assert codes(notices) == ["field_not_carried"]
+    assert codes(notices) == [f"field_not_carried:{next(iter(flag))}"]
 
 
 def test_a_user_cannot_ask_to_be_trained():
     record = openai()
-    for value, expected in ((0, []), (1, ["field_not_carried"])):
+    for value, expected in ((0, []), (1, ["field_not_carried:weight"])):
         record["messages"][0] = {"role": "user", "content": "Look it up.", "weight": value}
         assert codes(read(record)[1]) == expected
         assert read(record)[0] == read(openai())[0]
@@ -107,18 +111,18 @@ def test_sharegpt_msagent_and_react_turns_say_it_too():
         {"from": "observation", "value": "r"},
         {"from": "gpt", "value": "a"},
     ]
-    assert read({"conversations": turns})[0].turns[1].untrained == (0,)
+    assert steps_trained(read({"conversations": turns})[0])[0] is False
     react = "Thought: hm\nAction: look\nAction Input: {}\nObservation: r\nFinal Answer: a"
     turns = [user, {"from": "assistant", "value": react, "loss": False}]
-    assert read({"conversations": turns}, "react")[0].turns[1].untrained == (0, 1)
+    assert steps_trained(read({"conversations": turns}, Format.react)[0]) == [False, False]
     turns = [{"from": "human", "value": "q", "score": 3}, {"from": "gpt", "value": "a"}]
-    assert codes(read({"conversations": turns})[1]) == ["field_not_carried"]
+    assert codes(read({"conversations": turns})[1]) == ["field_not_carried:score"]
 
 
 def test_turns_of_one_step_that_disagree_are_not_trained():
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": True}]
     turns.append({"from": "function_call", "value": '{"name": "look", "arguments": {}}', "train": False})
-    assert read({"conversations": turns})[0].turns[1].untrained == (0,)
+    assert steps_trained(read({"conversations": turns})[0])[0] is False
 
 
 def test_such_a_step_is_history_in_the_exam(layout, encoder):

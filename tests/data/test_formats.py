@@ -1,16 +1,26 @@
 """Records of other layouts come through without loss, or are refused: never as something else."""
 
 import json
-from itertools import groupby
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.calls import strip_fence
+from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text
+from agentft.data.examples import make_examples
+from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, GrammarError
+from agentft.data.label_trace import trace_labels
+from agentft.data.msagent import as_msagent
 from agentft.data.records import Rejection, read_record
+from agentft.data.render import Kind, Segment
+from agentft.data.stored_conversations import from_line, to_line
+from agentft.data.template_choice import choose_template
+from agentft.data.token_text import TokenText
+from agentft.data.tokens import SegmentEncoder
+from tests.data.format_records import ANSWER, ARGUMENTS, NAMED, QUESTION, RECORDS, RESULT, SYSTEM, THOUGHT
+from tests.data.format_records import TOOL as WEATHER
 
 ORIGIN = Origin("forms.jsonl", 1)
 TOOL = {
@@ -30,13 +40,13 @@ TOOL = {
 }
 
 
-def read(record: object, form: str = "auto") -> Conversation:
+def read(record: object, form: Format = Format.auto) -> Conversation:
     outcome = read_record(record, ORIGIN, form=form)
     assert not isinstance(outcome, Rejection), outcome
     return outcome[0]
 
 
-def reason_of(record: object, form: str = "auto") -> str:
+def reason_of(record: object, form: Format = Format.auto) -> str:
     outcome = read_record(record, ORIGIN, form=form)
     assert isinstance(outcome, Rejection)
     return outcome.reason
@@ -50,24 +60,73 @@ def openai(*messages: dict, **fields: object) -> dict:
     return {"id": "o", "messages": list(messages), **fields}
 
 
-def turn_parts(conversation: Conversation) -> list[list[Part]]:
-    """The parts of each turn, none where it is not the agent's."""
-    by_turn = groupby(conversation.messages, lambda m: id(m) if m.source is None else None)
-    return [[part for message in turn for part in message.source or ()] for _, turn in by_turn]
-
-
-def said(conversation: Conversation, turn: int = -1) -> list[tuple[str, object]]:
-    """What an assistant turn says: texts stripped of the layout's white space, calls and observations by content."""
+def said(conversation: Conversation) -> list[tuple[str, object]]:
+    """What agent and tools say: texts, calls and results."""
     found: list[tuple[str, object]] = []
-    for part in turn_parts(conversation)[turn]:
-        match part:
-            case Text(source) if source.strip():
-                found.append(("text", source.strip()))
-            case Call():
-                found += [("call", (request.name, request.arguments)) for request in part.requests]
-            case Observation():
-                found.append(("observation", strip_fence(part.body)))
+    for message in conversation.messages:
+        if message.role == "tool":
+            found.append(("result", message.text))
+        elif message.role == "assistant":
+            found += [("text", message.text)] if message.text else []
+            found += [("call", (call.name, call.arguments)) for call in message.tool_calls]
     return found
+
+
+def codes(record: object, form: Format = Format.auto) -> set[str]:
+    """The codes of what was noted, but for what every record of this file lacks."""
+    outcome = read_record(record, ORIGIN, form=form)
+    assert not isinstance(outcome, Rejection), outcome
+    return {notice.code for notice in outcome[1]} - {"id_missing", "missing_system", "unknown_tool"}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_format_says_the_same_conversation(name: str) -> None:
+    """Question, call, result and answer; declarations verbatim where they are OpenAI's, in that shape where they are not."""
+    conversation = read(RECORDS[name], Format(NAMED.get(name, "auto")))
+    answered = [("result", RESULT), ("text", ANSWER)] if name != "xlam" else []
+    assert said(conversation) == [("call", ("weather", ARGUMENTS)), *answered]
+    assert [message.text for message in conversation.messages if message.role == "user"] == [QUESTION]
+    thoughts = [message.reasoning_content for message in conversation.messages if message.reasoning_content]
+    assert thoughts == [THOUGHT] * (name in ("openai", "openai, functions", "toucan", "anthropic"))
+    system = {"toolace": "composing functions", "toolbench": "AutoGPT", "hermes": "Be brief."}.get(name, SYSTEM)
+    if name != "xlam":
+        assert system in conversation.system
+    marks = ("<tool_call>", "<tools>", "[func", "Action Input", '"weather"')
+    assert not any(mark in conversation.system for mark in marks) or name == "msagent"
+    if name == "react":
+        assert conversation.tools == ()
+    else:
+        (tool,) = conversation.offered
+        assert (tool.name, tool.parameter_names) == ("weather", {"city"})
+    if name in ("openai", "sharegpt, user and tool", "hermes", "toucan", "ms-swift"):
+        assert conversation.tools == (WEATHER,)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("openai", {"reasoning_from:reasoning_content"}),
+        ("openai, functions", {"reasoning_from:think"}),
+        ("llama-factory", set()),
+        ("hermes", {"column_not_used:category", "tools_lifted", "words_about_calls_left_out"}),
+        ("xlam", {"id_number"}),
+        ("toolace", {"tools_lifted", "words_about_calls_left_out"}),
+        ("toolbench", {"tools_lifted", "words_about_calls_left_out"}),
+        ("anthropic", {"field_not_carried:cache_control", "reasoning_from:think"}),
+        (
+            "toucan",
+            {
+                "column_not_used:uuid",
+                "column_not_used:subset_name",
+                "column_not_used:target_tools",
+                "tools_from_column:available_tools",
+                "reasoning_from:reasoning_content",
+            },
+        ),
+    ],
+)
+def test_what_a_record_holds_beside_is_named(name: str, expected: set[str]) -> None:
+    assert codes(RECORDS[name]) == expected
 
 
 USER = {"role": "user", "content": "Weather in Rome and Oslo?"}
@@ -90,12 +149,18 @@ def test_parallel_openai_calls_become_calls_followed_by_their_results_in_the_ord
             tools=[TOOL],
         )
     )
+    assert said(conversation)[3:] == [
+        ("result", "rain"),
+        ("result", '{"sky": "clear"}'),
+        ("text", said(conversation)[-1][1]),
+    ]
+    conversation = as_msagent(conversation)
     assert said(conversation) == [
         ("text", "Two calls."),
         ("call", ("weather", {"city": "Rome"})),
         ("call", ("weather", {"city": "Oslo"})),
-        ("observation", '{"sky": "clear"}'),
-        ("observation", "rain"),
+        ("result", '{"sky": "clear"}'),
+        ("result", "rain"),
         ("text", "Clear in Rome, rain in Oslo."),
     ]
     assert conversation.system.startswith("Be brief.\n\n")
@@ -125,32 +190,10 @@ def test_the_older_function_call_and_split_call_messages_are_openai_too() -> Non
         {"role": "tool_response", "content": "sun"},
         {"role": "assistant", "content": "Sun."},
     )
-    expected = [("call", ("weather", {"city": "Rome"})), ("observation", "sun"), ("text", "Sun.")]
+    expected = [("call", ("weather", {"city": "Rome"})), ("result", "sun"), ("text", "Sun.")]
     assert said(read(older)) == said(read(split)) == expected
     assert said(read({"conversations": older["messages"]})) == expected
     assert said(read(openai() | {"messages": json.dumps(older["messages"])})) == expected
-
-
-def test_sharegpt_with_its_tools_as_text_becomes_the_same() -> None:
-    conversation = read(
-        {
-            "conversations": [
-                {"from": "human", "value": "Weather in Rome?"},
-                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
-                {"from": "observation", "value": '{"sky": "clear"}'},
-                {"from": "gpt", "value": "Clear."},
-                {"from": "human", "value": "Thanks"},
-                {"from": "gpt", "value": "Welcome."},
-            ],
-            "system": "Be brief.",
-            "tools": json.dumps([TOOL["function"]]),
-        }
-    )
-    expected = [("call", ("weather", {"city": "Rome"})), ("observation", '{"sky": "clear"}'), ("text", "Clear.")]
-    assert said(conversation, 2) == expected
-    assert said(conversation, 4) == [("text", "Welcome.")]
-    assert [tool.name for tool in conversation.offered] == ["weather"]
-    assert conversation.rounds == 2
 
 
 REACT = (
@@ -162,10 +205,10 @@ REACT = (
 def test_react_text_is_converted_only_when_asked_for() -> None:
     record = {"conversations": [{"from": "user", "value": "Weather?"}, {"from": "assistant", "value": REACT}]}
     assert reason_of(record) == "form_react"
-    assert said(read(record, form="react")) == [
+    assert said(read(record, form=Format.react)) == [
         ("text", "I should look it up."),
         ("call", ("weather", {"city": "Rome"})),
-        ("observation", "clear\n and warm"),
+        ("result", "clear\n and warm"),
         ("text", "I know.\nClear."),
     ]
 
@@ -180,22 +223,16 @@ def test_react_text_is_converted_only_when_asked_for() -> None:
         ("Action: a\nAction Input: rm -rf", "arguments_not_json"),
         ("Action: a\nAction Input: [1]", "arguments_not_an_object"),
         ("Action:\nAction Input: {}", "call_without_name"),
-        (f"Action: a\nAction Input: {{}}\nObservation: x{EXEC_CLOSE}y", "marks_in_text"),
     ],
 )
 def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
     record = {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": value}]}
-    assert reason_of(record, form="react") == reason
+    assert reason_of(record, form=Format.react) == reason
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (openai(USER, {"role": "assistant", "content": f"a{THINK_OPEN}b"}), "marks_in_text"),
-        (
-            openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "1", "content": f"x{EXEC_CLOSE}leak"}),
-            "marks_in_text",
-        ),
         (openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "9", "content": "x"}), "observation_without_call"),
         (openai(USER, PARALLEL, {"role": "tool", "tool_call_id": "2", "content": "x"}), "result_missing"),
         (openai(USER, {"role": "tool", "content": "x"}), "observation_without_call"),
@@ -213,7 +250,6 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
             "two_assistant_turns",
         ),
         (openai(USER, USER, {"role": "assistant", "content": "a"}), "two_user_turns"),
-        (openai(USER, {"role": "assistant", "content": "a"}, {"role": "system", "content": "s"}), "system_in_middle"),
         (
             openai({"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}),
             "value_not_text",
@@ -221,7 +257,6 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
         (openai(USER, {"role": "bot", "content": "a"}), "unknown_role"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools="{"), "tools_unreadable"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools=[{"function": {"name": 1}}]), "tools_unreadable"),
-        (openai(USER, {"role": "assistant", "content": "<|StartOfExec|>"}), "mark_misspelt"),
         (openai(), "messages_not_a_list"),
         ({"messages": [None]}, "turn_not_an_object"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}, "unknown_role"),
@@ -238,12 +273,6 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
 )
 def test_what_cannot_be_converted_is_refused_with_a_reason(record: dict, reason: str) -> None:
     assert reason_of(record) == reason
-
-
-def test_fields_that_are_not_carried_over_are_noticed() -> None:
-    outcome = read_record(openai(USER, {"role": "assistant", "content": "a", "reasoning_content": "hm"}), ORIGIN)
-    assert not isinstance(outcome, Rejection)
-    assert "field_not_carried" in [notice.code for notice in outcome[1]]
 
 
 marks = st.sampled_from([THINK_OPEN, THINK_CLOSE, EXEC_OPEN, EXEC_CLOSE])
@@ -279,11 +308,53 @@ def test_a_converted_record_says_exactly_what_it_said_before(
     if isinstance(outcome, Rejection):
         return
     conversation = outcome[0]
-    expected: list[tuple[str, object]] = [("text", texts[0].strip())] if texts[0].strip() else []
-    expected += [("call", (name, arguments)) for name, arguments in calls]
-    observed = [part.body for part in turn_parts(conversation)[-1] if isinstance(part, Observation)]
-    assert observed == [r if body == r else f"```JSON\n{r}\n```" for r, body in zip(results, observed, strict=True)]
-    expected += [("observation", strip_fence(body)) for body in observed]
-    expected += [("text", texts[1].strip())] if results else []
+    expected = [("text", texts[0])] * bool(texts[0]) + [("call", call) for call in calls]
+    expected += [("result", result) for result in results] + [("text", texts[1])] * bool(results and texts[1])
     assert said(conversation) == expected
     assert next(m.content for m in conversation.messages if m.role == "user") == user
+    try:
+        written = as_msagent(conversation)
+    except GrammarError:
+        return
+    read_again = read({"conversations": [{"from": turn.role, "value": turn.text} for turn in written.turns]})
+    words = [(kind, text.strip() if isinstance(text, str) else text) for kind, text in expected if kind != "result"]
+    assert [each for each in said(read_again) if each[0] != "result"] == [each for each in words if each[1]]
+
+
+THINKING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ message.content or '' }}{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def thoughts_of(segments: Iterable[Segment]) -> list[tuple[bool, str]]:
+    return [(s.trained, s.text) for s in segments if s.kind is Kind.reasoning and s.text.strip()]
+
+
+@pytest.mark.parametrize("how", Reasoning)
+@pytest.mark.parametrize("layout", ["msagent", "thinking.jinja"])
+def test_reasoning_is_trained_or_left_out_or_shown(how: Reasoning, layout: str, byte_tokenizer, tmp_path) -> None:
+    outcome = read_record(RECORDS["openai"], ORIGIN, reasoning=how)
+    assert not isinstance(outcome, Rejection)
+    conversation, notices = outcome
+    assert from_line(to_line(conversation)) == conversation
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    template = choose_template(layout.replace("thinking", str(tmp_path / "thinking")), byte_tokenizer)
+    encoder = SegmentEncoder(byte_tokenizer)
+    (made,) = make_examples([conversation], template, encoder)
+    assert made.problem is None
+    thoughts = [thought for piece in made.pieces for thought in thoughts_of(piece.segments) if THOUGHT in thought[1]]
+    counted = [notice.code for notice in notices if notice.code in ("reasoning_dropped", "reasoning_not_trained")]
+    assert counted == {"keep": [], "drop": ["reasoning_dropped"], "context": ["reasoning_not_trained"]}[how]
+    assert [trained for trained, _ in thoughts] == {"keep": [True], "drop": [], "context": [False]}[how]
+    labelled = "".join(byte_tokenizer.decode(p.example.labels[p.example.labels >= 0]) for p in made.pieces)
+    assert (THOUGHT in labelled) == (how is Reasoning.keep)
+    assert ANSWER in labelled
+    if layout == "msagent":
+        (piece,) = made.pieces
+        text = TokenText(byte_tokenizer)
+        ids, labels = piece.example.input_ids, piece.example.labels
+        assert trace_labels(conversation, ids, labels, text, stop_token=template.stop_token, verbatim=True) is None
