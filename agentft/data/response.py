@@ -19,6 +19,7 @@ from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
 
 from agentft.data.calls import Attempt, CallFailure, Json, JsonRefused, ToolCall, read_json, read_request
+from agentft.data.grammar import MAX_CLOSING_MARKS_TRIED
 
 CallBody = tuple[ToolCall, ...] | CallFailure
 Types = Mapping[tuple[str, str], tuple[str, ...]]
@@ -33,8 +34,8 @@ _ROLES: dict[str, Literal["reasoning", "text", "call"]] = {
     "content": "text",
     "tool_calls": "call",
 }
-_CLOSES_TRIED = 64
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+_BLANKS = re.compile(r"\s*")
 _PLACE = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
 
 
@@ -143,10 +144,12 @@ class ResponseTemplate:
         begun = self.anchor.match(text) if self.anchor is not None else None
         position = outside = begun.end() if begun is not None else 0
         said = called = False
+        closes = (f.close for f in self.fields if f.role == "call" and f.close is not None)
+        last = max((match.start() for close in closes for match in close.finditer(text)), default=-1)
         field = next((f for f in self.fields if _ends_with(f.open, prompt)), None)
         if field is not None:
             again = field.open.match(text, position)
-            region, position = self._region(field, text, again.end() if again else position, {}, types)
+            region, position = self._region(field, text, again.end() if again else position, {}, types, last)
             yield region
             outside = position
         while (found := self._next(text, position, thinks=not said)) is not None:
@@ -158,7 +161,7 @@ class ResponseTemplate:
             if between:
                 said = said or bool(between.strip())
                 yield Region("text", between)
-            region, position = self._region(field, text, match.end(), match.groupdict(), types)
+            region, position = self._region(field, text, match.end(), match.groupdict(), types, last)
             called = called or field.role == "call"
             yield region
             outside = position
@@ -172,18 +175,22 @@ class ResponseTemplate:
 
     def _next(self, text: str, position: int, *, thinks: bool) -> tuple[_Field, re.Match[str]] | None:
         """Find the next region. A thought comes before all text, so that a text may name its mark."""
-        found = [
-            (field, match)
-            for field in self.fields
-            if (match := field.open.search(text, position)) is not None
-            and (field.role != "reasoning" or (thinks and not text[position : match.start()].strip()))
-        ]
+        blanks = _BLANKS.match(text, position)
+        begin = blanks.end() if blanks is not None else position
+        found = []
+        for field in self.fields:
+            if field.role != "reasoning":
+                match = field.open.search(text, position)
+            else:
+                match = (field.open.match(text, position) or field.open.match(text, begin)) if thinks else None
+            if match is not None:
+                found.append((field, match))
         return min(found, key=lambda each: (each[1].start(), -each[1].end()), default=None)
 
     def _region(
-        self, field: _Field, text: str, start: int, captures: Mapping[str, str], types: Types
+        self, field: _Field, text: str, start: int, captures: Mapping[str, str], types: Types, last: int
     ) -> tuple[Region, int]:
-        """Read the region that begins at `start`; return it and where the text goes on."""
+        """Read the region that begins at `start`; return it and where the text goes on. `last` is the last close of a call."""
         if field.role != "call":
             found = field.close.search(text, start) if field.close is not None else None
             stop, end = found.span() if found is not None else (len(text), len(text))
@@ -193,7 +200,8 @@ class ResponseTemplate:
             return Region("call", text[start:stop], True, field.read(text[start:stop], captures, types), True), stop
         again = next((m.start() for m in field.open.finditer(text, start) if m.end() > m.start()), len(text))
         failure = None
-        closes = list(islice(field.close.finditer(text, start), _CLOSES_TRIED))
+        found_closes = field.close.finditer(text, start) if start <= last else iter(())
+        closes = list(islice(found_closes, MAX_CLOSING_MARKS_TRIED))
         for close in closes:
             if field.narrow and close.start() > again:
                 break

@@ -11,6 +11,7 @@ from agentft.data.files import JsonTextError, parse_json_value
 from agentft.data.native_system import SystemReading, read_system
 from agentft.data.offered_tools import read_offered_tools
 from agentft.data.records import Rejection, read_record
+from agentft.data.response import our_templates
 
 CALL = '<|startofthink|>{"api_name": "f", "parameters": {}}<|endofthink|>'
 
@@ -57,3 +58,12 @@ def test_a_tool_list_as_deep_as_a_record_may_be_is_read():
     entry = {"name": "f", "parameters": [{"name": "x", "default": nested}]}
     (tool,) = read_offered_tools(f"1. {json.dumps(entry)}")
     assert tool.problem is None
+
+
+@pytest.mark.parametrize(
+    "mark", ["<tool_call>", "<tool_call>x</tool_call>", "<think>", '{"name": ', "<|tool_call>call:f{"]
+)
+def test_an_answer_of_marks_alone_is_read(mark: str):
+    for template in our_templates():
+        said = template.read(mark * 20_000)
+        assert not said.calls
