@@ -61,7 +61,7 @@ def test_a_tool_list_as_deep_as_a_record_may_be_is_read():
 
 
 @pytest.mark.parametrize(
-    "mark", ["<tool_call>", "<tool_call>x</tool_call>", "<think>", '{"name": ', "<|tool_call>call:f{"]
+    "mark", ["<tool_call>", "<tool_call>{</tool_call>", "<think>", '{"name": ', "<|tool_call>call:f{"]
 )
 def test_an_answer_of_marks_alone_is_read(mark: str):
     for template in our_templates():
