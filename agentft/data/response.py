@@ -399,7 +399,7 @@ def _typed(text: str, types: Sequence[str]) -> Json:
     Where none is known or fits it is what JSON reads, and else a text.
     """
     try:
-        value = _strict(_PYTHON_WORDS.get(text.strip(), text))
+        value = read_json(_PYTHON_WORDS.get(text.strip(), text))
     except JsonRefused:
         return str(text)
     if not types:
@@ -452,7 +452,7 @@ def _read_json_body(body: str, args: Mapping[str, Any]) -> list[Json]:
         body = re.sub(f"{quoted}|{bare}", _as_json, body, flags=re.DOTALL)
     if not body.strip():
         return []
-    return _items(_strict(body))
+    return _items(read_json(body))
 
 
 def _as_json(found: re.Match[str]) -> str:
@@ -516,7 +516,7 @@ def _python_value(body: str, start: int, string: re.Pattern[str], *, escapes: bo
             raise JsonRefused(str(error)) from None
     if body[start : start + 1] in ("{", "["):
         end = _end_of_json(body, None, start)
-        return _strict(body[start:end]), end
+        return read_json(body[start:end]), end
     bare = re.compile(r"[^,()\[\]{}'\"\s]+").match(body, start)
     if bare is None:
         raise JsonRefused("an argument without a value")
@@ -536,26 +536,3 @@ _READERS: dict[str, Callable[[str, Mapping[str, Any]], list[Json]]] = {
     "python": _read_python,
 }
 _ANY_JSON = json.JSONDecoder(strict=False)
-
-
-def _strict(text: str) -> Json:
-    """Read JSON; a key that stands twice and a number too large to hold are refused."""
-    value = read_json(text)
-    _STRICT.decode(text)
-    return value
-
-
-def _once(pairs: list[tuple[str, Json]]) -> None:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise JsonRefused("a key stands twice")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if number in (float("inf"), float("-inf")):
-        raise JsonRefused(f"{digits} is too large a number")
-    return number
-
-
-_STRICT = json.JSONDecoder(strict=False, object_pairs_hook=_once, parse_float=_finite)
