@@ -39,7 +39,7 @@ from agentft.data.tokens import IGNORE_INDEX, Example, Span  # noqa: E402
 from agentft.model.adapters import prepare_for_training  # noqa: E402
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig  # noqa: E402
 from agentft.model.liger import load_liger  # noqa: E402
-from agentft.model.light_imports import import_model_libraries  # noqa: E402
+from agentft.model.quantization import import_peft  # noqa: E402
 from agentft.training.loss import LabelledLoss  # noqa: E402
 
 SHAPES = {
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
     arguments = parser.parse_args()
-    import_model_libraries()
+    import_peft()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else "CPU"

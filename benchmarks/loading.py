@@ -115,13 +115,12 @@ def load(option: str, method: str, dtype: torch.dtype, folder: Path, *, mapped: 
 
 def rank(payload: str) -> list[dict[str, float]]:
     """Run one case; every case has processes of its own."""
-    from agentft.model.light_imports import import_model_libraries
+    from agentft.model.quantization import import_peft
     from agentft.world import join_world, leave_world
 
     task = json.loads(payload)
     torch.set_num_threads(1)
-    import_model_libraries()
-    import peft  # noqa: F401
+    import_peft()
 
     if task["option"].startswith("deepspeed"):
         import deepspeed  # noqa: F401

@@ -1,7 +1,7 @@
 """ZeRO by DeepSpeed: the optimiser's state, gradients and weights in shards, on the devices or in the machine's memory.
 
 Rajbhandari et al., 2020, ZeRO (arXiv 1910.02054); Ren et al., 2021, ZeRO-Offload (arXiv 2101.06840). The optimiser is
-agentft's own AdamW over DeepSpeed's fp32 partitions, with offload too, so no operator is compiled. Frozen weights keep
+torch's AdamW over DeepSpeed's fp32 partitions, with offload too, so no operator is compiled. Frozen weights keep
 their dtype beside adapters in fp32; a full fine-tuning in bf16 uses DeepSpeed's bf16 with fp32 masters.
 """
 

@@ -120,7 +120,7 @@ def require_engine(config: DistributedConfig, *, gpus: int, fp16_weights: bool) 
     if _compiles_ops(config) and not _can_compile():
         raise ConfigError(
             f"distributed={config.name}: distributed.deepspeed.optimizer makes DeepSpeed compile its own Adam at first "
-            "use, and there is no C++ compiler (g++, or $CXX); install one, or leave that key out: agentft's AdamW needs none"
+            "use, and there is no C++ compiler (g++, or $CXX); install one, or leave that key out: torch's AdamW needs none"
         )
     if gpus and not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None and _compiles_ops(config):
         raise ConfigError(

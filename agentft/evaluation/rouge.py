@@ -1,9 +1,4 @@
-"""ROUGE-L that works on Chinese: rouge_score's interface and values, another tokenizer, a faster LCS.
-
-Values equal `rouge_score` 0.1.2, `RougeScorer(["rougeL"], tokenizer=CjkTokenizer())`, on every pair; the LCS length
-comes from the bit-parallel recurrence of Hyyrö (2004), "Bit-parallel LCS-length computation revisited", on Python
-integers.
-"""
+"""Score answers by ROUGE-L, with the package `rouge-score` and tokens that exist in Chinese."""
 
 from __future__ import annotations
 
@@ -11,8 +6,7 @@ import importlib
 import re
 import tempfile
 import unicodedata
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from agentft.errors import EvaluationError
 
@@ -33,14 +27,6 @@ _MARKS = "".join(
 _LETTER = f"[^\\W_{_HAN}{_KANA}{_HANGUL}]"
 _TOKEN = re.compile(f"[{_HAN}{_KANA}{_HANGUL}]|{_LETTER}(?:{_LETTER}|[{_MARKS}])*")
 _JOINERS = str.maketrans("", "", "\u200c\u200d")
-
-
-class Score(NamedTuple):
-    """Shares between 0 and 1, named as in `rouge_score.scoring.Score`."""
-
-    precision: float
-    recall: float
-    fmeasure: float
 
 
 class Tokenizer(Protocol):
@@ -88,48 +74,15 @@ class JiebaTokenizer:
         return [word for word in words if _TOKEN.search(word)]
 
 
-class RougeLScorer:
-    """Stands where `rouge_score.rouge_scorer.RougeScorer(["rougeL"], tokenizer=...)` would."""
+def rouge_l(reference: str, prediction: str, tokenizer: Tokenizer) -> float | None:
+    """Return the F1 of ROUGE-L, between 0 and 1; None where the reference has no token."""
+    if not tokenizer.tokenize(reference):
+        return None
+    # Imports nltk and scipy, a second and a half: only where an answer is scored.
+    from rouge_score.rouge_scorer import RougeScorer
 
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
-        self._tokenizer = tokenizer or CjkTokenizer()
-
-    def score(self, target: str, prediction: str) -> dict[str, Score]:
-        """Return `{"rougeL": Score}` of a prediction against its target."""
-        return {"rougeL": rouge_l(self._tokenizer.tokenize(target), self._tokenizer.tokenize(prediction))}
-
-
-def rouge_l(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> Score:
-    """Return ROUGE-L of two token sequences; all zero where one is empty, as in `rouge_score`."""
-    if not target or not prediction:
-        return Score(0.0, 0.0, 0.0)
-    common = lcs_length(target, prediction)
-    precision = common / len(prediction)
-    recall = common / len(target)
-    # The same operations in the same order as rouge_score.scoring.fmeasure: equal to the last bit.
-    fmeasure = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
-    return Score(precision, recall, fmeasure)
-
-
-def lcs_length(left: Sequence[Hashable], right: Sequence[Hashable]) -> int:
-    """Return the length of the longest common subsequence.
-
-    Bit i of `unmatched` is 0 where the LCS grows at position i of the longer sequence, so one addition updates a whole
-    row of the dynamic programme: O(shorter x longer / 30) word operations.
-    """
-    longer, shorter = (left, right) if len(left) >= len(right) else (right, left)
-    positions: dict[Hashable, int] = {}
-    bit = 1
-    for token in longer:
-        positions[token] = positions.get(token, 0) | bit
-        bit <<= 1
-    everything = bit - 1
-    unmatched = everything
-    for token in shorter:
-        matches = unmatched & positions.get(token, 0)
-        if matches:
-            unmatched = ((unmatched + matches) | (unmatched - matches)) & everything
-    return len(longer) - unmatched.bit_count()
+    f1: float = RougeScorer(["rougeL"], tokenizer=tokenizer).score(reference, prediction)["rougeL"].fmeasure
+    return f1
 
 
 def detect_language(text: str) -> str:

@@ -403,7 +403,6 @@ def _text_scores(reference: str, prediction: str, jieba_tokenizer: Tokenizer | N
     scores: dict[str, Any] = {}
     tokenizers: dict[str, Tokenizer | None] = {"rouge_l": _CJK_TOKENIZER, "rouge_l_jieba": jieba_tokenizer}
     for name, tokenizer in tokenizers.items():
-        target = tokenizer.tokenize(reference) if tokenizer else []
-        if tokenizer and target:
-            scores[name] = rouge_l(target, tokenizer.tokenize(prediction)).fmeasure
+        if tokenizer and (f1 := rouge_l(reference, prediction, tokenizer)) is not None:
+            scores[name] = f1
     return scores

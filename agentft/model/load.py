@@ -32,7 +32,6 @@ from agentft.model.hub import FetchedModel, download_huggingface, download_model
 from agentft.model.hub_clients import HuggingFace, ModelScope
 from agentft.model.liger import INSTALL as LIGER_INSTALL
 from agentft.model.liger import LigerKernels, load_liger
-from agentft.model.light_imports import compiler_put_off
 from agentft.model.native import Kernels, load_kernels
 from agentft.model.quantization import keep_weights_as_quantized
 from agentft.model.random_weights import random_folder
@@ -276,15 +275,14 @@ def load_model(
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}
 
     def load(attention: str) -> Any:
-        with compiler_put_off():
-            return AutoModelForCausalLM.from_pretrained(
-                files.folder,
-                dtype=dtype or "auto",
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=None if config.allow_pickle else True,
-                **quantized,
-            )
+        return AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            **quantized,
+        )
 
     # Models that do not ask transformers' interface would take our names for others of theirs, or end in a KeyError.
     ours = attention in _OURS

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ModelError
 from agentft.model.config import QloraConfig, SftConfig
-from agentft.model.light_imports import without_hub_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +60,7 @@ def import_bitsandbytes() -> Any:
     Raises:
         ModelError: it does not start here.
     """
-    with without_hub_kernels():
+    with _without_hub_kernels():
         try:
             import bitsandbytes
         except Exception as error:  # it looks for CUDA libraries while it is imported
@@ -66,6 +68,29 @@ def import_bitsandbytes() -> Any:
     # Each product in 8 bits would say that it rounds its input to fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
+
+
+def import_peft() -> None:
+    """Import peft, and bitsandbytes with it where that is installed, without kernels from a hub."""
+    with _without_hub_kernels():
+        importlib.import_module("peft")
+
+
+@contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    """Keep bitsandbytes from fetching code with the package `kernels` and running it, which it has no setting against."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would advise to install that package
+    kernels = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def keep_weights_as_quantized(model: torch.nn.Module) -> None:

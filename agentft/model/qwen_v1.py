@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TARGET = "Qwen2"
 """Architecture of transformers that the checkpoint becomes."""
 
-VERSION = 1
+VERSION = 2
 """Part of the key of a converted folder; raised when this module writes something else than before."""
 
 _SPELLINGS = {

@@ -1,20 +1,12 @@
-"""`qwen.tiktoken` as a fast tokenizer with the same ids.
-
-The file lists byte strings with their ranks: a byte-pair encoding in which, of all neighbours whose concatenation is
-listed, the pair of lowest rank is joined first. A fast tokenizer wants the pairs themselves. Each listed string arises
-from exactly one pair, the last two pieces left when it is encoded with the lower ranks alone; inside a longer text the
-joins within its borders come in the same order, so the listed pairs are all that ever join.
-"""
+"""Read `qwen.tiktoken`, byte strings with the ranks by which pairs are joined, as a fast tokenizer with the same ids."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agentft.data.vocabulary_bytes import byte_level_alphabet
 from agentft.errors import ModelError
 
 RANKS_NAME = "qwen.tiktoken"
@@ -61,59 +53,21 @@ def end_of_text_id(path: Path) -> int:
     return len(read_ranks(path))
 
 
-def merges_of(ranks: Mapping[bytes, int], origin: str) -> list[tuple[bytes, bytes]]:
-    """Return the pairs that are joined, the first to be joined first.
-
-    Raises:
-        ModelError: a listed string that no pair gives, so the file is no byte-pair encoding.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        pieces = _pieces_below(token, rank, ranks)
-        if len(pieces) != 2:
-            raise ModelError(f"{origin}: {token!r} is not the join of two earlier tokens")
-        merges.append((pieces[0], pieces[1]))
-    return merges
-
-
-def _pieces_below(token: bytes, limit: int, ranks: Mapping[bytes, int]) -> list[bytes]:
-    pieces = [token[i : i + 1] for i in range(len(token))]
-    while len(pieces) > 2:
-        joined = [ranks.get(a + b, limit) for a, b in zip(pieces, pieces[1:], strict=False)]
-        lowest = min(joined)
-        if lowest >= limit:
-            break
-        at = joined.index(lowest)
-        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-    return pieces
-
-
 def fast_tokenizer(path: Path) -> Any:
     """Build a `PreTrainedTokenizerFast` from a ranks file.
 
     Raises:
-        ModelError: the file is missing or no byte-pair encoding.
+        ModelError: see `read_ranks`.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    ranks = read_ranks(path)
-    letters = _letters()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
-    merges = [(spelled[left], spelled[right]) for left, right in merges_of(ranks, str(path))]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
+    converter = TikTokenConverter(path, pattern=PATTERN, extra_special_tokens=SPECIAL_TOKENS)
+    # Its own reader needs tiktoken, which copies the file into the machine's temporary folder and trusts what lies there.
+    converter.load_tiktoken_bpe = read_ranks
+    backend = converter.converted()
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
@@ -121,9 +75,3 @@ def fast_tokenizer(path: Path) -> Any:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def _letters() -> list[str]:
-    """The printable letter that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    by_byte = {byte: letter for letter, byte in byte_level_alphabet().items()}
-    return [by_byte[byte] for byte in range(256)]

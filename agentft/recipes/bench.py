@@ -16,7 +16,6 @@ from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.config import Attention, FullConfig, trains_weights
 from agentft.model.liger import LigerKernels
-from agentft.model.light_imports import import_model_libraries
 from agentft.model.load import (
     ModelFiles,
     choose_attention,
@@ -29,7 +28,7 @@ from agentft.model.load import (
     take_attention,
 )
 from agentft.model.native import Kernels
-from agentft.model.quantization import quantization_config
+from agentft.model.quantization import import_peft, quantization_config
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.prepare import PreparedData, prepare_data
 from agentft.recipes.probe import Ways, ask_stock, probe
@@ -72,7 +71,7 @@ def _pad_id(tokenizer: Any, stop_id: int) -> int:
 
 def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
-    import_model_libraries()
+    import_peft()
     device = runtime.set_up(config.threads)
     runtime.seed_everything(config.seed)
     dtype = choose_dtype(config.model.dtype, device)

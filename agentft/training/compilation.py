@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from agentft.model.causal import causal_model
-from agentft.model.light_imports import tell_the_compiler
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +18,6 @@ def compile_blocks(model: nn.Module) -> int:
     The mathematics is that of the plain blocks; sums may be taken in another order. Layers get the forward pass back that
     they came with: the compiler fuses that itself, and cannot see into steps of autograd written by hand.
     """
-    tell_the_compiler()
     decoder: Any = causal_model(model).get_decoder()
     for module in decoder.modules():
         vars(module).pop("forward", None)

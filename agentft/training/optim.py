@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,20 +12,9 @@ from torch import nn
 from agentft.training.config import Schedule, TrainingConfig
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's own, without the wrappers that load torch's compiler (0.7 CPU-seconds) when they are first called.
-
-    They keep the compiler out of the optimiser; nothing here compiles one.
-    """
-
-    step: Any = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group: Any = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    zero_grad: Any = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    state_dict: Any = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict: Any = inspect.unwrap(torch.optim.AdamW.load_state_dict)
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig, rate_factors: Mapping[str, float] | None = None) -> AdamW:
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, rate_factors: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) over the trained parameters; only matrices decay.
 
     Args:
@@ -42,7 +29,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, rate_factors: Mapp
             groups.setdefault((factor, decay), []).append(parameter)
     # Those at the plain rate first: the first group's rate is the one that is logged.
     ordered = sorted(groups.items(), key=lambda item: (item[0][0] != 1.0, -item[0][1]))
-    return AdamW(
+    return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": decay, "lr": factor * config.learning_rate}
             for (factor, decay), parameters in ordered
