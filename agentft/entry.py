@@ -33,6 +33,13 @@ def evaluate() -> None:
 
 
 def _train(config: TrainConfig) -> float | None:
+    from agentft.recipes.resume import objective_of_finished
+
+    if (done := objective_of_finished(config)) is not None:
+        sys.stderr.write(
+            f"{config.run_dir}: this run is finished, nothing is left to do; evaluate.py and export read it\n"
+        )
+        return done[0]
     # Imported here: composing, refusing a typo and --help must not wait for torch.
     from agentft.recipes.train import train
 

@@ -95,6 +95,27 @@ def _tell_of_lost_consoles() -> None:
                 os.dup2(nowhere.fileno(), console.fileno())
 
 
+class _HeldFile(logging.FileHandler):
+    """Touches its file only from `write_held` on; lines before wait in memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        self._waiting: list[logging.LogRecord] | None = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._waiting is None:
+            super().emit(record)
+        else:
+            self._waiting.append(record)
+
+    def write_held(self) -> None:
+        """Write what waited; the file's folder is made."""
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        waiting, self._waiting = self._waiting or [], None
+        for record in waiting:
+            super().emit(record)
+
+
 def _may_show() -> bool:
     """Whether there may be a terminal: rich looks closer, but takes a fifth of a second to be imported."""
     return sys.stderr.isatty() or "FORCE_COLOR" in os.environ or "ipykernel" in sys.modules
@@ -113,29 +134,43 @@ def console() -> Console:
     return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=160)
 
 
-def set_up_logging(log_file: Path) -> None:
-    """Send log lines to the console in short form, and to `log_file` with time and module."""
+def set_up_logging(log_file: Path, *, held: bool = False) -> None:
+    """Send log lines to the console in short form, and to `log_file` with time and module.
+
+    Held, the lines for the file wait in memory for `open_log_file`: a start that is refused leaves no trace.
+    """
     from rich.logging import RichHandler
 
     global _log_file
-    _log_file = log_file
-    _tell_of_lost_consoles()
+    _log_file = None
     screen = RichHandler(console=console(), show_path=False, show_level=False, omit_repeated_times=False, markup=False)
     screen.setFormatter(logging.Formatter("%(message)s"))
     screen.setLevel(logging.INFO)
     # Warnings of libraries are for whoever searches a fault: they go to the file.
     logging.captureWarnings(True)
     screen.addFilter(lambda record: record.name != "py.warnings")
-    file = logging.FileHandler(log_file, encoding="utf-8")
+    file = _HeldFile(log_file)
     file.setFormatter(_IN_FILE)
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
     root.addHandler(screen)
     root.addHandler(file)
+    if not held:
+        open_log_file()
     root.setLevel(logging.WARNING)
     logging.getLogger("agentft").setLevel(logging.INFO)
     install_log_redaction()
+
+
+def open_log_file() -> None:
+    """Write the lines that were held to their file, and all later ones at once."""
+    global _log_file
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _HeldFile):
+            handler.write_held()
+            _log_file = Path(handler.baseFilename)
+            _tell_of_lost_consoles()
 
 
 @contextmanager

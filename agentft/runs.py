@@ -41,11 +41,17 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self._lock: int | None = None
+        self._made_lock = False
+        self.begun = False
+        """True once this process writes here."""
         self._follows = False
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
-        """Makes the folder if need be and takes it for this process; refused while another process has it."""
+        """Makes the folder if need be and takes it for this process; refused while another process has it.
+
+        In the folder of a run not a byte changes before `begin` or the first write.
+        """
         run = cls(path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -54,6 +60,8 @@ class RunFolder:
                 f"{run.path}: the run folder cannot be made: {error.strerror}; choose another run_dir"
             ) from error
         run._take_lock()
+        if not run.has_run():
+            run.begin()
         return run
 
     @classmethod
@@ -81,6 +89,39 @@ class RunFolder:
                 "expected the folder that train.py named, for example runs/<name>"
             )
         return run
+
+    def has_run(self) -> bool:
+        """Say if a run has written its record here."""
+        return self.config_file.is_file() and self.record_file.is_file()
+
+    def begin(self) -> None:
+        """Say in `.lock` who has the folder: from here on its files change."""
+        if self._lock is not None and not self.begun:
+            content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}).encode()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, content, 0)
+        self.begun = True
+
+    def require_free(self) -> None:
+        """Refuse a folder in which another process trains; nothing is written and no lock stays.
+
+        Raises:
+            RunError: it is in use.
+        """
+        import fcntl
+
+        try:
+            lock = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            # Shared: the machines of one job may all ask at once.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise self._in_use(lock) from None
+        finally:
+            os.close(lock)
 
     @property
     def config_file(self) -> Path:
@@ -158,6 +199,7 @@ class RunFolder:
         """Replaces a file as a whole: a reader, or a crash at any moment, finds the old file or the new one."""
         if self._follows:
             return
+        self.begin()
         target = path if path.is_absolute() else self.path / path
         try:
             self._replace(target, text)
@@ -236,6 +278,8 @@ class RunFolder:
         """Gives the folder free for another process; also happens when this one ends, however it ends."""
         if self._lock is not None:
             _held_locks.discard(self._lock)
+            if self._made_lock and not self.begun:
+                self.lock_file.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
@@ -248,6 +292,7 @@ class RunFolder:
     def _take_lock(self) -> None:
         import fcntl
 
+        self._made_lock = not self.lock_file.exists()
         try:
             lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -261,18 +306,16 @@ class RunFolder:
                 # Some network file systems know no locks; refusing to train there would help nobody.
                 _log.warning("%s cannot be locked (%s): see to it that no other run writes there", self.path, error)
             else:
-                holder = os.pread(lock, 4096, 0)
+                refusal = self._in_use(lock)
                 os.close(lock)
-                raise RunError(
-                    f"{self.path} is in use by {_describe_holder(holder)}; "
-                    "wait for it, end it, or choose another run_dir"
-                ) from None
-        content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}).encode()
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, content, 0)
+                raise refusal from None
         _close_locks_in_forked_children()
         _held_locks.add(lock)
         self._lock = lock
+
+    def _in_use(self, lock: int) -> RunError:
+        holder = _describe_holder(os.pread(lock, 4096, 0))
+        return RunError(f"{self.path} is in use by {holder}; wait for it, end it, or choose another run_dir")
 
     def _must_be_held(self) -> None:
         if self._lock is None and not self._follows:

@@ -5,6 +5,7 @@ The file is a resolved configuration, such as the `config.yaml` of a run folder;
     python -m agentft.worker --write job.yaml distributed=fsdp model=qwen2.5-7b run_dir=runs/mine
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29400 -m agentft.worker --config job.yaml
 
+What allows pickles or code counts from the command line only: `--config job.yaml model.allow_pickle=true`.
 Nothing is composed in a rank, so all ranks have the same settings. `agentft.recipes.train.train` starts ranks by itself
 and needs none of this.
 """
@@ -14,10 +15,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from agentft.errors import AgentftError, ConfigError
+from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
+from agentft.recipes.config import TrainConfig
+from agentft.recipes.saved import config_from_yaml
 from agentft.signals import StopSignal, StopSignals
 
 
@@ -33,20 +38,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--write", type=Path, help="write such a file from the settings that follow, and do nothing else"
     )
-    parser.add_argument("settings", nargs="*", help="with --write: as for train.py; run_dir=... is needed")
+    parser.add_argument("settings", nargs="*", help="with --write: as for train.py, and run_dir=...")
     given = parser.parse_args(arguments)
     if given.write is not None:
         _write(given.write, given.settings)
         return
-    if given.config is None or given.settings:
+    trust = [each.name for each in fields(TrustConfig) if f"model.{each.name}=true" in given.settings]
+    if given.config is None or len(given.settings) > len(trust):
         raise ConfigError(
             "--config <file> is needed, and settings belong to --write; see python -m agentft.worker --help"
         )
     with StopSignals() as signals, signals.deferred():
         from agentft.recipes.train import train_rank
 
+        text = given.config.read_text(encoding="utf-8")
+        config_from_yaml(text, TrainConfig).model.require_typed(TrustConfig(**dict.fromkeys(trust, True)), given.config)
         with signals.at_once():
-            train_rank(given.config.read_text(encoding="utf-8"))
+            train_rank(text)
 
 
 def _write(path: Path, settings: Sequence[str]) -> None:

@@ -37,7 +37,8 @@ def to_config(composed: DictConfig, root: type[C]) -> C:
     except OmegaConfBaseException as error:
         # What it says of an interpolation: `Interpolation key 'sft_type.lr' not found`.
         raise ConfigError(f"{error.full_key!s}: {first_line(error)}") from error
-    assert isinstance(config, root)
+    if not isinstance(config, root):
+        raise ConfigError(f"--config-name: names a {type(config).__name__}, this program takes a {root.__name__}")
     return config
 
 

@@ -19,7 +19,7 @@ _EXAMPLES = {
   python train.py -m sft_type.rank=4,16 training.learning_rate=1e-4,3e-4     a sweep, 2 x 2 jobs
   python train.py --config-dir sweeps --config-name lora_rank_lr             a sweep from a file
   python train.py --config-dir runs/<run> --config-name config               a finished run again, in a new folder
-  python train.py run_dir=runs/<run>                     go on in the folder of an interrupted run
+  python train.py run_dir=runs/<run>                     go on with an interrupted run, by its own settings
 """,
     "evaluate": """\
   python evaluate.py run=runs/<run>                      the final weights of a run

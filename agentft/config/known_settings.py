@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from agentft.config.groups import conf_dir
+from agentft.model.config import TrustConfig
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.saved import SCHEMAS
 from agentft.settings import Number, numbers
@@ -38,7 +39,7 @@ def settings(
     """Every setting by its dotted name; of a group without a choice, those of all its schemas."""
     found: dict[str, Setting] = {}
     for field, setting in _fields(root):
-        if field not in SCHEMAS:
+        if field not in SCHEMAS or setting.hint is TrustConfig:
             found[field] = setting
             for part in _dataclasses_in(setting.hint):
                 found.update({f"{field}.{name}": inner for name, inner in _fields(part)})

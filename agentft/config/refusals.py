@@ -16,6 +16,7 @@ from agentft.config.known_settings import settings
 from agentft.config.overrides import Scope, values_of
 from agentft.config.wording import KEEP_IN_ENVIRONMENT, unknown_option
 from agentft.errors import ConfigError
+from agentft.recipes.config import TrainConfig
 from agentft.recipes.saved import SCHEMAS
 from agentft.secrets import is_secret_name
 
@@ -86,6 +87,18 @@ def _calls_something_else(name: str, value: str) -> bool:
         case "()" | "_partial_" | "_args_" | "custom_search_space":
             return True
     return False
+
+
+def refuse_settings_of_the_run(scope: Scope) -> None:
+    """`evaluate.py run=... model.dtype=fp32`: a setting that there is, and that is the run's."""
+    if "run" not in scope.root.__annotations__:
+        return
+    here, of_training = settings(scope.root), settings(TrainConfig)
+    for override in scope.overrides:
+        key = override.key_or_group
+        if (key not in here and key in of_training) or key == "model":
+            names = ", ".join(name for name in here if "." not in name)
+            raise ConfigError(f"{key}: is the run's, which stays as it was trained; settings here: {names}")
 
 
 def refuse_unknown_options(scope: Scope) -> None:

@@ -21,6 +21,7 @@ from agentft.config.arguments import parse_arguments
 from agentft.config.checking import C, to_config
 from agentft.config.composing import VERSION_BASE
 from agentft.config.groups import conf_dir
+from agentft.config.own_settings import OF_THE_RUN, own_settings
 from agentft.config.preflight import check_command
 from agentft.config.registration import register_resolvers, register_schemas
 from agentft.errors import AgentftError, ConfigError
@@ -50,7 +51,10 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
 
             sys.stdout.write(help_text(program, config_name, arguments.config_dir))
             return
-        sweep = check_command(config_name, arguments, root)
+        own = own_settings(arguments) if root is TrainConfig else None
+        if own is not None:
+            config_name = OF_THE_RUN
+        sweep = check_command(config_name, arguments, root, own)
     except ConfigError as error:
         if full_error:
             raise

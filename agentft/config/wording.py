@@ -67,7 +67,7 @@ def unknown_setting(key: str, root: type, choices: Mapping[str, str], folders: S
     by_name = {other.rpartition(".")[2]: other for other in reversed(known)}
     if near := nearest(name, [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]):
         suggestion = dotted(parent, near)
-    elif last in OLD_OPTIONS:
+    elif OLD_OPTIONS.get(last) in known:
         suggestion = OLD_OPTIONS[last]
     else:
         suggestion = by_name.get(nearest(last, list(by_name)) or "", "")

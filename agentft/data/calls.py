@@ -20,7 +20,9 @@ MAX_JSON_DEPTH = 200
 MAX_INTEGER_DIGITS = 4300
 """CPython's own limit for int(str); longer integers are refused instead of raised from inside the parser."""
 
-CallFailureReason = Literal["empty", "not_json", "not_an_object", "no_name", "parameters_not_an_object", "unclosed"]
+CallFailureReason = Literal[
+    "empty", "not_json", "not_an_object", "no_name", "parameters_not_an_object", "unclosed", "not_read"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,17 @@ class CallFailure:
 
     reason: CallFailureReason
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One span of a reply: what the model wrote where it meant to call."""
+
+    source: str
+    """The text between the marks."""
+    requests: tuple[ToolCall, ...]
+    """The calls in it, several if the span holds an array; empty if the span cannot be read."""
+    failure: CallFailure | None
 
 
 class JsonRefused(ValueError):  # noqa: N818
@@ -94,26 +107,29 @@ def read_call_body(body: str) -> tuple[ToolCall, ...] | CallFailure:
         return CallFailure("empty", "an empty list of calls")
     requests: list[ToolCall] = []
     for item in items:
-        request = _read_request(item)
+        request = read_request(item)
         if isinstance(request, CallFailure):
             return request
         requests.append(request)
     return tuple(requests)
 
 
-def _read_request(item: Json) -> ToolCall | CallFailure:
+def read_request(item: Json, name_key: str = "api_name", arguments_key: str = "parameters") -> ToolCall | CallFailure:
+    """Read one call; fields beside name and arguments become its extras."""
     if not isinstance(item, dict):
-        return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {_kind(item)}")
-    name = item.get("api_name")
+        return CallFailure(
+            "not_an_object", f"a call is an object with {name_key} and {arguments_key}, found {_kind(item)}"
+        )
+    name = item.get(name_key)
     if not isinstance(name, str) or not name.strip():
-        return CallFailure("no_name", f"api_name is {_kind(name)}, expected a non-empty string")
+        return CallFailure("no_name", f"{name_key} is {_kind(name)}, expected a non-empty string")
     # The runtime of the original reads a call without parameters as a call with none.
-    parameters = item.get("parameters", {})
+    parameters = item.get(arguments_key, {})
     if parameters is None:
         parameters = {}
     if not isinstance(parameters, dict):
-        return CallFailure("parameters_not_an_object", f"parameters is {_kind(parameters)}, expected an object")
-    extras = {key: value for key, value in item.items() if key not in ("api_name", "parameters")}
+        return CallFailure("parameters_not_an_object", f"{arguments_key} is {_kind(parameters)}, expected an object")
+    extras = {key: value for key, value in item.items() if key not in (name_key, arguments_key)}
     return ToolCall(name, parameters, extras=extras)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from typing import NamedTuple
 
 from agentft.data.call_places import Place, call_places
@@ -76,17 +76,6 @@ class Segment(NamedTuple):
         return Kind.call if self.kind in CALL_KINDS else self.kind
 
 
-class CallForm(StrEnum):
-    """How the calls of a step are written; `agentft.evaluation.parse.to_msagent` reads each of them."""
-
-    msagent = "msagent"
-    """JSON with `api_name` and `parameters` between think marks."""
-    hermes = "hermes"
-    """JSON with `name` and `arguments` between `<tool_call>` and `</tool_call>`."""
-    llama = "llama"
-    """Bare JSON with `name` and `parameters`; several are joined by `; `, text before them ends with `<|python_tag|>`."""
-
-
 @dataclass(frozen=True, slots=True)
 class MsagentTemplate:
     """The layout of the original script, byte for byte, plus a real stop token after every step.
@@ -97,7 +86,6 @@ class MsagentTemplate:
     stop_token: str
     thought_tokens: bool = False
     """`<think>` and `</think>` are tokens of the tokenizer; else they are letters."""
-    call_form = CallForm.msagent
 
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out; joined texts without stops are the original text."""

@@ -121,7 +121,10 @@ class EvaluationConfig(Settings, group="evaluation"):
 
     def vllm_arguments(self) -> dict[str, object]:
         """What `vllm_options` adds."""
-        return _json_object("vllm_options", self.vllm_options)
+        arguments = _json_object("vllm_options", self.vllm_options)
+        if "trust_remote_code" in arguments:
+            raise ConfigError("evaluation.vllm_options: trust_remote_code is given as model.trust_remote_code=true")
+        return arguments
 
 
 def _json_object(name: str, text: str | None) -> dict[str, object]:

@@ -24,7 +24,7 @@ from agentft.data.tokens import SegmentEncoder
 from agentft.evaluation.answer_file import Answerer
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.metrics import Metric, signature
-from agentft.evaluation.parse import EXEC_START, USER_TAGS, without_stops
+from agentft.evaluation.parse import own_words
 from agentft.evaluation.places import StepPlace, step_places
 from agentft.evaluation.resampling import ratio_intervals, sum_pieces
 from agentft.evaluation.step_scores import StepScore, score_step
@@ -100,12 +100,6 @@ def replay(
 def is_replayable(conversation: Conversation) -> bool:
     """Whether there is a call to follow, and each can be read."""
     return bool(conversation.tool_calls) and not any(message.malformed_calls for message in conversation.messages)
-
-
-def own_words(text: str) -> str:
-    """Return what of an answer stays in the history: all before the model speaks for a tool, the user or the system."""
-    ends = [position for mark in (EXEC_START, *USER_TAGS, "<|system|>") if (position := text.find(mark)) >= 0]
-    return without_stops(text[: min(ends, default=len(text))]).strip()
 
 
 def with_replies(conversation: Conversation, places: Sequence[StepPlace], replies: Sequence[str]) -> Conversation:

@@ -60,6 +60,10 @@ class StepRecord:
     """Whether the tool this step calls was called in training."""
     after_call: bool | None = None
     """Whether an answer step sums up a tool result; None: whether the previous step's reference calls."""
+    reference_reply: ParsedReply | None = None
+    """The reference as it was read in another layout than MSAgent's; None: the text is read."""
+    prediction_reply: ParsedReply | None = None
+    """The same of the prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,10 @@ class StepScore:
     exact_repaired: int = 0
     argument_f1_repaired: float = 0.0
     attempts_repaired: int = 0
+    thoughts: int = 0
+    """1 where the reference or the prediction thinks before it speaks."""
+    wellformed_thoughts: int = 0
+    """1 where the prediction does, and opens and closes its thoughts as the chat template asks."""
     rouge_l: float | None = None
     """F1 of an answer step; None on action steps and where the reference has no token."""
     rouge_l_jieba: float | None = None
@@ -160,8 +168,8 @@ def score_step(
         stop_texts: End-of-sequence texts of the model beside the common ones.
         jieba_tokenizer: Also score ROUGE-L on jieba's words.
     """
-    reference = parse_reply(record.reference, stop_texts=stop_texts)
-    prediction = parse_reply(record.prediction, stop_texts=stop_texts)
+    reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
+    prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)
     failure = next((attempt.failure for attempt in reference.attempts if attempt.failure), None)
     common: dict[str, Any] = {
         "conversation_id": record.conversation_id,
@@ -235,7 +243,8 @@ def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
 
 
 def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
-    calls = {number: parse_reply(record.reference).has_call for number, record in steps.items()}
+    replies = {number: record.reference_reply or parse_reply(record.reference) for number, record in steps.items()}
+    calls = {number: reply.has_call for number, reply in replies.items()}
     known = [record.offered for record in steps.values() if record.offered is not None]
     union = _by_name(tool for offered in known for tool in offered)
     language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
@@ -293,6 +302,8 @@ def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedR
         "url_references": len(urls),
         "url_matches": sum(_same_url(expected[pair.reference], predicted[pair.prediction]) for pair in urls),
         "offered_attempts": attempts if record.offered is not None else 0,
+        "thoughts": int(bool(reference.reasoning) or prediction.thought is not None),
+        "wellformed_thoughts": int(prediction.thought is True),
         "confusions": confusions,
         **hallucinations,
         **_repaired_counts(expected, prediction, pairs),

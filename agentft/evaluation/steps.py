@@ -3,18 +3,74 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from agentft.data.conversation import Conversation
+from agentft.data.calls import Attempt, CallFailure
+from agentft.data.chat_layout import ChatLayout
+from agentft.data.chat_template import any_of
+from agentft.data.conversation import Conversation, Message
 from agentft.data.examples import Rendered
+from agentft.data.grammar import GrammarError
 from agentft.data.msagent import as_msagent
-from agentft.data.render import CallForm, MsagentTemplate, with_history
+from agentft.data.native_system import read_system
+from agentft.data.render import MsagentTemplate, with_history
+from agentft.data.response import Said, parameter_types, said_text, thought_template
+from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
-from agentft.evaluation.parse import to_msagent
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, parse_reply, reply_of, without_end
 from agentft.evaluation.step_scores import OfferedTool, StepRecord
+
+_PROMPT_END = 32
+"""Tokens of the prompt that are looked at for a thought that it opens."""
+
+
+@dataclass(frozen=True)
+class ReplyReader:
+    """Reads what a model says in the layout of a chat template."""
+
+    layout: ChatLayout
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer; letters that spell a control token are told from the token."""
+        return said_text(ids, self.layout.template.tokenizer, self._control)
+
+    def prompt_end(self, ids: Sequence[int]) -> str:
+        """Return the text of the last tokens of a prompt."""
+        text: str = self.layout.template.tokenizer.decode(ids[-_PROMPT_END:], skip_special_tokens=False)
+        return text
+
+    def read(self, text: str, prompt: str, types: Mapping[Any, tuple[str, ...]], *, calls: bool) -> Said:
+        """Take an answer apart. Where the layout cannot be read, one that should call (`calls`) is a failed call."""
+        traits = self.layout.traits
+        ends = tuple(dict.fromkeys((*traits.stops, *traits.call_stops, *END_OF_SEQUENCE_TEXTS)))
+        kept = without_end(text, ends)
+        # Another turn is not what this one says.
+        control = self.layout.template.control_tokens
+        tags = any_of(tag for tag in USER_TAGS if tag.startswith(control))
+        if (other := re.search(f"(?:{any_of(ends)})\\s*(?={any_of(control)})|{tags}", kept)) is not None:
+            kept = kept[: other.start()]
+        response = choose_response(self.layout)
+        if response is not None:
+            said = response.read(kept, prompt, types)
+            return said if traits.reasoning else replace(said, thought=None)
+        return Said(
+            (Attempt(kept, (), CallFailure("not_read", "no response template reads this layout")),)
+            if calls
+            else (kept,)
+        )
+
+    @cached_property
+    def _control(self) -> dict[int, str]:
+        tokens = self.layout.template.control_tokens
+        return dict(zip(self.layout.template.tokenizer.convert_tokens_to_ids(list(tokens)), tokens, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +87,10 @@ class Step:
     """Position after the reference's stop token."""
     reference: str
     """In MSAgent form, whatever the layout: scores are comparable across layouts."""
-    call_form: CallForm = CallForm.msagent
-    """How the model was asked to write calls."""
+    message: Message | None = None
+    """The reference as a message; None where its text is all."""
+    reader: ReplyReader | None = None
+    """Of the layout of a chat template."""
 
     @property
     def context_hash(self) -> str:
@@ -43,34 +101,58 @@ class Step:
         """Join the step with what a model answered, in MSAgent form; `seen_tools` are the tools that training called."""
         conversation = self.conversation
         called = conversation.called_tools
+        replies: dict[str, Any] = {}
+        reference = self.reference
+        if self.reader is not None and self.message is not None:
+            expected = _said(self.message)
+            prompt = self.reader.prompt_end(self.input_ids[: self.start].tolist())
+            said = self.reader.read(prediction, prompt, self._types, calls=bool(self.message.tool_calls))
+            prediction, reference = msagent_text(said), reference or msagent_text(expected)
+            replies = {"prediction_reply": reply_of(said), "reference_reply": reply_of(expected)}
+        elif self.message is not None and any(message.reasoning_content for message in conversation.messages):
+            said, expected = thought_template().read(prediction), _said(self.message)
+            prediction = "".join(piece for piece in said.pieces if isinstance(piece, str)).strip()
+            for name, text, read in (("prediction", prediction, said), ("reference", reference, expected)):
+                reply = parse_reply(text)
+                replies[f"{name}_reply"] = replace(reply, reasoning=read.reasoning, thought=read.thought)
         return StepRecord(
             conversation_id=conversation.id,
             piece_of=conversation.piece_of,
             step=self.index,
-            reference=self.reference,
-            prediction=to_msagent(prediction, self.call_form),
+            reference=reference,
+            prediction=prediction,
             offered=_offered(conversation),
             language=conversation.language,
             rounds=conversation.rounds,
             seen_tool=called <= seen_tools if seen_tools is not None and called else None,
+            **replies,
         )
+
+    @property
+    def _types(self) -> dict[Any, tuple[str, ...]]:
+        conversation = self.conversation
+        tools = conversation.tools or [json.loads(tool) for tool in read_system(conversation.system).tools]
+        return parameter_types(tools, conversation.tool_calls)
 
 
 def conversation_steps(conversation: Conversation, example: Example, template: Layout) -> list[Step]:
     """Return the steps of one conversation in order; `example` is its tokenised form."""
-    conversation = as_msagent(conversation)
-    references = _reference_texts(conversation, example.context_rounds)
-    return [
-        Step(conversation, index, example.input_ids, start, stop, reference, call_form_of(template))
-        for index, ((start, stop), reference) in enumerate(zip(example.steps(), references, strict=True))
+    reader = None if isinstance(template, MsagentTemplate) else ReplyReader(template)
+    # A chat template also says what MSAgent text cannot.
+    with suppress(GrammarError) if reader is not None else nullcontext():
+        conversation = as_msagent(conversation)
+    messages = [
+        message
+        for message, history in with_history(conversation, example.context_rounds)
+        if message.role == "assistant" and not history
     ]
-
-
-def call_form_of(layout: Layout) -> CallForm:
-    """Return how a model writes calls that was trained in this layout."""
-    if isinstance(layout, MsagentTemplate):
-        return CallForm.msagent
-    return CallForm.hermes if "<tool_call>" in layout.template.source else CallForm.llama
+    return [
+        Step(
+            conversation, index, example.input_ids, start, stop, message.source_text.strip(),
+            message, reader,
+        )
+        for index, ((start, stop), message) in enumerate(zip(example.steps(), messages, strict=True))
+    ]  # fmt: skip
 
 
 def steps_by_number(made: Rendered, layout: Layout) -> dict[int, Step]:
@@ -89,13 +171,12 @@ def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example]
     return [step for c in conversations if c.id in by_id for step in conversation_steps(c, by_id[c.id], template)]
 
 
-def _reference_texts(conversation: Conversation, context_rounds: int) -> list[str]:
-    """Collect what the agent says, step by step, in the words of the data, without what is only shown."""
-    return [
-        message.source_text.strip()
-        for message, history in with_history(conversation, context_rounds)
-        if message.role == "assistant" and not history
-    ]
+def _said(message: Message) -> Said:
+    """Return a message as if it had been read."""
+    attempts = [Attempt("", (call,), None) for call in message.tool_calls]
+    pieces: tuple[str | Attempt, ...] = (*[message.text] * bool(message.text.strip()), *attempts)
+    reasoning = (message.reasoning_content or "").strip()
+    return Said(pieces, reasoning, True if reasoning else None)
 
 
 def _offered(conversation: Conversation) -> tuple[OfferedTool, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -78,7 +78,30 @@ class RewrittenHistory(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ModelConfig(Settings, group="model"):
+class TrustConfig(Settings, group="model"):
+    """What is read or run although it could hide code: allowed by a command line, never by a file that it names."""
+
+    allow_pickle: bool = False
+    """Take weights that exist as pickles only (`.bin`), by torch's restricted reader. Counts from this command line only."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights. Counts from this command line only."""
+
+    def require_typed(self, typed: TrustConfig, source: object) -> None:
+        """Refuse what `source`, a file, allows and the command line does not.
+
+        Raises:
+            ConfigError: names the setting, and where it stands.
+        """
+        for each in fields(TrustConfig):
+            if getattr(self, each.name) and not getattr(typed, each.name):
+                raise ConfigError(
+                    f"model.{each.name}=true stands in {source} and counts from this command line only; refused. If you "
+                    f"trust where the weights come from, type model.{each.name}=true"
+                )
+
+
+@dataclass(kw_only=True)
+class ModelConfig(TrustConfig):
     """One model: where it is, how it talks, how it is loaded."""
 
     name: str
@@ -124,10 +147,6 @@ class ModelConfig(Settings, group="model"):
     frozen models and computes softmax and dropout, too; on CUDA Liger's kernels. See docs/performance.md."""
     offline: bool = False
     """Use what earlier runs have downloaded, and never the network."""
-    allow_pickle: bool = False
-    """Take weights that exist as pickles only (`.bin`), by torch's restricted reader. Off unless given; recorded."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the weights. Off unless given for this run; recorded."""
     shape: RandomShape | None = None
     """Shape of the model for `source=random`."""
     notes: str = ""

@@ -9,7 +9,7 @@ from agentft.data.findings import CODES
 from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.model.config import Dtype, KernelChoice, ModelConfig, SftConfig
+from agentft.model.config import Dtype, KernelChoice, ModelConfig, SftConfig, TrustConfig
 from agentft.settings import SEED, Settings
 from agentft.tracking import TrackingConfig
 from agentft.training.config import TrainingConfig
@@ -71,6 +71,10 @@ class EvaluateConfig(Settings):
     """CPU threads for torch; null: as the run was trained with."""
     output: str | None = None
     """Folder that answers and scores go to; null: the run's own. A job of a sweep gets one to itself."""
+    other_data: bool = False
+    """Score although the exam is not of the data that the checkpoint was trained with, and may hold what it has seen."""
+    model: TrustConfig = field(default_factory=TrustConfig)
+    """Of the run's model only what may be read or run: `model.allow_pickle`, `model.trust_remote_code`."""
 
 
 @dataclass(kw_only=True)
@@ -137,3 +141,5 @@ class ExportConfig(Settings):
     """`modelscope:owner/name` or `huggingface:owner/name`: upload the folder there, by the hub's own login."""
     private: bool = True
     """A repository that the upload has to create is private."""
+    model: TrustConfig = field(default_factory=TrustConfig)
+    """Of the run's model only what may be read or run: `model.allow_pickle`, `model.trust_remote_code`."""

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,9 @@ from agentft.recipes.modes import sit_likelihood, sit_replay
 from agentft.recipes.prepare import PreparedData, prepare_data
 from agentft.recipes.ranks import evaluate_on_ranks, is_spread, rank_of, threads_of_rank
 from agentft.recipes.report import show_exams
-from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
+from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, trained_config
 from agentft.runs import RunFolder, RunState, read_json
-from agentft.training.checkpoint import list_checkpoints, load_checkpoint
+from agentft.training.checkpoint import list_checkpoints, load_checkpoint, read_state
 from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """
     if not is_spread(config):
         return _evaluate_as(config, ALONE)
-    engine = (config.evaluation or saved_config(RunFolder.open(config.run).path).evaluation).engine
+    engine = (config.evaluation or trained_config(RunFolder.open(config.run).path, config.model).evaluation).engine
     if engine is not Engine.transformers:
         raise ConfigError(
             f"distributed={config.distributed.name} with evaluation.engine={engine}: ranks share out what the run's model "
@@ -95,7 +95,7 @@ def evaluate_rank(payload: str) -> EvaluateResult:
 
 def _evaluate_as(config: EvaluateConfig, world: World) -> EvaluateResult:
     source = RunFolder.open(config.run)
-    trained = saved_config(source.path)
+    trained = trained_config(source.path, config.model)
     settings = config.evaluation or trained.evaluation
     # No engine: each rank holds the model whole.
     alone = DistributedConfig(name="single")
@@ -103,69 +103,90 @@ def _evaluate_as(config: EvaluateConfig, world: World) -> EvaluateResult:
     folder = config.output or source.path
     with RunFolder.create(folder) if world.is_main else RunFolder.follow(folder) as target:
         said = target.path / "evaluate.log" if world.is_main else target.rank_log(world.rank)
-        said.parent.mkdir(parents=True, exist_ok=True)
-        progress.set_up_logging(said)
+        progress.set_up_logging(said, held=True)
         if config.output is None:
-            return _evaluate(trained, settings, config.checkpoint, source, target, world)
-        return _evaluate_apart(trained, settings, config.checkpoint, source, target, world)
+            return _evaluate(config, trained, settings, source, target, world)
+        return _evaluate_apart(config, trained, settings, source, target, world)
 
 
 def _evaluate_apart(
+    config: EvaluateConfig,
     trained: TrainConfig,
     settings: EvaluationConfig,
-    checkpoint: str,
     source: RunFolder,
     target: RunFolder,
     world: World,
 ) -> EvaluateResult:
     """Evaluate into a folder that looks like a run's, so that tables and comparisons of runs read it."""
-    trained_by = saved_config(source.path).distributed
-    saved = dataclasses.replace(trained, evaluation=settings, run_dir=str(target.path), distributed=trained_by)
-    evaluated = {"run": str(source.path), "checkpoint": checkpoint}
-    target.write_record(
-        config_yaml=config_to_yaml(saved),
-        command=[sys.executable, *sys.argv],
-        choices=None,
-        extra={"evaluated": evaluated},
-    )
-    target.update_status("running")
+    if target.has_run() and "evaluated" not in read_json(target.record_file):
+        raise ConfigError(f"output={config.output}: holds a training; choose another folder")
+
+    def begin() -> None:
+        trained_by = saved_config(source.path).distributed
+        saved = dataclasses.replace(trained, evaluation=settings, run_dir=str(target.path), distributed=trained_by)
+        target.write_record(
+            config_yaml=config_to_yaml(saved),
+            command=[sys.executable, *sys.argv],
+            choices=None,
+            extra={"evaluated": {"run": str(source.path), "checkpoint": config.checkpoint}},
+        )
+        target.update_status("running")
+
     try:
-        result = _evaluate(trained, settings, checkpoint, source, target, world, name="after")
+        result = _evaluate(config, trained, settings, source, target, world, name="after", begin=begin)
     except BaseException as error:
-        state: RunState = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        target.update_status(state, error=f"{type(error).__name__}: {error}")
+        if target.begun:
+            state: RunState = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            target.update_status(state, error=f"{type(error).__name__}: {error}")
         raise
     target.update_status("finished", objective=result.objective)
     return result
 
 
 def _evaluate(
+    config: EvaluateConfig,
     trained: TrainConfig,
     settings: EvaluationConfig,
-    checkpoint: str,
     source: RunFolder,
     target: RunFolder,
     world: World,
     name: str | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> EvaluateResult:
+    """Load what answers and what it is asked; only when both belong to the run, `begin` and change the folder."""
+    checkpoint = config.checkpoint
     if settings.engine is Engine.vllm:
         require_vllm()  # before weights are loaded
     if settings.engine is Engine.openai:
-        desk = _desk_without_weights(trained, source)
-        return _answer(name or _name(settings), _served(settings, desk.data), desk, settings, target, world)
+        desk = _desk_without_weights(trained)
+        other = _other_data(config, desk.data, source, None)
+        _begin(target, begin)
+        candidate = _served(settings, desk.data, other)
+        return _answer(name or _name(settings), candidate, desk, settings, target, world)
     name = name or _name(settings, checkpoint)
     with world.at_work("preparing data and model"):
         bench = set_up_bench(trained, world)
-    _refuse_other_data(bench.data, source)
-    _load_weights(bench, source, checkpoint)
+    path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)
+    other = _other_data(config, bench.data, source, path)
+    if path is not None:
+        load_trained_state(bench.model, load_checkpoint(path).tensors["trained"])
+        log.info("weights: %s", path)
+    _begin(target, begin)
     if settings.mode is Mode.likelihood:
-        return _likelihood(name, trained, bench, settings, target, world)
+        return _likelihood(name, trained, bench, settings, target, world, other)
     candidate = own_candidate(bench, settings)
+    candidate = Candidate(candidate.answerer, candidate.identity | other)
     desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
     if settings.engine is Engine.vllm:
         with _by_vllm(candidate, trained, bench, settings, target) as candidate:
             return _answer(name, candidate, desk, settings, target, world)
     return _answer(name, candidate, desk, settings, target, world)
+
+
+def _begin(target: RunFolder, begin: Callable[[], None]) -> None:
+    target.begin()
+    progress.open_log_file()
+    begin()
 
 
 def _name(settings: EvaluationConfig, checkpoint: str | None = None) -> str:
@@ -208,7 +229,13 @@ def _exam(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConf
 
 
 def _likelihood(
-    name: str, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder, world: World
+    name: str,
+    trained: TrainConfig,
+    bench: Bench,
+    settings: EvaluationConfig,
+    run: RunFolder,
+    world: World,
+    other: dict[str, str],
 ) -> EvaluateResult:
     count = settings.conversations
     examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
@@ -224,25 +251,24 @@ def _likelihood(
         run=run,
         world=world,
         piece_of={each.id: each.piece_of for each in bench.data.heldout if each.piece_of is not None},
+        about=other,
     )
     log.info("metrics: %s", run.metrics(name))
     return EvaluateResult(-report["metrics"]["loss"]["value"], run.metrics(name))
 
 
-def _desk_without_weights(trained: TrainConfig, run: RunFolder) -> _Desk:
+def _desk_without_weights(trained: TrainConfig) -> _Desk:
     """Lay out the same exam as the run's: its tokenizer decides which conversations fit."""
     tokenizer = load_tokenizer(locate_model(trained.model), trained.model)
     template = choose_layout(trained.model, tokenizer)
     encoder = SegmentEncoder(tokenizer)
-    data = prepare_data(trained.dataset, template, encoder)
-    _refuse_other_data(data, run)
-    return _Desk(template, encoder, data)
+    return _Desk(template, encoder, prepare_data(trained.dataset, template, encoder))
 
 
-def _served(settings: EvaluationConfig, data: PreparedData) -> Candidate:
+def _served(settings: EvaluationConfig, data: PreparedData, other: dict[str, str]) -> Candidate:
     endpoint = endpoint_of(settings)
     engine = OpenAIEngine(endpoint, shown_steps(data.heldout, data.heldout_examples))
-    return Candidate(engine, endpoint.identity())
+    return Candidate(engine, endpoint.identity() | other)
 
 
 @contextmanager
@@ -274,22 +300,29 @@ def _by_vllm(
         yield Candidate(engine, own.identity | changes)
 
 
-def _refuse_other_data(data: PreparedData, run: RunFolder) -> None:
-    saved = read_json(run.data_manifest)["fingerprint"]
-    if saved != data.fingerprint:
+def _other_data(config: EvaluateConfig, data: PreparedData, run: RunFolder, checkpoint: Path | None) -> dict[str, str]:
+    """Return nothing where the exam is of the data that the weights were trained with; else, if allowed, which it is.
+
+    Raises:
+        RunError: it is of other data, which may hold conversations of the training, and `other_data` is false.
+    """
+    manifest = read_json(run.data_manifest)
+    trained_on = manifest["fingerprint"] if checkpoint is None else read_state(checkpoint)["identity"]["data"]
+    if trained_on == data.fingerprint:
+        return {}
+    seen = len(set(manifest["train"]["ids"]).intersection(data.heldout_examples.ids))
+    new = len(set(data.heldout_content_hashes).difference(manifest["heldout"]["content_hashes"]))
+    found = (
+        f"{checkpoint or run.path} was trained with data {trained_on[:12]}, this exam is of data {data.fingerprint[:12]}: "
+        f"of its {len(data.heldout)} held-out conversations {new} are not those of the run's {run.data_manifest.name}, and "
+        f"{seen} have the id of one that it was trained on"
+    )
+    if not config.other_data:
         raise RunError(
-            f"{run.data_manifest}: the run was made with data {saved[:12]}, the same settings now give "
-            f"{data.fingerprint[:12]}: the files of the dataset have changed, so the exam would be another one"
+            f"{found}. The dataset, its split or its tokenizer has changed; other_data=true scores it all the same"
         )
-
-
-def _load_weights(bench: Bench, run: RunFolder, name: str) -> None:
-    """Put the weights of a checkpoint into the model: `base` leaves it untrained."""
-    if name == "base":
-        return
-    checkpoint = load_checkpoint(find_checkpoint(run, name))
-    load_trained_state(bench.model, checkpoint.tensors["trained"])
-    log.info("weights: %s", checkpoint.path)
+    log.warning("OTHER DATA: %s; the scores are not those of conversations held out from this training", found)
+    return {"other_data": data.fingerprint}
 
 
 def find_checkpoint(run: RunFolder, name: str) -> Path:

@@ -262,7 +262,9 @@ def prediction_rows(answers: Sequence[Answer], scores: Sequence[StepScore], data
                 "step": record.step,
                 "context_hash": step.context_hash,
                 "user": place.user(step.conversation),
-                "observations": [each.source_text.strip() for each in place.observations(step.conversation)],
+                "observations": [
+                    each.source_text.strip() or each.text for each in place.observations(step.conversation)
+                ],
                 "reference": record.reference,
                 "prediction": record.prediction,
                 **({} if answer.text == record.prediction else {"raw": answer.text}),

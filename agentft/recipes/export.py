@@ -23,7 +23,7 @@ from agentft.model.quantization import require_bitsandbytes
 from agentft.recipes.config import ExportConfig, TrainConfig
 from agentft.recipes.evaluate import find_checkpoint
 from agentft.recipes.model_card import model_card
-from agentft.recipes.saved import saved_config
+from agentft.recipes.saved import trained_config
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 from agentft.strict_json import json_text
@@ -50,7 +50,7 @@ def export(config: ExportConfig) -> ExportResult:
         ModelError: weights cannot be read or written, or the hub refuses.
     """
     run = RunFolder.open(config.run)
-    trained = saved_config(run.path)
+    trained = trained_config(run.path, config.model)
     if config.push is not None:
         parse_target(config.push)
     require_bitsandbytes(trained.sft_type)
@@ -127,8 +127,10 @@ def _dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def _stop_ids(layout: Layout, tokenizer: Any) -> list[int]:
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in stop_tokens(layout)]
+def _stop_ids(layout: Layout, tokenizer: Any) -> int | list[int]:
+    """Return the id that ends an answer, or the ids where there are several."""
+    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in stop_tokens(layout)]
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _write_how_to_talk(trained: TrainConfig, files: ModelFiles, folder: Path) -> None:

@@ -15,21 +15,10 @@ from agentft.model.config import KernelChoice, QloraConfig, SftConfig
 from agentft.model.liger import LigerKernels
 from agentft.model.native import Kernels
 from agentft.recipes.config import TrainConfig
+from agentft.training.identity import FREE
 
 if TYPE_CHECKING:
     from agentft.recipes.bench import Bench
-
-_FREE = (
-    "resume",
-    "fallback",
-    "allow_changes",
-    "stop_at",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "memory_check",
-)
-"""Settings of the loop that say where it saves and what it shows, not what it computes."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 """Packages whose release can change a loss in its last bits."""
@@ -37,7 +26,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "nump
 
 def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 1) -> dict[str, Any]:
     """Return everything that decides the losses of a run, by the words in which a difference is told."""
-    training = {key: str(value) for key, value in asdict(config.training).items() if key not in _FREE}
+    training = {key: str(value) for key, value in asdict(config.training).items() if key not in FREE}
     return {
         "data": bench.data.fingerprint,
         "model": bench.files.fingerprint,

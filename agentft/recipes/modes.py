@@ -79,13 +79,17 @@ def sit_likelihood(
     run: RunFolder,
     piece_of: Mapping[str, str] | None = None,
     world: World = ALONE,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure the loss of the references, write the files and return the report; `piece_of` as in `Likelihood`."""
+    """Measure the loss of the references, write the files, `about` among them, and return the report.
+
+    `piece_of` is that of `Likelihood`.
+    """
     started = time.perf_counter()
     found = spread_likelihood(world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast, stock=stock)
     report = found.to_json(draws=config.draws, seed=config.seed, piece_of=piece_of)
     report["conversations"] = found.rows()
-    run.write_json(run.metrics(name), report | {"seconds": round(time.perf_counter() - started, 3)})
+    run.write_json(run.metrics(name), report | {**(about or {}), "seconds": round(time.perf_counter() - started, 3)})
     for metric, value in report["metrics"].items():
         if value["value"] is not None:
             log.info("%s: %s %s", name, metric, _shown(value))

@@ -22,7 +22,7 @@ from agentft.data.config import HuggingFaceConfig, LocalConfig, ModelScopeConfig
 from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, QloraConfig
+from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, QloraConfig, TrustConfig
 from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.tracking import TrackingConfig
 from agentft.training.config import TrainingConfig
@@ -63,18 +63,24 @@ FILE = "config.yaml"
 _HEADER = """\
 # Every setting of this run. Again, in a new folder:
 #   python train.py --config-dir {folder} --config-name config
+# Go on in this folder:
+#   python train.py run_dir={folder}
 """
 
 
-def config_to_yaml(config: TrainConfig) -> str:
-    """Text of `config.yaml` for a composed config; `config_from_yaml` gives an equal config back."""
+def primary_config(config: TrainConfig) -> dict[str, Any]:
+    """Return a composed config as Hydra starts from it: a defaults list that names the schemas, and every value."""
     defaults: list[Any] = ["schema_train"]
     for group in SCHEMAS:
         defaults.append({group: _schema_name(group, type(getattr(config, group)))})
     # After the values, so that a rerun takes a folder of its own and not the one that is written down here.
     defaults += ["_self_", "run_folder"]
-    plain = {"defaults": defaults, **_plain(config)}
-    text: str = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    return {"defaults": defaults, **_plain(config)}
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """Text of `config.yaml` for a composed config; `config_from_yaml` gives an equal config back."""
+    text: str = yaml.dump(primary_config(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return _HEADER.format(folder=config.run_dir) + text
 
 
@@ -111,6 +117,18 @@ def saved_config(run_dir: str | Path) -> TrainConfig:
         return config_from_yaml(path.read_text(encoding="utf-8"), TrainConfig)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def trained_config(run_dir: str | Path, typed: TrustConfig) -> TrainConfig:
+    """The config of the run in `run_dir`, with the trust that this command line gives and not the folder's own.
+
+    Raises:
+        ConfigError: the folder allows code or pickles, which `typed` does not.
+    """
+    config = saved_config(run_dir)
+    config.model.require_typed(typed, Path(run_dir) / FILE)
+    trust = {each.name: getattr(typed, each.name) for each in dataclasses.fields(TrustConfig)}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **trust))
 
 
 class _Dumper(yaml.SafeDumper):

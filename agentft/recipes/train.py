@@ -20,7 +20,7 @@ from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
 from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop
-from agentft.errors import RunError
+from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.answer_file import Answerer
 from agentft.model.adapters import count_parameters
 from agentft.recipes.bench import Bench, set_up_bench, set_up_engine
@@ -48,6 +48,7 @@ from agentft.recipes.ranks import (
     threads_of_rank,
 )
 from agentft.recipes.report import show_exams
+from agentft.recipes.resume import changed_settings
 from agentft.recipes.saved import config_to_yaml
 from agentft.recipes.watch import Watch
 from agentft.runs import RunFolder, RunState
@@ -55,12 +56,21 @@ from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.engine import Engine
-from agentft.training.loop import Job, Outcome, train_model
+from agentft.training.loop import Job, Outcome, Start, find_start, train_model
 from agentft.training.memory_snapshot import snapshot_on_out_of_memory
 from agentft.training.packing import choose_row_tokens
 from agentft.world import ALONE, MARKS_VARIABLE, World
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """The steps of a training, what decides their losses, and the first that is still to be made."""
+
+    plan: StepPlan
+    identity: dict[str, Any]
+    start: Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
     Where `distributed` asks for ranks this starts them, and each runs the job with its share of the work.
 
     Raises:
-        AgentftError: anything the user can act on; the run folder's status says so too.
+        AgentftError: anything the user can act on; the run folder's status says so too, but of a start that is refused.
         StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder goes on.
     """
     with _another_turn_asked_for(), StopSignals.shared() as signals, signals.at_once():
@@ -114,10 +124,9 @@ def _another_turn_asked_for() -> Iterator[None]:
 def _train_as(config: TrainConfig, world: World) -> TrainResult:
     folder = RunFolder.create(config.run_dir) if world.is_main else RunFolder.follow(config.run_dir)
     with StopSignals.shared() as signals, folder as run:
-        said = run.log_file if world.is_main else run.rank_log(world.rank)
-        said.parent.mkdir(parents=True, exist_ok=True)
-        progress.set_up_logging(said)
-        run.update_status("running", step=0)
+        progress.set_up_logging(run.log_file if world.is_main else run.rank_log(world.rank), held=True)
+        if not run.has_run():
+            _begin(run)
         try:
             result = _train(config, run, signals, world)
         except BaseException as error:
@@ -130,15 +139,23 @@ def _train_as(config: TrainConfig, world: World) -> TrainResult:
         return result
 
 
+def _begin(run: RunFolder) -> None:
+    """From here on the run folder changes: in that of an earlier run only when it is sure to be the same training."""
+    run.begin()
+    progress.open_log_file()
+    run.update_status("running", step=0)
+
+
 def _conclude(error: BaseException, run: RunFolder) -> None:
     """Write down how a run ended that did not finish; nothing here may hide `error`."""
     asked = isinstance(error, KeyboardInterrupt)
     state: RunState = "stopped" if asked else "failed"
-    log.error("%s: %s", type(error).__name__, error, exc_info=not asked)
-    try:
-        run.update_status(state, error=f"{type(error).__name__}: {error}")
-    except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
-        log.error("%s cannot be written: %s", run.status_file, second)
+    if run.begun:
+        log.error("%s: %s", type(error).__name__, error, exc_info=not asked)
+        try:
+            run.update_status(state, error=f"{type(error).__name__}: {error}")
+        except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
+            log.error("%s cannot be written: %s", run.status_file, second)
 
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
@@ -148,6 +165,9 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         bench = set_up_bench(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
     engine = set_up_engine(config, bench, world, checkpointing=world.broadcast(plan.checkpointing))
+    course = _course(config, bench, run, world)
+    if not run.begun:
+        _begin(run)
     write_manifest(bench.data, run)
     run.write_record(
         config_yaml=config_to_yaml(config),
@@ -177,7 +197,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     )
     with tracker:
         before = _exam_before(config, bench, engine, run, tracker)
-        outcome = _fit(config, bench, engine, run, tracker, signals)
+        outcome = _fit(config, bench, engine, run, tracker, signals, course)
         write_final(bench.model, config.sft_type, bench.tokenizer, run, engine)
         after = _examine("after", config, bench, engine, run, tracker) if config.evaluation.after else None
         summary = _summary(bench, outcome, before, after)
@@ -188,6 +208,24 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         log.info("time: %s", describe_seconds(outcome.seconds))
         log.info("run folder: %s", run.path)
     return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
+
+
+def _course(config: TrainConfig, bench: Bench, run: RunFolder, world: World) -> _Course:
+    """Find where the training goes on; refuses, before anything is written, a folder of another one."""
+    plan = StepPlan(
+        examples=len(bench.data.train),
+        examples_per_step=config.training.micro_batch * config.training.accumulation,
+        epochs=config.training.epochs,
+        max_steps=config.training.max_steps,
+        seed=config.seed,
+    )
+    same = identity(config, bench, plan, ranks=world.size)
+    try:
+        return _Course(plan, same, find_start(run.checkpoints, config.training, same, world))
+    except CheckpointError as error:
+        if run.has_run() and (changed := changed_settings(config, run)):
+            raise ConfigError(f"{error}. Settings that differ: {'; '.join(changed)}") from error
+        raise
 
 
 def _exam_before(config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker) -> Exam | None:
@@ -220,19 +258,18 @@ def _examine(
 
 
 def _fit(
-    config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker, signals: StopSignals
+    config: TrainConfig,
+    bench: Bench,
+    engine: Engine,
+    run: RunFolder,
+    tracker: Tracker,
+    signals: StopSignals,
+    course: _Course,
 ) -> Outcome:
     """Train, with everything the loop needs to know said here."""
-    training = config.training
+    training, plan = config.training, course.plan
     if bench.device.is_cuda:
         snapshot_on_out_of_memory(run.path)
-    plan = StepPlan(
-        examples=len(bench.data.train),
-        examples_per_step=training.micro_batch * training.accumulation,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        seed=config.seed,
-    )
     log.info(
         "training: %d steps of %d conversations, learning rate %g",
         plan.total_steps,
@@ -242,6 +279,7 @@ def _fit(
     watch = Watch(config.evaluation, bench, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: list[str]) -> None:
+        engine.world.broadcast(None)  # rank 0 has made the files that the others read here
         if step == 0 and run.was_started_before():
             log.warning("no checkpoint was saved before: the training starts at step 0 again")
         tracker.rewind(step)
@@ -276,7 +314,8 @@ def _fit(
         pad_id=bench.pad_id,
         device=runtime.torch_device(bench.device),
         checkpoints=run.checkpoints,
-        identity=identity(config, bench, plan, ranks=engine.world.size),
+        identity=course.identity,
+        start=course.start,
         evaluate=evaluate,
         evaluation_steps=config.evaluation.steps,
         best_metric=config.evaluation.best_metric,

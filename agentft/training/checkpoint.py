@@ -89,9 +89,15 @@ def load_checkpoint(path: Path, *, check: bool = True) -> Checkpoint:
     """
     if check and (problem := find_damage(path)):
         raise CheckpointError(f"{path}: {problem}")
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    state = read_state(path)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(path=path, step=state["step"], tensors=tensors, state=state)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return everything of a whole checkpoint but its tensors."""
+    state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def find_damage(path: Path) -> str | None:

@@ -27,12 +27,12 @@ from agentft.runtime import memory_in_use_bytes
 from agentft.signals import StopSignal
 from agentft.training import random_state
 from agentft.training.checkpoint import (
-    Checkpoint,
     clear_unfinished,
     list_checkpoints,
     load_checkpoint,
     newest_whole,
     prune_checkpoints,
+    read_state,
     save_checkpoint,
 )
 from agentft.training.clock import Clock, Meter
@@ -42,6 +42,7 @@ from agentft.training.guards import NumberGuard
 from agentft.training.identity import require_same
 from agentft.training.optim import build_schedule
 from agentft.training.out_of_memory import accumulate_within_memory
+from agentft.world import World
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,18 @@ class Job:
     fp16: bool = False
     row_tokens: int | None = None
     """Tokens in a packed row; None: micro-batches are padded."""
+    start: Start | None = None
+    """Where `find_start` has found that it begins; None: it is asked when the loop starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a training begins."""
+
+    checkpoint: Path | None
+    """Whole, and of this training; None: the first step."""
+    changes: list[str]
+    """What differs from the run that saved it, and may."""
 
 
 @dataclass
@@ -348,14 +361,14 @@ def _save(job: Job, counters: Counters, schedule: torch.optim.lr_scheduler.LRSch
 
 
 def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counters:
-    checkpoint = _find_checkpoint(job)
-    if checkpoint is None:
+    start = job.start or find_start(job.checkpoints, job.config, job.identity, job.engine.world)
+    if start.checkpoint is None:
         if job.engine.world.is_main:
             clear_unfinished(job.checkpoints, after=0)
         job.on_start(0, [])
         return Counters()
+    checkpoint = load_checkpoint(start.checkpoint, check=False)
     state = checkpoint.state
-    changes = require_same(checkpoint.path, state["identity"], job.identity, allow=job.config.allow_changes)
     if job.engine.world.is_main:
         clear_unfinished(job.checkpoints, after=checkpoint.step)
     job.engine.load(checkpoint.tensors["trained"], checkpoint.tensors["optimizer"], state["engine"])
@@ -363,20 +376,23 @@ def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counter
     schedule.load_state_dict(state["schedule"] | {"lr_lambdas": lambdas})
     random_state.restore(checkpoint.tensors["random"], state["random"])
     log.info("going on from %s", checkpoint.path)
-    job.on_start(checkpoint.step, changes)
+    job.on_start(checkpoint.step, start.changes)
     return Counters(**state["counters"])
 
 
-def _find_checkpoint(job: Job) -> Checkpoint | None:
-    """Return the checkpoint to go on from. Rank 0 looks for it and checks it, so that all take the same."""
-    mode, world = job.config.resume, job.engine.world
-    if mode is Resume.never:
-        if list_checkpoints(job.checkpoints):
-            raise CheckpointError(f"{job.checkpoints} has checkpoints; training.resume=auto goes on from the newest")
-        return None
-    path = world.broadcast(newest_whole(job.checkpoints, fallback=job.config.fallback) if world.is_main else None)
+def find_start(checkpoints: Path, config: TrainingConfig, identity: Mapping[str, Any], world: World) -> Start:
+    """Find where a training begins, and change nothing. Rank 0 looks and checks, so that all ranks take the same.
+
+    Raises:
+        CheckpointError: `resume` cannot be honoured, or the checkpoint belongs to another training.
+    """
+    if config.resume is Resume.never:
+        if list_checkpoints(checkpoints):
+            raise CheckpointError(f"{checkpoints} has checkpoints; training.resume=auto goes on from the newest")
+        return Start(None, [])
+    path = world.broadcast(newest_whole(checkpoints, fallback=config.fallback) if world.is_main else None)
     if path is None:
-        if mode is Resume.must:
-            raise CheckpointError(f"{job.checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
-        return None
-    return load_checkpoint(path, check=False)
+        if config.resume is Resume.must:
+            raise CheckpointError(f"{checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
+        return Start(None, [])
+    return Start(path, require_same(path, read_state(path)["identity"], identity, allow=config.allow_changes))

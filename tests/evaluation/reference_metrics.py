@@ -22,7 +22,8 @@ Step = dict[str, Any]
 Ratio = tuple[Fraction | float, int]
 """Numerator and denominator."""
 
-CUTS = ("<|startofexec|>", "<|user|>", "</s>", "<|endoftext|>", "<|im_end|>")
+CUTS = ("<|startofexec|>", "<|user|>", "<|im_start|>user", "<|im_end|>\n<|im_start|>")
+ENDS = ("</s>", "<|endoftext|>", "<|im_end|>")
 HEADER = "<|assistant|>:"
 
 
@@ -52,6 +53,9 @@ def read(text: str) -> Said:
     text = text.removeprefix(HEADER)
     for cut in CUTS:
         text = text.split(cut)[0]
+    while text.rstrip().endswith(ENDS):
+        text = text.rstrip()
+        text = next(text.removesuffix(end) for end in ENDS if text.endswith(end))
     said = Said()
     for body in re.findall(r"<\|startofthink\|>(.*?)<\|endofthink\|>", text, re.DOTALL):
         found = read_calls(body)

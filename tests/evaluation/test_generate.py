@@ -45,7 +45,7 @@ def model(byte_tokenizer):
 def _answers(model, byte_tokenizer, steps, slots, new=12, speculation=16):
     stop = byte_tokenizer.eos_token_id
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_id=stop, slots=slots, max_new_tokens=new, speculation=speculation
+        model, byte_tokenizer, stop_ids=[stop], slots=slots, max_new_tokens=new, speculation=speculation
     )
     return generator.answer(steps)
 
@@ -107,7 +107,7 @@ def test_guesses_are_checked_and_save_passes(model, byte_tokenizer, steps):
     for speculation in (0, 16):
         stop = byte_tokenizer.eos_token_id
         generator = GreedyGenerator(
-            model, byte_tokenizer, stop_id=stop, slots=4, max_new_tokens=40, speculation=speculation
+            model, byte_tokenizer, stop_ids=[stop], slots=4, max_new_tokens=40, speculation=speculation
         )
         generator.answer(steps)
         work[speculation] = generator.counts
@@ -117,7 +117,7 @@ def test_guesses_are_checked_and_save_passes(model, byte_tokenizer, steps):
 
 
 def test_what_a_conversation_shares_is_computed_once(model, byte_tokenizer, steps):
-    generator = GreedyGenerator(model, byte_tokenizer, stop_id=byte_tokenizer.eos_token_id, slots=2, max_new_tokens=1)
+    generator = GreedyGenerator(model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=2, max_new_tokens=1)
     generator.answer(steps)
     contexts = {}
     for step in steps:
@@ -164,7 +164,7 @@ def test_a_model_with_attention_of_its_own_is_refused_and_no_model_is_left_chang
 
 def test_answers_come_in_the_order_of_the_steps_and_each_is_reported_once(model, byte_tokenizer, steps):
     heard = []
-    generator = GreedyGenerator(model, byte_tokenizer, stop_id=byte_tokenizer.eos_token_id, slots=3, max_new_tokens=4)
+    generator = GreedyGenerator(model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=3, max_new_tokens=4)
     answers = generator.answer(steps, heard.append)
     assert [a.step for a in answers] == list(steps)
     assert sorted(id(a) for a in heard) == sorted(id(a) for a in answers)

@@ -104,7 +104,7 @@ def test_plan_table_and_confusions_of_the_worked_example() -> None:
 
 
 def test_signature_says_what_was_measured() -> None:
-    assert report(*EXAM).signature == "agentft-eval|v1|tf|tok:cjk-char-v2|rl:f1|param:strict|align:bip|n:7"
+    assert report(*EXAM).signature == "agentft-eval|v2|tf|tok:cjk-char-v1|rl:f1|param:strict|align:bip|n:7"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentft.data.calls import ToolCall
-from agentft.data.render import CallForm
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, parse_reply, to_msagent
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, own_words, parse_reply
 from agentft.evaluation.repair import repair_call_body
 
 
@@ -27,62 +25,29 @@ def test_role_header_is_no_part_of_the_answer(header: str) -> None:
 
 
 @pytest.mark.parametrize("end", END_OF_SEQUENCE_TEXTS)
-def test_the_name_of_an_end_token_is_a_stop_at_the_very_end_and_letters_elsewhere(end: str) -> None:
-    """Answers and arguments about markup are not cut."""
-    assert parse_reply(f"yes{end}\n{end}").text == "yes"
-    assert parse_reply(f"{end} ends it").text == f"{end} ends it"
-    said = f"I look. {call('explain', token=f'what is {end}?')}"
-    for text in (said, said + end, f"{said}{end}\n<|startofexec|>{{}}<|endofexec|>"):
-        reply = parse_reply(text)
-        assert [request.arguments for request in reply.requests] == [{"token": f"what is {end}?"}]
-        assert reply.text == "I look."
-        assert to_msagent(text, CallForm.msagent) == text
+def test_an_end_of_sequence_is_a_stop_at_the_end_and_before_another_turn_and_a_text_elsewhere(end: str) -> None:
+    assert parse_reply(f"yes{end}").text == "yes"
+    assert parse_reply(f"yes {end}\n{end}\n").text == "yes"
+    assert parse_reply(f"yes{end}\n<|im_start|>assistant\n{call('invented')}").text == "yes"
+    assert parse_reply(f"Write {end} at the end.{end}").text == f"Write {end} at the end."
+    assert not parse_reply(f"yes{end}\n<|assistant|>:{call('invented')}").has_call
 
 
-def test_nothing_after_a_stop_text_that_was_given_counts() -> None:
+def test_a_stop_that_the_user_names_ends_an_answer_wherever_it_stands() -> None:
     reply = parse_reply(f"yes<END>and {call('invented')}", stop_texts=("<END>",))
     assert (reply.text, reply.has_call) == ("yes", False)
 
 
-@pytest.mark.parametrize(
-    "mark", ["<|endofthink|>", "<|startofexec|>", "<|im_start|>user", "</tool_call>", "<|startofthink|>"]
-)
-def test_marks_inside_the_strings_of_a_call_are_data(mark: str) -> None:
-    for written in (call("a", x=mark), f'<tool_call>{{"name": "a", "arguments": {{"x": "{mark}"}}}}</tool_call>'):
-        (request,) = parse_reply(f"so: {written}").requests
-        assert request.arguments == {"x": mark}
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ('{"name": "a", "arguments": {"x": 1}}', None),
-        ('{"name": "a", "parameters": {"x": 1}}', None),
-        ('[{"name": "a", "arguments": {"x": 1}}]', None),
-        ('{"name": "a", "arguments": {"x": 1e400}}', "not_json"),
-        ('{"name": "a", "arguments": {"x": 1, "x": 2}}', "not_json"),
-        ('{"name": "a", "arguments": [1]}', "parameters_not_an_object"),
-        ('{"name": "a", "kwargs": {"x": 1}}', "not_json"),
-        ('{"arguments": {"x": 1}}', "no_name"),
-        ('{"name": "a", "arguments": {"x": 1}', "unclosed"),
-    ],
-)
-def test_a_call_between_tool_call_marks_is_an_attempt(body: str, reason: str | None) -> None:
-    reply = parse_reply(f"so <tool_call>\n{body}\n</tool_call>")
-    (attempt,) = reply.attempts
-    assert reply.text == "so"
-    assert (attempt.failure and attempt.failure.reason) == reason
-    if reason is None:
-        assert attempt.requests == (ToolCall("a", {"x": 1}),)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ['[TOOL_CALLS][{"name": "a"}]', "<tool_call><function=a></function></tool_call>", '<|python_tag|>{"name": "a"}'],
-)
-def test_a_call_in_marks_that_are_not_read_is_a_malformed_attempt(text: str) -> None:
-    assert parse_reply(text).malformed == 1
-    assert parse_reply("The mark [TOOL_CALLS] begins a call.").has_call is False
+@pytest.mark.parametrize("mark", [*END_OF_SEQUENCE_TEXTS, "<|user|>:", "<|startofexec|>", "<|im_start|>user", "<END>"])
+def test_a_mark_in_a_string_of_a_readable_call_is_letters(mark: str) -> None:
+    text = f"I look. {call('explain', token=f'what is {mark}?')}"
+    reply = parse_reply(f"{text}</s>", stop_texts=("<END>",))
+    assert reply.requests[0].arguments == {"token": f"what is {mark}?"}
+    assert reply.text == "I look."
+    if mark != "<END>":
+        assert own_words(text) == text
+    broken = parse_reply(f"<|startofthink|>{{broken <|user|>: {mark}<|endofthink|> and more")
+    assert (broken.malformed, broken.text) == (1, "")
 
 
 def test_invented_tool_result_and_second_call_are_cut() -> None:

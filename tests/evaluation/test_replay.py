@@ -158,12 +158,12 @@ def test_a_native_layout_is_replayed_in_its_own_form(encoder, byte_tokenizer):
     template = choose_template("chatml", byte_tokenizer)
     said = {
         ("c", 0): '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
-        ("c", 2): "<think>An unfinished thought",
+        ("c", 2): "Models write <think> and <tool_call",
     }
     (episode,) = replay([conversation()], template, encoder, Scripted(said))
     assert episode.diverged is None, "letters that look like a mark are letters in the history"
     assert episode.words[0] == call("weather", city="Rome")
-    assert episode.words[2] == "<think>An unfinished thought"
+    assert episode.words[2] == "Models write <think> and <tool_call"
 
 
 def test_without_any_call_there_is_nothing_to_replay():
@@ -173,5 +173,6 @@ def test_without_any_call_there_is_nothing_to_replay():
 
 def test_words_for_others_are_cut():
     assert own_words("a b <|startofexec|>x") == "a b"
-    assert own_words("a</s>b</s>") == "a</s>b"
+    assert own_words("a</s>") == "a"
+    assert own_words("a</s>b") == "a</s>b"
     assert own_words("a<|user|>:b") == "a"

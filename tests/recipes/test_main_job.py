@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentft.config import compose, register_schemas, to_train_config
-from agentft.errors import CheckpointError, RunError
+from agentft.errors import ConfigError, RunError
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.saved import saved_config
@@ -146,7 +146,7 @@ def test_a_run_does_not_go_on_with_another_attention_unless_allowed(finished, tm
     folder = tmp_path / "run"
     shutil.copytree(finished.run_dir, folder)
     others = [name for name in ("eager", "sdpa") if name not in (finished.run_dir / "train.log").read_text("utf-8")]
-    with pytest.raises(CheckpointError, match=f"attention was '.*', is '{others[0]}'"):
+    with pytest.raises(ConfigError, match=f"attention was '.*', is '{others[0]}'"):
         train(quick_config(folder, f"model.attention={others[0]}"))
 
 
