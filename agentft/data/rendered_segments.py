@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from agentft.data.marked_text import MarkedText, Value
-from agentft.data.render import TRAINED_KINDS, Kind, Segment
+from agentft.data.render import Kind, Segment
 
 _NO_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 """How templates begin a step without a thought."""
@@ -180,7 +180,7 @@ def _add(
 ) -> None:
     """Add pieces as segments: control tokens of the template each by itself, neighbours of one fate as one."""
     for start, stop, kind, template in pieces:
-        shown = kind in TRAINED_KINDS and (history or (silent and kind is Kind.reasoning))
+        shown = Segment("", kind).spoken and (history or (silent and kind is Kind.reasoning))
         words = control.split(text[start:stop]) if template else [text[start:stop]]
         for number, word in enumerate(words):
             if not word:

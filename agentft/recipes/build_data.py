@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from agentft.data.config import DatasetConfig, Split
+from agentft.data.config import DatasetConfig, SpanWeights, Split
 from agentft.data.conversation import Origin
 from agentft.data.fit import Outcome
 from agentft.data.records import Rejection
@@ -313,7 +313,7 @@ class _Builder:
         talks = [row for use in heldout for row in use.talks]
         order = {name: np.asarray(of, dtype=np.int64) for name, of in (*rows.items(), ("talks", talks))}
         np.savez(self._folder / ORDER, train=order["train"], heldout=order["heldout"], talks=order["talks"])
-        digest = sha256(repr(self._config.span_weights).encode())
+        digest = sha256(_said(self._config.span_weights).encode())
         for row in (*rows["train"], -1, *rows["heldout"]):
             digest.update(self._examples.digests[row] if row >= 0 else b"heldout")
         about = {
@@ -323,6 +323,12 @@ class _Builder:
         }
         (self._folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         write_account(account, self._folder / ACCOUNT)
+
+
+def _said(weights: SpanWeights) -> str:
+    """Return the weights as text; that of reasoning only where it counts otherwise, so that older fingerprints stay."""
+    said = f"text={weights.text!r}, call={weights.call!r}, frame={weights.frame!r}, stop={weights.stop!r}"
+    return f"SpanWeights({said}{'' if weights.reasoning == 1 else f', reasoning={weights.reasoning!r}'})"
 
 
 @contextmanager

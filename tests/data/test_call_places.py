@@ -33,7 +33,11 @@ def call_of(body: str) -> Call:
         ),
         ('{"command": "execute", "api_name": "a\\"b", "parameters": null}', ['a\\"b', "null"]),
         ('{"api_name": "a"}', ["a"]),
-        ('{"api_name": "a", "api_name": "b", "parameters": {}}', ["b", "{}"]),
+        # A key given twice is refused, so nothing of such a call can be told apart.
+        (
+            '{"api_name": "a", "api_name": "b", "parameters": {}}',
+            ['{"api_name": "a", "api_name": "b", "parameters": {}}'],
+        ),
         (
             '[{"api_name": "a", "parameters": {}} , {"api_name": "b", "parameters": {"y": []}}]',
             ["a", "{}", "b", '{"y": []}'],

@@ -9,6 +9,7 @@ import pytest
 
 from agentft.data.config import Format, LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
+from agentft.data.examples import make_examples
 from agentft.data.fit import Outcome, fit_conversations
 from agentft.data.label_trace import trace_labels
 from agentft.data.records import Notice, Rejection, read_record
@@ -126,8 +127,8 @@ def test_turns_of_one_step_that_disagree_are_not_trained():
 
 
 def test_such_a_step_is_history_in_the_exam(layout, encoder):
-    conversation = read(openai(second={"weight": 0}))[0]
-    (example,) = tokenize([conversation], layout, encoder)
+    (made,) = make_examples([read(openai(second={"weight": 0}))[0]], layout, encoder)
+    conversation, example = made.conversation, made.pieces[0].example
     steps = all_steps([conversation], [example], layout)
     assert [step.index for step in steps] == [0, 1, 2]
     assert "first guess" in steps[0].reference
@@ -169,7 +170,8 @@ def test_fitting_keeps_it(how, layout, encoder):
     filler = [{"role": "user", "content": "More? " + "w" * 300}, {"role": "assistant", "content": "More."}]
     record["messages"] += filler * 4
     conversation = read(record)[0]
-    (example,) = tokenize([conversation], layout, encoder)
+    (made,) = make_examples([conversation], layout, encoder)
+    example = made.pieces[0].example
     (fitted,) = fit_conversations([conversation], layout, encoder, len(example) - 200, how)
     assert fitted.outcome is (Outcome.spread if how is TooLong.split else Outcome.rounds_left_out)
     trained = [step.reference for p in fitted.pieces for step in all_steps([p.conversation], [p.example], layout)]
