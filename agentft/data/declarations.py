@@ -91,19 +91,29 @@ def _lists_in(text: str) -> Iterator[tuple[str, str, str]]:
 def _tool(tool: object) -> dict[str, Json]:
     if isinstance(tool, str):
         tool = literal(tool, "tools_unreadable")
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(tool, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FormatError("tools_unreadable", "a tool is no object with a name")
-    schema = function.get("parameters")
-    if not isinstance(schema, (dict, type(None))) or not isinstance((schema or {}).get("properties", {}), dict):
+    if not isinstance(tool, dict):
+        raise FormatError("tools_unreadable", "a tool is no object")
+    if "function" in tool:
+        read = dict(tool) if "type" in tool else {"type": "function", **tool}
+    else:
+        declared = {key: value for key, value in tool.items() if key != "type" or value not in ("function", "custom")}
+        schema = declared.get("parameters")
+        if "input_schema" in declared:  # Anthropic's name
+            declared["parameters"] = declared.pop("input_schema")
+        elif (
+            isinstance(schema, dict)
+            and "properties" not in schema
+            and all(isinstance(v, dict) for v in schema.values())
+        ):
+            # xLAM writes the properties alone
+            declared["parameters"] = {"type": "object", "properties": schema} if schema else schema
+        read = {"type": "function", "function": declared}
+    function = read["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise FormatError("tools_unreadable", "a tool has no name")
+    schema = function.get("parameters") or {}
+    if not isinstance(schema, dict) or not isinstance(schema.get("properties") or {}, dict):
         raise FormatError(
             "tools_unreadable", f"parameters of {function['name'][:40]!r} are no JSON schema of an object"
         )
-    if "function" in tool:
-        return dict(tool) if "type" in tool else {"type": "function", **tool}
-    declared = {key: value for key, value in tool.items() if key != "type" or value not in ("function", "custom")}
-    if "input_schema" in declared:  # Anthropic's name
-        declared["parameters"] = declared.pop("input_schema")
-    elif schema and "properties" not in schema and all(isinstance(value, dict) for value in schema.values()):
-        declared["parameters"] = {"type": "object", "properties": schema}  # xLAM writes the properties alone
-    return {"type": "function", "function": declared}
+    return read

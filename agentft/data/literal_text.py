@@ -8,6 +8,7 @@ tokens alone (strings, numbers, None, True, False, brackets, commas, colons) and
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
 from typing import Any
@@ -50,7 +51,8 @@ def read_literal(text: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a `\d` in a string is a SyntaxWarning, not worth a line per record
-            return ast.literal_eval(text.strip())
+            # As JSON: a tuple is a list, and a number as a key is its digits.
+            return json.loads(json.dumps(ast.literal_eval(text.strip()), allow_nan=False))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise LiteralError(f"neither JSON ({not_json}) nor a Python literal ({type(error).__name__})") from None
 

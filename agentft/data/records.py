@@ -19,7 +19,7 @@ from typing import Any, Literal
 from agentft.data.calls import Json, ToolCall, strip_fence
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.formats import question_and_answer_fields, read_messages, recognise, unused_columns
+from agentft.data.formats import key_name, question_and_answer_fields, read_messages, recognise, unused_columns
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.msagent import turn_messages
@@ -192,10 +192,8 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
-            extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in known)
-            if extra:
-                detail = f"turn {number}: {', '.join(extra)[:80]!r} not used"
-                notices.append(Notice(origin, "unknown_turn_field", detail))
+            for name in sorted(key_name(key) for key in turn if key not in known):
+                notices.append(Notice(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
         if not _is_encodable(value):
             raise FormatError(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"

@@ -26,6 +26,7 @@ from agentft.errors import FormatError
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 """What formats call the arguments of a call; more than one of them would be a guess."""
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", *_ARGUMENTS})
+_CALL_TYPES = (None, "function", "tool_use", "tool_call")
 _MAX_PYTHONIC_CHARACTERS = 100_000
 
 _HERMES_OPEN = re.compile(r"<tool_call>\s*(?=[{\[])")
@@ -106,6 +107,8 @@ def read_call(call: object, unknown: list[str], call_id: object = None) -> ToolC
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict):
         raise FormatError("call_not_an_object", "a call is no object with name and arguments")
+    if call.get("type") not in _CALL_TYPES:
+        raise FormatError("call_not_an_object", f"a call is of the type {str(call['type'])[:40]!r}, which is not known")
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
         raise FormatError("call_without_name", "a tool call has no name")

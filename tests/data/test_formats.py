@@ -19,7 +19,18 @@ from agentft.data.stored_conversations import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import SegmentEncoder
-from tests.data.format_records import ANSWER, ARGUMENTS, NAMED, QUESTION, RECORDS, RESULT, SYSTEM, THOUGHT
+from tests.data.format_records import (
+    ANSWER,
+    ARGUMENTS,
+    NAMED,
+    QUESTION,
+    RECORDS,
+    RESULT,
+    SYSTEM,
+    THOUGHT,
+    outcomes_of_fields,
+    outcomes_of_unknown_fields,
+)
 from tests.data.format_records import TOOL as WEATHER
 
 ORIGIN = Origin("forms.jsonl", 1)
@@ -82,7 +93,7 @@ def codes(record: object, form: Format = Format.auto) -> set[str]:
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_format_says_the_same_conversation(name: str) -> None:
     """Question, call, result and answer; declarations verbatim where they are OpenAI's, in that shape where they are not."""
-    conversation = read(RECORDS[name], Format(NAMED.get(name, "auto")))
+    conversation = read(RECORDS[name], NAMED.get(name, Format.auto))
     answered = [("result", RESULT), ("text", ANSWER)] if name != "xlam" else []
     assert said(conversation) == [("call", ("weather", ARGUMENTS)), *answered]
     assert [message.text for message in conversation.messages if message.role == "user"] == [QUESTION]
@@ -102,6 +113,16 @@ def test_every_format_says_the_same_conversation(name: str) -> None:
         assert conversation.tools == (WEATHER,)
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_nothing_that_a_record_holds_is_lost_without_its_name(name: str) -> None:
+    """Each value is altered alone, and an unknown field is put into each object: the conversation changes, or it is said."""
+    form = NAMED.get(name, Format.auto)
+    lost = [path for path, found in outcomes_of_fields(RECORDS[name], form).items() if found == "lost"]
+    assert lost == []
+    lost = [path for path, found in outcomes_of_unknown_fields(RECORDS[name], form).items() if found == "lost"]
+    assert lost == []
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -112,7 +133,7 @@ def test_every_format_says_the_same_conversation(name: str) -> None:
         ("xlam", {"id_number"}),
         ("toolace", {"tools_lifted", "words_about_calls_left_out"}),
         ("toolbench", {"tools_lifted", "words_about_calls_left_out"}),
-        ("anthropic", {"field_not_carried:cache_control", "reasoning_from:think"}),
+        ("anthropic", {"field_not_carried:cache_control", "field_not_carried:signature", "reasoning_from:think"}),
         (
             "toucan",
             {
@@ -257,6 +278,10 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
         (openai(USER, {"role": "bot", "content": "a"}), "unknown_role"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools="{"), "tools_unreadable"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools=[{"function": {"name": 1}}]), "tools_unreadable"),
+        (
+            openai(USER, {"role": "assistant", "content": "a"}, tools=[{"name": "f", "input_schema": 1}]),
+            "tools_unreadable",
+        ),
         (openai(), "messages_not_a_list"),
         ({"messages": [None]}, "turn_not_an_object"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}, "unknown_role"),

@@ -117,7 +117,9 @@ def test_guesses_are_checked_and_save_passes(model, byte_tokenizer, steps):
 
 
 def test_what_a_conversation_shares_is_computed_once(model, byte_tokenizer, steps):
-    generator = GreedyGenerator(model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=2, max_new_tokens=1)
+    generator = GreedyGenerator(
+        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=2, max_new_tokens=1
+    )
     generator.answer(steps)
     contexts = {}
     for step in steps:
@@ -164,7 +166,9 @@ def test_a_model_with_attention_of_its_own_is_refused_and_no_model_is_left_chang
 
 def test_answers_come_in_the_order_of_the_steps_and_each_is_reported_once(model, byte_tokenizer, steps):
     heard = []
-    generator = GreedyGenerator(model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=3, max_new_tokens=4)
+    generator = GreedyGenerator(
+        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=3, max_new_tokens=4
+    )
     answers = generator.answer(steps, heard.append)
     assert [a.step for a in answers] == list(steps)
     assert sorted(id(a) for a in heard) == sorted(id(a) for a in answers)
