@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -43,12 +42,7 @@ def read_tools(tools: object) -> Tools:
         tools = literal(tools, "tools_unreadable") if tools.strip() else []
     if not isinstance(tools, (list, type(None))):
         raise FormatError("tools_unreadable", "the tools are no list")
-    read = tuple(_tool(tool) for tool in tools or [])
-    try:
-        json.dumps(read, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise FormatError("tools_unreadable", str(error)) from None
-    return read
+    return tuple(_tool(tool) for tool in tools or [])
 
 
 def tool_names(tools: Tools) -> frozenset[str]:
@@ -70,6 +64,7 @@ def lift_tools(text: str) -> Lifted | None:
             rest = "".join(clauses) + "\n\n" + after.strip()
             words = _CLAUSE.findall(_EXAMPLE.sub("", rest))
             kept = "".join(clause for clause in words if not _CALL_WORDS.search(clause)).strip()
+            kept = re.sub(r"\n{3,}", "\n\n", kept)
             return Lifted(kept, tools, bool(_EXAMPLE.search(rest) or _CALL_WORDS.search(rest)))
     return None
 
@@ -78,7 +73,7 @@ def _lists_in(text: str) -> Iterator[tuple[str, str, str]]:
     """Yield what may be a list of tools, and the text before and after it."""
     for found in _TOOLS_BLOCK.finditer(text):
         if body := found[1].strip():
-            listed = body if body.startswith("[") else f"[{','.join(filter(str.strip, body.splitlines()))}]"
+            listed = body if body.startswith("[") else f"[{','.join(_objects(body))}]"
             yield listed, text[: found.start()], text[found.end() :]
     for number, start in enumerate(found.start() for found in _LIST.finditer(text)):
         end = end_of_bracket(text, start)
@@ -86,6 +81,14 @@ def _lists_in(text: str) -> Iterator[tuple[str, str, str]]:
             return
         if '"name"' in text[start:end] or "'name'" in text[start:end]:
             yield text[start:end], text[:start], text[end:]
+
+
+def _objects(text: str) -> Iterator[str]:
+    """Yield the objects of a text, one after the other."""
+    start = text.find("{")
+    while start >= 0 and (end := end_of_bracket(text, start)) is not None:
+        yield text[start:end]
+        start = text.find("{", end)
 
 
 def _tool(tool: object) -> dict[str, Json]:

@@ -278,14 +278,14 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
 
 def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
-    offered, origin = conversation.offered, conversation.origin
+    offered, origin = conversation.offered_of_calls, conversation.origin
     tools = {tool.name: tool for tool in offered}
     notices.extend(
         Notice(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
         for tool in offered
         if tool.problem
     )
-    for call in conversation.tool_calls:
+    for call in conversation.tool_calls if offered or conversation.tools else ():
         notices.extend(Notice(origin, code, detail) for code, detail in _call_quirks(call, tools))
     for part in (part for message in conversation.messages for part in message.source or ()):
         notices.extend(Notice(origin, code, detail) for code, detail in _text_quirks(part))
@@ -316,8 +316,6 @@ def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
 
 def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[tuple[str, str]]:
     """Yield what a call does not share with the list of tools."""
-    if not tools:
-        return
     tool = tools.get(call.name)
     if tool is None:
         yield "unknown_tool", f"{call.name[:80]!r} is not in the tool list"
@@ -330,7 +328,12 @@ def _check_texts(conversation: Conversation) -> None:
     """Refuse what is too large or cannot be written; MSAgent turns are checked one by one as they are read."""
     if any(message.source is not None for message in conversation.messages):
         return
-    said = json.dumps([chat_messages(conversation.messages), conversation.tools], ensure_ascii=False)
+    try:
+        said = json.dumps(
+            [chat_messages(conversation.messages), conversation.tools], ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise FormatError("value_not_json", f"an argument or a declaration is no JSON: {error}") from None
     if len(said) > MAX_RECORD_CHARACTERS:
         raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
     if not _is_encodable(said):
