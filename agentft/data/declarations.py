@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -43,12 +42,7 @@ def read_tools(tools: object) -> Tools:
         tools = literal(tools, "tools_unreadable") if tools.strip() else []
     if not isinstance(tools, (list, type(None))):
         raise FormatError("tools_unreadable", "the tools are no list")
-    read = tuple(_tool(tool) for tool in tools or [])
-    try:
-        json.dumps(read, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise FormatError("tools_unreadable", str(error)) from None
-    return read
+    return tuple(_tool(tool) for tool in tools or [])
 
 
 def tool_names(tools: Tools) -> frozenset[str]:
@@ -70,6 +64,7 @@ def lift_tools(text: str) -> Lifted | None:
             rest = "".join(clauses) + "\n\n" + after.strip()
             words = _CLAUSE.findall(_EXAMPLE.sub("", rest))
             kept = "".join(clause for clause in words if not _CALL_WORDS.search(clause)).strip()
+            kept = re.sub(r"\n{3,}", "\n\n", kept)
             return Lifted(kept, tools, bool(_EXAMPLE.search(rest) or _CALL_WORDS.search(rest)))
     return None
 
@@ -78,7 +73,7 @@ def _lists_in(text: str) -> Iterator[tuple[str, str, str]]:
     """Yield what may be a list of tools, and the text before and after it."""
     for found in _TOOLS_BLOCK.finditer(text):
         if body := found[1].strip():
-            listed = body if body.startswith("[") else f"[{','.join(filter(str.strip, body.splitlines()))}]"
+            listed = body if body.startswith("[") else f"[{','.join(_objects(body))}]"
             yield listed, text[: found.start()], text[found.end() :]
     for number, start in enumerate(found.start() for found in _LIST.finditer(text)):
         end = end_of_bracket(text, start)
@@ -88,22 +83,40 @@ def _lists_in(text: str) -> Iterator[tuple[str, str, str]]:
             yield text[start:end], text[:start], text[end:]
 
 
+def _objects(text: str) -> Iterator[str]:
+    """Yield the objects of a text, one after the other."""
+    start = text.find("{")
+    while start >= 0 and (end := end_of_bracket(text, start)) is not None:
+        yield text[start:end]
+        start = text.find("{", end)
+
+
 def _tool(tool: object) -> dict[str, Json]:
     if isinstance(tool, str):
         tool = literal(tool, "tools_unreadable")
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(tool, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FormatError("tools_unreadable", "a tool is no object with a name")
-    schema = function.get("parameters")
-    if not isinstance(schema, (dict, type(None))) or not isinstance((schema or {}).get("properties", {}), dict):
+    if not isinstance(tool, dict):
+        raise FormatError("tools_unreadable", "a tool is no object")
+    if "function" in tool:
+        read = dict(tool) if "type" in tool else {"type": "function", **tool}
+    else:
+        declared = {key: value for key, value in tool.items() if key != "type" or value not in ("function", "custom")}
+        schema = declared.get("parameters")
+        if "input_schema" in declared:  # Anthropic's name
+            declared["parameters"] = declared.pop("input_schema")
+        elif (
+            isinstance(schema, dict)
+            and "properties" not in schema
+            and all(isinstance(v, dict) for v in schema.values())
+        ):
+            # xLAM writes the properties alone
+            declared["parameters"] = {"type": "object", "properties": schema} if schema else schema
+        read = {"type": "function", "function": declared}
+    function = read["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise FormatError("tools_unreadable", "a tool has no name")
+    schema = function.get("parameters") or {}
+    if not isinstance(schema, dict) or not isinstance(schema.get("properties") or {}, dict):
         raise FormatError(
             "tools_unreadable", f"parameters of {function['name'][:40]!r} are no JSON schema of an object"
         )
-    if "function" in tool:
-        return dict(tool) if "type" in tool else {"type": "function", **tool}
-    declared = {key: value for key, value in tool.items() if key != "type" or value not in ("function", "custom")}
-    if "input_schema" in declared:  # Anthropic's name
-        declared["parameters"] = declared.pop("input_schema")
-    elif schema and "properties" not in schema and all(isinstance(value, dict) for value in schema.values()):
-        declared["parameters"] = {"type": "object", "properties": schema}  # xLAM writes the properties alone
-    return {"type": "function", "function": declared}
+    return read

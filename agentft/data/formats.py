@@ -65,9 +65,10 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "result": ("name", "tool_call_id"),
 }
 """What a message of a role has beside its role and its content; all others can have a name."""
+_TEXTS = ("text", "input_text", "output_text")
 _BLOCKS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), frozenset({"text"})),
-    "thinking": frozenset({"thinking", "signature"}),
+    **dict.fromkeys(_TEXTS, frozenset({"text"})),
+    "thinking": frozenset({"thinking"}),
     "tool_use": frozenset({"id", "name", "input"}),
     "tool_result": frozenset({"tool_use_id", "content"}),
 }
@@ -487,8 +488,11 @@ def _text(content: object, number: int, notes: list[Note]) -> str:
         return content
     kind = "null" if content is None else type(content).__name__
     if isinstance(content, list):
-        other = [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]
-        other += [part for part in content if isinstance(part, dict) and "text" not in str(part.get("type", "text"))]
+        other = [
+            part
+            for part in content
+            if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXTS)
+        ]
         if not other:
             for part in content:
                 _note_block(part, notes)

@@ -60,7 +60,7 @@ def tool_entry(tool: dict[str, Any]) -> dict[str, Any]:
     function = tool.get("function", tool)
     schema = function.get("parameters") or {}
     properties = schema.get("properties") or {}
-    required = schema.get("required") or []
+    required = schema["required"] if isinstance(schema.get("required"), list) else []
     parameters = []
     for name, given in properties.items():
         details = given if isinstance(given, dict) else {}
@@ -68,7 +68,12 @@ def tool_entry(tool: dict[str, Any]) -> dict[str, Any]:
         # A nested object's own list of required names would hide whether this parameter is required.
         rest = {("required_fields" if key == "required" else key): value for key, value in details.items()}
         parameters.append(parameter | {k: v for k, v in rest.items() if k not in parameter and v is not None})
-    return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
+    description = function.get("description")
+    return {
+        "name": function["name"],
+        "description": description if isinstance(description, str) else "",
+        "parameters": parameters,
+    }
 
 
 def uncarried_parts(tool: dict[str, Any]) -> list[str]:

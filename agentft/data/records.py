@@ -19,7 +19,7 @@ from typing import Any, Literal
 from agentft.data.calls import Json, ToolCall, strip_fence
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.formats import question_and_answer_fields, read_messages, recognise, unused_columns
+from agentft.data.formats import key_name, question_and_answer_fields, read_messages, recognise, unused_columns
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.msagent import turn_messages
@@ -192,10 +192,8 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
             raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
-            extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in known)
-            if extra:
-                detail = f"turn {number}: {', '.join(extra)[:80]!r} not used"
-                notices.append(Notice(origin, "unknown_turn_field", detail))
+            for name in sorted(key_name(key) for key in turn if key not in known):
+                notices.append(Notice(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
         if not _is_encodable(value):
             raise FormatError(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
@@ -280,14 +278,14 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
 
 def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
-    offered, origin = conversation.offered, conversation.origin
+    offered, origin = conversation.offered_of_calls, conversation.origin
     tools = {tool.name: tool for tool in offered}
     notices.extend(
         Notice(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
         for tool in offered
         if tool.problem
     )
-    for call in conversation.tool_calls:
+    for call in conversation.tool_calls if offered or conversation.tools else ():
         notices.extend(Notice(origin, code, detail) for code, detail in _call_quirks(call, tools))
     for part in (part for message in conversation.messages for part in message.source or ()):
         notices.extend(Notice(origin, code, detail) for code, detail in _text_quirks(part))
@@ -318,8 +316,6 @@ def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
 
 def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[tuple[str, str]]:
     """Yield what a call does not share with the list of tools."""
-    if not tools:
-        return
     tool = tools.get(call.name)
     if tool is None:
         yield "unknown_tool", f"{call.name[:80]!r} is not in the tool list"
@@ -332,7 +328,12 @@ def _check_texts(conversation: Conversation) -> None:
     """Refuse what is too large or cannot be written; MSAgent turns are checked one by one as they are read."""
     if any(message.source is not None for message in conversation.messages):
         return
-    said = json.dumps([chat_messages(conversation.messages), conversation.tools], ensure_ascii=False)
+    try:
+        said = json.dumps(
+            [chat_messages(conversation.messages), conversation.tools], ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise FormatError("value_not_json", f"an argument or a declaration is no JSON: {error}") from None
     if len(said) > MAX_RECORD_CHARACTERS:
         raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
     if not _is_encodable(said):

@@ -26,6 +26,7 @@ from agentft.errors import FormatError
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 """What formats call the arguments of a call; more than one of them would be a guess."""
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", *_ARGUMENTS})
+_CALL_TYPES = (None, "function", "tool_use", "tool_call")
 _MAX_PYTHONIC_CHARACTERS = 100_000
 
 _HERMES_OPEN = re.compile(r"<tool_call>\s*(?=[{\[])")
@@ -39,7 +40,7 @@ _REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Fina
 _FOREIGN = re.compile(
     r"<\|startof(?:think|exec)\|>\s*(?:```|[{\[])"
     r"|<tool_call>\s*<function=|<tool_call>\s*[\w.-]+\s*<arg_key>|<function=[\w.-]+>\s*[{<]"
-    r"|\[TOOL_CALLS\]\s*(?:[\[{]|[\w.-]+\s*[\[{])|<\|python_tag\|>\s*\S|<TOOLCALL>\s*\[|<invoke name="
+    r"|\[TOOL_CALLS\]\s*(?:[\[{]|[\w.-]+\s*[\[{])|<\|python_tag\|>\s*(?:[\[{]|[\w.]+\()|<TOOLCALL>\s*\[|<invoke name="
     r"|<\|tool_call\|>\s*[\[{]|<\|tool_call>\s*call:|<\|tool_call_start\|>\s*\["
     r"|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>|\bto=functions\.\w"
 )
@@ -67,7 +68,7 @@ def read_text_calls(text: str, declared: Collection[str], unknown: list[str], *,
     Raises:
         FormatError: it holds calls that cannot be read.
     """
-    if _HERMES_OPEN.search(text):
+    if "<tool_call>" in text and _HERMES_OPEN.search(text):
         return _hermes(text, unknown)
     if _PYTHONIC.match(text):
         calls = _pythonic_calls(text)
@@ -88,7 +89,7 @@ def read_text_calls(text: str, declared: Collection[str], unknown: list[str], *,
 
 def foreign_call(text: str) -> str | None:
     """Return how a call begins that is written in the marks of another family; None where there is none."""
-    found = _FOREIGN.search(text)
+    found = _FOREIGN.search(text) if "<" in text or "[T" in text or "to=" in text else None
     return None if found is None else found[0].strip()[:40]
 
 
@@ -106,6 +107,8 @@ def read_call(call: object, unknown: list[str], call_id: object = None) -> ToolC
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict):
         raise FormatError("call_not_an_object", "a call is no object with name and arguments")
+    if call.get("type") not in _CALL_TYPES:
+        raise FormatError("call_not_an_object", f"a call is of the type {str(call['type'])[:40]!r}, which is not known")
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
         raise FormatError("call_without_name", "a tool call has no name")

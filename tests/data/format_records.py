@@ -1,7 +1,14 @@
 """One conversation in every format that is read, with the fields and the manners of the datasets that use it."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from agentft.data.config import Format
+from agentft.data.conversation import Origin
+from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.records import Rejection, read_record
 
 CITY = {"type": "string", "description": "where"}
 FUNCTION = {
@@ -189,5 +196,70 @@ RECORDS: dict[str, dict[str, Any]] = {
 }
 """By the name of the format or of the dataset."""
 
-NAMED = {"react": "react"}
+NAMED = {"react": Format.react}
 """Formats that must be named; `auto` recognises the others."""
+
+Path = tuple[str | int, ...]
+
+
+def outcomes_of_fields(record: dict[str, Any], form: Format) -> dict[Path, str]:
+    """Return for each value of a record what becomes of it, found by altering it alone.
+
+    `carried`: the conversation is another one; `counted`: a notice names its field; `refused`: so is the altered record;
+    `lost`: nobody would know. Text that holds JSON is looked into.
+    """
+    return {path: _outcome(record, form, path, _altered) for path, value in _leaves(record) if value not in (None, "")}
+
+
+def outcomes_of_unknown_fields(record: dict[str, Any], form: Format) -> dict[Path, str]:
+    """Return the same of a field `zz_unknown` put into each object of a record."""
+    objects = [path for path, value in _values(record) if isinstance(value, dict)]
+    return {path: _outcome(record, form, path, lambda value: {**value, "zz_unknown": "x"}) for path in objects}
+
+
+def _outcome(record: dict[str, Any], form: Format, path: Path, change: Callable[[Any], Any]) -> str:
+    before, after = (read_record(each, Origin("f", 1), form=form) for each in (record, _changed(record, path, change)))
+    assert not isinstance(before, Rejection)
+    if isinstance(after, Rejection):
+        return "refused"
+    if before[0] != after[0]:
+        return "carried"
+    names = {code.partition(":")[2] for code in (notice.code for notice in after[1])}
+    return "counted" if names & {"zz_unknown", *map(str, path)} else "lost"
+
+
+def _altered(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return not value
+    return f"{value}~" if isinstance(value, str) else value + 1
+
+
+def _inside(value: Any) -> Any:
+    """Return what a text of JSON or of a Python literal holds, else the value itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(LiteralError):
+            return read_literal(value)
+    return value
+
+
+def _values(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    value = _inside(value)
+    yield path, value
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _values(each, (*path, key))
+
+
+def _leaves(record: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+    return ((path, value) for path, value in _values(record) if not isinstance(value, (dict, list)))
+
+
+def _changed(value: Any, path: Path, change: Callable[[Any], Any]) -> Any:
+    """Return a copy with one value changed; what is text stays text."""
+    inside = _inside(value)
+    if not path:
+        made = change(inside)
+    elif isinstance(inside, dict):
+        made = {key: _changed(each, path[1:], change) if key == path[0] else each for key, each in inside.items()}
+    else:
+        made = [_changed(each, path[1:], change) if at == path[0] else each for at, each in enumerate(inside)]
+    return json.dumps(made) if inside is not value else made

@@ -19,7 +19,18 @@ from agentft.data.stored_conversations import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.token_text import TokenText
 from agentft.data.tokens import SegmentEncoder
-from tests.data.format_records import ANSWER, ARGUMENTS, NAMED, QUESTION, RECORDS, RESULT, SYSTEM, THOUGHT
+from tests.data.format_records import (
+    ANSWER,
+    ARGUMENTS,
+    NAMED,
+    QUESTION,
+    RECORDS,
+    RESULT,
+    SYSTEM,
+    THOUGHT,
+    outcomes_of_fields,
+    outcomes_of_unknown_fields,
+)
 from tests.data.format_records import TOOL as WEATHER
 
 ORIGIN = Origin("forms.jsonl", 1)
@@ -82,7 +93,7 @@ def codes(record: object, form: Format = Format.auto) -> set[str]:
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_format_says_the_same_conversation(name: str) -> None:
     """Question, call, result and answer; declarations verbatim where they are OpenAI's, in that shape where they are not."""
-    conversation = read(RECORDS[name], Format(NAMED.get(name, "auto")))
+    conversation = read(RECORDS[name], NAMED.get(name, Format.auto))
     answered = [("result", RESULT), ("text", ANSWER)] if name != "xlam" else []
     assert said(conversation) == [("call", ("weather", ARGUMENTS)), *answered]
     assert [message.text for message in conversation.messages if message.role == "user"] == [QUESTION]
@@ -102,6 +113,16 @@ def test_every_format_says_the_same_conversation(name: str) -> None:
         assert conversation.tools == (WEATHER,)
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_nothing_that_a_record_holds_is_lost_without_its_name(name: str) -> None:
+    """Each value is altered alone, and an unknown field is put into each object: the conversation changes, or it is said."""
+    form = NAMED.get(name, Format.auto)
+    lost = [path for path, found in outcomes_of_fields(RECORDS[name], form).items() if found == "lost"]
+    assert lost == []
+    lost = [path for path, found in outcomes_of_unknown_fields(RECORDS[name], form).items() if found == "lost"]
+    assert lost == []
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -112,7 +133,7 @@ def test_every_format_says_the_same_conversation(name: str) -> None:
         ("xlam", {"id_number"}),
         ("toolace", {"tools_lifted", "words_about_calls_left_out"}),
         ("toolbench", {"tools_lifted", "words_about_calls_left_out"}),
-        ("anthropic", {"field_not_carried:cache_control", "reasoning_from:think"}),
+        ("anthropic", {"field_not_carried:cache_control", "field_not_carried:signature", "reasoning_from:think"}),
         (
             "toucan",
             {
@@ -257,6 +278,10 @@ def test_react_text_out_of_order_is_refused(value: str, reason: str) -> None:
         (openai(USER, {"role": "bot", "content": "a"}), "unknown_role"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools="{"), "tools_unreadable"),
         (openai(USER, {"role": "assistant", "content": "a"}, tools=[{"function": {"name": 1}}]), "tools_unreadable"),
+        (
+            openai(USER, {"role": "assistant", "content": "a"}, tools=[{"name": "f", "input_schema": 1}]),
+            "tools_unreadable",
+        ),
         (openai(), "messages_not_a_list"),
         ({"messages": [None]}, "turn_not_an_object"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}, "unknown_role"),
@@ -358,3 +383,160 @@ def test_reasoning_is_trained_or_left_out_or_shown(how: Reasoning, layout: str, 
         text = TokenText(byte_tokenizer)
         ids, labels = piece.example.input_ids, piece.example.labels
         assert trace_labels(conversation, ids, labels, text, stop_token=template.stop_token, verbatim=True) is None
+
+
+def answer(text: str, *, tools: object = (WEATHER,), **fields: object) -> dict:
+    return openai(USER, {"role": "assistant", "content": text, **fields}, tools=list(tools))
+
+
+ROME, OSLO = ("call", ("weather", {"city": "Rome"})), ("call", ("weather", {"city": "Oslo"}))
+JSON_CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<tool_call>\n{JSON_CALL}\n</tool_call>", [ROME]),
+        (
+            f"I look.\n<tool_call>{JSON_CALL}</tool_call>\n<tool_call>{JSON_CALL}</tool_call>",
+            [("text", "I look."), ROME, ROME],
+        ),
+        ("<tool_call>{'name': 'weather', 'parameters': {'city': 'Rome'}}</tool_call>", [ROME]),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city": "</tool_call> {"}}</tool_call>',
+            [("call", ("weather", {"city": "</tool_call> {"}))],
+        ),
+        ('{"name": "weather", "parameters": {"city": "Rome"}}', [ROME]),
+        (f"[{JSON_CALL}]", [ROME]),
+        ('{"name": "wind", "parameters": {"city": "Rome"}}', None),
+        ("[weather(city='Rome'), weather(city='Oslo')]", [ROME, OSLO]),
+        ("[Tide Table(at='x', now=true)]", [("call", ("Tide Table", {"at": "x", "now": True}))]),
+        ("[see (1)]", None),
+        ("[weather(city=__import__('os'))]", None),
+        ("The mark <tool_call> begins a call, [TOOL_CALLS] another, <|python_tag|> too.", None),
+        ("<|startofthink|> and <|endofexec|> are marks.", None),
+        ("</s> <|im_end|> are letters here.", None),
+    ],
+)
+def test_calls_that_stand_in_text_are_calls_and_all_else_is_text(text: str, expected: list | None) -> None:
+    assert said(read(answer(text))) == (expected or [("text", text)])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"<tool_call>{JSON_CALL}", "call_never_closed"),
+        ("<tool_call>{broken}</tool_call>", "call_not_json"),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1e400}}</tool_call>', "call_not_json"),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1, "x": 2}}</tool_call>', "call_not_json"),
+        ('<tool_call>{"name": "f", "kwargs": {"x": 1}}</tool_call>', "arguments_unclear"),
+        ('<tool_call>{"name": "f", "arguments": {}, "parameters": {"x": 1}}</tool_call>', "arguments_unclear"),
+        ("<tool_call>\n<function=f>\n<parameter=x>1</parameter></function></tool_call>", "calls_in_text"),
+        ("<tool_call>f\n<arg_key>x</arg_key></tool_call>", "calls_in_text"),
+        ('[TOOL_CALLS][{"name": "f"}]', "calls_in_text"),
+        ('<|python_tag|>{"name": "f"}', "calls_in_text"),
+        ("<|tool_call_start|>[f(a=1)]<|tool_call_end|>", "calls_in_text"),
+        ("<｜tool▁calls▁begin｜>", "calls_in_text"),
+        (f"{THINK_OPEN}```JSON\n{{}}\n```{THINK_CLOSE}", "marks_in_text"),
+        ("Thought: so\nAction: f\nAction Input: {}", "form_react"),
+        ("<think>for ever", "thought_never_closed"),
+    ],
+)
+def test_calls_that_cannot_be_read_are_refused_by_name(text: str, reason: str) -> None:
+    assert reason_of(answer(text)) == reason
+
+
+def test_a_call_in_text_beside_calls_as_a_field_is_refused() -> None:
+    assert (
+        reason_of(answer(f"<tool_call>{JSON_CALL}</tool_call>", tool_calls=[tool_call("1", "{}")])) == "calls_in_text"
+    )
+    assert reason_of(answer("", tool_calls=[tool_call("1", "{}")], function_call={"name": "f"})) == "call_not_an_object"
+
+
+@pytest.mark.parametrize(
+    ("message", "thought", "text"),
+    [
+        ({"content": "<think>\nhm\n</think>\n\na"}, "hm", "a"),
+        ({"content": "hm\n</think>\n\na"}, "hm", "a"),
+        ({"content": "a", "thinking": "hm"}, "hm", "a"),
+        ({"content": "a", "reasoning": "hm", "reasoning_content": "hm"}, "hm", "a"),
+        ({"content": "<think>hm</think>a", "reasoning": "hm"}, "hm", "a"),
+        ({"content": "<think></think>a"}, None, "a"),
+        ({"content": "The marks <think> and </think> are letters."}, None, None),
+        ({"content": "The mark </think> is letters."}, None, None),
+    ],
+)
+def test_reasoning_is_one_field(message: dict, thought: str | None, text: str | None) -> None:
+    (step,) = (m for m in read(openai(USER, {"role": "assistant", **message})).messages if m.role == "assistant")
+    assert (step.reasoning_content, step.content) == (thought, text or message["content"])
+
+
+def test_two_reasonings_that_differ_are_refused_and_what_is_no_text_is_named() -> None:
+    assert reason_of(answer("<think>one</think>a", reasoning="other")) == "two_reasonings"
+    assert "field_not_carried:reasoning" in codes(answer("a", reasoning={"summary": "hm"}))
+
+
+@pytest.mark.parametrize(
+    ("ids", "results", "expected"),
+    [
+        (("1", "2"), [{"tool_call_id": "2", "content": "O"}, {"tool_call_id": "1", "content": "R"}], ["2", "1"]),
+        ((1, 2), [{"tool_call_id": 2.0, "content": "O"}, {"tool_call_id": 1, "content": "R"}], ["2", "1"]),
+        ((None, None), [{"content": "R"}, {"content": "O"}], [None, None]),
+        ((None, None), [{"name": "other", "content": "R"}], "observation_without_call"),
+        (("1", "2"), [{"tool_call_id": "3", "content": "R"}], "observation_without_call"),
+        (("1", "1"), [], "call_id_twice"),
+    ],
+)
+def test_results_follow_ids_and_names(ids: tuple, results: list[dict], expected: object) -> None:
+    calls = [tool_call(call_id, "{}") for call_id in ids]
+    tools = [{"role": "tool", **result} for result in results]
+    record = openai(USER, {"role": "assistant", "tool_calls": calls}, *tools, tools=[WEATHER])
+    if isinstance(expected, str):
+        assert reason_of(record) == expected
+    else:
+        assert [message.tool_call_id for message in read(record).messages if message.role == "tool"] == expected
+
+
+def test_one_list_of_results_with_names_is_a_result_of_each_call() -> None:
+    results = [{"name": "weather", "results": {"sky": "clear"}}, {"name": "weather", "results": {"sky": "grey"}}]
+    turns = [
+        ("user", "q"),
+        ("assistant", "[weather(city='Rome'), weather(city='Oslo')]"),
+        ("tool", json.dumps(results)),
+    ]
+    record = {"system": "s", "conversations": [{"from": role, "value": value} for role, value in turns]}
+    assert said(read(record))[2:] == [("result", json.dumps(result)) for result in results]
+
+
+def test_system_messages_in_the_middle_and_names_are_carried() -> None:
+    record = openai(
+        {"role": "user", "content": "q", "name": "ann"},
+        {"role": "assistant", "content": "a"},
+        {"role": "system", "content": "Now be brief."},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "b"},
+    )
+    conversation = read(record)
+    assert [(m.role, m.text, m.name) for m in conversation.messages][:3] == [
+        ("user", "q", "ann"),
+        ("assistant", "a", None),
+        ("system", "Now be brief.", None),
+    ]
+    with pytest.raises(GrammarError, match="system_in_middle"):
+        as_msagent(conversation)
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n", ""])
+def test_tools_in_a_block_are_lifted_one_by_one(separator: str) -> None:
+    other = {"type": "function", "function": {"name": "wind", "parameters": {"type": "object", "properties": {}}}}
+    block = separator.join(json.dumps(tool, indent=1 if separator else None) for tool in (WEATHER, other))
+    system = {
+        "role": "system",
+        "content": f"Be kind.\n\n# Tools\n\nYou are given:\n<tools>\n{block}\n</tools>\n\nGo on.",
+    }
+    conversation = read(openai(system, USER, {"role": "assistant", "content": "a"}))
+    assert conversation.tools == (WEATHER, other)
+    assert conversation.system == "Be kind.\n\n# Tools\n\nGo on."
+    differs = openai(system, USER, {"role": "assistant", "content": "a"}, tools=[WEATHER])
+    assert "<tools>" in read(differs).system
+    assert "tools_in_system_too" in codes(differs)

@@ -6,10 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agentft.data.conversation import Conversation, Origin
-from agentft.data.grammar import MARK, Call, Observation, Text
+from agentft.data.calls import ToolCall
+from agentft.data.config import Format, Reasoning
+from agentft.data.conversation import Conversation, Origin, chat_messages
+from agentft.data.grammar import MARK, Call, GrammarError, Observation, Text
+from agentft.data.msagent import as_msagent
+from agentft.data.native_system import lift_tools
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import read_conversations, read_local
+from agentft.data.stored_conversations import from_line, to_line
+from tests.data.format_records import RECORDS
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MARKS = ["<|startofthink|>", "<|endofthink|>", "<|startofexec|>", "<|endofexec|>"]
@@ -31,6 +37,7 @@ SPLICES = [
     "\ud800",
     "\ufeff",
 ]
+SPLICES += ["<tool_call>", "</tool_call>", "<tools>", "<think>", "</think>", "[f(a=1)]", "(", ")]", "<tool_response>"]
 SPLICES += [
     "\\u003c",
     "NaN",
@@ -116,6 +123,23 @@ OWN = [
 ]
 
 
+NAMES = [
+    "from",
+    "value",
+    "role",
+    "content",
+    "id",
+    "messages",
+    "conversations",
+    "tools",
+    "system",
+    "name",
+    "type",
+    "text",
+]
+NAMES += ["tool_calls", "function", "arguments", "input", "reasoning_content", "tool_call_id", "query", "answers"]
+
+
 def seeds() -> list[dict[str, Any]]:
     real: list[dict[str, Any]] = []
     for name in ("dev.jsonl", "malformed.jsonl"):
@@ -123,7 +147,7 @@ def seeds() -> list[dict[str, Any]]:
             real += [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").split("\n") if line]
     small = [record for record in real if len(str(record)) < 6_000]
     return (
-        OWN * 30
+        [*OWN, *RECORDS.values()] * 15
         + [record | {"conversations": repr(record["conversations"])} for record in OWN if "id" in record] * 10
         + small
     )
@@ -172,9 +196,7 @@ def mutated_value(value: Any, rng: random.Random) -> Any:
             case 0:
                 del fields[key]
             case 1:
-                fields[rng.choice(["from", "value", "role", "content", "id", "messages", "conversations", "tools"])] = (
-                    fields.pop(key)
-                )
+                fields[rng.choice(NAMES)] = fields.pop(key)
             case _:
                 fields[key] = mutated_value(fields[key], rng)
         return fields
@@ -192,14 +214,29 @@ def require_sound(outcome: object) -> bool:
     assert isinstance(conversation, Conversation)
     for notice in notices:
         f"{notice.code} {notice.detail}".encode()
-    roles = [turn.role for turn in conversation.turns]
-    turns = roles[1:] if roles[0] == "system" else roles
-    assert turns == ["user", "assistant"] * (len(turns) // 2)
-    assert turns
+    assert to_line(from_line(to_line(conversation))) == to_line(conversation)
+    lift_tools(conversation)
+    waiting: list[ToolCall] = []
+    for message in conversation.messages:
+        json.dumps(chat_messages((message,)), ensure_ascii=False, allow_nan=False).encode()
+        if message.role == "assistant":
+            waiting = list(message.tool_calls)
+        elif message.role == "tool" and message.source is None:  # a result belongs to a call of the step before it
+            waiting.remove(next(call for call in waiting if message.tool_call_id in (None, call.id)))
+        else:
+            assert message.role in ("tool", "user", "system", "developer")
+    json.dumps(conversation.tools, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        conversation = as_msagent(conversation)
+    except GrammarError:
+        return True
+    roles = [turn.role for turn in conversation.turns if turn.role not in ("system", "developer")]
+    assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert roles
     observed = called = 0
     for message in conversation.messages:
         (message.source_text or message.text).encode()
-        assert (message.source is None) == (message.role in ("system", "user"))
+        assert (message.source is None) == (message.role in ("system", "developer", "user"))
         for part in message.source or ():
             match part:
                 case Observation():
@@ -228,8 +265,9 @@ def fuzz(count: int, seed: int) -> tuple[int, int]:
         value: Any = rng.choice(values)
         for _ in range(rng.choice([1, 1, 2, 4])):
             value = mutated_value(value, rng)
-        form = rng.choice(["auto", "auto", "auto", "msagent", "openai", "sharegpt", "react"])
-        kept += require_sound(read_record(value, Origin("fuzz", number), form=form))
+        form = rng.choice([Format.auto] * len(Format) + list(Format))
+        how = rng.choice(list(Reasoning))
+        kept += require_sound(read_record(value, Origin("fuzz", number), form=form, reasoning=how))
     return kept, count - kept
 
 
