@@ -108,6 +108,7 @@ def build_workspace(dashboard: Dashboard, project: str, entity: str = "") -> Any
 
 def workspace_json(workspace: Any) -> str:
     """Return what W&B would be sent, as JSON; the same for the same dashboard."""
+    # The library sends this itself and has no other way to see it.
     spec = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
     named = {"name": workspace.name, "entity": workspace.entity, "project": workspace.project, "spec": spec}
     return json.dumps(named, indent=2, ensure_ascii=False) + "\n"
@@ -126,6 +127,7 @@ def push(workspace: Any) -> str:
     try:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         address = f"https://wandb.ai/{workspace.entity}/{workspace.project}?nw={VIEW}"
+        # An identity of ours cannot be given publicly: each save would be a new workspace.
         with contextlib.suppress(ValueError):  # no such workspace yet
             workspace._internal_id = type(workspace).from_url(address)._internal_id
         workspace._internal_name = f"nw-{VIEW}-v"

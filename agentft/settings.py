@@ -5,6 +5,11 @@
 `minimum` and `maximum` belong to the range, `above` and `below` do not; `also` is a value beside it (-1 for "all");
 `one_of` lists the values where there are few. Every number has a lower and an upper end, so that neither nan nor inf is
 ever taken. Other keys of the metadata are free.
+
+`affects` is the first of these that another value changes: `data` (the examples), `losses` (of a training step), `answers`
+(of a model to a step), `results` (scores, reports, exported files); or `nothing` of them. A class says it for its fields,
+`class X(Settings, affects="losses")`, and a field for itself, `metadata={"affects": "nothing"}`. The name of an option
+affects what the option does.
 """
 
 from __future__ import annotations
@@ -13,9 +18,11 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from agentft.errors import ConfigError
+
+Affects = Literal["data", "losses", "answers", "results", "nothing"]
 
 SEED = {"minimum": 0, "maximum": 2**32 - 1}
 """Range of a seed: what NumPy takes."""
@@ -68,6 +75,20 @@ def numbers(schema: type) -> dict[str, Number]:
     return found
 
 
+def affects(schema: type[Settings], group: str = "") -> dict[str, Affects]:
+    """Return what each setting of a schema, of its subclasses and of the schemas inside it affects, by dotted name."""
+    found: dict[str, Affects] = {}
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint, name = hints[field.name], group + field.name
+        parts = (hint, *typing.get_args(hint))
+        inner = [part for part in parts if isinstance(part, type) and issubclass(part, Settings)]
+        found |= affects(inner[0], f"{name}.") if inner else {name: field.metadata.get("affects", schema._affects)}
+    for each in schema.__subclasses__():
+        found |= affects(each, group)
+    return found
+
+
 @dataclass(kw_only=True)
 class Settings:
     """A group of settings. `class X(Settings, group="model")` names the group for messages; a subclass inherits it.
@@ -77,10 +98,13 @@ class Settings:
     """
 
     _group = ""
+    _affects: ClassVar[Affects]
 
-    def __init_subclass__(cls, group: str | None = None) -> None:
+    def __init_subclass__(cls, group: str | None = None, affects: Affects | None = None) -> None:
         if group is not None:
             cls._group = f"{group}."
+        if affects is not None:
+            cls._affects = affects
 
     def __post_init__(self) -> None:
         for name, number in numbers(type(self)).items():

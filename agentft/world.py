@@ -184,7 +184,6 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
     """
     import torch
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     _require_fresh_addresses()
@@ -196,7 +195,7 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     # The agent's store outlives the ranks: after a restart the addresses of the dead ones would be found in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "any"
-    store = PrefixStore(f"attempt-{attempt}", store)
+    store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if MARKS_VARIABLE in os.environ:
         # Whoever watches the marks can tell a rank that waits for long work from one that has hung; an exchange cannot.

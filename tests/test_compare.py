@@ -94,8 +94,13 @@ def table(text: str) -> list[dict[str, str]]:
 
 def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     make_run(tmp_path / "0_a", {"sft_type.rank": 4, "tracking.mode": "offline"})
-    make_run(tmp_path / "1_b", {"sft_type.rank": 8, "dataset.sample": 100})
-    assert differing_settings(read_runs([tmp_path])) == {"sft_type.rank": "rank", "dataset.sample": "sample"}
+    make_run(tmp_path / "1_b", {"sft_type.rank": 8, "dataset.sample": 100, "dataset.workers": 1})
+    make_run(tmp_path / "2_c", {"training.logging_steps": 5, "experiment": "e", "dataset.name": "local"})
+    assert differing_settings(read_runs([tmp_path])) == {
+        "sft_type.rank": "rank",
+        "dataset.name": "dataset",
+        "dataset.sample": "sample",
+    }
 
 
 def test_what_follows_from_a_choice_is_left_out_and_equal_names_are_told_apart(tmp_path: Path) -> None:

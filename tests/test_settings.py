@@ -13,10 +13,24 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from agentft.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig, compose, compose_and_run, settings
+from agentft.config import (
+    AuditConfig,
+    EvaluateConfig,
+    ExportConfig,
+    TrainConfig,
+    compose,
+    compose_and_run,
+    settings,
+    to_train_config,
+)
+from agentft.data.config import DatasetConfig
 from agentft.errors import ConfigError
+from agentft.evaluation.config import EvaluationConfig
+from agentft.recipes.config import AFFECT_NOTHING
 from agentft.recipes.saved import ROOTS, SCHEMAS
-from agentft.settings import Number, Settings, numbers
+from agentft.recipes.train import run_id
+from agentft.settings import Affects, Number, Settings, affects, numbers
+from agentft.sweeping.jobs import identity_of
 from agentft.sweeping.options import LocalOptions, RayOptions, SlurmOptions
 
 
@@ -92,6 +106,49 @@ def test_every_number_is_seen() -> None:
         hints = typing.get_type_hints(schema)
         mentions = {name for name, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}}
         assert mentions == numbers(schema).keys(), schema
+
+
+NOTHING = {
+    "dataset": "cache cache_dir cache_limit_gb max_rejected workers",
+    "distributed": "elastic.grace elastic.max_restarts rdzv_endpoint timeout",
+    "evaluation": "auth_variable batch examples request_timeout retries speculation",
+    "model": "allow_pickle cache_dir notes offline trust_remote_code",
+    "tracking": "entity group mode name project run_name tags",
+    "training": "allow_changes fallback logging_steps memory_check resume save_steps save_total_limit stop_at",
+}
+"""Settings that no checkpoint, cache, job or W&B run asks for; for another list, other checkpoints would be refused."""
+
+
+def test_every_setting_says_what_it_affects() -> None:
+    for schema in schemas():
+        found = affects(schema)
+        assert {field.name for field in dataclasses.fields(schema)} <= {name.partition(".")[0] for name in found}
+        assert set(found.values()) <= set(typing.get_args(Affects))
+    names = {f"{group}.{name}" for group, names in NOTHING.items() for name in names.split()}
+    assert names | {"experiment", "out", "output", "other_data", "output_dir", "run_dir"} == AFFECT_NOTHING
+    for root in ROOTS.values():
+        assert {name for name, what in affects(root).items() if what != "nothing"}.isdisjoint(AFFECT_NOTHING), root
+    assert set(affects(LocalOptions).values()) | set(affects(SlurmOptions).values()) == {"nothing"}
+    answers = {name for name, what in affects(EvaluationConfig).items() if what == "answers"}
+    assert answers == {"engine", "max_new_tokens", "base_url", "served_model", "request", "vllm_options"}
+    assert set(affects(DatasetConfig).values()) == {"data", "nothing"}
+
+
+@pytest.mark.parametrize(
+    ("override", "is_the_same"),
+    [
+        *((override, True) for override in ("training.logging_steps=5", "dataset.workers=1", "training.save_steps=7")),
+        *((override, True) for override in ("tracking.project=other", "training.resume=must", "training.stop_at=0.5")),
+        *((override, False) for override in ("training.learning_rate=0.5", "dataset.sample=9", "evaluation.draws=7")),
+    ],
+)
+def test_a_run_is_the_same_to_wandb_and_to_a_sweep_whatever_affects_nothing(override: str, is_the_same: bool) -> None:
+    before, after = (compose("train", ["model=tiny", "run_dir=x", *more]) for more in ([], [override]))
+    ids = [
+        (run_id(to_train_config(each)), identity_of(OmegaConf.to_container(each, enum_to_str=True)))
+        for each in (before, after)
+    ]
+    assert [before == after for before, after in zip(*ids, strict=True)] == [is_the_same] * 2
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
 from agentft.evaluation.statistics import compare_runs, holm
 from agentft.evaluation.step_scores import StepScore
+from agentft.recipes.config import AFFECT_NOTHING
 
 Mark = Literal["", "best", "tied", "other exam"]
 
@@ -26,10 +27,9 @@ DRAWS = 2000
 
 SIGNIFICANT = 0.05
 
-_NOT_SETTINGS = ("run_dir", "output_dir", "tracking.", "training.stop_at", "dataset.cache", "model.cache_dir")
 LOWER_IS_BETTER = ("loss", "hallucinated_tool_rate", "hallucinated_param_rate", "seconds", "peak_memory_bytes")
 _TIE_BREAKERS = ("arg_f1", "tool_acc", "loss")
-_GROUPS = ("model", "sft_type", "dataset", "distributed", "training", "evaluation", "tracking")
+_GROUPS = ("model", "sft_type", "dataset", "distributed", "training", "evaluation")
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, str]:
     keys = list(dict.fromkeys(key for run in known for key in run.settings))
     differing = []
     for key in keys:
-        if key.startswith(_NOT_SETTINGS):
+        if key in AFFECT_NOTHING:
             continue
         values = {_hashable(run.settings.get(key)) for run in known}
         if len(values) > 1 and not (key not in swept and _follows_from_choice(key, known)):

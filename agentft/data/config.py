@@ -62,7 +62,7 @@ class Reasoning(StrEnum):
 
 
 @dataclass(kw_only=True)
-class SpanWeights(Settings, group="dataset.span_weights"):
+class SpanWeights(Settings, group="dataset.span_weights", affects="data"):
     """How much a labelled token counts in the loss, by what it is; the loss is divided by the sum of weights.
 
     A weight is positive: what is not trained at all is context, and `agentft.data.render` alone decides that.
@@ -81,7 +81,7 @@ class SpanWeights(Settings, group="dataset.span_weights"):
 
 
 @dataclass(kw_only=True)
-class DatasetConfig(Settings, group="dataset"):
+class DatasetConfig(Settings, group="dataset", affects="data"):
     """Settings that every dataset has."""
 
     name: str
@@ -104,13 +104,13 @@ class DatasetConfig(Settings, group="dataset"):
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
     reasoning: Reasoning = Reasoning.keep
     """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted."""
-    max_rejected: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1})
+    max_rejected: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1, "affects": "nothing"})
     """Largest share of rows that may be set aside; above it the run stops and says why."""
-    cache: bool = True
+    cache: bool = field(default=True, metadata={"affects": "nothing"})
     """Keep the tokenised data, and use what a run with the same data, settings, tokenizer and code has kept."""
-    cache_limit_gb: float = field(default=20.0, metadata={"above": 0, "maximum": 10**6})
+    cache_limit_gb: float = field(default=20.0, metadata={"above": 0, "maximum": 10**6, "affects": "nothing"})
     """Size of that cache, in 10^9 bytes; above it the data that was not used for longest is removed."""
-    workers: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
+    workers: int = field(default=0, metadata={"minimum": 0, "maximum": 1024, "affects": "nothing"})
     """Processes that read and tokenise where there is much to do; 0: one a core, at most 8; 1: only this one."""
 
 
@@ -129,7 +129,7 @@ class SyntheticConfig(DatasetConfig):
 
 
 @dataclass(kw_only=True)
-class WeightedPath(Settings):
+class WeightedPath(Settings, affects="data"):
     """One of several local sources."""
 
     path: str
@@ -180,7 +180,7 @@ class HubConfig(DatasetConfig):
     """A split of the hub that is held out as a whole; null: held out of `train_split`."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder for downloads; null: the client's own."""
     format: Format = Format.auto
     """Layout of the records, as of local files."""

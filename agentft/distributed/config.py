@@ -22,7 +22,7 @@ class EngineKind(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ElasticConfig(Settings, group="distributed.elastic"):
+class ElasticConfig(Settings, group="distributed.elastic", affects="nothing"):
     """What becomes of a job whose rank dies."""
 
     max_restarts: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
@@ -32,7 +32,7 @@ class ElasticConfig(Settings, group="distributed.elastic"):
 
 
 @dataclass(kw_only=True)
-class DistributedConfig(Settings, group="distributed"):
+class DistributedConfig(Settings, group="distributed", affects="losses"):
     """Ranks, where they are, and what divides the work. The training is the same with every engine."""
 
     name: str
@@ -43,9 +43,9 @@ class DistributedConfig(Settings, group="distributed"):
     """Ranks on each machine; null: one for each visible GPU, without GPUs one."""
     nnodes: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
     """Machines; null: those of the launcher's or SLURM's job step (`SLURM_STEP_NUM_NODES`), else one."""
-    rdzv_endpoint: str | None = None
+    rdzv_endpoint: str | None = field(default=None, metadata={"affects": "nothing"})
     """`host:port` of the first machine, the same on all; null: the first host that the launcher or SLURM names."""
-    timeout: float = field(default=1800.0, metadata={"above": 0, "maximum": 10**6})
+    timeout: float = field(default=1800.0, metadata={"above": 0, "maximum": 10**6, "affects": "nothing"})
     """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named. A rank that fetches
     weights or prepares data gets somewhere as long as it computes, reads or writes."""
     elastic: ElasticConfig = field(default_factory=ElasticConfig)

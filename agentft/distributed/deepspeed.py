@@ -138,6 +138,7 @@ class DeepSpeedEngine(ShardedEngine):
             with self._gathered(list(self.model.parameters())):
                 yield
         finally:
+            # DeepSpeed sets its hooks up in its constructor alone.
             offload._register_deepspeed_module(offload.module)
 
     def weights(self, *, frozen: bool = False) -> TensorStream:

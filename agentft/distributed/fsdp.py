@@ -67,7 +67,7 @@ class FsdpEngine(ShardedEngine):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
         _cast_shards(objective, frozen)
-        # Evaluation runs blocks before the whole has run once; the root must be known by then.
+        # Evaluation runs blocks before the whole has run once, which alone makes the root known publicly.
         root: Any = objective
         root._get_fsdp_state()._lazy_init()
 
@@ -172,6 +172,7 @@ def _cast_shards(objective: nn.Module, frozen: torch.dtype | None) -> None:
             return tensor
         return tensor.to(wanted_dtype(tensor, torch.float32, frozen))
 
+    # `Module.to` casts all parameters alike.
     if any(wanted_dtype(p, torch.float32, frozen) is not p.dtype for p in objective.parameters()):
         objective._apply(cast)  # type: ignore[no-untyped-call]
 

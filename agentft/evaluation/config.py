@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from agentft.errors import ConfigError
 from agentft.evaluation.metric_names import BEST_METRICS
-from agentft.settings import SEED, Settings
+from agentft.settings import SEED, Settings, affects
 
 
 class Mode(StrEnum):
@@ -36,12 +37,12 @@ class Engine(StrEnum):
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(Settings, group="evaluation"):
+class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """Greedy evaluation of the steps of the held-out conversations."""
 
     mode: Mode = Mode.teacher_forced
     """How `evaluate.py` measures; a training measures teacher-forced before and after, and likelihood on its way."""
-    engine: Engine = Engine.transformers
+    engine: Engine = field(default=Engine.transformers, metadata={"affects": "answers"})
     """Who answers in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
     steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
     """Training steps between evaluations of the held-out loss; 0: never during training."""
@@ -53,11 +54,11 @@ class EvaluationConfig(Settings, group="evaluation"):
     """Held-out conversations that are answered, the first of the held-out order; -1: all."""
     conversations_during: int = field(default=0, metadata={"minimum": 0, "maximum": 10**9})
     """Held-out conversations answered at each evaluation of a training; 0: 16, none if `best_metric=loss`."""
-    batch: int = field(default=8, metadata={"minimum": 1, "maximum": 10**5})
+    batch: int = field(default=8, metadata={"minimum": 1, "maximum": 10**5, "affects": "nothing"})
     """Answers generated at once; for `engine=openai`, requests under way at once."""
-    max_new_tokens: int = field(default=512, metadata={"minimum": 1, "maximum": 10**6})
+    max_new_tokens: int = field(default=512, metadata={"minimum": 1, "maximum": 10**6, "affects": "answers"})
     """An answer is cut here, which is counted."""
-    speculation: int = field(default=16, metadata={"minimum": 0, "maximum": 1024})
+    speculation: int = field(default=16, metadata={"minimum": 0, "maximum": 1024, "affects": "nothing"})
     """Tokens that are guessed ahead from what was said before, and checked at once; 0: none. Answers are the same."""
     best_metric: str = "arg_f1"
     """Decides the best checkpoint: a metric of answers, generated during training, or `loss`. The loss decides ties."""
@@ -69,23 +70,23 @@ class EvaluationConfig(Settings, group="evaluation"):
     """Seed of the bootstrap."""
     allow_bad_references: bool = False
     """Go on when a reference call cannot be read; it is listed and left out of the scores."""
-    examples: int = field(default=2, metadata={"minimum": 0, "maximum": 1000})
+    examples: int = field(default=2, metadata={"minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Example answers shown side by side at the end."""
-    base_url: str | None = None
+    base_url: str | None = field(default=None, metadata={"affects": "answers"})
     """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
-    served_model: str | None = None
+    served_model: str | None = field(default=None, metadata={"affects": "answers"})
     """Name of the model at the endpoint."""
-    auth_variable: str = "OPENAI_API_KEY"
+    auth_variable: str = field(default="OPENAI_API_KEY", metadata={"affects": "nothing"})
     """Environment variable that holds the endpoint's key; without it, requests carry none."""
-    request: str | None = None
+    request: str | None = field(default=None, metadata={"affects": "answers"})
     """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
     Without `tools`, a step goes as it is recorded, in marks."""
-    request_timeout: float = field(default=120.0, metadata={"above": 0, "maximum": 86400})
+    request_timeout: float = field(default=120.0, metadata={"above": 0, "maximum": 86400, "affects": "nothing"})
     """Seconds without a word from the endpoint after which a request is tried again."""
-    retries: int = field(default=5, metadata={"minimum": 0, "maximum": 1000})
+    retries: int = field(default=5, metadata={"minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Further attempts of a request that met a busy, failing or silent endpoint."""
 
-    vllm_options: str | None = None
+    vllm_options: str | None = field(default=None, metadata={"affects": "answers"})
     """JSON object of further arguments of `vllm.LLM` for `engine=vllm`: `{"gpu_memory_utilization": 0.8}`."""
 
     def __post_init__(self) -> None:
@@ -114,6 +115,11 @@ class EvaluationConfig(Settings, group="evaluation"):
             return [1.0, -loss, -loss]
         value = measured.get(self.best_metric)
         return [0.0, 0.0, -loss] if value is None else [1.0, value, -loss]
+
+    def decides_answers(self) -> dict[str, Any]:
+        """Return the settings that affect an answer, without those that are null."""
+        deciding = [name for name, affected in affects(type(self)).items() if affected == "answers"]
+        return {name: value for name in deciding if (value := getattr(self, name)) is not None}
 
     def request_fields(self) -> dict[str, object]:
         """What `request` lays over each request."""

@@ -12,8 +12,8 @@ row, D head width, W tile width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from agentft.errors import EvaluationError
+from agentft.model.attention import attention_set_to
 from agentft.model.causal import causal_model
 
 NAME = "agentft_rows"
@@ -108,15 +109,9 @@ class RowModel:
         """Return an empty history with room for so many tokens."""
         return History(self._layers, positions)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Let the model's layers attend to histories; afterwards they attend as before."""
-        before = self._config._attn_implementation
-        self._config._attn_implementation = NAME
-        try:
-            yield
-        finally:
-            self._config._attn_implementation = before
+        return attention_set_to(NAME, self._config)
 
     def next_ids(self, rows: Sequence[Row]) -> list[list[int]]:
         """Run one forward pass and return the likeliest next token after each wanted one, row by row.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -70,6 +71,7 @@ class TiledCausalAttention(torch.autograd.Function):
             rows = grad[:, :, start:stop].flatten(1, 2)
             grad_value[:, first:stop] += torch.bmm(weights.flatten(1, 2).transpose(1, 2), rows)
             grad_weights = torch.bmm(rows, value[:, first:stop].transpose(1, 2)).view_as(weights)
+            # The softmax that autograd would differentiate publicly was computed without it.
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).flatten(1, 2)
             tile = torch.bmm(grad_scores, key[:, first:stop])
             grad_query[:, :, start:stop] = tile.view(*query.shape[:2], stop - start, width)
@@ -138,6 +140,22 @@ def tiled_attention_forward(
         query, key, value, scale, None if boundaries is None else boundaries.tolist()
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+def attention_of(module: Any) -> str:
+    """Return the name of the implementation that a module of transformers is set to, which no public name tells."""
+    return str(module.config._attn_implementation)
+
+
+@contextmanager
+def attention_set_to(name: str, config: Any) -> Iterator[None]:
+    """Let modules with this config attend by another implementation, whether their class follows its name or not."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def register() -> None:

@@ -57,7 +57,7 @@ class KernelChoice(StrEnum):
 
 
 @dataclass(kw_only=True)
-class RandomShape(Settings, group="model.shape"):
+class RandomShape(Settings, group="model.shape", affects="losses"):
     """Shape of a model with random weights."""
 
     hidden: int = field(default=64, metadata={"minimum": 1, "maximum": 10**6})
@@ -78,12 +78,12 @@ class RewrittenHistory(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TrustConfig(Settings, group="model"):
+class TrustConfig(Settings, group="model", affects="nothing"):
     """What is read or run although it could hide code: allowed by a command line, never by a file that it names."""
 
-    allow_pickle: bool = False
+    allow_pickle: bool = field(default=False, metadata={"affects": "nothing"})
     """Take weights that exist as pickles only (`.bin`), by torch's restricted reader. Counts from this command line only."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata={"affects": "nothing"})
     """Run Python code that comes with the weights. Counts from this command line only."""
 
     def require_typed(self, typed: TrustConfig, source: object) -> None:
@@ -101,7 +101,7 @@ class TrustConfig(Settings, group="model"):
 
 
 @dataclass(kw_only=True)
-class ModelConfig(TrustConfig):
+class ModelConfig(TrustConfig, affects="losses"):
     """One model: where it is, how it talks, how it is loaded."""
 
     name: str
@@ -120,17 +120,17 @@ class ModelConfig(TrustConfig):
     """Folder of the model for `source=local`."""
     wheel: str | None = None
     """Package that holds a GGUF file, for `source=wheel`."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
-    template: str = "auto"
+    template: str = field(default="auto", metadata={"affects": "data"})
     """How conversations become text: auto (the model's own chat template where it can say a conversation with tools, else
     msagent), native, msagent, chatml, qwen2.5, qwen3, llama3, or a file *.jinja; see docs/templates.md."""
-    template_args: dict[str, Any] = field(default_factory=dict)
+    template_args: dict[str, Any] = field(default_factory=dict, metadata={"affects": "data"})
     """Arguments of the chat template, `enable_thinking: false` for example: the same in training, evaluation and export."""
-    rewritten_history: RewrittenHistory = RewrittenHistory.exact
+    rewritten_history: RewrittenHistory = field(default=RewrittenHistory.exact, metadata={"affects": "data"})
     """Where a chat template rewrites history (most drop past reasoning): `exact` trains each step on the prompt that is
     served, in several examples; `stable` makes one example, whose prompts may differ."""
-    stop_token: str | None = None
+    stop_token: str | None = field(default=None, metadata={"affects": "data"})
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Linear layers that LoRA adapts when `sft_type.targets` is null."""
@@ -145,16 +145,16 @@ class ModelConfig(TrustConfig):
     kernels: KernelChoice = KernelChoice.auto
     """What computes norms, rotary positions and activations: torch; on a CPU our C code, built once a machine, which serves
     frozen models and computes softmax and dropout, too; on CUDA Liger's kernels. See docs/performance.md."""
-    offline: bool = False
+    offline: bool = field(default=False, metadata={"affects": "nothing"})
     """Use what earlier runs have downloaded, and never the network."""
     shape: RandomShape | None = None
     """Shape of the model for `source=random`."""
-    notes: str = ""
+    notes: str = field(default="", metadata={"affects": "nothing"})
     """Licence and memory, for the reader."""
 
 
 @dataclass(kw_only=True)
-class SftConfig(Settings, group="sft_type"):
+class SftConfig(Settings, group="sft_type", affects="losses"):
     """Settings that every way of supervised fine-tuning has."""
 
     name: str

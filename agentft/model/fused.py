@@ -291,7 +291,7 @@ def _attention_forward(module: Any, kernels: Kernels) -> Any:
         boundaries = kwargs.get("cu_seq_lens_q")
         plain = (
             _for(hidden_states, kernels) is not None
-            and module.config._attn_implementation == attention.NAME
+            and attention.attention_of(module) == attention.NAME
             and past_key_values is None
             and (attention_mask is None or boundaries is not None)
             and getattr(module, "sliding_window", None) is None

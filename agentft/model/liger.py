@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from agentft.model.attention import attention_of
 from agentft.model.fused import ATTENTIONS, RMS_NORMS, is_gated_silu_mlp
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _attention_forward(module: Any, kernels: LigerKernels) -> Any:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        name = module.config._attn_implementation
+        name = attention_of(module)
         whole = position_embeddings is not None and position_embeddings[0].shape[-1] == module.head_dim
         if past_key_values is not None or name == "eager" or not whole:
             return stock(

@@ -325,7 +325,7 @@ def take_attention(model: torch.nn.Module, name: str) -> str:
         causal.set_attn_implementation(name)
     finally:
         transformers_logging.set_verbosity(said)
-    return str(causal.config._attn_implementation)
+    return tiled_attention.attention_of(causal)
 
 
 def fingerprint(folder: Path) -> str:

@@ -79,7 +79,7 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
     # The weights are dense by now, but transformers refuses to save a model that still names its quantisation.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = package
+    config.name_or_path = package
     dense = type(quantized)(config)
     dense.load_state_dict(quantized.state_dict())
     dense.tie_weights()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from agentft.data.config import DatasetConfig
 from agentft.data.findings import CODES
@@ -10,7 +12,7 @@ from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import Dtype, KernelChoice, ModelConfig, SftConfig, TrustConfig
-from agentft.settings import SEED, Settings
+from agentft.settings import SEED, Settings, affects
 from agentft.tracking import TrackingConfig
 from agentft.training.config import TrainingConfig
 
@@ -19,7 +21,7 @@ THREADS = {"minimum": 1, "maximum": 1024}
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Settings):
+class TrainConfig(Settings, affects="losses"):
     """`python train.py`: compose, preprocess, fine-tune, evaluate."""
 
     model: ModelConfig
@@ -29,11 +31,11 @@ class TrainConfig(Settings):
     training: TrainingConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
-    output_dir: str = "runs"
+    output_dir: str = field(default="runs", metadata={"affects": "nothing"})
     """Folder that run folders are made in."""
-    run_dir: str
+    run_dir: str = field(metadata={"affects": "nothing"})
     """This run's folder."""
-    experiment: str | None = None
+    experiment: str | None = field(default=None, metadata={"affects": "nothing"})
     """Name of the experiment file in use, for grouping."""
     seed: int = field(default=42, metadata=SEED)
     """Seed of initial adapter weights, dropout and the order of training."""
@@ -55,7 +57,7 @@ class TrainConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(Settings):
+class EvaluateConfig(Settings, affects="answers"):
     """`python evaluate.py run=<run folder>`: answer the held-out conversations again and score them."""
 
     run: str
@@ -69,16 +71,16 @@ class EvaluateConfig(Settings):
     """Ranks that share the conversations out among them. Each holds the model whole, whatever the engine."""
     threads: int | None = field(default=None, metadata=THREADS)
     """CPU threads for torch; null: as the run was trained with."""
-    output: str | None = None
+    output: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder that answers and scores go to; null: the run's own. A job of a sweep gets one to itself."""
-    other_data: bool = False
+    other_data: bool = field(default=False, metadata={"affects": "nothing"})
     """Score although the exam is not of the data that the checkpoint was trained with, and may hold what it has seen."""
     model: TrustConfig = field(default_factory=TrustConfig)
     """Of the run's model only what may be read or run: `model.allow_pickle`, `model.trust_remote_code`."""
 
 
 @dataclass(kw_only=True)
-class AuditOptions(Settings, group="audit"):
+class AuditOptions(Settings, group="audit", affects="results"):
     """What an audit looks for, shows, and fails on."""
 
     fail_on: list[str] = field(default_factory=list)
@@ -102,7 +104,7 @@ class AuditOptions(Settings, group="audit"):
 
 
 @dataclass(kw_only=True)
-class AuditConfig(Settings):
+class AuditConfig(Settings, affects="results"):
     """`python -m agentft.audit`: what a dataset would train, and what is wrong with it; loads no weights."""
 
     model: ModelConfig
@@ -111,7 +113,7 @@ class AuditConfig(Settings):
     """What is looked for and shown."""
     view: str | None = None
     """Id of one conversation: show it with its labels, token by token, and do nothing else."""
-    output: str
+    output: str = field(metadata={"affects": "nothing"})
     """Folder for the page, the report, its numbers and the rows that were set aside."""
 
     def __post_init__(self) -> None:
@@ -124,7 +126,7 @@ class AuditConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class ExportConfig(Settings):
+class ExportConfig(Settings, affects="results"):
     """`python -m agentft.export run=<run folder>`: a folder that transformers, vLLM and the hubs load as it is."""
 
     run: str
@@ -135,7 +137,7 @@ class ExportConfig(Settings):
     """Join the adapter with its base into a whole model; false: the adapter alone."""
     dtype: Dtype = Dtype.auto
     """Number format of the weights of a whole model; auto: that which the run computed in."""
-    out: str | None = None
+    out: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder to write; null: `export` or `adapter` in the run folder."""
     push: str | None = None
     """`modelscope:owner/name` or `huggingface:owner/name`: upload the folder there, by the hub's own login."""
@@ -143,3 +145,21 @@ class ExportConfig(Settings):
     """A repository that the upload has to create is private."""
     model: TrustConfig = field(default_factory=TrustConfig)
     """Of the run's model only what may be read or run: `model.allow_pickle`, `model.trust_remote_code`."""
+
+
+AFFECT_NOTHING = frozenset(
+    name
+    for root in (TrainConfig, EvaluateConfig, AuditConfig, ExportConfig)
+    for name, what in affects(root).items()
+    if what == "nothing"
+)
+"""Dotted names of the settings that change no data, losses, answers or results: another value is still the same job."""
+
+
+def deciding(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """Return the settings, in their groups, without those that affect nothing."""
+    return {
+        name: deciding(value, f"{group}{name}.") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if group + name not in AFFECT_NOTHING
+    }

@@ -22,10 +22,10 @@ from agentft.data.config import DatasetConfig
 from agentft.data.render import MsagentTemplate
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
+from agentft.recipes.config import deciding
 from agentft.recipes.rows import source_digests
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_DECIDES_NOTHING = ("name", "cache", "cache_limit_gb", "cache_dir", "max_rejected", "workers")
 _LIBRARIES = ("tokenizers", "fastokens", "pyarrow", "zstandard", "datasets", "modelscope")
 _ROOMS = (
     "data/**/*.py",
@@ -51,7 +51,8 @@ def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEnc
     sources = source_digests(config)
     if sources is None:
         return None
-    settings = {name: value for name, value in _plain(config).items() if name not in _DECIDES_NOTHING}
+    settings = deciding(_plain(config), "dataset.")
+    del settings["name"]  # the same settings by another name give the same data
     return {
         "sources": sources,
         "settings": settings,

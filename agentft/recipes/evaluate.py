@@ -296,7 +296,7 @@ def _by_vllm(
             options=settings.vllm_arguments(),
         )
         engine = VllmEngine(model, bench.tokenizer, stop_ids=bench.stop_ids, max_new_tokens=settings.max_new_tokens)
-        changes = {"engine": "vllm", "version": engine.version, "options": dict(model.options)}
+        changes = {"version": engine.version, "options": dict(model.options)}
         yield Candidate(engine, own.identity | changes)
 
 

@@ -86,14 +86,12 @@ def own_candidate(bench: Bench, config: EvaluationConfig) -> Candidate:
     """Make a candidate of the bench's model as it is now."""
     model = bench.model
     parameter = next(model.parameters())
-    identity = {
-        "engine": "transformers",
+    identity = config.decides_answers() | {
         "model": bench.files.fingerprint,
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "stop_ids": list(bench.stop_ids),
-        "max_new_tokens": config.max_new_tokens,
     }
     return Candidate(own_model(bench, config), identity)
 

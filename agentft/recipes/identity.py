@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentft.data.batches import StepPlan
+from agentft.model.attention import attention_of
 from agentft.model.causal import causal_model
 from agentft.model.config import KernelChoice, QloraConfig, SftConfig
 from agentft.model.liger import LigerKernels
 from agentft.model.native import Kernels
-from agentft.recipes.config import TrainConfig
-from agentft.training.identity import FREE
+from agentft.recipes.config import TrainConfig, deciding
 
 if TYPE_CHECKING:
     from agentft.recipes.bench import Bench
@@ -26,14 +26,14 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "nump
 
 def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 1) -> dict[str, Any]:
     """Return everything that decides the losses of a run, by the words in which a difference is told."""
-    training = {key: str(value) for key, value in asdict(config.training).items() if key not in FREE}
+    settings = deciding(asdict(config))
     return {
         "data": bench.data.fingerprint,
         "model": bench.files.fingerprint,
         "tokenizer": tokenizer_fingerprint(bench.tokenizer),
-        "sft_type": asdict(config.sft_type),
+        "sft_type": settings["sft_type"],
         "dtype": str(bench.dtype),
-        "attention": causal_model(bench.model).config._attn_implementation,
+        "attention": attention_of(causal_model(bench.model)),
         "kernels": str(kernels_of(bench.kernels)),
         "seed": config.seed,
         "engine": config.distributed.name,
@@ -42,7 +42,7 @@ def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 
         "device": bench.device.name,
         "versions": versions(config.sft_type, liger=isinstance(bench.kernels, LigerKernels)),
         "total_steps": plan.total_steps,
-        "training": training,
+        "training": {name: str(value) for name, value in settings["training"].items()},
     }
 
 

@@ -30,6 +30,7 @@ from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
 from agentft.evaluation.slots import History, Row, RowModel
+from agentft.model.attention import attention_of
 from agentft.model.causal import causal_model, last_states, output_head
 from agentft.model.load import take_attention
 from agentft.training.loss import LabelledLoss, packed_arguments
@@ -102,7 +103,7 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
         ModelError: its own code fails on two short texts, or lets a position see later ones.
     """
     causal: Any = causal_model(model)
-    before = causal.config._attn_implementation
+    before = attention_of(causal)
     with _reading(model, autocast):
         try:
             first, second = (_text(causal, length, seed) for seed, length in enumerate(LENGTHS))
@@ -196,7 +197,7 @@ class _Probe:
                     f"model.attention: with {name} {_name(self.model)} does not say what it says with transformers' eager "
                     f"attention ({fault}); model.attention=auto takes one that does"
                 )
-            kept = str(causal_model(self.model).config._attn_implementation)
+            kept = attention_of(causal_model(self.model))
             if kept != name and self._fault(f"attention {kept}", self._try_attention, kept) is None:
                 return kept
         raise ModelError(

@@ -6,19 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from agentft.errors import ConfigError
-from agentft.model.config import TrustConfig
-from agentft.recipes.config import TrainConfig
+from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.saved import primary_config, saved_config
 from agentft.runs import RunFolder, read_json
 from agentft.training.config import Resume
-from agentft.training.identity import FREE, differences
-
-_DECIDES_NOTHING = (
-    *("run_dir", "output_dir", "tracking", "distributed", *(f"training.{name}" for name in FREE)),
-    *("dataset.cache", "dataset.cache_limit_gb", "dataset.cache_dir", "dataset.workers", "dataset.max_rejected"),
-    *("model.cache_dir", "model.offline", "model.notes", *(f"model.{name}" for name in TrustConfig.__annotations__)),
-)
-"""Settings, or groups of them, that decide nothing that is trained or measured."""
+from agentft.training.identity import differences
 
 _SEEN_WHEN_LOADED = (
     *("threads", "model.dtype", "model.attention", "model.kernels", "model.context", "model.learning_rate_scale"),
@@ -62,18 +54,14 @@ def objective_of_finished(config: TrainConfig) -> tuple[float | None] | None:
 
 def changed_settings(config: TrainConfig, run: RunFolder) -> list[str]:
     """Name the settings in which a run's own differ from `config`, but for those that change no training and no exam."""
-    saved, now = primary_config(saved_config(run.path)), primary_config(config)
-    return [
-        change
-        for change in differences(dict(_own(saved, now)), dict(_own(now, saved)))
-        if not _is_of(change, _DECIDES_NOTHING)
-    ]
+    saved, now = deciding(primary_config(saved_config(run.path))), deciding(primary_config(config))
+    return differences(dict(_own(saved, now)), dict(_own(now, saved)))
 
 
 def _own(settings: dict[str, Any], others: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Settings, of a group that has another option only its name: the rest follows."""
     for group, values in settings.items():
-        if group == "defaults":
+        if group in ("defaults", "distributed"):  # it may go on elsewhere
             continue
         named = isinstance(values, dict) and "name" in values
         same = not named or values["name"] == others[group]["name"]

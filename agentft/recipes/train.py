@@ -24,7 +24,7 @@ from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.answer_file import Answerer
 from agentft.model.adapters import count_parameters
 from agentft.recipes.bench import Bench, set_up_bench, set_up_engine
-from agentft.recipes.config import TrainConfig
+from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.exam import (
     Candidate,
     Exam,
@@ -345,9 +345,8 @@ def choices(config: TrainConfig) -> dict[str, str]:
 
 def run_id(config: TrainConfig) -> str:
     """Return a short id that stays the same when the run is resumed in its folder."""
-    settings = asdict(config)
-    del settings["training"]["stop_at"]  # it says how far to go this time
-    del settings["distributed"], settings["threads"]  # nor does it matter where
+    settings = deciding(asdict(config))
+    del settings["distributed"], settings["threads"]  # it may go on elsewhere, equal but for its last bits
     tree = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentft.errors import RunError
+from agentft.recipes.config import deciding
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 
@@ -26,12 +27,6 @@ JobState = Literal["waiting", "running", "finished", "failed", "stopped", "pause
 
 FILE = "job.json"
 LOG = "job.log"
-
-NOT_IN_IDENTITY = (
-    *("run_dir", "output_dir", "tracking", "training.stop_at"),
-    *("dataset.cache", "dataset.cache_limit_gb", "dataset.cache_dir", "dataset.workers", "model.cache_dir"),
-)
-"""Settings that say where a job writes and keeps things, and how far it goes this time, not what it computes."""
 
 
 @dataclass(kw_only=True)
@@ -131,11 +126,7 @@ class Job:
 
 def identity_of(settings: Mapping[str, Any]) -> str:
     """16 hex digits that two jobs share if they compute the same."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_IN_IDENTITY}
-    for name, value in kept.items():
-        if isinstance(value, Mapping):
-            kept[name] = {inner: each for inner, each in value.items() if f"{name}.{inner}" not in NOT_IN_IDENTITY}
-    text = json.dumps(kept, sort_keys=True, default=str, ensure_ascii=True)
+    text = json.dumps(deciding(settings), sort_keys=True, default=str, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

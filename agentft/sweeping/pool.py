@@ -27,7 +27,7 @@ CONFIG_REFUSED = 2
 
 
 @dataclass(kw_only=True)
-class Rules(Settings, group="hydra.launcher"):
+class Rules(Settings, group="hydra.launcher", affects="nothing"):
     """What holds for every job."""
 
     retry: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})

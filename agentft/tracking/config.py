@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from agentft.errors import ConfigError
+from agentft.settings import Settings
 
 
 class TrackingMode(StrEnum):
@@ -27,7 +28,7 @@ class TrackingMode(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TrackingConfig:
+class TrackingConfig(Settings, group="tracking", affects="nothing"):
     """Where the numbers of a run go besides its own folder."""
 
     name: str = "wandb"

@@ -40,14 +40,14 @@ class NonFinite(StrEnum):
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(Settings, group="training"):
+class TrainingConfig(Settings, group="training", affects="losses"):
     """The loop. One step is one update of the weights, from `micro_batch x accumulation` conversations over all ranks."""
 
     epochs: float = field(default=1.0, metadata={"above": 0, "maximum": 10**6})
     """Passes over the sample; may be a fraction."""
     max_steps: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Stop after so many steps; -1: by `epochs`."""
-    stop_at: float = field(default=1.0, metadata={"above": 0, "maximum": 1})
+    stop_at: float = field(default=1.0, metadata={"above": 0, "maximum": 1, "affects": "nothing"})
     """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
     micro_batch: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
     """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one. Halved, with the same
@@ -81,22 +81,22 @@ class TrainingConfig(Settings, group="training"):
     """With `nonfinite=skip`: steps that may be left out in a row; one more ends the training."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA, where the estimated memory does not fit without it."""
-    memory_check: MemoryCheck = MemoryCheck.refuse
+    memory_check: MemoryCheck = field(default=MemoryCheck.refuse, metadata={"affects": "nothing"})
     """Whether a training whose estimated memory exceeds the device's is refused before its weights are fetched."""
     compile: bool = False
     """Run torch's compiler over each block. It takes a minute at the start and a C++ compiler on a CPU, Triton on CUDA; not
     together with `model.kernels=compiled`, which fuses the same parts without it."""
-    logging_steps: int = field(default=20, metadata={"minimum": 1, "maximum": 10**9})
+    logging_steps: int = field(default=20, metadata={"minimum": 1, "maximum": 10**9, "affects": "nothing"})
     """Steps between lines of `metrics.jsonl` and of the log."""
-    save_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
+    save_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9, "affects": "nothing"})
     """Steps between checkpoints; 0: only at the end."""
-    save_total_limit: int = field(default=2, metadata={"minimum": 1, "maximum": 10**6})
+    save_total_limit: int = field(default=2, metadata={"minimum": 1, "maximum": 10**6, "affects": "nothing"})
     """Checkpoints to keep besides the best one."""
-    resume: Resume = Resume.auto
+    resume: Resume = field(default=Resume.auto, metadata={"affects": "nothing"})
     """What to do with the checkpoints of the run folder."""
-    fallback: bool = True
+    fallback: bool = field(default=True, metadata={"affects": "nothing"})
     """Go on from the checkpoint before where the newest is damaged; false: refuse."""
-    allow_changes: bool = False
+    allow_changes: bool = field(default=False, metadata={"affects": "nothing"})
     """Go on from a checkpoint although data, model, settings or threads differ; `run.json` names every difference."""
 
     def __post_init__(self) -> None:

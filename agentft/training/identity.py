@@ -12,18 +12,6 @@ from agentft.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-FREE = (
-    "resume",
-    "fallback",
-    "allow_changes",
-    "stop_at",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "memory_check",
-)
-"""Settings of `training` that say where it saves and what it shows, not what it computes."""
-
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Name each value that two identities do not share: `training.seed was 1, is 2`."""

@@ -32,6 +32,7 @@ def snapshot_on_out_of_memory(folder: Path) -> None:
             *(device, asked / 1e9, free / 1e9, total / 1e9, path),
         )
 
+    # PyTorch documents these names for users as they are.
     memory._record_memory_history(max_entries=100_000, stacks="python")
     # Present in CUDA builds alone.
     attach: Any = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -19,6 +20,7 @@ from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.places import shown_steps
 from agentft.evaluation.step_scores import score_step
 from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.settings import affects
 from tests.evaluation.loopback_chat import LoopbackChat
 
 KEY = "sk-a-secret-of-this-test"
@@ -298,6 +300,20 @@ def test_requests_are_greedy_bounded_and_can_be_changed(steps, monkeypatch):
     assert chat.headers[0]["path"] == "/v1/chat/completions"
     assert answer.finish == "length"
     assert KEY not in json.dumps(endpoint.identity())
+
+
+def test_answers_are_another_model_s_only_where_a_setting_affects_answers():
+    config = EvaluationConfig(engine=Engine.openai, base_url="http://localhost/v1", served_model="m")
+    others = {"max_new_tokens": 9, "base_url": "http://localhost:2/v1", "served_model": "n", "request": '{"seed": 1}'}
+    others |= {"batch": 3, "draws": 7, "retries": 1, "request_timeout": 1.0, "conversations": 2, "seed": 5}
+    before = endpoint_of(config).identity()
+    changing = {
+        name
+        for name, value in others.items()
+        if endpoint_of(dataclasses.replace(config, **{name: value})).identity() != before
+    }
+    assert changing == {name for name in others if affects(EvaluationConfig)[name] == "answers"}
+    assert EvaluationConfig().decides_answers() == {"engine": "transformers", "max_new_tokens": 512}
 
 
 def test_settings_that_cannot_work_are_refused(monkeypatch):

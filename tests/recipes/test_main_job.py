@@ -133,7 +133,9 @@ def test_a_run_cut_short_goes_on_in_its_folder_to_the_same_end(finished, tmp_pat
     finally:
         recipe.train_model = original
     assert max(step for step, _ in _losses(cut)) == 2
-    train(config)
+    first = read_json(cut / "run.json")["run_id"]
+    train(quick_config(cut, "dataset.workers=1", "training.memory_check=warn", "evaluation.batch=4"))
+    assert read_json(cut / "run.json")["run_id"] == first
     assert _losses(cut) == _losses(finished.run_dir)
     assert _files(cut) == (golden_folder / "run_folder.txt").read_text()
 
