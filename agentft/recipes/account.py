@@ -58,11 +58,11 @@ class Account:
         shown = list(self.reasons().items())
         lines = [f"none of {self.read.rows:,} rows can be used; they were set aside for:"]
         lines += [
-            f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail}"
+            f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail};"
             for reason, count in shown[:3]
         ]
         if len(shown) > 3:
-            lines.append("  " + ", ".join(f"{count:,} {reason}" for reason, count in shown[3:])[:300])
+            lines.append("  " + ", ".join(f"{count:,} {reason}" for reason, count in shown[3:])[:300] + ";")
         lines.append(f"  known formats (dataset.format): {KNOWN}")
         raise DataError("\n".join(line[:400] for line in lines))
 

@@ -540,3 +540,23 @@ def test_tools_in_a_block_are_lifted_one_by_one(separator: str) -> None:
     differs = openai(system, USER, {"role": "assistant", "content": "a"}, tools=[WEATHER])
     assert "<tools>" in read(differs).system
     assert "tools_in_system_too" in codes(differs)
+
+
+@pytest.mark.parametrize("layout", ["msagent", "chatml"])
+def test_every_format_is_trained_in_every_layout(layout: str, byte_tokenizer) -> None:
+    """The same labels where the same is said: answers, calls and stops, whatever the format was."""
+    template, encoder = choose_template(layout, byte_tokenizer), SegmentEncoder(byte_tokenizer)
+    for name, record in RECORDS.items():
+        outcome = read_record(record, ORIGIN, form=NAMED.get(name, Format.auto), reasoning=Reasoning.drop)
+        assert not isinstance(outcome, Rejection), outcome
+        (made,) = make_examples([outcome[0]], template, encoder)
+        assert made.problem is None, (name, made.problem)
+        (piece,) = made.pieces
+        labels = byte_tokenizer.decode(piece.example.labels[piece.example.labels >= 0])
+        expected = (
+            'weather", "parameters": {"city": "Rome"}' if layout == "msagent" else '"arguments": {"city": "Rome"}'
+        )
+        assert expected in labels, name
+        assert (ANSWER in labels) == (name != "xlam")
+        assert QUESTION not in labels
+        assert RESULT not in labels
