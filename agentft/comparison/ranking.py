@@ -84,11 +84,9 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, str]:
     """Settings in which runs differ -> short names; what the choice of a group implies is left out."""
     known = [run for run in runs if run.settings]
     swept = frozenset().union(*(run.swept for run in known))
-    keys = list(dict.fromkeys(key for run in known for key in run.settings))
+    keys = list(dict.fromkeys(key for run in known for key in run.settings if key not in AFFECT_NOTHING))
     differing = []
     for key in keys:
-        if key in AFFECT_NOTHING:
-            continue
         values = {_hashable(run.settings.get(key)) for run in known}
         if len(values) > 1 and not (key not in swept and _follows_from_choice(key, known)):
             differing.append(key)

@@ -22,8 +22,8 @@ from agentft.data.config import DatasetConfig
 from agentft.data.render import MsagentTemplate
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
-from agentft.recipes.config import deciding
 from agentft.recipes.rows import source_digests
+from agentft.settings import affects
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("tokenizers", "fastokens", "pyarrow", "zstandard", "datasets", "modelscope")
@@ -51,8 +51,9 @@ def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEnc
     sources = source_digests(config)
     if sources is None:
         return None
-    settings = deciding(_plain(config), "dataset.")
-    del settings["name"]  # the same settings by another name give the same data
+    nothing = {name for name, what in affects(DatasetConfig).items() if what == "nothing"}
+    # The same settings by another name give the same data.
+    settings = {name: value for name, value in _plain(config).items() if name not in nothing | {"name"}}
     return {
         "sources": sources,
         "settings": settings,
