@@ -14,13 +14,12 @@ belong to calls by id or name where the record has them, else by their order. Wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data.calls import Json, JsonRefused, ToolCall, read_json
+from agentft.data.calls import ToolCall
 from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
 from agentft.data.declarations import Tools, lift_tools, read_tools, tool_names
@@ -30,6 +29,7 @@ from agentft.data.text_calls import (
     literal,
     read_call,
     read_id,
+    read_named_results,
     read_react,
     read_responses,
     read_text_calls,
@@ -75,13 +75,6 @@ _BLOCKS: dict[str, frozenset[str]] = {
 """Types of the parts of a content, with their fields."""
 _TOOL_COLUMNS = ("tools", "functions", "available_tools")
 _COLUMNS = frozenset({"id", "messages", "conversations", "system", *_TOOL_COLUMNS})
-_QUESTION_AND_ANSWER = (
-    ("query", "response"),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-)
-
 
 KNOWN = (
     "openai (messages with role and content), sharegpt (conversations with from and value), msagent (the same, calls between "
@@ -127,11 +120,6 @@ def unused_columns(record: Mapping[Any, Any], known: Collection[str] = _COLUMNS)
     """Return a note for each column that has a value and no meaning."""
     names = [key_name(key) for key, value in record.items() if key not in known and not blank(value)]
     return [(f"column_not_used:{name}", f"column {name!r}") for name in names]
-
-
-def question_and_answer_fields(record: Mapping[Any, Any]) -> tuple[str, str] | None:
-    """Return the two fields of a record that is a question and an answer, and no conversation."""
-    return next((pair for pair in _QUESTION_AND_ANSWER if record.keys() >= set(pair)), None)
 
 
 def read_messages(record: Mapping[Any, Any], form: Format) -> Reading:
@@ -302,7 +290,7 @@ class _Messages:
     def _read_result(self, content: object, call_id: str | None, name: str | None, number: int) -> None:
         text = self._text(content, number)
         waiting = [call for call in self._open if call is not None]
-        if call_id is None and name is None and len(waiting) > 1 and (named := _results_by_name(text, waiting)):
+        if call_id is None and name is None and len(waiting) > 1 and (named := read_named_results(text, waiting)):
             for call, response in zip(waiting, named, strict=True):
                 self._result(response, call.id, call.name)
             return
@@ -511,17 +499,3 @@ def _note_block(block: Mapping[Any, Any], notes: list[Note]) -> None:
     for key, value in block.items():
         if key != "type" and key not in known and not blank(value):
             notes.append((f"field_not_carried:{key_name(key)}", f"{key_name(key)} of a part of a content"))
-
-
-def _results_by_name(text: str, calls: Sequence[ToolCall]) -> list[str]:
-    """Return the results of several calls that are written as one list of objects with their names, as ToolACE does."""
-    if not text.lstrip().startswith("["):
-        return []
-    try:
-        values: Json = read_json(text.strip())
-    except JsonRefused:
-        return []
-    names = [value.get("name") if isinstance(value, dict) else None for value in values]
-    if names != [call.name for call in calls]:
-        return []
-    return [json.dumps(value, ensure_ascii=False) for value in values]

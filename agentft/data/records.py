@@ -19,7 +19,7 @@ from typing import Any, Literal
 from agentft.data.calls import Json, ToolCall, strip_fence
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.formats import key_name, question_and_answer_fields, read_messages, recognise, unused_columns
+from agentft.data.formats import key_name, read_messages, recognise, unused_columns
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.msagent import turn_messages
@@ -33,6 +33,12 @@ MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 
 _Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
+_QUESTION_AND_ANSWER = (
+    ("query", "response"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+)
 _MAX_ID_CHARACTERS = 200
 _PART_ID = re.compile(r"/part-[0-9]+\Z")
 
@@ -156,7 +162,7 @@ def _read(
 
 def _what_is_there(record: dict[Any, Any]) -> str:
     fields = ", ".join(repr(key) for key in record if isinstance(key, str))[:200] or "no field"
-    pair = question_and_answer_fields(record)
+    pair = next((pair for pair in _QUESTION_AND_ANSWER if record.keys() >= set(pair)), None)
     hint = f"; {pair[0]} and {pair[1]} are a question and an answer: write them as two messages" if pair else ""
     for key, rows in record.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict) and isinstance(key, str):

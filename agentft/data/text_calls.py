@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from agentft.data.calls import Json, JsonRefused, ToolCall, read_json
@@ -169,6 +169,20 @@ def read_responses(text: str) -> list[str]:
     if not text.lstrip().startswith("<tool_response>") or _RESPONSE.sub("", text):
         return []
     return [body.strip("\n") for body in _RESPONSE.findall(text)]
+
+
+def read_named_results(text: str, calls: Sequence[ToolCall]) -> list[str]:
+    """Return the results of several calls that are written as one list of objects with their names, as ToolACE does."""
+    if not text.lstrip().startswith("["):
+        return []
+    try:
+        values: Json = read_json(text.strip())
+    except JsonRefused:
+        return []
+    names = [value.get("name") if isinstance(value, dict) else None for value in values]
+    if names != [call.name for call in calls]:
+        return []
+    return [json.dumps(value, ensure_ascii=False) for value in values]
 
 
 def read_react(text: str, unknown: list[str]) -> Iterator[tuple[Literal["step", "result"], str, ToolCall | None]]:
