@@ -17,6 +17,15 @@ class DataError(AgentftError, ValueError):
     """A source of conversations cannot be read, or too little of it is usable."""
 
 
+class FormatError(DataError):
+    """A record that does not follow its format; `reason` is a stable snake_case code."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
 class ModelError(AgentftError, RuntimeError):
     """A model or tokenizer cannot be found, fetched or loaded as asked."""
 

@@ -1,7 +1,8 @@
 """Score a predictions file alone, without a model and without torch: `python -m agentft.score FILE.jsonl --json`.
 
 One JSON object a line and step: `conversation_id` (a string, or an integer that stands for its digits), `step`
-(0, 1, ...), `reference` (raw assistant text of the step), `prediction` (raw model text); optionally `offered` (tool
+(0, 1, ...), `reference` (raw assistant text of the step), `prediction` (raw model text), both in MSAgent's marks or, where
+no reference has these, in those of the family that reads a reference's call; optionally `offered` (tool
 names, or objects with `name` and `parameters`), `after_call`, `language`, `rounds`, `seen_tool`, `piece_of` (id of the
 whole, where a long conversation was asked in pieces: they are drawn together for the intervals). `-` reads standard
 input. Ends with status 1 and one line `file:line: ...` where the file is no exam.
@@ -13,12 +14,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agentft.data.response import our_templates, parameter_types
 from agentft.errors import EvaluationError
 from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
 from agentft.evaluation.metrics import EvaluationReport, Metric, StepRecord, aggregate, read_offered_tool, score_records
+from agentft.evaluation.parse import THINK_START, reply_of, without_end
 from agentft.progress import outlive_console
 
 _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
@@ -83,6 +87,26 @@ def read_records(path: Path) -> list[StepRecord]:
         records.append(record)
     if not records:
         raise EvaluationError(f"{path}:1: the file holds no step; expected one JSON object a line")
+    return _read_in_other_marks(records)
+
+
+def _read_in_other_marks(records: list[StepRecord]) -> list[StepRecord]:
+    """Read the steps of a file whose references call in the marks of another family; all other steps stay as they are."""
+    if any(THINK_START in record.reference for record in records):
+        return records
+    for template in our_templates():
+        expected = [template.read(without_end(record.reference)) for record in records]
+        if any(said.calls for said in expected):
+            return [
+                replace(
+                    record,
+                    reference_reply=reply_of(said),
+                    prediction_reply=reply_of(
+                        template.read(without_end(record.prediction), types=parameter_types((), said.calls))
+                    ),
+                )
+                for record, said in zip(records, expected, strict=True)
+            ]
     return records
 
 

@@ -1,5 +1,6 @@
 """What becomes of genuine, of malformed and of mutated records, as tables in Markdown.
 
+    python benchmarks/data_outcomes.py --formats                      # what becomes of the fields of every format
     python benchmarks/data_outcomes.py FOLDER --mutated 20000
 
 FOLDER holds `train.jsonl` and `dev.jsonl` (genuine), `malformed.jsonl` (records with `group`, `defect` and `suggest`: load,
@@ -16,9 +17,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]  # the latter for the records that the tests use
 
-from agentft.data.records import Notice, Origin, Rejection, read_record  # noqa: E402
+from agentft.data.conversation import Origin  # noqa: E402
+from agentft.data.records import Notice, Rejection, read_record  # noqa: E402
 from agentft.data.sources import ReadReport, read_conversations, read_local  # noqa: E402
 from agentft.errors import DataError  # noqa: E402
 
@@ -32,8 +34,24 @@ def outcome_of(record: dict[str, object]) -> tuple[str, str]:
     if isinstance(outcome, Rejection):
         return "skip", outcome.reason
     notices: list[Notice] = outcome[1]
-    codes = sorted({notice.code for notice in notices} - REPAIRS)
+    codes = sorted({n.code for n in notices if not n.code.startswith("column_not_used:")} - REPAIRS)
     return ("care", ", ".join(codes)) if codes else ("load", "")
+
+
+def formats() -> None:
+    """Print a row for each format: what becomes of its values, and of an unknown field in each of its objects."""
+    from tests.data import format_records as of
+
+    kinds = ("carried", "counted", "refused", "lost")
+    rows = []
+    for name, record in of.RECORDS.items():
+        form = of.NAMED.get(name, of.Format.auto)
+        cells = [str(name)]
+        for outcomes in (of.outcomes_of_fields(record, form), of.outcomes_of_unknown_fields(record, form)):
+            counts = Counter(outcomes.values())
+            cells += [f"{counts[kind] / len(outcomes):.0%}" for kind in kinds]
+        rows.append(tuple(cells))
+    print_table(("format", *kinds, *(f"unknown: {kind}" for kind in kinds)), rows)
 
 
 def malformed_records(path: Path) -> None:
@@ -118,9 +136,14 @@ def print_total(name: str, columns: tuple[str, ...], counts: Counter[str]) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--formats", action="store_true", help="the table of formats")
     parser.add_argument("--mutated", type=int, default=0, help="mutated records to read as well")
     options = parser.parse_args()
+    if options.formats:
+        formats()
+    if options.folder is None:
+        return
     genuine(options.folder)
     malformed_records(options.folder / "malformed.jsonl")
     malformed_files(options.folder / "malformed_files")

@@ -51,7 +51,7 @@ def load(adapter: str | None, dtype_name: str, threads: int) -> tuple[Any, Any]:
 
 def load_steps(data: str | None, tokenizer: Any, conversations: int) -> dict[str, list[Any]]:
     """Return the steps of the first conversations of each set that fit."""
-    from agentft.data.records import Conversation, Origin
+    from agentft.data.conversation import Conversation, Origin
     from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
     from agentft.data.splits import in_sample_order

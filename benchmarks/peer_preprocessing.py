@@ -38,18 +38,24 @@ _DATASET = "conversations"
 
 def write_for_peers(records: Iterable[Any], tokenizer: Any, folder: Path) -> int:
     """Write the files of all peers and return how many conversations they hold; run by agentft's interpreter."""
-    from agentft.data.native import ChatmlTemplate
-    from agentft.data.records import Origin, Rejection, read_record
+    from agentft.data.conversation import Origin
+    from agentft.data.examples import make_examples
+    from agentft.data.records import Rejection, read_record
+    from agentft.data.template_choice import choose_template
+    from agentft.data.tokens import SegmentEncoder
 
-    template = ChatmlTemplate(tokenizer.eos_token)
+    layout, encoder = choose_template("chatml", tokenizer), SegmentEncoder(tokenizer)
     tokenizer.save_pretrained(folder / TOKENIZER)
     count = 0
     with (folder / "trl.jsonl").open("w") as trl, (folder / "llamafactory.jsonl").open("w") as llamafactory:
         for number, value in enumerate(records, 1):
             read = read_record(value, Origin("", number))
-            if isinstance(read, Rejection) or template.problem(read[0]) is not None:
+            if isinstance(read, Rejection):
                 continue
-            messages = list(_messages(template, read[0]))
+            (made,) = make_examples([read[0]], layout, encoder)
+            if not made.pieces:
+                continue
+            messages = list(_messages(made.pieces[0].segments, tokenizer.eos_token))
             trl.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
             llamafactory.write(json.dumps(_sharegpt(messages), ensure_ascii=False) + "\n")
             count += 1
@@ -59,13 +65,13 @@ def write_for_peers(records: Iterable[Any], tokenizer: Any, folder: Path) -> int
     return count
 
 
-def _messages(template: Any, conversation: Any) -> Iterator[dict[str, str]]:
+def _messages(segments: Iterable[Any], stop_token: str) -> Iterator[dict[str, str]]:
     """The turns of the ChatML layout: between the mark that begins one and the mark that ends it."""
     turn: list[str] = []
-    for segment in template.render(conversation):
+    for segment in segments:
         if segment.special and segment.text == "<|im_start|>":
             turn = []
-        elif segment.special and segment.text == template.stop_token:
+        elif segment.special and segment.text == stop_token:
             role, _, content = "".join(turn).partition("\n")
             yield {"role": role, "content": content}
         else:

@@ -80,12 +80,10 @@ def run_agentft(
     path: Path, tokenizer: Any, encoder: Any, too_long: str = "drop", *, native: bool = False, cache: bool = False
 ) -> tuple[int, int]:
     from agentft.data.config import LocalConfig, TooLong
-    from agentft.data.native import ChatmlTemplate
     from agentft.data.prepare import prepare_data
-    from agentft.data.render import MsagentTemplate
+    from agentft.data.template_choice import choose_template
 
-    template = ChatmlTemplate(tokenizer.eos_token) if native else MsagentTemplate(tokenizer.eos_token)
-
+    template = choose_template("chatml" if native else "msagent", tokenizer)
     config = LocalConfig(
         name="local", path=str(path), max_length=MAX_LENGTH, too_long=TooLong[too_long], max_rejected=1.0, cache=cache
     )
@@ -324,7 +322,8 @@ def _lines(data: str | None, count: int, longest: int | None = None) -> Iterator
 
 def _not_longer(lines: Iterable[bytes], longest: int) -> Iterator[bytes]:
     """Conversations of at most so many tokens in the original layout."""
-    from agentft.data.records import Origin, read_record
+    from agentft.data.conversation import Origin
+    from agentft.data.records import read_record
     from agentft.data.render import MsagentTemplate
     from agentft.data.tokens import SegmentEncoder, tokenize
 

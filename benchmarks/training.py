@@ -51,7 +51,7 @@ KINDS = {
 
 def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
     """The first `count` conversations that fit, of a file or of the synthetic set."""
-    from agentft.data.records import Conversation, Origin
+    from agentft.data.conversation import Conversation, Origin
     from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
     from agentft.data.splits import in_sample_order

@@ -57,7 +57,8 @@ def golden_folder() -> Path:
 @pytest.fixture(scope="session")
 def golden_conversations(golden_folder: Path) -> dict:
     """About a dozen small conversations by id, as agentft reads them."""
-    from agentft.data.records import Conversation, Origin, read_record
+    from agentft.data.conversation import Conversation, Origin
+    from agentft.data.records import read_record
 
     conversations = {}
     lines = (golden_folder / "conversations.jsonl").read_text(encoding="utf-8").splitlines()

@@ -40,7 +40,10 @@ from agentft.recipes.saved import ROOTS, SCHEMAS
 from agentft.secrets import is_secret_name
 
 REPOSITORY = Path(__file__).parent.parent
-REQUIRED = {"dataset=local": ["dataset.path=conversations.jsonl"]}
+REQUIRED = {
+    "dataset=local": ["dataset.path=conversations.jsonl"],
+    "dataset=huggingface": ["dataset.id=owner/name"],
+}
 """Options that cannot stand without a value."""
 
 EVERY_OPTION = [(group, option) for group in [*SCHEMAS, "experiment"] for option in options(group)]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from agentft import progress
@@ -19,15 +21,17 @@ from agentft.audits.checks import Audit, Seen
 from agentft.audits.page import html_page
 from agentft.audits.report import AuditReport, print_conversation, print_report
 from agentft.data.config import DatasetConfig, TooLong
-from agentft.data.records import Conversation, Rejection
+from agentft.data.conversation import Conversation
+from agentft.data.examples import Piece, make_examples
+from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import ReadReport, is_large, open_rows
-from agentft.data.template_choice import choose_template
+from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.text_ids import TokenText
-from agentft.data.tokens import SegmentEncoder, encode_fast
+from agentft.data.tokens import Example, SegmentEncoder, encode_fast
 from agentft.data.truncation import Fitted, Outcome, fit_conversations
 from agentft.errors import DataError
-from agentft.model.load import load_tokenizer, locate_model
+from agentft.model.load import choose_layout, load_tokenizer, locate_model
 from agentft.recipes.config import AuditConfig
 
 log = logging.getLogger(__name__)
@@ -54,16 +58,20 @@ class AuditResult:
 class _Desk:
     """What turns a conversation into tokens, and tokens into text."""
 
-    template: Any
+    template: Layout
     encoder: SegmentEncoder
     text: TokenText
-    stop_token: str
+
+    @property
+    def stop_token(self) -> str:
+        """The token that ends a text of the agent."""
+        return stop_tokens(self.template)[0]
 
     def tokenize(self, conversations: list[Conversation]) -> list[Seen]:
-        """Each conversation as a whole, whatever its length."""
-        segments = [tuple(self.template.render(conversation)) for conversation in conversations]
-        examples = self.encoder.encode([(c.id, s) for c, s in zip(conversations, segments, strict=True)])
-        return [Seen(*entry) for entry in zip(conversations, segments, examples, strict=True)]
+        """Return each conversation as a whole, whatever its length; of several examples the longest."""
+        return [
+            _seen(made.conversation, made.pieces) for made in make_examples(conversations, self.template, self.encoder)
+        ]
 
     def fit(self, conversations: list[Conversation], config: DatasetConfig) -> Iterator[tuple[Seen, Fitted, Fitted]]:
         """Each conversation as a whole, what training makes of it, and what the held-out part does."""
@@ -77,10 +85,17 @@ class _Desk:
         others = fitted(changed, heldout_policy)
         for each in in_training:
             if each.outcome is Outcome.whole:
-                segments = tuple(self.template.render(each.original))
-                yield Seen(each.original, segments, each.pieces[0].example), each, each
+                yield _seen(each.original, each.pieces), each, each
             else:
                 yield next(wholes), each, each if config.too_long is heldout_policy else next(others)
+
+
+def _seen(conversation: Conversation, pieces: Sequence[Piece]) -> Seen:
+    """Return a conversation and its longest example, an empty one where the layout cannot hold it."""
+    if not pieces:
+        return Seen(conversation, (), Example(conversation.id, np.zeros(0, dtype=np.int32), ()))
+    longest = max(pieces, key=lambda piece: len(piece.example))
+    return Seen(conversation, longest.segments, longest.example)
 
 
 def audit(config: AuditConfig) -> AuditResult:
@@ -114,8 +129,8 @@ def audit(config: AuditConfig) -> AuditResult:
 
 def _set_up(config: AuditConfig) -> _Desk:
     tokenizer = load_tokenizer(locate_model(config.model), config.model)
-    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
-    return _Desk(template, SegmentEncoder(tokenizer), TokenText(tokenizer), template.stop_token)
+    template = choose_layout(config.model, tokenizer)
+    return _Desk(template, SegmentEncoder(tokenizer), TokenText(tokenizer))
 
 
 def _look_at_all(config: AuditConfig, desk: _Desk, output: Path, started: float) -> AuditReport:
@@ -188,7 +203,8 @@ def _line(rejection: Rejection) -> dict[str, Any]:
 
 def _screen() -> Console:
     # The dataset's words are shown as they are: no markup, no emoji codes.
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ  # rich reads it
+    return Console(width=None if wide else _WIDTH, markup=False, emoji=False, highlight=False)
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,8 +10,9 @@ import heapq
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from agentft.audits.label_trace import LabelProblem, trace_labels
 from agentft.audits.overlap import Ledger
 from agentft.audits.tool_schemas import check_request
 from agentft.data.config import DatasetConfig
-from agentft.data.grammar import Call, Observation, Part
-from agentft.data.records import Conversation, Origin, Rejection
+from agentft.data.conversation import Conversation, Message, Origin
+from agentft.data.grammar import Call
+from agentft.data.records import Rejection
 from agentft.data.render import Kind, Segment
-from agentft.data.sources import ReadReport
+from agentft.data.sources import ReadReport, bounded_code
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example
 from agentft.data.truncation import Fitted, Outcome
@@ -119,6 +121,8 @@ class Audit:
         self.statistics = Statistics()
         self.findings = Findings(examples)
         self.rejections: Counter[str] = Counter()
+        self.layout: Counter[str] = Counter()
+        """What the layout writes otherwise than the source."""
         self._config = config
         self._text = text
         self._stop_token = stop_token
@@ -148,14 +152,16 @@ class Audit:
             heldout: It comes from the held-out source of two.
         """
         conversation, example = seen.conversation, seen.example
+        for code in fitted.notes:
+            self.layout[bounded_code(code, self.layout)] += 1
         trained = int((example.labels != IGNORE_INDEX).sum())
         self._count(conversation, seen, trained)
         self._check_turns(seen)
         self._check_calls(seen)
         self._check_tools(seen)
         for number, message in enumerate(conversation.messages, 1):
-            for step in message.untrained:
-                self._find("untrained_step", seen, f"turn {number}, step {step + 1} of the agent")
+            if not message.trained:
+                self._find("untrained_step", seen, f"message {number}")
         if (problem := self._trace(fitted, trained)) is not None:
             self._find(problem.code, seen, problem.detail)
         self._ledger.add(conversation, heldout=heldout)
@@ -171,7 +177,7 @@ class Audit:
     def _trace(self, fitted: Fitted, trained: int) -> LabelProblem | None:
         """Follow the labels that training would see back to the record: those of all examples made of it."""
         if not trained:
-            if any(message.untrained for message in fitted.original.messages):
+            if not all(message.trained for message in fitted.original.messages):
                 return None  # as its source wants it: counted as `untrained_step`, set aside in fitting
             return LabelProblem("no_label", "no token of this conversation has a label")
         for piece in fitted.pieces:
@@ -232,9 +238,9 @@ class Audit:
             self._exemplary[code] = seen
 
     def _count(self, conversation: Conversation, seen: Seen, trained: int) -> None:
-        parts = [part for message in conversation.messages for part in message.parts]
-        observations = sum(isinstance(part, Observation) for part in parts)
-        calls = conversation.calls
+        observations = sum(message.role == "tool" for message in conversation.messages)
+        names = [call.name for call in conversation.tool_calls]
+        malformed = sum(len(message.malformed_calls) for message in conversation.messages)
         length = len(seen.example)
         too_long = length > self._config.max_length
         found = _PREFIX.match(conversation.id)
@@ -253,7 +259,7 @@ class Audit:
         for tally in tallies:
             tally.conversations += 1
             tally.rounds += conversation.rounds
-            tally.calls += len(calls)
+            tally.calls += len(names) + malformed
             tally.observations += observations
             tally.tokens += length
             tally.trained += trained
@@ -261,7 +267,6 @@ class Audit:
         statistics.lengths.append(length)
         statistics.steps += len(seen.example.steps())
         self._count_kinds(seen)
-        names = [request.name for call in calls for request in call.requests]
         statistics.tools_called.update(names)
         statistics.tools_offered.update({tool.name for tool in conversation.offered})
         statistics.offered_per_conversation[len(conversation.offered)] += 1
@@ -278,22 +283,24 @@ class Audit:
             self.statistics.tokens_by_kind[kind] += counts[kind]
 
     def _check_turns(self, seen: Seen) -> None:
-        for number, message in enumerate(seen.conversation.messages, 1):
-            match _last_said(message.parts):
-                case Observation():
-                    self._find("empty_summary", seen, f"turn {number} ends with a tool result")
-                case Call():
-                    self._find("ends_with_call", seen, f"turn {number} ends with a call")
+        messages = seen.conversation.messages
+        for number, (message, after) in enumerate(zip_longest(messages, messages[1:]), 1):
+            if after is not None and after.role != "user":
+                continue
+            if message.role == "tool":
+                self._find("empty_summary", seen, f"message {number} is a tool result, and nothing is said on it")
+            elif _ends_with_call(message):
+                self._find("ends_with_call", seen, f"message {number} ends with a call")
 
     def _check_calls(self, seen: Seen) -> None:
         conversation = seen.conversation
-        for call in conversation.calls:
-            if call.failure is not None:
-                reason = call.failure.reason
-                self._find("unreadable_call", seen, f"{reason}: {call.failure.detail}", topic=reason)
-            for request in call.requests:
-                for code, topic, detail in check_request(request, conversation.offered):
-                    self._find(code, seen, detail, topic=topic)
+        for malformed in (call for message in conversation.messages for call in message.malformed_calls):
+            assert malformed.failure is not None
+            reason = malformed.failure.reason
+            self._find("unreadable_call", seen, f"{reason}: {malformed.failure.detail}", topic=reason)
+        for call in conversation.tool_calls:
+            for code, topic, detail in check_request(call, conversation.offered):
+                self._find(code, seen, detail, topic=topic)
 
     def _check_tools(self, seen: Seen) -> None:
         for tool in seen.conversation.offered:
@@ -345,8 +352,9 @@ class Audit:
             self.findings.add("too_many_set_aside", Origin("dataset", 0), None, detail)
 
 
-def _last_said(parts: Sequence[Part]) -> Part | None:
-    return next((part for part in reversed(parts) if part.source.strip()), None)
+def _ends_with_call(message: Message) -> bool:
+    said = [part for part in message.source or () if part.source.strip()]
+    return isinstance(said[-1], Call) if said else bool(message.tool_calls)
 
 
 def _by_size(groups: dict[str, Tally]) -> dict[str, Tally]:

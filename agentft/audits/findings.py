@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from agentft.data.records import Origin
+from agentft.data.conversation import Origin
 
 _MAX_TOPICS = 10_000
 """Distinct topics counted for one code: bounds memory where every record has a tool name of its own."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agentft.data.grammar import Call, Observation
-from agentft.data.records import Conversation
+from agentft.data.conversation import Conversation
+from agentft.data.grammar import ToolCall
+from agentft.data.msagent import as_msagent
+from agentft.data.render import thought_text, with_history
 from agentft.data.text_ids import Ids, TokenText
 from agentft.data.tokens import IGNORE_INDEX
 
@@ -65,6 +67,7 @@ def trace_labels(
     if text.unknown_id is not None and (input_ids == text.unknown_id).any():
         return LabelProblem("label_untraced", "the tokenizer does not know some characters")
     masked, trained = _runs(input_ids, labelled, text)
+    conversation = as_msagent(conversation)
     steps = _steps(conversation, context_rounds)
     if verbatim:
         return _compare(masked, trained, steps, _squeeze(stop_token))
@@ -95,18 +98,15 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
         words.clear()
         steps[-1].context.append(_squeeze(source))
 
-    rounds = 0
-    for message in conversation.messages:
-        rounds += message.role == "user"
-        if message.role != "assistant":
-            context(message.source)
-            continue
-        untrained = message.untrained_parts
-        for at, part in enumerate(message.parts):
-            if isinstance(part, Observation) or rounds <= context_rounds or at in untrained:
-                context(part.source)
-            else:
-                words.append(part.source)
+    for message, history in with_history(conversation, context_rounds):
+        if message.role != "assistant" or history:
+            context(message.source_text or message.text)
+        else:
+            thought = thought_text(message.reasoning_content) if message.reasoning_content else ""
+            if thought and not message.reasoning_trained:
+                context(thought)
+                thought = ""
+            words.append(thought + message.source_text)
     context("")
     return steps
 
@@ -137,7 +137,7 @@ def _first_difference(trained: list[str], expected: list[str]) -> LabelProblem:
 def _search(masked: list[str], trained: list[str], steps: list[_Step], source: Conversation) -> LabelProblem | None:
     """Look for foreign text under the labels, and for it among the masked runs."""
     own = "".join(step.words for step in steps)
-    own += "".join(_strings(part) for message in source.messages for part in message.parts if isinstance(part, Call))
+    own += "".join(map(_strings, source.tool_calls))
     under_labels = "\n".join(trained)
     foreign = [piece for step in steps for piece in step.context]
     for piece in foreign:
@@ -145,15 +145,15 @@ def _search(masked: list[str], trained: list[str], steps: list[_Step], source: C
             return LabelProblem("label_in_context", f"labelled, though not the agent's: {_shown(piece)}")
     context = "\n".join(masked)
     for message in source.messages:
-        if message.role == "user" and _squeeze(message.source) not in context:
-            return LabelProblem("label_untraced", f"not found among the masked tokens: {_shown(message.source)}")
+        if message.role == "user" and _squeeze(message.text) not in context:
+            return LabelProblem("label_untraced", f"not found among the masked tokens: {_shown(message.text)}")
     return None
 
 
-def _strings(call: Call) -> str:
-    """All text values of a call's parameters, however they are nested."""
+def _strings(call: ToolCall) -> str:
+    """Return all text values of a call's arguments, however they are nested."""
     found: list[str] = []
-    open_values: list[object] = [request.parameters for request in call.requests]
+    open_values: list[object] = [call.arguments]
     while open_values:
         match open_values.pop():
             case str(value):

@@ -18,8 +18,7 @@ import numpy as np
 
 from agentft.audits.findings import Findings
 from agentft.data.config import Split
-from agentft.data.grammar import Call, ToolRequest
-from agentft.data.records import Conversation, Origin
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.sources import showing_keys
 from agentft.data.splits import divide, keep_apart
 from agentft.errors import DataError
@@ -52,8 +51,8 @@ class Ledger:
         self._users = bytearray()
         self._contents = bytearray()
         self._said = bytearray()
-        self._tools: list[tuple[Call, ...]] = []
-        self._known_tools: dict[frozenset[str], tuple[Call, ...]] = {}
+        self._tools: list[frozenset[str]] = []
+        self._known_tools: dict[frozenset[str], frozenset[str]] = {}
         self._sketches = bytearray()
         self._sketched = array("Q")
         self.parts = np.zeros(0, dtype=np.int8)
@@ -74,13 +73,11 @@ class Ledger:
         self._weights.append(conversation.weight)
         self._users += bytes.fromhex(conversation.user_hash)
         self._contents += bytes.fromhex(conversation.content_hash)
-        turns = [message.source for message in conversation.messages if message.role == "user"]
+        turns = [message.text for message in conversation.messages if message.role == "user"]
         # Not `user_hash`, which the split goes by: what is checked must not be what checks.
         self._said += hashlib.blake2b("\x1f".join(" ".join(t.split()) for t in turns).encode(), digest_size=8).digest()
-        names = frozenset(request.name for call in conversation.calls for request in call.requests)
-        if names not in self._known_tools:
-            self._known_tools[names] = (Call("", tuple(ToolRequest(name, {}) for name in sorted(names)), None),)
-        self._tools.append(self._known_tools[names])
+        names = conversation.called_tools
+        self._tools.append(self._known_tools.setdefault(names, names))
         for turn in turns:
             if (sketch := _sketch(turn)) is not None:
                 self._sketches += sketch.tobytes()
@@ -201,7 +198,7 @@ class _Line:
         return self.ledger._weights[self.index]
 
     @property
-    def calls(self) -> tuple[Call, ...]:
+    def called_tools(self) -> frozenset[str]:
         return self.ledger._tools[self.index]
 
 

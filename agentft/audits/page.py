@@ -167,8 +167,9 @@ def _conversation(seen: Seen, codes: Sequence[str], anchor: str, part: str, text
     conversation, example = seen.conversation, seen.example
     share = example.trained_tokens / max(len(example), 1)
     facts = (
-        f"{conversation.origin} · {conversation.language} · {conversation.rounds} rounds · {len(conversation.calls)} calls "
-        f"· {len(example):,} tokens, {example.trained_tokens:,} trained ({share:.0%}) · {PART_NAMES[part]}"
+        f"{conversation.origin} · {conversation.language} · {conversation.rounds} rounds "
+        f"· {len(conversation.tool_calls)} calls · {len(example):,} tokens, {example.trained_tokens:,} trained ({share:.0%}) "
+        f"· {PART_NAMES[part]}"
     )
     return {
         "id": conversation.id,

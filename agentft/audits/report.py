@@ -28,6 +28,7 @@ _STYLES: dict[Kind, tuple[str, str]] = {
     Kind.system: ("bright_black", "bright_black"),
     Kind.user: ("yellow", "yellow"),
     Kind.observation: ("magenta", "magenta"),
+    Kind.reasoning: ("black on #d9c2f0", "black on #eadff7"),
     Kind.text: ("black on #8fc7ff", "black on #c4e2ff"),
     Kind.call: ("black on #7fd88f", "black on #b5ecc0"),
     Kind.frame: ("black on #d5e8d8", "black on #e6f3e8"),
@@ -160,6 +161,7 @@ class AuditReport:
                 for name, count in self.read.sources.items()
             },
             "notices": dict(self.read.notices.most_common()),
+            "layout": dict(self.audit.layout.most_common()),
             "whole": dataclasses.asdict(statistics.whole),
             **{
                 name: {key: dataclasses.asdict(tally) for key, tally in groups.items()}
@@ -200,12 +202,14 @@ class AuditReport:
         # What is a finding of its own stands below.
         quirks = {code: count for code, count in self.read.notices.most_common() if code not in CODES}
         noted = ", ".join(f"{count:,} {code}" for code, count in quirks.items())
+        otherwise = ", ".join(f"{count:,} {code}" for code, count in self.audit.layout.most_common())
         return (
             f"{self.read.rows:,} rows: {whole.conversations:,} conversations read, {whole.too_long:,} of them longer "
             f"than {self.config.dataset.max_length:,} tokens; {self.audit.rejections.total():,} set aside in reading, "
             f"{len(self.audit.unfit):,} in fitting. "
             f"{whole.tokens:,} tokens, {whole.trained:,} trained ({whole.share_trained:.1%}), in {self.seconds:.1f} s"
             + (f". Read with a notice: {noted}" if noted else "")
+            + (f". Written otherwise by the layout: {otherwise}" if otherwise else "")
         )
 
     def verdict(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from agentft.data.grammar import JsonRefused, ToolRequest, read_json
+from agentft.data.grammar import JsonRefused, ToolCall, read_json
 from agentft.data.offered_tools import OfferedTool
 
 Problem = tuple[str, str, str]
@@ -47,7 +47,7 @@ _KEPT: dict[str, type | tuple[type, ...]] = {
 """Keyword -> the values it may have here; `type`, `properties`, `items`, `required` and the unions are read apart."""
 
 
-def check_request(request: ToolRequest, offered: Sequence[OfferedTool]) -> list[Problem]:
+def check_request(request: ToolCall, offered: Sequence[OfferedTool]) -> list[Problem]:
     """What is wrong with a request, given the tools that its system text offers.
 
     One tool can be listed several times, under several urls: the declaration that fits best counts.
@@ -71,11 +71,11 @@ def required_names(parameters: Sequence[dict[str, Any]]) -> list[str]:
     return [parameter["name"] for parameter in parameters if _is_true(parameter.get("required"))]
 
 
-def _check_declared(request: ToolRequest, tool: OfferedTool) -> list[Problem]:
+def _check_declared(request: ToolCall, tool: OfferedTool) -> list[Problem]:
     if tool.parameters is None:
         return []
     problems: list[Problem] = []
-    given = request.parameters
+    given = request.arguments
     for name in required_names(tool.parameters):
         if name not in given:
             topic = f"{request.name}.{name}"
@@ -92,11 +92,11 @@ def _check_declared(request: ToolRequest, tool: OfferedTool) -> list[Problem]:
     return problems
 
 
-def _schema_problems(request: ToolRequest, parameters: Sequence[dict[str, Any]]) -> Iterator[Problem]:
+def _schema_problems(request: ToolCall, parameters: Sequence[dict[str, Any]]) -> Iterator[Problem]:
     validator = _validator(json.dumps(parameters, sort_keys=True, default=str))
     if validator is None:
         return
-    errors = validator.iter_errors(request.parameters)
+    errors = validator.iter_errors(request.arguments)
     for _, error in zip(range(_MAX_ERRORS), errors, strict=False):
         path = ".".join(map(str, error.absolute_path))
         top = str(error.absolute_path[0]) if error.absolute_path else ""

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from agentft.comparison.render import render_page
-from agentft.data.grammar import ToolRequest
+from agentft.data.grammar import ToolCall
 from agentft.evaluation.matching import align_calls, strictly_equal
 from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.scoring import OfferedTool, read_offered_tool
@@ -154,8 +154,8 @@ def call_differences(reference: str, prediction: str) -> list[str]:
     return lines
 
 
-def _arguments(expected: ToolRequest, predicted: ToolRequest) -> Iterator[str]:
-    wanted, given = expected.parameters, predicted.parameters
+def _arguments(expected: ToolCall, predicted: ToolCall) -> Iterator[str]:
+    wanted, given = expected.arguments, predicted.arguments
     for key, value in wanted.items():
         if key not in given:
             yield f"{expected.name}: {key} is missing, expected {_shown(value)}"
@@ -166,13 +166,13 @@ def _arguments(expected: ToolRequest, predicted: ToolRequest) -> Iterator[str]:
             yield f"{expected.name}: {key} is extra, {_shown(value)}"
 
 
-def _tools(missing: Sequence[ToolRequest], wrong: Sequence[ToolRequest]) -> Iterator[str]:
+def _tools(missing: Sequence[ToolCall], wrong: Sequence[ToolCall]) -> Iterator[str]:
     for call, other in zip_longest(missing, wrong):
         if call is None:
             yield f"calls {other.name}, which the reference does not"
         elif other is None:
             # With its arguments: of several calls to one tool they alone tell which is meant.
-            given = ", ".join(f"{key} {_shown(value)}" for key, value in call.parameters.items())
+            given = ", ".join(f"{key} {_shown(value)}" for key, value in call.arguments.items())
             yield f"does not call {call.name}" + (f" with {given}" if given else "")
         else:
             yield f"calls {other.name} instead of {call.name}"

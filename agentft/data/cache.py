@@ -35,8 +35,9 @@ from typing import Any, TypeVar
 from agentft.cache import cache_root
 from agentft.data.config import DatasetConfig
 from agentft.data.files import block_digest
-from agentft.data.render import Template
+from agentft.data.render import MsagentTemplate
 from agentft.data.sources import source_digests
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import DataError
 from agentft.settings import affects
@@ -58,7 +59,7 @@ def key_of(ingredients: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def key_ingredients(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> dict[str, Any] | None:
+def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> dict[str, Any] | None:
     """Everything that decides the data, as JSON; None where a source gives no bytes to know it by.
 
     Raises:
@@ -73,7 +74,7 @@ def key_ingredients(config: DatasetConfig, template: Template, encoder: SegmentE
     return {
         "sources": sources,
         "settings": settings,
-        "template": _plain(template),
+        "template": _plain(template) if isinstance(template, MsagentTemplate) else _plain(template.identity),
         "tokenizer": encoder.fingerprint(),
         "code": {str(path.relative_to(_PACKAGE)): hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()},
         "versions": {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()},

@@ -37,6 +37,30 @@ class TooLong(Enum):
         return TooLong.drop if self is TooLong.drop else TooLong.split
 
 
+class Format(StrEnum):
+    """How records are laid out; see `agentft.data.formats`."""
+
+    auto = "auto"
+    """Every format that a record shows by its fields and roles."""
+    msagent = "msagent"
+    openai = "openai"
+    sharegpt = "sharegpt"
+    xlam = "xlam"
+    toolace = "toolace"
+    react = "react"
+
+
+class Reasoning(StrEnum):
+    """What becomes of the reasoning in records."""
+
+    keep = "keep"
+    """It is trained, before the words it leads to."""
+    drop = "drop"
+    """It is left out, and counted."""
+    context = "context"
+    """It is shown, not trained."""
+
+
 @dataclass(kw_only=True)
 class SpanWeights(Settings, group="dataset.span_weights", affects="data"):
     """How much a labelled token counts in the loss, by what it is; the loss is divided by the sum of weights.
@@ -44,6 +68,8 @@ class SpanWeights(Settings, group="dataset.span_weights", affects="data"):
     A weight is positive: what is not trained at all is context, and `agentft.data.render` alone decides that.
     """
 
+    reasoning: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
+    """What the agent thinks before it speaks."""
     text: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """Text before a call, answers and summaries."""
     call: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
@@ -76,6 +102,8 @@ class DatasetConfig(Settings, group="dataset", affects="data"):
     """What becomes of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every question."""
     span_weights: SpanWeights = field(default_factory=SpanWeights)
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
+    reasoning: Reasoning = Reasoning.keep
+    """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted."""
     max_rejected: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1, "affects": "nothing"})
     """Largest share of rows that may be set aside; above it the run stops and says why."""
     cache: bool = field(default=True, metadata={"affects": "nothing"})
@@ -124,8 +152,8 @@ class LocalConfig(DatasetConfig):
     """In place of `path`: several files or folders, each with a weight, `[{path: a.jsonl, weight: 2}, {path: b}]`."""
     test_path: str | None = None
     """A file of held-out conversations; null: held out of `path` by `split` and `test_ratio`."""
-    form: str = "auto"
-    """Layout of the records: auto, msagent, openai, sharegpt or react."""
+    format: Format = Format.auto
+    """Layout of the records: auto, msagent, openai, sharegpt, xlam, toolace or react."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,8 +169,8 @@ class LocalConfig(DatasetConfig):
 
 
 @dataclass(kw_only=True)
-class ModelScopeConfig(DatasetConfig):
-    """Conversations from the ModelScope hub."""
+class HubConfig(DatasetConfig):
+    """Conversations from a hub, loaded by its own client."""
 
     id: str
     """Name on the hub, `owner/name`."""
@@ -150,8 +178,25 @@ class ModelScopeConfig(DatasetConfig):
     """Split of the hub that is trained on."""
     test_split: str | None = None
     """A split of the hub that is held out as a whole; null: held out of `train_split`."""
-    revision: str = "master"
+    revision: str = "main"
     """Branch, tag or commit on the hub."""
     cache_dir: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder for downloads; null: the client's own."""
-    form: str = "auto"
+    format: Format = Format.auto
+    """Layout of the records, as of local files."""
+
+
+@dataclass(kw_only=True)
+class ModelScopeConfig(HubConfig):
+    """Conversations from the ModelScope hub."""
+
+    revision: str = "master"
+    """Branch, tag or commit on the hub."""
+
+
+@dataclass(kw_only=True)
+class HuggingFaceConfig(HubConfig):
+    """Conversations from the Hugging Face hub."""
+
+    subset: str | None = None
+    """Configuration of the dataset, where it has several; null: its default one."""

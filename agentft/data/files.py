@@ -51,12 +51,16 @@ def _digest_from(path: Path, start: int) -> bytes:
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """A longer line is skipped in pieces and set aside: no genuine record comes near."""
 
-READABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+READABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
+"""`.arrow`: a file of a folder that `save_to_disk` of `datasets` wrote."""
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
+LFS_ADVICE = "a Git LFS pointer, not the data: run `git lfs pull` in its repository, or download the file itself"
+
+_TABLES = (".parquet", ".arrow")
 _UTF8_BOM = b"\xef\xbb\xbf"
 _PIECE_CHARACTERS = 1024 * 1024
-_PARQUET_ROWS_AT_ONCE = 256
+_TABLE_ROWS_AT_ONCE = 256
 
 FileItem = tuple[int, Any] | tuple[int, "FileFlaw"]
 """Line or row number, and the value or why there is none."""
@@ -78,7 +82,7 @@ def data_suffix(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
         suffixes.pop()
-        if suffixes and suffixes[-1] == ".parquet":
+        if suffixes and suffixes[-1] in _TABLES:
             return None
     return suffixes[-1] if suffixes and suffixes[-1] in READABLE_SUFFIXES else None
 
@@ -102,9 +106,24 @@ def read_file(path: Path) -> Iterator[FileItem]:
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    if suffix == ".parquet":
-        return _read_parquet(path)
+    if is_lfs_pointer(path):
+        raise DataError(f"{path}: {LFS_ADVICE}")
+    if suffix in _TABLES:
+        return _read_table(path, suffix)
     return _read_text_file(path, suffix)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file only names the data that Git LFS keeps elsewhere."""
+    with path.open("rb") as stream:
+        return stream.read(42) == b"version https://git-lfs.github.com/spec/v1"
+
+
+def without_nulls(value: Any, *, top: bool = True) -> Any:
+    """Return a row of Arrow without the nulls in its structs, which stand where other rows have a key and this one has none."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each, top=False) for key, each in value.items() if top or each is not None}
+    return [without_nulls(each, top=False) for each in value] if isinstance(value, list) else value
 
 
 def _read_text_file(path: Path, suffix: str) -> Iterator[FileItem]:
@@ -170,7 +189,9 @@ def _is_line_based(path: Path, suffix: str) -> bool:
     line = line.removeprefix(_UTF8_BOM).strip()
     if line in (b"[", b"{", b"[{"):
         return False
-    return suffix == ".jsonl" or (not line.startswith(b"[") and not (line.startswith(b"{") and not line.endswith(b"}")))
+    return suffix in (".jsonl", ".ndjson") or (
+        not line.startswith(b"[") and not (line.startswith(b"{") and not line.endswith(b"}"))
+    )
 
 
 def _read_lines(stream: io.BufferedReader) -> Iterator[FileItem]:
@@ -354,8 +375,7 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:
             continue
         if header is None:
             header = row
-            if "conversations" not in header and "messages" not in header:
-                raise DataError(f"{path}: no column 'conversations' (or 'messages'), found {', '.join(header)[:200]!r}")
+            _require_columns(path, header)
         elif not row:
             yield line, FileFlaw("blank_line", "blank", counted_only=True)
         elif len(row) != len(header):
@@ -366,20 +386,26 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:
             yield line, dict(zip(header, row, strict=True))
 
 
-def _read_parquet(path: Path) -> Iterator[FileItem]:
+def _require_columns(path: Path, names: list[str]) -> None:
+    if not {"conversations", "messages"} & set(names) and not {"query", "answers"} <= set(names):
+        found = ", ".join(names)[:200]
+        raise DataError(f"{path}: no column 'messages' or 'conversations' (nor 'query' and 'answers'), found {found!r}")
+
+
+def _read_table(path: Path, suffix: str) -> Iterator[FileItem]:
     """Rows as objects, read in small batches."""
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "conversations" not in names and "messages" not in names:
-                raise DataError(f"{path}: no column 'conversations' (or 'messages'), found {', '.join(names)[:200]!r}")
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+        with pyarrow.parquet.ParquetFile(path) if suffix == ".parquet" else pyarrow.ipc.open_stream(path) as file:
+            schema = file.schema_arrow if suffix == ".parquet" else file.schema
+            _require_columns(path, schema.names)
+            for batch in file.iter_batches(batch_size=_TABLE_ROWS_AT_ONCE) if suffix == ".parquet" else file:
+                for start in range(0, len(batch), _TABLE_ROWS_AT_ONCE):
+                    for row in batch.slice(start, _TABLE_ROWS_AT_ONCE).to_pylist():
+                        number += 1
+                        yield number, without_nulls(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield number + 1, FileFlaw("broken_parquet", f"cannot be read on: {error}"[:300])
+        yield number + 1, FileFlaw(f"broken_{suffix[1:]}", f"cannot be read on: {error}"[:300])

@@ -21,12 +21,13 @@ Whatever is not understood raises `GrammarError`; nothing is guessed, because a 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from agentft.errors import DataError
+from agentft.errors import FormatError
 
 Json = Any
 """A value as `json.loads` returns it."""
@@ -37,17 +38,20 @@ MAX_JSON_DEPTH = 200
 MAX_INTEGER_DIGITS = 4300
 """CPython's own limit for int(str); longer integers are refused instead of raised from inside the parser."""
 
-CallFailureReason = Literal["empty", "not_json", "not_an_object", "no_name", "parameters_not_an_object", "unclosed"]
+CallFailureReason = Literal[
+    "empty", "not_json", "not_an_object", "no_name", "parameters_not_an_object", "unclosed", "not_read"
+]
 
 
 @dataclass(frozen=True, slots=True)
-class ToolRequest:
-    """One request to one tool."""
+class ToolCall:
+    """One call of one tool."""
 
     name: str
-    parameters: dict[str, Json]
+    arguments: dict[str, Json]
+    id: str | None = None
     extras: dict[str, Json] = field(default_factory=dict)
-    """Fields beside name and parameters, `url` and `command` in MSAgent-Bench: kept, not scored."""
+    """Fields beside name and arguments, `url` and `command` in MSAgent-Bench: kept, not scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,17 @@ class CallFailure:
 
     reason: CallFailureReason
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One span of a reply: what the model wrote where it meant to call."""
+
+    source: str
+    """The text between the marks."""
+    requests: tuple[ToolCall, ...]
+    """The calls in it, several if the span holds an array; empty if the span cannot be read."""
+    failure: CallFailure | None
 
 
 class JsonRefused(ValueError):  # noqa: N818
@@ -80,8 +95,8 @@ def read_json(text: str) -> Json:
     """Parse one JSON document, allowing raw control characters inside strings (genuine references hold them).
 
     Raises:
-        JsonRefused: not JSON, NaN or Infinity, deeper than `MAX_JSON_DEPTH`, a number too long to hold, or half of a
-            surrogate pair (escaped, it is legal JSON and yet no text).
+        JsonRefused: not JSON, NaN, Infinity or a number beyond it, deeper than `MAX_JSON_DEPTH`, a number too long to
+            hold, a key given twice, or half of a surrogate pair (escaped, it is legal JSON and yet no text).
     """
     if json_depth(text) > MAX_JSON_DEPTH:
         raise JsonRefused(f"nested deeper than {MAX_JSON_DEPTH} levels")
@@ -96,7 +111,7 @@ def read_json(text: str) -> Json:
     return value
 
 
-def read_call_body(body: str) -> tuple[ToolRequest, ...] | CallFailure:
+def read_call_body(body: str) -> tuple[ToolCall, ...] | CallFailure:
     """Read what stands between the think marks: one request object or a list of them, fenced or not."""
     text = strip_fence(body)
     if not text:
@@ -108,29 +123,32 @@ def read_call_body(body: str) -> tuple[ToolRequest, ...] | CallFailure:
     items = value if isinstance(value, list) else [value]
     if not items:
         return CallFailure("empty", "an empty list of calls")
-    requests: list[ToolRequest] = []
+    requests: list[ToolCall] = []
     for item in items:
-        request = _read_request(item)
+        request = read_request(item)
         if isinstance(request, CallFailure):
             return request
         requests.append(request)
     return tuple(requests)
 
 
-def _read_request(item: Json) -> ToolRequest | CallFailure:
+def read_request(item: Json, name_key: str = "api_name", arguments_key: str = "parameters") -> ToolCall | CallFailure:
+    """Read one call; fields beside name and arguments become its extras."""
     if not isinstance(item, dict):
-        return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {_kind(item)}")
-    name = item.get("api_name")
+        return CallFailure(
+            "not_an_object", f"a call is an object with {name_key} and {arguments_key}, found {_kind(item)}"
+        )
+    name = item.get(name_key)
     if not isinstance(name, str) or not name.strip():
-        return CallFailure("no_name", f"api_name is {_kind(name)}, expected a non-empty string")
+        return CallFailure("no_name", f"{name_key} is {_kind(name)}, expected a non-empty string")
     # The runtime of the original reads a call without parameters as a call with none.
-    parameters = item.get("parameters", {})
+    parameters = item.get(arguments_key, {})
     if parameters is None:
         parameters = {}
     if not isinstance(parameters, dict):
-        return CallFailure("parameters_not_an_object", f"parameters is {_kind(parameters)}, expected an object")
-    extras = {key: value for key, value in item.items() if key not in ("api_name", "parameters")}
-    return ToolRequest(name=name, parameters=parameters, extras=extras)
+        return CallFailure("parameters_not_an_object", f"{arguments_key} is {_kind(parameters)}, expected an object")
+    extras = {key: value for key, value in item.items() if key not in (name_key, arguments_key)}
+    return ToolCall(name, parameters, extras=extras)
 
 
 def _kind(value: Json) -> str:
@@ -174,7 +192,28 @@ def _holds_surrogate(value: Json) -> bool:
     return False
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_int=_bounded_int)
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise JsonRefused(f"{digits[:40]} is beyond the numbers that can be held")
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise JsonRefused(f"the key {max(keys, key=keys.count)[:40]!r} is given twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(
+    strict=False,
+    parse_constant=_refuse_constant,
+    parse_int=_bounded_int,
+    parse_float=_finite_float,
+    object_pairs_hook=_distinct_keys,
+)
 
 
 THINK_OPEN = "<|startofthink|>"
@@ -212,7 +251,7 @@ class Call:
 
     source: str
     """The exact text, marks included."""
-    requests: tuple[ToolRequest, ...]
+    requests: tuple[ToolCall, ...]
     failure: CallFailure | None
 
     @property
@@ -237,13 +276,8 @@ class Observation:
 Part = Text | Call | Observation
 
 
-class GrammarError(DataError):
-    """An assistant value that does not follow the grammar; `reason` is a stable snake_case code."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+class GrammarError(FormatError):
+    """An assistant value that does not follow the grammar."""
 
 
 def parse_assistant(value: str) -> tuple[Part, ...]:
@@ -282,20 +316,6 @@ def parse_assistant(value: str) -> tuple[Part, ...]:
     if text_start < len(value):
         parts.append(_text(value[text_start:]))
     return tuple(parts)
-
-
-def segment_steps(parts: Iterable[Part]) -> tuple[tuple[Part, ...], ...]:
-    """The steps of an assistant turn: maximal runs of text and calls between observations, blank runs left out."""
-    steps: list[tuple[Part, ...]] = []
-    run: list[Part] = []
-    for part in (*parts, Observation("")):
-        if not isinstance(part, Observation):
-            run.append(part)
-            continue
-        if any(isinstance(member, Call) or member.source.strip() for member in run):
-            steps.append(tuple(run))
-        run = []
-    return tuple(steps)
 
 
 def _read_call(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Call, int]:
@@ -400,7 +420,7 @@ def _refuse_look_alikes(text: str) -> None:
             )
 
 
-def _not_json(reading: tuple[ToolRequest, ...] | CallFailure) -> bool:
+def _not_json(reading: tuple[ToolCall, ...] | CallFailure) -> bool:
     return isinstance(reading, CallFailure) and reading.reason == "not_json"
 
 

@@ -8,6 +8,7 @@ tokens alone (strings, numbers, None, True, False, brackets, commas, colons) and
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
 from typing import Any
@@ -50,9 +51,22 @@ def read_literal(text: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a `\d` in a string is a SyntaxWarning, not worth a line per record
-            return ast.literal_eval(text.strip())
+            parsed = ast.parse(text.strip(), mode="eval")
+            _refuse_equal_keys(parsed)
+            # As JSON: a tuple is a list, and a number as a key is its digits.
+            return json.loads(json.dumps(ast.literal_eval(parsed), allow_nan=False))
+    except LiteralError:
+        raise
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise LiteralError(f"neither JSON ({not_json}) nor a Python literal ({type(error).__name__})") from None
+
+
+def _refuse_equal_keys(parsed: ast.Expression) -> None:
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Dict):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            if len(set(keys)) < len(keys):
+                raise LiteralError(f"the key {str(max(keys, key=keys.count))[:40]!r} is given twice")
 
 
 def _require_literal_tokens(text: str, not_json: str) -> None:

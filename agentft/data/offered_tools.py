@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,8 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(strict=False)
 _FIELDS = frozenset({"name", "description", "parameters", "url"})
 """Of an entry; any other is more than a function declaration holds."""
+_PATH_FIELDS = _FIELDS | {"method", "model_id"}
+_PLUGIN_FIELDS = frozenset({"plugin_name", "plugin_owner", "plugin_type", "plugin_schema_for_model"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,87 @@ class OfferedTool:
         return frozenset(parameter["name"] for parameter in self.parameters)
 
 
+def tool_entry(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a declaration of OpenAI's shape as an entry of the MSAgent list."""
+    function = tool.get("function", tool)
+    schema = function.get("parameters") or {}
+    properties = schema.get("properties") or {}
+    required = schema["required"] if isinstance(schema.get("required"), list) else []
+    parameters = []
+    for name, given in properties.items():
+        details = given if isinstance(given, dict) else {}
+        parameter = {"name": name, "description": details.get("description") or "", "required": name in required}
+        # A nested object's own list of required names would hide whether this parameter is required.
+        rest = {("required_fields" if key == "required" else key): value for key, value in details.items()}
+        parameters.append(parameter | {k: v for k, v in rest.items() if k not in parameter and v is not None})
+    description = function.get("description")
+    return {
+        "name": function["name"],
+        "description": description if isinstance(description, str) else "",
+        "parameters": parameters,
+    }
+
+
+def uncarried_parts(tool: dict[str, Any]) -> list[str]:
+    """Return the names of what a declaration of OpenAI's shape holds and `tool_entry` does not."""
+    function = tool.get("function", tool)
+    levels = (
+        (tool, {"type", "function"}),
+        (function if "function" in tool else {}, {"name", "description", "parameters"}),
+        (function.get("parameters") or {}, {"type", "properties", "required"}),
+    )
+    return [
+        str(key)[:40]
+        for level, known in levels
+        for key, value in level.items()
+        if key not in known and value is not None
+    ]
+
+
+def declared_tools(tools: Iterable[dict[str, Any]]) -> tuple[OfferedTool, ...]:
+    """Return what declarations of OpenAI's shape offer."""
+    entries = map(tool_entry, tools)
+    return tuple(OfferedTool(e["name"], e["description"], tuple(e["parameters"])) for e in entries)
+
+
 def read_offered_tools(system: str) -> tuple[OfferedTool, ...]:
     """Read the numbered tool list of a system text; a text without one offers no tool.
 
     Equal texts may give the same objects: treat them as read-only.
     """
     return _read_remembered(system) if len(system) < _REMEMBERED_CHARACTERS else _read(system)
+
+
+def functions_of(system: str, tool: OfferedTool) -> tuple[tuple[OfferedTool, ...], int] | None:
+    """Return the functions that an entry of the list declares, and where it ends in the system text.
+
+    An entry may be a plugin around its schema (`plugin_schema_for_model`), and may hold its functions as `paths`. None where
+    it says more than declarations of functions hold, or cannot be read.
+    """
+    if not tool.problem and not tool.other_fields:
+        return (tool,), tool.place[1]
+    start = system.find("{", tool.place[0])
+    try:
+        entry, end = _DECODER.raw_decode(system, start)
+    except (ValueError, RecursionError):
+        return None
+    if system[end:].partition("\n")[0].strip() or json_depth(system[start:end]) > MAX_JSON_DEPTH:
+        return None
+    if isinstance(entry.get("plugin_schema_for_model"), dict) and entry.keys() <= _PLUGIN_FIELDS:
+        entry = entry["plugin_schema_for_model"]
+    paths = entry.get("paths", [entry])
+    if not isinstance(paths, list) or not entry.keys() <= {*_FIELDS, "paths"}:
+        return None
+    functions: list[OfferedTool] = []
+    for path in paths:
+        if not isinstance(path, dict) or not path.keys() <= _PATH_FIELDS or not isinstance(path.get("name"), str):
+            return None
+        parameters = _read_parameters(path.get("parameters"))
+        if parameters is None:
+            return None
+        description = path.get("description") or entry.get("description")
+        functions.append(OfferedTool(path["name"], description if isinstance(description, str) else "", parameters))
+    return tuple(functions), end
 
 
 def _read(system: str) -> tuple[OfferedTool, ...]:

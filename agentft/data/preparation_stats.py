@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agentft.data.config import DatasetConfig
+from agentft.data.formats import KNOWN
 from agentft.data.records import Rejection
 from agentft.data.sources import ReadReport
 from agentft.data.truncation import Outcome
@@ -44,6 +45,26 @@ class Account:
         """Conversations of a part that gave at least one example."""
         outcomes = self.fitted[part]
         return outcomes.total() - outcomes[str(Outcome.set_aside)]
+
+    def check_any(self) -> None:
+        """Refuse data of which every row was set aside in reading.
+
+        Raises:
+            DataError: the account of the rejections, and the formats that are known.
+        """
+        if self.read.kept or not self.rejections:
+            return
+        firsts = {rejection.reason: rejection for rejection in reversed(self.rejections)}
+        shown = list(self.reasons().items())
+        lines = [f"none of {self.read.rows:,} rows can be used; they were set aside for:"]
+        lines += [
+            f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail};"
+            for reason, count in shown[:3]
+        ]
+        if len(shown) > 3:
+            lines.append("  " + ", ".join(f"{count:,} {reason}" for reason, count in shown[3:])[:300] + ";")
+        lines.append(f"  known formats (dataset.format): {KNOWN}")
+        raise DataError("\n".join(line[:400] for line in lines))
 
     def check_losses(self, config: DatasetConfig) -> None:
         """Refuse data of which too much is set aside.

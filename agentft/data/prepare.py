@@ -27,12 +27,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agentft.data.cache import code_is_as_loaded, key_ingredients, key_of, open_cache
-from agentft.data.config import DatasetConfig, Split
-from agentft.data.grammar import Call, ToolRequest
+from agentft.data.config import DatasetConfig, SpanWeights, Split
+from agentft.data.conversation import Origin
 from agentft.data.preparation_stats import Account, read_account, write_account
-from agentft.data.records import Origin, Rejection
-from agentft.data.render import Template
-from agentft.data.sources import Intake, RawRow, is_large, open_rows
+from agentft.data.records import Rejection
+from agentft.data.sources import Intake, RawRow, bounded_code, is_large, open_rows
 from agentft.data.splits import divide, keep_apart
 from agentft.data.store import (
     ConversationWriter,
@@ -42,6 +41,7 @@ from agentft.data.store import (
     index_of,
     stored_id_type,
 )
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder, encode_fast
 from agentft.data.truncation import Outcome
 from agentft.data.workers import (
@@ -81,7 +81,7 @@ class _Line:
     weight: float
     content: bytes
     user: bytes
-    calls: tuple[Call, ...]
+    called_tools: frozenset[str]
 
     @property
     def content_hash(self) -> str:
@@ -117,7 +117,7 @@ class _Use:
         return range(self.first_talk, self.first_talk + self.pieces)
 
 
-def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncoder, folder: Path) -> None:
+def build_data(config: DatasetConfig, template: Layout, encoder: SegmentEncoder, folder: Path) -> None:
     """Read, divide, sample and tokenise a dataset into an empty folder.
 
     Raises:
@@ -143,7 +143,7 @@ def build_data(config: DatasetConfig, template: Template, encoder: SegmentEncode
 
 
 class _Builder:
-    def __init__(self, config: DatasetConfig, template: Template, encoder: SegmentEncoder, folder: Path) -> None:
+    def __init__(self, config: DatasetConfig, template: Layout, encoder: SegmentEncoder, folder: Path) -> None:
         self._config = config
         self._work = RowWork(config, template, encoder)
         self._encoder = encoder
@@ -164,6 +164,7 @@ class _Builder:
         at_once = config.sample < 0 and (config.split is Split.content or rows.heldout is not None)
         kept = None if at_once else ConversationWriter(self._folder / _READ)
         train = list(self._read(rows.train, rows.form, None if rows.heldout is None else "train", kept))
+        account.check_any()
         if rows.heldout is None:
             parts = divide(train, split=config.split, test_ratio=config.test_ratio, seed=config.seed)
         else:
@@ -227,7 +228,7 @@ class _Builder:
             understood.weight,
             understood.content,
             understood.user,
-            self._one(tuple(Call("", (ToolRequest(name, {}),), None) for name in names), names),
+            self._one(frozenset(names), names),
         )
 
     def _one(self, value: T, key: Hashable) -> T:
@@ -307,7 +308,8 @@ class _Builder:
         """Account for a conversation when it is shown for the first time."""
         account = self._account
         account.fitted[part][str(use.outcome)] += 1
-        account.layout.update(use.notes)
+        for code in use.notes:
+            account.layout[bounded_code(code, account.layout)] += 1
         if use.change is not None:
             account.changed.append(use.change)
         if use.rejection is not None:
@@ -329,7 +331,7 @@ class _Builder:
         talks = [row for use in heldout for row in use.talks]
         order = {name: np.asarray(of, dtype=np.int64) for name, of in (*rows.items(), ("talks", talks))}
         np.savez(self._folder / ORDER, train=order["train"], heldout=order["heldout"], talks=order["talks"])
-        digest = sha256(repr(self._config.span_weights).encode())
+        digest = sha256(_said(self._config.span_weights).encode())
         for row in (*rows["train"], -1, *rows["heldout"]):
             digest.update(self._examples.digests[row] if row >= 0 else b"heldout")
         about = {
@@ -339,6 +341,12 @@ class _Builder:
         }
         (self._folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         write_account(account, self._folder / ACCOUNT)
+
+
+def _said(weights: SpanWeights) -> str:
+    """Return the weights as text; that of reasoning only where it counts otherwise, so that older fingerprints stay."""
+    said = f"text={weights.text!r}, call={weights.call!r}, frame={weights.frame!r}, stop={weights.stop!r}"
+    return f"SpanWeights({said}{'' if weights.reasoning == 1 else f', reasoning={weights.reasoning!r}'})"
 
 
 @contextmanager
@@ -367,7 +375,7 @@ class PreparedData:
     account: Account
 
 
-def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> PreparedData:
+def prepare_data(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> PreparedData:
     """Read, divide, sample and tokenise a dataset, or find it done before with the same settings.
 
     Raises:
@@ -385,7 +393,7 @@ def prepare_data(config: DatasetConfig, template: Template, encoder: SegmentEnco
     return prepared
 
 
-def _cached(config: DatasetConfig, template: Template, encoder: SegmentEncoder) -> PreparedData | None:
+def _cached(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> PreparedData | None:
     """The data from the cache, made there if need be; None where it cannot be kept."""
     cache = open_cache(config.cache_limit_gb)
     ingredients = None if cache is None else key_ingredients(config, template, encoder)
@@ -428,8 +436,9 @@ def _report(prepared: PreparedData, seconds: float) -> None:
     account = prepared.account
     tokens = int(prepared.train.lengths.sum())
     log.info(
-        "data: %d rows -> %d training and %d held-out conversations; %s tokens to train on, %.0f %% of them labelled (%.1f s)",
+        "data: %d rows%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
         account.read.rows,
+        _of_files(account.read.files),
         account.used("train"),
         account.used("heldout"),
         f"{tokens:,}",
@@ -448,6 +457,10 @@ def _report(prepared: PreparedData, seconds: float) -> None:
         log.info("data: in neither part: %s", dict(account.left_out))
     if account.read.notices:
         log.info("data: kept, and noted: %s", dict(account.read.notices.most_common()))
+
+
+def _of_files(files: list[str]) -> str:
+    return f" of {files[0]}" + f" and {len(files) - 1} more files" * (len(files) > 1) if files else ""
 
 
 def _sources(account: Account) -> list[dict[str, Any]]:

@@ -1,113 +1,44 @@
 """One raw value -> a `Conversation`, or a `Rejection` with its reason. Strict: what is not understood is not trained.
 
-A record in MSAgent form is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
+A record in MSAgent's format is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
 assistant: at most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant
 value blank. `conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are
-recognised, and converted where `form` allows it (`forms.py`).
+recognised, and read where `form` allows it (`formats.py`).
 
 Only assistant values are parsed. Marks in a system or user text are letters like any others: they never become a label.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass
-from json.encoder import encode_basestring
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data import forms
-from agentft.data.grammar import MARK, Call, GrammarError, Observation, Part, Text, parse_assistant, strip_fence
+from agentft.data.config import Format, Reasoning
+from agentft.data.conversation import Conversation, Message, Origin, chat_messages
+from agentft.data.formats import key_name, read_messages, recognise, understood_fields, untrained_field, unused_columns
+from agentft.data.grammar import MARK, Call, GrammarError, Json, Part, Text, ToolCall, parse_assistant, strip_fence
 from agentft.data.literal_text import LiteralError, read_literal
-from agentft.data.offered_tools import OfferedTool, read_offered_tools
-from agentft.data.turn_builder import FormError
-from agentft.data.untrained import MarkedTurn, parts_of, steps_with, understood_fields, untrained_field
+from agentft.data.msagent import turn_messages
+from agentft.data.offered_tools import OfferedTool
+from agentft.data.text_calls import is_react_text
+from agentft.errors import FormatError
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
 
-Role = Literal["system", "user", "assistant"]
+_Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
-_CJK = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
+_QUESTION_AND_ANSWER = (
+    ("query", "response"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+)
 _MAX_ID_CHARACTERS = 200
 _PART_ID = re.compile(r"/part-[0-9]+\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a record comes from."""
-
-    source: str
-    """Path or dataset id, as the user wrote it; for a folder the path of the file."""
-    line: int
-    """Line of a line-based file, else row; from 1. 0 is the file as a whole."""
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn."""
-
-    role: Role
-    source: str
-    """The exact text."""
-    parts: tuple[Part, ...] = ()
-    """What an assistant turn consists of; empty for the other roles, whatever marks their text holds."""
-    untrained: tuple[int, ...] = ()
-    """Which of an assistant turn's steps, counted from 0, its source shows and does not want trained."""
-
-    @property
-    def untrained_parts(self) -> frozenset[int]:
-        """The positions of the parts of those steps."""
-        return parts_of(self.untrained, self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A conversation that follows the form: optional system message, then user and assistant in turn."""
-
-    id: str
-    messages: tuple[Message, ...]
-    origin: Origin
-    offered: tuple[OfferedTool, ...]
-    weight: float = 1.0
-    """How often an epoch shows it, by the source it came from; see `agentft.data.sources`."""
-    piece_of: str | None = None
-    """Id of the conversation that this is a part of, where one too long was split; None: it is whole."""
-
-    @property
-    def system(self) -> str:
-        """The system text, empty where there is none."""
-        return self.messages[0].source if self.messages[0].role == "system" else ""
-
-    @property
-    def rounds(self) -> int:
-        """Number of user turns."""
-        return sum(message.role == "user" for message in self.messages)
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """All calls of all assistant turns, in order."""
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Call))
-
-    @property
-    def language(self) -> str:
-        """`zh` where a user turn holds a Chinese character, else `en`."""
-        return "zh" if any(m.role == "user" and _CJK.search(m.source) for m in self.messages) else "en"
-
-    @property
-    def content_hash(self) -> str:
-        """SHA-256 of roles, texts and what of them is not trained; equal for equal conversations, whatever their ids."""
-        return _content_hash(self.messages)
-
-    @property
-    def user_hash(self) -> str:
-        """SHA-256 of all user turns, white space collapsed."""
-        turns = [" ".join(m.source.split()) for m in self.messages if m.role == "user"]
-        return hashlib.sha256(f"[{', '.join(map(encode_basestring, turns))}]".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,39 +66,52 @@ def part_id(whole: str, number: int) -> str:
     return f"{whole}/part-{number}"
 
 
-class _Refused(Exception):  # noqa: N818  # a way out of nested readers, not an error
-    """Carries reason and detail up to `read_record`; never leaves this module."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-
-
 def read_record(
-    value: object, origin: Origin, *, form: forms.Form = "auto", weight: float = 1.0
+    value: object,
+    origin: Origin,
+    *,
+    form: Format = Format.auto,
+    weight: float = 1.0,
+    reasoning: Reasoning = Reasoning.keep,
 ) -> tuple[Conversation, list[Notice]] | Rejection:
     """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
 
     Args:
-        form: `auto` takes MSAgent, OpenAI and ShareGPT records; the name of one form takes that form alone. ReAct text
-            is converted only when named, since ordinary prose can hold its keywords.
+        form: `auto` takes every format that a record shows; the name of one takes that format alone. ReAct text is read
+            only when named, since ordinary prose can hold its keywords.
+        reasoning: What becomes of reasoning: trained, left out and counted, or shown as context.
     """
     notices: list[Notice] = []
     record_id: str | None = None
     try:
         if not isinstance(value, dict):
-            raise _Refused("not_an_object", f"a record is an object, found {_kind(value)}")
+            raise FormatError("not_an_object", f"a record is an object, found {_kind(value)}")
         record_id = _read_id(value.get("id"), origin, notices)
-        turns = _read_turns(value, form, origin, notices)
-        messages = _read_messages(turns, origin, notices)
-        offered = read_offered_tools(messages[0].source) if messages[0].role == "system" else ()
-        _note_quirks(messages, offered, origin, notices)
+        messages, tools = _read(value, form, origin, notices)
+        messages = _with_reasoning(messages, reasoning, origin, notices)
+        conversation = Conversation(record_id or "", messages, tools, origin, weight)
+        _note_quirks(conversation, notices)
+        _check_texts(conversation)
         if record_id is None:
-            record_id = "content-" + _content_hash(messages)[:16]
-    except (_Refused, GrammarError, FormError) as refusal:
+            conversation = replace(conversation, id="content-" + conversation.content_hash[:16])
+    except FormatError as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
-    return Conversation(record_id, messages, origin, offered, weight), notices
+    return conversation, notices
+
+
+def _with_reasoning(
+    messages: tuple[Message, ...], reasoning: Reasoning, origin: Origin, notices: list[Notice]
+) -> tuple[Message, ...]:
+    """Apply `dataset.reasoning` to messages, each change noted."""
+    if reasoning is Reasoning.keep:
+        return messages
+    code = "reasoning_dropped" if reasoning is Reasoning.drop else "reasoning_not_trained"
+    change: Any = {"reasoning_content": None} if reasoning is Reasoning.drop else {"reasoning_trained": False}
+    changed = [replace(m, **change) if m.reasoning_content is not None else m for m in messages]
+    for number, message in enumerate(messages, 1):
+        if message.reasoning_content is not None:
+            notices.append(Notice(origin, code, f"message {number}: dataset.reasoning={reasoning}"))
+    return tuple(changed)
 
 
 def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None:
@@ -186,126 +130,141 @@ def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None
     return None
 
 
-def _read_turns(record: dict[Any, Any], form: forms.Form, origin: Origin, notices: list[Notice]) -> list[Any]:
-    """The turns of a record in MSAgent form, converted from another layout where that is asked for."""
+def _read(
+    record: dict[Any, Any], form: Format, origin: Origin, notices: list[Notice]
+) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
+    """Return the messages of a record and the tools that it declares beside them."""
     turns = record.get("conversations")
     if isinstance(turns, str):
         turns = _read_turns_text(turns)
         record = {**record, "conversations": turns}
-    found = forms.recognise(record)
+    found = recognise(record)
     if found == "msagent" and form in ("auto", "msagent"):
         if "conversations" not in record:
-            raise _Refused("conversations_missing", "no field 'conversations'")
+            raise FormatError("conversations_missing", _what_is_there(record))
         if not isinstance(turns, list):
-            raise _Refused("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
-        return turns
-    if form == "auto" or form == found or form == "react":
-        layout: forms.OtherForm = "react" if form == "react" or found == "msagent" else found
-        converted, quirks = forms.convert(record, layout)
-        notices.extend(Notice(origin, code, _writable(detail)) for code, detail in quirks)
-        return converted
-    raise _Refused(
-        f"form_{found}", f"the record has the {found} form, not {form}; select it with dataset.form={found} (or auto)"
-    )
+            raise FormatError("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
+        notices.extend(Notice(origin, code, _writable(detail)) for code, detail in unused_columns(record))
+        return _read_messages(turns, origin, notices), ()
+    if form not in ("auto", "react", "toolace", found):
+        raise FormatError(
+            f"form_{found}",
+            f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
+        )
+    reading = read_messages(record, form if form in (Format.react, Format.toolace) else Format(found))
+    notices.extend(Notice(origin, code, _writable(detail)) for code, detail in reading.notes)
+    if not any(message.role in ("system", "developer") for message in reading.messages):
+        notices.append(Notice(origin, "missing_system", "no system message"))
+    return reading.messages, reading.tools
+
+
+def _what_is_there(record: dict[Any, Any]) -> str:
+    fields = ", ".join(repr(key) for key in record if isinstance(key, str))[:200] or "no field"
+    pair = next((pair for pair in _QUESTION_AND_ANSWER if record.keys() >= set(pair)), None)
+    hint = f"; {pair[0]} and {pair[1]} are a question and an answer: write them as two messages" if pair else ""
+    for key, rows in record.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and isinstance(key, str):
+            hint = f"; {key[:40]!r} is a list of {len(rows):,} objects: if these are the records, write that list alone"
+            break
+    return f"no field 'messages' and no field 'conversations', found {fields}{hint}"
 
 
 def _read_turns_text(text: str) -> object:
     if len(text) > MAX_RECORD_CHARACTERS:
-        raise _Refused(
+        raise FormatError(
             "too_long", f"'conversations' is a text of {len(text):,} characters, at most {MAX_RECORD_CHARACTERS:,}"
         )
     try:
         turns = read_literal(text)
     except LiteralError as error:
-        raise _Refused("conversations_unreadable_text", str(error)) from None
+        raise FormatError("conversations_unreadable_text", str(error)) from None
     if isinstance(turns, str):
-        raise _Refused("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
+        raise FormatError("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
     return turns
 
 
 def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> tuple[Message, ...]:
     if not turns:
-        raise _Refused("conversations_empty", "'conversations' is an empty list")
+        raise FormatError("conversations_empty", "'conversations' is an empty list")
     messages: list[Message] = []
     characters = 0
-    expected: Role = "user"
+    expected: _Role = "user"
     for number, turn in enumerate(turns, 1):
         role, value = _read_turn(turn, number)
         characters += len(value)
         if characters > MAX_RECORD_CHARACTERS:
-            raise _Refused("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+            raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
         if len(turn) > 2:
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
-            extra = sorted(key if isinstance(key, str) else _kind(key) for key in turn if key not in known)
-            if extra:
-                detail = f"turn {number}: {', '.join(extra)[:80]!r} not used"
-                notices.append(Notice(origin, "unknown_turn_field", detail))
+            for name in sorted(key_name(key) for key in turn if key not in known):
+                notices.append(Notice(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
         if not _is_encodable(value):
-            raise _Refused(
+            raise FormatError(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
             )
         if role == "system":
             if messages:
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
-                raise _Refused(reason, f"turn {number} is a system turn; only the first may be")
+                raise FormatError(reason, f"turn {number} is a system turn; only the first may be")
             if not value or value.isspace():
                 notices.append(Notice(origin, "empty_system", "the system value is blank"))
             messages.append(Message("system", value))
             continue
         if role != expected:
             if len(messages) == 0 or messages[-1].role == "system":
-                raise _Refused("starts_with_assistant", f"turn {number} is the assistant's, expected the user's first")
-            raise _Refused(f"two_{role}_turns", f"turn {number} is the {role}'s as is the turn before it")
+                raise FormatError(
+                    "starts_with_assistant", f"turn {number} is the assistant's, expected the user's first"
+                )
+            raise FormatError(f"two_{role}_turns", f"turn {number} is the {role}'s as is the turn before it")
         if not value or value.isspace():
-            raise _Refused(f"empty_{role}", f"turn {number} ({role}) is blank")
+            raise FormatError(f"empty_{role}", f"turn {number} ({role}) is blank")
         if role == "user":
             messages.append(Message("user", value))
             expected = "assistant"
         else:
             parts = _parse_turn(value, number)
-            messages.append(Message("assistant", value, parts, _read_untrained(turn, number, parts, origin, notices)))
+            said = turn_messages(parts)
+            steps = sum(message.role == "assistant" for message in said)
+            untrained = _read_untrained(turn, number, steps, origin, notices)
+            messages += turn_messages(parts, untrained) if untrained else said
             expected = "user"
     if expected == "assistant":
-        raise _Refused("ends_with_user", "the last turn is the user's: there is nothing to train")
+        raise FormatError("ends_with_user", "the last turn is the user's: there is nothing to train")
     if messages[-1].role == "system":
-        raise _Refused("no_user_turn", "only a system turn")
+        raise FormatError("no_user_turn", "only a system turn")
     if messages[0].role != "system":
         notices.append(Notice(origin, "missing_system", "no system turn"))
     return tuple(messages)
 
 
 def _read_untrained(
-    turn: dict[Any, Any], number: int, parts: tuple[Part, ...], origin: Origin, notices: list[Notice]
-) -> tuple[int, ...]:
-    """The steps of an assistant turn that are not to be trained, each noted."""
-    if isinstance(turn, MarkedTurn):
-        steps, why = turn.untrained, "as its message says"
-    else:
-        field = untrained_field(turn) if len(turn) > 2 else None
-        if field is None:
-            return ()
-        steps, why = steps_with(range(len(parts)), parts), field
-    for step in steps:
-        notices.append(
-            Notice(origin, "step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({why})")
-        )
-    return steps
+    turn: dict[Any, Any], number: int, steps: int, origin: Origin, notices: list[Notice]
+) -> Collection[int]:
+    """Return which steps of an assistant turn are not to be trained, all or none, each noted."""
+    field = untrained_field(turn) if len(turn) > 2 else None
+    if field is None:
+        return ()
+    for step in range(1, steps + 1):
+        notices.append(Notice(origin, "step_not_trained", f"turn {number}, step {step}: shown, not trained ({field})"))
+    return range(steps)
 
 
-def _read_turn(turn: object, number: int) -> tuple[Role, str]:
+def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
     if not isinstance(turn, dict):
-        raise _Refused("turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value")
+        raise FormatError(
+            "turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value"
+        )
     if "from" not in turn:
-        raise _Refused("role_missing", f"turn {number} has no field 'from'")
+        raise FormatError("role_missing", f"turn {number} has no field 'from'")
     role = turn["from"]
     if not isinstance(role, str) or role not in _ROLES:
         shown = repr(role[:40]) if isinstance(role, str) else _kind(role)
-        raise _Refused("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
+        raise FormatError("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
     if "value" not in turn:
-        raise _Refused("value_missing", f"turn {number} ({role}) has no field 'value'")
+        raise FormatError("value_missing", f"turn {number} ({role}) has no field 'value'")
     value = turn["value"]
     if not isinstance(value, str):
-        raise _Refused("value_not_text", f"the value of turn {number} ({role}) is {_kind(value)}, expected text")
+        raise FormatError("value_not_text", f"the value of turn {number} ({role}) is {_kind(value)}, expected text")
     return role, value  # type: ignore[return-value]  # membership in _ROLES was checked
 
 
@@ -313,61 +272,76 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     try:
         parts = parse_assistant(value)
     except GrammarError as error:
-        raise _Refused(error.reason, f"turn {number}: {error.detail}") from None
-    if len(parts) == 1 and isinstance(parts[0], Text) and forms.is_react_text(value):
-        raise _Refused(
-            "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.form=react converts"
+        raise FormatError(error.reason, f"turn {number}: {error.detail}") from None
+    if len(parts) == 1 and isinstance(parts[0], Text) and is_react_text(value):
+        raise FormatError(
+            "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
         )
     return parts
 
 
-def _note_quirks(
-    messages: tuple[Message, ...], offered: tuple[OfferedTool, ...], origin: Origin, notices: list[Notice]
-) -> None:
+def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
+    offered, origin = conversation.offered_of_calls, conversation.origin
     tools = {tool.name: tool for tool in offered}
     notices.extend(
         Notice(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
         for tool in offered
         if tool.problem
     )
-    for message in messages:
-        for part in message.parts:
-            source = part.source
-            if isinstance(part, Call):
-                if source.count("<|") > 2 and len(MARK.findall(source)) > 2:
-                    notices.append(Notice(origin, "mark_inside_call", "a JSON string of a call holds a mark"))
-                for code, detail in _call_quirks(part, tools):
-                    notices.append(Notice(origin, code, detail))
-            elif "<|" in source:
-                marks = len(MARK.findall(source))
-                if isinstance(part, Text) and marks:
-                    notices.append(Notice(origin, "marks_quoted_in_text", "a text of the assistant quotes marks"))
-                elif isinstance(part, Observation) and marks > 2:
-                    notices.append(Notice(origin, "mark_inside_observation", "a string of an observation holds a mark"))
+    for call in conversation.tool_calls if offered or conversation.tools else ():
+        notices.extend(Notice(origin, code, detail) for code, detail in _call_quirks(call, tools))
+    for part in (part for message in conversation.messages for part in message.source or ()):
+        notices.extend(Notice(origin, code, detail) for code, detail in _text_quirks(part))
 
 
-def _call_quirks(call: Call, tools: dict[str, OfferedTool]) -> list[tuple[str, str]]:
-    if call.failure is not None:
-        return [(f"call_{call.failure.reason}", call.failure.detail)]
-    quirks: list[tuple[str, str]] = []
-    source = call.source
-    if 0 <= source.find("[") < source.find("{"):
-        quirks.append(("call_is_a_list", f"{len(call.requests)} requests between one pair of marks"))
-    if source.count("\n") > 2 and not _is_strict_json(strip_fence(call.body)):  # two belong to the fence
-        quirks.append(("raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"))
-    for request in call.requests:
-        if not request.parameters and '"parameters"' not in source:
-            quirks.append(("call_without_parameters", f"call to {request.name[:80]!r} has no field 'parameters'"))
-        if not tools:
-            continue
-        tool = tools.get(request.name)
-        if tool is None:
-            quirks.append(("unknown_tool", f"{request.name[:80]!r} is not in the tool list"))
-        elif (declared := tool.parameter_names) is not None and not declared.issuperset(request.parameters):
-            extra = ", ".join(sorted(set(request.parameters) - declared))
-            quirks.append(("undeclared_parameter", f"{request.name[:80]!r} does not declare {extra[:80]}"))
-    return quirks
+def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
+    """Yield what is odd about the MSAgent text of a part."""
+    source = part.source
+    marks = len(MARK.findall(source)) if "<|" in source else 0
+    if isinstance(part, Call):
+        if marks > 2:
+            yield "mark_inside_call", "a JSON string of a call holds a mark"
+        if part.failure is not None:
+            yield f"call_{part.failure.reason}", part.failure.detail
+            return
+        if 0 <= source.find("[") < source.find("{"):
+            yield "call_is_a_list", f"{len(part.requests)} requests between one pair of marks"
+        if source.count("\n") > 2 and not _is_strict_json(strip_fence(part.body)):  # two belong to the fence
+            yield "raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"
+        for call in part.requests:
+            if not call.arguments and '"parameters"' not in source:
+                yield "call_without_parameters", f"call to {call.name[:80]!r} has no field 'parameters'"
+    elif isinstance(part, Text) and marks:
+        yield "marks_quoted_in_text", "a text of the assistant quotes marks"
+    elif marks > 2:
+        yield "mark_inside_observation", "a string of an observation holds a mark"
+
+
+def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[tuple[str, str]]:
+    """Yield what a call does not share with the list of tools."""
+    tool = tools.get(call.name)
+    if tool is None:
+        yield "unknown_tool", f"{call.name[:80]!r} is not in the tool list"
+    elif (declared := tool.parameter_names) is not None and not declared.issuperset(call.arguments):
+        extra = ", ".join(sorted(set(call.arguments) - declared))
+        yield "undeclared_parameter", f"{call.name[:80]!r} does not declare {extra[:80]}"
+
+
+def _check_texts(conversation: Conversation) -> None:
+    """Refuse what is too large or cannot be written; MSAgent turns are checked one by one as they are read."""
+    if any(message.source is not None for message in conversation.messages):
+        return
+    try:
+        said = json.dumps(
+            [chat_messages(conversation.messages), conversation.tools], ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise FormatError("value_not_json", f"an argument or a declaration is no JSON: {error}") from None
+    if len(said) > MAX_RECORD_CHARACTERS:
+        raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+    if not _is_encodable(said):
+        raise FormatError("lone_surrogate", "a message holds a lone surrogate: it cannot be written as UTF-8")
 
 
 def _is_strict_json(text: str) -> bool:
@@ -376,18 +350,6 @@ def _is_strict_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _content_hash(messages: tuple[Message, ...]) -> str:
-    turns = ",".join(
-        [
-            f'["{message.role}",{encode_basestring(message.source)}]'
-            if not message.untrained
-            else json.dumps([message.role, message.source, message.untrained], ensure_ascii=False)
-            for message in messages
-        ]
-    )
-    return hashlib.sha256(f"[{turns}]".encode()).hexdigest()
 
 
 def _is_encodable(text: str) -> bool:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
-from typing import NamedTuple, Protocol
+from enum import IntEnum
+from typing import NamedTuple
 
-from agentft.data.grammar import Call, Observation, Part, Place, call_places
-from agentft.data.records import Conversation, Message
+from agentft.data.conversation import Conversation, Message
+from agentft.data.grammar import Call, GrammarError, Observation, Part, Place, call_places
+from agentft.data.msagent import as_msagent
 
 
 class Kind(IntEnum):
@@ -35,9 +36,11 @@ class Kind(IntEnum):
     """The token that ends a step."""
     frame = 7
     """The rest of a call: its marks, fence, braces, field names and other fields."""
+    reasoning = 8
+    """What the agent thinks before it speaks, with the marks around it."""
 
 
-TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop, Kind.frame})
+TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop, Kind.frame, Kind.reasoning})
 """The mask law of agentft. Everything else is context and gets `IGNORE_INDEX`."""
 
 CALL_KINDS = frozenset({Kind.call, Kind.frame})
@@ -72,38 +75,6 @@ class Segment(NamedTuple):
         return Kind.call if self.kind in CALL_KINDS else self.kind
 
 
-class CallForm(StrEnum):
-    """How the calls of a step are written; `agentft.evaluation.parse.to_msagent` reads each of them."""
-
-    msagent = "msagent"
-    """JSON with `api_name` and `parameters` between think marks."""
-    hermes = "hermes"
-    """JSON with `name` and `arguments` between `<tool_call>` and `</tool_call>`."""
-    llama = "llama"
-    """Bare JSON with `name` and `parameters`; several are joined by `; `, text before them ends with `<|python_tag|>`."""
-
-
-class Template(Protocol):
-    """A layout: conversation -> segments."""
-
-    @property
-    def stop_token(self) -> str:
-        """The special token that ends every step."""
-
-    @property
-    def call_form(self) -> CallForm:
-        """How calls are written."""
-
-    def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
-        """Lay the conversation out; the first `context_rounds` rounds are shown and not trained."""
-
-    def problem(self, conversation: Conversation) -> tuple[str, str] | None:
-        """Say, as (reason, detail), why this layout cannot hold the conversation; None where it can."""
-
-    def notes(self, conversation: Conversation) -> list[str]:
-        """Codes of what the layout writes otherwise than the source; they are counted."""
-
-
 @dataclass(frozen=True, slots=True)
 class MsagentTemplate:
     """The layout of the original script, byte for byte, plus a real stop token after every step.
@@ -112,91 +83,97 @@ class MsagentTemplate:
     """
 
     stop_token: str
-    call_form = CallForm.msagent
+    thought_tokens: bool = False
+    """`<think>` and `</think>` are tokens of the tokenizer; else they are letters."""
 
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out; joined texts without stops are the original text."""
         segments: list[Segment] = []
-        for message, history in with_history(conversation, context_rounds):
-            separator = "\n\n" if segments else ""
-            segments.append(Segment(f"{separator}<|{message.role}|>:", Kind.header))
-            segments.extend(shown_as(self._body(message), message, history=history))
+        agent_speaks = False
+        for message, history in with_history(as_msagent(conversation), context_rounds):
+            if message.source is None or not agent_speaks:
+                separator = "\n\n" if segments else ""
+                role = message.role if message.source is None else "assistant"
+                segments.append(Segment(f"{separator}<|{role}|>:", Kind.header))
+            agent_speaks = message.source is not None
+            if message.role == "assistant":
+                step = step_segments(message.source or (), self.stop_token)
+                if message.reasoning_content:
+                    first = step[0].kind is Kind.header  # white space before the step
+                    thought = self._thought(message.reasoning_content)
+                    step[first:first] = shown_as(thought, history=not message.reasoning_trained)
+                segments += shown_as(step, history=history)
+            elif message.source is not None:
+                segments += _result_segments(message.source)
+            else:
+                segments.append(Segment(message.text, Kind.system if message.role == "system" else Kind.user))
         return segments
 
+    def _thought(self, reasoning: str) -> list[Segment]:
+        """Lay out what the agent thinks before it speaks."""
+        opening, closing = "<think>", "</think>"
+        if not self.thought_tokens:
+            return [Segment(thought_text(reasoning), Kind.reasoning)]
+        return [
+            Segment(opening, Kind.reasoning, special=True),
+            Segment(f"\n{reasoning}\n", Kind.reasoning),
+            Segment(closing, Kind.reasoning, special=True),
+            Segment("\n\n", Kind.reasoning),
+        ]
+
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
-        """Nothing: this is the layout that conversations are read from."""
+        """What MSAgent text cannot say of a record of another format."""
+        try:
+            as_msagent(conversation)
+        except GrammarError as error:
+            return error.reason, error.detail
         return None
 
-    def notes(self, conversation: Conversation) -> list[str]:
-        """Nothing: every byte is kept."""
-        return []
 
-    def _body(self, message: Message) -> list[Segment]:
-        if message.role == "system":
-            return [Segment(message.source, Kind.system)]
-        if message.role == "user":
-            return [Segment(message.source, Kind.user)]
-        return render_assistant(message.parts, self.stop_token)
+def thought_text(reasoning: str) -> str:
+    """Return a thought as the layout `msagent` writes it."""
+    return f"<think>\n{reasoning}\n</think>\n\n"
 
 
 def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
-    """Yield the messages, each with whether it belongs to the first `context_rounds` rounds."""
+    """Yield the messages, each with whether it is context alone.
+
+    That are the messages of the first `context_rounds` rounds, and steps that their source does not want trained.
+    """
     rounds = 0
     for message in conversation.messages:
         rounds += message.role == "user"
-        yield message, 0 < rounds <= context_rounds
+        yield message, 0 < rounds <= context_rounds or not message.trained
 
 
-def shown_as(segments: Iterable[Segment], message: Message, *, history: bool) -> Iterable[Segment]:
-    """Return a message's segments, as context where the agent's words are only shown.
-
-    They are in a round that is history, and in a step that the source does not want trained.
-    """
-    return segments if not history and not message.untrained else _as_history(segments, message, history=history)
+def shown_as(segments: Iterable[Segment], *, history: bool) -> Iterable[Segment]:
+    """Return the segments of a message, what the agent says as context alone where it is `history`."""
+    return [segment._replace(history=segment.spoken) for segment in segments] if history else segments
 
 
-def _as_history(segments: Iterable[Segment], message: Message, *, history: bool) -> Iterator[Segment]:
-    step = 0
-    for segment in segments:
-        only_shown = segment.spoken and (history or step in message.untrained)
-        yield segment._replace(history=True) if only_shown else segment
-        step += segment.kind is Kind.stop
+def _result_segments(parts: Sequence[Part]) -> Iterator[Segment]:
+    """Yield a tool's result and the blanks after it."""
+    for part in parts:
+        yield Segment(part.source, Kind.observation if isinstance(part, Observation) else Kind.header)
 
 
-def render_assistant(parts: Sequence[Part], stop_token: str) -> list[Segment]:
-    """Lay one assistant turn out, source text kept to the byte.
+def step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
+    """Lay one step out, source text kept to the byte.
 
     White space at the edges of a step is context: a step begins with its first visible character and ends with its last
     one, followed at once by the stop token.
     """
     segments: list[Segment] = []
-    step: list[Part] = []
-    for part in parts:
-        if not isinstance(part, Observation):
-            step.append(part)
-            continue
-        if step:
-            _render_step(step, stop_token, segments)
-            step = []
-        segments.append(Segment(part.source, Kind.observation))
-    if step:
-        _render_step(step, stop_token, segments)
-    return segments
-
-
-def _render_step(parts: Sequence[Part], stop_token: str, segments: list[Segment]) -> None:
     source = parts[0].source if len(parts) == 1 else "".join([part.source for part in parts])
     start = len(source) - len(source.lstrip())
     stop = len(source.rstrip())
-    if start >= stop:
-        segments.append(Segment(source, Kind.header))
-        return
     if start:
         segments.append(Segment(source[:start], Kind.header))
     _clip(parts, start, stop, segments)
     segments.append(Segment(stop_token, Kind.stop, special=True))
     if stop < len(source):
         segments.append(Segment(source[stop:], Kind.header))
+    return segments
 
 
 def _clip(parts: Iterable[Part], start: int, stop: int, segments: list[Segment]) -> None:

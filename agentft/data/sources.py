@@ -16,19 +16,28 @@ Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from agentft.data import synthetic
-from agentft.data.config import DatasetConfig, LocalConfig, ModelScopeConfig, Split, SyntheticConfig
-from agentft.data.files import READABLE_SUFFIXES, FileFlaw, block_digest, data_suffix, read_file
-from agentft.data.forms import Form
-from agentft.data.grammar import Call
-from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
+from agentft.data.config import DatasetConfig, Format, HubConfig, LocalConfig, Reasoning, Split, SyntheticConfig
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.files import (
+    LFS_ADVICE,
+    READABLE_SUFFIXES,
+    FileFlaw,
+    block_digest,
+    data_suffix,
+    is_lfs_pointer,
+    read_file,
+)
+from agentft.data.records import Notice, Rejection, read_record
 from agentft.errors import ConfigError, DataError
 
 
@@ -48,8 +57,8 @@ class Divisible(Protocol):
         """Of its source."""
 
     @property
-    def calls(self) -> Sequence[Call]:
-        """What it calls."""
+    def called_tools(self) -> frozenset[str]:
+        """Names of the tools that it calls."""
 
 
 T = TypeVar("T")
@@ -93,6 +102,13 @@ def sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> l
 
 
 _NOTICES_SHOWN_PER_CODE = 20
+_MAX_NAMES_NOTED = 40
+"""Names of columns or fields under one code; a record with names of its own would fill the memory."""
+_TRAIN_NAME = re.compile(r"train(?:ing)?(?:[-_.]|\Z)", re.IGNORECASE)
+_HELDOUT_NAME = re.compile(r"(?:test|validation|valid|val|dev|eval)(?:[-_.]|\Z)", re.IGNORECASE)
+"""How hubs call the files and folders of a split."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
+"""What `datasets` writes beside the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +126,8 @@ class LocalSource:
 
     path: str | Path
     weight: float = 1.0
+    part: Literal["all", "train", "heldout"] = "all"
+    """Of a folder that is a snapshot of a hub: the files that it holds out itself, or the others."""
 
 
 @dataclass(slots=True)
@@ -160,8 +178,9 @@ class ReadReport:
     def note(self, notices: Iterable[Notice]) -> None:
         """Count notices and keep the first few of each code."""
         for notice in notices:
-            self.notices[notice.code] += 1
-            shown = self.notices_shown.setdefault(notice.code, [])
+            code = bounded_code(notice.code, self.notices)
+            self.notices[code] += 1
+            shown = self.notices_shown.setdefault(code, [])
             if len(shown) < _NOTICES_SHOWN_PER_CODE:
                 shown.append(notice)
 
@@ -174,10 +193,18 @@ class ReadReport:
         return "; ".join(parts)
 
 
+def bounded_code(code: str, counted: Counter[str]) -> str:
+    """Return the code to count under: where one ends with a name, and many names are counted, one for all further names."""
+    kind, colon, _ = code.partition(":")
+    if not colon or code in counted or sum(known.startswith(kind + ":") for known in counted) < _MAX_NAMES_NOTED:
+        return code
+    return f"{kind}:other_names"
+
+
 def read_local(
     paths: str | Path | LocalSource | Sequence[str | Path | LocalSource], *, report: ReadReport | None = None
 ) -> Iterator[RawRow | Rejection]:
-    """Rows of local files: json, jsonl, csv (also .gz and .zst) and parquet; a folder stands for its files, sorted.
+    """Rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
 
     Raises:
         DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
@@ -209,20 +236,23 @@ def _refuse_overlap(sources: list[LocalSource]) -> None:
 def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
     for source in sources:
         path = Path(source.path)
-        report.sources[str(source.path)] = SourceCount(source.weight)
-        files = folder_files(path, report) if path.is_dir() else [path]
+        report.sources.setdefault(str(source.path), SourceCount(source.weight))
+        files = _files_of(source, report)
+        if not files and source.part == "heldout":
+            continue
         if path.is_dir() and not files:
             raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
+        in_folder = path.is_dir()
         for file in files:
             # A file name that is no UTF-8 must not break the report that names it.
-            name = str(file if file is not path else source.path).encode("utf-8", "backslashreplace").decode()
+            name = str(file if in_folder else source.path).encode("utf-8", "backslashreplace").decode()
             report.files.append(name)
-            if file is not path:
+            if in_folder:
                 report.source_of_file[name] = str(source.path)
-            if file is not path and (flaw := unsafe_in_folder(file, path)):
-                yield Rejection(Origin(name, 0), *flaw)
-                continue
-            yield from _read_one(file, name, source.weight, report, alone=file is path)
+                if flaw := unsafe_in_folder(file, path):
+                    yield Rejection(Origin(name, 0), *flaw)
+                    continue
+            yield from _read_one(file, name, source.weight, report, alone=not in_folder)
 
 
 def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:
@@ -242,6 +272,23 @@ def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone
         yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
 
 
+def _files_of(source: LocalSource, report: ReadReport) -> list[Path]:
+    path = Path(source.path)
+    if not path.is_dir():
+        return [] if source.part == "heldout" else [path]
+    own = heldout_files(path) if source.part != "all" else []
+    if source.part == "heldout":
+        return own
+    return [file for file in folder_files(path, report) if file not in own]
+
+
+def heldout_files(path: Path) -> list[Path]:
+    """Return the files of a folder that are held out by their names: `test-*` or `validation/*` beside others for training."""
+    files = folder_files(path, ReadReport()) if path.is_dir() else []
+    own = [file for file in files if any(_HELDOUT_NAME.match(part) for part in file.relative_to(path).parts)]
+    return own if any(_TRAIN_NAME.match(part) for file in files for part in file.relative_to(path).parts) else []
+
+
 def folder_files(folder: Path, report: ReadReport) -> list[Path]:
     """Data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
     files: list[Path] = []
@@ -249,7 +296,7 @@ def folder_files(folder: Path, report: ReadReport) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root, name)
-            if name.startswith(".") or data_suffix(path) is None:
+            if name.startswith((".", "cache-")) or name in _DESCRIPTIONS or data_suffix(path) is None:
                 report.skipped_files.append(str(path))
             else:
                 files.append(path)
@@ -264,6 +311,8 @@ def unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
         return "not_a_file", "no regular file"
     if file.stat().st_size == 0:
         return "empty_file", "the file is empty"
+    if is_lfs_pointer(file):
+        return "git_lfs_pointer", LFS_ADVICE
     return None
 
 
@@ -282,7 +331,11 @@ def digest_local(paths: str | Path | LocalSource | Sequence[str | Path | LocalSo
 
 
 def read_conversations(
-    rows: Iterable[RawRow | Rejection], *, form: Form = "auto", report: ReadReport | None = None
+    rows: Iterable[RawRow | Rejection],
+    *,
+    form: Format = Format.auto,
+    reasoning: Reasoning = Reasoning.keep,
+    report: ReadReport | None = None,
 ) -> Iterator[Conversation | Rejection]:
     """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
     intake = Intake(report if report is not None else ReadReport())
@@ -290,22 +343,21 @@ def read_conversations(
         if isinstance(row, Rejection):
             yield intake.refuse(row, row)
             continue
-        outcome = read_record(row.value, row.origin, form=form, weight=row.weight)
+        outcome = read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
         if isinstance(outcome, Rejection):
             yield intake.refuse(row, outcome)
             continue
         conversation, notices = outcome
-        admitted = intake.admit(row, conversation.id, identity(conversation), notices)
+        admitted = intake.admit(row, conversation.id, identity(conversation.content_hash), notices)
         if isinstance(admitted, Rejection):
             yield admitted
         else:
             yield conversation if admitted == conversation.id else replace(conversation, id=admitted)
 
 
-def identity(conversation: Conversation) -> int:
-    """Equal for conversations that say the same, whatever their ids."""
-    # Python's own hash: quick, and compared only within this process and those forked from it.
-    return hash(tuple([(message.role, message.source, message.untrained) for message in conversation.messages]))
+def identity(content_hash: str) -> int:
+    """Return a number that is equal for conversations that say the same: the beginning of their content hash."""
+    return int(content_hash[:15], 16)
 
 
 class Intake:
@@ -360,6 +412,8 @@ class _IdRegister:
         return unique_name
 
 
+log = logging.getLogger(__name__)
+
 Rows = Iterable[RawRow | Rejection]
 
 _LARGE_BYTES = 3_000_000
@@ -373,13 +427,14 @@ class DatasetRows:
 
     train: Rows
     heldout: Rows | None
-    form: Any
+    form: Format
+    reasoning: Reasoning
 
     def conversations(self, report: ReadReport) -> Iterator[tuple[Conversation | Rejection, bool]]:
         """Everything that the rows hold, and whether it comes from the held-out source."""
         for rows, heldout in ((self.train, False), (self.heldout, True)):
             if rows is not None:
-                for item in read_conversations(rows, form=self.form, report=report):
+                for item in read_conversations(rows, form=self.form, reasoning=self.reasoning, report=report):
                     yield item, heldout
 
 
@@ -390,23 +445,24 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
         DataError: a path is missing or holds nothing.
         ConfigError: no source reads this kind of dataset.
     """
-    form = getattr(config, "form", "msagent")
     match config:
         case SyntheticConfig():
-            return DatasetRows(
-                _synthetic(config, "train", config.conversations), _synthetic(config, "heldout", config.heldout), form
-            )
+            train: Rows = _synthetic(config, "train", config.conversations)
+            return DatasetRows(train, _synthetic(config, "heldout", config.heldout), Format.msagent, config.reasoning)
         case LocalConfig():
-            test = None if config.test_path is None else read_local(config.test_path, report=report)
-            return DatasetRows(read_local(_local_sources(config), report=report), test, form)
-        case ModelScopeConfig():
-            from agentft.data.hub_rows import read_modelscope
+            sources = _local_sources(config)
+            own = any(heldout_files(Path(source.path)) for source in sources)
+            if own and config.test_path is None:
+                log.info("data: test and validation files beside training files are held out, and not trained on")
+            test: Any = config.test_path or [replace(source, part="heldout") for source in sources]
+            heldout = read_local(test, report=report) if own or config.test_path is not None else None
+            train = read_local([replace(source, part="train") for source in sources], report=report)
+            return DatasetRows(train, heldout, config.format, config.reasoning)
+        case HubConfig():
+            from agentft.data.hub_rows import read_hub
 
-            def split(name: str) -> Rows:
-                return read_modelscope(config.id, name, revision=config.revision, cache_dir=config.cache_dir)
-
-            heldout = None if config.test_split is None else split(config.test_split)
-            return DatasetRows(split(config.train_split), heldout, form)
+            heldout = None if config.test_split is None else read_hub(config, config.test_split)
+            return DatasetRows(read_hub(config, config.train_split), heldout, config.format, config.reasoning)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 
@@ -437,14 +493,11 @@ def source_digests(config: DatasetConfig) -> Any:
         case LocalConfig():
             test = None if config.test_path is None else digest_local(config.test_path)
             return [digest_local(_local_sources(config)), test]
-        case ModelScopeConfig():
-            from agentft.data.hub_rows import digest_modelscope
+        case HubConfig():
+            from agentft.data.hub_rows import digest_hub
 
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
-            digests = [
-                digest_modelscope(config.id, split, revision=config.revision, cache_dir=config.cache_dir)
-                for split in splits
-            ]
+            digests = [digest_hub(config, split) for split in splits]
             return None if None in digests else digests
         case _:
             return []  # made from the settings alone

@@ -84,7 +84,7 @@ def _divide_by_tools(pool: list[D], test_ratio: float, seed: int) -> Parts[D]:
 
     A conversation that calls held-out and other tools alike belongs to neither part and is set aside.
     """
-    called = [frozenset(request.name for call in c.calls for request in call.requests) for c in pool]
+    called = [conversation.called_tools for conversation in pool]
     uses = Counter(name for names in called for name in names)
     target = test_ratio * sum(1 for names in called if names)
     heldout_tools: set[str] = set()

@@ -1,7 +1,7 @@
 """Keep conversations and tokenised examples on the disk: appended one by one, read one by one, whatever their number.
 
-A stored conversation is a line of JSON: its id, what it is a piece of, its origin, its weight and its turns, an assistant's
-cut into parts. Requests and offered tools are read again from the text they stand in, by what read them the first time.
+A stored conversation is a line of JSON: its id, what it is a piece of, its origin, its weight, its tools and its messages.
+Of MSAgent text the parts are stored; their calls are read again by what read them the first time.
 
 | file | holds |
 |---|---|
@@ -25,9 +25,19 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
-from agentft.data.grammar import THINK_CLOSE, THINK_OPEN, Call, CallFailure, Observation, Part, Text, read_call_body
-from agentft.data.offered_tools import read_offered_tools
-from agentft.data.records import Conversation, Message, Origin
+from agentft.data.conversation import Conversation, Message, Origin
+from agentft.data.grammar import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Call,
+    CallFailure,
+    Observation,
+    Part,
+    Text,
+    ToolCall,
+    read_call_body,
+)
+from agentft.data.msagent import result_message, step_message
 from agentft.data.render import Kind
 from agentft.data.tokens import Example, Span, weigh
 
@@ -38,35 +48,46 @@ _LETTERS: dict[type, str] = {Text: "t", Call: "c", Observation: "o"}
 
 def to_line(conversation: Conversation) -> bytes:
     """Write a conversation as one line of JSON."""
-    turns = [
-        [message.role, [[_LETTERS[type(part)], part.source] for part in message.parts], *_list_of(message.untrained)]
-        if message.role == "assistant"
-        else [message.role, message.source]
-        for message in conversation.messages
-    ]
     origin = conversation.origin
-    record = [conversation.id, conversation.piece_of, origin.source, origin.line, conversation.weight, turns]
-    return _ENCODER.encode(record).encode() + b"\n"
+    messages = [_stored(message) for message in conversation.messages]
+    head = [conversation.id, conversation.piece_of, origin.source, origin.line, conversation.weight, conversation.tools]
+    return _ENCODER.encode([*head, messages]).encode() + b"\n"
 
 
 def from_line(line: bytes) -> Conversation:
     """Read what `to_line` wrote: an equal conversation."""
-    name, piece_of, source, number, weight, turns = json.loads(line)
-    messages = tuple(_message(*turn) for turn in turns)
-    offered = read_offered_tools(messages[0].source) if messages[0].role == "system" else ()
-    return Conversation(name, messages, Origin(source, number), offered, weight, piece_of)
+    name, piece_of, source, number, weight, tools, messages = json.loads(line)
+    read = tuple(_read(*message) for message in messages)
+    return Conversation(name, read, tuple(tools), Origin(source, number), weight, piece_of)
 
 
-def _list_of(untrained: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """One more field of a turn, where there is something to say."""
-    return [untrained] if untrained else []
+def _stored(message: Message) -> list[Any]:
+    """Return the role and, for MSAgent text, its parts; else the fields that have a value."""
+    if message.source is not None:
+        parts = [[_LETTERS[type(part)], part.source] for part in message.source]
+        return [message.role, parts] if message.trained else [message.role, parts, False]
+    fields = {
+        "content": message.content,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": [[call.name, call.arguments, call.id] for call in message.tool_calls] or None,
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "trained": None if message.trained else False,
+        "reasoning_trained": None if message.reasoning_trained else False,
+    }
+    return [message.role, {key: value for key, value in fields.items() if value is not None}]
 
 
-def _message(role: Any, body: Any, untrained: Any = ()) -> Message:
-    if role != "assistant":
-        return Message(role, body)
+def _read(role: Any, body: Any, trained: bool = True) -> Message:
+    if isinstance(body, dict):
+        calls = tuple(ToolCall(*call) for call in body.pop("tool_calls", ()))
+        return Message(role, tool_calls=calls, **body)
     parts = tuple(_part(letter, source) for letter, source in body)
-    return Message(role, "".join(part.source for part in parts), parts, tuple(untrained))
+    if role == "assistant":
+        return step_message(parts, trained=trained)
+    observation, *blanks = parts
+    assert isinstance(observation, Observation)
+    return result_message(observation, *blanks)
 
 
 def _part(letter: str, source: str) -> Part:

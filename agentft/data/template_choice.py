@@ -1,92 +1,127 @@
-"""Which layout a model is trained in: the one that is named, or that of its family, by its tokenizer."""
+"""Choose the layout of a run: the model's own chat template where it can say a conversation with tools, else MSAgent's.
+
+| `model.template` | layout |
+|---|---|
+| `auto` | `native` where the model has a chat template that says tools, calls and results; else `msagent`, in a line that says why |
+| `native` | the tokenizer's own chat template |
+| `msagent` | the layout of the original script |
+| `chatml`, `qwen2.5`, `qwen3`, `llama3` | small chat templates of ours, for tokenizers without one |
+| a file `*.jinja` | that chat template |
+"""  # noqa: E501
 
 from __future__ import annotations
 
-import re
+import logging
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from agentft.data.native import HERMES_MARKS, ChatmlTemplate, Llama3Template, NativeTemplate, Qwen3Template
-from agentft.data.render import MsagentTemplate, Template
+from agentft.data.chat_layout import ChatLayout
+from agentft.data.chat_template import ChatTemplate
+from agentft.data.render import MsagentTemplate
+from agentft.data.template_probe import probe
 from agentft.errors import ConfigError
 
-NAMES = ("msagent", "native", "chatml", "qwen2.5", "qwen3", "llama3")
-"""Values of `model.template`; `native` is one of the four behind it, by the tokenizer."""
+OURS = ("chatml", "qwen2.5", "qwen3", "llama3")
+NAMES = ("auto", "native", "msagent", *OURS)
+"""Values of `model.template`; a path that ends in `.jinja` is another."""
 
-_FAMILIES: dict[str, tuple[type[NativeTemplate], str, tuple[str, ...], str | None]] = {
-    "chatml": (ChatmlTemplate, "<|im_end|>", HERMES_MARKS, None),
-    "qwen2.5": (
-        ChatmlTemplate,
-        "<|im_end|>",
-        HERMES_MARKS,
-        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    ),
-    "qwen3": (Qwen3Template, "<|im_end|>", HERMES_MARKS, None),
-    "llama3": (Llama3Template, "<|eot_id|>", ("<|python_tag|>",), None),
-}
+Layout = MsagentTemplate | ChatLayout
+
+log = logging.getLogger(__name__)
 
 
-def choose_template(name: str, tokenizer: Any, stop_token: str | None = None) -> Template:
+def choose_template(
+    name: str,
+    tokenizer: Any,
+    stop_token: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    *,
+    stable: bool = False,
+) -> Layout:
     """Return the layout `name` for a model with this tokenizer.
 
     Args:
-        stop_token: ends every step; None: the layout's own, for `msagent` the tokenizer's end-of-sequence token.
+        stop_token: ends every step in `msagent`; None: the tokenizer's end-of-sequence token.
+        template_args: for a chat template, as `apply_chat_template` takes them.
+        stable: where a chat template rewrites history, one example whose prompts may differ, see `ChatLayout`.
 
     Raises:
-        ConfigError: no layout of that name, or the tokenizer lacks a token that the layout is made of.
+        ConfigError: no layout of that name, or the tokenizer lacks what it needs.
     """
-    if name not in NAMES:
-        raise ConfigError(f"model.template={name!r}: unknown; expected one of {', '.join(NAMES)}")
+    if name == "auto":
+        problem = _why_not_native(tokenizer, template_args)
+        if problem is not None:
+            log.info("layout: msagent, since the model's own chat template cannot be used: %s", problem)
+        name = "native" if problem is None else "msagent"
     if name == "msagent":
-        stop = stop_token or tokenizer.eos_token
-        if stop is None:
-            raise ConfigError("the tokenizer has no end-of-sequence token; set model.stop_token")
-        return MsagentTemplate(str(stop))
-    family = detect_family(tokenizer) if name == "native" else name
-    layout, own_stop, marks, default_system = _FAMILIES[family]
-    added = tokenizer.get_added_vocab()
-    needed = ("<|im_start|>",) if layout is not Llama3Template else ("<|start_header_id|>", "<|end_header_id|>")
-    missing = [token for token in (*needed, stop_token or own_stop) if token not in tokenizer.get_vocab()]
-    if missing:
-        raise ConfigError(f"model.template={name}: the tokenizer has no {' and no '.join(missing)}")
-    own_system = _own_default_system(tokenizer) if layout is ChatmlTemplate else None
-    return layout(
-        stop_token or own_stop,
-        frozenset(mark for mark in marks if mark in added),
-        own_system or default_system,
-    )
+        marks = {"<think>", "</think>"} <= tokenizer.get_vocab().keys()
+        return MsagentTemplate(_stop_token(tokenizer, stop_token), thought_tokens=marks)
+    if stop_token is not None:
+        raise ConfigError(
+            f"model.stop_token={stop_token!r} is for model.template=msagent; a chat template writes its own"
+        )
+    if name == "native":
+        return _chat_layout(tokenizer, None, template_args, stable=stable)
+    if name in OURS:
+        return _chat_layout(tokenizer, template_text(name), template_args, stable=stable)
+    if name.endswith(".jinja"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"model.template={name}: there is no such file in {Path.cwd()}")
+        return _chat_layout(tokenizer, path.read_text(encoding="utf-8"), template_args, stable=stable)
+    raise ConfigError(f"model.template={name!r}: unknown; expected one of {', '.join(NAMES)}, or a file *.jinja")
 
 
-def detect_family(tokenizer: Any) -> str:
-    """Name the family whose layout a tokenizer's tokens and chat template show.
-
-    Raises:
-        ConfigError: they show none.
-    """
-    tokens = tokenizer.get_added_vocab()
-    if "<|start_header_id|>" in tokens and "<|eot_id|>" in tokens:
-        return "llama3"
-    if "<|im_start|>" in tokens and "<|im_end|>" in tokens:
-        own = str(tokenizer.chat_template or "")
-        if "enable_thinking" in own or ("<think>" in tokens and (not own or "<think>" in own)):
-            return "qwen3"
-        if "<think>" in tokens:  # Qwen3 of July 2025, which never thinks and has no default system text
-            return "chatml"
-        return "qwen2.5" if "<tool_call>" in tokens or "created by Alibaba Cloud" in own else "chatml"
-    raise ConfigError(
-        "model.template=native: the tokenizer has neither <|im_start|> nor <|start_header_id|>, so its layout is not known; "
-        f"name one of {', '.join(NAMES[2:])}, or keep model.template=msagent"
-    )
+def template_text(name: str) -> str:
+    """Return one of our own chat templates."""
+    return files("agentft.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _own_default_system(tokenizer: Any) -> str | None:
-    """The system text that the model's own ChatML template puts where a conversation has none."""
+def stop_tokens(layout: Layout) -> tuple[str, ...]:
+    """Return the tokens that end a step of the agent, that of a text first."""
+    if isinstance(layout, MsagentTemplate):
+        return (layout.stop_token,)
+    return tuple(dict.fromkeys((*layout.traits.stops, *layout.traits.call_stops)))
+
+
+def exported_template(layout: Layout) -> str:
+    """Return the chat template by which a server writes the prompts of this layout."""
+    if isinstance(layout, ChatLayout):
+        return layout.template.source
+    return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{template_text('msagent')}"
+
+
+def _chat_layout(
+    tokenizer: Any, text: str | None, template_args: Mapping[str, Any] | None, *, stable: bool
+) -> ChatLayout:
+    template = ChatTemplate(tokenizer, text, template_args)
+    traits = probe(template)
+    if not traits.stops:
+        raise ConfigError(
+            "model.template: no token of the tokenizer ends an answer in this chat template; keep model.template=msagent"
+        )
+    return ChatLayout(template, traits, "stable" if stable else "exact")
+
+
+def _why_not_native(tokenizer: Any, template_args: Mapping[str, Any] | None) -> str | None:
+    """Return what keeps the tokenizer's own chat template from being the layout; None where nothing does."""
     if not tokenizer.chat_template:
-        return None
-    from jinja2 import TemplateError
-
+        return "it has none"
     try:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except TemplateError:
-        return None  # a template that wants more than a user's message
-    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", shown, re.DOTALL)
-    return found[1] if found else None
+        traits = probe(ChatTemplate(tokenizer, None, template_args))
+    except ConfigError as error:
+        return str(error)
+    if not traits.tools:
+        return f"it cannot say calls and their results ({traits.problem})"
+    if not traits.declarations:
+        return "it leaves out the declarations of tools"
+    return None if traits.stops else "no token of the tokenizer ends its answers"
+
+
+def _stop_token(tokenizer: Any, given: str | None) -> str:
+    stop = given or tokenizer.eos_token
+    if stop is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token; set model.stop_token")
+    return str(stop)

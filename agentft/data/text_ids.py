@@ -155,7 +155,7 @@ class TokenizersDisagree(Exception):  # noqa: N818  # what happened, not whose e
 
 
 class TextIds(Protocol):
-    """Encodes texts, in which no special token is ever read."""
+    """Encodes texts."""
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, shape [T]. May be called by several threads."""
@@ -165,7 +165,7 @@ class ReferenceIds:
     """By `tokenizers`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Take a tokenizer that reads no special tokens in text, cuts nothing and pads nothing."""
+        """Take a tokenizer that cuts nothing and pads nothing; whether it reads special tokens in text is its own affair."""
         self.tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -255,10 +255,11 @@ class _Fastokens:
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         from fastokens import Tokenizer as FastTokenizer
 
+        self._splits = bool(tokenizer.encode_special_tokens)
         self._tokenizer = FastTokenizer.from_json_str(tokenizer.to_str())
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        ids_in_bytes, ends_in_bytes = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        ids_in_bytes, ends_in_bytes = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=self._splits)
         ids = np.frombuffer(ids_in_bytes, dtype="<u4").astype(np.int32)
         places = np.frombuffer(ends_in_bytes, dtype="<u8").tolist()
         return [ids[start:end] for start, end in zip(places, places[1:], strict=False)]

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
-from agentft.data.records import Conversation
-from agentft.data.render import Kind, Segment, Template
+from agentft.data.conversation import Conversation
+from agentft.data.render import Kind, MsagentTemplate, Segment
 from agentft.data.text_ids import (
     FastIds,
     Ids,
@@ -40,6 +40,8 @@ from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from agentft.data.chat_tokens import RenderingEncoder
 
 KindRun = tuple[int, int, Kind]
 """First token, the one after the last, and their kind."""
@@ -187,6 +189,10 @@ class SegmentEncoder:
         """Take the Rust tokenizer out of `tokenizer`, a fast tokenizer of transformers."""
         from tokenizers import Tokenizer
 
+        self._tokenizer = tokenizer
+        self._renderings: RenderingEncoder | None = None
+        self._much: bool | None = None
+        """Of one that comes to be faster: whether much text is known to come."""
         self._special_ids: dict[str, int] = dict(tokenizer.get_vocab())
         self._largest_id = max(self._special_ids.values())
         # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would type a
@@ -203,6 +209,15 @@ class SegmentEncoder:
         """Shape [1] each."""
         self._mixed = MixedChunks(self._text_tokenizer, tokenizer if marked.keeps_every_byte else None)
 
+    def renderings(self, control: re.Pattern[str]) -> RenderingEncoder:
+        """Return the encoder of renderings of this tokenizer's chat template; `control` matches one control token."""
+        if self._renderings is None:
+            from agentft.data.chat_tokens import RenderingEncoder
+
+            made = RenderingEncoder(self._tokenizer, control)
+            self._renderings = made if self._much is None else made.for_much_text(much=self._much)
+        return self._renderings
+
     def for_much_text(self, *, much: bool) -> SegmentEncoder:
         """One that gives the same ids and comes to be faster, at once where `much` text is known to come.
 
@@ -211,10 +226,13 @@ class SegmentEncoder:
         other = copy(self)
         other._fast_ids = FastIds(ReferenceIds(self._text_tokenizer), much=much)
         other._text_ids = ShortTexts(other._fast_ids)
+        other._much, other._renderings = much, None
         return other
 
     def settle(self) -> bool:
         """Between two batches: load the faster tokenizer if that is worth it by now; whether no other will be loaded."""
+        if self._renderings is not None:
+            return self._renderings.settle()
         return self._fast_ids is None or self._fast_ids.settle()
 
     def fingerprint(self) -> str:
@@ -364,7 +382,13 @@ def _join(segments: list[Segment], fate: Kind | None) -> Chunk:
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
     """Return the example with a weight for each span; unchanged where all count alike."""
-    by_kind = {Kind.text: weights.text, Kind.call: weights.call, Kind.frame: weights.frame, Kind.stop: weights.stop}
+    by_kind = {
+        Kind.reasoning: weights.reasoning,
+        Kind.text: weights.text,
+        Kind.call: weights.call,
+        Kind.frame: weights.frame,
+        Kind.stop: weights.stop,
+    }
     if set(by_kind.values()) == {1.0}:
         return example
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))
@@ -379,7 +403,9 @@ def encode_fast(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T], *,
         return work(encoder)
 
 
-def tokenize(conversations: Iterable[Conversation], template: Template, encoder: SegmentEncoder) -> Iterator[Example]:
+def tokenize(
+    conversations: Iterable[Conversation], template: MsagentTemplate, encoder: SegmentEncoder
+) -> Iterator[Example]:
     """Render and encode conversations, a batch at a time, in order."""
     iterator = iter(conversations)
     while batch := list(islice(iterator, _ENCODE_BATCH)):

@@ -9,17 +9,20 @@ aside, and each of these outcomes is counted and listed.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice, pairwise
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from agentft.data.config import TooLong
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation, Part, segment_steps
-from agentft.data.records import Conversation, Message, part_id
-from agentft.data.render import Template
-from agentft.data.tokens import Draft, EncodedChunk, Example, SegmentEncoder
+from agentft.data.conversation import Conversation, Message
+from agentft.data.examples import Attempt, Known, Piece, Rendered, render_all
+from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation
+from agentft.data.msagent import result_message
+from agentft.data.records import part_id
+from agentft.data.template_choice import Layout
+from agentft.data.tokens import SegmentEncoder
 
 MIN_OBSERVATION_CHARACTERS = 100
 """Tool results are not shortened below this: less would be no evidence for what the agent says next."""
@@ -32,13 +35,19 @@ class Rounds:
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
-        self._head = conversation.messages[:1] if conversation.messages[0].role == "system" else ()
-        turns = conversation.messages[len(self._head) :]
-        self._rounds = [turns[at : at + 2] for at in range(0, len(turns), 2)]
-        self._steps = [sum(len(segment_steps(message.parts)) for message in turns) for turns in self._rounds]
+        starts = [at for at, message in enumerate(conversation.messages) if message.role == "user"]
+        ends = [*starts[1:], len(conversation.messages)]
+        self._head = conversation.messages[: starts[0]]
+        self._rounds = [conversation.messages[start:end] for start, end in zip(starts, ends, strict=True)]
+        self._steps = [sum(message.role == "assistant" for message in messages) for messages in self._rounds]
 
     def __len__(self) -> int:
         return len(self._rounds)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The messages of all rounds."""
+        return tuple(message for messages in self._rounds for message in messages)
 
     def part(self, name: str, first: int, last: int) -> Conversation:
         """The rounds `first` to `last`, exclusive, under the system message."""
@@ -53,45 +62,48 @@ class Rounds:
 
     def ends_with_result(self) -> bool:
         """Whether a round before the last ends with a tool's result, on which the agent says nothing."""
-        turns = (round_[-1].parts for round_ in self._rounds[:-1])
-        return any(isinstance(next(_visible(reversed(parts)), None), Observation) for parts in turns)
-
-
-def _visible(parts: Iterable[Part]) -> Iterator[Part]:
-    return (part for part in parts if part.source.strip())
+        return any(messages[-1].role == "tool" for messages in self._rounds[:-1])
 
 
 def shorten_observations(conversation: Conversation, limit: int) -> Conversation:
     """Cut every tool result after `limit` characters and say there how much is missing."""
     messages = tuple(
-        message if message.role != "assistant" else _shorten_message(message, limit)
-        for message in conversation.messages
+        message if message.role != "tool" else _shorten_result(message, limit) for message in conversation.messages
     )
     return replace(conversation, messages=messages)
 
 
-def _shorten_message(message: Message, limit: int) -> Message:
-    parts: tuple[Part, ...] = tuple(
-        _shorten(part, limit) if isinstance(part, Observation) else part for part in message.parts
-    )
-    return replace(message, source="".join(part.source for part in parts), parts=parts)
-
-
-def _shorten(observation: Observation, limit: int) -> Observation:
+def _shorten_result(message: Message, limit: int) -> Message:
+    if message.source is None:
+        return replace(message, content=_shortened(message.text, limit))
+    observation, *blanks = message.source
+    assert isinstance(observation, Observation)
     fence = _FENCE.fullmatch(observation.body)
     before, text, after = fence.groups() if fence else ("", observation.body, "")
+    shortened = _shortened(text, limit)
+    if shortened == text:
+        return message
+    return result_message(Observation(f"{EXEC_OPEN}{before}{shortened}{after}{EXEC_CLOSE}"), *blanks)
+
+
+def _shortened(text: str, limit: int) -> str:
     missing = len(text) - limit
     note = f"... [{missing} characters left out]"
-    if missing <= len(note):
-        return observation
-    return Observation(f"{EXEC_OPEN}{before}{text[:limit]}{note}{after}{EXEC_CLOSE}")
+    return text if missing <= len(note) else f"{text[:limit]}{note}"
+
+
+def result_length(message: Message) -> int:
+    """Return the characters of a tool's result, as `shorten_observations` counts them or a fence more."""
+    return max(
+        (len(part.body) for part in message.source or () if isinstance(part, Observation)), default=len(message.text)
+    )
 
 
 def count_shortened(conversation: Conversation, parts: Iterable[Conversation]) -> int:
-    """How many tool results of parts of a conversation are not those of the conversation."""
-    whole = {part.source for message in conversation.messages for part in message.parts}
-    shown = [p.source for c in parts for m in c.messages for p in m.parts if isinstance(p, Observation)]
-    return len(set(shown) - whole)
+    """Count the tool results of parts of a conversation that are not those of the conversation."""
+    whole = {message.text for message in conversation.messages if message.role == "tool"}
+    shown = {message.text for part in parts for message in part.messages if message.role == "tool"}
+    return len(shown - whole)
 
 
 _BATCH = 64
@@ -115,14 +127,6 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """An example and the conversation that it renders."""
-
-    conversation: Conversation
-    example: Example
-
-
-@dataclass(frozen=True, slots=True)
 class Fitted:
     """A conversation, what is used of it, and what is not."""
 
@@ -136,11 +140,13 @@ class Fitted:
     """Which of the original's steps, counted from 0, are in no piece."""
     problem: tuple[str, str] | None = None
     """Reason and detail where it is set aside."""
+    notes: tuple[str, ...] = ()
+    """Codes of what the layout writes otherwise than the source."""
 
 
 def fit_conversations(
     conversations: Iterable[Conversation],
-    template: Template,
+    template: Layout,
     encoder: SegmentEncoder,
     max_length: int,
     too_long: TooLong,
@@ -152,16 +158,7 @@ def fit_conversations(
         yield from fitter.fit(batch)
 
 
-class _Attempt(NamedTuple):
-    """Something to render and measure."""
-
-    conversation: Conversation
-    context_rounds: int = 0
-
-
-_Known = dict[Hashable, EncodedChunk]
-
-_Way = Generator[list[_Attempt], list[Piece], T]
+_Way = Generator[list[Attempt], list[Rendered], T]
 """A way to fit: asks for attempts, some at a time, is sent what they gave, and returns what it chose."""
 
 
@@ -169,52 +166,33 @@ _Way = Generator[list[_Attempt], list[Piece], T]
 class Fitter:
     """Renders, tokenises and fits batches of conversations."""
 
-    template: Template
+    template: Layout
     encoder: SegmentEncoder
     max_length: int
 
     def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[Fitted]:
         """Encode all in one call, then what is too long, all of it together; each is fitted in its own way."""
-        drafts: list[Draft | tuple[str, str]] = []
-        for conversation, _ in items:
-            problem = self.template.problem(conversation)
-            drafts.append(problem or self.encoder.draft(conversation.id, self.template.render(conversation)))
-        encoded = iter(
-            self.encoder.encode_chunks([c for draft in drafts if isinstance(draft, Draft) for c in draft.to_encode])
-        )
+        known: list[Known] = [{} for _ in items]
+        requests = [(own, [Attempt(conversation)]) for own, (conversation, _) in zip(known, items, strict=True)]
+        made = self._render(requests)
         fitted: list[Fitted | _Unfitted] = []
-        for (conversation, too_long), draft in zip(items, drafts, strict=True):
-            if not isinstance(draft, Draft):
-                fitted.append(_set_aside(conversation, 0, draft))
-                continue
-            chunks = draft.to_encode
-            found = list(islice(encoded, len(chunks)))
-            tokens, labelled = draft.measure(found)
-            if not labelled:
-                fitted.append(_set_aside(conversation, tokens, ("no_label", _why_no_label(conversation))))
-                continue
-            if tokens > self.max_length and too_long is TooLong.drop:
-                fitted.append(self._too_long(conversation, tokens))
-                continue
-            settled = self._settle(Piece(conversation, self.encoder.finish(draft, iter(found))), too_long)
-            if isinstance(settled, _Unfitted):
-                settled.known.update((chunk.key, each) for chunk, each in zip(chunks, found, strict=True))
-            fitted.append(settled)
+        for (conversation, too_long), own, (whole,) in zip(items, known, made, strict=True):
+            if whole.problem is not None:
+                fitted.append(_set_aside(conversation, 0, whole.problem))
+            elif not whole.trains:
+                fitted.append(_set_aside(conversation, whole.tokens, ("no_label", _why_no_label(conversation))))
+            elif whole.tokens <= self.max_length:
+                fitted.append(Fitted(conversation, whole.tokens, Outcome.whole, whole.pieces, notes=whole.notes))
+            elif too_long is TooLong.drop:
+                fitted.append(self._too_long(conversation, whole.tokens))
+            else:
+                fit = self._newest_rounds if too_long is TooLong.fit else self._split
+                fitted.append(_Unfitted(conversation, whole.tokens, fit(conversation, whole), own))
         self._fit_together([each for each in fitted if isinstance(each, _Unfitted)])
         return [
-            each
-            if isinstance(each, Fitted)
-            else each.outcome or self._too_long(each.whole.conversation, len(each.whole.example))
+            each if isinstance(each, Fitted) else each.outcome or self._too_long(each.conversation, each.tokens)
             for each in fitted
         ]
-
-    def _settle(self, whole: Piece, too_long: TooLong) -> Fitted | _Unfitted:
-        """What becomes of a conversation that is to be used, or that it is to be fitted."""
-        conversation, tokens = whole.conversation, len(whole.example)
-        if tokens <= self.max_length:
-            return Fitted(conversation, tokens, Outcome.whole, (whole,))
-        fit = self._newest_rounds if too_long is TooLong.fit else self._split
-        return _Unfitted(whole, fit(whole))
 
     def _too_long(self, conversation: Conversation, tokens: int) -> Fitted:
         detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
@@ -224,127 +202,101 @@ class Fitter:
         """Go all their ways side by side, so that the attempts of many conversations are encoded in one call."""
         running = [(each, next(each.way)) for each in unfitted]
         while running:
-            answers = self._attempt([(each.known, attempts) for each, attempts in running])
-            still_running: list[tuple[_Unfitted, list[_Attempt]]] = []
-            for (each, _), pieces in zip(running, answers, strict=True):
+            answers = self._render([(each.known, attempts) for each, attempts in running])
+            still_running: list[tuple[_Unfitted, list[Attempt]]] = []
+            for (each, _), made in zip(running, answers, strict=True):
                 try:
-                    still_running.append((each, each.way.send(pieces)))
+                    still_running.append((each, each.way.send(made)))
                 except StopIteration as end:
                     each.outcome = end.value
             running = still_running
 
-    def _attempt(self, requests: Sequence[tuple[_Known, list[_Attempt]]]) -> Iterator[list[Piece]]:
-        """Render and encode; only chunks that a conversation has not shown before go to the tokenizer."""
-        drafts = [
-            [
-                self.encoder.draft(made.id, self.template.render(made, context_rounds), context_rounds)
-                for made, context_rounds in attempts
-            ]
-            for _, attempts in requests
-        ]
-        unknown = [
-            {chunk.key: chunk for draft in own for chunk in draft.to_encode if chunk.key not in known}
-            for (known, _), own in zip(requests, drafts, strict=True)
-        ]
-        encoded = iter(self.encoder.encode_chunks([chunk for chunks in unknown for chunk in chunks.values()]))
-        for (known, attempts), own, chunks in zip(requests, drafts, unknown, strict=True):
-            known.update((key, next(encoded)) for key in chunks)
-            examples = [self.encoder.finish(draft, (known[chunk.key] for chunk in draft.to_encode)) for draft in own]
-            yield [Piece(attempt.conversation, e) for attempt, e in zip(attempts, examples, strict=True)]
+    def _render(self, requests: Sequence[tuple[Known, list[Attempt]]]) -> Iterator[list[Rendered]]:
+        return render_all(self.template, self.encoder, requests)
 
-    def _newest_rounds(self, whole: Piece) -> _Way[Fitted | None]:
+    def _newest_rounds(self, conversation: Conversation, whole: Rendered) -> _Way[Fitted | None]:
         """As many of the newest rounds as fit with their tool results shortened."""
-        conversation, tokens = whole.conversation, len(whole.example)
         rounds = Rounds(conversation)
         least = shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)
-        sizes = yield from _sizes(Rounds(least), (yield [_Attempt(least)])[0])
+        sizes = yield from _sizes(Rounds(least), (yield [Attempt(least)])[0])
         for first in range(len(rounds)):
             if first + 1 < len(rounds) and sizes.head + sum(sizes.rounds[first:]) > self.max_length:
                 continue
-            piece = yield from self._shortened(rounds.part(conversation.id, first, len(rounds)))
-            if piece is not None and piece.example.spans:
+            made = yield from self._shortened(rounds.part(conversation.id, first, len(rounds)))
+            if made is not None and made.trains:
                 outcome = Outcome.rounds_left_out if first else Outcome.shortened
                 left_out = tuple(range(rounds.steps_before(first)))
-                return Fitted(
-                    conversation,
-                    tokens,
-                    outcome,
-                    (piece,),
-                    count_shortened(conversation, [piece.conversation]),
-                    left_out,
-                )
+                shortened = count_shortened(conversation, [piece.conversation for piece in made.pieces])
+                return Fitted(conversation, whole.tokens, outcome, made.pieces, shortened, left_out, notes=made.notes)
         return None
 
-    def _split(self, whole: Piece) -> _Way[Fitted | None]:
+    def _split(self, conversation: Conversation, whole: Rendered) -> _Way[Fitted | None]:
         """Every round in one example, in order; examples begin with as many of the rounds before as fit."""
-        conversation = whole.conversation
         rounds = Rounds(conversation)
         sizes = yield from _sizes(rounds, whole)
-        pieces: list[Piece] = []
+        parts: list[Rendered] = []
         left_out: list[int] = []
         first = 0
         while first < len(rounds):
-            name = part_id(conversation.id, len(pieces) + 1)
-            piece = yield from self._longest_from(rounds, sizes, name, first)
-            if piece is None:
-                piece = yield from self._shortened(rounds.part(name, first, first + 1))
-            if piece is None:
+            name = part_id(conversation.id, len(parts) + 1)
+            made = yield from self._longest_from(rounds, sizes, name, first)
+            if made is None:
+                made = yield from self._shortened(rounds.part(name, first, first + 1))
+            if made is None:
                 left_out += range(rounds.steps_before(first), rounds.steps_before(first + 1))
                 first += 1
                 continue
-            last = first + piece.conversation.rounds
-            if piece.example.spans:
-                pieces.append((yield from self._with_context(rounds, sizes, piece, first)))
+            last = first + made.conversation.rounds
+            if made.trains:
+                parts.append((yield from self._with_context(rounds, sizes, made, first)))
             first = last
-        if not pieces:
+        if not parts:
             return None
-        shortened = count_shortened(conversation, (piece.conversation for piece in pieces))
-        return Fitted(conversation, len(whole.example), Outcome.spread, tuple(pieces), shortened, tuple(left_out))
+        shortened = count_shortened(conversation, (made.conversation for made in parts))
+        pieces = tuple(piece for made in parts for piece in made.pieces)
+        notes = tuple(note for made in parts for note in made.notes)
+        return Fitted(conversation, whole.tokens, Outcome.spread, pieces, shortened, tuple(left_out), notes=notes)
 
-    def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Piece | None]:
+    def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Rendered | None]:
         """The rounds from `first` on, as many as fit unchanged."""
         last = first + 1
         while last < len(rounds) and sizes.head + sum(sizes.rounds[first : last + 1]) <= self.max_length:
             last += 1
         for end in range(last, first, -1):
-            (piece,) = yield [_Attempt(rounds.part(name, first, end))]
-            if len(piece.example) <= self.max_length:
-                return piece
+            (made,) = yield [Attempt(rounds.part(name, first, end))]
+            if made.tokens <= self.max_length:
+                return made
         return None
 
-    def _with_context(self, rounds: Rounds, sizes: _Sizes, piece: Piece, first: int) -> _Way[Piece]:
-        """The piece with as many rounds before it as fit, shown and not trained."""
-        # The piece's own rounds may have been shortened, so they are taken as they are.
-        own = piece.conversation.messages[-2 * piece.conversation.rounds :]
+    def _with_context(self, rounds: Rounds, sizes: _Sizes, made: Rendered, first: int) -> _Way[Rendered]:
+        """Put as many rounds before it as fit, shown and not trained."""
+        # Its own rounds may have been shortened, so they are taken as they are.
+        own = Rounds(made.conversation).messages
         context = 0
-        while (
-            context < first and len(piece.example) + sum(sizes.rounds[first - context - 1 : first]) <= self.max_length
-        ):
+        while context < first and made.tokens + sum(sizes.rounds[first - context - 1 : first]) <= self.max_length:
             context += 1
         for count in range(context, 0, -1):
-            before = rounds.part(piece.conversation.id, first - count, first)
-            (longer,) = yield [_Attempt(replace(before, messages=(*before.messages, *own)), count)]
-            if len(longer.example) <= self.max_length:
+            before = rounds.part(made.conversation.id, first - count, first)
+            (longer,) = yield [Attempt(replace(before, messages=(*before.messages, *own)), count)]
+            if longer.tokens <= self.max_length:
                 return longer
-        return piece
+        return made
 
-    def _shortened(self, conversation: Conversation) -> _Way[Piece | None]:
-        """The conversation with its tool results cut to the greatest common length that fits; None where none does."""
-        (piece,) = yield [_Attempt(conversation)]
-        if len(piece.example) <= self.max_length:
-            return piece
-        longest = max(
-            (len(o.body) for m in conversation.messages for o in m.parts if isinstance(o, Observation)), default=0
-        )
+    def _shortened(self, conversation: Conversation) -> _Way[Rendered | None]:
+        """Cut the tool results to the greatest common length that fits; None where none does."""
+        (made,) = yield [Attempt(conversation)]
+        if made.tokens <= self.max_length:
+            return made
+        longest = max((result_length(m) for m in conversation.messages if m.role == "tool"), default=0)
         if longest <= MIN_OBSERVATION_CHARACTERS:
             return None
-        fitting: Piece | None = None
+        fitting: Rendered | None = None
         low, high = MIN_OBSERVATION_CHARACTERS, longest
         limit = low
         while low <= high and (fitting is None or high - low >= _PRECISION):
-            (piece,) = yield [_Attempt(shorten_observations(conversation, limit))]
-            if len(piece.example) <= self.max_length:
-                fitting, low = piece, limit + 1
+            (made,) = yield [Attempt(shorten_observations(conversation, limit))]
+            if made.tokens <= self.max_length:
+                fitting, low = made, limit + 1
             elif fitting is None:
                 return None
             else:
@@ -357,31 +309,31 @@ class Fitter:
 class _Unfitted:
     """A conversation that is too long, while a way to fit it is sought."""
 
-    whole: Piece
+    conversation: Conversation
+    tokens: int
     way: _Way[Fitted | None]
-    known: _Known = field(default_factory=dict)
+    known: Known
     """What its chunks became, most of which every attempt shares."""
     outcome: Fitted | None = None
 
 
-def _sizes(rounds: Rounds, whole: Piece) -> _Way[_Sizes]:
-    """Tokens of each round and of the system message before them."""
-    length = len(whole.example)
+def _sizes(rounds: Rounds, whole: Rendered) -> _Way[_Sizes]:
+    """Measure each round and the system message before them, in tokens."""
     if len(rounds) < 2:
-        return _Sizes(0, [length])
-    if rounds.ends_with_result() or any(message.untrained for message in whole.conversation.messages):
+        return _Sizes(0, [whole.tokens])
+    steps = whole.pieces[0].example.steps()
+    if rounds.ends_with_result() or len(whole.pieces) > 1 or len(steps) < len(whole.conversation.steps):
         # Where the last thing in a round is a tool's result, its tokens run on into the next question; where a step is
-        # not trained, no label says where it ends: measured apart.
-        attempts = [_Attempt(rounds.part("", at, at + 1)) for at in range(len(rounds))]
-        *alone, both = yield [*attempts, _Attempt(rounds.part("", 0, 2))]
-        sizes = [len(piece.example) for piece in alone]
-        head = sizes[0] + sizes[1] - len(both.example)
+        # not trained here, no label says where it ends: measured apart.
+        attempts = [Attempt(rounds.part("", at, at + 1)) for at in range(len(rounds))]
+        *alone, both = yield [*attempts, Attempt(rounds.part("", 0, 2))]
+        sizes = [made.tokens for made in alone]
+        head = sizes[0] + sizes[1] - both.tokens
         return _Sizes(head, [size - head for size in sizes])
-    steps = whole.example.steps()
     ends = [steps[rounds.steps_before(last) - 1][1] for last in range(1, len(rounds))]
-    lengths = [stop - start for start, stop in pairwise([0, *ends, length])]
-    (second,) = yield [_Attempt(rounds.part("", 1, 2))]
-    head = len(second.example) - lengths[1]
+    lengths = [stop - start for start, stop in pairwise([0, *ends, whole.tokens])]
+    (second,) = yield [Attempt(rounds.part("", 1, 2))]
+    head = second.tokens - lengths[1]
     return _Sizes(head, [lengths[0] - head, *lengths[1:]])
 
 
@@ -394,11 +346,11 @@ class _Sizes:
 
 
 def _why_no_label(conversation: Conversation) -> str:
-    if any(message.untrained for message in conversation.messages):
+    if not all(message.trained for message in conversation.messages):
         return "nothing that the agent says here is to be trained, as its messages say"
     return "the agent says nothing in this conversation"
 
 
 def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> Fitted:
-    steps = sum(len(segment_steps(message.parts)) for message in conversation.messages)
-    return Fitted(conversation, tokens, Outcome.set_aside, (), 0, tuple(range(steps)), problem)
+    steps = tuple(range(len(conversation.steps)))
+    return Fitted(conversation, tokens, Outcome.set_aside, (), 0, steps, problem)

@@ -23,13 +23,13 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
-from agentft.data.config import DatasetConfig, TooLong
-from agentft.data.forms import Form
-from agentft.data.records import Conversation, Notice, Rejection, read_record
-from agentft.data.render import Template
+from agentft.data.config import DatasetConfig, Format, TooLong
+from agentft.data.conversation import Conversation
+from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.sources import RawRow, identity, showing_keys
 from agentft.data.splits import is_held_out
 from agentft.data.store import PackedExample, from_line, pack, stored_id_type, to_line
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import Fitted, Fitter, Outcome
 from agentft.errors import DataError
@@ -194,7 +194,7 @@ class RowsToRead:
     """A batch of one source."""
 
     rows: Sequence[RawRow | Rejection]
-    form: Form
+    form: Format
     part: str | None
     """The part that the source is for; None: what a conversation says decides."""
     waiting: bool
@@ -216,7 +216,7 @@ class RowWork:
     """The work, with all that decides its results."""
 
     config: DatasetConfig
-    template: Template
+    template: Layout
     encoder: SegmentEncoder
 
     def read(self, batch: RowsToRead) -> list[Understood | Rejection]:
@@ -231,7 +231,9 @@ class RowWork:
     def _read(self, row: RawRow | Rejection, batch: RowsToRead) -> _Read | Rejection:
         if isinstance(row, Rejection):
             return row
-        outcome = read_record(row.value, row.origin, form=batch.form, weight=row.weight)
+        outcome = read_record(
+            row.value, row.origin, form=batch.form, weight=row.weight, reasoning=self.config.reasoning
+        )
         if isinstance(outcome, Rejection):
             return outcome
         conversation, notices = outcome
@@ -262,8 +264,8 @@ class RowWork:
                 tuple([pack(piece.example, id_type) for piece in each.pieces]),
                 tuple([to_line(piece.conversation) for piece in shown]),
                 tuple([piece.conversation.content_hash for piece in shown]),
-                tuple(self.template.notes(each.original)) if each.problem is None else (),
-                frozenset().union(*(_tools(piece.conversation) for piece in each.pieces)),
+                each.notes if each.problem is None else (),
+                frozenset().union(*(piece.conversation.called_tools for piece in each.pieces)),
                 None if each.outcome is Outcome.whole else _change(each, part),
                 each.problem and Rejection(each.original.origin, *each.problem, id=each.original.id),
             )
@@ -288,19 +290,15 @@ class _Read(NamedTuple):
         conversation = self.conversation
         return Understood(
             conversation.id,
-            identity(conversation),
+            identity(self.content_hash),
             self.notices,
             conversation.weight,
             bytes.fromhex(self.content_hash),
             bytes.fromhex(self.user_hash),
-            tuple(sorted(_tools(conversation))),
+            tuple(sorted(conversation.called_tools)),
             self.line,
             made,
         )
-
-
-def _tools(conversation: Conversation) -> frozenset[str]:
-    return frozenset(request.name for call in conversation.calls for request in call.requests)
 
 
 def _change(fitted: Fitted, part: str) -> dict[str, Any]:

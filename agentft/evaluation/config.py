@@ -17,8 +17,8 @@ from agentft.settings import SEED, Settings, affects
 
 BEST_METRICS = (
     *("loss", "tool_acc", "tool_precision", "tool_f1", "param_em", "param_em_given_tool", "param_em_lenient"),
-    *("arg_f1", "arg_f1_micro", "step_em", "conv_em", "plan_acc", "call_wellformed_rate", "url_match"),
-    *("rouge_l", "rouge_l_after_call", "rouge_l_no_call", "rouge_l_jieba"),
+    *("arg_f1", "arg_f1_micro", "step_em", "conv_em", "plan_acc", "call_wellformed_rate", "thought_wellformed_rate"),
+    *("url_match", "rouge_l", "rouge_l_after_call", "rouge_l_no_call", "rouge_l_jieba"),
     *("tool_acc_repaired", "param_em_repaired", "arg_f1_repaired", "step_em_repaired"),
     *("legacy_action_em", "legacy_input_em", "legacy_rouge_l", "action_em", "argument_f1"),
 )

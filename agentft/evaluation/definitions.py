@@ -92,6 +92,12 @@ METRICS: tuple[MetricDefinition, ...] = (
     ),
     _define("call_wellformed_rate", "readable / attempted calls", lambda s: s.wellformed, lambda s: s.attempts),
     _define(
+        "thought_wellformed_rate",
+        "thoughts opened and closed / steps that think",
+        lambda s: s.wellformed_thoughts,
+        lambda s: s.thoughts,
+    ),
+    _define(
         "hallucinated_tool_rate",
         "tools not offered / attempted calls",
         lambda s: s.hallucinated_tools,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -163,12 +164,19 @@ class GreedyGenerator:
     """Answers steps greedily with a transformers model."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, stop_id: int, slots: int, max_new_tokens: int, speculation: int = 16
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        slots: int,
+        max_new_tokens: int,
+        speculation: int = 16,
     ) -> None:
         """`slots` answers are under way at once; at most `speculation` tokens are guessed ahead, none if 0."""
         self._model = RowModel(model)
         self._tokenizer = tokenizer
-        self._stop_id = stop_id
+        self._stop_ids = stop_ids
         self._slots = slots
         self._max_new_tokens = max_new_tokens
         self._speculation = speculation
@@ -261,17 +269,17 @@ class GreedyGenerator:
         """Add a token to an answer; say whether that ends it."""
         reply.ids.append(token)
         reply.guesser.add(token)
-        how = _end(reply.ids, self._tokenizer, self._stop_id)
+        how = _end(reply.step, reply.ids, self._tokenizer, self._stop_ids)
         return "length" if how is None and len(reply.ids) >= self._max_new_tokens else how
 
 
 class StockGenerator:
     """Answers steps one by one by transformers' `generate`, for models whose layers remember more than keys and values."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, stop_id: int, max_new_tokens: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._stop_id = stop_id
+        self._stop_ids = stop_ids
         self._max_new_tokens = max_new_tokens
 
     @torch.inference_mode()
@@ -279,14 +287,15 @@ class StockGenerator:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
         answers = []
         for step in steps:
-            ids = greedy_ids(self._model, step.input_ids[: step.start].tolist(), self._max_new_tokens, self._ends)
-            answers.append(read_answer(step, ids, self._tokenizer, self._stop_id))
+            context = step.input_ids[: step.start].tolist()
+            ids = greedy_ids(self._model, context, self._max_new_tokens, partial(self._ends, step))
+            answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
             if on_answer is not None:
                 on_answer(answers[-1])
         return answers
 
-    def _ends(self, ids: list[int]) -> bool:
-        return _end(ids, self._tokenizer, self._stop_id) is not None
+    def _ends(self, step: Step, ids: list[int]) -> bool:
+        return _end(step, ids, self._tokenizer, self._stop_ids) is not None
 
 
 def greedy_ids(
@@ -312,23 +321,26 @@ def greedy_ids(
     return new
 
 
-def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_id: int) -> Answer:
+def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Answer:
     """Return the answer in the tokens that another engine generated, cut where this one would have stopped."""
     for length in range(1, len(ids) + 1):
-        if (how := _end(ids[:length], tokenizer, stop_id)) is not None:
+        if (how := _end(step, ids[:length], tokenizer, stop_ids)) is not None:
             return _answer(step, ids[:length], how, tokenizer)
     return _answer(step, ids, "length", tokenizer)
 
 
 def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Answer:
     said = ids[:-1] if how == "stop" else ids
-    return Answer(step, tokenizer.decode(said, skip_special_tokens=False), len(ids), how)
+    text = tokenizer.decode(said, skip_special_tokens=False) if step.reader is None else step.reader.decode(said)
+    return Answer(step, text, len(ids), how)
 
 
-def _end(ids: Sequence[int], tokenizer: Any, stop_id: int) -> Finish | None:
+def _end(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Finish | None:
     """Say whether the newest token ends an answer."""
-    if ids[-1] == stop_id:
+    if ids[-1] in stop_ids:
         return "stop"
+    if step.reader is not None:  # a chat template's turns end with tokens: such texts are letters there
+        return None
     tail = tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
     return "text_stop" if any(stop in tail for stop in TEXT_STOPS) else None
 

@@ -24,7 +24,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from agentft.data.grammar import Json, JsonRefused, ToolRequest, read_json
+from agentft.data.grammar import Json, JsonRefused, ToolCall, read_json
 
 _BLANKS = re.compile(r"\s+")
 # The exponent is bounded so that Decimal can hold every number that matches.
@@ -137,7 +137,7 @@ class CallPair:
     """2RP/(R+P), R = (0.5 HM + FM)/|A|, P = (0.5 HM + FM)/|A*| (arXiv 2309.00986, section 4.1); 1 when both are {}."""
 
 
-def align_calls(references: Sequence[ToolRequest], predictions: Sequence[ToolRequest]) -> tuple[CallPair, ...]:
+def align_calls(references: Sequence[ToolCall], predictions: Sequence[ToolCall]) -> tuple[CallPair, ...]:
     """Return the pairs of equal name of the best alignment, ordered by reference.
 
     A pair of different names counts nothing in any metric, so the problem falls apart into one assignment per name.
@@ -151,9 +151,9 @@ def align_calls(references: Sequence[ToolRequest], predictions: Sequence[ToolReq
     return tuple(sorted(pairs, key=lambda pair: pair.reference))
 
 
-def compare_calls(references: Sequence[ToolRequest], predictions: Sequence[ToolRequest], i: int, j: int) -> CallPair:
+def compare_calls(references: Sequence[ToolCall], predictions: Sequence[ToolCall], i: int, j: int) -> CallPair:
     """Lay reference call `i` beside predicted call `j` of the same name and count what agrees."""
-    reference, prediction = references[i].parameters, predictions[j].parameters
+    reference, prediction = references[i].arguments, predictions[j].arguments
     shared = reference.keys() & prediction.keys()
     full = sum(strictly_equal(reference[key], prediction[key]) for key in shared)
     half = len(shared) - full
@@ -171,7 +171,7 @@ def compare_calls(references: Sequence[ToolRequest], predictions: Sequence[ToolR
 
 
 def _align_same_tool(
-    references: Sequence[ToolRequest], predictions: Sequence[ToolRequest], rows: list[int], columns: list[int]
+    references: Sequence[ToolCall], predictions: Sequence[ToolCall], rows: list[int], columns: list[int]
 ) -> list[CallPair]:
     if len(rows) == len(columns):
         in_order = [compare_calls(references, predictions, i, j) for i, j in zip(rows, columns, strict=True)]

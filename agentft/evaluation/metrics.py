@@ -37,7 +37,7 @@ __all__ = [
     "signature",
 ]
 
-SCORING_VERSION = "v1"
+SCORING_VERSION = "v2"
 """Part of the signature; changes whenever any value changes on any input."""
 
 INDICATIVE_BELOW = 100
@@ -214,11 +214,14 @@ def signature(conversations: int, *, mode: str = "tf") -> str:
 
 
 def _all_metrics(scores: Sequence[StepScore], draws: int, seed: int, *, plain_only: bool = False) -> dict[str, Metric]:
-    with_jieba = any(score.rouge_l_jieba is not None for score in scores)
+    absent = {
+        *(() if any(score.rouge_l_jieba is not None for score in scores) else ("rouge_l_jieba",)),
+        *(() if any(score.thoughts for score in scores) else ("thought_wellformed_rate",)),
+    }
     definitions = [
         definition
         for definition in METRICS
-        if (definition.name != "rouge_l_jieba" or with_jieba) and not (plain_only and definition.quarantined_too)
+        if definition.name not in absent and not (plain_only and definition.quarantined_too)
     ]
     _, numerators_GM, denominators_GM = conversation_sums(scores, definitions)
     found = ratio_intervals(numerators_GM, denominators_GM, draws=draws, seed=seed)
@@ -286,6 +289,7 @@ def _counts(scores: Sequence[StepScore], usable: Sequence[StepScore]) -> dict[st
         "malformed_calls": attempts - wellformed,
         "spurious_calls": sum(score.attempts for score in answers),
         "repaired_calls": sum(score.repaired_calls for score in usable),
+        **({"thoughts": thoughts} if (thoughts := sum(score.thoughts for score in usable)) else {}),
         "calls_without_offered_tools": sum(score.attempts - score.offered_attempts for score in usable),
         "rouge_samples": rouge_samples,
         "rouge_skipped": len(answers) - rouge_samples,

@@ -23,12 +23,13 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Any
 from urllib.parse import urlsplit
 
-from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, JsonRefused, Observation, Part, read_json
-from agentft.data.native_system import read_system
+from agentft.data.conversation import Message
+from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, JsonRefused, Observation, read_json
+from agentft.data.msagent import read_system
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.generate import Answer, Finish
@@ -74,17 +75,17 @@ def chat_step(step: Step, shown: int = 0, *, as_recorded: bool = False) -> ChatS
     if as_recorded:
         system = dataclasses.replace(system, text=conversation.system or "", tools=())
     tools = [json.loads(tool) for tool in system.tools]
-    called = [request.name for call in conversation.calls for request in call.requests]
+    called = [call.name for call in conversation.tool_calls]
     sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
     place = step_places(conversation)[shown + step.index]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system.text}] if system.text else []
-    for number, message in enumerate(conversation.messages[: place.message + 1]):
+    for number, message in enumerate(conversation.messages[: place.at]):
         if message.role == "user":
-            messages.append({"role": "user", "content": message.source})
+            messages.append({"role": "user", "content": message.text})
         elif message.role == "assistant":
-            parts = message.parts[: place.start] if number == place.message else message.parts
-            turn = _assistant(parts, sent, f"{number}", native=bool(tools))
-            messages += _with_tool_role(turn) if as_recorded else turn
+            results = list(takewhile(lambda m: m.role == "tool", conversation.messages[number + 1 : place.at]))
+            exchange = _exchange(message, results, sent, f"{number}", native=bool(tools))
+            messages += _with_tool_role(exchange) if as_recorded else exchange
     return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
 
 
@@ -99,41 +100,20 @@ def answer_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return "\n".join(pieces)
 
 
-def _assistant(
-    parts: Sequence[Part], sent: Mapping[str, str], prefix: str, *, native: bool
+def _exchange(
+    said: Message, results: Sequence[Message], sent: Mapping[str, str], prefix: str, *, native: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield an assistant turn as messages: words and calls, then a result for each call, and so on.
+    """Yield what the agent said at one step and what its tools returned.
 
     Without tools in the request there is no native call: then everything is said in the marks of the text.
     """
-    said: list[Part] = []
-    results: list[Observation] = []
-    number = 0
-    for part in (*parts, None):
-        if results and not isinstance(part, Observation) and (part is None or part.source.strip()):
-            yield from _exchange(said, results, sent, f"{prefix}_{number}", native=native)
-            said, results, number = [], [], number + 1
-        if isinstance(part, Observation):
-            results.append(part)
-        elif part is not None:
-            said.append(part)
-    if any(part.source.strip() for part in said):
-        yield from _exchange(said, results, sent, f"{prefix}_{number}", native=native)
-
-
-def _exchange(
-    said: Sequence[Part], results: Sequence[Observation], sent: Mapping[str, str], prefix: str, *, native: bool
-) -> Iterator[dict[str, Any]]:
-    """Yield what the agent said at one step and what its tools returned."""
-    calls = [part for part in said if isinstance(part, Call)]
-    if not native or not results or not calls or any(call.failure for call in calls):
-        yield {"role": "assistant", "content": "".join(part.source for part in said).strip()}
+    if not native or not results or not said.tool_calls or said.malformed_calls:
+        yield {"role": "assistant", "content": said.source_text.strip()}
         if results:
-            yield {"role": "user", "content": "\n".join(result.source for result in results)}
+            yield {"role": "user", "content": "\n".join(result.source_text.strip() for result in results)}
         return
-    requests = [request for call in calls for request in call.requests]
-    words = "".join(part.source for part in said if not isinstance(part, Call)).strip()
-    ids = [f"call_{prefix}_{i}" for i in range(len(requests))]
+    words = "".join(part.source for part in said.source or () if not isinstance(part, Call)).strip()
+    ids = [f"call_{prefix}_{i}" for i in range(len(said.tool_calls))]
     yield {
         "role": "assistant",
         "content": words or None,
@@ -142,18 +122,23 @@ def _exchange(
                 "id": name,
                 "type": "function",
                 "function": {
-                    "name": sent.get(request.name, request.name),
-                    "arguments": json.dumps(request.parameters, ensure_ascii=False),
+                    "name": sent.get(call.name, call.name),
+                    "arguments": json.dumps(call.arguments, ensure_ascii=False),
                 },
             }
-            for name, request in zip(ids, requests, strict=True)
+            for name, call in zip(ids, said.tool_calls, strict=True)
         ],
     }
     # Every call must be answered once: results beyond the last call stand with it, a call without one gets an empty text.
-    bodies = [result.body.strip() for result in results]
+    bodies = [_result_body(result) for result in results]
     bodies[len(ids) - 1 :] = ["\n".join(bodies[len(ids) - 1 :])] if len(bodies) >= len(ids) else []
     for name, body in zip_longest(ids, bodies, fillvalue=""):
         yield {"role": "tool", "tool_call_id": name, "content": body}
+
+
+def _result_body(result: Message) -> str:
+    """Return what a tool returned, its fence included."""
+    return "".join(part.body for part in result.source or () if isinstance(part, Observation)).strip()
 
 
 def _with_tool_role(turn: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

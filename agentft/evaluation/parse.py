@@ -10,15 +10,14 @@ wrong.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
-from agentft.data.grammar import CallFailure, JsonRefused, ToolRequest, read_call_body, read_json, strip_fence
-from agentft.data.native import LLAMA_CALL_START
-from agentft.data.render import CallForm
+from agentft.data.grammar import Attempt, CallFailure, ToolCall, read_call_body, strip_fence
+from agentft.data.msagent import call_text
+from agentft.data.response import Said
 
 THINK_START = "<|startofthink|>"
 THINK_END = "<|endofthink|>"
@@ -35,21 +34,6 @@ _ROLE_HEADER = re.compile(
     r"|<\|im_start\|>assistant\b"
     r"|<\|start_header_id\|>assistant<\|end_header_id\|>)"
 )
-# Non-greedy: a second, invented call must not swallow a correct first one.
-_THINK_SPAN = re.compile(
-    re.escape(THINK_START) + r"(?P<body>.*?)(?:(?P<closed>" + re.escape(THINK_END) + r")|\Z)", re.DOTALL
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One think span of a reply: what the model wrote where it meant to call."""
-
-    source: str
-    """The text between the marks."""
-    requests: tuple[ToolRequest, ...]
-    """The calls in it, several if the span holds an array; empty if the span cannot be read."""
-    failure: CallFailure | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +43,12 @@ class ParsedReply:
     attempts: tuple[Attempt, ...]
     text: str
     """What stands outside the calls, trimmed; pieces around a call are joined by a line break."""
+    reasoning: str = ""
+    thought: bool | None = None
+    """Every thought was opened and closed; None: there is none."""
 
     @property
-    def requests(self) -> tuple[ToolRequest, ...]:
+    def requests(self) -> tuple[ToolCall, ...]:
         """Every well-formed call, in order."""
         return tuple(request for attempt in self.attempts for request in attempt.requests)
 
@@ -81,123 +68,127 @@ def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> ParsedReply:
 
     Args:
         text: Raw text of the step, of the model or of the data.
-        stop_texts: End-of-sequence texts of this model, besides `END_OF_SEQUENCE_TEXTS`.
+        stop_texts: Texts that end an answer of this model wherever they stand. Those of `END_OF_SEQUENCE_TEXTS` are
+            text, unless they stand at the end or before the header of another turn.
 
     Never raises: whatever a model writes is data.
     """
-    own_words = _cut(_ROLE_HEADER.sub("", text, count=1), (*END_OF_SEQUENCE_TEXTS, *stop_texts, EXEC_START, *USER_TAGS))
     attempts: list[Attempt] = []
     pieces: list[str] = []
-    end = 0
-    for span in _THINK_SPAN.finditer(own_words):
-        pieces.append(own_words[end : span.start()])
-        attempts.append(_read_attempt(span["body"], closed=span["closed"] is not None))
-        end = span.end()
-    pieces.append(own_words[end:])
+    for piece in _pieces(_ROLE_HEADER.sub("", text, count=1), tuple(stop_texts)):
+        if isinstance(piece, Attempt):
+            attempts.append(piece)
+        else:
+            pieces.append(piece)
     return ParsedReply(tuple(attempts), "\n".join(piece.strip() for piece in pieces if piece.strip()))
 
 
-_HERMES_SPAN = re.compile(r"<tool_call>(?P<body>.*?)(?:(?P<closed></tool_call>)|\Z)", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
-_INVENTED = {
-    CallForm.hermes: ("<tool_response>", "<|im_start|>"),
-    CallForm.llama: ("<|start_header_id|>", "<|eom_id|>"),
-}
-"""What no agent says itself: from here on a result or another turn is invented."""
-_DECODER = json.JSONDecoder(strict=False)
+def own_words(text: str) -> str:
+    """Return an MSAgent text up to where the model speaks for a tool, the user or the system."""
+    kept = without_end(text)
+    for span in _structure(("<|system|>",)).finditer(kept):
+        if (at := _cut_at(span, ("<|system|>",))) is not None:
+            return kept[:at].strip()
+    return kept.strip()
 
 
-def to_msagent(text: str, form: CallForm) -> str:
-    """Write one step that a model said in a native form with MSAgent marks, so that one reader scores all layouts.
+def without_end(text: str, ends: Sequence[str] = END_OF_SEQUENCE_TEXTS) -> str:
+    """Return a text without the stops at its very end; one without a stop as it is."""
+    kept = text.rstrip()
+    while (end := next((end for end in ends if end and kept.endswith(end)), None)) is not None:
+        text = kept = kept.removesuffix(end).rstrip()
+    return text
 
-    A call that is malformed in its own form is malformed after it, for the same reason where both forms have it. Text is
-    kept, MSAgent marks in it too: a model that answers with them called all the same. A text in MSAgent's own form stays
-    as it is, but for `quote_ends`.
+
+def reply_of(said: Said) -> ParsedReply:
+    """Return a step that a response template took apart as a reply.
+
+    MSAgent marks in a text are read as such: a model that answers with them called all the same.
     """
-    if form is CallForm.msagent:
-        return quote_ends(text)
-    own_words = _cut(_ROLE_HEADER.sub("", text, count=1), (*END_OF_SEQUENCE_TEXTS, *_INVENTED[form]))
-    if form is CallForm.llama:
-        return "\n".join(_llama_pieces(own_words))
-    own_words = _EMPTY_THOUGHT.sub("", own_words, count=1)
-    return _HERMES_SPAN.sub(_hermes_call, own_words)
+    attempts: list[Attempt] = []
+    texts: list[str] = []
+    for piece in said.pieces:
+        if isinstance(piece, Attempt):
+            attempts.append(piece)
+        elif THINK_START in piece:
+            inner = parse_reply(piece)
+            attempts += inner.attempts
+            texts.append(inner.text)
+        else:
+            texts.append(piece.strip())
+    return ParsedReply(tuple(attempts), "\n".join(each for each in texts if each), said.reasoning, said.thought)
 
 
-def quote_ends(text: str) -> str:
-    """Escape what names the end of a sequence inside the strings of readable calls: the same JSON, and no end of an answer.
+def msagent_text(said: Said) -> str:
+    """Write a step for people and for `agentft.score`, in MSAgent form without its reasoning; it reads as `reply_of`.
 
-    For texts that were ended by token ids already, where such a name is letters. A raw text ends at its first one.
+    Where a text spells a mark that would cut it, a blank stands within the mark.
     """
-    return _THINK_SPAN.sub(_quoted_call, text)
+    pieces = []
+    for piece in said.pieces:
+        if isinstance(piece, str):
+            pieces.append(piece if THINK_START in piece else _MARKS.sub("< ", piece))
+        elif piece.failure is None:
+            pieces.append("\n".join(map(call_text, piece.requests)))
+        else:
+            pieces.append(f"{THINK_START}{_unreadable(piece.source)}{THINK_END}")
+    return "".join(pieces).strip()
 
 
-def _quoted_call(span: re.Match[str]) -> str:
+def _pieces(text: str, stop_texts: tuple[str, ...]) -> Iterator[str | Attempt]:
+    """Yield texts and calls up to where the agent's own words end."""
+    text = without_end(text, (*END_OF_SEQUENCE_TEXTS, *stop_texts))
+    end = 0
+    for span in _structure(stop_texts).finditer(text):
+        yield text[end : span.start()]
+        cut = _cut_at(span, stop_texts)
+        if span["body"] is not None:
+            body = span["body"] if cut is None else text[span.start("body") : cut]
+            yield _read_attempt(body, closed=cut is None and span["closed"] is not None)
+        if cut is not None:
+            return
+        end = span.end()
+    yield text[end:]
+
+
+def _cut_at(span: re.Match[str], stop_texts: tuple[str, ...]) -> int | None:
+    """Return where a span of a text ends the agent's own words; None where it is a call that ends none."""
     body = span["body"]
-    if span["closed"] is None or not any(end in body for end in END_OF_SEQUENCE_TEXTS):
-        return span[0]
-    if isinstance(read_call_body(body), CallFailure):
-        return span[0]
-    # In a readable call a bracket can stand in a string only.
-    return THINK_START + body.replace("<", "\\u003c") + THINK_END
+    if body is None:
+        return span.start()
+    cut = _cutting(stop_texts).search(body)
+    # In a call that can be read, such a mark can stand in a string only, where it is letters.
+    if cut is None or (span["closed"] is not None and not isinstance(read_call_body(body), CallFailure)):
+        return None
+    return span.start("body") + cut.start()
 
 
-def _hermes_call(span: re.Match[str]) -> str:
-    if span["closed"] is None:
-        return THINK_START + _unreadable(span["body"])
-    return _msagent_call(span["body"], "arguments")
+_HEADERS = r"<\|(?:im_start|start_header_id|user|assistant|system|observation|turn)\|?>|<｜(?:User|Assistant)｜>"
+_MARKS = re.compile(
+    "<(?=" + "|".join(re.escape(mark[1:]) for mark in (EXEC_START, THINK_END, *USER_TAGS, *END_OF_SEQUENCE_TEXTS))
+    + r"|\|assistant\|>|\|im_start\|>|\|start_header_id\|>)"
+)  # fmt: skip
 
 
-def _llama_pieces(text: str) -> Iterator[str]:
-    before, tag, calls = text.partition("<|python_tag|>")
-    if not tag:
-        if not LLAMA_CALL_START.match(text):
-            yield text
-            return
-        before, calls = "", text
-    yield before
-    if not calls.strip():
-        yield THINK_START + THINK_END
-    position = 0
-    while rest := calls[position:].lstrip(" \t\r\n;"):
-        position = len(calls) - len(rest)
-        try:
-            _, end = _DECODER.raw_decode(calls, position)
-        except (ValueError, RecursionError):
-            # Words behind a call are words; a call that is broken off, or words alone where a call was announced, are not.
-            broken = rest.startswith(("{", "[")) or position == len(calls) - len(calls.lstrip())
-            yield THINK_START + _unreadable(rest) + THINK_END if broken else rest
-            return
-        yield _msagent_call(calls[position:end], "parameters")
-        position = end
+@cache
+def _cutting(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
+    """What ends the agent's own words: a mark of somebody else, a stop of its own, an end of sequence before another turn."""
+    marks = "|".join(re.escape(mark) for mark in (EXEC_START, *USER_TAGS, *stop_texts) if mark)
+    ends = "|".join(map(re.escape, END_OF_SEQUENCE_TEXTS))
+    return re.compile(rf"{marks}|(?:{ends})\s*(?={_HEADERS})")
 
 
-def _msagent_call(body: str, arguments: str) -> str:
-    try:
-        value = read_json(body)
-    except JsonRefused:
-        return THINK_START + _unreadable(body) + THINK_END
-    renamed = [_renamed(item, arguments) for item in value] if isinstance(value, list) else _renamed(value, arguments)
-    # The same JSON; a bracket can stand in its strings only, where a reader must not take it for a mark.
-    text = json.dumps(renamed, ensure_ascii=False).replace("<", "\\u003c")
-    return f"{THINK_START}```JSON\n{text}\n```{THINK_END}"
-
-
-def _renamed(item: Any, arguments: str) -> Any:
-    """The request under MSAgent's names; what is missing or of a wrong type stays so."""
-    if not isinstance(item, dict):
-        return item
-    return {"api_name": item.get("name"), "parameters": item.get(arguments, {})}
+@cache
+def _structure(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
+    # Non-greedy: a second, invented call must not swallow a correct first one.
+    span = rf"{re.escape(THINK_START)}(?P<body>.*?)(?:(?P<closed>{re.escape(THINK_END)})|\Z)"
+    return re.compile(f"{span}|{_cutting(stop_texts).pattern}", re.DOTALL)
 
 
 def _unreadable(body: str) -> str:
     """The body of a malformed call, so that it is no call in MSAgent form either."""
     body = body.replace("<|", "< |")
     return body if isinstance(read_call_body(body), CallFailure) else f"malformed: {body}"
-
-
-def _cut(text: str, marks: Sequence[str]) -> str:
-    found = (text.find(mark) for mark in marks if mark)
-    return text[: min((position for position in found if position >= 0), default=len(text))]
 
 
 def _read_attempt(body: str, *, closed: bool) -> Attempt:
@@ -216,7 +207,7 @@ _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _WORD = re.compile(r"[A-Za-z_]+")
 
 
-def repair_call_body(body: str) -> tuple[ToolRequest, ...] | None:
+def repair_call_body(body: str) -> tuple[ToolCall, ...] | None:
     """Read the text between the think marks after mending it; None if it still is no call. Never raises."""
     text = strip_fence(body)
     start = min((found for found in (text.find(mark) for mark in "{[｛［") if found >= 0), default=None)

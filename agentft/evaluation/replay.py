@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from agentft.data.conversation import Conversation
+from agentft.data.examples import make_examples
 from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
-from agentft.data.records import Conversation
-from agentft.data.render import Template
-from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.msagent import as_msagent, step_message
+from agentft.data.template_choice import Layout
+from agentft.data.tokens import SegmentEncoder
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.metrics import Metric, signature
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, EXEC_START, USER_TAGS
+from agentft.evaluation.parse import own_words
 from agentft.evaluation.predictions import Answerer
 from agentft.evaluation.resampling import ratio_intervals, sum_pieces
 from agentft.evaluation.scoring import StepScore, score_step
-from agentft.evaluation.steps import Step, StepPlace, conversation_steps, step_places
+from agentft.evaluation.steps import Step, StepPlace, step_places, steps_by_number
 
 METRICS = ("steps_until_divergence", "conv_replay_success")
 
@@ -72,7 +74,7 @@ class Episode:
 
 def replay(
     conversations: Sequence[Conversation],
-    template: Template,
+    template: Layout,
     encoder: SegmentEncoder,
     answerer: Answerer,
     *,
@@ -80,6 +82,7 @@ def replay(
     shown_steps: Mapping[str, int] | None = None,
 ) -> list[Episode]:
     """Replay the conversations that hold a readable call, side by side, step by step; what is only shown stays."""
+    conversations = [as_msagent(each) for each in conversations]
     shown = {each.id: (shown_steps or {}).get(each.id, 0) for each in conversations}
     episodes = [
         Episode(each, step_places(each)[shown[each.id] :], shown[each.id])
@@ -87,38 +90,24 @@ def replay(
         if is_replayable(each)
     ]
     for index in range(max((len(episode.places) for episode in episodes), default=0)):
-        running = [episode for episode in episodes if episode.is_open]
-        steps = _next_steps(running, index, template, encoder)
-        for episode, answer in zip(running, answerer.answer(steps), strict=True):
+        asked = _next_steps([episode for episode in episodes if episode.is_open], index, template, encoder)
+        for (episode, _), answer in zip(asked, answerer.answer([step for _, step in asked]), strict=True):
             episode.take(answer, seen_tools)
-            if episode.is_open and template.problem(_spoken(episode)) is not None:
-                episode.diverged = "no_such_layout"
     return episodes
 
 
 def is_replayable(conversation: Conversation) -> bool:
     """Whether there is a call to follow, and each can be read."""
-    return bool(conversation.calls) and all(call.failure is None for call in conversation.calls)
-
-
-def own_words(text: str) -> str:
-    """Return what of an answer stays in the history: all before the model speaks for a tool, the user or the system."""
-    marks = (*END_OF_SEQUENCE_TEXTS, EXEC_START, *USER_TAGS, "<|system|>")
-    ends = [position for mark in marks if (position := text.find(mark)) >= 0]
-    return text[: min(ends, default=len(text))].strip()
+    return bool(conversation.tool_calls) and not any(message.malformed_calls for message in conversation.messages)
 
 
 def with_replies(conversation: Conversation, places: Sequence[StepPlace], replies: Sequence[str]) -> Conversation:
     """Return the conversation with the agent's first steps replaced; blanks around a step stay as they were."""
     messages = list(conversation.messages)
-    # From the last to the first: replacing a step moves the places behind it.
-    for place, reply in reversed(list(zip(places, replies, strict=False))):
-        message = messages[place.message]
-        source = "".join(part.source for part in place.parts(conversation))
+    for place, reply in zip(places, replies, strict=False):
+        source = messages[place.at].source_text
         before, after = source[: len(source) - len(source.lstrip())], source[len(source.rstrip()) :]
-        said = (*_blank(before), *_parts(reply), *_blank(after))
-        parts = (*message.parts[: place.start], *said, *message.parts[place.stop :])
-        messages[place.message] = dataclasses.replace(message, parts=parts, source="".join(p.source for p in parts))
+        messages[place.at] = step_message((*_blank(before), *_parts(reply), *_blank(after)))
     return dataclasses.replace(conversation, messages=tuple(messages))
 
 
@@ -160,14 +149,19 @@ def replay_report(episodes: Sequence[Episode], conversations: int, *, draws: int
     }
 
 
-def _next_steps(episodes: Sequence[Episode], index: int, template: Template, encoder: SegmentEncoder) -> list[Step]:
-    spoken = [_spoken(episode) for episode in episodes]
-    examples = tokenize(spoken, template, encoder)
-    steps = (
-        conversation_steps(conversation, example, template)[episode.shown + index]
-        for episode, conversation, example in zip(episodes, spoken, examples, strict=True)
-    )
-    return [dataclasses.replace(step, index=index) for step in steps]
+def _next_steps(
+    episodes: Sequence[Episode], index: int, template: Layout, encoder: SegmentEncoder
+) -> list[tuple[Episode, Step]]:
+    """Return the next step of each episode; one whose words the layout cannot hold ends."""
+    asked: list[tuple[Episode, Step]] = []
+    for episode, made in zip(episodes, make_examples(map(_spoken, episodes), template, encoder), strict=True):
+        number = episode.conversation.steps.index(episode.places[index].at)
+        step = steps_by_number(made, template).get(number)
+        if step is None:
+            episode.diverged = "no_such_layout"
+        else:
+            asked.append((episode, dataclasses.replace(step, index=index)))
+    return asked
 
 
 def _spoken(episode: Episode) -> Conversation:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from agentft.data.grammar import ToolRequest
+from agentft.data.grammar import ToolCall
 from agentft.evaluation.legacy import LegacyStep, legacy_step
 from agentft.evaluation.matching import CallPair, align_calls, strictly_equal
 from agentft.evaluation.parse import ParsedReply, parse_reply, repair_call_body
@@ -58,6 +58,10 @@ class StepRecord:
     """Whether the tool this step calls was called in training."""
     after_call: bool | None = None
     """Whether an answer step sums up a tool result; None: whether the previous step's reference calls."""
+    reference_reply: ParsedReply | None = None
+    """The reference as it was read in another layout than MSAgent's; None: the text is read."""
+    prediction_reply: ParsedReply | None = None
+    """The same of the prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +107,10 @@ class StepScore:
     exact_repaired: int = 0
     argument_f1_repaired: float = 0.0
     attempts_repaired: int = 0
+    thoughts: int = 0
+    """1 where the reference or the prediction thinks before it speaks."""
+    wellformed_thoughts: int = 0
+    """1 where the prediction does, and opens and closes its thoughts as the chat template asks."""
     rouge_l: float | None = None
     """F1 of an answer step; None on action steps and where the reference has no token."""
     rouge_l_jieba: float | None = None
@@ -158,8 +166,8 @@ def score_step(
         stop_texts: End-of-sequence texts of the model beside the common ones.
         jieba_tokenizer: Also score ROUGE-L on jieba's words.
     """
-    reference = parse_reply(record.reference, stop_texts=stop_texts)
-    prediction = parse_reply(record.prediction, stop_texts=stop_texts)
+    reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
+    prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)
     failure = next((attempt.failure for attempt in reference.attempts if attempt.failure), None)
     common: dict[str, Any] = {
         "conversation_id": record.conversation_id,
@@ -233,7 +241,8 @@ def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
 
 
 def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
-    calls = {number: parse_reply(record.reference).has_call for number, record in steps.items()}
+    replies = {number: record.reference_reply or parse_reply(record.reference) for number, record in steps.items()}
+    calls = {number: reply.has_call for number, reply in replies.items()}
     known = [record.offered for record in steps.values() if record.offered is not None]
     union = _by_name(tool for offered in known for tool in offered)
     language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
@@ -286,11 +295,13 @@ def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedR
         "lenient": sum(pair.lenient for pair in pairs),
         "argument_f1": _sum_f1(pairs),
         "full_matches": sum(pair.full_matches for pair in pairs),
-        "reference_arguments": sum(len(call.parameters) for call in expected),
-        "predicted_arguments": sum(len(call.parameters) for call in predicted),
+        "reference_arguments": sum(len(call.arguments) for call in expected),
+        "predicted_arguments": sum(len(call.arguments) for call in predicted),
         "url_references": len(urls),
         "url_matches": sum(_same_url(expected[pair.reference], predicted[pair.prediction]) for pair in urls),
         "offered_attempts": attempts if record.offered is not None else 0,
+        "thoughts": int(bool(reference.reasoning) or prediction.thought is not None),
+        "wellformed_thoughts": int(prediction.thought is True),
         "confusions": confusions,
         **hallucinations,
         **_repaired_counts(expected, prediction, pairs),
@@ -305,7 +316,7 @@ def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedR
     return counts | {"errors": tuple(errors)}
 
 
-def _same_url(expected: ToolRequest, predicted: ToolRequest) -> bool:
+def _same_url(expected: ToolCall, predicted: ToolCall) -> bool:
     return "url" in predicted.extras and strictly_equal(expected.extras["url"], predicted.extras["url"])
 
 
@@ -314,12 +325,12 @@ def _sum_f1(pairs: Sequence[CallPair]) -> float:
 
 
 def _hallucinations(
-    offered: tuple[OfferedTool, ...] | None, expected: Sequence[ToolRequest], predicted: Sequence[ToolRequest]
+    offered: tuple[OfferedTool, ...] | None, expected: Sequence[ToolCall], predicted: Sequence[ToolCall]
 ) -> dict[str, int]:
     schemas = {tool.name: tool.parameters for tool in offered or ()}
     allowed = schemas.keys() | {call.name for call in expected}
     keys = [
-        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.parameters
+        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.arguments
     ]
     return {
         "hallucinated_tools": sum(call.name not in allowed for call in predicted) if offered is not None else 0,
@@ -329,9 +340,9 @@ def _hallucinations(
 
 
 def _repaired_counts(
-    expected: Sequence[ToolRequest], prediction: ParsedReply, pairs: tuple[CallPair, ...]
+    expected: Sequence[ToolCall], prediction: ParsedReply, pairs: tuple[CallPair, ...]
 ) -> dict[str, float]:
-    calls: list[ToolRequest] = []
+    calls: list[ToolCall] = []
     won_back, lost = 0, 0
     for attempt in prediction.attempts:
         mended = repair_call_body(attempt.source) if attempt.failure else attempt.requests
@@ -350,7 +361,7 @@ def _repaired_counts(
 
 
 def _confusions(
-    expected: Sequence[ToolRequest], predicted: Sequence[ToolRequest], pairs: Sequence[CallPair], malformed: int
+    expected: Sequence[ToolCall], predicted: Sequence[ToolCall], pairs: Sequence[CallPair], malformed: int
 ) -> tuple[tuple[str | None, str | None], ...]:
     """Lay the calls that found no partner side by side, in order; what is left over stands beside None."""
     met = {pair.reference for pair in pairs}
@@ -371,7 +382,7 @@ def _call_errors(
     confusions: Sequence[tuple[str | None, str | None]],
 ) -> list[str]:
     expected, predicted = reference.requests, prediction.requests
-    keys = [(expected[p.reference].parameters.keys(), predicted[p.prediction].parameters.keys()) for p in pairs]
+    keys = [(expected[p.reference].arguments.keys(), predicted[p.prediction].arguments.keys()) for p in pairs]
     present = {
         "missed_call": reference.has_call and not prediction.has_call,
         "spurious_call": prediction.has_call and not reference.has_call,

@@ -3,63 +3,60 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
 
-from agentft.data.grammar import Call, Observation, Part
-from agentft.data.records import Conversation
-from agentft.data.render import CallForm, Template, render_assistant, shown_as, with_history
+from agentft.data.chat_layout import ChatLayout
+from agentft.data.chat_template import any_of
+from agentft.data.conversation import Conversation, Message
+from agentft.data.examples import Rendered
+from agentft.data.grammar import Attempt, CallFailure, GrammarError
+from agentft.data.msagent import as_msagent, read_system
+from agentft.data.render import MsagentTemplate, with_history
+from agentft.data.response import Said, parameter_types, said_text, thought_template
+from agentft.data.response_choice import choose_response
+from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
-from agentft.evaluation.parse import quote_ends, to_msagent
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, parse_reply, reply_of, without_end
 from agentft.evaluation.scoring import OfferedTool, StepRecord
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlace:
-    """One step: parts `start` to `stop` (exclusive) of assistant message `message`."""
+    """One step: the assistant's message at position `at`."""
 
-    message: int
-    start: int
-    stop: int
+    at: int
 
-    def parts(self, conversation: Conversation) -> tuple[Part, ...]:
-        """What the agent says at this step, in the reference."""
-        return conversation.messages[self.message].parts[self.start : self.stop]
-
-    def calls(self, conversation: Conversation) -> tuple[Call, ...]:
-        """The reference calls of this step."""
-        return tuple(part for part in self.parts(conversation) if isinstance(part, Call))
+    def message(self, conversation: Conversation) -> Message:
+        """Return what the agent says at this step, in the reference."""
+        return conversation.messages[self.at]
 
     def user(self, conversation: Conversation) -> str:
-        """The user turn that this step answers."""
-        return conversation.messages[self.message - 1].source
+        """Return the user's message that this step answers."""
+        return next(m.text for m in reversed(conversation.messages[: self.at]) if m.role == "user")
 
-    def observations(self, conversation: Conversation) -> tuple[Observation, ...]:
-        """What tools returned just before this step."""
-        return _observations(conversation.messages[self.message].parts[: self.start][::-1])[::-1]
+    def observations(self, conversation: Conversation) -> tuple[Message, ...]:
+        """Return what tools returned just before this step."""
+        return _results(conversation.messages[: self.at][::-1])[::-1]
 
-    def results(self, conversation: Conversation) -> tuple[Observation, ...]:
-        """What tools returned just after this step."""
-        return _observations(conversation.messages[self.message].parts[self.stop :])
+    def results(self, conversation: Conversation) -> tuple[Message, ...]:
+        """Return what tools returned just after this step."""
+        return _results(conversation.messages[self.at + 1 :])
 
 
 def step_places(conversation: Conversation) -> list[StepPlace]:
-    """Return the places of the steps of a conversation in order; what is blank is no step.
+    """Return the places of the steps of a conversation in order.
 
     A step that its source does not want trained is no reference of what to say: it is history, here and in the exam.
     """
-    places: list[StepPlace] = []
-    for number, message in enumerate(conversation.messages):
-        start = 0
-        untrained = message.untrained_parts
-        for observed, group in groupby(message.parts, key=lambda part: isinstance(part, Observation)):
-            parts = list(group)
-            if not observed and start not in untrained and any(part.source.strip() for part in parts):
-                places.append(StepPlace(number, start, start + len(parts)))
-            start += len(parts)
-    return places
+    return [StepPlace(at) for at in conversation.steps if conversation.messages[at].trained]
 
 
 def shown_steps(conversations: Iterable[Conversation], examples: Iterable[Example]) -> dict[str, int]:
@@ -73,15 +70,53 @@ def shown_steps(conversations: Iterable[Conversation], examples: Iterable[Exampl
     return {name: steps for name, steps in shown.items() if steps}
 
 
-def _observations(parts: Sequence[Part]) -> tuple[Observation, ...]:
-    """The observations at the head of `parts`, blanks between them passed over."""
-    found: list[Observation] = []
-    for part in parts:
-        if isinstance(part, Observation):
-            found.append(part)
-        elif part.source.strip():
-            break
-    return tuple(found)
+def _results(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(takewhile(lambda message: message.role == "tool", messages))
+
+
+_PROMPT_END = 32
+"""Tokens of the prompt that are looked at for a thought that it opens."""
+
+
+@dataclass(frozen=True)
+class ReplyReader:
+    """Reads what a model says in the layout of a chat template."""
+
+    layout: ChatLayout
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer; letters that spell a control token are told from the token."""
+        return said_text(ids, self.layout.template.tokenizer, self._control)
+
+    def prompt_end(self, ids: Sequence[int]) -> str:
+        """Return the text of the last tokens of a prompt."""
+        text: str = self.layout.template.tokenizer.decode(ids[-_PROMPT_END:], skip_special_tokens=False)
+        return text
+
+    def read(self, text: str, prompt: str, types: Mapping[Any, tuple[str, ...]], *, calls: bool) -> Said:
+        """Take an answer apart. Where the layout cannot be read, one that should call (`calls`) is a failed call."""
+        traits = self.layout.traits
+        ends = tuple(dict.fromkeys((*traits.stops, *traits.call_stops, *END_OF_SEQUENCE_TEXTS)))
+        kept = without_end(text, ends)
+        # Another turn is not what this one says.
+        control = self.layout.template.control_tokens
+        tags = any_of(tag for tag in USER_TAGS if tag.startswith(control))
+        if (other := re.search(f"(?:{any_of(ends)})\\s*(?={any_of(control)})|{tags}", kept)) is not None:
+            kept = kept[: other.start()]
+        response = choose_response(self.layout)
+        if response is not None:
+            said = response.read(kept, prompt, types)
+            return said if traits.reasoning else replace(said, thought=None)
+        return Said(
+            (Attempt(kept, (), CallFailure("not_read", "no response template reads this layout")),)
+            if calls
+            else (kept,)
+        )
+
+    @cached_property
+    def _control(self) -> dict[int, str]:
+        tokens = self.layout.template.control_tokens
+        return dict(zip(self.layout.template.tokenizer.convert_tokens_to_ids(list(tokens)), tokens, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +133,10 @@ class Step:
     """Position after the reference's stop token."""
     reference: str
     """In MSAgent form, whatever the layout: scores are comparable across layouts."""
-    call_form: CallForm = CallForm.msagent
-    """How the model was asked to write calls."""
+    message: Message | None = None
+    """The reference as a message; None where its text is all."""
+    reader: ReplyReader | None = None
+    """Of the layout of a chat template."""
 
     @property
     def context_hash(self) -> str:
@@ -109,51 +146,83 @@ class Step:
     def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
         """Join the step with what a model answered, in MSAgent form; `seen_tools` are the tools that training called."""
         conversation = self.conversation
-        called = {request.name for call in conversation.calls for request in call.requests}
+        called = conversation.called_tools
+        replies: dict[str, Any] = {}
+        reference = self.reference
+        if self.reader is not None and self.message is not None:
+            expected = _said(self.message)
+            prompt = self.reader.prompt_end(self.input_ids[: self.start].tolist())
+            said = self.reader.read(prediction, prompt, self._types, calls=bool(self.message.tool_calls))
+            prediction, reference = msagent_text(said), reference or msagent_text(expected)
+            replies = {"prediction_reply": reply_of(said), "reference_reply": reply_of(expected)}
+        elif self.message is not None and any(message.reasoning_content for message in conversation.messages):
+            said, expected = thought_template().read(prediction), _said(self.message)
+            prediction = "".join(piece for piece in said.pieces if isinstance(piece, str)).strip()
+            for name, text, read in (("prediction", prediction, said), ("reference", reference, expected)):
+                reply = parse_reply(text)
+                replies[f"{name}_reply"] = replace(reply, reasoning=read.reasoning, thought=read.thought)
         return StepRecord(
             conversation_id=conversation.id,
             piece_of=conversation.piece_of,
             step=self.index,
-            reference=quote_ends(self.reference),
-            prediction=to_msagent(prediction, self.call_form),
+            reference=reference,
+            prediction=prediction,
             offered=_offered(conversation),
             language=conversation.language,
             rounds=conversation.rounds,
             seen_tool=called <= seen_tools if seen_tools is not None and called else None,
+            **replies,
         )
 
+    @property
+    def _types(self) -> dict[Any, tuple[str, ...]]:
+        conversation = self.conversation
+        tools = conversation.tools or [json.loads(tool) for tool in read_system(conversation.system).tools]
+        return parameter_types(tools, conversation.tool_calls)
 
-def conversation_steps(conversation: Conversation, example: Example, template: Template) -> list[Step]:
+
+def conversation_steps(conversation: Conversation, example: Example, template: Layout) -> list[Step]:
     """Return the steps of one conversation in order; `example` is its tokenised form."""
-    references = _reference_texts(conversation, example.context_rounds)
-    return [
-        Step(conversation, index, example.input_ids, start, stop, reference, template.call_form)
-        for index, ((start, stop), reference) in enumerate(zip(example.steps(), references, strict=True))
+    reader = None if isinstance(template, MsagentTemplate) else ReplyReader(template)
+    # A chat template also says what MSAgent text cannot.
+    with suppress(GrammarError) if reader is not None else nullcontext():
+        conversation = as_msagent(conversation)
+    messages = [
+        message
+        for message, history in with_history(conversation, example.context_rounds)
+        if message.role == "assistant" and not history
     ]
+    return [
+        Step(
+            conversation, index, example.input_ids, start, stop, message.source_text.strip(),
+            message, reader,
+        )
+        for index, ((start, stop), message) in enumerate(zip(example.steps(), messages, strict=True))
+    ]  # fmt: skip
 
 
-def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example], template: Template) -> list[Step]:
+def steps_by_number(made: Rendered, layout: Layout) -> dict[int, Step]:
+    """Return the steps that the examples of a conversation train, by their number among all steps of the agent."""
+    found: dict[int, Step] = {}
+    for piece in made.pieces:
+        messages = [piece.conversation.messages[at] for at in piece.conversation.steps]
+        trained = (number for number, message in enumerate(messages) if message.trained)
+        found.update(zip(trained, conversation_steps(piece.conversation, piece.example, layout), strict=True))
+    return found
+
+
+def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example], template: Layout) -> list[Step]:
     """Return the steps of many conversations, in order."""
     by_id = {example.id: example for example in examples}
     return [step for c in conversations if c.id in by_id for step in conversation_steps(c, by_id[c.id], template)]
 
 
-def _reference_texts(conversation: Conversation, context_rounds: int) -> list[str]:
-    """Collect what the agent says, step by step, in the words of the data, without what is only shown."""
-    texts: list[str] = []
-    for message, history in with_history(conversation, context_rounds):
-        open_step = False
-        for segment in shown_as(render_assistant(message.parts, ""), message, history=history):
-            if not segment.trained:
-                continue
-            if segment.special:
-                open_step = False
-            elif open_step:
-                texts[-1] += segment.text
-            else:
-                texts.append(segment.text)
-                open_step = True
-    return texts
+def _said(message: Message) -> Said:
+    """Return a message as if it had been read."""
+    attempts = [Attempt("", (call,), None) for call in message.tool_calls]
+    pieces: tuple[str | Attempt, ...] = (*[message.text] * bool(message.text.strip()), *attempts)
+    reasoning = (message.reasoning_content or "").strip()
+    return Said(pieces, reasoning, True if reasoning else None)
 
 
 def _offered(conversation: Conversation) -> tuple[OfferedTool, ...] | None:

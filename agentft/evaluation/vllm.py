@@ -78,11 +78,11 @@ def require_vllm() -> Any:
 class VllmEngine:
     """Answers steps with `vllm.LLM`; the model is loaded at the first question."""
 
-    def __init__(self, model: VllmModel, tokenizer: Any, *, stop_id: int, max_new_tokens: int) -> None:
+    def __init__(self, model: VllmModel, tokenizer: Any, *, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self._vllm = require_vllm()
         self._model = model
         self._tokenizer = tokenizer
-        self._stop_id = stop_id
+        self._stop_ids = stop_ids
         self._max_new_tokens = max_new_tokens
         self._loaded: Any = None
 
@@ -97,7 +97,7 @@ class VllmEngine:
         for at in range(0, len(steps), _AT_ONCE):
             group = steps[at : at + _AT_ONCE]
             for step, ids in zip(group, self._generate(group), strict=True):
-                answers.append(read_answer(step, ids, self._tokenizer, self._stop_id))
+                answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
                 if on_answer is not None:
                     on_answer(answers[-1])
         return answers
@@ -110,7 +110,7 @@ class VllmEngine:
             max_tokens=self._max_new_tokens,
             # The run's own stop token ends an answer, and nothing that the model's files say besides.
             ignore_eos=True,
-            stop_token_ids=[self._stop_id],
+            stop_token_ids=list(self._stop_ids),
             stop=list(TEXT_STOPS),
             skip_special_tokens=False,
         )

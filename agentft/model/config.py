@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from agentft.errors import ConfigError
 from agentft.settings import Settings
@@ -69,6 +70,13 @@ class RandomShape(Settings, group="model.shape", affects="losses"):
     """Width inside the feed-forward part."""
 
 
+class RewrittenHistory(StrEnum):
+    """What is made of a conversation whose history the chat template rewrites."""
+
+    exact = "exact"
+    stable = "stable"
+
+
 @dataclass(kw_only=True)
 class TrustConfig(Settings, group="model", affects="nothing"):
     """What is read or run although it could hide code: allowed by a command line, never by a file that it names."""
@@ -114,8 +122,14 @@ class ModelConfig(TrustConfig, affects="losses"):
     """Package that holds a GGUF file, for `source=wheel`."""
     cache_dir: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
-    template: str = field(default="msagent", metadata={"affects": "data"})
-    """How conversations become text: msagent, native, chatml, qwen2.5, qwen3 or llama3; see docs/templates.md."""
+    template: str = field(default="auto", metadata={"affects": "data"})
+    """How conversations become text: auto (the model's own chat template where it can say a conversation with tools, else
+    msagent), native, msagent, chatml, qwen2.5, qwen3, llama3, or a file *.jinja; see docs/templates.md."""
+    template_args: dict[str, Any] = field(default_factory=dict, metadata={"affects": "data"})
+    """Arguments of the chat template, `enable_thinking: false` for example: the same in training, evaluation and export."""
+    rewritten_history: RewrittenHistory = field(default=RewrittenHistory.exact, metadata={"affects": "data"})
+    """Where a chat template rewrites history (most drop past reasoning): `exact` trains each step on the prompt that is
+    served, in several examples; `stable` makes one example, whose prompts may differ."""
     stop_token: str | None = field(default=None, metadata={"affects": "data"})
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])

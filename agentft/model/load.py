@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.cache import build_once, cache_root
+from agentft.data.template_choice import Layout, choose_template
 from agentft.errors import ModelError
 from agentft.model import conversion, cuda
 from agentft.model.causal import causal_model
@@ -23,6 +24,7 @@ from agentft.model.config import (
     ModelConfig,
     ModelSource,
     RandomShape,
+    RewrittenHistory,
     SftConfig,
 )
 from agentft.model.conversion import needs_conversion
@@ -300,6 +302,16 @@ def _compiled_fits(sft: SftConfig, device: Device, dtype: torch.dtype) -> bool:
     import torch
 
     return device.kind == "cpu" and dtype is torch.bfloat16 and isinstance(sft, LoraConfig)
+
+
+def choose_layout(config: ModelConfig, tokenizer: Any) -> Layout:
+    """Return the layout that `config` names for a model with this tokenizer.
+
+    Raises:
+        ConfigError: there is none of that name, or the tokenizer lacks what it needs.
+    """
+    stable = config.rewritten_history is RewrittenHistory.stable
+    return choose_template(config.template, tokenizer, config.stop_token, config.template_args, stable=stable)
 
 
 def load_model(

@@ -16,8 +16,7 @@ import torch
 from agentft import runtime
 from agentft.data.batches import StepPlan
 from agentft.data.prepare import PreparedData, prepare_data
-from agentft.data.render import Template
-from agentft.data.template_choice import choose_template
+from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
@@ -31,6 +30,7 @@ from agentft.model.load import (
     choose_attention,
     choose_dtype,
     choose_kernels,
+    choose_layout,
     load_model,
     load_tokenizer,
     locate_model,
@@ -56,8 +56,9 @@ class Bench:
     dtype: torch.dtype
     files: ModelFiles
     tokenizer: Any
-    template: Template
-    stop_id: int
+    template: Layout
+    stop_ids: tuple[int, ...]
+    """Of the tokens that end an answer."""
     data: PreparedData
     model: torch.nn.Module
     ways: Ways
@@ -67,7 +68,7 @@ class Bench:
 
     @property
     def pad_id(self) -> int:
-        return _pad_id(self.tokenizer, self.stop_id)
+        return _pad_id(self.tokenizer, self.stop_ids[0])
 
 
 def _pad_id(tokenizer: Any, stop_id: int) -> int:
@@ -87,7 +88,7 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     # What is fetched or converted is so once, by rank 0, and then found by the others.
     files = world.first(lambda: locate_model(config.model))
     tokenizer = load_tokenizer(files, config.model)
-    template = choose_template(config.model.template, tokenizer, config.model.stop_token)
+    template = choose_layout(config.model, tokenizer)
     encoder = SegmentEncoder(tokenizer)
     data = prepare_data(config.dataset, template, encoder)
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
@@ -102,8 +103,8 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
         attention=attention,
         quantization=quantization,
     )
-    stop_id = encoder.special_id(template.stop_token)
-    pad_id, autocast = _pad_id(tokenizer, stop_id), _autocast(config, dtype)
+    stop_ids = tuple(encoder.special_id(token) for token in stop_tokens(template))
+    pad_id, autocast = _pad_id(tokenizer, stop_ids[0]), _autocast(config, dtype)
     stock = ask_stock(model, pad_id=pad_id, autocast=autocast) if world.is_main else None
     runtime.seed_everything(config.seed)
     model = prepare_for_training(model, config.sft_type, config.model, compiled, cast=not mapped)
@@ -118,7 +119,7 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     ways = world.broadcast(ways)
     assert ways is not None
     take_attention(model, ways.attention)
-    return Bench(device, dtype, files, tokenizer, template, stop_id, data, model, ways, compiled)
+    return Bench(device, dtype, files, tokenizer, template, stop_ids, data, model, ways, compiled)
 
 
 def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpointing: bool) -> Engine:

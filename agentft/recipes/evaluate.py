@@ -17,8 +17,7 @@ import torch
 
 from agentft import progress
 from agentft.data.prepare import PreparedData, prepare_data
-from agentft.data.render import Template
-from agentft.data.template_choice import choose_template
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.config import DistributedConfig
 from agentft.distributed.spread import lead
@@ -30,7 +29,7 @@ from agentft.evaluation.steps import shown_steps
 from agentft.evaluation.vllm import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, trains_weights
-from agentft.model.load import load_tokenizer, locate_model
+from agentft.model.load import choose_layout, load_tokenizer, locate_model
 from agentft.recipes.components import Bench, set_up_bench
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluation_run import (
@@ -66,7 +65,7 @@ class EvaluateResult:
 class _Desk:
     """What every way of measuring needs: the questions and how they are laid out."""
 
-    template: Template
+    template: Layout
     encoder: SegmentEncoder
     data: PreparedData
 
@@ -269,7 +268,7 @@ def _likelihood(
 def _desk_without_weights(trained: TrainConfig) -> _Desk:
     """Lay out the same exam as the run's: its tokenizer decides which conversations fit."""
     tokenizer = load_tokenizer(locate_model(trained.model), trained.model)
-    template = choose_template(trained.model.template, tokenizer, trained.model.stop_token)
+    template = choose_layout(trained.model, tokenizer)
     encoder = SegmentEncoder(tokenizer)
     return _Desk(template, encoder, prepare_data(trained.dataset, template, encoder))
 
@@ -304,7 +303,7 @@ def _by_vllm(
             trust_remote_code=trained.model.trust_remote_code,
             options=settings.vllm_arguments(),
         )
-        engine = VllmEngine(model, bench.tokenizer, stop_id=bench.stop_id, max_new_tokens=settings.max_new_tokens)
+        engine = VllmEngine(model, bench.tokenizer, stop_ids=bench.stop_ids, max_new_tokens=settings.max_new_tokens)
         changes = {"version": engine.version, "options": dict(model.options)}
         yield Candidate(engine, own.identity | changes)
 

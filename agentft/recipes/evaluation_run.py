@@ -19,7 +19,7 @@ import torch
 
 from agentft.comparison.predictions_page import predictions_page, read_steps
 from agentft.data.prepare import PreparedData
-from agentft.data.render import Template
+from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.distributed.spread import spread_likelihood
 from agentft.errors import ConfigError, RunError
@@ -95,18 +95,18 @@ def own_candidate(bench: Bench, config: EvaluationConfig) -> Candidate:
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
-        "stop_id": bench.stop_id,
+        "stop_ids": list(bench.stop_ids),
     }
     return Candidate(own_model(bench, config), identity)
 
 
 def own_model(bench: Bench, config: EvaluationConfig) -> Answerer:
     """Return what answers with the bench's model in this process."""
-    model, tokenizer, stop_id, new = bench.model, bench.tokenizer, bench.stop_id, config.max_new_tokens
+    model, tokenizer, stop_ids, new = bench.model, bench.tokenizer, bench.stop_ids, config.max_new_tokens
     if bench.ways.stock_answers:
-        return _OwnModel(model, StockGenerator(model, tokenizer, stop_id=stop_id, max_new_tokens=new))
+        return _OwnModel(model, StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new))
     generator = GreedyGenerator(
-        model, tokenizer, stop_id=stop_id, slots=config.batch, max_new_tokens=new, speculation=config.speculation
+        model, tokenizer, stop_ids=stop_ids, slots=config.batch, max_new_tokens=new, speculation=config.speculation
     )
     return _OwnModel(model, generator)
 
@@ -136,7 +136,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def exam_steps(data: PreparedData, template: Template, conversations: int) -> list[Step]:
+def exam_steps(data: PreparedData, template: Layout, conversations: int) -> list[Step]:
     """Return the steps of the first `conversations` held-out conversations; -1: of all."""
     chosen = data.heldout if conversations < 0 else data.heldout[:conversations]
     return all_steps(chosen, data.heldout_examples, template)
@@ -264,7 +264,9 @@ def prediction_rows(answers: Sequence[Answer], scores: Sequence[StepScore], data
                 "step": record.step,
                 "context_hash": step.context_hash,
                 "user": place.user(step.conversation),
-                "observations": [each.source for each in place.observations(step.conversation)],
+                "observations": [
+                    each.source_text.strip() or each.text for each in place.observations(step.conversation)
+                ],
                 "reference": record.reference,
                 "prediction": record.prediction,
                 **({} if answer.text == record.prediction else {"raw": answer.text}),
@@ -339,7 +341,7 @@ def sit_replay(
     name: str,
     candidate: Candidate,
     data: PreparedData,
-    template: Template,
+    template: Layout,
     encoder: SegmentEncoder,
     config: EvaluationConfig,
     *,

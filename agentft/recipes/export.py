@@ -15,13 +15,13 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from agentft.data.chat_templates import chat_template
-from agentft.data.template_choice import choose_template
+from agentft.data.render import MsagentTemplate
+from agentft.data.template_choice import Layout, exported_template, stop_tokens
 from agentft.errors import ConfigError, RunError
 from agentft.model.adapters import save_final, write_adapter
 from agentft.model.config import Dtype, LoraConfig, ModelSource, QloraConfig, SftConfig
 from agentft.model.hub import parse_target, push_folder
-from agentft.model.load import ModelFiles, load_tokenizer, locate_model, torch_dtype
+from agentft.model.load import ModelFiles, choose_layout, load_tokenizer, locate_model, torch_dtype
 from agentft.model.quantization import require_bitsandbytes
 from agentft.model.shards import write_merged
 from agentft.recipes.config import ExportConfig, TrainConfig
@@ -244,7 +244,8 @@ def _write_whole(
     )
     settings = AutoConfig.from_pretrained(files.folder)
     settings.dtype = stored
-    settings.eos_token_id = _stop_id(trained, files)
+    tokenizer = load_tokenizer(files, trained.model)
+    settings.eos_token_id = _stop_ids(choose_layout(trained.model, tokenizer), tokenizer)
     settings.save_pretrained(folder)
 
 
@@ -253,10 +254,10 @@ def _dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def _stop_id(trained: TrainConfig, files: ModelFiles) -> int:
-    tokenizer = load_tokenizer(files, trained.model)
-    stop = choose_template(trained.model.template, tokenizer, trained.model.stop_token).stop_token
-    return int(tokenizer.convert_tokens_to_ids(stop))
+def _stop_ids(layout: Layout, tokenizer: Any) -> int | list[int]:
+    """Return the id that ends an answer, or the ids where there are several."""
+    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in stop_tokens(layout)]
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _write_how_to_talk(trained: TrainConfig, files: ModelFiles, folder: Path) -> None:
@@ -264,15 +265,17 @@ def _write_how_to_talk(trained: TrainConfig, files: ModelFiles, folder: Path) ->
     from transformers import GenerationConfig
 
     tokenizer = load_tokenizer(files, trained.model)
-    template = choose_template(trained.model.template, tokenizer, trained.model.stop_token)
-    tokenizer.chat_template = chat_template(template)
-    tokenizer.eos_token = template.stop_token
+    layout = choose_layout(trained.model, tokenizer)
+    tokenizer.chat_template = exported_template(layout)
+    stop = stop_tokens(layout)[0]
+    if isinstance(layout, MsagentTemplate):
+        tokenizer.eos_token = stop
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = template.stop_token
+        tokenizer.pad_token = stop
     tokenizer.save_pretrained(folder)
     generation = GenerationConfig(
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_stop_ids(layout, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )

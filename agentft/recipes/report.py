@@ -81,7 +81,7 @@ def _example_table(number: int, names: Sequence[str], answers: Sequence[Answer])
     from rich.table import Table
 
     step = answers[0].step
-    users = [message.source for message in step.conversation.messages if message.role == "user"]
+    users = [message.text for message in step.conversation.messages if message.role == "user"]
     table = Table(title=f"example {number}: {step.conversation.id}, step {step.index}", show_lines=True)
     for title in ("the user asked", *names, "reference"):
         table.add_column(title, overflow="fold", ratio=1)

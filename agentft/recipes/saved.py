@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from agentft.data.config import LocalConfig, ModelScopeConfig, SyntheticConfig
+from agentft.data.config import HuggingFaceConfig, LocalConfig, ModelScopeConfig, SyntheticConfig
 from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
@@ -49,6 +49,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "schema_synthetic": SyntheticConfig,
         "schema_local": LocalConfig,
         "schema_modelscope": ModelScopeConfig,
+        "schema_huggingface": HuggingFaceConfig,
     },
     "distributed": {"schema_distributed": DistributedConfig},
     "training": {"schema_training": TrainingConfig},

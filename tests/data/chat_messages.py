@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from typing import Any
 
-from agentft.data.grammar import Call, Observation, strip_fence
-from agentft.data.native_system import read_system
-from agentft.data.records import Conversation
+from agentft.data.conversation import Conversation, chat_messages
+from agentft.data.msagent import read_system
 from agentft.data.render import Kind, Segment
 
 
 def msagent_messages(conversation: Conversation) -> list[dict[str, Any]]:
     """Calls and tool results as text, marks included."""
-    messages: list[dict[str, Any]] = []
-    for message in conversation.messages:
-        if message.role != "assistant":
-            messages.append({"role": message.role, "content": message.source})
-            continue
-        for observed, group in groupby(message.parts, key=lambda part: isinstance(part, Observation)):
-            if observed:
-                messages += [{"role": "tool", "content": part.source} for part in group]
-            elif said := "".join(part.source for part in group).strip():
-                messages.append({"role": "assistant", "content": said})
-    return messages
+    return [
+        {"role": message.role, "content": message.source_text.strip() if message.source else message.text}
+        for message in conversation.messages
+    ]
 
 
 def native_messages(
@@ -35,21 +26,10 @@ def native_messages(
     messages: list[dict[str, Any]] = (
         [{"role": "system", "content": read.text}] if system and conversation.system else []
     )
-    for message in conversation.messages:
-        if message.role == "user":
-            messages.append({"role": "user", "content": message.source})
-        if message.role != "assistant":
-            continue
-        parts = [part for part in message.parts if part.source.strip()]
-        for observed, group in groupby(parts, key=lambda part: isinstance(part, Observation)):
-            members = list(group)
-            if observed:
-                messages += [{"role": "tool", "content": strip_fence(part.body)} for part in members]
-                continue
-            words = "\n".join(part.source.strip() for part in members if not isinstance(part, Call))
-            requests = [request for part in members if isinstance(part, Call) for request in part.requests]
-            calls = [{"function": {"name": each.name, "arguments": each.parameters}} for each in requests]
-            messages.append({"role": "assistant", "content": words} | ({"tool_calls": calls} if calls else {}))
+    messages += [message for message in chat_messages(conversation.messages) if message["role"] != "system"]
+    for message in messages:
+        if message["role"] == "assistant":
+            message.setdefault("content", "")
     return messages, [json.loads(tool) for tool in read.tools] or None
 
 

@@ -13,9 +13,10 @@ from agentft.audits.label_trace import trace_labels
 from agentft.audits.overlap import Ledger
 from agentft.audits.tool_schemas import check_request, schema_of
 from agentft.data.config import DatasetConfig, Split, TooLong
-from agentft.data.grammar import ToolRequest
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.grammar import ToolCall
 from agentft.data.offered_tools import OfferedTool
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.records import Rejection, read_record
 from agentft.data.render import Kind
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.text_ids import TokenText
@@ -228,21 +229,21 @@ def tool(*parameters: dict) -> OfferedTool:
     ],
 )
 def test_arguments_are_checked_against_their_declaration(declared: dict, value: object, expected: list[str]):
-    found = check_request(ToolRequest("t", {"p": value}), [tool({"name": "p", **declared})])
+    found = check_request(ToolCall("t", {"p": value}), [tool({"name": "p", **declared})])
     assert [code for code, _, _ in found] == expected
 
 
 def test_what_is_required_or_unknown_has_codes_of_its_own():
     declared = tool({"name": "a", "required": True}, {"name": "b", "required": "false"})
-    assert [c for c, _, _ in check_request(ToolRequest("t", {"b": 1, "c": 1}), [declared])] == [
+    assert [c for c, _, _ in check_request(ToolCall("t", {"b": 1, "c": 1}), [declared])] == [
         "missing_parameter",
         "undeclared_parameter",
     ]
-    assert [c for c, _, _ in check_request(ToolRequest("u", {}), [declared])] == ["unknown_tool"]
-    assert [c for c, _, _ in check_request(ToolRequest("u", {}), [])] == ["call_without_tool_list"]
-    assert check_request(ToolRequest("t", {"x": 1}), [OfferedTool("t", "", None)]) == []
+    assert [c for c, _, _ in check_request(ToolCall("u", {}), [declared])] == ["unknown_tool"]
+    assert [c for c, _, _ in check_request(ToolCall("u", {}), [])] == ["call_without_tool_list"]
+    assert check_request(ToolCall("t", {"x": 1}), [OfferedTool("t", "", None)]) == []
     twice = [declared, tool({"name": "x"})]
-    assert check_request(ToolRequest("t", {"x": 1}), twice) == [], "the declaration that fits counts"
+    assert check_request(ToolCall("t", {"x": 1}), twice) == [], "the declaration that fits counts"
 
 
 def test_a_parameter_list_is_a_json_schema():

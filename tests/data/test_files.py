@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from agentft.data import files
-from agentft.data.records import Conversation, Rejection
-from agentft.data.sources import LocalSource, RawRow, ReadReport, read_conversations, read_local
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import Notice, Rejection
+from agentft.data.sources import LocalSource, RawRow, ReadReport, heldout_files, read_conversations, read_local
 from agentft.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def test_only_the_byte_n_ends_a_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(record("a", text), ensure_ascii=False) + "\n", encoding="utf-8", newline="")
     (conversation,) = read_conversations(read_local(path))
     assert isinstance(conversation, Conversation)
-    assert conversation.messages[0].source == text
+    assert conversation.messages[0].content == text
 
 
 def test_a_truncated_last_line_is_named_as_such(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_csv_holds_the_list_as_text(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'd,"\xff"\n' + b'e,"never closed')
     assert outcome(path)[4:] == ["6:not_utf8", "7:bad_csv"]
     path.write_text("id,text\n1,2\n")
-    with pytest.raises(DataError, match=r"no column 'conversations'"):
+    with pytest.raises(DataError, match=r"no column 'messages' or 'conversations'"):
         outcome(path)
 
 
@@ -271,3 +272,85 @@ def test_the_report_reads_as_one_line(tmp_path: Path) -> None:
     assert str(report) == "kept 2; set aside 2 (1 duplicate, 1 not_json); noted 2 missing_system"
     assert report.files == [str(path)]
     assert all(isinstance(row, (RawRow, Rejection)) for row in read_local(path))
+
+
+def test_nulls_that_arrow_puts_into_structs_are_no_fields(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    rows = [
+        {
+            "id": name,
+            "messages": [
+                {"role": "user", "content": f"q {name}"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+            ],
+            "tools": [{"function": {"name": "f", "parameters": {"properties": {key: {"type": "string"}}}}}],
+        }
+        for name, key, arguments in (("a", "x", {"x": 1, "list": [None]}), ("b", "y", {"y": {"deep": "d"}}))
+    ]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = [item for item in read_conversations(read_local(path)) if isinstance(item, Conversation)]
+    assert [call.arguments for item in found for call in item.tool_calls] == [
+        {"x": 1, "list": [None]},
+        {"y": {"deep": "d"}},
+    ]
+    assert [tool.parameter_names for item in found for tool in item.offered] == [{"x"}, {"y"}]
+
+
+def test_a_null_that_a_file_says_itself_is_an_argument(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": None}}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    path = tmp_path / "a.ndjson"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    (found,) = read_conversations(read_local(path))
+    assert isinstance(found, Conversation)
+    assert found.tool_calls[0].arguments == {"x": None}
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["dataset", "dataset with splits"])
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, parts: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list([record(name, f"say {name}") for name in "abc"])
+    saved = datasets.DatasetDict({"train": made.select([2, 0]), "test": made.select([1])}) if parts else made
+    saved.save_to_disk(tmp_path / "saved")
+    report = ReadReport()
+    assert outcome(tmp_path / "saved", report) == (["1:b", "1:c", "2:a"] if parts else ["1:a", "2:b", "3:c"])
+    assert {Path(name).name for name in report.skipped_files} <= {
+        "state.json",
+        "dataset_info.json",
+        "dataset_dict.json",
+    }
+    sources = [LocalSource(tmp_path / "saved", part=part) for part in ("train", "heldout")]
+    ids = [[item.id for item in read_conversations(read_local(source))] for source in sources if parts]
+    assert ids == ([["c", "a"], ["b"]] if parts else [])
+
+
+def test_the_splits_of_a_snapshot_are_held_out_by_their_names(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-00000-of-00001", "test-00000-of-00001", "validation", "testimony")):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(f"r{number}"))
+    assert [path.stem for path in heldout_files(tmp_path)] == ["test-00000-of-00001", "validation"]
+    (tmp_path / "train-00000-of-00001.jsonl").rename(tmp_path / "data.jsonl")
+    assert heldout_files(tmp_path) == [], "nothing there says that it is for training"
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132735\n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv", "a.arrow"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(DataError, match=rf"{name}: a Git LFS pointer"):
+        list(read_local(tmp_path / name))
+    (tmp_path / "b.jsonl").write_bytes(lines("b"))
+    assert outcome(tmp_path) == ["0:git_lfs_pointer", "1:b"]
+
+
+def test_names_that_are_noted_are_bounded() -> None:
+    report = ReadReport()
+    for number in range(100):
+        report.note([Notice(Origin("a", 1), f"column_not_used:{number}", "d"), Notice(Origin("a", 1), "plain", "d")])
+    assert len(report.notices) == 42
+    assert report.notices["column_not_used:other_names"] == 60
+    assert report.notices["plain"] == 100

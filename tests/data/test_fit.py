@@ -10,12 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentft.data.config import LocalConfig, TooLong
-from agentft.data.grammar import Observation, segment_steps
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import prepare_data, write_manifest
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
-from agentft.data.truncation import MIN_OBSERVATION_CHARACTERS, Fitted, Outcome, fit_conversations, shorten_observations
+from agentft.data.truncation import (
+    MIN_OBSERVATION_CHARACTERS,
+    Fitted,
+    Outcome,
+    Rounds,
+    fit_conversations,
+    shorten_observations,
+)
 from agentft.errors import DataError
 from agentft.evaluation.steps import all_steps
 
@@ -54,11 +61,7 @@ def length(conversation, template, encoder) -> int:
 
 def texts(conversation: Conversation) -> list[str]:
     """Each step of the agent, as it was written."""
-    return [
-        "".join(part.source for part in step).strip()
-        for message in conversation.messages
-        for step in segment_steps(message.parts)
-    ]
+    return [conversation.messages[at].source_text.strip() for at in conversation.steps]
 
 
 def labelled_steps(piece, tokenizer, template) -> list[str]:
@@ -76,15 +79,14 @@ def check_laws(fitted: Fitted, tokenizer, template, max_length: int, mode: TooLo
         assert piece.conversation.system == fitted.original.system
         kept += labelled_steps(piece, tokenizer, template)
         for message in piece.conversation.messages:
-            assert message.role == "assistant" or message in fitted.original.messages
-        originals = {call.source for call in fitted.original.calls}
-        assert {call.source for call in piece.conversation.calls} <= originals, "the JSON of a call is never cut"
+            assert message.role == "tool" or message in fitted.original.messages, "only results are ever cut"
     expected = [text for at, text in enumerate(original) if at not in fitted.steps_left_out]
     assert kept == expected, "every step is trained once and whole, or is listed as left out"
     if fitted.pieces and mode is TooLong.fit:
-        assert fitted.pieces[-1].conversation.messages[-2] == fitted.original.messages[-2], (
-            "the current question survives"
-        )
+        questions = [
+            [m for m in c.messages if m.role == "user"] for c in (fitted.pieces[-1].conversation, fitted.original)
+        ]
+        assert questions[0][-1] == questions[1][-1], "the current question survives"
 
 
 def test_a_conversation_that_fits_is_left_alone(template, encoder):
@@ -99,10 +101,7 @@ def test_tool_results_are_shortened_first_and_visibly(template, encoder, byte_to
     fitted = fit(conversation, template, encoder, 2000, TooLong.fit)
     assert (fitted.outcome, fitted.shortened_observations, fitted.steps_left_out) == (Outcome.shortened, 1, ())
     observations = [
-        part.source
-        for message in fitted.pieces[0].conversation.messages
-        for part in message.parts
-        if isinstance(part, Observation)
+        message.source_text.strip() for message in fitted.pieces[0].conversation.messages if message.role == "tool"
     ]
     assert [source.count("characters left out") for source in observations] == [0, 1, 0]
     assert observations[1].startswith('<|startofexec|>```JSON\n{"r": "xxx')
@@ -123,13 +122,9 @@ def test_then_the_oldest_rounds_go(template, encoder, byte_tokenizer):
     assert 0 < first < 6
     assert fitted.steps_left_out == tuple(range(2 * first))
     longer = shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)
-    head, turns = longer.messages[:1], longer.messages[1 + 2 * (first - 1) :]
-    assert length(made_of(longer, head + turns), template, encoder) > 2000, "one more round would not fit"
+    one_more = Rounds(longer).part("c", first - 1, 6)
+    assert length(one_more, template, encoder) > 2000, "one more round would not fit"
     check_laws(fitted, byte_tokenizer, template, 2000, TooLong.fit)
-
-
-def made_of(conversation: Conversation, messages) -> Conversation:
-    return Conversation(conversation.id, messages, conversation.origin, conversation.offered)
 
 
 def test_a_conversation_is_split_at_its_rounds_with_what_context_fits(template, encoder, byte_tokenizer):
@@ -193,7 +188,7 @@ def test_laws_hold_for_long_real_conversations(mode, shared_data: Path, template
     from agentft.data.sources import read_conversations, read_local
 
     talks = [c for c in read_conversations(read_local(shared_data / "dev.jsonl")) if isinstance(c, Conversation)]
-    talks = sorted(talks, key=lambda talk: -sum(len(m.source) for m in talk.messages))[5:50]
+    talks = sorted(talks, key=lambda talk: -sum(len(turn.text) for turn in talk.turns))[5:50]
     outcomes = []
     for fitted in fit_conversations(talks, template, encoder, 6000, mode):
         check_laws(fitted, byte_tokenizer, template, 6000, mode)

@@ -6,9 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agentft.data.grammar import MARK, Call, Observation, Text
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.config import Format, Reasoning
+from agentft.data.conversation import Conversation, Origin, chat_messages
+from agentft.data.grammar import MARK, Call, GrammarError, Observation, Text, ToolCall
+from agentft.data.msagent import as_msagent, lift_tools
+from agentft.data.records import Rejection, read_record
 from agentft.data.sources import read_conversations, read_local
+from agentft.data.store import from_line, to_line
+from tests.data.format_records import RECORDS
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MARKS = ["<|startofthink|>", "<|endofthink|>", "<|startofexec|>", "<|endofexec|>"]
@@ -30,6 +35,7 @@ SPLICES = [
     "\ud800",
     "\ufeff",
 ]
+SPLICES += ["<tool_call>", "</tool_call>", "<tools>", "<think>", "</think>", "[f(a=1)]", "(", ")]", "<tool_response>"]
 SPLICES += [
     "\\u003c",
     "NaN",
@@ -115,6 +121,23 @@ OWN = [
 ]
 
 
+NAMES = [
+    "from",
+    "value",
+    "role",
+    "content",
+    "id",
+    "messages",
+    "conversations",
+    "tools",
+    "system",
+    "name",
+    "type",
+    "text",
+]
+NAMES += ["tool_calls", "function", "arguments", "input", "reasoning_content", "tool_call_id", "query", "answers"]
+
+
 def seeds() -> list[dict[str, Any]]:
     real: list[dict[str, Any]] = []
     for name in ("dev.jsonl", "malformed.jsonl"):
@@ -122,7 +145,7 @@ def seeds() -> list[dict[str, Any]]:
             real += [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").split("\n") if line]
     small = [record for record in real if len(str(record)) < 6_000]
     return (
-        OWN * 30
+        [*OWN, *RECORDS.values()] * 15
         + [record | {"conversations": repr(record["conversations"])} for record in OWN if "id" in record] * 10
         + small
     )
@@ -171,9 +194,7 @@ def mutated_value(value: Any, rng: random.Random) -> Any:
             case 0:
                 del fields[key]
             case 1:
-                fields[rng.choice(["from", "value", "role", "content", "id", "messages", "conversations", "tools"])] = (
-                    fields.pop(key)
-                )
+                fields[rng.choice(NAMES)] = fields.pop(key)
             case _:
                 fields[key] = mutated_value(fields[key], rng)
         return fields
@@ -191,27 +212,37 @@ def require_sound(outcome: object) -> bool:
     assert isinstance(conversation, Conversation)
     for notice in notices:
         f"{notice.code} {notice.detail}".encode()
-    roles = [message.role for message in conversation.messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    assert turns == ["user", "assistant"] * (len(turns) // 2)
-    assert turns
+    assert to_line(from_line(to_line(conversation))) == to_line(conversation)
+    lift_tools(conversation)
+    waiting: list[ToolCall] = []
+    for message in conversation.messages:
+        json.dumps(chat_messages((message,)), ensure_ascii=False, allow_nan=False).encode()
+        if message.role == "assistant":
+            waiting = list(message.tool_calls)
+        elif message.role == "tool" and message.source is None:  # a result belongs to a call of the step before it
+            waiting.remove(next(call for call in waiting if message.tool_call_id in (None, call.id)))
+        else:
+            assert message.role in ("tool", "user", "system", "developer")
+    json.dumps(conversation.tools, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        conversation = as_msagent(conversation)
+    except GrammarError:
+        return True
+    roles = [turn.role for turn in conversation.turns if turn.role not in ("system", "developer")]
+    assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert roles
     observed = called = 0
     for message in conversation.messages:
-        message.source.encode()
-        if message.role != "assistant":
-            assert message.parts == ()
-            continue
-        assert "".join(part.source for part in message.parts) == message.source
-        for part in message.parts:
+        (message.source_text or message.text).encode()
+        assert (message.source is None) == (message.role in ("system", "developer", "user"))
+        for part in message.source or ():
             match part:
                 case Observation():
                     observed += 1
                 case Call(_, requests, failure):
                     called += max(1, len(requests))
                     assert (failure is None) == bool(requests)
-                    json.dumps(
-                        [[request.name, request.parameters] for request in requests], ensure_ascii=False
-                    ).encode()
+                    json.dumps([[request.name, request.arguments] for request in requests], ensure_ascii=False).encode()
                 case Text(source):
                     # Every mark in a text belongs to a quoted pair, and between such a pair stands a connective.
                     texts = MARK.split(source)[1:-1:2]
@@ -232,8 +263,9 @@ def fuzz(count: int, seed: int) -> tuple[int, int]:
         value: Any = rng.choice(values)
         for _ in range(rng.choice([1, 1, 2, 4])):
             value = mutated_value(value, rng)
-        form = rng.choice(["auto", "auto", "auto", "msagent", "openai", "sharegpt", "react"])
-        kept += require_sound(read_record(value, Origin("fuzz", number), form=form))
+        form = rng.choice([Format.auto] * len(Format) + list(Format))
+        how = rng.choice(list(Reasoning))
+        kept += require_sound(read_record(value, Origin("fuzz", number), form=form, reasoning=how))
     return kept, count - kept
 
 
@@ -293,7 +325,9 @@ def test_a_foreign_text_never_becomes_trainable() -> None:
             continue
         converted += 1
         for message in outcome[0].messages:
-            assert all("SECRET" not in part.source for part in message.parts if not isinstance(part, Observation))
+            assert all(
+                "SECRET" not in part.source for part in message.source or () if not isinstance(part, Observation)
+            )
     assert converted > 300
 
 
@@ -314,6 +348,6 @@ def test_a_tool_output_in_msagent_form_never_becomes_trainable() -> None:
         if isinstance(outcome, Rejection):
             continue
         kept += 1
-        for part in outcome[0].messages[-1].parts:
+        for part in (p for m in outcome[0].messages for p in m.source or ()):
             assert "SECRET" not in part.source or isinstance(part, Observation)
     assert kept > 300

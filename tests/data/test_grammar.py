@@ -1,9 +1,10 @@
 """The grammar of assistant values: its laws on any text, and one case per rule."""
 
 import json
+import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from agentft.data.grammar import (
@@ -17,8 +18,8 @@ from agentft.data.grammar import (
     Part,
     Text,
     parse_assistant,
-    segment_steps,
 )
+from agentft.data.msagent import turn_messages
 
 CALL = THINK_OPEN + '```JSON\n{"api_name": "f", "parameters": {"x": "1"}}\n```' + THINK_CLOSE
 OBSERVATION = EXEC_OPEN + '```JSON\n{"r": 1}\n```' + EXEC_CLOSE
@@ -81,6 +82,7 @@ def test_the_sources_of_the_parts_are_the_value_and_nothing_but_a_grammar_error_
 
 @given(st.text(max_size=200))
 def test_text_without_marks_is_one_text(value: str) -> None:
+    assume(not re.search("startof|endof", value, re.IGNORECASE))  # generated texts may hit upon constants of the code
     assert parse_assistant(value) == ((Text(value),) if value else ())
 
 
@@ -115,7 +117,7 @@ def test_a_call_keeps_its_parameters_whatever_marks_its_strings_hold(parameters:
         assert THINK_CLOSE in body
         return
     assert isinstance(parts[0], Call)
-    assert parts[0].requests[0].parameters == parameters
+    assert parts[0].requests[0].arguments == parameters
     assert [type(part) for part in parts[1:]] == [Text, Observation, Text]
 
 
@@ -127,10 +129,12 @@ def test_one_turn_can_hold_text_calls_and_observations() -> None:
 
 def test_steps_are_the_runs_between_observations() -> None:
     parts = parse_assistant(f"Let me see.\n{CALL}\n\n{OBSERVATION}\nOne more.\n{CALL}\n\n{OBSERVATION}\n")
-    steps = segment_steps(parts)
-    assert [[type(part).__name__ for part in step] for step in steps] == [
-        ["Text", "Call", "Text"],
-        ["Text", "Call", "Text"],
+    messages = turn_messages(parts)
+    assert [(m.role, [type(part).__name__ for part in m.source or ()]) for m in messages] == [
+        ("assistant", ["Text", "Call", "Text"]),
+        ("tool", ["Observation"]),
+        ("assistant", ["Text", "Call", "Text"]),
+        ("tool", ["Observation", "Text"]),
     ]
 
 

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.files import JsonTextError, parse_json_value
-from agentft.data.native_system import SystemReading, read_system
+from agentft.data.msagent import SystemReading, read_system
 from agentft.data.offered_tools import read_offered_tools
-from agentft.data.records import Conversation, Origin, Rejection, read_record
+from agentft.data.records import Rejection, read_record
+from agentft.data.response import our_templates
 
 CALL = '<|startofthink|>{"api_name": "f", "parameters": {}}<|endofthink|>'
 
@@ -34,7 +36,7 @@ def test_a_call_body_of_quotes_and_backslashes_is_read_once():
 def test_many_calls_results_and_look_alikes_are_read_in_one_pass():
     conversation = read(CALL * 5_000 + "<|startofexec|>{x<|endofexec|>" * 5_000)
     assert isinstance(conversation, Conversation)
-    assert len(conversation.calls) == 5_000
+    assert len(conversation.tool_calls) == 5_000
     assert isinstance(read("< | " * 200_000), Conversation)
 
 
@@ -56,3 +58,12 @@ def test_a_tool_list_as_deep_as_a_record_may_be_is_read():
     entry = {"name": "f", "parameters": [{"name": "x", "default": nested}]}
     (tool,) = read_offered_tools(f"1. {json.dumps(entry)}")
     assert tool.problem is None
+
+
+@pytest.mark.parametrize(
+    "mark", ["<tool_call>", "<tool_call>{</tool_call>", "<think>", '{"name": ', "<|tool_call>call:f{"]
+)
+def test_an_answer_of_marks_alone_is_read(mark: str):
+    for template in our_templates():
+        said = template.read(mark * 20_000)
+        assert not said.calls

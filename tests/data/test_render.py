@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import Call, Observation, Text
-from agentft.data.records import Conversation, Message, Origin
+from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Kind
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 
@@ -65,7 +66,7 @@ def test_every_golden_conversation_has_a_case(golden_conversations):
 def test_text_without_stops_is_the_original_layout_byte_for_byte(golden_conversations, template):
     for conversation in golden_conversations.values():
         text = "".join(segment.text for segment in template.render(conversation) if segment.kind is not Kind.stop)
-        original = "\n\n".join(f"<|{message.role}|>:{message.source}" for message in conversation.messages)
+        original = "\n\n".join(f"<|{turn.role}|>:{turn.text}" for turn in conversation.turns)
         assert text == original
 
 
@@ -73,18 +74,14 @@ def test_observations_users_and_systems_are_never_trained(golden_conversations, 
     for conversation in golden_conversations.values():
         trained = "".join(segment.text for segment in template.render(conversation) if segment.trained)
         for message in conversation.messages:
-            if message.role != "assistant":
-                assert message.source not in trained
-            for part in message.parts:
-                if isinstance(part, Observation):
-                    assert part.source not in trained
+            assert message.role == "assistant" or (message.source_text or message.text) not in trained
 
 
 def test_every_call_and_every_word_of_the_agent_is_trained(golden_conversations, template):
     for conversation in golden_conversations.values():
         trained = "".join(segment.text for segment in template.render(conversation) if segment.trained)
         for message in conversation.messages:
-            for part in message.parts:
+            for part in message.source or ():
                 if isinstance(part, Call | Text):
                     assert part.source.strip() in trained
 
@@ -135,8 +132,8 @@ def _context(segments, number):
 def test_white_space_at_the_edges_of_a_step_is_context(template):
     call = Call("<|startofthink|>{}<|endofthink|>", (), None)
     observation = Observation("<|startofexec|>1<|endofexec|>")
-    message = Message("assistant", "", (Text(" \n"), call, Text("\n \n"), observation, Text("\n")))
-    conversation = Conversation("c", (Message("user", "u"), message), Origin("test", 1), ())
+    turn = turn_messages((Text(" \n"), call, Text("\n \n"), observation, Text("\n")))
+    conversation = Conversation("c", (Message("user", "u"), *turn), (), Origin("test", 1))
     segments = template.render(conversation)
     trained = [segment.text for segment in segments if segment.trained]
     assert trained == [call.source, template.stop_token]
@@ -167,7 +164,7 @@ def test_the_law_is_stated_once():
     makers = [path for path in sources if path.parts[0] in ("data", "training", "model") and path != home]
     assert len(makers) > 40
     assert [path for path in makers if "TRAINED_KINDS" in sources[path]] == []
-    assert frozenset({Kind.text, Kind.call, Kind.frame, Kind.stop}) == TRAINED_KINDS
+    assert frozenset({Kind.reasoning, Kind.text, Kind.call, Kind.frame, Kind.stop}) == TRAINED_KINDS
 
 
 def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data: Path, template, encoder):
@@ -180,7 +177,7 @@ def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data
     for conversation in conversations:
         segments = template.render(conversation)
         text = "".join(segment.text for segment in segments if segment.kind is not Kind.stop)
-        assert text == "\n\n".join(f"<|{m.role}|>:{m.source}" for m in conversation.messages)
+        assert text == "\n\n".join(f"<|{turn.role}|>:{turn.text}" for turn in conversation.turns)
         trained = "".join(segment.text for segment in segments if segment.trained)
         assert "<|startofexec|>" not in trained
-        assert trained.count("<|startofthink|>") == len(conversation.calls)
+        assert trained.count("<|startofthink|>") == len(conversation.tool_calls)

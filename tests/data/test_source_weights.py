@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from agentft.data.config import LocalConfig, Split, WeightedPath
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import prepare_data, write_manifest
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.records import read_record
 from agentft.data.sources import LocalSource, ReadReport, in_showing_order, read_conversations, read_local
 from agentft.data.splits import divide
 from agentft.data.template_choice import choose_template

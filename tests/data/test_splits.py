@@ -7,7 +7,8 @@ import random
 import pytest
 
 from agentft.data.config import Split
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import read_record
 from agentft.data.splits import divide
 from agentft.errors import DataError
 
@@ -68,9 +69,7 @@ def test_the_share_held_out_is_about_what_was_asked():
 
 def test_unseen_tools_are_called_in_one_part_only():
     parts = divide(_conversations(600), split=Split.unseen_tools, test_ratio=0.2, seed=1)
-    called = [
-        {r.name for c in part for call in c.calls for r in call.requests} for part in (parts.train, parts.heldout)
-    ]
+    called = [{call.name for c in part for call in c.tool_calls} for part in (parts.train, parts.heldout)]
     assert called[0]
     assert called[1]
     assert not called[0] & called[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agentft.data.config import SpanWeights
-from agentft.data.records import Conversation, Origin
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.store import (
     ConversationWriter,
@@ -36,7 +36,7 @@ def test_every_conversation_that_is_kept_of_the_malformed_set_comes_back_equal(s
     """Quirks, failed calls and marks inside strings included."""
     items = read_conversations(read_local([shared_data / "malformed.jsonl", shared_data / "dev.jsonl"]))
     kept = [item for item in items if isinstance(item, Conversation)]
-    assert any(call.failure is not None for c in kept for call in c.calls)
+    assert any(message.malformed_calls for c in kept for message in c.messages)
     for conversation in kept:
         assert from_line(to_line(conversation)) == conversation
 

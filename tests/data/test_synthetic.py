@@ -104,7 +104,7 @@ class TestEveryRecord:
             assert 2 <= len(listed) <= 4
             for request in calls_of(record):
                 assert not request.extras
-                jsonschema.Draft202012Validator(schema_of(listed[request.name])).validate(request.parameters)
+                jsonschema.Draft202012Validator(schema_of(listed[request.name])).validate(request.arguments)
 
     def test_takes_every_value_from_the_user_or_an_earlier_result(self, language, part, unseen_tools):
         for record in records_of(language, part, unseen_tools):
@@ -118,7 +118,7 @@ class TestEveryRecord:
                         heard += body.lower()
                         continue
                     for request in read_call_body(body):
-                        for value in request.parameters.values():
+                        for value in request.arguments.values():
                             assert isinstance(value, bool) or str(value).lower() in heard, (record["id"], value)
 
     def test_sums_up_with_values_of_the_last_observation(self, language, part, unseen_tools):

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from agentft.audits.label_trace import trace_labels
-from agentft.data.config import LocalConfig, TooLong
-from agentft.data.native import ChatmlTemplate
+from agentft.data.config import Format, LocalConfig, TooLong
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.examples import make_examples
 from agentft.data.prepare import prepare_data
-from agentft.data.records import Conversation, Notice, Origin, Rejection, read_record
-from agentft.data.render import MsagentTemplate
+from agentft.data.records import Notice, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.store import from_line, to_line
+from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
 from agentft.data.truncation import Outcome, fit_conversations
@@ -41,7 +42,7 @@ def openai(*, first: dict | None = None, second: dict | None = None, last: dict 
     }
 
 
-def read(record: object, form: str = "auto") -> tuple[Conversation, list[Notice]]:
+def read(record: object, form: Format = Format.auto) -> tuple[Conversation, list[Notice]]:
     outcome = read_record(record, Origin("x", 1), form=form)
     assert not isinstance(outcome, Rejection), outcome
     return outcome
@@ -51,10 +52,13 @@ def codes(notices: list[Notice]) -> list[str]:
     return [notice.code for notice in notices if notice.code not in ("missing_system", "id_missing")]
 
 
+def steps_trained(conversation: Conversation) -> list[bool]:
+    return [message.trained for message in conversation.messages if message.role == "assistant"]
+
+
 @pytest.fixture(params=["msagent", "chatml"])
 def layout(request, byte_tokenizer):
-    stop = byte_tokenizer.eos_token
-    return MsagentTemplate(stop) if request.param == "msagent" else ChatmlTemplate(stop)
+    return choose_template(request.param, byte_tokenizer)
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss_scale": 0}, {"train": False}])
@@ -82,12 +86,12 @@ def test_a_message_that_is_to_be_trained_is_as_one_that_says_nothing(flag):
 def test_what_is_not_understood_is_trained_and_noted(flag):
     conversation, notices = read(openai(first=flag))
     assert conversation == read(openai())[0]
-    assert codes(notices) == ["field_not_carried"]
+    assert codes(notices) == [f"field_not_carried:{next(iter(flag))}"]
 
 
 def test_a_user_cannot_ask_to_be_trained():
     record = openai()
-    for value, expected in ((0, []), (1, ["field_not_carried"])):
+    for value, expected in ((0, []), (1, ["field_not_carried:weight"])):
         record["messages"][0] = {"role": "user", "content": "Look it up.", "weight": value}
         assert codes(read(record)[1]) == expected
         assert read(record)[0] == read(openai())[0]
@@ -98,7 +102,7 @@ def test_sharegpt_msagent_and_react_turns_say_it_too():
     user = {"from": "user", "value": "q"}
     for flag, untrained in (({"train": False}, (0,)), ({"train": True}, ())):
         conversation, notices = read({"conversations": [user, mine | flag, user, mine]})
-        assert [m.untrained for m in conversation.messages] == [(), untrained, (), ()]
+        assert [turn.untrained for turn in conversation.turns] == [(), untrained, (), ()]
         assert codes(notices) == ["step_not_trained"] * len(untrained)
     call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}', "weight": 0}
     turns = [
@@ -107,29 +111,29 @@ def test_sharegpt_msagent_and_react_turns_say_it_too():
         {"from": "observation", "value": "r"},
         {"from": "gpt", "value": "a"},
     ]
-    assert read({"conversations": turns})[0].messages[1].untrained == (0,)
+    assert steps_trained(read({"conversations": turns})[0])[0] is False
     react = "Thought: hm\nAction: look\nAction Input: {}\nObservation: r\nFinal Answer: a"
     turns = [user, {"from": "assistant", "value": react, "loss": False}]
-    assert read({"conversations": turns}, "react")[0].messages[1].untrained == (0, 1)
+    assert steps_trained(read({"conversations": turns}, Format.react)[0]) == [False, False]
     turns = [{"from": "human", "value": "q", "score": 3}, {"from": "gpt", "value": "a"}]
-    assert codes(read({"conversations": turns})[1]) == ["field_not_carried"]
+    assert codes(read({"conversations": turns})[1]) == ["field_not_carried:score"]
 
 
 def test_turns_of_one_step_that_disagree_are_not_trained():
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": True}]
     turns.append({"from": "function_call", "value": '{"name": "look", "arguments": {}}', "train": False})
-    assert read({"conversations": turns})[0].messages[1].untrained == (0,)
+    assert steps_trained(read({"conversations": turns})[0])[0] is False
 
 
 def test_such_a_step_is_history_in_the_exam(layout, encoder):
-    conversation = read(openai(second={"weight": 0}))[0]
-    (example,) = tokenize([conversation], layout, encoder)
+    (made,) = make_examples([read(openai(second={"weight": 0}))[0]], layout, encoder)
+    conversation, example = made.conversation, made.pieces[0].example
     steps = all_steps([conversation], [example], layout)
     assert [step.index for step in steps] == [0, 1, 2]
     assert "first guess" in steps[0].reference
     assert [step.reference for step in steps[1:]] == ["It was found.", "You are welcome."]
     places = step_places(conversation)
-    assert [place.parts(conversation)[0].source.strip() for place in places] == [
+    assert [place.message(conversation).content for place in places] == [
         "Let me guess.",
         "It was found.",
         "You are welcome.",
@@ -165,7 +169,8 @@ def test_fitting_keeps_it(how, layout, encoder):
     filler = [{"role": "user", "content": "More? " + "w" * 300}, {"role": "assistant", "content": "More."}]
     record["messages"] += filler * 4
     conversation = read(record)[0]
-    (example,) = tokenize([conversation], layout, encoder)
+    (made,) = make_examples([conversation], layout, encoder)
+    example = made.pieces[0].example
     (fitted,) = fit_conversations([conversation], layout, encoder, len(example) - 200, how)
     assert fitted.outcome is (Outcome.spread if how is TooLong.split else Outcome.rounds_left_out)
     trained = [step.reference for p in fitted.pieces for step in all_steps([p.conversation], [p.example], layout)]

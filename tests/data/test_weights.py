@@ -106,7 +106,7 @@ def test_the_held_out_loss_and_unweighted_examples_weigh_all_alike(examples):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_weight_is_positive(value):
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match="above 0"):
         SpanWeights(call=value)
 
 

@@ -19,7 +19,8 @@ import torch
 import yaml
 
 from agentft.data.batches import StepPlan
-from agentft.data.records import Conversation, Origin, read_record
+from agentft.data.conversation import Conversation, Origin
+from agentft.data.records import read_record
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.distributed.config import DistributedConfig, EngineKind

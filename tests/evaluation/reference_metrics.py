@@ -22,7 +22,8 @@ Step = dict[str, Any]
 Ratio = tuple[Fraction | float, int]
 """Numerator and denominator."""
 
-CUTS = ("<|startofexec|>", "<|user|>", "</s>", "<|endoftext|>", "<|im_end|>")
+CUTS = ("<|startofexec|>", "<|user|>", "<|im_start|>user", "<|im_end|>\n<|im_start|>")
+ENDS = ("</s>", "<|endoftext|>", "<|im_end|>")
 HEADER = "<|assistant|>:"
 
 
@@ -52,6 +53,9 @@ def read(text: str) -> Said:
     text = text.removeprefix(HEADER)
     for cut in CUTS:
         text = text.split(cut)[0]
+    while text.rstrip().endswith(ENDS):
+        text = text.rstrip()
+        text = next(text.removesuffix(end) for end in ENDS if text.endswith(end))
     said = Said()
     for body in re.findall(r"<\|startofthink\|>(.*?)<\|endofthink\|>", text, re.DOTALL):
         found = read_calls(body)
@@ -167,16 +171,21 @@ def best_alignments(references: list[Call], predictions: list[Call]) -> list[Pai
     return [pairs for pairs in every if worth(pairs) == most]
 
 
-_LETTERS = re.compile(r"[^\W_]+")
-
-
 def tokens(text: str) -> list[str]:
-    """cjk-char-v1: NFKC, lower case; a Han, kana or hangul character each, any other run of letters or digits."""
-    found: list[str] = []
-    for run in _LETTERS.findall(unicodedata.normalize("NFKC", text).lower()):
-        apart = "".join(f" {character} " if is_cjk_character(character) else character for character in run)
-        found += apart.split()
-    return found
+    """cjk-char-v2: NFKC, lower case; a Han, kana or hangul character each, any other run of letters, their marks, or digits."""
+    words = [""]
+    for character in unicodedata.normalize("NFKC", text).lower():
+        if is_cjk_character(character):
+            words += [character, ""]
+        elif character.isalnum() or (words[-1] and is_mark(character)):
+            words[-1] += character
+        elif character not in "\u200c\u200d":
+            words.append("")
+    return [word for word in words if word]
+
+
+def is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M") and "VARIATION SELECTOR" not in unicodedata.name(character)
 
 
 def is_cjk_character(character: str) -> bool:

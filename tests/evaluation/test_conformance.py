@@ -99,8 +99,6 @@ def spans(draw: st.DrawFn, written: list[dict[str, Any]]) -> str:
         )
         if draw(st.booleans()):
             text = text.replace("\\n", "\n")
-        if "{" in text and draw(st.integers(0, 5)) == 0:  # a key twice: the last counts
-            text = text.replace('"api_name"', '"api_name": "first", "api_name"')
         fence = draw(st.sampled_from(["```JSON\n{}\n```", "```json\n{}```", "{}", "```\n{}\n```\n", "\n{}\n"]))
         texts.append("<|startofthink|>" + fence.replace("{}", text) + "<|endofthink|>")
     return draw(st.sampled_from(["", "\n\n", "\nand then\n"])).join(texts)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from agentft.data.records import Origin, read_record
+from agentft.data.conversation import Origin
+from agentft.data.records import read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
 from agentft.evaluation import ragged_decoding
@@ -44,7 +45,7 @@ def model(byte_tokenizer):
 def _answers(model, byte_tokenizer, steps, ragged_decoding, new=12, speculation=16):
     stop = byte_tokenizer.eos_token_id
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_id=stop, slots=ragged_decoding, max_new_tokens=new, speculation=speculation
+        model, byte_tokenizer, stop_ids=[stop], slots=ragged_decoding, max_new_tokens=new, speculation=speculation
     )
     return generator.answer(steps)
 
@@ -109,7 +110,7 @@ def test_guesses_are_checked_and_save_passes(model, byte_tokenizer, steps):
     for speculation in (0, 16):
         stop = byte_tokenizer.eos_token_id
         generator = GreedyGenerator(
-            model, byte_tokenizer, stop_id=stop, slots=4, max_new_tokens=40, speculation=speculation
+            model, byte_tokenizer, stop_ids=[stop], slots=4, max_new_tokens=40, speculation=speculation
         )
         generator.answer(steps)
         work[speculation] = generator.counts
@@ -119,7 +120,9 @@ def test_guesses_are_checked_and_save_passes(model, byte_tokenizer, steps):
 
 
 def test_what_a_conversation_shares_is_computed_once(model, byte_tokenizer, steps):
-    generator = GreedyGenerator(model, byte_tokenizer, stop_id=byte_tokenizer.eos_token_id, slots=2, max_new_tokens=1)
+    generator = GreedyGenerator(
+        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=2, max_new_tokens=1
+    )
     generator.answer(steps)
     contexts = {}
     for step in steps:
@@ -166,7 +169,9 @@ def test_a_model_with_attention_of_its_own_is_refused_and_no_model_is_left_chang
 
 def test_answers_come_in_the_order_of_the_steps_and_each_is_reported_once(model, byte_tokenizer, steps):
     heard = []
-    generator = GreedyGenerator(model, byte_tokenizer, stop_id=byte_tokenizer.eos_token_id, slots=3, max_new_tokens=4)
+    generator = GreedyGenerator(
+        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=3, max_new_tokens=4
+    )
     answers = generator.answer(steps, heard.append)
     assert [a.step for a in answers] == list(steps)
     assert sorted(id(a) for a in heard) == sorted(id(a) for a in answers)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.grammar import ToolRequest
+from agentft.data.grammar import ToolCall
 from agentft.errors import EvaluationError
 from agentft.evaluation.matching import align_calls, compare_calls, leniently_equal, strictly_equal
 from agentft.evaluation.metrics import (
@@ -103,7 +103,7 @@ def test_plan_table_and_confusions_of_the_worked_example() -> None:
 
 
 def test_signature_says_what_was_measured() -> None:
-    assert report(*EXAM).signature == "agentft-eval|v1|tf|tok:cjk-char-v1|rl:f1|param:strict|align:bip|n:7"
+    assert report(*EXAM).signature == "agentft-eval|v2|tf|tok:cjk-char-v2|rl:f1|param:strict|align:bip|n:7"
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,8 @@ def test_deep_values_do_not_exhaust_the_stack() -> None:
 # Alignment ----------------------------------------------------------------------------------------------------------
 
 
-def requests(*parameters: dict[str, Any], name: str = "t") -> list[ToolRequest]:
-    return [ToolRequest(name, values) for values in parameters]
+def requests(*parameters: dict[str, Any], name: str = "t") -> list[ToolCall]:
+    return [ToolCall(name, values) for values in parameters]
 
 
 def test_alignment_is_free_of_order() -> None:
@@ -362,7 +362,7 @@ def test_equal_choices_keep_the_order() -> None:
     assert [pair.prediction for pair in pairs] == [0, 1]
 
 
-def _best_by_trying_all(references: list[ToolRequest], predictions: list[ToolRequest]) -> tuple[int, ...]:
+def _best_by_trying_all(references: list[ToolCall], predictions: list[ToolCall]) -> tuple[int, ...]:
     best: tuple[int, ...] = ()
     short = min(len(references), len(predictions))
     for rows in itertools.combinations(range(len(references)), short):
@@ -392,7 +392,7 @@ def test_alignment_is_the_exact_optimum() -> None:
     for _ in range(400):
         sides = [
             [
-                ToolRequest(
+                ToolCall(
                     rng.choice("ab"), {key: rng.choice([1, "1", 2]) for key in rng.sample("xyz", rng.randint(0, 3))}
                 )
                 for _ in range(rng.randint(0, 4))

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from agentft.data.chat_templates import chat_template
-from agentft.data.records import Origin, read_record
+from agentft.data.conversation import Origin
+from agentft.data.records import read_record
+from agentft.data.template_choice import exported_template
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
@@ -55,7 +56,7 @@ def oracle(steps):
         sent = chat_step(step)
         own = {name: safe for safe, name in sent.names.items()}
         reply = parse_reply(step.reference)
-        calls = [tool_call(own.get(r.name, r.name), json.dumps(r.parameters)) for r in reply.requests]
+        calls = [tool_call(own.get(r.name, r.name), json.dumps(r.arguments)) for r in reply.requests]
         replies[json.dumps(sent.messages)] = {"content": reply.text or None, "tool_calls": calls}
     return lambda body, _: dict(replies[json.dumps(body["messages"])])
 
@@ -86,7 +87,7 @@ def test_as_recorded_the_layout_s_own_chat_template_writes_what_training_showed(
         sent = chat_step(step, as_recorded=True)
         assert sent.tools == []
         written = byte_tokenizer.apply_chat_template(
-            sent.messages, chat_template=chat_template(template), tokenize=False, add_generation_prompt=True
+            sent.messages, chat_template=exported_template(template), tokenize=False, add_generation_prompt=True
         )
         shown = byte_tokenizer.decode(step.input_ids[: step.start].tolist(), skip_special_tokens=False)
         assert written == shown, step.conversation.id

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentft.data.render import CallForm
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, parse_reply, repair_call_body, to_msagent
+from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, own_words, parse_reply, repair_call_body
 
 
 def call(name: str, **parameters: object) -> str:
@@ -24,10 +23,30 @@ def test_role_header_is_no_part_of_the_answer(header: str) -> None:
     assert parse_reply(f"{header}今天晴").text == "今天晴"
 
 
-@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<END>"])
-def test_nothing_after_the_end_of_sequence_counts(end: str) -> None:
-    assert parse_reply(f"yes{end}and {call('invented')}", stop_texts=("<END>",)).text == "yes"
-    assert not parse_reply(f"yes{end}{call('invented')}", stop_texts=("<END>",)).has_call
+@pytest.mark.parametrize("end", END_OF_SEQUENCE_TEXTS)
+def test_an_end_of_sequence_is_a_stop_at_the_end_and_before_another_turn_and_a_text_elsewhere(end: str) -> None:
+    assert parse_reply(f"yes{end}").text == "yes"
+    assert parse_reply(f"yes {end}\n{end}\n").text == "yes"
+    assert parse_reply(f"yes{end}\n<|im_start|>assistant\n{call('invented')}").text == "yes"
+    assert parse_reply(f"Write {end} at the end.{end}").text == f"Write {end} at the end."
+    assert not parse_reply(f"yes{end}\n<|assistant|>:{call('invented')}").has_call
+
+
+def test_a_stop_that_the_user_names_ends_an_answer_wherever_it_stands() -> None:
+    reply = parse_reply(f"yes<END>and {call('invented')}", stop_texts=("<END>",))
+    assert (reply.text, reply.has_call) == ("yes", False)
+
+
+@pytest.mark.parametrize("mark", [*END_OF_SEQUENCE_TEXTS, "<|user|>:", "<|startofexec|>", "<|im_start|>user", "<END>"])
+def test_a_mark_in_a_string_of_a_readable_call_is_letters(mark: str) -> None:
+    text = f"I look. {call('explain', token=f'what is {mark}?')}"
+    reply = parse_reply(f"{text}</s>", stop_texts=("<END>",))
+    assert reply.requests[0].arguments == {"token": f"what is {mark}?"}
+    assert reply.text == "I look."
+    if mark != "<END>":
+        assert own_words(text) == text
+    broken = parse_reply(f"<|startofthink|>{{broken <|user|>: {mark}<|endofthink|> and more")
+    assert (broken.malformed, broken.text) == (1, "")
 
 
 def test_invented_tool_result_and_second_call_are_cut() -> None:
@@ -57,7 +76,7 @@ def test_fence_is_optional_and_an_array_is_several_calls() -> None:
 
 def test_raw_line_feed_inside_a_json_string_is_read() -> None:
     reply = parse_reply('<|startofthink|>{"api_name": "a", "parameters": {"x": "1\n2"}}<|endofthink|>')
-    assert reply.requests[0].parameters == {"x": "1\n2"}
+    assert reply.requests[0].arguments == {"x": "1\n2"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +110,7 @@ def test_unclosed_span_is_one_malformed_attempt_even_if_its_json_is_whole() -> N
 
 
 def test_a_call_may_lack_parameters() -> None:
-    assert parse_reply('<|startofthink|>{"api_name": "a"}<|endofthink|>').requests[0].parameters == {}
+    assert parse_reply('<|startofthink|>{"api_name": "a"}<|endofthink|>').requests[0].arguments == {}
 
 
 MARKS = [
@@ -135,24 +154,9 @@ def test_modest_repair_wins_nearly_json_back(body: str) -> None:
     requests = repair_call_body(body)
     assert requests is not None
     assert requests[0].name == "a"
-    assert requests[0].parameters == {"x": "1", "y": [True, None]}
+    assert requests[0].arguments == {"x": "1", "y": [True, None]}
 
 
 @pytest.mark.parametrize("body", ["", "no call here", "{]", '{"x": 1}', '{"api_name": a b}'])
 def test_repair_does_not_invent_calls(body: str) -> None:
     assert repair_call_body(body) is None
-
-
-@pytest.mark.parametrize("end", END_OF_SEQUENCE_TEXTS)
-def test_a_call_that_an_engine_ended_by_token_ids_may_name_the_end_of_a_sequence(end: str) -> None:
-    call = f'<|startofthink|>```JSON\n{{"api_name": "explain", "parameters": {{"token": "what is {end}?"}}}}\n```<|endofthink|>'
-    said = to_msagent(f"I look. {call}", CallForm.msagent)
-    (request,) = parse_reply(said).requests
-    assert request.parameters == {"token": f"what is {end}?"}
-    assert parse_reply(f"I look. {call}").malformed == 1, "a raw text ends at the first one"
-    for kept in (
-        f"done{end} and more",
-        f"{end}{call.replace(end, '')}",
-        f"<|startofthink|>{{broken {end}<|endofthink|>",
-    ):
-        assert to_msagent(kept, CallForm.msagent) == kept

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from agentft.data.native import ChatmlTemplate
-from agentft.data.records import Origin, read_record
+from agentft.data.conversation import Origin
+from agentft.data.records import read_record
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
 from agentft.evaluation.generate import Answer
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
@@ -73,16 +74,16 @@ def test_places_are_the_steps(golden_conversations, template, encoder):
     conversations = list(golden_conversations.values())
     steps = all_steps(conversations, list(tokenize(conversations, template, encoder)), template)
     for step in steps:
-        parts = step_places(step.conversation)[step.index].parts(step.conversation)
-        assert "".join(part.source for part in parts).strip() == step.reference
+        message = step_places(step.conversation)[step.index].message(step.conversation)
+        assert message.source_text.strip() == step.reference
 
 
 def test_replacing_every_step_by_itself_changes_nothing(golden_conversations, template):
     for each in golden_conversations.values():
         places = step_places(each)
-        own = ["".join(part.source for part in place.parts(each)).strip() for place in places]
+        own = [place.message(each).source_text.strip() for place in places]
         again = with_replies(each, places, own)
-        assert [m.source for m in again.messages] == [m.source for m in each.messages]
+        assert again.turns == each.turns
         assert template.render(again) == template.render(each)
 
 
@@ -152,16 +153,16 @@ def test_rounds_that_are_only_shown_are_not_asked(template, encoder):
     assert [step.context_hash for step in model.asked] == contexts[3:]
 
 
-def test_a_native_layout_is_replayed_in_its_own_form(encoder):
-    template = ChatmlTemplate("<|im_end|>")
+def test_a_native_layout_is_replayed_in_its_own_form(encoder, byte_tokenizer):
+    template = choose_template("chatml", byte_tokenizer)
     said = {
         ("c", 0): '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
-        ("c", 2): "<think>An unfinished thought",
+        ("c", 2): "Models write <think> and <tool_call",
     }
     (episode,) = replay([conversation()], template, encoder, Scripted(said))
-    assert episode.diverged == "no_such_layout"
-    assert episode.steps_until_divergence == 2
+    assert episode.diverged is None, "letters that look like a mark are letters in the history"
     assert episode.words[0] == call("weather", city="Rome")
+    assert episode.words[2] == "Models write <think> and <tool_call"
 
 
 def test_without_any_call_there_is_nothing_to_replay():
@@ -171,5 +172,6 @@ def test_without_any_call_there_is_nothing_to_replay():
 
 def test_words_for_others_are_cut():
     assert own_words("a b <|startofexec|>x") == "a b"
-    assert own_words("a</s>b") == "a"
+    assert own_words("a</s>") == "a"
+    assert own_words("a</s>b") == "a</s>b"
     assert own_words("a<|user|>:b") == "a"

@@ -146,3 +146,14 @@ def test_the_dictionary_is_not_read_from_the_shared_temporary_folder(
 
 def test_language_by_script() -> None:
     assert [detect_language(text) for text in ("hello", "你好 hi", "ひらがな漢字", "한글")] == ["en", "zh", "ja", "ko"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("किताब", "कुताब"), ("กิน", "กัน"), ("كَتَبَ", "كُتِبَ"), ("שָׁלוֹם", "שֶׁלֶם")],
+    ids=["hindi", "thai", "arabic", "hebrew"],
+)
+def test_words_that_differ_in_their_marks_differ(one: str, other: str) -> None:
+    assert f1(one, other) == 0.0
+    assert CjkTokenizer().tokenize(f"{one} {one}") == [one, one]
+    assert CjkTokenizer().tokenize("क\u094d\u200dष caf\u0065\u0301 ♥\ufe0f") == ["क\u094dष", "café"]

@@ -35,7 +35,7 @@ def test_json_report_has_the_promised_form(tmp_path: Path, capsys: pytest.Captur
     )
     assert main([str(path), "--json", "--draws", "100"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["signature"] == "agentft-eval|v1|tf|tok:cjk-char-v1|rl:f1|param:strict|align:bip|n:1"
+    assert report["signature"] == "agentft-eval|v2|tf|tok:cjk-char-v2|rl:f1|param:strict|align:bip|n:1"
     assert {"value", "numerator", "denominator", "low", "high"} <= report["metrics"]["tool_acc"].keys()
     assert report["metrics"]["rouge_l_after_call"]["value"] == 1.0
     assert report["metrics"]["hallucinated_param_rate"]["value"] == 0.0

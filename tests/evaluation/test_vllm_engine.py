@@ -73,7 +73,7 @@ def test_token_ids_go_in_and_answers_end_as_everywhere(vllm, steps, byte_tokeniz
         folder=tmp_path / "base", adapter=tmp_path, dtype="bfloat16", context=99, options={"tensor_parallel_size": 2}
     )
     stop = byte_tokenizer.eos_token_id
-    engine = VllmEngine(model, byte_tokenizer, stop_id=stop, max_new_tokens=50)
+    engine = VllmEngine(model, byte_tokenizer, stop_ids=[stop], max_new_tokens=50)
     heard = []
     answers = engine.answer(steps, heard.append)
     assert heard == answers
@@ -104,7 +104,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, byte_tokenizer
     monkeypatch.setitem(sys.modules, "vllm", None)
     model = VllmModel(folder=tmp_path, dtype="bfloat16", context=99)
     with pytest.raises(EvaluationError, match="pip install vllm"):
-        VllmEngine(model, byte_tokenizer, stop_id=0, max_new_tokens=5)
+        VllmEngine(model, byte_tokenizer, stop_ids=[0], max_new_tokens=5)
 
 
 def test_settings_that_vllm_cannot_serve_are_refused():

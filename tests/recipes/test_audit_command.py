@@ -77,7 +77,7 @@ def test_a_sound_dataset_passes_and_the_report_is_written(data: Path, tmp_path: 
         "line": 22,
         "id": "broken-1",
         "reason": "conversations_missing",
-        "detail": "no field 'conversations'",
+        "detail": "no field 'messages' and no field 'conversations', found 'id'",
     }
     assert (output / "report.txt").read_text(encoding="utf-8").count("unknown_tool") == 1
 

@@ -59,7 +59,7 @@ def says_what_the_evaluation_said(model, folder, run, config) -> int:
     ended = 0
     for row in rows:
         conversation = conversations[row["conversation_id"]]
-        if config.model.template == "msagent":
+        if config.model.template in ("auto", "msagent"):  # the tokenizer has no chat template
             messages, tools = msagent_messages(conversation), None
         else:
             messages, tools = native_messages(conversation)
@@ -75,7 +75,9 @@ def says_what_the_evaluation_said(model, folder, run, config) -> int:
         said = output[0, inputs["input_ids"].shape[1] :].tolist()
         assert len(said) == row["tokens"]
         if row["finish"] == "stop":
-            assert said.pop() == tokenizer.eos_token_id
+            assert said.pop() in (
+                settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+            )
             ended += 1
         assert tokenizer.decode(said, skip_special_tokens=False) == row.get("raw", row["prediction"])
     return ended

@@ -23,10 +23,19 @@ from agentft.data import cache as data_key
 from agentft.data import prepare, synthetic, text_ids, workers
 from agentft.data import prepare as build_data
 from agentft.data import workers as row_work
-from agentft.data.config import LocalConfig, ModelScopeConfig, Split, SyntheticConfig, TooLong, WeightedPath
+from agentft.data.config import (
+    Format,
+    LocalConfig,
+    ModelScopeConfig,
+    Reasoning,
+    Split,
+    SyntheticConfig,
+    TooLong,
+    WeightedPath,
+)
+from agentft.data.conversation import Conversation
 from agentft.data.preparation_stats import Account, read_account, write_account
 from agentft.data.prepare import PreparedData, prepare_data, write_manifest
-from agentft.data.records import Conversation
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import is_large, read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
@@ -79,7 +88,7 @@ def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, tem
     assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
     assert [show(example) for example in prepared.heldout_examples] == [show(piece.example) for piece in heldout]
     assert list(prepared.heldout) == [piece.conversation for piece in heldout]
-    assert prepared.train_tools == {r.name for p in train for call in p.conversation.calls for r in call.requests}
+    assert prepared.train_tools == {call.name for p in train for call in p.conversation.tool_calls}
     assert prepared.account.fitted == outcomes
     manifest = json.loads(manifest_of(prepared, tmp_path)[0])
     assert manifest["train"]["ids"] == [piece.example.id for piece in train]
@@ -279,7 +288,8 @@ CHANGES: dict[str, dict] = {
     "seed": {"seed": 1},
     "sample": {"sample": 20},
     "test_ratio": {"test_ratio": 0.3},
-    "form": {"form": "msagent"},
+    "format": {"format": Format.msagent},
+    "reasoning": {"reasoning": Reasoning.drop},
 }
 
 
@@ -311,7 +321,7 @@ def test_whatever_decides_the_tokens_makes_another_entry(
     assert len(entries(cache)) == 2
     fresh = prepare_data(dataclasses.replace(config, cache=False), template, encoder)
     assert after.fingerprint == fresh.fingerprint
-    if part not in ("code", "library", "form"):
+    if part not in ("code", "library", "format", "reasoning"):
         assert after.fingerprint != before.fingerprint
 
 
@@ -490,3 +500,48 @@ def test_the_ids_of_a_mapped_example_are_the_callers_own(data_file, template, en
     example = prepared.train[0]
     example.input_ids[:] = 0
     assert not np.array_equal(prepared.train[0].input_ids, example.input_ids)
+
+
+def test_a_snapshots_own_test_files_are_the_exam(template, encoder, tmp_path):
+    def rows(name: str, count: int) -> str:
+        turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a", "mood": "good"}]
+        made = (
+            {"id": f"{name}{n}", "messages": [{**turns[0], "content": f"{name} {n}"}, turns[1]]} for n in range(count)
+        )
+        return "".join(json.dumps(row) + "\n" for row in made)
+
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 5), ("test", 2), ("validation", 1)):
+        (tmp_path / "data" / f"{name}-00000-of-00001.jsonl").write_text(rows(name, count))
+    config = LocalConfig(name="local", path=str(tmp_path), cache=False)
+    data = prepare_data(config, template, encoder)
+    assert sorted(data.train.ids) == [f"train{n}" for n in range(5)]
+    assert sorted(data.heldout_examples.ids) == ["test0", "test1", "validation0"]
+    assert data.account.read.notices["field_not_carried:mood"] == 8
+    assert [(source.rows, source.kept) for source in data.account.read.sources.values()] == [(8, 8)]
+
+
+def test_what_the_layout_leaves_out_of_declarations_is_counted_by_name(template, encoder, tmp_path):
+    parameters = {"type": "object", "properties": {}, "additionalProperties": False, "$defs": {"a": {}}}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+    messages = [{"role": "assistant", "content": "a"}]
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}, *messages], "tools": [tool]} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = LocalConfig(name="local", path=str(tmp_path / "a.jsonl"), test_ratio=0.3, cache=False)
+    parts = ("$defs", "additionalProperties", "strict")
+    assert prepare_data(config, template, encoder).account.layout == {f"schema_part_not_written:{p}": 20 for p in parts}
+
+
+@pytest.mark.parametrize("row", [{"query": "q", "response": "a"}, {"data": [{"messages": []}]}, {"text": "a"}])
+def test_a_file_without_a_usable_row_ends_with_why_and_what_is_known(row, template, encoder, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in range(20)) + "[1]\n" * 3 + "nonsense\n")
+    with pytest.raises(DataError) as caught:
+        prepare_data(LocalConfig(name="local", path=str(path), max_rejected=1.0, cache=False), template, encoder)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 6
+    assert lines[0] == "none of 24 rows can be used; they were set aside for:"
+    assert f"20 conversations_missing, first {path}:1: no field 'messages'" in lines[1]
+    assert all(repr(key) in lines[1] for key in row)
+    assert "3 not_an_object" in lines[2]
+    assert "xlam (query, tools, answers)" in lines[-1]

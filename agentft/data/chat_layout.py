@@ -1,0 +1,432 @@
+"""The layout of a model's own chat template: conversation -> renderings, cut into segments.
+
+Two laws hold for every step that a rendering trains. The text before it is the prompt that `apply_chat_template` writes for
+the messages before it; and the step holds the whole message and ends with a token at which generation stops. What a
+template cannot say by these laws is returned with its reason, a conversation or a single step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from agentft.data.chat_template import (
+    ChatMessage,
+    ChatTemplate,
+    TemplateRefusal,
+    Traits,
+    answer_to,
+    any_of,
+    handed_over,
+    server_messages,
+)
+from agentft.data.conversation import Conversation
+from agentft.data.marked_text import MARK, MarkedText, Region, StepValues, cut_segments, mark, marked_message
+from agentft.data.render import Kind, Segment
+
+_SPOKEN = frozenset({Kind.reasoning, Kind.text, Kind.call})
+
+
+class Rendering(NamedTuple):
+    """One example's text."""
+
+    segments: tuple[Segment, ...]
+    steps: tuple[int, ...]
+    """The steps that it trains, by their numbers among `Conversation.steps`."""
+    spelt: bool = False
+    """A value spells a control token, which is letters there."""
+
+
+class LeftOut(NamedTuple):
+    """A step that no rendering trains."""
+
+    step: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A conversation in a layout."""
+
+    renderings: tuple[Rendering, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    prompts_differ: int = 0
+    """Steps whose prompt is not what a server would send; `stable` alone has such."""
+
+
+class _Problem(Exception):  # noqa: N818  # a reason and its detail, on their way to the caller
+    """Why a conversation or a step cannot be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatLayout:
+    """Lays conversations out by a chat template."""
+
+    template: ChatTemplate
+    traits: Traits
+    rewritten: Literal["exact", "stable"] = "exact"
+    """Where the template rewrites history: several renderings, each as served, or one, whose prompts may differ."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is rendered."""
+        manners = [dict(manner.args) for manner in self.traits.manners]
+        return {
+            "source": self.template.source,
+            "args": self.template.args,
+            "manners": manners,
+            "rewritten": self.rewritten,
+        }
+
+    def args(self, *, reasoning: bool) -> dict[str, Any]:
+        """Return the template arguments for conversations with or without reasoning, as they are recorded."""
+        return {**self.template.args, **self.traits.manners[reasoning].args}
+
+    def lay_out(self, conversation: Conversation, context_rounds: int = 0) -> LaidOut | tuple[str, str]:
+        """Render a conversation whose first `context_rounds` rounds are shown only; else say why not: (reason, detail)."""
+        try:
+            return _Work(self, conversation, context_rounds).done()
+        except _Problem as problem:
+            reason, detail = problem.args
+            return reason, detail
+        except TemplateRefusal as refusal:
+            return "template_refuses", str(refusal)
+
+    def prompt(self, conversation: Conversation, step: int) -> str:
+        """Return the prompt of a step as a server makes it."""
+        messages = server_messages(conversation, self.traits)
+        reasoning = _has_reasoning(messages)
+        before = handed_over(messages[: conversation.steps[step]], self.traits)
+        return self.template.render(before, conversation.tools, prompt=True, args=self.traits.manners[reasoning].args)
+
+
+class _Work:
+    """One conversation on its way to its renderings."""
+
+    def __init__(self, layout: ChatLayout, conversation: Conversation, context_rounds: int) -> None:
+        self.layout, self.template, self.traits = layout, layout.template, layout.traits
+        self.conversation = conversation
+        self.steps = conversation.steps
+        _check_calls(conversation)
+        self.messages = server_messages(conversation, self.traits)
+        self.reasoning = _has_reasoning(self.messages)
+        self.manner = self.traits.manners[self.reasoning]
+        self.left_out: list[LeftOut] = []
+        self.differ = 0
+        self.trained = self._trained(context_rounds)
+        self._check_traits()
+        self.spelt, self.tested = self._check_values()
+        self.marked = [marked_message(message) for message in self.messages]
+        self.tools: Sequence[Mapping[str, Any]] = (
+            _guarded(list(conversation.tools), self.template.control) if self.spelt else conversation.tools
+        )
+        self.values = [StepValues.of(self.messages[at]) for at in self.steps]
+
+    def done(self) -> LaidOut:
+        """Return the renderings.
+
+        Raises:
+            _Problem: no step of it can be trained.
+        """
+        last = self.steps[self.trained[-1]]
+        if self.manner.whole and not self.tested and (one := self._by_headers(last, self.manner.header)):
+            return LaidOut((one,), tuple(self.left_out))
+        if self.layout.rewritten == "stable" and self.manner.shared_header:
+            renderings = self._stable(last)
+        else:
+            renderings = self._exact(last)
+        if not renderings:
+            first = self.left_out[0]
+            raise _Problem(first.reason, f"step {first.step + 1}: {first.detail}")
+        return LaidOut(renderings, tuple(sorted(self.left_out)), self.differ)
+
+    def _trained(self, context_rounds: int) -> list[int]:
+        trained = []
+        rounds = step = 0
+        for message in self.conversation.messages:
+            rounds += message.role == "user"
+            if message.role != "assistant":
+                continue
+            if message.trained and not 0 < rounds <= context_rounds:
+                if message.text.strip() or message.tool_calls:
+                    trained.append(step)
+                else:
+                    self.left_out.append(LeftOut(step, "empty_step", "the agent says nothing here"))
+            step += 1
+        if not trained:
+            raise _Problem("no_label", "nothing that the agent says here is to be trained")
+        return trained
+
+    def _check_traits(self) -> None:
+        traits, messages = self.traits, self.conversation.messages
+        calls = [message for message in messages if message.tool_calls]
+        if not traits.tools and calls:
+            raise _Problem("template_has_no_tools", traits.problem)
+        if not traits.declarations and self.conversation.tools:
+            raise _Problem("template_has_no_tools", "it leaves the declarations of tools out")
+        if not traits.system and self.conversation.system.strip():
+            raise _Problem("template_has_no_system", "it leaves a system text out")
+        if not traits.reasoning and self.reasoning:
+            raise _Problem("template_has_no_reasoning", "it leaves reasoning out; set dataset.reasoning=drop")
+        if not traits.parallel_calls and any(len(message.tool_calls) > 1 for message in calls):
+            raise _Problem(
+                "template_takes_one_call_a_step", f"a step has {max(len(m.tool_calls) for m in calls)} calls"
+            )
+        if not traits.text_beside_call and any(message.text.strip() for message in calls):
+            raise _Problem("template_has_no_text_beside_calls", "it leaves the text of a step with calls out")
+
+    def _check_values(self) -> tuple[bool, bool]:
+        """Say whether a value spells a control token, and whether one holds what the template looks for."""
+        everything = json.dumps([self.messages, self.conversation.tools], ensure_ascii=False)
+        if not everything.isascii() and (found := MARK.search(everything)):
+            raise _Problem("text_holds_a_noncharacter", f"U+{ord(found.group()):04X}, which no text should hold")
+        tested = self.template.tested.search(everything) is not None
+        if not any(token in everything for token in self.template.spellings):
+            return False, tested
+        for where, name in _names(self.messages, list(self.conversation.tools)):
+            if found := self.template.control.search(name):
+                raise _Problem("name_holds_a_control_token", f"{where} {name!r} holds {found.group()}")
+        return True, tested
+
+    def _render(self, stop: int, after: Sequence[ChatMessage] = (), *, prompt: bool = False) -> MarkedText:
+        """Render the marked messages up to `stop`, and `after` behind them."""
+        marked = [*self.marked[:stop], *map(marked_message, after)]
+        rendered = self.template.render(
+            handed_over(marked, self.traits), self.tools, prompt=prompt, args=self.manner.args
+        )
+        text = MarkedText.read(rendered)
+        if text is None:
+            raise _Problem("template_changes_values", "it splits or cuts the text of a message")
+        return text
+
+    def _prompt(self, step: int) -> MarkedText:
+        text = self._render(self.steps[step], prompt=True)
+        if self.tested and not self.spelt:
+            before = handed_over(self.messages[: self.steps[step]], self.traits)
+            plain = self.template.render(before, self.conversation.tools, prompt=True, args=self.manner.args)
+            if plain != text.text:
+                raise _Problem("template_changes_values", "it writes a message otherwise for what its text begins with")
+        return text
+
+    def _next(self, last: int) -> list[ChatMessage]:
+        """Return what follows a step in its round: its results, dummies where it has none; else a dummy question."""
+        calls = self.messages[last].get("tool_calls", ())
+        if not calls:
+            return [{"role": "user", "content": "?"}]
+        results = []
+        for message in self.messages[last + 1 :]:
+            if message["role"] != "tool":
+                break
+            results.append(message)
+        return results or [answer_to(call) for call in calls]
+
+    def _by_headers(self, last: int, header: str) -> Rendering | None:
+        """Find all steps in one rendering by the header before each; None where they are not all there."""
+        try:
+            text = self._render(last + 1, self._next(last))
+        except (TemplateRefusal, _Problem):
+            return None
+        begins = list(ends_of(header, text))
+        known = self.steps[: self.trained[-1] + 1]
+        if len(begins) != len(known) or not self._holds_context(text, last):
+            return None
+        regions = []
+        for step, (begin, limit) in enumerate(zip(begins, [*begins[1:], len(text.text)], strict=True)):
+            region, missing = self._region(text, step, begin)
+            if missing is None and region.end <= limit:
+                regions.append(region)
+            elif step in self.trained:
+                return None
+        return self._rendering(text, regions, self.trained)
+
+    def _holds_context(self, text: MarkedText, last: int) -> bool:
+        """Say whether all that is not the agent's is in the text."""
+        wanted = sum(bool(m.get("content", "").strip()) for m in self.messages[:last] if m["role"] != "assistant")
+        kinds = [kind for _, _, kind in text.values]
+        return sum(map(kinds.count, (Kind.system, Kind.user, Kind.observation))) >= wanted
+
+    def _region(self, text: MarkedText, step: int, begin: int) -> tuple[Region, str | None]:
+        """Find the step that begins at a position, and name what it lacks: reasoning, text, call or stop."""
+        calls = self.messages[self.steps[step]].get("tool_calls")
+        stops = _pattern(self.traits.call_stops if calls else self.traits.stops)
+        for start, end in text.gaps(begin):
+            if found := stops.search(text.text, start, end):
+                values = text.within(begin, found.start())
+                missing = self.values[step].missing(text.text, values)
+                if any(kind not in _SPOKEN for _, _, kind in values):
+                    missing = missing or "stop"
+                return Region(step, begin, *found.span()), missing
+        missing = self.values[step].missing(text.text, text.within(begin, len(text.text)))
+        return Region(step, begin, begin, begin), missing or "stop"
+
+    def _exact(self, last: int) -> tuple[Rendering, ...]:
+        """Let the steps that share a history share a rendering, and give every other one its own, as it is served."""
+        shared: list[tuple[MarkedText, list[Region]]] = []
+        with suppress(TemplateRefusal, _Problem):  # Where the dummy is refused, each step is rendered by itself.
+            shared.append((self._render(last + 1, self._next(last)), []))
+        for step in reversed(self.trained):
+            try:
+                prompt = self._prompt(step)
+                if not self._holds_context(prompt, self.steps[step]):
+                    raise _Problem("template_drops_messages", "a message before this step is not in its prompt")
+                region = None
+                # What already has a step comes first: the whole may end its steps otherwise than they are said.
+                for text, regions in sorted(shared, key=lambda each: not each[1]):
+                    if region := self._fitting(text, step, prompt):
+                        regions.append(region)
+                        break
+                if region is None:
+                    text, region = self._alone(step, prompt)
+                    shared.append((text, [region]))
+            except _Problem as problem:
+                self.left_out.append(LeftOut(step, *problem.args))
+            except TemplateRefusal as refusal:
+                self.left_out.append(LeftOut(step, "template_refuses", str(refusal)))
+        renderings = [
+            self._rendering(text, regions[::-1], [region.step for region in regions[::-1]])
+            for text, regions in shared
+            if regions
+        ]
+        return tuple(sorted(renderings, key=lambda rendering: rendering.steps))
+
+    def _fitting(self, text: MarkedText, step: int, prompt: MarkedText) -> Region | None:
+        """Return where a step stands in a text that begins with its prompt and holds it whole."""
+        if not text.text.startswith(prompt.text):
+            return None
+        region, missing = self._region(text, step, len(prompt.text))
+        return None if missing else region
+
+    def _alone(self, step: int, prompt: MarkedText) -> tuple[MarkedText, Region]:
+        """Render a step behind its own prompt."""
+        lacking = None
+        for number, text in enumerate(self._continuations(step, prompt)):
+            if region := self._fitting(text, step, prompt):
+                return text, region
+            if number == 0 and text.text.startswith(prompt.text):
+                lacking = lacking or self._region(text, step, len(prompt.text))[1]
+        if lacking and lacking != "stop":
+            raise _Problem(f"template_drops_{lacking}", f"the {lacking} of this step is not written")
+        raise _Problem(
+            "template_cannot_continue", "what the template writes for this step does not continue its prompt"
+        )
+
+    def _continuations(self, step: int, prompt: MarkedText) -> Iterator[MarkedText]:
+        """Yield texts that may be the prompt and the step, the likeliest first."""
+        at = self.steps[step]
+        ending = self._render(at + 1)
+        yield ending
+        with suppress(TemplateRefusal, _Problem):
+            followed = self._render(at + 1, self._next(at))
+            yield followed
+        called = bool(self.messages[at].get("tool_calls"))
+        if self.traits.stop_with_next:
+            stop = (self.traits.call_stops if called else self.traits.stops)[0]
+            ending = MarkedText(ending.text.rstrip() + self.traits.bare_stop + stop, ending.values)
+            yield ending
+        # The generation prompt opens a thought that history has not: the step thinks, closes the thought and goes on.
+        opened = re.compile(r"<(\w+)>\s*\Z").search(prompt.text)
+        if opened and f"</{opened[1]}>" in self.template.source:
+            before = prompt.text[: opened.start()]
+            if ending.text.startswith(before):
+                thought = MarkedText.read(mark(self.values[step].reasoning, Kind.reasoning))
+                close = MarkedText(f"\n</{opened[1]}>\n\n", ())
+                if thought is not None:
+                    yield prompt + thought + close + ending.since(len(before))
+        # The template drops past reasoning as soon as this step is there: its own text goes behind the prompt all the same.
+        spoken = [value for value in ending.values if value.kind in _SPOKEN]
+        own = spoken[-self.values[step].size :]
+        header = self.manner.header
+        if own and header and (begin := ending.text.rfind(header, 0, own[0].start)) >= 0:
+            yield prompt + ending.since(begin + len(header))
+
+    def _stable(self, last: int) -> tuple[Rendering, ...]:
+        """Train the steps that the one rendering holds whole, and count those whose prompt is another than served."""
+        text = self._render(last + 1, self._next(last) if self.messages[last].get("tool_calls") else ())
+        begins = list(ends_of(self.manner.shared_header, text))
+        known = self.steps[: self.trained[-1] + 1]
+        if len(begins) != len(known):
+            return self._exact(last)
+        regions, trained = [], []
+        for step, begin in enumerate(begins):
+            try:
+                prompt = self._prompt(step) if step in self.trained else None
+            except (_Problem, TemplateRefusal):
+                prompt = None
+            served = prompt is not None and text.text.startswith(prompt.text)
+            region, missing = self._region(text, step, len(prompt.text) if prompt and served else begin)
+            if missing is None:
+                regions.append(region)
+            if step not in self.trained:
+                continue
+            if missing:
+                detail = f"the {missing} of this step is not written once the conversation goes on"
+                self.left_out.append(LeftOut(step, f"template_drops_{missing}", detail))
+            else:
+                trained.append(step)
+                self.differ += not served
+        return (self._rendering(text, regions, trained),) if trained else ()
+
+    def _rendering(self, text: MarkedText, regions: Sequence[Region], trained: Sequence[int]) -> Rendering:
+        calls = {region.step: self.messages[self.steps[region.step]].get("tool_calls", ()) for region in regions}
+        silent = [step for step, at in enumerate(self.steps) if not self.conversation.messages[at].reasoning_trained]
+        segments = cut_segments(text, regions, calls, trained, self.template.control, silent)
+        return Rendering(segments, tuple(trained), self.spelt)
+
+
+def ends_of(header: str, text: MarkedText) -> Iterator[int]:
+    """Yield where each occurrence of a header in the template's own text ends."""
+    for start, stop in text.gaps():
+        at = text.text.find(header, start, stop)
+        while at >= 0:
+            yield at + len(header)
+            at = text.text.find(header, at + len(header), stop)
+
+
+def _has_reasoning(messages: Sequence[ChatMessage]) -> bool:
+    return any(message.get("reasoning_content", "").strip() for message in messages)
+
+
+def _check_calls(conversation: Conversation) -> None:
+    for call in (call for message in conversation.messages for call in message.malformed_calls):
+        assert call.failure is not None
+        raise _Problem("call_without_native_form", f"{call.failure.reason}: {call.failure.detail}")
+
+
+def _names(messages: Sequence[ChatMessage], tools: Any) -> Iterator[tuple[str, str]]:
+    """Yield what stands in no value that could be marked, each with what it is: roles, ids, names and keys."""
+    for message in messages:
+        yield from ((f"the {key}", message[key]) for key in ("role", "name", "tool_call_id") if key in message)
+        for call in message.get("tool_calls", ()):
+            yield "the call id", call.get("id", "")
+            yield "the call of", call["function"]["name"]
+            yield from (("the key", key) for key in _keys(call["function"]["arguments"]))
+    yield from (("the key", key) for key in _keys(tools))
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _keys(each)
+
+
+def _guarded(value: Any, control: re.Pattern[str]) -> Any:
+    """Return a JSON value with marks around those of its strings that spell a control token."""
+    if isinstance(value, str):
+        return mark(value, Kind.header) if control.search(value) else value
+    if isinstance(value, dict):
+        return {key: _guarded(each, control) for key, each in value.items()}
+    return [_guarded(each, control) for each in value] if isinstance(value, list) else value
+
+
+@cache
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(any_of(tokens))

@@ -1,0 +1,220 @@
+"""A tokenizer's chat template: rendered as a server renders it, its arguments and its date fixed.
+
+`apply_chat_template` of transformers is what writes; here stands what is handed to it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from agentft.data.conversation import Conversation, chat_messages
+from agentft.errors import ConfigError
+
+DEFAULT_DATE = "2026-01-01"
+"""The day that templates are shown which ask for one: data, cache and resumed runs must not change at midnight."""
+
+ChatMessage = dict[str, Any]
+"""A message as a server hands it to a chat template."""
+
+DATE = "strftime_now"
+"""Template argument: the day, as YYYY-MM-DD, that a template sees which asks for the current date."""
+
+_FORMAT = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_TESTED = re.compile(r"""(?:startswith|endswith|split|replace)\(\s*(['"])(.*?)\1|(['"])([^'"]*)\3 +(?:not +)?in """)
+_TELLING = re.compile(r"(?=.*\W)\S.+\S")
+_NINE = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+class TemplateRefusal(Exception):  # noqa: N818  # what happened, not whose error it is
+    """A chat template that raised, in its own words."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with its arguments, which are the same wherever it is used."""
+
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take the template of `tokenizer`, a tokenizer of transformers, unless another is given.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        self.tokenizer = tokenizer
+        self.args = dict(template_args or {})
+        """What is recorded: the given arguments, and the day where the template asks for the date."""
+        try:
+            source: str = tokenizer.get_chat_template(chat_template, tools=[{}])
+        except ValueError:
+            raise ConfigError("the tokenizer has no chat template; set model.template to a layout or a file") from None
+        if DATE in source:
+            self.args.setdefault(DATE, DEFAULT_DATE)
+        self.source = _with_date(source, str(self.args.get(DATE)))
+        """The template, its date fixed."""
+        self.control_tokens = _control_tokens(tokenizer, source)
+        """Added tokens that are letters within a value; as `sanitize_control_tokens` of transformers finds them."""
+        self.spellings = tuple({*self.control_tokens, *(json.dumps(token)[1:-1] for token in self.control_tokens)})
+        """Control tokens as values spell them, in JSON too."""
+        self.control = re.compile(f"({any_of(self.control_tokens)})")
+        self.tested = re.compile(any_of({json.dumps(text)[1:-1] for text in _tested_texts(source)}))
+        """What the template looks for in values."""
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        prompt: bool,
+        args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of messages, with the generation prompt behind them for `prompt`.
+
+        Raises:
+            TemplateRefusal: the template raised.
+        """
+        from jinja2 import TemplateError
+
+        given = {**self.args, **(args or {})}
+        given.pop(DATE, None)
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **given,
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise TemplateRefusal(" ".join(str(error).split())) from None
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a template writes conversations with reasoning, or those without."""
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that keep the prompts prefixes of the whole, where some do."""
+    header: str = ""
+    """The generation prompt."""
+    shared_header: str = ""
+    """What it has in common with how history begins a step."""
+    whole: bool = False
+    """The prompts of all steps are prefixes of the whole, and each ends with the header: one marked rendering tells all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a template can say and how it says it; `agentft.data.template_probe` finds out."""
+
+    tools: bool
+    """Calls and their results."""
+    declarations: bool
+    """The list of tools."""
+    system: bool
+    parallel_calls: bool
+    text_beside_call: bool
+    reasoning: bool
+    manners: tuple[Manner, Manner]
+    """Without reasoning and with."""
+    stops: tuple[str, ...]
+    """Tokens that end a text."""
+    call_stops: tuple[str, ...]
+    """Tokens that end a step of calls."""
+    bare_stop: str = ""
+    """What stands between a text and its stop where a template writes a stop only with the next message; empty else."""
+    stop_with_next: bool = False
+    """A step has no stop of its own: the header of the next message ends it."""
+    arguments_as_text: bool = False
+    content_needed: bool = False
+    """A step of calls without text is handed over with an empty text."""
+    call_ids: Literal["given", "made", "nine"] = "given"
+    """As the record has them, made where it has none, or nine letters and digits."""
+    problem: str = ""
+    """Why a conversation with tools cannot be said, in the template's words."""
+
+
+def server_messages(conversation: Conversation, traits: Traits) -> list[ChatMessage]:
+    """Return the messages as a server gets them, call ids in the form that the template demands."""
+    messages = chat_messages(conversation.messages)
+    if traits.content_needed:
+        messages = [message if "content" in message else {**message, "content": ""} for message in messages]
+    if traits.call_ids == "given":
+        return messages
+    ids: dict[str, str] = {}
+    waiting: list[str] = []
+    count = 0
+    for message in messages:
+        if message["role"] == "assistant":
+            waiting = []
+        for call in message.get("tool_calls", ()):
+            given = call.get("id")
+            kept = given is not None and (traits.call_ids == "made" or _NINE.fullmatch(given))
+            made = given if kept else f"call{count:05d}"
+            call["id"] = made
+            if given is not None:
+                ids[given] = made
+            waiting.append(made)
+            count += 1
+        if message["role"] == "tool":
+            position = waiting.pop(0) if waiting else f"call{count:05d}"
+            given = message.get("tool_call_id")
+            message["tool_call_id"] = position if given is None else ids.get(given, given)
+    return messages
+
+
+def handed_over(messages: Sequence[ChatMessage], traits: Traits) -> list[ChatMessage]:
+    """Return messages with the arguments of calls as JSON text where the template wants them so."""
+    if not traits.arguments_as_text:
+        return list(messages)
+    return [{**m, "tool_calls": [_as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
+
+
+def answer_to(call: Mapping[str, Any]) -> ChatMessage:
+    """Return a tool's message that answers a call."""
+    answer = {"role": "tool", "content": "0", "name": call["function"]["name"]}
+    return {**answer, "tool_call_id": call["id"]} if "id" in call else answer
+
+
+def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """Return a pattern that matches any of some texts, the longest first."""
+    return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or "(?!)"
+
+
+def _control_tokens(tokenizer: Any, source: str) -> tuple[str, ...]:
+    chosen = getattr(tokenizer, "chat_control_tokens", None)
+    added = tokenizer.added_tokens_decoder.values()
+    if chosen is not None:
+        return tuple(t.content for t in added if t.special or t.content in set(chosen))
+    return tuple(t.content for t in added if t.special or (t.content in source and not t.content.isspace()))
+
+
+def _tested_texts(source: str) -> set[str]:
+    """Return the literal texts that a template looks for in values; words that name keys are left out."""
+    found = {second or fourth for _, second, _, fourth in _TESTED.findall(source)}
+    return {text.encode().decode("unicode_escape") if "\\" in text else text for text in found if _TELLING.search(text)}
+
+
+def _with_date(source: str, day: str) -> str:
+    """Return a template in which `strftime_now` gives one day."""
+    formats = {found[2] for found in _FORMAT.finditer(source)}
+    if not formats:
+        return source
+    try:
+        date = datetime.date.fromisoformat(day)
+    except ValueError:
+        raise ConfigError(f"model.template_args.{DATE}={day!r}: expected a date like 2026-11-30") from None
+    cases = "".join(f"{{%- elif format == {json.dumps(f)} -%}}{date.strftime(f)}" for f in sorted(formats))
+    macro = f"{{%- macro {DATE}(format) -%}}{{%- if false -%}}{cases}{{%- endif -%}}{{%- endmacro %}}"
+    return macro + ("\n" if source.startswith("\n") else "") + source

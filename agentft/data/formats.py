@@ -1,0 +1,529 @@
+"""Read records of the formats people have into messages, without a detour through any text of ours.
+
+| field | known from |
+|---|---|
+| `weight`: 0 or 1 | OpenAI's fine-tuning format, on assistant messages |
+| `loss`: true or false, `loss_scale`: 0 or 1 | ms-swift, on assistant messages |
+| `train`: true or false | axolotl's `message_field_training`, on turns with `from` and `value` |
+
+What the agent says is trained unless its turn says otherwise. A whole step is the unit, since its stop is one: where turns of
+one step disagree, the step is not trained. Any other value of these fields is not understood, and noted as a field that is not used.
+
+| format | how it is recognised | what it is |
+|---|---|---|
+| `openai` | a field `messages`, or turns with `role` and `content` | OpenAI's chat format and its relatives: `tool_calls`, `function_call`, Anthropic's blocks, ms-swift's `tool_call` and `tool_response`, Toucan's messages as JSON text |
+| `sharegpt` | turns with `from` and `value` from `human`, `gpt`, `function_call`, `observation`, `tool` or `function`; or a column `tools` or `system` beside them | the same with other names: LLaMA-Factory, APIGen-MT, Hermes, ToolBench |
+| `xlam` | fields `query` and `answers` | one question and its calls |
+| `toolace` | as `sharegpt` or `openai` | the name for it: every text in brackets is a list of calls, refused where it is none |
+| `react` | it must be named, but for ToolBench's role `function` | text with lines `Thought:`, `Action:`, `Action Input:` and so on |
+
+Names, arguments, texts and declarations come through unchanged; `text_calls` reads what is written into text. Results
+belong to calls by id or name where the record has them, else by their order. What has no meaning here is noted by name.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from agentft.data.config import Format
+from agentft.data.conversation import Message, Role
+from agentft.data.declarations import Tools, lift_tools, read_tools, tool_names
+from agentft.data.grammar import ToolCall
+from agentft.data.text_calls import (
+    blank,
+    is_react_text,
+    literal,
+    read_call,
+    read_id,
+    read_named_results,
+    read_react,
+    read_responses,
+    read_text_calls,
+    split_thought,
+)
+from agentft.errors import FormatError
+
+FIELDS = ("weight", "loss", "loss_scale", "train")
+
+
+def untrained_field(turn: Mapping[Any, Any]) -> str | None:
+    """`field value`, as the turn has it, by which a turn says that it is not to be trained; None where it does not."""
+    for field in FIELDS:
+        if _is_flag(turn.get(field)) and not turn[field]:
+            return f"{field} {str(turn[field]).lower()}"
+    return None
+
+
+def understood_fields(turn: Mapping[Any, Any], *, agent: bool) -> frozenset[str]:
+    """Which of `FIELDS` mean something here; on a turn that is not the agent's only that it is not trained."""
+    return frozenset(f for f in FIELDS if turn.get(f) is None or (_is_flag(turn[f]) and (agent or not turn[f])))
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
+Note = tuple[str, str]
+"""Code and detail of what was understood in a way that a reader should know of."""
+
+_ROLES: dict[str, str] = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool_call": "call",
+    "function_call": "call",
+    "tool": "result",
+    "tool_response": "result",
+    "observation": "result",
+    "function": "result",
+    "function_response": "result",
+    "ipython": "result",
+}
+_SHAREGPT_ROLES = frozenset(_ROLES) - {"system", "developer", "user", "assistant"}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "assistant": ("name", "tool_calls", "function_call", *_REASONING),
+    "call": _REASONING,
+    "result": ("name", "tool_call_id"),
+}
+"""What a message of a role has beside its role and its content; all others can have a name."""
+_TEXTS = ("text", "input_text", "output_text")
+_BLOCKS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(_TEXTS, frozenset({"text"})),
+    "thinking": frozenset({"thinking"}),
+    "tool_use": frozenset({"id", "name", "input"}),
+    "tool_result": frozenset({"tool_use_id", "content"}),
+}
+"""Types of the parts of a content, with their fields."""
+_TOOL_COLUMNS = ("tools", "functions", "available_tools")
+_COLUMNS = frozenset({"id", "messages", "conversations", "system", *_TOOL_COLUMNS})
+
+KNOWN = (
+    "openai (messages with role and content), sharegpt (conversations with from and value), msagent (the same, calls between "
+    "<|startofthink|> marks), xlam (query, tools, answers), toolace, react"
+)
+"""What a refusal says of the formats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a record says."""
+
+    messages: tuple[Message, ...]
+    tools: Tools
+    notes: tuple[Note, ...]
+
+
+def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "sharegpt", "xlam"]:
+    """Return the format that the fields and the first roles of a record show; `msagent` where they show no other."""
+    turns = record.get("conversations")
+    if turns is None:
+        if record.get("messages") is not None:
+            return "openai"
+        return "xlam" if {"query", "answers"} <= record.keys() else "msagent"
+    if not isinstance(turns, list):
+        return "msagent"
+    for turn in turns[:4]:
+        if not isinstance(turn, dict):
+            break
+        role = turn.get("from")
+        if isinstance(role, str):
+            if role in _SHAREGPT_ROLES:
+                return "sharegpt"
+        elif role is None and "from" not in turn and isinstance(turn.get("role"), str) and "content" in turn:
+            return "openai"
+    beside = any(record.get(column) for column in ("system", *_TOOL_COLUMNS))
+    values = (turn.get("value") for turn in turns if isinstance(turn, dict)) if beside else ()
+    calls = any(isinstance(value, str) and "<|startofthink|>" in value for value in values)
+    return "sharegpt" if beside and not calls else "msagent"
+
+
+def unused_columns(record: Mapping[Any, Any], known: Collection[str] = _COLUMNS) -> list[Note]:
+    """Return a note for each column that has a value and no meaning."""
+    names = [key_name(key) for key, value in record.items() if key not in known and not blank(value)]
+    return [(f"column_not_used:{name}", f"column {name!r}") for name in names]
+
+
+def read_messages(record: Mapping[Any, Any], form: Format) -> Reading:
+    """Read a record of any format but MSAgent's.
+
+    Args:
+        form: `react` and `toolace` name how calls stand in text; the others are found out.
+
+    Raises:
+        FormatError: the record does not follow the format.
+    """
+    try:
+        return _read_xlam(record) if form == "xlam" else _read_chat(record, form)
+    except RecursionError:
+        raise FormatError("too_deep", "nested too deep to be read") from None
+
+
+def key_name(key: object) -> str:
+    """Return a key as a name that can stand in a report."""
+    return re.sub(r"[^\w$.-]", "_", key)[:40] if isinstance(key, str) else type(key).__name__
+
+
+def _read_chat(record: Mapping[Any, Any], form: Format) -> Reading:
+    notes = unused_columns(record)
+    turns = _turns(record)
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    begins_with_system = _ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer")
+    column = next((column for column in _TOOL_COLUMNS if not blank(record.get(column))), None)
+    of_system = column is None and begins_with_system  # some keep the tools in the system message
+    tools = read_tools(first.get("tools") if of_system else record.get(column or ""))
+    if column == "available_tools":
+        notes.append((f"tools_from_column:{column}", f"column {column!r} holds the tools"))
+    system = _text(record["system"], 0, notes) if not blank(record.get("system")) else ""
+    made = _Messages(notes, tools, form, toolbench=_is_toolbench(turns))
+    if system.strip():
+        if not begins_with_system:
+            made.plain("system", system, None, 0)
+        elif first.get("content", first.get("value")) != system:
+            raise FormatError("two_system_turns", "a column 'system' and a system message")
+    for number, turn in enumerate(turns, 1):
+        made.read(turn, number, understood=("tools",) if of_system and number == 1 else ())
+    return made.reading()
+
+
+def _read_xlam(record: Mapping[Any, Any]) -> Reading:
+    """Read a row of xLAM's data: a question, the tools, and the calls that answer it."""
+    notes = unused_columns(record, ("id", "query", "tools", "answers"))
+    made = _Messages(notes, read_tools(record.get("tools")), Format.xlam)
+    made.plain("user", _text(record.get("query"), 1, notes), None, 1)
+    answers = record.get("answers")
+    answers = literal(answers, "call_not_json") if isinstance(answers, str) else answers
+    if not isinstance(answers, list):
+        raise FormatError("call_not_json", "'answers' is no list of calls")
+    made.calls(answers, None, 2, trained=True)
+    return made.reading()
+
+
+def _is_toolbench(turns: Sequence[Any]) -> bool:
+    return any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns)
+
+
+def _turns(record: Mapping[Any, Any]) -> list[Any]:
+    field = "messages" if record.get("conversations") is None else "conversations"
+    turns = record.get(field)
+    if isinstance(turns, str):
+        turns = literal(turns, f"{field}_unreadable_text")
+    if not isinstance(turns, list) or not turns:
+        raise FormatError(f"{field}_not_a_list", f"{field!r} is no list with at least one message")
+    return turns
+
+
+class _Messages:
+    """Reads messages one by one; the words and calls of one step, wherever they stand, become one message."""
+
+    def __init__(self, notes: list[Note], tools: Tools, form: Format, *, toolbench: bool = False) -> None:
+        self._notes = notes
+        self._tools = tools
+        self._form = form
+        self._toolbench = toolbench
+        self._messages: list[Message] = []
+        self._open: list[ToolCall | None] = []
+        """The calls of the last step; None once they have their result."""
+
+    def read(self, turn: Any, number: int, *, understood: Sequence[str] = ()) -> None:
+        """Read one message of a record."""
+        if not isinstance(turn, dict):
+            raise FormatError("turn_not_an_object", f"message {number} is no object")
+        given = turn.get("role", turn.get("from"))
+        if not isinstance(given, str):
+            raise FormatError("role_missing", f"message {number} has no role")
+        role = _ROLES.get(given)
+        if role is None:
+            known = ", ".join(_ROLES)
+            raise FormatError("unknown_role", f"message {number} has the role {given[:40]!r}; known are {known}")
+        self._note_fields(turn, role, number, understood)
+        content = turn.get("content", turn.get("value"))
+        name = turn["name"] if isinstance(turn.get("name"), str) and turn["name"] else None
+        if role == "call":
+            self._read_calls(turn, content, number)
+        elif role == "result":
+            self._read_result(content, read_id(turn.get("tool_call_id")), name, number)
+        elif role == "assistant":
+            self._read_assistant(turn, content, name, number)
+        elif role == "user":
+            self._read_user(content, name, number)
+        else:
+            self.plain("developer" if role == "developer" else "system", self._text(content, number), name, number)
+
+    def plain(self, role: Role, text: str, name: str | None, number: int) -> None:
+        """Add a system's or a user's message."""
+        last = self._messages[-1].role if self._messages else None
+        if role == "user":
+            if not text.strip():
+                raise FormatError("empty_user", f"message {number} (user) is blank")
+            if last == "user":
+                raise FormatError("two_user_turns", f"message {number} is the user's as is the one before it")
+        elif last is None and (lifted := lift_tools(text)):
+            if not self._tools or tool_names(lifted.tools) == tool_names(self._tools):
+                text, self._tools = lifted.text, self._tools or lifted.tools
+                self._note("tools_lifted", "the tools are taken out of the system text", number)
+                if lifted.words_left_out:
+                    self._note("words_about_calls_left_out", "so are its words about how to write a call", number)
+                if not text:
+                    return
+            else:
+                self._note("tools_in_system_too", "the system text lists other tools than the record", number)
+        self._close()
+        self._messages.append(Message(role, text, name=name))
+
+    def calls(self, values: Sequence[object], reasoning: str | None, number: int, *, trained: bool) -> None:
+        """Add calls, given as objects."""
+        unknown: list[str] = []
+        calls = [read_call(value, unknown) for value in values]
+        self._note_unknown(unknown, number)
+        self._step(None, reasoning, calls, None, number, trained=trained)
+
+    def reading(self) -> Reading:
+        """Leave out what follows the agent's last message, and return what was read.
+
+        Raises:
+            FormatError: the agent says nothing.
+        """
+        self._close()
+        while self._messages and self._messages[-1].role not in ("assistant", "tool"):
+            left_out = self._messages.pop()
+            self._notes.append((f"last_{left_out.role}_left_out", "nothing of the agent follows it"))
+        if not any(message.role == "assistant" for message in self._messages):
+            raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
+        return Reading(tuple(self._messages), self._tools, tuple(self._notes))
+
+    def _read_user(self, content: object, name: str | None, number: int) -> None:
+        if isinstance(content, list) and any(_is_block(block, "tool_result") for block in content):
+            for block in content:
+                if _is_block(block, "tool_result"):
+                    _note_block(block, self._notes)
+                    text = self._text(block.get("content") or "", number)
+                    self._result(text, read_id(block.get("tool_use_id")), None)
+            content = [block for block in content if not _is_block(block, "tool_result")]
+            if not content:
+                return
+        text = self._text(content, number)
+        responses = read_responses(text) if any(self._open) else []
+        for response in responses:
+            self._result(response, None, None)
+        if not responses:
+            self.plain("user", text, name, number)
+
+    def _read_result(self, content: object, call_id: str | None, name: str | None, number: int) -> None:
+        text = self._text(content, number)
+        waiting = [call for call in self._open if call is not None]
+        if call_id is None and name is None and len(waiting) > 1 and (named := read_named_results(text, waiting)):
+            for call, response in zip(waiting, named, strict=True):
+                self._result(response, call.id, call.name)
+            return
+        for response in read_responses(text) or [text]:
+            self._result(response, call_id, name)
+
+    def _read_calls(self, turn: Mapping[str, Any], content: object, number: int) -> None:
+        """Read a message that is one call or several, perhaps behind a thought."""
+        thought = None
+        if not isinstance(content, dict):
+            thought, text = split_thought(self._text(content, number))
+            content = literal(text, "call_not_json")
+        values = content if isinstance(content, list) else [content]
+        self.calls(values, self._reasoning(turn, thought, number), number, trained=self._is_trained(turn, number))
+
+    def _read_assistant(self, turn: Mapping[str, Any], content: object, name: str | None, number: int) -> None:
+        trained = self._is_trained(turn, number)
+        unknown: list[str] = []
+        calls = [read_call(call, unknown) for call in self._tool_calls(turn, number)]
+        thought: str | None = None
+        text: str | None = None
+        if isinstance(content, list):
+            thoughts, words, more = self._read_blocks(content, unknown, number)
+            calls += more
+            thought = "\n".join(thoughts) or None
+            text = self._text(words, number) if words else None
+        elif content is not None:
+            text = self._text(content, number)
+        if text is not None and not calls and (self._form == "react" or (self._toolbench and is_react_text(text))):
+            for kind, said, call in read_react(text, unknown):
+                if kind == "result":
+                    self._result(said, None, None)
+                else:
+                    self._step(said or None, None, [call] if call else [], name, number, trained=trained)
+            self._note_unknown(unknown, number)
+            return
+        if text is not None and thought is None:
+            thought, text = split_thought(text)
+        reasoning = self._reasoning(turn, thought, number)
+        if text is not None:
+            found = read_text_calls(text, tool_names(self._tools), unknown, pythonic=self._form == "toolace")
+            if found.calls and calls:
+                raise FormatError("calls_in_text", f"message {number} has calls as a field and in its text")
+            if found.words_after:
+                self._note("words_after_a_call", "its words stand before its calls now", number)
+            text, calls = found.words if found.calls else text, [*calls, *found.calls]
+        self._note_unknown(unknown, number)
+        if self._messages and self._messages[-1].role == "assistant":
+            self._note("messages_joined", "it and the message before are one step", number)
+        self._step(text, reasoning, calls, name, number, trained=trained)
+
+    def _read_blocks(
+        self, content: Sequence[Any], unknown: list[str], number: int
+    ) -> tuple[list[str], list[object], list[ToolCall]]:
+        """Return the thoughts, the parts that are words, and the calls of a content in parts."""
+        thoughts: list[str] = []
+        words: list[object] = []
+        calls: list[ToolCall] = []
+        for block in content:
+            if _is_block(block, "thinking") and isinstance(block.get("thinking"), str):
+                _note_block(block, self._notes)
+                thoughts.append(block["thinking"])
+            elif _is_block(block, "tool_use"):
+                calls.append(read_call(block, unknown))
+            else:
+                words.append(block)
+                if calls:
+                    self._note("words_after_a_call", "its words stand before its calls now", number)
+        return thoughts, words, calls
+
+    def _tool_calls(self, turn: Mapping[str, Any], number: int) -> list[Any]:
+        calls = turn.get("tool_calls") or []
+        if isinstance(calls, str):
+            calls = literal(calls, "call_not_json")
+        older = turn.get("function_call")
+        if not blank(older):
+            if calls:
+                raise FormatError("call_not_an_object", f"message {number} has both tool_calls and function_call")
+            calls = [literal(older, "call_not_json") if isinstance(older, str) else older]
+        if not isinstance(calls, list):
+            raise FormatError("call_not_an_object", f"tool_calls of message {number} is no list")
+        return calls
+
+    def _reasoning(self, turn: Mapping[str, Any], thought: str | None, number: int) -> str | None:
+        """Return the reasoning of a message, and note which field or mark it comes from."""
+        given = {field: turn[field] for field in _REASONING if isinstance(turn.get(field), str) and turn[field]}
+        if thought:
+            given["<think>"] = thought
+        if len({text.strip() for text in given.values()}) > 1:
+            raise FormatError("two_reasonings", f"message {number}: {' and '.join(given)} say different things")
+        field = next(iter(given), None)
+        if field is None:
+            return None
+        self._note(f"reasoning_from:{field.strip('<>')}", "its reasoning is read", number)
+        return str(given[field])
+
+    def _is_trained(self, turn: Mapping[Any, Any], number: int) -> bool:
+        field = untrained_field(turn)
+        if field is not None:
+            self._note("step_not_trained", f"shown, not trained ({field})", number)
+        return field is None
+
+    def _step(
+        self,
+        text: str | None,
+        reasoning: str | None,
+        calls: Sequence[ToolCall],
+        name: str | None,
+        number: int,
+        *,
+        trained: bool,
+    ) -> None:
+        """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
+        if not any(message.role == "user" for message in self._messages):
+            problem = f"message {number} is the assistant's, expected the user's first"
+            raise FormatError("starts_with_assistant", problem)
+        if not (text or "").strip() and not calls:
+            raise FormatError("empty_assistant", f"message {number} has neither text nor calls")
+        last = self._messages[-1]
+        if last.role == "assistant":
+            if text or (reasoning and last.reasoning_content) or not calls:
+                raise FormatError("two_assistant_turns", f"message {number} is the assistant's as is the one before it")
+            both = (*last.tool_calls, *calls)
+            reasoning = last.reasoning_content or reasoning
+            self._messages[-1] = replace(
+                last, tool_calls=both, reasoning_content=reasoning, trained=last.trained and trained
+            )
+        else:
+            self._close()
+            self._messages.append(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained))
+        self._open += calls
+        ids = [call.id for call in self._messages[-1].tool_calls if call.id is not None]
+        if len(set(ids)) < len(ids):
+            raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
+
+    def _result(self, text: str, call_id: str | None, name: str | None) -> None:
+        """Add a tool's result: to the call of its id, else to the first of its name, else to the first without one."""
+        waiting = [(at, call) for at, call in enumerate(self._open) if call is not None]
+        if call_id is not None and any(call.id is not None for _, call in waiting):
+            fitting = [at for at, call in waiting if call.id == call_id]
+        elif name is not None:
+            fitting = [at for at, call in waiting if call.name == name]
+        else:
+            fitting = [at for at, _ in waiting]
+        if not fitting:
+            named = f"with id {call_id!r}" if call_id is not None else f"of {name!r}" if name else ""
+            raise FormatError("observation_without_call", f"no call awaits the tool result {named}".rstrip())
+        call = self._open[fitting[0]]
+        assert call is not None
+        self._open[fitting[0]] = None
+        self._messages.append(Message("tool", text, tool_call_id=call.id, name=name))
+
+    def _close(self) -> None:
+        """End the step: of parallel calls all have results, or none after the first that lacks one."""
+        answered = [call is None for call in self._open]
+        if True in answered and False in answered[: len(answered) - answered[::-1].index(True)]:
+            raise FormatError("result_missing", "a call has no result, while a parallel call after it has one")
+        self._open = []
+
+    def _note(self, code: str, detail: str, number: int) -> None:
+        self._notes.append((code, f"message {number}: {detail}"))
+
+    def _note_unknown(self, names: Sequence[str], number: int) -> None:
+        for name in names:
+            self._note(f"field_not_carried:{key_name(name)}", f"{key_name(name)} of a call", number)
+
+    def _note_fields(self, turn: Mapping[Any, Any], role: str, number: int, understood: Sequence[str]) -> None:
+        shown = understood_fields(turn, agent=role in ("assistant", "call"))
+        texts = [field for field in _REASONING if isinstance(turn.get(field), str)]
+        known = {"role" if "role" in turn else "from", "content" if "content" in turn else "value", *understood}
+        known.update(field for field in _FIELDS.get(role, ("name",)) if field not in _REASONING or field in texts)
+        for key, value in turn.items():
+            if key not in known and key not in shown and not blank(value):
+                self._note(f"field_not_carried:{key_name(key)}", key_name(key), number)
+
+    def _text(self, content: object, number: int) -> str:
+        return _text(content, number, self._notes)
+
+
+def _text(content: object, number: int, notes: list[Note]) -> str:
+    """Return the text of a message; of a list of parts the text parts, a line each, as a server joins them."""
+    if isinstance(content, str):
+        return content
+    kind = "null" if content is None else type(content).__name__
+    if isinstance(content, list):
+        other = [
+            part
+            for part in content
+            if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXTS)
+        ]
+        if not other:
+            for part in content:
+                _note_block(part, notes)
+            return "\n".join(part["text"] for part in content)
+        kind = f"a part {key_name(other[0].get('type'))!r}" if isinstance(other[0], dict) else "a part without type"
+    where = f"message {number}" if number else "the column 'system'"
+    raise FormatError("value_not_text", f"the content of {where} is {kind}, expected text or a list of text parts")
+
+
+def _is_block(block: Any, kind: str) -> bool:
+    return isinstance(block, dict) and block.get("type") == kind
+
+
+def _note_block(block: Mapping[Any, Any], notes: list[Note]) -> None:
+    known = _BLOCKS.get(block.get("type", "text"), frozenset())
+    for key, value in block.items():
+        if key != "type" and key not in known and not blank(value):
+            notes.append((f"field_not_carried:{key_name(key)}", f"{key_name(key)} of a part of a content"))
