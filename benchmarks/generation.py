@@ -112,7 +112,7 @@ def answer_ours(model: Any, tokenizer: Any, steps: list[Any], new: int, **option
     from agentft.evaluation.generate import TEXT_STOPS, GreedyGenerator
 
     generator = GreedyGenerator(
-        model, tokenizer, stop_id=tokenizer.eos_token_id, slots=BATCH, max_new_tokens=new, **options
+        model, tokenizer, stop_ids=[tokenizer.eos_token_id], slots=BATCH, max_new_tokens=new, **options
     )
     answers = generator.answer(steps)
     texts = [answer.text for answer in answers]

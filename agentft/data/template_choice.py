@@ -52,7 +52,7 @@ def choose_template(
     """
     if name == "auto":
         problem = _why_not_native(tokenizer, template_args)
-        if problem is not None:
+        if problem is not None and tokenizer.chat_template:
             log.info("layout: msagent, since the model's own chat template cannot be used: %s", problem)
         name = "native" if problem is None else "msagent"
     if name == "msagent":

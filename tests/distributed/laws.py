@@ -176,7 +176,7 @@ def examine(found: Case, world: World) -> dict[str, Any]:
         model = found.engine.model.eval()
         likelihood = spread_likelihood(world, model, found.job.examples, batch=2, pad_id=0)
         stop = tokenizer.eos_token_id
-        generator = GreedyGenerator(model, tokenizer, stop_id=stop, slots=2, max_new_tokens=3)
+        generator = GreedyGenerator(model, tokenizer, stop_ids=[stop], slots=2, max_new_tokens=3)
         template = MsagentTemplate(tokenizer.eos_token)
         steps = all_steps(conversations(), found.job.examples, template)[:7]
         answers = lead(world, generator, lambda together: together.answer(steps))
@@ -213,7 +213,7 @@ def break_exams(found: Case, world: World) -> list[str]:
             with found.engine.whole():
                 stop = tokenizer.eos_token_id
                 generator = GreedyGenerator(
-                    found.engine.model.eval(), tokenizer, stop_id=stop, slots=2, max_new_tokens=2
+                    found.engine.model.eval(), tokenizer, stop_ids=[stop], slots=2, max_new_tokens=2
                 )
                 lead(world, Failing() if answerer == "failing" else generator, work)
         except (RankError, ValueError, KeyError) as error:

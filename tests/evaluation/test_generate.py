@@ -42,10 +42,10 @@ def model(byte_tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
-def _answers(model, byte_tokenizer, steps, ragged_decoding, new=12, speculation=16):
+def _answers(model, byte_tokenizer, steps, slots, new=12, speculation=16):
     stop = byte_tokenizer.eos_token_id
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_ids=[stop], slots=ragged_decoding, max_new_tokens=new, speculation=speculation
+        model, byte_tokenizer, stop_ids=[stop], slots=slots, max_new_tokens=new, speculation=speculation
     )
     return generator.answer(steps)
 
@@ -95,11 +95,8 @@ def test_answers_depend_neither_on_the_number_of_slots_nor_on_guesses(model, byt
     """Batch 1 equals batch 8 token for token in fp32, with guesses and without."""
     ways = [(1, 0), (8, 0), (1, 16), (8, 16), (8, 3)]
     first, *others = (
-        [
-            answer.text
-            for answer in _answers(model, byte_tokenizer, steps, ragged_decoding, new=40, speculation=speculation)
-        ]
-        for ragged_decoding, speculation in ways
+        [answer.text for answer in _answers(model, byte_tokenizer, steps, slots, new=40, speculation=speculation)]
+        for slots, speculation in ways
     )
     for way, texts in zip(ways[1:], others, strict=True):
         assert texts == first, way

@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentft.data import cache as data_key
+from agentft.data import cache as data_cache
 from agentft.data import prepare, synthetic, text_ids, workers
-from agentft.data import prepare as build_data
-from agentft.data import workers as row_work
 from agentft.data.config import (
     Format,
     LocalConfig,
@@ -46,6 +44,9 @@ from agentft.model.random_weights import byte_tokenizer as make_tokenizer
 from agentft.runs import RunFolder
 
 COUNT = 150
+
+BUILD = prepare.build_data
+"""As it is; tests put others in its place."""
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +105,9 @@ def forks(monkeypatch) -> list[int]:
     """Take every dataset for a large one, in small batches; the numbers of processes that were forked."""
     made: list[int] = []
     fork = workers._forked
-    for module in (row_work, build_data):
+    for module in (workers, prepare):
         monkeypatch.setattr(module, "CONVERSATIONS_A_BATCH", 12)
-    monkeypatch.setattr(build_data, "is_large", lambda config: True)
+    monkeypatch.setattr(prepare, "is_large", lambda config: True)
     monkeypatch.setattr(workers, "_forked", lambda work, processes: (made.append(processes), fork(work, processes))[1])
     return made
 
@@ -273,9 +274,9 @@ def test_jobs_that_differ_in_nothing_that_decides_tokens_share_the_cache(data_fi
 
 def _other_code(monkeypatch, tmp_path):
     package = tmp_path / "package"
-    shutil.copytree(data_key._PACKAGE / "data", package / "data")
-    shutil.copytree(data_key._PACKAGE / "recipes", package / "recipes")
-    monkeypatch.setattr(data_key, "_PACKAGE", package)
+    shutil.copytree(data_cache._PACKAGE / "data", package / "data")
+    shutil.copytree(data_cache._PACKAGE / "recipes", package / "recipes")
+    monkeypatch.setattr(data_cache, "_PACKAGE", package)
     with (package / "data" / "synthetic" / "zh.yaml").open("a") as file:
         file.write("# another line\n")
     for path in (each for each in package.rglob("*") if each.is_file()):
@@ -316,7 +317,7 @@ def test_whatever_decides_the_tokens_makes_another_entry(
         case "code":
             _other_code(monkeypatch, tmp_path)
         case "library":
-            monkeypatch.setattr(data_key, "_version", lambda name: "0.0.1")
+            monkeypatch.setattr(data_cache, "_version", lambda name: "0.0.1")
     after = prepare_data(config, template, encoder)
     assert len(entries(cache)) == 2
     fresh = prepare_data(dataclasses.replace(config, cache=False), template, encoder)
@@ -329,7 +330,7 @@ def test_code_that_changed_after_the_process_began_is_not_cached(
     data_file, template, encoder, cache, tmp_path, monkeypatch, caplog
 ):
     _other_code(monkeypatch, tmp_path)
-    later = data_key._STARTED + 1
+    later = data_cache._STARTED + 1
     os.utime(tmp_path / "package" / "data" / "render.py", (later, later))
     prepare_data(settings(data_file), template, encoder)
     assert "changed after this process began" in caplog.text
@@ -340,7 +341,7 @@ def test_data_that_changes_while_it_is_read_is_refused(data_file, template, enco
     path = Path(shutil.copy(data_file, tmp_path / "talks.jsonl"))
 
     def build_and_change(*arguments):
-        build_data.build_data(*arguments)
+        BUILD(*arguments)
         path.write_bytes(path.read_bytes() + b"\n")
 
     monkeypatch.setattr(prepare, "build_data", build_and_change)
@@ -402,7 +403,7 @@ def test_of_processes_that_begin_at_once_one_builds_and_all_get_the_same(
     def counted(*arguments):
         with (tmp_path / "builds").open("a") as file:
             file.write("x")
-        build_data.build_data(*arguments)
+        BUILD(*arguments)
 
     def work(number: int) -> None:
         prepared = prepare_data(settings(data_file), template, encoder)
@@ -428,10 +429,10 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_good(
         time.sleep(600)
 
     def build_then_stop(*arguments):
-        build_data.build_data(*arguments)
+        BUILD(*arguments)
         stop_here()
 
-    append = build_data.ExampleWriter.append
+    append = prepare.ExampleWriter.append
 
     def append_then_stop(writer, example):
         row = append(writer, example)
@@ -441,7 +442,7 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_good(
 
     with monkeypatch.context() as patch:
         if moment == "while tokenising":
-            patch.setattr(build_data.ExampleWriter, "append", append_then_stop)
+            patch.setattr(prepare.ExampleWriter, "append", append_then_stop)
         else:
             patch.setattr(prepare, "build_data", build_then_stop)
         process = _in_process(prepare_data, settings(data_file), template, encoder)
