@@ -201,6 +201,12 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
+    there = {path.name for path in files.folder.iterdir()}
+    if "tekken.json" in there and not there & {"tokenizer.json", "tokenizer.model"}:
+        raise ModelError(
+            f"{files.folder}: tekken.json is the only tokenizer there, and is not read; take a repository of this model that "
+            "has a tokenizer.json"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

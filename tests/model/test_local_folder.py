@@ -60,3 +60,11 @@ def test_a_folder_without_weights_or_settings_is_named(folder: Path) -> None:
 def test_an_id_that_is_missing_is_asked_for(source: ModelSource) -> None:
     with pytest.raises(ModelError, match=r"needs model.id or model.\w+_id"):
         locate_model(ModelConfig(name="auto", source=source))
+
+
+def test_a_repository_with_tekken_alone_is_refused_in_a_line(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match=r"tekken\.json is the only tokenizer there.*has a tokenizer\.json") as caught:
+        load_tokenizer(locate_model(auto(folder)), auto(folder))
+    assert "\n" not in str(caught.value)
