@@ -94,17 +94,6 @@ def probe(template: ChatTemplate) -> Traits:
     )
 
 
-def failed_trait(traits: Traits) -> str | None:
-    """Name the first trait for want of which a template is no layout for tool conversations; None where it is one."""
-    if not traits.tools:
-        return f"a conversation with tools: {traits.problem}"
-    if not traits.declarations:
-        return "the declarations of tools"
-    if traits.parallel_calls or traits.text_beside_call or traits.reasoning:
-        return None
-    return "neither two calls in a step, nor a text beside a call, nor reasoning"
-
-
 def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
     """Say why a conversation with tools does not come out whole; empty where it does."""
     with_ids = [
