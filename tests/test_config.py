@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -552,6 +554,21 @@ def _table(rows: dict[str, Setting]) -> list[str]:
             words.append(f"Range: {setting.number}.")
         lines.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {' '.join(words)} |")
     return [*lines, ""]
+
+
+def test_an_old_name_is_taken_with_one_line(root):
+    words = [sys.executable, "train.py", "dataset=local", "dataset.path=x.jsonl", "dataset.form=openai", "--cfg", "job"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0
+    assert "\n  format: openai\n" in done.stdout
+    assert done.stderr == "train.py: dataset.form is dataset.format now; the old name is taken for this version\n"
+
+
+def test_a_saved_config_with_an_old_name_is_read():
+    text = config_to_yaml(composed("dataset=local", "dataset.path=x.jsonl"))
+    old = re.sub(r"(?m)^  format: auto$", "  form: auto", text)
+    assert old != text
+    assert config_from_yaml(old, TrainConfig) == config_from_yaml(text, TrainConfig)
 
 
 def test_every_setting_is_documented() -> None:

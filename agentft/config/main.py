@@ -27,6 +27,7 @@ from agentft.errors import AgentftError, ConfigError
 from agentft.progress import outlive_console
 from agentft.provenance import other_agentft
 from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.saved import RENAMED
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.secrets import redact_text
 
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError(re.sub(r"=\S*", "=...", message) + _hint_for_flags(message))
 
     parser.error = refuse  # type: ignore[method-assign]
-    sys.argv[1:] = _with_packaged_folder(sys.argv[1:])
+    sys.argv[1:] = _with_new_names(_with_packaged_folder(sys.argv[1:]))
     arguments = parser.parse_args()
     if arguments.config_path is not None:
         raise ConfigError("--config-path: not supported; --config-dir adds a folder to conf/")
@@ -58,6 +59,20 @@ def _with_packaged_folder(words: Sequence[str]) -> list[str]:
         folder = conf_dir().parent / found[i + 1]
         if word in ("--config-dir", "-cd") and not Path(found[i + 1]).is_dir() and folder.is_dir():
             found[i + 1] = str(folder)
+    return found
+
+
+def _with_new_names(words: Sequence[str]) -> list[str]:
+    """Put today's names in the place of old ones, and say all of them in one line on stderr."""
+    found = list(words)
+    said: list[str] = []
+    for at, word in enumerate(found):
+        for old, new in RENAMED.items():
+            if (match := re.match(rf"(\+{{0,2}}){re.escape(old)}=", word)) is not None:
+                found[at] = f"{match[1]}{new}={word[match.end() :]}"
+                said.append(f"{old} is {new} now")
+    if said:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {'; '.join(said)}; the old name is taken for this version\n")
     return found
 
 

@@ -90,6 +90,10 @@ def settings_to_yaml(config: EvaluateConfig) -> str:
     return text
 
 
+RENAMED = {"dataset.form": "dataset.format"}
+"""Settings that had another name in the version before; the old one is taken with a notice."""
+
+
 def config_from_yaml(text: str, root: type[C]) -> C:
     """The config that `config_to_yaml` wrote. Raises `ConfigError` for anything that does not fit the schemas."""
     try:
@@ -105,6 +109,10 @@ def config_from_yaml(text: str, root: type[C]) -> C:
                 if schema not in SCHEMAS.get(group, {}):
                     raise ConfigError(f"defaults: {group}: {schema} is not a schema; known are {_known(group)}")
                 classes[group] = SCHEMAS[group][schema]
+    for old, new in RENAMED.items():
+        group, name = old.split(".")
+        if isinstance(data.get(group), dict) and name in data[group]:
+            data[group].setdefault(new.split(".")[1], data[group].pop(name))
     return typing.cast("C", _build(data, root, "", classes))
 
 
