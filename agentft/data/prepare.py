@@ -432,6 +432,25 @@ def _open(folder: Path, config: DatasetConfig) -> PreparedData:
     )
 
 
+def rewritten_history(prepared: PreparedData) -> dict[str, int]:
+    """Return what it costs that a chat template rewrites history: conversations of several renderings, their examples,
+    their tokens, and the tokens of the longest rendering of each.
+    """
+    fitted = {name for change in prepared.account.changed for name in change["examples"]}
+    lengths = dict(zip(prepared.train.ids, prepared.train.lengths.tolist(), strict=True))
+    by_whole: dict[str, list[int]] = {}
+    for name, tokens in lengths.items():
+        whole, part, _ = name.rpartition("/part-")
+        if part and name not in fitted:
+            by_whole.setdefault(whole, []).append(tokens)
+    return {
+        "conversations": len(by_whole),
+        "examples": sum(map(len, by_whole.values())),
+        "tokens": sum(map(sum, by_whole.values())),
+        "tokens_of_the_longest": sum(map(max, by_whole.values())),
+    }
+
+
 def _report(prepared: PreparedData, seconds: float) -> None:
     account = prepared.account
     tokens = int(prepared.train.lengths.sum())
@@ -451,6 +470,16 @@ def _report(prepared: PreparedData, seconds: float) -> None:
         if set(outcomes) - {str(Outcome.whole)}:
             steps = sum(len(change["steps_left_out"]) for change in account.changed if change["part"] == part)
             log.warning("data: fitting to dataset.max_length, %s: %s; %d steps left out", part, dict(outcomes), steps)
+    if (cost := rewritten_history(prepared))["conversations"]:
+        once = tokens - cost["tokens"] + cost["tokens_of_the_longest"]
+        log.log(
+            logging.WARNING if tokens > 1.5 * once else logging.INFO,
+            "data: the chat template rewrites history, so %d conversations are %d examples: %.1f x the tokens of one "
+            "rendering of each; bounded by model.rewritten_history=stable or dataset.reasoning=drop",
+            cost["conversations"],
+            cost["examples"],
+            tokens / once,
+        )
     if account.layout:
         log.info("data: written otherwise by model.template: %s", dict(account.layout.most_common()))
     if account.left_out:
@@ -488,6 +517,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "in_neither_part": dict(account.left_out),
             "notices": dict(account.read.notices),
             "layout": dict(account.layout),
+            "rewritten_history": rewritten_history(prepared),
             "fitting": {"outcomes": account.fitted, "changed": account.changed},
             "train": {
                 "examples": len(prepared.train),

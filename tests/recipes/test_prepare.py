@@ -33,15 +33,17 @@ from agentft.data.config import (
 )
 from agentft.data.conversation import Conversation
 from agentft.data.preparation_stats import Account, read_account, write_account
-from agentft.data.prepare import PreparedData, prepare_data, write_manifest
+from agentft.data.prepare import PreparedData, prepare_data, rewritten_history, write_manifest
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import is_large, read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
+from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import fit_conversations
 from agentft.errors import DataError
 from agentft.model.random_weights import byte_tokenizer as make_tokenizer
 from agentft.runs import RunFolder
+from tests.data.chat_families import with_template
 
 COUNT = 150
 
@@ -546,3 +548,30 @@ def test_a_file_without_a_usable_row_ends_with_why_and_what_is_known(row, templa
     assert all(repr(key) in lines[1] for key in row)
     assert "3 not_an_object" in lines[2]
     assert "xlam (query, tools, answers)" in lines[-1]
+
+
+def test_what_rewritten_history_costs_is_said(tmp_path, caplog):
+    """Qwen3's template drops the thoughts before a question, so each round is an example of its own."""
+    tokenizer = with_template(make_tokenizer(), "qwen3")
+    path = tmp_path / "thinking.jsonl"
+    rounds = [
+        {"role": role, "content": text, **({"reasoning_content": "t" * 300} if role == "assistant" else {})}
+        for text in ("one", "two", "three")
+        for role in ("user", "assistant")
+    ]
+    rows = [{"id": f"{n}", "messages": [{**rounds[0], "content": f"question {n}"}, *rounds[1:]]} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for stable, kept in ((False, 3), (True, 1)):
+        caplog.clear()
+        layout = choose_template("native", tokenizer, stable=stable)
+        with caplog.at_level("INFO"):
+            prepared = prepare_data(settings(path, max_length=4000), layout, SegmentEncoder(tokenizer))
+        cost = rewritten_history(prepared)
+        conversations = prepared.account.used("train")
+        assert len(prepared.train) == kept * conversations
+        assert (cost["conversations"], cost["examples"]) == (
+            (conversations, 3 * conversations) if kept == 3 else (0, 0)
+        )
+        said = [record for record in caplog.records if "rewrites history" in record.message]
+        assert [record.levelname for record in said] == (["WARNING"] if cost["tokens"] else [])
+    assert prepared.account.layout["step_left_out_template_drops_reasoning"] == 2 * 20, "and those steps are named"
