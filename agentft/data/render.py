@@ -85,14 +85,16 @@ class MsagentTemplate:
     stop_token: str
     thought_tokens: bool = False
     """`<think>` and `</think>` are tokens of the tokenizer; else they are letters."""
+    beginning: str | None = None
+    """Token that a text begins with, where the tokenizer puts one before every text."""
 
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out; joined texts without stops are the original text."""
-        segments: list[Segment] = []
+        segments = [Segment(self.beginning, Kind.header, special=True)] if self.beginning else []
         agent_speaks = False
         for message, history in with_history(as_msagent(conversation), context_rounds):
             if message.source is None or not agent_speaks:
-                separator = "\n\n" if segments else ""
+                separator = "\n\n" if len(segments) > bool(self.beginning) else ""
                 role = message.role if message.source is None else "assistant"
                 segments.append(Segment(f"{separator}<|{role}|>:", Kind.header))
             agent_speaks = message.source is not None

@@ -57,7 +57,9 @@ def choose_template(
         name = "native" if problem is None else "msagent"
     if name == "msagent":
         marks = {"<think>", "</think>"} <= tokenizer.get_vocab().keys()
-        return MsagentTemplate(_stop_token(tokenizer, stop_token), thought_tokens=marks)
+        return MsagentTemplate(
+            _stop_token(tokenizer, stop_token), thought_tokens=marks, beginning=_beginning(tokenizer)
+        )
     if stop_token is not None:
         raise ConfigError(
             f"model.stop_token={stop_token!r} is for model.template=msagent; a chat template writes its own"
@@ -90,7 +92,8 @@ def exported_template(layout: Layout) -> str:
     """Return the chat template by which a server writes the prompts of this layout."""
     if isinstance(layout, ChatLayout):
         return layout.template.source
-    return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{template_text('msagent')}"
+    beginning = f"{{{{- '{layout.beginning}' -}}}}\n" if layout.beginning else ""
+    return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{beginning}{template_text('msagent')}"
 
 
 def _chat_layout(
@@ -118,6 +121,12 @@ def _why_not_native(tokenizer: Any, template_args: Mapping[str, Any] | None) -> 
     if not traits.declarations:
         return "it leaves out the declarations of tools"
     return None if traits.stops else "no token of the tokenizer ends its answers"
+
+
+def _beginning(tokenizer: Any) -> str | None:
+    """Return the token that the tokenizer itself puts before every text, None where it puts none."""
+    bos = tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if bos is not None and tokenizer("").input_ids[:1] == [bos] else None
 
 
 def _stop_token(tokenizer: Any, given: str | None) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.conversation import Conversation, Message, Origin
+from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.grammar import Call, Observation, Text
 from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Kind
+from agentft.data.template_choice import choose_template, exported_template
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
+from agentft.model.random_weights import byte_tokenizer
 
 CASES = [
     "one_call",
@@ -181,3 +183,29 @@ def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data
         trained = "".join(segment.text for segment in segments if segment.trained)
         assert "<|startofexec|>" not in trained
         assert trained.count("<|startofthink|>") == len(conversation.tool_calls)
+
+
+def test_a_text_begins_once_with_what_the_tokenizer_puts_before_every_text(golden_conversations):
+    """As Llama's and Mistral's tokenizers do; the exported template writes the same ids."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    bos = tokenizer.bos_token_id
+    plain = choose_template("msagent", tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    template, encoder = choose_template("msagent", tokenizer), SegmentEncoder(tokenizer)
+    assert (plain.beginning, template.beginning) == (None, "<|im_start|>")
+    conversation = golden_conversations["one_call"]
+    without, example = (next(tokenize([conversation], each, encoder)) for each in (plain, template))
+    assert example.input_ids.tolist() == [bos, *without.input_ids.tolist()]
+    assert example.labels.tolist() == [IGNORE_INDEX, *without.labels.tolist()]
+    written = tokenizer.apply_chat_template(
+        chat_messages(conversation.messages[:2]),
+        chat_template=exported_template(template),
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert written == example.input_ids[: example.steps()[0][0]].tolist()
