@@ -162,15 +162,20 @@ class Conversation:
     def turns(self) -> list[Turn]:
         """The turns of an MSAgent record: the steps and results between two users are one."""
         turns: list[Turn] = []
-        for is_agent, group in groupby(self.messages, lambda message: message.source is not None):
-            members = list(group)
+        for is_agent, group in groupby(self.messages, _has_source):
             if not is_agent:
-                turns += [Turn(message.role, message.text) for message in members]
+                turns += [Turn(message.role, message.text) for message in group]
                 continue
-            steps = (message for message in members if message.role == "assistant")
-            untrained = tuple(number for number, message in enumerate(steps) if not message.trained)
-            turns.append(Turn("assistant", "".join([message.source_text for message in members]), untrained))
+            members = list(group)
+            text = "".join([part.source for message in members for part in message.source or ()])
+            steps = [message.trained for message in members if message.role == "assistant"]
+            untrained = () if all(steps) else tuple(at for at, trained in enumerate(steps) if not trained)
+            turns.append(Turn("assistant", text, untrained))
         return turns
+
+
+def _has_source(message: Message) -> bool:
+    return message.source is not None
 
 
 def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

@@ -144,10 +144,14 @@ TOOLS_INTRODUCTION = (
 
 def step_message(parts: tuple[Part, ...], *, trained: bool = True) -> Message:
     """Return a step of MSAgent text: its texts are the content, its readable calls the tool calls."""
-    texts = [part.source.strip() for part in parts if not isinstance(part, Call)]
-    calls = tuple(call for part in parts if isinstance(part, Call) for call in part.requests)
-    content = "\n".join(text for text in texts if text)
-    return Message("assistant", content or None, tool_calls=calls, trained=trained, source=parts)
+    texts: list[str] = []
+    calls: tuple[ToolCall, ...] = ()
+    for part in parts:
+        if isinstance(part, Call):
+            calls += part.requests
+        elif text := part.source.strip():
+            texts.append(text)
+    return Message("assistant", "\n".join(texts) or None, tool_calls=calls, trained=trained, source=parts)
 
 
 def result_message(observation: Observation, *blanks: Part) -> Message:
@@ -162,17 +166,23 @@ def turn_messages(parts: Iterable[Part], untrained: Collection[int] = ()) -> lis
         untrained: Steps, counted from 0, that the source shows and does not want trained.
     """
     messages: list[Message] = []
+    run: list[Part] = []
     steps = 0
-    for is_result, members in groupby(parts, lambda part: isinstance(part, Observation)):
-        run = tuple(members)
-        if is_result:
-            messages += [result_message(part) for part in run if isinstance(part, Observation)]
-        elif any(isinstance(part, Call) or part.source.strip() for part in run):
-            messages.append(step_message(run, trained=steps not in untrained))
-            steps += 1
-        else:  # blanks after a result: no step, and yet letters of the layout
-            last = messages[-1]
-            messages[-1] = replace(last, source=(*(last.source or ()), *run))
+    for part in (*parts, None):
+        if part is not None and not isinstance(part, Observation):
+            run.append(part)
+            continue
+        if run:
+            step = step_message(tuple(run), trained=steps not in untrained)
+            if step.content or any(isinstance(each, Call) for each in run):
+                messages.append(step)
+                steps += 1
+            else:  # blanks after a result: no step, and yet letters of the layout
+                last = messages[-1]
+                messages[-1] = replace(last, source=(*(last.source or ()), *run))
+            run = []
+        if part is not None:
+            messages.append(result_message(part))
     return messages
 
 

@@ -291,14 +291,17 @@ def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
     )
     for call in conversation.tool_calls if offered or conversation.tools else ():
         notices.extend(Notice(origin, code, detail) for code, detail in _call_quirks(call, tools))
-    for part in (part for message in conversation.messages for part in message.source or ()):
-        notices.extend(Notice(origin, code, detail) for code, detail in _text_quirks(part))
+    for message in conversation.messages:
+        for part in message.source or ():
+            for code, detail in _text_quirks(part):
+                notices.append(Notice(origin, code, detail))
 
 
 def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
     """Yield what is odd about the MSAgent text of a part."""
     source = part.source
-    marks = len(MARK.findall(source)) if "<|" in source else 0
+    own = 0 if isinstance(part, Text) else 2  # of the part itself, which need no search
+    marks = len(MARK.findall(source)) if source.count("<|") > own else own
     if isinstance(part, Call):
         if marks > 2:
             yield "mark_inside_call", "a JSON string of a call holds a mark"
