@@ -189,7 +189,8 @@ def is_mark(character: str) -> bool:
 
 
 def is_cjk_character(character: str) -> bool:
-    return unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"))
+    name = unicodedata.name(character, "")
+    return character in "々〇〻" or name.startswith(("CJK", "HANGZHOU", "HIRAGANA", "KATAKANA", "HANGUL"))
 
 
 def rouge_l(reference: list[str], predicted: list[str]) -> float:
