@@ -1,4 +1,4 @@
-"""What a person sees during long work: one bar on a terminal, nothing but log lines elsewhere.
+"""Show a person how far long work is: one bar on a terminal, nothing but log lines elsewhere.
 
 The console may go away at any time (`| head`, a closed terminal, a full disk under a redirection): that ends no work.
 """

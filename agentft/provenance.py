@@ -1,4 +1,4 @@
-"""Where a run was made: the code's revision, the versions and the machine that can change a result."""
+"""Record where a run was made: the code's revision, the versions and the machine."""
 
 from __future__ import annotations
 

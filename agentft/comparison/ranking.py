@@ -1,4 +1,4 @@
-"""Which settings differ, which run is best, and which cannot be told from it.
+"""Rank runs: say which settings differ, which run is best, and which cannot be told from it.
 
 "Tied" means that a paired test on the same held-out conversations finds no difference to the best run at 5 %, with
 Holm's correction over all runs of the table. Where predictions are missing, overlapping 95 % intervals stand in for the

@@ -1,4 +1,4 @@
-"""What a dataset is and how it becomes training examples: the settings of the `dataset` group."""
+"""Define the settings of the group `dataset`: what a dataset is and how it becomes training examples."""
 
 from __future__ import annotations
 

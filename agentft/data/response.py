@@ -1,4 +1,4 @@
-"""What an agent says at one step, cut into reasoning, text and calls by a response template.
+"""Cut what an agent says at one step into reasoning, text and calls, by a response template.
 
 Response templates are those of transformers (`tokenizer.response_template`), read by a splitter that loses nothing: what
 stands in no region is text, a call that cannot be read stays beside the others, and a close mark inside a value closes

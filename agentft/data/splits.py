@@ -1,4 +1,4 @@
-"""Which conversations are trained on, which are held out, and in which order.
+"""Divide conversations: which are trained on, which are held out, and in which order.
 
 Both answers come from hashes of content, so they do not depend on the order of a file, on the sample size or on what else
 is in it. The held-out set is fixed before sampling: every sample size sits the same exam.

@@ -1,4 +1,4 @@
-"""What a chat template can say, found by rendering small conversations with it."""
+"""Find out what a chat template can say, by rendering small conversations with it."""
 
 from __future__ import annotations
 

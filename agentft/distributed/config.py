@@ -1,4 +1,4 @@
-"""Which engine trains, on how many processes and machines: the settings of the group `distributed`."""
+"""Define the settings of the group `distributed`: the engine, its processes and its machines."""
 
 from __future__ import annotations
 

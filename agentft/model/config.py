@@ -1,4 +1,4 @@
-"""Which model is trained and in which way: the settings of the groups `model` and `sft_type`."""
+"""Define the settings of the groups `model` and `sft_type`: the model, and the way it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a training fits into the device: estimated from config.json, before weights are downloaded or loaded."""
+"""Check whether a training fits into the device: estimated from config.json, before weights are downloaded or loaded."""
 
 from __future__ import annotations
 

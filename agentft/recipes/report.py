@@ -1,4 +1,4 @@
-"""What a run says at its end: before and after in numbers and in words, where the time went, where everything lies."""
+"""Report at the end of a run: before and after in numbers and in words, where the time went, where everything lies."""
 
 from __future__ import annotations
 
