@@ -190,6 +190,8 @@ def export(config: ExportConfig) -> ExportResult:
     if record["model_fingerprint"] != files.fingerprint:
         raise RunError(f"{files.folder}: the base model has changed since {run.path} was trained on it")
     checkpoint = load_checkpoint(find_checkpoint(run, config.checkpoint))
+    tokenizer = load_tokenizer(files, trained.model)
+    layout = choose_layout(trained.model, tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -198,8 +200,8 @@ def export(config: ExportConfig) -> ExportResult:
             base, revision = base_name(trained, files)
             write_adapter(tensors, trained.sft_type, work, base=base, revision=revision)
         else:
-            _write_whole(config, trained, record, files, tensors, work)
-        _write_how_to_talk(trained, files, work)
+            _write_whole(config, trained, record, files, tensors, work, _stop_ids(layout, tokenizer))
+        _write_how_to_talk(layout, tokenizer, work)
         card = model_card(run, trained, record, checkpoint.step, adapter_alone=adapter_alone)
         (work / "README.md").write_text(redact_text(card), encoding="utf-8")
         work.chmod(0o755)
@@ -225,6 +227,7 @@ def _write_whole(
     files: ModelFiles,
     tensors: dict[str, torch.Tensor],
     folder: Path,
+    stop_ids: int | list[int],
 ) -> None:
     """Write weights and config.json."""
     from transformers import AutoConfig
@@ -244,8 +247,7 @@ def _write_whole(
     )
     settings = AutoConfig.from_pretrained(files.folder)
     settings.dtype = stored
-    tokenizer = load_tokenizer(files, trained.model)
-    settings.eos_token_id = _stop_ids(choose_layout(trained.model, tokenizer), tokenizer)
+    settings.eos_token_id = stop_ids
     settings.save_pretrained(folder)
 
 
@@ -260,12 +262,10 @@ def _stop_ids(layout: Layout, tokenizer: Any) -> int | list[int]:
     return ids[0] if len(ids) == 1 else ids
 
 
-def _write_how_to_talk(trained: TrainConfig, files: ModelFiles, folder: Path) -> None:
+def _write_how_to_talk(layout: Layout, tokenizer: Any, folder: Path) -> None:
     """Write tokenizer, chat template and generation settings: the layout of training, greedy, ending at its stop token."""
     from transformers import GenerationConfig
 
-    tokenizer = load_tokenizer(files, trained.model)
-    layout = choose_layout(trained.model, tokenizer)
     tokenizer.chat_template = exported_template(layout)
     stop = stop_tokens(layout)[0]
     if isinstance(layout, MsagentTemplate):
