@@ -64,7 +64,7 @@ class Dashboard:
     axes: tuple[Axis, ...] = (
         Axis("sft_type.rank", log=True),
         Axis("training.learning_rate", log=True),
-        Axis("dataset.sample"),
+        Axis("dataset.max_samples"),
     )
     """Swept settings."""
     metric: str = "arg_f1"

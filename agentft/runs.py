@@ -26,7 +26,7 @@ from agentft.secrets import redact_command, redact_strings, redact_text
 from agentft.strict_json import json_text
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
-"""`paused`: it reached `training.stop_at`, saved and examined, and a larger share goes on."""
+"""`paused`: it reached `training.pause_at_fraction`, saved and examined, and a larger share goes on."""
 
 SWEEP_FOLDER_VARIABLE = "AGENTFT_SWEEP_DIR"
 """The environment variable by which a launcher tells its jobs which sweep folder they belong to."""

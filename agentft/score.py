@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         scores = score_records(read_records(options.file), stop_texts=options.stop, with_jieba=options.jieba)
         report = aggregate(
-            scores, draws=options.draws, seed=options.seed, allow_bad_references=options.allow_bad_references
+            scores,
+            draws=options.bootstrap_samples,
+            seed=options.seed,
+            allow_bad_references=options.allow_bad_references,
         )
         if options.output is not None:
             _write_file(options.output, _json_text(report) + "\n")
@@ -244,7 +247,9 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a table")
     parser.add_argument("--output", type=Path, help="also write the report as JSON to this file")
     parser.add_argument("--steps", type=Path, help="also write the counts of every step, one JSON object a line")
-    parser.add_argument("--draws", type=_positive, default=10_000, help="bootstrap draws (default: 10000)")
+    parser.add_argument(
+        "--bootstrap-samples", "--draws", type=_positive, default=10_000, help="bootstrap draws (default: 10000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a further end-of-sequence text")
     parser.add_argument("--jieba", action="store_true", help="also report rouge_l_jieba (needs the package jieba)")

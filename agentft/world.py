@@ -122,7 +122,7 @@ class World:
         return tensor
 
     @contextmanager
-    def at_work(self, where: str) -> Iterator[None]:
+    def heartbeat(self, where: str) -> Iterator[None]:
         """Surround work of unknown length, of which some ranks may do all while others wait for them.
 
         It counts as progress on every rank as long as one of them computes, reads or writes. Ranks that only wait do none

@@ -33,8 +33,13 @@ from agentft.training.checkpoint import find_damage, list_checkpoints
 ROOT = Path(__file__).resolve().parent.parent
 JOB = [
     *("model=tiny", "model.shape.hidden=32", "model.shape.intermediate=64", "sft_type.dropout=0", "threads=1"),
-    *("dataset.conversations=12", "dataset.heldout=3", "training.accumulation=2", "training.max_steps=100000"),
-    *("training.logging_steps=1", "training.save_steps=0", "evaluation.steps=0", "evaluation.before=false"),
+    *(
+        "dataset.conversations=12",
+        "dataset.heldout=3",
+        "training.gradient_accumulation_steps=2",
+        "training.max_steps=100000",
+    ),
+    *("training.logging_steps=1", "training.save_steps=0", "evaluation.eval_steps=0", "evaluation.before=false"),
     "tracking=disabled",
 ]
 SHAPES = {

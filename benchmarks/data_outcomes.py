@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]  # the latter for the records that the tests use
 
 from agentft.data.conversation import Origin  # noqa: E402
-from agentft.data.records import Notice, Rejection, read_record  # noqa: E402
+from agentft.data.records import ParseWarning, Rejection, read_record  # noqa: E402
 from agentft.data.sources import ReadReport, read_conversations, read_local  # noqa: E402
 from agentft.errors import DataError  # noqa: E402
 
@@ -33,7 +33,7 @@ def outcome_of(record: dict[str, object]) -> tuple[str, str]:
     outcome = read_record(record, Origin("malformed.jsonl", 1))
     if isinstance(outcome, Rejection):
         return "skip", outcome.reason
-    notices: list[Notice] = outcome[1]
+    notices: list[ParseWarning] = outcome[1]
     codes = sorted({n.code for n in notices if not n.code.startswith("column_not_used:")} - REPAIRS)
     return ("care", ", ".join(codes)) if codes else ("load", "")
 

@@ -108,7 +108,7 @@ def overhead() -> dict[str, list[float]]:
                 command = [sys.executable, "train.py", "model=tiny", "dataset.conversations=8", "dataset.heldout=2"]
                 command += ["training.max_steps=1", "evaluation.before=false", "evaluation.after=false", "threads=1"]
                 command += [
-                    "evaluation.steps=0",
+                    "evaluation.eval_steps=0",
                     "tracking=disabled",
                     f"distributed={name}",
                     f"run_dir={folder}/{name}{turn}",

@@ -31,9 +31,19 @@ ANSWER = (
 )
 SETTINGS = [
     *("model=auto", "model.source=local", "model.dtype=fp32", "tracking=disabled", "dataset=local", "threads=1"),
-    *("dataset.max_length=512", "training.accumulation=1", "training.save_steps=0", "evaluation.before=false"),
-    *("evaluation.best_metric=loss", "evaluation.steps=100000", "evaluation.batch=64", "evaluation.max_new_tokens=60"),
-    *("evaluation.draws=10", "evaluation.examples=0", "sft_type=full"),
+    *(
+        "dataset.max_length=512",
+        "training.gradient_accumulation_steps=1",
+        "training.save_steps=0",
+        "evaluation.before=false",
+    ),
+    *(
+        "evaluation.best_metric=loss",
+        "evaluation.eval_steps=100000",
+        "evaluation.batch=64",
+        "evaluation.max_new_tokens=60",
+    ),
+    *("evaluation.bootstrap_samples=10", "evaluation.examples=0", "sft_type=full"),
 ]
 
 
@@ -101,7 +111,12 @@ def base_model(folder: Path) -> Path:
         random_model(folder / "random")
         data, heldout = write_data(folder, "base-words", (600, 60), rare=False)
         settings = [f"model.id={folder / 'random'}", f"dataset.path={data}", f"dataset.test_path={heldout}"]
-        steps = ["training.micro_batch=4", "training.epochs=6", "training.learning_rate=2e-3", f"run_dir={run}"]
+        steps = [
+            "training.per_device_batch_size=4",
+            "training.epochs=6",
+            "training.learning_rate=2e-3",
+            f"run_dir={run}",
+        ]
         with contextlib.redirect_stderr(io.StringIO()):  # the table of the exam
             result = train(
                 to_train_config(compose("train", [*SETTINGS, *settings, *steps, "dataset.span_weights.call=4"]))

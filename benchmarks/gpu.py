@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from agentft.data.batches import Batch, collate, collate_packed, step_groups  # noqa: E402
-from agentft.data.render import Kind  # noqa: E402
+from agentft.data.render import SpanKind  # noqa: E402
 from agentft.data.tokens import IGNORE_INDEX, Example, Span  # noqa: E402
 from agentft.model.adapters import prepare_for_training  # noqa: E402
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig  # noqa: E402
@@ -58,7 +58,7 @@ def conversations(count: int, vocabulary: int) -> list[Example]:
     for number in range(count):
         length = int(np.clip(rng.lognormal(6.3, 0.6), 64, MAX_LENGTH))
         edges = np.sort(rng.choice(np.arange(8, length), 6, replace=False))
-        spans = tuple(Span(int(edges[k]), int(edges[k + 1]), Kind.text) for k in (0, 2, 4))
+        spans = tuple(Span(int(edges[k]), int(edges[k + 1]), SpanKind.text) for k in (0, 2, 4))
         ids = rng.integers(5, vocabulary, length).astype(np.int32)
         examples.append(Example(f"c{number}", ids, spans))
     return examples
@@ -125,7 +125,9 @@ def measure(shape: str, method: str, variant: str, device: torch.device, steps: 
     for step in range(steps + 2):
         chosen = {k: examples[k] for k in range(step * per_step, (step + 1) * per_step)}
         lengths = {k: len(example) for k, example in chosen.items()}
-        groups = step_groups(list(chosen), lengths, micro_batch=4, row_tokens=4 * MAX_LENGTH if ours else None)
+        groups = step_groups(
+            list(chosen), lengths, per_device_batch_size=4, row_tokens=4 * MAX_LENGTH if ours else None
+        )
         batches = [
             collate_packed([chosen[k] for k in g]) if ours else collate([chosen[k] for k in g], 0) for g in groups
         ]

@@ -51,7 +51,9 @@ class Grid:
 
 
 GRIDS = {
-    "apart": Grid((5e-5, 3e-4, 2e-3), (100, 300, 900), ("batches", "training.accumulation", (1, 4, 16)), 300),
+    "apart": Grid(
+        (5e-5, 3e-4, 2e-3), (100, 300, 900), ("batches", "training.gradient_accumulation_steps", (1, 4, 16)), 300
+    ),
     "near": Grid((2e-4, 1e-3, 5e-3), (225, 450, 900), ("weight", "dataset.span_weights.call", (1, 2, 4)), 150),
 }
 """`apart`: every setting matters, and one configuration is the best by more than the exam's error. `near`: one setting
@@ -129,11 +131,11 @@ def make_jobs(folder: Path, base: Path, seed: int, grid: Grid) -> list[Job]:
     """One job for each configuration; its command is its overrides."""
     data, heldout = few_tools.write_data(folder, f"rare-words-{seed}", (max(grid.samples), grid.heldout), rare=True)
     files = [f"model.id={base}", f"dataset.path={data}", f"dataset.test_path={heldout}"]
-    steps = ["training.micro_batch=4", "training.warmup=0.05", f"seed={seed}"]
+    steps = ["training.per_device_batch_size=4", "training.warmup=0.05", f"seed={seed}"]
     jobs = []
     short, setting, values = grid.third
     for number, (rate, sample, value) in enumerate(itertools.product(grid.rates, grid.samples, values)):
-        swept = [f"training.learning_rate={rate}", f"dataset.sample={sample}", f"{setting}={value}"]
+        swept = [f"training.learning_rate={rate}", f"dataset.max_samples={sample}", f"{setting}={value}"]
         overrides = [*few_tools.SETTINGS, *files, *steps, *swept]
         job = Job(
             folder=folder / f"seed-{seed}" / f"rate-{rate:g}_sample-{sample}_{short}-{value}",

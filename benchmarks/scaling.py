@@ -72,7 +72,7 @@ def parts(model: str, method: str) -> tuple[ModelShape, MemoryEstimate]:
         lora_targets=TARGETS,
         dtype=Dtype.bf16,
         max_length=LENGTH,
-        micro_batch=1,
+        per_device_batch_size=1,
         checkpointing=True,
     )
     return model_shape(MODELS[model]), estimate
@@ -206,7 +206,7 @@ def _one(option: str, method: str, world: Any) -> dict[str, float]:
         world.barrier()
         before = _written()
         for number in range(MICRO_BATCHES):
-            with engine.micro_batch(last=number == MICRO_BATCHES - 1):
+            with engine.per_device_batch_size(last=number == MICRO_BATCHES - 1):
                 engine.backward(engine.loss(collate([example], 0)))
         engine.clip(1.0)
         engine.step()

@@ -32,7 +32,7 @@ COMMANDS = {
 }
 JOB = (
     "model=tiny", "dataset.conversations=40", "evaluation.before=false", "evaluation.after=false",
-    "evaluation.steps=0", "tracking=disabled", "threads=1",
+    "evaluation.eval_steps=0", "tracking=disabled", "threads=1",
 )  # fmt: skip
 REFERENCES = {
     "import torch": "import torch",

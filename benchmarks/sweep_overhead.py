@@ -23,8 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW, MANY = 2, 12
 SETTINGS = [
     *("model=tiny", "tracking=disabled", "dataset.conversations=48", "dataset.heldout=4", "dataset.max_length=8192"),
-    *("dataset.chinese=0", "training.accumulation=4", "training.save_steps=0", "training.logging_steps=100"),
-    *("evaluation.before=false", "evaluation.steps=0", "evaluation.best_metric=loss", "evaluation.draws=200"),
+    *(
+        "dataset.chinese=0",
+        "training.gradient_accumulation_steps=4",
+        "training.save_steps=0",
+        "training.logging_steps=100",
+    ),
+    *(
+        "evaluation.before=false",
+        "evaluation.eval_steps=0",
+        "evaluation.best_metric=loss",
+        "evaluation.bootstrap_samples=200",
+    ),
     *("evaluation.conversations=4", "evaluation.max_new_tokens=16", "threads=1"),
 ]
 

@@ -29,7 +29,7 @@ PACKAGE = ROOT / "agentft"
 
 TINY = [
     *("model=tiny", "dataset.conversations=4", "dataset.heldout=1", "training.max_steps=1"),
-    *("evaluation.steps=0", "evaluation.before=false", "evaluation.max_new_tokens=8"),
+    *("evaluation.eval_steps=0", "evaluation.before=false", "evaluation.max_new_tokens=8"),
     *("tracking=disabled", "threads=1"),
 ]
 

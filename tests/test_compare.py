@@ -94,12 +94,12 @@ def table(text: str) -> list[dict[str, str]]:
 
 def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     make_run(tmp_path / "0_a", {"sft_type.rank": 4, "tracking.mode": "offline"})
-    make_run(tmp_path / "1_b", {"sft_type.rank": 8, "dataset.sample": 100, "dataset.workers": 1})
+    make_run(tmp_path / "1_b", {"sft_type.rank": 8, "dataset.max_samples": 100, "dataset.workers": 1})
     make_run(tmp_path / "2_c", {"training.logging_steps": 5, "experiment": "e", "dataset.name": "local"})
     assert differing_settings(read_runs([tmp_path])) == {
         "sft_type.rank": "rank",
         "dataset.name": "dataset",
-        "dataset.sample": "sample",
+        "dataset.max_samples": "sample",
     }
 
 
@@ -250,7 +250,7 @@ def test_the_page_needs_no_network_and_shows_every_run_in_every_chart(tmp_path: 
     for i, size in enumerate((60, 120, 240, 480)):
         for j, rank_ in enumerate((4, 64)):
             folder = tmp_path / "sweep" / f"{2 * i + j}_rank-{rank_}_sample-{size}"
-            changes = {"sft_type.rank": rank_, "dataset.sample": size, "model.name": "<b>&"}
+            changes = {"sft_type.rank": rank_, "dataset.max_samples": size, "model.name": "<b>&"}
             make_run(folder, changes, right=lambda k, n=size: k % 60 < 60 - 200 / n**0.5, loss=2 / (i + 1))
             write(folder / "data" / "manifest.json", {"train": {"conversations": size}})
             write(folder / "job.json", {"state": "finished", "seconds": 60.0 + size + rank_})

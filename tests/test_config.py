@@ -177,7 +177,7 @@ def test_the_old_command_has_each_value_of_its_table() -> None:
     assert type(sft_type) is SCHEMAS["sft_type"]["schema_lora"]
     assert config.output_dir == "runs"  # --output_dir
     assert dataset.id == "damo/MSAgent-Bench"  # --dataset
-    assert dataset.sample == 20000  # --dataset_sample
+    assert dataset.max_samples == 20000  # --dataset_sample
     assert dataset.test_ratio == 0.02  # --dataset_test_ratio
     assert dataset.test_split is None  # or the ratio would not count
     assert dataset.max_length == 2048  # --max_length
@@ -185,10 +185,10 @@ def test_the_old_command_has_each_value_of_its_table() -> None:
     assert (sft_type.rank, sft_type.alpha, sft_type.dropout) == (8, 32, 0.1)  # --lora_rank, _alpha, _dropout_p
     assert sft_type.targets is None
     assert model.lora_targets == ["q_proj", "k_proj", "v_proj"]  # the fused qkv of the old models
-    assert training.micro_batch == 1  # --batch_size
-    assert training.accumulation == 16  # --gradient_accumulation_steps
+    assert training.per_device_batch_size == 1  # --batch_size
+    assert training.gradient_accumulation_steps == 16  # --gradient_accumulation_steps
     assert training.learning_rate == 1e-4  # --learning_rate
-    assert config.evaluation.steps == 50  # --eval_steps
+    assert config.evaluation.eval_steps == 50  # --eval_steps
     assert training.save_steps == 50  # --save_steps
     assert training.save_total_limit == 2  # --save_total_limit
     assert training.logging_steps == 20  # --logging_steps
@@ -248,7 +248,7 @@ MISTAKES = [
     ("--lora_rank 4", ["--lora_rank is now sft_type.rank=..."]),
     ("sft_type.rank=abc", ["sft_type.rank=abc: expected a whole number"]),
     ("sft_type.rank=null", ["sft_type.rank=null: expected a whole number"]),
-    ("dataset.sample=1.5", ["dataset.sample=1.5: expected a whole number"]),
+    ("dataset.max_samples=1.5", ["dataset.max_samples=1.5: expected a whole number"]),
     ("training.epochs=many", ["training.epochs=many: expected a number"]),
     ("model.trust_remote_code=maybe", ["model.trust_remote_code=maybe: expected true or false"]),
     ("model.lora_targets=q_proj", ["model.lora_targets=q_proj: expected a list"]),

@@ -25,15 +25,26 @@ needs_library = pytest.mark.skipif(find_spec("wandb_workspaces") is None, reason
 REPOSITORY = Path(__file__).parent.parent
 BAYES = REPOSITORY / "sweeps" / "wandb_bayes.yaml"
 TINY = [
-    *("model=tiny", "dataset.conversations=12", "dataset.heldout=4", "dataset.max_length=8192", "dataset.sample=8"),
     *(
-        "training.accumulation=2",
+        "model=tiny",
+        "dataset.conversations=12",
+        "dataset.heldout=4",
+        "dataset.max_length=8192",
+        "dataset.max_samples=8",
+    ),
+    *(
+        "training.gradient_accumulation_steps=2",
         "training.logging_steps=1",
         "training.max_steps=2",
         "threads=1",
         "tracking.mode=offline",
     ),
-    *("evaluation.steps=1", "evaluation.max_new_tokens=4", "evaluation.draws=100", "evaluation.conversations_during=2"),
+    *(
+        "evaluation.eval_steps=1",
+        "evaluation.max_new_tokens=4",
+        "evaluation.bootstrap_samples=100",
+        "evaluation.conversations_during=2",
+    ),
     "evaluation.batch=4",
 ]
 
@@ -115,7 +126,7 @@ def logged(bayes, tmp_path_factory) -> Logged:
 def test_the_wandb_sweep_names_settings_that_exist(bayes):
     known = settings()
     assert set(bayes["parameters"]) <= known.keys()
-    assert {"sft_type.rank", "training.learning_rate", "dataset.sample"} <= bayes["parameters"].keys()
+    assert {"sft_type.rank", "training.learning_rate", "dataset.max_samples"} <= bayes["parameters"].keys()
     assert bayes["method"] == "bayes"
 
 
@@ -126,7 +137,7 @@ def test_the_command_of_the_wandb_sweep_composes(bayes, which):
     assert config.sft_type.rank == values["sft_type.rank"]
     assert config.sft_type.alpha == 2 * values["sft_type.rank"]
     assert config.training.learning_rate == values["training.learning_rate"]
-    assert config.dataset.sample == values["dataset.sample"] <= config.dataset.conversations
+    assert config.dataset.max_samples == values["dataset.max_samples"] <= config.dataset.conversations
 
 
 def test_the_wandb_sweep_searches_for_what_a_run_logs_at_every_evaluation(bayes, logged):

@@ -114,7 +114,7 @@ NOTHING = {
     "evaluation": "auth_variable batch examples request_timeout retries speculation",
     "model": "allow_pickle cache_dir notes offline trust_remote_code",
     "tracking": "entity group mode name project run_name tags",
-    "training": "allow_changes fallback logging_steps memory_check resume save_steps save_total_limit stop_at",
+    "training": "allow_changes fallback logging_steps memory_check resume save_steps save_total_limit pause_at_fraction",
 }
 """Settings that no checkpoint, cache, job or W&B run asks for; for another list, other checkpoints would be refused."""
 
@@ -138,8 +138,14 @@ def test_every_setting_says_what_it_affects() -> None:
     ("override", "is_the_same"),
     [
         *((override, True) for override in ("training.logging_steps=5", "dataset.workers=1", "training.save_steps=7")),
-        *((override, True) for override in ("tracking.project=other", "training.resume=must", "training.stop_at=0.5")),
-        *((override, False) for override in ("training.learning_rate=0.5", "dataset.sample=9", "evaluation.draws=7")),
+        *(
+            (override, True)
+            for override in ("tracking.project=other", "training.resume=must", "training.pause_at_fraction=0.5")
+        ),
+        *(
+            (override, False)
+            for override in ("training.learning_rate=0.5", "dataset.max_samples=9", "evaluation.bootstrap_samples=7")
+        ),
     ],
 )
 def test_a_run_is_the_same_to_wandb_and_to_a_sweep_whatever_affects_nothing(override: str, is_the_same: bool) -> None:

@@ -29,7 +29,7 @@ from agentft.data.sources import ReadReport, is_large, open_rows
 from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import Example, SegmentEncoder, encode_fast
-from agentft.data.truncation import Fitted, Outcome, fit_conversations
+from agentft.data.truncation import TruncationKind, TruncationResult, fit_conversations
 from agentft.errors import DataError
 from agentft.model.load import choose_layout, load_tokenizer, locate_model
 from agentft.recipes.config import AuditConfig
@@ -73,18 +73,20 @@ class _Desk:
             _seen(made.conversation, made.pieces) for made in make_examples(conversations, self.template, self.encoder)
         ]
 
-    def fit(self, conversations: list[Conversation], config: DatasetConfig) -> Iterator[tuple[Seen, Fitted, Fitted]]:
+    def fit(
+        self, conversations: list[Conversation], config: DatasetConfig
+    ) -> Iterator[tuple[Seen, TruncationResult, TruncationResult]]:
         """Each conversation as a whole, what training makes of it, and what the held-out part does."""
 
-        def fitted(members: list[Conversation], policy: TooLong) -> Iterator[Fitted]:
+        def fitted(members: list[Conversation], policy: TooLong) -> Iterator[TruncationResult]:
             return fit_conversations(members, self.template, self.encoder, config.max_length, policy)
 
         in_training = list(fitted(conversations, config.too_long))
-        changed = [each.original for each in in_training if each.outcome is not Outcome.whole]
+        changed = [each.original for each in in_training if each.outcome is not TruncationKind.whole]
         wholes, heldout_policy = iter(self.tokenize(changed)), config.too_long.of_heldout
         others = fitted(changed, heldout_policy)
         for each in in_training:
-            if each.outcome is Outcome.whole:
+            if each.outcome is TruncationKind.whole:
                 yield _seen(each.original, each.pieces), each, each
             else:
                 yield next(wholes), each, each if config.too_long is heldout_policy else next(others)

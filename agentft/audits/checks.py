@@ -19,17 +19,17 @@ import numpy as np
 
 from agentft.audits.findings import Findings
 from agentft.audits.label_trace import LabelProblem, trace_labels
-from agentft.audits.overlap import Ledger
+from agentft.audits.overlap import ConversationIndex
 from agentft.audits.tool_schemas import check_request
 from agentft.data.config import DatasetConfig
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import Call
 from agentft.data.records import Rejection
-from agentft.data.render import Kind, Segment
+from agentft.data.render import Segment, SpanKind
 from agentft.data.sources import ReadReport, bounded_code
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example
-from agentft.data.truncation import Fitted, Outcome
+from agentft.data.truncation import TruncationKind, TruncationResult
 
 _MAX_SOURCES = 40
 """Id prefixes above which they are no sources but names; files count instead."""
@@ -45,7 +45,7 @@ _OF_NOTICES = {"duplicate_id_renamed": "duplicate_id"}
 
 
 @dataclass(slots=True)
-class Tally:
+class GroupStats:
     """Sums over a group of conversations."""
 
     conversations: int = 0
@@ -74,14 +74,14 @@ class Seen:
 class Statistics:
     """What a dataset holds."""
 
-    whole: Tally = field(default_factory=Tally)
-    by_prefix: dict[str, Tally] = field(default_factory=dict)
-    by_file: dict[str, Tally] = field(default_factory=dict)
-    by_language: dict[str, Tally] = field(default_factory=dict)
-    by_rounds: dict[str, Tally] = field(default_factory=dict)
-    by_part: dict[str, Tally] = field(default_factory=dict)
+    whole: GroupStats = field(default_factory=GroupStats)
+    by_prefix: dict[str, GroupStats] = field(default_factory=dict)
+    by_file: dict[str, GroupStats] = field(default_factory=dict)
+    by_language: dict[str, GroupStats] = field(default_factory=dict)
+    by_rounds: dict[str, GroupStats] = field(default_factory=dict)
+    by_part: dict[str, GroupStats] = field(default_factory=dict)
     """`train`, `heldout` and `neither`, as a training run would divide."""
-    tokens_by_kind: Counter[Kind] = field(default_factory=Counter)
+    tokens_by_kind: Counter[SpanKind] = field(default_factory=Counter)
     lengths: array[int] = field(default_factory=lambda: array("I"))
     """Tokens of each conversation."""
     tools_called: Counter[str] = field(default_factory=Counter)
@@ -95,7 +95,7 @@ class Statistics:
     """Source as it was given -> part -> conversations, in training as often as an epoch shows them."""
     heldout_turns_compared: int = 0
 
-    def by_source(self) -> dict[str, Tally]:
+    def by_source(self) -> dict[str, GroupStats]:
         """By id prefix where ids have few of them, else by file; commonest first."""
         few = 1 < len(self.by_prefix) <= _MAX_SOURCES
         return _by_size(self.by_prefix if few or len(self.by_file) == 1 else self.by_file)
@@ -127,7 +127,7 @@ class Audit:
         self._text = text
         self._stop_token = stop_token
         self._verbatim = verbatim
-        self._ledger = Ledger()
+        self._ledger = ConversationIndex()
         self._fits = FitAccount()
         self.unfit: list[Rejection] = []
         """Conversations that fitting sets aside; known when the audit is finished."""
@@ -142,7 +142,7 @@ class Audit:
         if rejection.reason in _OF_REJECTIONS:
             self.findings.add(_OF_REJECTIONS[rejection.reason], rejection.origin, rejection.id, rejection.detail)
 
-    def add(self, seen: Seen, *, fitted: Fitted, as_heldout: Fitted, heldout: bool) -> None:
+    def add(self, seen: Seen, *, fitted: TruncationResult, as_heldout: TruncationResult, heldout: bool) -> None:
         """Take in one conversation.
 
         Args:
@@ -170,11 +170,11 @@ class Audit:
         )
         self._keep_in_sample(seen)
         if len(example) > self._config.max_length:
-            made = {Outcome.spread: f"split into {len(fitted.pieces)}"}.get(fitted.outcome, str(fitted.outcome))
+            made = {TruncationKind.spread: f"split into {len(fitted.pieces)}"}.get(fitted.outcome, str(fitted.outcome))
             detail = f"{len(example):,} tokens, dataset.max_length is {self._config.max_length:,}; in training: {made}"
             self._find("too_long", seen, detail, topic=made.split(" into")[0])
 
-    def _trace(self, fitted: Fitted, trained: int) -> LabelProblem | None:
+    def _trace(self, fitted: TruncationResult, trained: int) -> LabelProblem | None:
         """Follow the labels that training would see back to the record: those of all examples made of it."""
         if not trained:
             if not all(message.trained for message in fitted.original.messages):
@@ -255,7 +255,7 @@ class Audit:
         for group, key in groups:
             if key not in group and len(group) >= 10 * _MAX_SOURCES:
                 key = "(others)"
-            tallies.append(group.setdefault(key, Tally()))
+            tallies.append(group.setdefault(key, GroupStats()))
         for tally in tallies:
             tally.conversations += 1
             tally.rounds += conversation.rounds
@@ -278,8 +278,8 @@ class Audit:
         kinds = self._text.kinds(example.input_ids, seen.segments)
         for span in example.spans:
             kinds[span.start : span.stop] = span.kind
-        counts = np.bincount(kinds, minlength=len(Kind)).tolist()
-        for kind in Kind:
+        counts = np.bincount(kinds, minlength=len(SpanKind)).tolist()
+        for kind in SpanKind:
             self.statistics.tokens_by_kind[kind] += counts[kind]
 
     def _check_turns(self, seen: Seen) -> None:
@@ -321,7 +321,7 @@ class Audit:
     def _count_parts(self) -> None:
         lengths = self.statistics.lengths
         for index in range(len(self._ledger)):
-            tally = self.statistics.by_part.setdefault(self._ledger.part_of(index), Tally())
+            tally = self.statistics.by_part.setdefault(self._ledger.part_of(index), GroupStats())
             tally.conversations += 1
             tally.tokens += lengths[index]
             tally.too_long += lengths[index] > self._config.max_length
@@ -357,7 +357,7 @@ def _ends_with_call(message: Message) -> bool:
     return isinstance(said[-1], Call) if said else bool(message.tool_calls)
 
 
-def _by_size(groups: dict[str, Tally]) -> dict[str, Tally]:
+def _by_size(groups: dict[str, GroupStats]) -> dict[str, GroupStats]:
     return dict(sorted(groups.items(), key=lambda item: -item[1].conversations))
 
 
@@ -366,7 +366,7 @@ class Fitting:
     """Sums over the conversations of one part."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    """Conversations by `agentft.data.truncation.Outcome`."""
+    """Conversations by `agentft.data.truncation.TruncationKind`."""
     examples: int = 0
     tokens: int = 0
     """Of the examples."""
@@ -391,7 +391,7 @@ class Fitting:
 class _Summary:
     """A conversation that is not used whole."""
 
-    outcome: Outcome
+    outcome: TruncationKind
     examples: int
     tokens: int
     trained: int
@@ -410,9 +410,9 @@ class FitAccount:
         self._changed: dict[int, tuple[_Summary, _Summary]] = {}
         """Position -> what training and what the held-out part make of it."""
 
-    def add(self, *, tokens: int, trained: int, steps: int, train: Fitted, heldout: Fitted) -> None:
+    def add(self, *, tokens: int, trained: int, steps: int, train: TruncationResult, heldout: TruncationResult) -> None:
         """Enter the next conversation: sums of it as a whole, and what becomes of it in either part."""
-        if train.outcome is not Outcome.whole:
+        if train.outcome is not TruncationKind.whole:
             self._changed[len(self._tokens)] = (_summary(train), _summary(heldout))
         self._tokens.append(tokens)
         self._trained.append(trained)
@@ -421,7 +421,7 @@ class FitAccount:
     def count(self, index: int, into: Fitting, *, heldout: bool, times: int = 1) -> None:
         """Add one conversation to the sums of its part, in training as often as an epoch shows it."""
         if index not in self._changed:
-            summary = _Summary(Outcome.whole, 1, self._tokens[index], self._trained[index], 0, 0, None)
+            summary = _Summary(TruncationKind.whole, 1, self._tokens[index], self._trained[index], 0, 0, None)
         else:
             summary = self._changed[index][heldout]
         into.outcomes[str(summary.outcome)] += 1
@@ -440,7 +440,7 @@ class FitAccount:
                     yield index, heldout, summary.problem
 
 
-def _summary(fitted: Fitted) -> _Summary:
+def _summary(fitted: TruncationResult) -> _Summary:
     return _Summary(
         fitted.outcome,
         len(fitted.pieces),

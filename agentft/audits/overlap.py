@@ -37,7 +37,7 @@ _EMPTY = np.uint32(0xFFFFFFFF)
 _NOT_WORDS = re.compile(r"[\W_]+")
 
 
-class Ledger:
+class ConversationIndex:
     """One line for each conversation; `divide` divides the lines as it would the conversations."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ _PARTS: tuple[Part, Part, Part] = ("train", "heldout", "neither")
 class _Line:
     """What `divide` asks of a conversation, read from the ledger."""
 
-    ledger: Ledger
+    ledger: ConversationIndex
     index: int
 
     @property

@@ -28,7 +28,7 @@ from agentft.audits.report import (
 )
 from agentft.comparison.charts import Drawing, Plot, linear_scale
 from agentft.comparison.render import render_page
-from agentft.data.render import TRAINED_KINDS, Kind
+from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.text_ids import TokenText
 
 
@@ -132,7 +132,7 @@ def _tokens(report: AuditReport) -> _Panel:
     statistics = report.statistics
     whole = max(statistics.whole.tokens, 1)
     shares, rows = [], []
-    for kind in Kind:
+    for kind in SpanKind:
         tokens = statistics.tokens_by_kind[kind]
         shares.append((kind.name, f"{100 * tokens / whole:.2f}%"))
         fate = "trained" if kind in TRAINED_KINDS else "masked"

@@ -10,29 +10,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentft.audits.checks import Audit, Fitting, Seen, Statistics, Tally
+from agentft.audits.checks import Audit, Fitting, GroupStats, Seen, Statistics
 from agentft.audits.findings import CODES, Example, Finding, Level
 from agentft.comparison.render import visible
-from agentft.data.render import TRAINED_KINDS, Kind
+from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.sources import ReadReport
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX
-from agentft.data.truncation import Outcome
+from agentft.data.truncation import TruncationKind
 from agentft.recipes.config import AuditConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_STYLES: dict[Kind, tuple[str, str]] = {
-    Kind.header: ("bright_black", "bright_black"),
-    Kind.system: ("bright_black", "bright_black"),
-    Kind.user: ("yellow", "yellow"),
-    Kind.observation: ("magenta", "magenta"),
-    Kind.reasoning: ("black on #d9c2f0", "black on #eadff7"),
-    Kind.text: ("black on #8fc7ff", "black on #c4e2ff"),
-    Kind.call: ("black on #7fd88f", "black on #b5ecc0"),
-    Kind.frame: ("black on #d5e8d8", "black on #e6f3e8"),
-    Kind.stop: ("white on #c04040", "white on #c04040"),
+_STYLES: dict[SpanKind, tuple[str, str]] = {
+    SpanKind.header: ("bright_black", "bright_black"),
+    SpanKind.system: ("bright_black", "bright_black"),
+    SpanKind.user: ("yellow", "yellow"),
+    SpanKind.observation: ("magenta", "magenta"),
+    SpanKind.reasoning: ("black on #d9c2f0", "black on #eadff7"),
+    SpanKind.text: ("black on #8fc7ff", "black on #c4e2ff"),
+    SpanKind.call: ("black on #7fd88f", "black on #b5ecc0"),
+    SpanKind.frame: ("black on #d5e8d8", "black on #e6f3e8"),
+    SpanKind.stop: ("white on #c04040", "white on #c04040"),
 }
 """Kind -> styles of its tokens, in turn, so that the borders of trained tokens can be seen."""
 
@@ -41,7 +41,7 @@ _STYLES: dict[Kind, tuple[str, str]] = {
 class Run:
     """Neighbouring tokens of one kind and one fate."""
 
-    kind: Kind
+    kind: SpanKind
     trained: bool
     start: int
     """Position of the first token."""
@@ -71,7 +71,7 @@ def labelled_runs(seen: Seen, text: TokenText) -> Iterator[Run]:
         if not at_end and (kinds[stop], labelled[stop]) == (kinds[start], labelled[start]):
             continue
         pieces = list(text.pieces(example.input_ids[start:stop]))
-        yield Run(Kind(int(kinds[start])), bool(labelled[start]), start, pieces)
+        yield Run(SpanKind(int(kinds[start])), bool(labelled[start]), start, pieces)
         start = stop
 
 
@@ -174,7 +174,7 @@ class AuditReport:
                 )
             },
             "steps": statistics.steps,
-            "tokens": {kind.name: statistics.tokens_by_kind[kind] for kind in Kind},
+            "tokens": {kind.name: statistics.tokens_by_kind[kind] for kind in SpanKind},
             "lengths": {f"p{share:g}": statistics.length_at(share / 100) for share in (0, 5, 25, 50, 75, 95, 99, 100)},
             "tools_called": dict(statistics.tools_called.most_common(1000)),
             "tools_offered": len(statistics.tools_offered),
@@ -242,7 +242,7 @@ def most_called(statistics: Statistics, count: int) -> list[tuple[str, int, int]
 TALLY_COLUMNS = ("conversations", "rounds", "calls", "results", "tokens", "trained", "too long")
 
 
-def tally_cells(tally: Tally) -> list[str]:
+def tally_cells(tally: GroupStats) -> list[str]:
     """A group of conversations as the cells below `TALLY_COLUMNS`."""
     counts = (tally.conversations, tally.rounds, tally.calls, tally.observations, tally.tokens)
     return [*(f"{count:,}" for count in counts), f"{tally.share_trained:.1%}", f"{tally.too_long:,}"]
@@ -271,7 +271,7 @@ def fitting_rows(statistics: Statistics) -> list[list[str]]:
     parts = [statistics.fitting.get(part, Fitting()) for part in ("train", "heldout")]
     rows = [
         [outcome.value.replace("_", " "), *(f"{part.outcomes[outcome.value]:,}" for part in parts)]
-        for outcome in Outcome
+        for outcome in TruncationKind
     ]
     rows.append(["examples made of them", *(f"{part.examples:,}" for part in parts)])
     rows.append(["their tokens", *(f"{part.tokens:,}" for part in parts)])
@@ -281,7 +281,7 @@ def fitting_rows(statistics: Statistics) -> list[list[str]]:
     return rows
 
 
-def by_rounds(statistics: Statistics) -> list[tuple[str, Tally]]:
+def by_rounds(statistics: Statistics) -> list[tuple[str, GroupStats]]:
     """Groups by number of rounds, fewest first."""
     return sorted(statistics.by_rounds.items(), key=lambda item: int(item[0].split(" ", 1)[0].strip("(") or 0))
 
@@ -366,7 +366,7 @@ def _print_tokens(report: AuditReport, console: Console) -> None:
     statistics = report.statistics
     table = _table("tokens", "count", "share", "", "per conversation")
     whole = max(statistics.whole.tokens, 1)
-    for kind in Kind:
+    for kind in SpanKind:
         tokens = statistics.tokens_by_kind[kind]
         fate = "trained" if kind in TRAINED_KINDS else "masked"
         each = tokens / max(statistics.whole.conversations, 1)

@@ -38,7 +38,7 @@ def own_settings(arguments: argparse.Namespace) -> RunFolder | None:
             f"experiment={typed['experiment']}: the run in {typed['run_dir']} is of experiment={saved.experiment or 'null'}; "
             "give another run_dir, or single settings"
         )
-    saved.training.stop_at, saved.training.resume, saved.training.allow_changes = 1.0, Resume.auto, False
+    saved.training.pause_at_fraction, saved.training.resume, saved.training.allow_changes = 1.0, Resume.auto, False
     node = primary_config(saved)
     node["defaults"].insert(-2, {"optional experiment": None})
     for group in typed.keys() & SCHEMAS.keys():

@@ -148,11 +148,11 @@ def pack_rows(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int]
 
 
 def step_groups(
-    indices: Sequence[int], lengths: Mapping[int, int], *, micro_batch: int, row_tokens: int | None
+    indices: Sequence[int], lengths: Mapping[int, int], *, per_device_batch_size: int, row_tokens: int | None
 ) -> list[list[int]]:
     """Return which examples of one step share a forward pass: packed into rows of `row_tokens`, or padded where None."""
     if row_tokens is None:
-        return micro_batches(indices, lengths, micro_batch)
+        return micro_batches(indices, lengths, per_device_batch_size)
     return pack_rows(indices, lengths, row_tokens)
 
 

@@ -27,9 +27,9 @@ from agentft.data.chat_template import (
 )
 from agentft.data.conversation import Conversation
 from agentft.data.marked_text import MARK, MarkedText, Region, StepValues, cut_segments, mark, marked_message
-from agentft.data.render import Kind, Segment
+from agentft.data.render import Segment, SpanKind
 
-_SPOKEN = frozenset({Kind.reasoning, Kind.text, Kind.call})
+_SPOKEN = frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call})
 
 
 class Rendering(NamedTuple):
@@ -249,7 +249,7 @@ class _Work:
         """Say whether all that is not the agent's is in the text."""
         wanted = sum(bool(m.get("content", "").strip()) for m in self.messages[:last] if m["role"] != "assistant")
         kinds = [kind for _, _, kind in text.values]
-        return sum(map(kinds.count, (Kind.system, Kind.user, Kind.observation))) >= wanted
+        return sum(map(kinds.count, (SpanKind.system, SpanKind.user, SpanKind.observation))) >= wanted
 
     def _region(self, text: MarkedText, step: int, begin: int) -> tuple[Region, str | None]:
         """Find the step that begins at a position, and name what it lacks: reasoning, text, call or stop."""
@@ -334,7 +334,7 @@ class _Work:
         if opened and f"</{opened[1]}>" in self.template.source:
             before = prompt.text[: opened.start()]
             if ending.text.startswith(before):
-                thought = MarkedText.read(mark(self.values[step].reasoning, Kind.reasoning))
+                thought = MarkedText.read(mark(self.values[step].reasoning, SpanKind.reasoning))
                 close = MarkedText(f"\n</{opened[1]}>\n\n", ())
                 if thought is not None:
                     yield prompt + thought + close + ending.since(len(before))
@@ -421,7 +421,7 @@ def _keys(value: Any) -> Iterator[str]:
 def _guarded(value: Any, control: re.Pattern[str]) -> Any:
     """Return a JSON value with marks around those of its strings that spell a control token."""
     if isinstance(value, str):
-        return mark(value, Kind.header) if control.search(value) else value
+        return mark(value, SpanKind.header) if control.search(value) else value
     if isinstance(value, dict):
         return {key: _guarded(each, control) for key, each in value.items()}
     return [_guarded(each, control) for each in value] if isinstance(value, list) else value

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.chat_layout import Rendering
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.text_ids import FastIds, Ids, ReferenceIds, TextIds, TokenizerJson, byte_level_lengths
 from agentft.data.tokens import Example, Span
 
@@ -247,14 +247,14 @@ class _Layout:
                 if begin < 0:
                     begin = int(self._starts[at])
                 step_of[at] = len(self.steps)
-                if segment.kind is Kind.stop:
+                if segment.kind is SpanKind.stop:
                     self.steps.append(_Step(section, begin, int(self._ends[at])))
                     begin = -1
             if segment.special and begin < 0:
                 section = int(self._starts[at])
         self._step_of = step_of
         self._kinds = np.array([segment.kind for segment in segments], dtype=np.int8)
-        self._calls = np.concatenate([[0], np.cumsum(self._kinds == Kind.call)])
+        self._calls = np.concatenate([[0], np.cumsum(self._kinds == SpanKind.call)])
 
     def letters(self, control: re.Pattern[str]) -> Iterator[tuple[int, int]]:
         """Yield where values spell control tokens."""
@@ -269,17 +269,17 @@ class _Layout:
         wanted = np.zeros(len(self.steps) + 1, dtype=bool)  # The last is that of segments in no step.
         wanted[list(trained)] = True
         kinds = np.where(wanted[self._step_of], self._kinds, -1)[first]
-        frames = np.flatnonzero(kinds == Kind.frame)
+        frames = np.flatnonzero(kinds == SpanKind.frame)
         if len(frames):
             ends = np.maximum(np.append(starts[1:], starts[-1:] + 1), starts + 1)[frames]
             last = np.searchsorted(self._starts, ends) - 1
-            kinds[frames[self._calls[last + 1] > self._calls[first[frames]]]] = Kind.call
+            kinds[frames[self._calls[last + 1] > self._calls[first[frames]]]] = SpanKind.call
         changed = np.empty(len(kinds) + 1, dtype=bool)
         changed[0], changed[-1] = kinds[0] >= 0, kinds[-1] >= 0
         np.not_equal(kinds[1:], kinds[:-1], out=changed[1:-1])
         borders = np.flatnonzero(changed).tolist()
         return tuple(
-            Span(start, stop, Kind(int(kinds[start])))
+            Span(start, stop, SpanKind(int(kinds[start])))
             for start, stop in zip(borders, borders[1:], strict=False)
             if kinds[start] >= 0
         )

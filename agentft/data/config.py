@@ -86,7 +86,7 @@ class DatasetConfig(Settings, group="dataset", affects="data"):
 
     name: str
     """The option of the group `dataset`; part of the run folder's name."""
-    sample: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
+    max_samples: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
     test_ratio: float = field(default=0.02, metadata={"above": 0, "below": 1})
     """Share of all conversations that is held out, chosen before sampling, so every sample sits the same exam."""

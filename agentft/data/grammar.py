@@ -450,11 +450,11 @@ def _at(value: str, mark: re.Match[str]) -> str:
 _PLACES_DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-Place = tuple[int, int]
+CharSpan = tuple[int, int]
 """First character and the one after the last."""
 
 
-def call_places(call: Call) -> list[Place]:
+def call_places(call: Call) -> list[CharSpan]:
     """Names, without their quotes, and parameters of the requests of a call, as places in its source, in order.
 
     In a call that cannot be read nothing can be told apart: its body is one place.
@@ -466,7 +466,7 @@ def call_places(call: Call) -> list[Place]:
     return [(start + first, start + last) for first, last in _places(text)]
 
 
-def _places(text: str) -> Iterator[Place]:
+def _places(text: str) -> Iterator[CharSpan]:
     """The places in the JSON text of one request or of a list of them; the text is known to be sound."""
     at = 0
     if text.startswith("["):
@@ -479,9 +479,9 @@ def _places(text: str) -> Iterator[Place]:
             at = _after_space(text, at + 1)
 
 
-def _object_places(text: str, at: int) -> tuple[dict[str, Place], int]:
+def _object_places(text: str, at: int) -> tuple[dict[str, CharSpan], int]:
     """By key the places of one request, and where its object ends. Of a key given twice the last counts, as in reading."""
-    places: dict[str, Place] = {}
+    places: dict[str, CharSpan] = {}
     at = _after_space(text, at + 1)
     while not text.startswith("}", at):
         key, at = _PLACES_DECODER.raw_decode(text, at)

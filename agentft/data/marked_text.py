@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from agentft.data.render import Kind, Segment
+from agentft.data.render import Segment, SpanKind
 
-_OPEN = {kind: chr(0xFDD0 + kind) for kind in Kind}
+_OPEN = {kind: chr(0xFDD0 + kind) for kind in SpanKind}
 _CLOSE = "\ufdef"
 _KINDS = {mark: kind for kind, mark in _OPEN.items()}
 _VALUE = re.compile(f"([\ufdd0-\ufdee])([^\ufdd0-{_CLOSE}]*){_CLOSE}")
@@ -24,11 +24,11 @@ MARK = re.compile(f"[\ufdd0-{_CLOSE}]")
 """Any character that is used as a mark."""
 
 _CONTENT = {
-    "system": Kind.system,
-    "developer": Kind.system,
-    "user": Kind.user,
-    "assistant": Kind.text,
-    "tool": Kind.observation,
+    "system": SpanKind.system,
+    "developer": SpanKind.system,
+    "user": SpanKind.user,
+    "assistant": SpanKind.text,
+    "tool": SpanKind.observation,
 }
 
 
@@ -37,7 +37,7 @@ class Value(NamedTuple):
 
     start: int
     stop: int
-    kind: Kind
+    kind: SpanKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +128,15 @@ class StepValues(NamedTuple):
     def missing(self, text: str, values: Sequence[Value]) -> str | None:
         """Name what a part of a rendered text lacks: reasoning, text or call; None where it holds this and no other."""
         calls: list[str] = []
-        found = {Kind.reasoning: "", Kind.text: ""}
+        found = {SpanKind.reasoning: "", SpanKind.text: ""}
         for start, stop, kind in values:
-            if kind is Kind.call:
+            if kind is SpanKind.call:
                 calls.append(text[start:stop])
             elif kind in found:
                 found[kind] += text[start:stop]
-        if found[Kind.reasoning] != self.reasoning:
+        if found[SpanKind.reasoning] != self.reasoning:
             return "reasoning"
-        if found[Kind.text] != self.text:
+        if found[SpanKind.text] != self.text:
             return "text"
         if len(calls) == self.calls:
             return None
@@ -144,7 +144,7 @@ class StepValues(NamedTuple):
         return None if repeated and self.names else "call"
 
 
-def mark(text: str, kind: Kind) -> str:
+def mark(text: str, kind: SpanKind) -> str:
     """Return a value with its marks, a blank one as it is."""
     core = text.strip()
     if len(core) == len(text):
@@ -159,14 +159,14 @@ def marked_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if content := message.get("content"):
         made["content"] = mark(content, _CONTENT[message["role"]])
     if reasoning := message.get("reasoning_content"):
-        made["reasoning_content"] = mark(reasoning, Kind.reasoning)
+        made["reasoning_content"] = mark(reasoning, SpanKind.reasoning)
     if calls := message.get("tool_calls"):
         made["tool_calls"] = [
             {
                 **call,
                 "function": {
-                    "name": mark(call["function"]["name"], Kind.call),
-                    "arguments": marked_strings(call["function"]["arguments"], Kind.call),
+                    "name": mark(call["function"]["name"], SpanKind.call),
+                    "arguments": marked_strings(call["function"]["arguments"], SpanKind.call),
                 },
             }
             for call in calls
@@ -174,7 +174,7 @@ def marked_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def marked_strings(value: Any, kind: Kind) -> Any:
+def marked_strings(value: Any, kind: SpanKind) -> Any:
     """Return a JSON value with marks around its strings, which keys are not."""
     if isinstance(value, str):
         return mark(value, kind)
@@ -212,7 +212,7 @@ class Region(NamedTuple):
 class _Piece(NamedTuple):
     start: int
     stop: int
-    kind: Kind
+    kind: SpanKind
     template: bool
     """It is the template's own text, in which control tokens are tokens."""
 
@@ -245,7 +245,7 @@ def cut_segments(
         _add(segments, text.text, _context(text, at, region.begin), control, history=True)
         said = _step(text, region, calls[region.step], control)
         _add(segments, text.text, said, control, history=history, silent=region.step in silent)
-        segments.append(Segment(text.text[region.stop : region.end], Kind.stop, special=True, history=history))
+        segments.append(Segment(text.text[region.stop : region.end], SpanKind.stop, special=True, history=history))
         at = region.end
     return tuple(segments)
 
@@ -253,29 +253,29 @@ def cut_segments(
 def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Piece]:
     for value in text.within(start, stop):
         if value.start > start:
-            yield _Piece(start, value.start, Kind.header, template=True)
+            yield _Piece(start, value.start, SpanKind.header, template=True)
         yield _Piece(*value, template=False)
         start = value.stop
     if start < stop:
-        yield _Piece(start, stop, Kind.header, template=True)
+        yield _Piece(start, stop, SpanKind.header, template=True)
 
 
 def _step(
     text: MarkedText, region: Region, calls: Sequence[Mapping[str, Any]], control: re.Pattern[str]
 ) -> Iterator[_Piece]:
     """Cut a step at its values and its calls' names and parameters; what lies between is of the kind of its neighbours."""
-    before: Kind | None = None
+    before: SpanKind | None = None
     start = region.begin
     values = text.within(region.begin, region.stop)
     places = _call_places(text, region, values, calls)
-    for value in (*values, Value(region.stop, region.stop, Kind.frame if calls else Kind.text)):
+    for value in (*values, Value(region.stop, region.stop, SpanKind.frame if calls else SpanKind.text)):
         if value.start > start:
             if before is None and (thought := _NO_THOUGHT.match(text.text, start, value.start)):
-                yield _Piece(start, thought.end(), Kind.reasoning, template=True)
+                yield _Piece(start, thought.end(), SpanKind.reasoning, template=True)
                 start = thought.end()
-            elif Kind.reasoning in (before, value.kind):
+            elif SpanKind.reasoning in (before, value.kind):
                 close = _thought_close(text.text, start, value, control)
-                yield _Piece(start, close, Kind.reasoning, template=True)
+                yield _Piece(start, close, SpanKind.reasoning, template=True)
                 start, before = close, None
             yield from _between(text.text, start, value.start, before, value.kind, places)
         if value.stop > value.start:
@@ -284,26 +284,26 @@ def _step(
 
 
 def _between(
-    text: str, start: int, stop: int, before: Kind | None, after: Kind, places: Sequence[tuple[int, int]]
+    text: str, start: int, stop: int, before: SpanKind | None, after: SpanKind, places: Sequence[tuple[int, int]]
 ) -> Iterator[_Piece]:
-    if before is not Kind.call and after not in (Kind.call, Kind.frame):
+    if before is not SpanKind.call and after not in (SpanKind.call, SpanKind.frame):
         if start < stop:
-            yield _Piece(start, stop, Kind.text, template=True)
+            yield _Piece(start, stop, SpanKind.text, template=True)
         return
     for first, last in places:
         if last <= start or first >= stop:
             continue
         if first > start:
-            yield _Piece(start, first, Kind.frame, template=True)
-        yield _Piece(max(first, start), min(last, stop), Kind.call, template=True)
+            yield _Piece(start, first, SpanKind.frame, template=True)
+        yield _Piece(max(first, start), min(last, stop), SpanKind.call, template=True)
         start = min(last, stop)
     if start < stop:
-        yield _Piece(start, stop, Kind.frame, template=True)
+        yield _Piece(start, stop, SpanKind.frame, template=True)
 
 
 def _thought_close(text: str, start: int, after: Value, control: re.Pattern[str]) -> int:
     """Return where what closes a thought ends: before a text it is all there is, before a call one mark and its blanks."""
-    if after.kind not in (Kind.call, Kind.frame):
+    if after.kind not in (SpanKind.call, SpanKind.frame):
         return after.start
     closing = re.compile(rf"\s*(?:{control.pattern}|\S*)\s*").match(text, start, after.start)
     return closing.end() if closing else start
@@ -314,7 +314,7 @@ def _call_places(
 ) -> list[tuple[int, int]]:
     """Where the parameters of each call stand: as one JSON object, or its keys and values one by one."""
     places: list[tuple[int, int]] = []
-    names = iter([value for value in values if value.kind is Kind.call])
+    names = iter([value for value in values if value.kind is SpanKind.call])
     for call in calls:
         function = call["function"]
         name = next((v for v in names if text.text[v.start : v.stop] == function["name"].strip()), None)
@@ -363,7 +363,7 @@ def _add(
 ) -> None:
     """Add pieces as segments: control tokens of the template each by itself, neighbours of one fate as one."""
     for start, stop, kind, template in pieces:
-        shown = Segment("", kind).spoken and (history or (silent and kind is Kind.reasoning))
+        shown = Segment("", kind).spoken and (history or (silent and kind is SpanKind.reasoning))
         words = control.split(text[start:stop]) if template else [text[start:stop]]
         for number, word in enumerate(words):
             if not word:

@@ -15,12 +15,12 @@ from agentft.data.config import DatasetConfig
 from agentft.data.formats import KNOWN
 from agentft.data.records import Rejection
 from agentft.data.sources import ReadReport
-from agentft.data.truncation import Outcome
+from agentft.data.truncation import TruncationKind
 from agentft.errors import DataError
 
 
 @dataclass
-class Account:
+class PreparationStats:
     """Where every row went."""
 
     read: ReadReport = field(default_factory=ReadReport)
@@ -31,7 +31,7 @@ class Account:
     by_source: dict[str, Counter[str]] = field(default_factory=dict)
     """Part -> conversations used by source; in training each as often as an epoch shows it."""
     fitted: dict[str, Counter[str]] = field(default_factory=dict)
-    """Part -> what became of its conversations, see `agentft.data.truncation.Outcome`."""
+    """Part -> what became of its conversations, see `agentft.data.truncation.TruncationKind`."""
     changed: list[dict[str, Any]] = field(default_factory=list)
     """Every conversation that is not used whole, and what of it is not used."""
     layout: Counter[str] = field(default_factory=Counter)
@@ -44,7 +44,7 @@ class Account:
     def used(self, part: str) -> int:
         """Conversations of a part that gave at least one example."""
         outcomes = self.fitted[part]
-        return outcomes.total() - outcomes[str(Outcome.set_aside)]
+        return outcomes.total() - outcomes[str(TruncationKind.set_aside)]
 
     def check_any(self) -> None:
         """Refuse data of which every row was set aside in reading.
@@ -82,14 +82,14 @@ class Account:
             )
 
 
-def write_account(account: Account, path: Path) -> None:
+def write_account(account: PreparationStats, path: Path) -> None:
     """Write an account as JSON."""
     path.write_text(json.dumps(account, ensure_ascii=False, default=_fields), encoding="utf-8")
 
 
-def read_account(path: Path) -> Account:
+def read_account(path: Path) -> PreparationStats:
     """Read what `write_account` wrote: an equal account, its counts in the same order."""
-    account: Account = _typed(json.loads(path.read_text(encoding="utf-8")), Account)
+    account: PreparationStats = _typed(json.loads(path.read_text(encoding="utf-8")), PreparationStats)
     return account
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from agentft.data.cache import code_is_as_loaded, key_ingredients, key_of, open_cache
 from agentft.data.config import DatasetConfig, SpanWeights, Split
 from agentft.data.conversation import Origin
-from agentft.data.preparation_stats import Account, read_account, write_account
+from agentft.data.preparation_stats import PreparationStats, read_account, write_account
 from agentft.data.records import Rejection
 from agentft.data.sources import Intake, RawRow, bounded_code, is_large, open_rows
 from agentft.data.splits import divide, keep_apart
@@ -43,7 +43,7 @@ from agentft.data.store import (
 )
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder, encode_fast
-from agentft.data.truncation import Outcome
+from agentft.data.truncation import TruncationKind
 from agentft.data.workers import (
     CONVERSATIONS_A_BATCH,
     LinesToMake,
@@ -96,7 +96,7 @@ class _Line:
 class _Use:
     """What became of a conversation, and where its examples are."""
 
-    outcome: Outcome
+    outcome: TruncationKind
     first_row: int
     """Of its examples, which lie one after the other."""
     first_talk: int
@@ -148,7 +148,7 @@ class _Builder:
         self._work = RowWork(config, template, encoder)
         self._encoder = encoder
         self._folder = folder
-        self._account = Account()
+        self._account = PreparationStats()
         self._examples = ExampleWriter(folder, stored_id_type(encoder.largest_id))
         self._heldout = ConversationWriter(folder / HELDOUT)
         self._hashes: list[str] = []
@@ -161,7 +161,7 @@ class _Builder:
     def build(self) -> None:
         account, config = self._account, self._config
         rows = open_rows(config, account.read)
-        at_once = config.sample < 0 and (config.split is Split.content or rows.heldout is not None)
+        at_once = config.max_samples < 0 and (config.split is Split.content or rows.heldout is not None)
         kept = None if at_once else ConversationWriter(self._folder / _READ)
         train = list(self._read(rows.train, rows.form, None if rows.heldout is None else "train", kept))
         account.check_any()
@@ -265,7 +265,7 @@ class _Builder:
 
     def _sample(self, order: list[_Line], part: str, read: StoredConversations | None) -> list[_Use]:
         """Take conversations in sample order until enough of them fit; what does not fit is set aside and counted."""
-        sample = self._config.sample if part == "train" else self._config.test_sample
+        sample = self._config.max_samples if part == "train" else self._config.test_sample
         if sample > len(order):
             text = "dataset: a sample of %d was asked for, the %s part has %d conversations"
             log.warning(text, sample, part, len(order))
@@ -372,7 +372,7 @@ class PreparedData:
     fingerprint: str
     """Digest of the training ids, labels and weights in their order, and of the held-out ones."""
     heldout_content_hashes: list[str]
-    account: Account
+    account: PreparationStats
 
 
 def prepare_data(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> PreparedData:
@@ -467,7 +467,7 @@ def _report(prepared: PreparedData, seconds: float) -> None:
     if account.rejections:
         log.warning("data: %d rows set aside: %s", len(account.rejections), account.reasons())
     for part, outcomes in account.fitted.items():
-        if set(outcomes) - {str(Outcome.whole)}:
+        if set(outcomes) - {str(TruncationKind.whole)}:
             steps = sum(len(change["steps_left_out"]) for change in account.changed if change["part"] == part)
             log.warning("data: fitting to dataset.max_length, %s: %s; %d steps left out", part, dict(outcomes), steps)
     if (cost := rewritten_history(prepared))["conversations"]:
@@ -492,7 +492,7 @@ def _of_files(files: list[str]) -> str:
     return f" of {files[0]}" + f" and {len(files) - 1} more files" * (len(files) > 1) if files else ""
 
 
-def _sources(account: Account) -> list[dict[str, Any]]:
+def _sources(account: PreparationStats) -> list[dict[str, Any]]:
     """What each source gave and how much of it is used; `train` counts a conversation as often as an epoch shows it."""
     return [
         {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}

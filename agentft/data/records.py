@@ -53,7 +53,7 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class ParseWarning:
     """A quirk that was understood: the conversation is kept, and the quirk is counted."""
 
     origin: Origin
@@ -73,7 +73,7 @@ def read_record(
     form: Format = Format.auto,
     weight: float = 1.0,
     reasoning: Reasoning = Reasoning.keep,
-) -> tuple[Conversation, list[Notice]] | Rejection:
+) -> tuple[Conversation, list[ParseWarning]] | Rejection:
     """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
 
     Args:
@@ -81,7 +81,7 @@ def read_record(
             only when named, since ordinary prose can hold its keywords.
         reasoning: What becomes of reasoning: trained, left out and counted, or shown as context.
     """
-    notices: list[Notice] = []
+    notices: list[ParseWarning] = []
     record_id: str | None = None
     try:
         if not isinstance(value, dict):
@@ -100,7 +100,7 @@ def read_record(
 
 
 def _with_reasoning(
-    messages: tuple[Message, ...], reasoning: Reasoning, origin: Origin, notices: list[Notice]
+    messages: tuple[Message, ...], reasoning: Reasoning, origin: Origin, notices: list[ParseWarning]
 ) -> tuple[Message, ...]:
     """Apply `dataset.reasoning` to messages, each change noted."""
     if reasoning is Reasoning.keep:
@@ -110,28 +110,28 @@ def _with_reasoning(
     changed = [replace(m, **change) if m.reasoning_content is not None else m for m in messages]
     for number, message in enumerate(messages, 1):
         if message.reasoning_content is not None:
-            notices.append(Notice(origin, code, f"message {number}: dataset.reasoning={reasoning}"))
+            notices.append(ParseWarning(origin, code, f"message {number}: dataset.reasoning={reasoning}"))
     return tuple(changed)
 
 
-def _read_id(value: object, origin: Origin, notices: list[Notice]) -> str | None:
+def _read_id(value: object, origin: Origin, notices: list[ParseWarning]) -> str | None:
     """The id as text, or None where the content must give one."""
     if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and _is_encodable(value):
         if _PART_ID.search(value) is None:
             return value
         detail = f"id {value!r} is spelt like a part of a longer conversation; made from the content instead"
-        notices.append(Notice(origin, "id_of_a_part", detail))
+        notices.append(ParseWarning(origin, "id_of_a_part", detail))
         return None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
-        notices.append(Notice(origin, "id_number", f"id {value} is a number, used as text"))
+        notices.append(ParseWarning(origin, "id_number", f"id {value} is a number, used as text"))
         return str(value)
     code = "id_missing" if value is None or (isinstance(value, str) and not value) else "id_unusable"
-    notices.append(Notice(origin, code, f"id is {_kind(value)}; made from the content instead"))
+    notices.append(ParseWarning(origin, code, f"id is {_kind(value)}; made from the content instead"))
     return None
 
 
 def _read(
-    record: dict[Any, Any], form: Format, origin: Origin, notices: list[Notice]
+    record: dict[Any, Any], form: Format, origin: Origin, notices: list[ParseWarning]
 ) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
     """Return the messages of a record and the tools that it declares beside them."""
     turns = record.get("conversations")
@@ -144,7 +144,7 @@ def _read(
             raise FormatError("conversations_missing", _what_is_there(record))
         if not isinstance(turns, list):
             raise FormatError("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
-        notices.extend(Notice(origin, code, _writable(detail)) for code, detail in unused_columns(record))
+        notices.extend(ParseWarning(origin, code, _writable(detail)) for code, detail in unused_columns(record))
         return _read_messages(turns, origin, notices), ()
     if form not in ("auto", "react", "toolace", found):
         raise FormatError(
@@ -152,9 +152,9 @@ def _read(
             f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
         )
     reading = read_messages(record, form if form in (Format.react, Format.toolace) else Format(found))
-    notices.extend(Notice(origin, code, _writable(detail)) for code, detail in reading.notes)
+    notices.extend(ParseWarning(origin, code, _writable(detail)) for code, detail in reading.notes)
     if not any(message.role in ("system", "developer") for message in reading.messages):
-        notices.append(Notice(origin, "missing_system", "no system message"))
+        notices.append(ParseWarning(origin, "missing_system", "no system message"))
     return reading.messages, reading.tools
 
 
@@ -183,7 +183,7 @@ def _read_turns_text(text: str) -> object:
     return turns
 
 
-def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> tuple[Message, ...]:
+def _read_messages(turns: list[Any], origin: Origin, notices: list[ParseWarning]) -> tuple[Message, ...]:
     if not turns:
         raise FormatError("conversations_empty", "'conversations' is an empty list")
     messages: list[Message] = []
@@ -197,7 +197,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
         if len(turn) > 2:
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
             for name in sorted(key_name(key) for key in turn if key not in known):
-                notices.append(Notice(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
+                notices.append(ParseWarning(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
         if not _is_encodable(value):
             raise FormatError(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
@@ -207,7 +207,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
                 raise FormatError(reason, f"turn {number} is a system turn; only the first may be")
             if not value or value.isspace():
-                notices.append(Notice(origin, "empty_system", "the system value is blank"))
+                notices.append(ParseWarning(origin, "empty_system", "the system value is blank"))
             messages.append(Message("system", value))
             continue
         if role != expected:
@@ -233,19 +233,21 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[Notice]) -> t
     if messages[-1].role == "system":
         raise FormatError("no_user_turn", "only a system turn")
     if messages[0].role != "system":
-        notices.append(Notice(origin, "missing_system", "no system turn"))
+        notices.append(ParseWarning(origin, "missing_system", "no system turn"))
     return tuple(messages)
 
 
 def _read_untrained(
-    turn: dict[Any, Any], number: int, steps: int, origin: Origin, notices: list[Notice]
+    turn: dict[Any, Any], number: int, steps: int, origin: Origin, notices: list[ParseWarning]
 ) -> Collection[int]:
     """Return which steps of an assistant turn are not to be trained, all or none, each noted."""
     field = untrained_field(turn) if len(turn) > 2 else None
     if field is None:
         return ()
     for step in range(1, steps + 1):
-        notices.append(Notice(origin, "step_not_trained", f"turn {number}, step {step}: shown, not trained ({field})"))
+        notices.append(
+            ParseWarning(origin, "step_not_trained", f"turn {number}, step {step}: shown, not trained ({field})")
+        )
     return range(steps)
 
 
@@ -280,21 +282,21 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     return parts
 
 
-def _note_quirks(conversation: Conversation, notices: list[Notice]) -> None:
+def _note_quirks(conversation: Conversation, notices: list[ParseWarning]) -> None:
     """Notices for everything that a tool-call metric or a native chat template must cope with."""
     offered, origin = conversation.offered_of_calls, conversation.origin
     tools = {tool.name: tool for tool in offered}
     notices.extend(
-        Notice(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
+        ParseWarning(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
         for tool in offered
         if tool.problem
     )
     for call in conversation.tool_calls if offered or conversation.tools else ():
-        notices.extend(Notice(origin, code, detail) for code, detail in _call_quirks(call, tools))
+        notices.extend(ParseWarning(origin, code, detail) for code, detail in _call_quirks(call, tools))
     for message in conversation.messages:
         for part in message.source or ():
             for code, detail in _text_quirks(part):
-                notices.append(Notice(origin, code, detail))
+                notices.append(ParseWarning(origin, code, detail))
 
 
 def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:

@@ -16,11 +16,11 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from agentft.data.conversation import Conversation, Message
-from agentft.data.grammar import Call, GrammarError, Observation, Part, Place, call_places
+from agentft.data.grammar import Call, CharSpan, GrammarError, Observation, Part, call_places
 from agentft.data.msagent import as_msagent
 
 
-class Kind(IntEnum):
+class SpanKind(IntEnum):
     """What a segment is. The numbers are stored beside tokens, so they never change meaning."""
 
     header = 0
@@ -40,10 +40,10 @@ class Kind(IntEnum):
     """What the agent thinks before it speaks, with the marks around it."""
 
 
-TRAINED_KINDS = frozenset({Kind.text, Kind.call, Kind.stop, Kind.frame, Kind.reasoning})
+TRAINED_KINDS = frozenset({SpanKind.text, SpanKind.call, SpanKind.stop, SpanKind.frame, SpanKind.reasoning})
 """The mask law of agentft. Everything else is context and gets `IGNORE_INDEX`."""
 
-CALL_KINDS = frozenset({Kind.call, Kind.frame})
+CALL_KINDS = frozenset({SpanKind.call, SpanKind.frame})
 """What a call is made of: one piece for the tokenizer, so that telling them apart changes no token."""
 
 
@@ -51,7 +51,7 @@ class Segment(NamedTuple):
     """A piece of the training text with one fate."""
 
     text: str
-    kind: Kind
+    kind: SpanKind
     special: bool = False
     """The text names one special token. All other text is encoded as plain text, whatever marks it contains."""
     history: bool = False
@@ -68,11 +68,11 @@ class Segment(NamedTuple):
         return self.spoken and not self.history
 
     @property
-    def encoded_with(self) -> Kind | None:
+    def encoded_with(self) -> SpanKind | None:
         """Neighbours of which this is the same are one piece for the tokenizer: all context, None here, or a text or call."""
         if self.kind not in TRAINED_KINDS:
             return None
-        return Kind.call if self.kind in CALL_KINDS else self.kind
+        return SpanKind.call if self.kind in CALL_KINDS else self.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,37 +90,37 @@ class MsagentTemplate:
 
     def render(self, conversation: Conversation, context_rounds: int = 0) -> list[Segment]:
         """Lay the whole conversation out; joined texts without stops are the original text."""
-        segments = [Segment(self.beginning, Kind.header, special=True)] if self.beginning else []
+        segments = [Segment(self.beginning, SpanKind.header, special=True)] if self.beginning else []
         agent_speaks = False
         for message, history in with_history(as_msagent(conversation), context_rounds):
             if message.source is None or not agent_speaks:
                 separator = "\n\n" if len(segments) > bool(self.beginning) else ""
                 role = message.role if message.source is None else "assistant"
-                segments.append(Segment(f"{separator}<|{role}|>:", Kind.header))
+                segments.append(Segment(f"{separator}<|{role}|>:", SpanKind.header))
             agent_speaks = message.source is not None
             if message.role == "assistant":
                 step = step_segments(message.source or (), self.stop_token)
                 if message.reasoning_content:
-                    first = step[0].kind is Kind.header  # white space before the step
+                    first = step[0].kind is SpanKind.header  # white space before the step
                     thought = self._thought(message.reasoning_content)
                     step[first:first] = shown_as(thought, history=not message.reasoning_trained)
                 segments += shown_as(step, history=history)
             elif message.source is not None:
                 segments += _result_segments(message.source)
             else:
-                segments.append(Segment(message.text, Kind.system if message.role == "system" else Kind.user))
+                segments.append(Segment(message.text, SpanKind.system if message.role == "system" else SpanKind.user))
         return segments
 
     def _thought(self, reasoning: str) -> list[Segment]:
         """Lay out what the agent thinks before it speaks."""
         opening, closing = "<think>", "</think>"
         if not self.thought_tokens:
-            return [Segment(thought_text(reasoning), Kind.reasoning)]
+            return [Segment(thought_text(reasoning), SpanKind.reasoning)]
         return [
-            Segment(opening, Kind.reasoning, special=True),
-            Segment(f"\n{reasoning}\n", Kind.reasoning),
-            Segment(closing, Kind.reasoning, special=True),
-            Segment("\n\n", Kind.reasoning),
+            Segment(opening, SpanKind.reasoning, special=True),
+            Segment(f"\n{reasoning}\n", SpanKind.reasoning),
+            Segment(closing, SpanKind.reasoning, special=True),
+            Segment("\n\n", SpanKind.reasoning),
         ]
 
     def problem(self, conversation: Conversation) -> tuple[str, str] | None:
@@ -156,7 +156,7 @@ def shown_as(segments: Iterable[Segment], *, history: bool) -> Iterable[Segment]
 def _result_segments(parts: Sequence[Part]) -> Iterator[Segment]:
     """Yield a tool's result and the blanks after it."""
     for part in parts:
-        yield Segment(part.source, Kind.observation if isinstance(part, Observation) else Kind.header)
+        yield Segment(part.source, SpanKind.observation if isinstance(part, Observation) else SpanKind.header)
 
 
 def step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
@@ -170,11 +170,11 @@ def step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
     start = len(source) - len(source.lstrip())
     stop = len(source.rstrip())
     if start:
-        segments.append(Segment(source[:start], Kind.header))
+        segments.append(Segment(source[:start], SpanKind.header))
     _clip(parts, start, stop, segments)
-    segments.append(Segment(stop_token, Kind.stop, special=True))
+    segments.append(Segment(stop_token, SpanKind.stop, special=True))
     if stop < len(source):
-        segments.append(Segment(source[stop:], Kind.header))
+        segments.append(Segment(source[stop:], SpanKind.header))
     return segments
 
 
@@ -186,20 +186,20 @@ def _clip(parts: Iterable[Part], start: int, stop: int, segments: list[Segment])
         if isinstance(part, Call):
             segments += call_segments(part.source, call_places(part))
         elif text := part.source[max(start - position, 0) : max(stop - position, 0)]:
-            segments.append(Segment(text, Kind.text))
+            segments.append(Segment(text, SpanKind.text))
         position = end
 
 
-def call_segments(text: str, places: Iterable[Place]) -> list[Segment]:
+def call_segments(text: str, places: Iterable[CharSpan]) -> list[Segment]:
     """Cut the text of a call into its names and parameters, which stand at `places`, and its frame."""
     segments: list[Segment] = []
     end = 0
     for start, stop in places:
         if start > end:
-            segments.append(Segment(text[end:start], Kind.frame))
+            segments.append(Segment(text[end:start], SpanKind.frame))
         if stop > start:
-            segments.append(Segment(text[start:stop], Kind.call))
+            segments.append(Segment(text[start:stop], SpanKind.call))
         end = stop
     if end < len(text):
-        segments.append(Segment(text[end:], Kind.frame))
+        segments.append(Segment(text[end:], SpanKind.frame))
     return segments

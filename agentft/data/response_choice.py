@@ -12,7 +12,7 @@ from agentft.data.chat_layout import ChatLayout, LaidOut
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import ToolCall
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.response import ResponseTemplate, Said, TemplateUnknown, our_templates, parameter_types
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ def spoken_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[Spo
         numbers = iter(rendering.steps)
         before = said = ""
         for segment in rendering.segments:
-            if segment.trained and segment.kind is Kind.stop:
+            if segment.trained and segment.kind is SpanKind.stop:
                 yield SpokenStep(next(numbers), before, said)
-            if segment.trained and segment.kind is not Kind.stop:
+            if segment.trained and segment.kind is not SpanKind.stop:
                 said += segment.text
             else:
                 before, said = before + said + segment.text, ""

@@ -37,7 +37,7 @@ from agentft.data.files import (
     is_lfs_pointer,
     read_file,
 )
-from agentft.data.records import Notice, Rejection, read_record
+from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.errors import ConfigError, DataError
 
 
@@ -148,7 +148,7 @@ class ReadReport:
     """By reason, duplicates included."""
     notices: Counter[str] = field(default_factory=Counter)
     """By code; the conversations they belong to were kept."""
-    notices_shown: dict[str, list[Notice]] = field(default_factory=dict)
+    notices_shown: dict[str, list[ParseWarning]] = field(default_factory=dict)
     """The first few of each code."""
     files: list[str] = field(default_factory=list)
     sources: dict[str, SourceCount] = field(default_factory=dict)
@@ -175,7 +175,7 @@ class ReadReport:
         source.rows += 1
         source.kept += kept
 
-    def note(self, notices: Iterable[Notice]) -> None:
+    def note(self, notices: Iterable[ParseWarning]) -> None:
         """Count notices and keep the first few of each code."""
         for notice in notices:
             code = bounded_code(notice.code, self.notices)
@@ -373,7 +373,7 @@ class Intake:
         self._report.count(row, kept=False)
         return rejection
 
-    def admit(self, row: RawRow, name: str, identity: int, notices: Sequence[Notice]) -> str | Rejection:
+    def admit(self, row: RawRow, name: str, identity: int, notices: Sequence[ParseWarning]) -> str | Rejection:
         """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
         unique_name = self._ids.register(name, identity)
         if unique_name is None:
@@ -381,7 +381,7 @@ class Intake:
         self._report.note(notices)
         if unique_name != name:
             detail = f"id {name!r} came before with other content; this one is {unique_name!r}"
-            self._report.note([Notice(row.origin, "duplicate_id_renamed", detail)])
+            self._report.note([ParseWarning(row.origin, "duplicate_id_renamed", detail)])
         self._report.kept += 1
         self._report.count(row, kept=True)
         return unique_name
@@ -472,7 +472,7 @@ def is_large(config: DatasetConfig) -> bool:
     match config:
         case SyntheticConfig():
             return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
-        case LocalConfig() if config.sample < 0:
+        case LocalConfig() if config.max_samples < 0:
             files = (file for source in _local_sources(config) for file in _files(Path(source.path)))
             return sum(file.stat().st_size for file in files) > _LARGE_BYTES
         case _:

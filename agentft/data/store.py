@@ -38,7 +38,7 @@ from agentft.data.grammar import (
     read_call_body,
 )
 from agentft.data.msagent import result_message, step_message
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, Span, weigh
 
 Rows = npt.NDArray[np.int64]
@@ -307,7 +307,7 @@ class StoredExamples(Sequence[Example]):
         return self._names[self._table[row, 2] : self._table[row + 1, 2]].tobytes().decode()
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+_KINDS = {int(kind): kind for kind in SpanKind}
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ from agentft.data.chat_template import (
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.grammar import ToolCall
 from agentft.data.marked_text import MarkedText, marked_message
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 
 T = TypeVar("T", str, Sequence[str])
 
@@ -127,8 +127,8 @@ def _declares(template: ChatTemplate, traits: Traits) -> bool:
 def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
     """Find the tokens that end a text and a step of calls."""
     ask, tell = chat_messages((_ASK, _TELL))
-    alone, _ = _tokens_after(template, traits, [ask, tell], (), Kind.text)
-    followed, between = _tokens_after(template, traits, [ask, tell, *chat_messages((_THANK,))], (), Kind.text)
+    alone, _ = _tokens_after(template, traits, [ask, tell], (), SpanKind.text)
+    followed, between = _tokens_after(template, traits, [ask, tell, *chat_messages((_THANK,))], (), SpanKind.text)
     own = bool(alone)
     if not alone and not followed:
         return traits
@@ -137,8 +137,8 @@ def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
     if traits.tools:
         asked = server_messages(_conversation((_ASK, _CALL)), traits)
         answered = [*asked, answer_to(asked[1]["tool_calls"][0])]
-        ends, _ = _tokens_after(template, traits, asked, (_TOOL,), Kind.call)
-        goes_on, _ = _tokens_after(template, traits, answered, (_TOOL,), Kind.call)
+        ends, _ = _tokens_after(template, traits, asked, (_TOOL,), SpanKind.call)
+        goes_on, _ = _tokens_after(template, traits, answered, (_TOOL,), SpanKind.call)
         closing = _closing_tokens(template, traits, ends)
         candidates = ends[closing:] or goes_on[closing:]
         call_stop = stop if stop in ends else candidates[0] if candidates else stop
@@ -159,7 +159,7 @@ def _closing_tokens(template: ChatTemplate, traits: Traits, ends: Sequence[str])
         text = _marked(template, traits, messages, (_TOOL,))
     except TemplateRefusal:
         text = None
-    calls = [value for value in text.values if value.kind is Kind.call] if text else []
+    calls = [value for value in text.values if value.kind is SpanKind.call] if text else []
     if text is None or len(calls) < 4:
         return max(len(ends) - 1, 0)
     between = template.control.findall(text.text, calls[1].stop, calls[2].start)
@@ -167,7 +167,7 @@ def _closing_tokens(template: ChatTemplate, traits: Traits, ends: Sequence[str])
 
 
 def _tokens_after(
-    template: ChatTemplate, traits: Traits, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], kind: Kind
+    template: ChatTemplate, traits: Traits, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], kind: SpanKind
 ) -> tuple[list[str], str]:
     """Return the control tokens between the last value of a kind and the next value, and what stands before the first."""
     text = _marked(template, traits, messages, tools)
@@ -175,11 +175,11 @@ def _tokens_after(
         return [], ""
     spoken = [at for at, value in enumerate(text.values) if value.kind is kind]
     # A tool's result may repeat the name of the call, so calls are counted: a name and a value.
-    if not spoken or (kind is Kind.call and len(spoken) < 2):
+    if not spoken or (kind is SpanKind.call and len(spoken) < 2):
         return [], ""
-    at = spoken[1] if kind is Kind.call else spoken[-1]
+    at = spoken[1] if kind is SpanKind.call else spoken[-1]
     start = text.values[at].stop
-    later = [value.start for value in text.values[at + 1 :] if value.kind is not Kind.call]
+    later = [value.start for value in text.values[at + 1 :] if value.kind is not SpanKind.call]
     stop = later[0] if later else len(text.text)
     found = list(template.control.finditer(text.text, start, stop))
     return [each.group() for each in found], text.text[start : found[0].start()] if found else ""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from agentft.data.render import Kind, Segment
+from agentft.data.render import Segment, SpanKind
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -320,4 +320,4 @@ class TokenText:
         if len(ends) and total and total != ends[-1]:
             starts = starts * ends[-1] // total
         at = np.minimum(np.searchsorted(ends, starts, side="right"), max(len(segments) - 1, 0))
-        return np.array([segment.kind for segment in segments] or [Kind.header], dtype=np.int8)[at]
+        return np.array([segment.kind for segment in segments] or [SpanKind.header], dtype=np.int8)[at]

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
 from agentft.data.conversation import Conversation
-from agentft.data.render import Kind, MsagentTemplate, Segment
+from agentft.data.render import MsagentTemplate, Segment, SpanKind
 from agentft.data.text_ids import (
     FastIds,
     Ids,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from agentft.data.chat_tokens import RenderingEncoder
 
-KindRun = tuple[int, int, Kind]
+KindRun = tuple[int, int, SpanKind]
 """First token, the one after the last, and their kind."""
 
 MixedChunk = tuple[str, Sequence[Segment], Ids]
@@ -96,20 +96,20 @@ def _runs(
     end = done = 0
     for segment, size in zip(segments, sizes, strict=True):
         begin, end = end, end + size
-        if segment.kind is not Kind.call or not size:
+        if segment.kind is not SpanKind.call or not size:
             continue
         first, last = max(bisect_right(stops, begin), done), bisect_left(starts, end)
         if first >= last:
             continue
         if runs and first == done:
-            runs[-1] = (runs[-1][0], last, Kind.call)
+            runs[-1] = (runs[-1][0], last, SpanKind.call)
         else:
             if first > done:
-                runs.append((done, first, Kind.frame))
-            runs.append((first, last, Kind.call))
+                runs.append((done, first, SpanKind.frame))
+            runs.append((first, last, SpanKind.call))
         done = last
     if done < len(starts):
-        runs.append((done, len(starts), Kind.frame))
+        runs.append((done, len(starts), SpanKind.frame))
     return runs
 
 
@@ -131,7 +131,7 @@ class Span(NamedTuple):
 
     start: int
     stop: int
-    kind: Kind
+    kind: SpanKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,7 @@ class Chunk(NamedTuple):
     """A run of text that the tokenizer takes in one piece."""
 
     special: bool
-    trained: Kind | None
+    trained: SpanKind | None
     """What its labels are, or the first of it; None for context."""
     text: str
     mixed: tuple[Segment, ...] = ()
@@ -354,7 +354,7 @@ def _chunks(segments: Iterable[Segment]) -> list[Chunk]:
     """
     chunks: list[Chunk] = []
     joined: list[Segment] = []
-    fate: Kind | None = None
+    fate: SpanKind | None = None
     for segment in segments:
         own = segment.encoded_with
         if joined and (segment.special or own is not fate):
@@ -370,24 +370,24 @@ def _chunks(segments: Iterable[Segment]) -> list[Chunk]:
     return chunks
 
 
-def _join(segments: list[Segment], fate: Kind | None) -> Chunk:
+def _join(segments: list[Segment], fate: SpanKind | None) -> Chunk:
     first = segments[0]
     trained = first.kind if first.trained else None
     if len(segments) == 1:
         return Chunk(False, trained, first.text)
     text = "".join([segment.text for segment in segments])
-    mixed = fate is Kind.call and any(segment.kind is not first.kind for segment in segments)
+    mixed = fate is SpanKind.call and any(segment.kind is not first.kind for segment in segments)
     return Chunk(False, trained, text, tuple(segments) if mixed else ())
 
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
     """Return the example with a weight for each span; unchanged where all count alike."""
     by_kind = {
-        Kind.reasoning: weights.reasoning,
-        Kind.text: weights.text,
-        Kind.call: weights.call,
-        Kind.frame: weights.frame,
-        Kind.stop: weights.stop,
+        SpanKind.reasoning: weights.reasoning,
+        SpanKind.text: weights.text,
+        SpanKind.call: weights.call,
+        SpanKind.frame: weights.frame,
+        SpanKind.stop: weights.stop,
     }
     if set(by_kind.values()) == {1.0}:
         return example

@@ -112,7 +112,7 @@ _PRECISION = 16
 T = TypeVar("T")
 
 
-class Outcome(StrEnum):
+class TruncationKind(StrEnum):
     """What became of a conversation."""
 
     whole = "whole"
@@ -127,13 +127,13 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class TruncationResult:
     """A conversation, what is used of it, and what is not."""
 
     original: Conversation
     tokens: int
     """Length of the whole conversation, 0 where it cannot be rendered."""
-    outcome: Outcome
+    outcome: TruncationKind
     pieces: tuple[Piece, ...]
     shortened_observations: int = 0
     steps_left_out: tuple[int, ...] = ()
@@ -150,9 +150,9 @@ def fit_conversations(
     encoder: SegmentEncoder,
     max_length: int,
     too_long: TooLong,
-) -> Iterator[Fitted]:
+) -> Iterator[TruncationResult]:
     """Render, tokenise and fit conversations, a batch at a time, in order."""
-    fitter = Fitter(template, encoder, max_length)
+    fitter = Truncator(template, encoder, max_length)
     items = ((conversation, too_long) for conversation in conversations)
     while batch := list(islice(items, _BATCH)):
         yield from fitter.fit(batch)
@@ -163,26 +163,28 @@ _Way = Generator[list[Attempt], list[Rendered], T]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitter:
+class Truncator:
     """Renders, tokenises and fits batches of conversations."""
 
     template: Layout
     encoder: SegmentEncoder
     max_length: int
 
-    def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[Fitted]:
+    def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[TruncationResult]:
         """Encode all in one call, then what is too long, all of it together; each is fitted in its own way."""
         known: list[Known] = [{} for _ in items]
         requests = [(own, [Attempt(conversation)]) for own, (conversation, _) in zip(known, items, strict=True)]
         made = self._render(requests)
-        fitted: list[Fitted | _Unfitted] = []
+        fitted: list[TruncationResult | _Unfitted] = []
         for (conversation, too_long), own, (whole,) in zip(items, known, made, strict=True):
             if whole.problem is not None:
                 fitted.append(_set_aside(conversation, 0, whole.problem))
             elif not whole.trains:
                 fitted.append(_set_aside(conversation, whole.tokens, ("no_label", _why_no_label(conversation))))
             elif whole.tokens <= self.max_length:
-                fitted.append(Fitted(conversation, whole.tokens, Outcome.whole, whole.pieces, notes=whole.notes))
+                fitted.append(
+                    TruncationResult(conversation, whole.tokens, TruncationKind.whole, whole.pieces, notes=whole.notes)
+                )
             elif too_long is TooLong.drop:
                 fitted.append(self._too_long(conversation, whole.tokens))
             else:
@@ -190,11 +192,13 @@ class Fitter:
                 fitted.append(_Unfitted(conversation, whole.tokens, fit(conversation, whole), own))
         self._fit_together([each for each in fitted if isinstance(each, _Unfitted)])
         return [
-            each if isinstance(each, Fitted) else each.outcome or self._too_long(each.conversation, each.tokens)
+            each
+            if isinstance(each, TruncationResult)
+            else each.outcome or self._too_long(each.conversation, each.tokens)
             for each in fitted
         ]
 
-    def _too_long(self, conversation: Conversation, tokens: int) -> Fitted:
+    def _too_long(self, conversation: Conversation, tokens: int) -> TruncationResult:
         detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
         return _set_aside(conversation, tokens, ("too_long", detail))
 
@@ -214,7 +218,7 @@ class Fitter:
     def _render(self, requests: Sequence[tuple[Known, list[Attempt]]]) -> Iterator[list[Rendered]]:
         return render_all(self.template, self.encoder, requests)
 
-    def _newest_rounds(self, conversation: Conversation, whole: Rendered) -> _Way[Fitted | None]:
+    def _newest_rounds(self, conversation: Conversation, whole: Rendered) -> _Way[TruncationResult | None]:
         """As many of the newest rounds as fit with their tool results shortened."""
         rounds = Rounds(conversation)
         least = shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)
@@ -224,13 +228,15 @@ class Fitter:
                 continue
             made = yield from self._shortened(rounds.part(conversation.id, first, len(rounds)))
             if made is not None and made.trains:
-                outcome = Outcome.rounds_left_out if first else Outcome.shortened
+                outcome = TruncationKind.rounds_left_out if first else TruncationKind.shortened
                 left_out = tuple(range(rounds.steps_before(first)))
                 shortened = count_shortened(conversation, [piece.conversation for piece in made.pieces])
-                return Fitted(conversation, whole.tokens, outcome, made.pieces, shortened, left_out, notes=made.notes)
+                return TruncationResult(
+                    conversation, whole.tokens, outcome, made.pieces, shortened, left_out, notes=made.notes
+                )
         return None
 
-    def _split(self, conversation: Conversation, whole: Rendered) -> _Way[Fitted | None]:
+    def _split(self, conversation: Conversation, whole: Rendered) -> _Way[TruncationResult | None]:
         """Every round in one example, in order; examples begin with as many of the rounds before as fit."""
         rounds = Rounds(conversation)
         sizes = yield from _sizes(rounds, whole)
@@ -255,7 +261,9 @@ class Fitter:
         shortened = count_shortened(conversation, (made.conversation for made in parts))
         pieces = tuple(piece for made in parts for piece in made.pieces)
         notes = tuple(note for made in parts for note in made.notes)
-        return Fitted(conversation, whole.tokens, Outcome.spread, pieces, shortened, tuple(left_out), notes=notes)
+        return TruncationResult(
+            conversation, whole.tokens, TruncationKind.spread, pieces, shortened, tuple(left_out), notes=notes
+        )
 
     def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Rendered | None]:
         """The rounds from `first` on, as many as fit unchanged."""
@@ -311,10 +319,10 @@ class _Unfitted:
 
     conversation: Conversation
     tokens: int
-    way: _Way[Fitted | None]
+    way: _Way[TruncationResult | None]
     known: Known
     """What its chunks became, most of which every attempt shares."""
-    outcome: Fitted | None = None
+    outcome: TruncationResult | None = None
 
 
 def _sizes(rounds: Rounds, whole: Rendered) -> _Way[_Sizes]:
@@ -351,6 +359,6 @@ def _why_no_label(conversation: Conversation) -> str:
     return "the agent says nothing in this conversation"
 
 
-def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> Fitted:
+def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> TruncationResult:
     steps = tuple(range(len(conversation.steps)))
-    return Fitted(conversation, tokens, Outcome.set_aside, (), 0, steps, problem)
+    return TruncationResult(conversation, tokens, TruncationKind.set_aside, (), 0, steps, problem)

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from agentft.data.config import DatasetConfig, Format, TooLong
 from agentft.data.conversation import Conversation
-from agentft.data.records import Notice, Rejection, read_record
+from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, identity, showing_keys
 from agentft.data.splits import is_held_out
 from agentft.data.store import PackedExample, from_line, pack, stored_id_type, to_line
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
-from agentft.data.truncation import Fitted, Fitter, Outcome
+from agentft.data.truncation import TruncationKind, TruncationResult, Truncator
 from agentft.errors import DataError
 from agentft.signals import STOPS, die_with
 
@@ -157,7 +157,7 @@ _CHARACTERS_A_BATCH = 250_000
 class Made(NamedTuple):
     """What became of a conversation that a part wants."""
 
-    outcome: Outcome
+    outcome: TruncationKind
     examples: tuple[PackedExample, ...]
     talks: tuple[bytes, ...]
     """Of a held-out one the conversations that the examples render, as they are stored."""
@@ -175,7 +175,7 @@ class Understood(NamedTuple):
 
     name: str
     identity: int
-    notices: Sequence[Notice]
+    notices: Sequence[ParseWarning]
     weight: float
     content: bytes
     """SHA-256 of all its text."""
@@ -254,7 +254,7 @@ class RowWork:
         return None if part == "train" and weight < 1 and not showing_keys(content_hash, weight, seed) else part
 
     def _make(self, wanted: Sequence[tuple[Conversation, str]]) -> Iterator[Made]:
-        fitter = Fitter(self.template, self.encoder, self.config.max_length)
+        fitter = Truncator(self.template, self.encoder, self.config.max_length)
         fitted = fitter.fit([(conversation, self._too_long(part)) for conversation, part in wanted])
         id_type = stored_id_type(self.encoder.largest_id)
         for each, (_, part) in zip(fitted, wanted, strict=True):
@@ -266,7 +266,7 @@ class RowWork:
                 tuple([piece.conversation.content_hash for piece in shown]),
                 each.notes if each.problem is None else (),
                 frozenset().union(*(piece.conversation.called_tools for piece in each.pieces)),
-                None if each.outcome is Outcome.whole else _change(each, part),
+                None if each.outcome is TruncationKind.whole else _change(each, part),
                 each.problem and Rejection(each.original.origin, *each.problem, id=each.original.id),
             )
 
@@ -279,7 +279,7 @@ class _Read(NamedTuple):
     """A conversation before anything is made of it."""
 
     conversation: Conversation
-    notices: list[Notice]
+    notices: list[ParseWarning]
     content_hash: str
     user_hash: str
     part: str | None
@@ -301,7 +301,7 @@ class _Read(NamedTuple):
         )
 
 
-def _change(fitted: Fitted, part: str) -> dict[str, Any]:
+def _change(fitted: TruncationResult, part: str) -> dict[str, Any]:
     return {
         "id": fitted.original.id,
         "part": part,

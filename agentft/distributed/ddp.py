@@ -38,7 +38,7 @@ class DdpEngine(SingleEngine):
             init_sync=False,
         )
 
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._wrapped.no_sync()
 
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -19,7 +19,7 @@ from agentft.data.batches import Batch
 from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
 from agentft.model.adapters import kept_parameters
 from agentft.model.causal import causal_model
-from agentft.training.checkpoint import Kind, TensorStream
+from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer
@@ -73,7 +73,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._scale = LossScale(enabled=fp16)
         self._finite = True
 
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
         # DeepSpeed multiplies the loss by it, and takes it out again when it clips; `backward` multiplies by the ranks.
         self._zero.loss_scaler.cur_scale = self._divisor()
         self._engine.set_gradient_accumulation_boundary(last)
@@ -187,7 +187,7 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _stream(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> TensorStream:
         kinds = {
-            key: Kind(
+            key: TensorSpec(
                 torch.float32 if parameter.requires_grad else parameter.dtype,
                 () if slot == _STEP else whole_shape(parameter),
             )

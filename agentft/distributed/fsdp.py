@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from agentft.data.batches import Batch
 from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
 from agentft.model.adapters import kept_parameters
-from agentft.training.checkpoint import Kind, TensorStream
+from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.loss import LabelledLoss
 from agentft.training.optim import build_optimizer
@@ -73,7 +73,7 @@ class FsdpEngine(ShardedEngine):
     def _sharded(self) -> list[Any]:
         return [module for module in self._objective.modules() if isinstance(module, FSDPModule)]
 
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
         root: Any = self._objective
         root.set_requires_gradient_sync(last or not self._waits)
         return nullcontext()
@@ -151,7 +151,7 @@ class FsdpEngine(ShardedEngine):
 
     def _stream(self, tensors: Mapping[str, torch.Tensor]) -> TensorStream:
         return TensorStream(
-            {name: Kind(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, self._whole_of(tensors)
+            {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, self._whole_of(tensors)
         )
 
     def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor | None]:

@@ -17,16 +17,16 @@ from torch import nn
 from agentft.data.tokens import Example
 from agentft.distributed.stops import BROKE_OFF
 from agentft.errors import RankError
-from agentft.evaluation.generate import Answer, Finish
+from agentft.evaluation.generate import Completion, Finish
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood
-from agentft.evaluation.predictions import Answerer, OnAnswer
+from agentft.evaluation.predictions import Generator, OnCompletion
 from agentft.evaluation.steps import Step
 from agentft.world import World, share_out
 
 T = TypeVar("T")
 
 
-def lead(world: World, answerer: Answerer, work: Callable[[Answerer], T]) -> T | None:
+def lead(world: World, answerer: Generator, work: Callable[[Generator], T]) -> T | None:
     """Run `work` on rank 0 with an answerer behind which all ranks stand; elsewhere answer until it is done.
 
     Returns the result of `work` on rank 0 and None on the others. Where `work` or somebody's answering fails, all ranks
@@ -63,13 +63,13 @@ class _Round:
 class _Together:
     """Answers with the models of all ranks."""
 
-    def __init__(self, world: World, own: Answerer) -> None:
+    def __init__(self, world: World, own: Generator) -> None:
         self._world = world
         self._own = own
         self._broken = False
         """All ranks have heard of a failure."""
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer all steps and return them in the order given; of other ranks' answers `on_answer` hears at the end."""
         if not steps:
             return []
@@ -88,25 +88,25 @@ class _Together:
         if not self._broken:
             self._world.broadcast(_Round(None, "" if error is None else f"{type(error).__name__}: {error}"))
 
-    def _round(self, steps: Sequence[Step], on_answer: OnAnswer | None) -> list[Answer]:
+    def _round(self, steps: Sequence[Step], on_answer: OnCompletion | None) -> list[Completion]:
         shares = shares_of(steps, self._world.size)
         mine = shares[self._world.rank]
 
-        def heard(answer: Answer) -> None:
+        def heard(answer: Completion) -> None:
             self._world.mark("answering")
             if on_answer is not None:
                 on_answer(answer)
 
         rows_by_rank = self._together(lambda: self._own.answer([steps[order] for order in mine], heard))
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         for rank, rows in enumerate(rows_by_rank):
             for order, row in zip(shares[rank], rows, strict=True):
-                answers[order] = Answer(steps[order], *row)
+                answers[order] = Completion(steps[order], *row)
                 if rank != self._world.rank and on_answer is not None:
                     on_answer(answers[order])
         return [answers[order] for order in range(len(steps))]
 
-    def _together(self, work: Callable[[], list[Answer]]) -> list[list[_Row]]:
+    def _together(self, work: Callable[[], list[Completion]]) -> list[list[_Row]]:
         """Do every rank's work and return what each of them answered; all ranks leave it in the same way."""
         failure: Exception | None = None
         own: list[_Row] = []

@@ -54,7 +54,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """How `evaluate.py` measures; a training measures teacher-forced before and after, and likelihood on its way."""
     engine: Engine = field(default=Engine.transformers, metadata={"affects": "answers"})
     """Who answers in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
-    steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
+    eval_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
     """Training steps between evaluations of the held-out loss; 0: never during training."""
     before: bool = True
     """Measure the untrained model too, so that the run ends with a table before / after."""
@@ -74,7 +74,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """Decides the best checkpoint: a metric of answers, generated during training, or `loss`. The loss decides ties."""
     patience: int = field(default=0, metadata={"minimum": 0, "maximum": 10**6})
     """Training ends after so many evaluations in a row that were no better; 0: never early."""
-    draws: int = field(default=10_000, metadata={"minimum": 1, "maximum": 10**6})
+    bootstrap_samples: int = field(default=10_000, metadata={"minimum": 1, "maximum": 10**6})
     """Bootstrap draws over conversations for the 95 % intervals."""
     seed: int = field(default=0, metadata=SEED)
     """Seed of the bootstrap."""
@@ -101,8 +101,8 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patience and not self.steps:
-            raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.steps=0")
+        if self.patience and not self.eval_steps:
+            raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.eval_steps=0")
         _check_best_metric(self.best_metric)
         _check_engine(self)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from agentft.evaluation.ragged_decoding import History, Row, RowModel
+from agentft.evaluation.ragged_decoding import KVCache, Row, RowModel
 from agentft.evaluation.steps import Step
 from agentft.model.causal import causal_model
 
@@ -60,7 +60,7 @@ class SaidBefore:
         return list(ids[at : at + limit])
 
 
-class Guesser:
+class PromptLookupDrafter:
     """Guesses for one answer, from its own context first and then from the answers to other steps."""
 
     def __init__(self, context: Sequence[int], said_before: SaidBefore, longest: int) -> None:
@@ -122,11 +122,11 @@ _ALIKE = 256
 """Conversations whose first tokens are these many and equal are computed one after the other, to share what is equal."""
 
 Finish = Literal["stop", "text_stop", "length"]
-OnAnswer = Callable[["Answer"], None]
+OnCompletion = Callable[["Completion"], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """What a model said at one step."""
 
     step: Step
@@ -142,8 +142,8 @@ class _Reply:
 
     order: int
     step: Step
-    history: History
-    guesser: Guesser
+    history: KVCache
+    guesser: PromptLookupDrafter
     ids: list[int] = field(default_factory=list)
 
     @property
@@ -157,7 +157,7 @@ class _Prefix:
     """A conversation computed up to its last step."""
 
     ids: list[int]
-    history: History
+    history: KVCache
 
 
 class GreedyGenerator:
@@ -184,9 +184,9 @@ class GreedyGenerator:
         """Work done: `prompt_tokens` computed, `passes`, tokens `guessed`, and of these `right`."""
 
     @torch.inference_mode()
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         said_before = SaidBefore()
 
         def finish(reply: _Reply, how: Finish) -> None:
@@ -224,7 +224,7 @@ class GreedyGenerator:
                 # A pass writes its guesses before it knows whether they are right.
                 history = self._model.history(step.start + self._max_new_tokens + self._speculation)
                 history.copy(prefix.history, step.start)
-                guesser = Guesser(prefix.ids[: step.start], said_before, self._speculation)
+                guesser = PromptLookupDrafter(prefix.ids[: step.start], said_before, self._speculation)
                 yield _Reply(order, step, history, guesser), first_ids[step.start]
 
     def _compute(self, ids: list[int], starts: Sequence[int], last: _Prefix) -> tuple[_Prefix, dict[int, int]]:
@@ -283,7 +283,7 @@ class StockGenerator:
         self._max_new_tokens = max_new_tokens
 
     @torch.inference_mode()
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
         answers = []
         for step in steps:
@@ -321,7 +321,7 @@ def greedy_ids(
     return new
 
 
-def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Answer:
+def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Completion:
     """Return the answer in the tokens that another engine generated, cut where this one would have stopped."""
     for length in range(1, len(ids) + 1):
         if (how := _end(step, ids[:length], tokenizer, stop_ids)) is not None:
@@ -329,10 +329,10 @@ def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequen
     return _answer(step, ids, "length", tokenizer)
 
 
-def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Answer:
+def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Completion:
     said = ids[:-1] if how == "stop" else ids
     text = tokenizer.decode(said, skip_special_tokens=False) if step.reader is None else step.reader.decode(said)
-    return Answer(step, text, len(ids), how)
+    return Completion(step, text, len(ids), how)
 
 
 def _end(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Finish | None:

@@ -32,8 +32,8 @@ from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, JsonRefuse
 from agentft.data.msagent import read_system
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.evaluation.generate import Answer, Finish
-from agentft.evaluation.predictions import OnAnswer
+from agentft.evaluation.generate import Completion, Finish
+from agentft.evaluation.predictions import OnCompletion
 from agentft.evaluation.steps import Step, step_places
 from agentft.secrets import redact_text
 
@@ -311,14 +311,14 @@ class OpenAIEngine:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer all steps and return them in the order given; `on_answer` hears of each in this thread.
 
         Raises:
             EvaluationError: a request is refused, or still fails after the last attempt; answers so far have been told.
         """
         self._stop.clear()
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         with ThreadPoolExecutor(self._endpoint.at_once, thread_name_prefix="chat") as pool:
             futures = {pool.submit(self._ask, step): order for order, step in enumerate(steps)}
             left = set(futures)
@@ -336,7 +336,7 @@ class OpenAIEngine:
                     future.cancel()
         return [answers[order] for order in range(len(steps))]
 
-    def _ask(self, step: Step) -> Answer:
+    def _ask(self, step: Step) -> Completion:
         as_recorded = self._endpoint.fields.get("tools", ...) is None
         chat = chat_step(step, self._shown_steps.get(step.conversation.id, 0), as_recorded=as_recorded)
         body = json.dumps(self._endpoint.request(chat)).encode()
@@ -354,7 +354,7 @@ class OpenAIEngine:
         finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
         usage = reply.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return Answer(step, answer_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
+        return Completion(step, answer_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
 
     def _post(self, body: bytes, what: str) -> dict[str, Any]:
         pause = _FIRST_PAUSE

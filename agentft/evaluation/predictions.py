@@ -15,27 +15,27 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.generate import Answer
+from agentft.evaluation.generate import Completion
 from agentft.evaluation.steps import Step
 from agentft.secrets import redact_text
 
 log = logging.getLogger(__name__)
 
-OnAnswer = Callable[[Answer], None]
+OnCompletion = Callable[[Completion], None]
 
 
-class Answerer(Protocol):
+class Generator(Protocol):
     """Whoever can answer steps: a model here, or one behind an endpoint."""
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
 
 
-class AnswerFile:
+class PredictionCache:
     """An answerer that remembers: what stands in the file is not asked again. A context manager around the work."""
 
     def __init__(
-        self, path: Path, answerer: Answerer, identity: Mapping[str, Any], *, others: Sequence[Path] = ()
+        self, path: Path, answerer: Generator, identity: Mapping[str, Any], *, others: Sequence[Path] = ()
     ) -> None:
         """`identity` is everything beside the context that decides an answer; `others` are files of the same candidate's
         answers, which are read and left as they are."""
@@ -66,20 +66,20 @@ class AnswerFile:
             os.close(self._handle)
             self._handle = None
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer the steps that the file does not know, and return all in the order given."""
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         for order, step in enumerate(steps):
             row = self._known.get(_key(step))
             if row is not None:
-                answers[order] = Answer(step, row["text"], row["tokens"], row["finish"])
+                answers[order] = Completion(step, row["text"], row["tokens"], row["finish"])
                 if on_answer is not None:
                     on_answer(answers[order])
         if answers:
             log.info("%d of %d answers are there already (%s)", len(answers), len(steps), self.path)
         missing = [order for order in range(len(steps)) if order not in answers]
 
-        def keep(answer: Answer) -> None:
+        def keep(answer: Completion) -> None:
             self._write(
                 {
                     "conversation_id": answer.step.conversation.id,

@@ -40,7 +40,7 @@ _BLOCK = 32
 _TILE = 128
 
 
-class History:
+class KVCache:
     """Keys and values of one row, `[L, G, P, D]` each; room for `positions` is taken at the first use."""
 
     def __init__(self, layers: int, positions: int) -> None:
@@ -49,7 +49,7 @@ class History:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor
 
-    def copy(self, other: History, length: int) -> None:
+    def copy(self, other: KVCache, length: int) -> None:
         """Begin with the first `length` positions of another row."""
         if length == 0 or other.keys is None:
             return
@@ -78,7 +78,7 @@ class History:
 class Row:
     """New tokens of one row."""
 
-    history: History
+    history: KVCache
     position: int
     """Of the first new token; the history is whole before it."""
     ids: Sequence[int]
@@ -105,9 +105,9 @@ class RowModel:
         self._layers = int(self._config.num_hidden_layers)
         self._device = next(model.parameters()).device
 
-    def history(self, positions: int) -> History:
+    def history(self, positions: int) -> KVCache:
         """Return an empty history with room for so many tokens."""
-        return History(self._layers, positions)
+        return KVCache(self._layers, positions)
 
     def attached(self) -> AbstractContextManager[None]:
         """Let the model's layers attend to histories; afterwards they attend as before."""

@@ -21,10 +21,10 @@ from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
 from agentft.data.msagent import as_msagent, step_message
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
-from agentft.evaluation.generate import Answer
+from agentft.evaluation.generate import Completion
 from agentft.evaluation.metrics import Metric, signature
 from agentft.evaluation.parse import own_words
-from agentft.evaluation.predictions import Answerer
+from agentft.evaluation.predictions import Generator
 from agentft.evaluation.resampling import ratio_intervals, sum_pieces
 from agentft.evaluation.scoring import StepScore, score_step
 from agentft.evaluation.steps import Step, StepPlace, step_places, steps_by_number
@@ -43,7 +43,7 @@ class Episode:
     """Steps before them that are context only."""
     words: list[str] = field(default_factory=list)
     """What stays in the history: the answers in MSAgent form, without words for others."""
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Completion] = field(default_factory=list)
     """Of the steps that were reached, the one that left the record included."""
     scores: list[StepScore] = field(default_factory=list)
     diverged: str | None = None
@@ -59,7 +59,7 @@ class Episode:
         """Steps answered before the first divergence; all of them where there is none."""
         return len(self.answers) - (self.diverged is not None)
 
-    def take(self, answer: Answer, seen_tools: frozenset[str] | None) -> None:
+    def take(self, answer: Completion, seen_tools: frozenset[str] | None) -> None:
         """Go one step on, or find that the record cannot."""
         record = answer.step.record(answer.text, seen_tools)
         score = score_step(record)
@@ -76,7 +76,7 @@ def replay(
     conversations: Sequence[Conversation],
     template: Layout,
     encoder: SegmentEncoder,
-    answerer: Answerer,
+    answerer: Generator,
     *,
     seen_tools: frozenset[str] | None = None,
     shown_steps: Mapping[str, int] | None = None,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.generate import TEXT_STOPS, Answer, read_answer
-from agentft.evaluation.predictions import OnAnswer
+from agentft.evaluation.generate import TEXT_STOPS, Completion, read_answer
+from agentft.evaluation.predictions import OnCompletion
 from agentft.evaluation.steps import Step
 
 log = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ class VllmEngine:
         """Of vLLM: it decides the last bits of a logit."""
         return str(self._vllm.__version__)
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         """Answer all steps and return them in the order given; `on_answer` hears of each group as it is finished."""
-        answers: list[Answer] = []
+        answers: list[Completion] = []
         for at in range(0, len(steps), _AT_ONCE):
             group = steps[at : at + _AT_ONCE]
             for step, ids in zip(group, self._generate(group), strict=True):

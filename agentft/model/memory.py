@@ -197,8 +197,8 @@ FAR = 1.25
 """Estimates beyond this share of a device's whole memory are refused: they are not that wrong."""
 
 WAYS_OUT = (
-    "try training.gradient_checkpointing=true, training.micro_batch=1, a smaller dataset.max_length, model.dtype=bf16, "
-    "sft_type=lora or a smaller model"
+    "try training.gradient_checkpointing=true, training.per_device_batch_size=1, a smaller dataset.max_length, "
+    "model.dtype=bf16, sft_type=lora or a smaller model"
 )
 
 ADAM_BYTES = 8
@@ -316,7 +316,7 @@ def estimate_memory(
     lora_targets: Sequence[str],
     dtype: Dtype,
     max_length: int,
-    micro_batch: int,
+    per_device_batch_size: int,
     checkpointing: bool,
     eager: bool = False,
     logit_positions: int = 1024,
@@ -346,7 +346,7 @@ def estimate_memory(
     """
     shape = model_shape(settings)
     b = 4 if dtype is Dtype.fp32 else 2
-    tokens = max_length * micro_batch
+    tokens = max_length * per_device_batch_size
     layers = shape.layers
     final_norm = 8 * shape.hidden
     # Logits, their fp32 copy, log-softmax, and the gradients of the first two.

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class TrainingComponents:
     """Everything that is loaded for a run: where it computes, what it talks with, what it learns from."""
 
     device: runtime.Device
@@ -76,7 +76,7 @@ def _pad_id(tokenizer: Any, stop_id: int) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_id
 
 
-def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
+def set_up_bench(config: TrainConfig, world: World = ALONE) -> TrainingComponents:
     """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
     import_peft()
     device = runtime.set_up(config.threads)
@@ -119,10 +119,10 @@ def set_up_bench(config: TrainConfig, world: World = ALONE) -> Bench:
     ways = world.broadcast(ways)
     assert ways is not None
     take_attention(model, ways.attention)
-    return Bench(device, dtype, files, tokenizer, template, stop_ids, data, model, ways, compiled)
+    return TrainingComponents(device, dtype, files, tokenizer, template, stop_ids, data, model, ways, compiled)
 
 
-def set_up_engine(config: TrainConfig, bench: Bench, world: World, *, checkpointing: bool) -> Engine:
+def set_up_engine(config: TrainConfig, bench: TrainingComponents, world: World, *, checkpointing: bool) -> Engine:
     """Hand the loaded model to the engine of `distributed`."""
     objective = _objective(config, bench.model, bench.dtype, bench.kernels)
     objective.stock_logits = bench.ways.stock_logits
@@ -157,7 +157,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "nump
 """Packages whose release can change a loss in its last bits."""
 
 
-def identity(config: TrainConfig, bench: Bench, plan: StepPlan, *, ranks: int = 1) -> dict[str, Any]:
+def identity(config: TrainConfig, bench: TrainingComponents, plan: StepPlan, *, ranks: int = 1) -> dict[str, Any]:
     """Return everything that decides the losses of a run, by the words in which a difference is told."""
     settings = deciding(asdict(config))
     return {

@@ -24,20 +24,20 @@ from agentft.distributed.spread import lead
 from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.openai import OpenAIEngine, endpoint_of
-from agentft.evaluation.predictions import Answerer
+from agentft.evaluation.predictions import Generator
 from agentft.evaluation.steps import shown_steps
 from agentft.evaluation.vllm import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, trains_weights
 from agentft.model.load import choose_layout, load_tokenizer, locate_model
-from agentft.recipes.components import Bench, set_up_bench
+from agentft.recipes.components import TrainingComponents, set_up_bench
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluation_run import (
-    Candidate,
+    EvalModel,
     exam_steps,
     own_candidate,
     own_share,
-    sit_exam,
+    run_evaluation,
     sit_likelihood,
     sit_replay,
     write_exam,
@@ -172,7 +172,7 @@ def _evaluate(
         candidate = _served(settings, desk.data, other)
         return _answer(name or _name(settings), candidate, desk, settings, target, world)
     name = name or _name(settings, checkpoint)
-    with world.at_work("preparing data and model"):
+    with world.heartbeat("preparing data and model"):
         bench = set_up_bench(trained, world)
     path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)
     other = _other_data(config, bench.data, source, path)
@@ -183,7 +183,7 @@ def _evaluate(
     if settings.mode is Mode.likelihood:
         return _likelihood(name, trained, bench, settings, target, world, other)
     candidate = own_candidate(bench, settings)
-    candidate = Candidate(candidate.answerer, candidate.identity | other)
+    candidate = EvalModel(candidate.answerer, candidate.identity | other)
     desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
     if settings.engine is Engine.vllm:
         with _by_vllm(candidate, trained, bench, settings, target) as candidate:
@@ -207,12 +207,12 @@ def _name(settings: EvaluationConfig, checkpoint: str | None = None) -> str:
 
 
 def _answer(
-    name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder, world: World
+    name: str, candidate: EvalModel, desk: _Desk, settings: EvaluationConfig, run: RunFolder, world: World
 ) -> EvaluateResult:
     """Ask the candidate, teacher-forced or in replay; rank 0 scores the answers of all ranks and writes them down."""
 
-    def sit(answerer: Answerer) -> float | None:
-        asked = Candidate(answerer, candidate.identity)
+    def sit(answerer: Generator) -> float | None:
+        asked = EvalModel(answerer, candidate.identity)
         return _replay(name, asked, desk, settings, run) if replays else _exam(name, asked, desk, settings, run)
 
     replays = settings.mode is Mode.replay
@@ -222,15 +222,15 @@ def _answer(
     return EvaluateResult(objective, run.metrics(name))
 
 
-def _replay(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> float | None:
+def _replay(name: str, candidate: EvalModel, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> float | None:
     report = sit_replay(name, candidate, desk.data, desk.template, desk.encoder, settings, run=run)
     value: float | None = report["metrics"]["conv_replay_success"]["value"]
     return value
 
 
-def _exam(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> float | None:
+def _exam(name: str, candidate: EvalModel, desk: _Desk, settings: EvaluationConfig, run: RunFolder) -> float | None:
     steps = exam_steps(desk.data, desk.template, settings.conversations)
-    exam = sit_exam(name, candidate, steps, settings, run=run, seen_tools=desk.data.train_tools)
+    exam = run_evaluation(name, candidate, steps, settings, run=run, seen_tools=desk.data.train_tools)
     write_exam(exam, run, desk.data)
     show_exams([exam], run, examples=settings.examples, file=f"report-{name}.txt")
     return exam.value("arg_f1")
@@ -239,7 +239,7 @@ def _exam(name: str, candidate: Candidate, desk: _Desk, settings: EvaluationConf
 def _likelihood(
     name: str,
     trained: TrainConfig,
-    bench: Bench,
+    bench: TrainingComponents,
     settings: EvaluationConfig,
     run: RunFolder,
     world: World,
@@ -273,16 +273,16 @@ def _desk_without_weights(trained: TrainConfig) -> _Desk:
     return _Desk(template, encoder, prepare_data(trained.dataset, template, encoder))
 
 
-def _served(settings: EvaluationConfig, data: PreparedData, other: dict[str, str]) -> Candidate:
+def _served(settings: EvaluationConfig, data: PreparedData, other: dict[str, str]) -> EvalModel:
     endpoint = endpoint_of(settings)
     engine = OpenAIEngine(endpoint, shown_steps(data.heldout, data.heldout_examples))
-    return Candidate(engine, endpoint.identity() | other)
+    return EvalModel(engine, endpoint.identity() | other)
 
 
 @contextmanager
 def _by_vllm(
-    own: Candidate, trained: TrainConfig, bench: Bench, settings: EvaluationConfig, run: RunFolder
-) -> Iterator[Candidate]:
+    own: EvalModel, trained: TrainConfig, bench: TrainingComponents, settings: EvaluationConfig, run: RunFolder
+) -> Iterator[EvalModel]:
     """Hand the weights over to vLLM by way of files, and make room for it on the device."""
     if isinstance(trained.sft_type, QloraConfig):
         log.warning(
@@ -305,7 +305,7 @@ def _by_vllm(
         )
         engine = VllmEngine(model, bench.tokenizer, stop_ids=bench.stop_ids, max_new_tokens=settings.max_new_tokens)
         changes = {"version": engine.version, "options": dict(model.options)}
-        yield Candidate(engine, own.identity | changes)
+        yield EvalModel(engine, own.identity | changes)
 
 
 def _other_data(config: EvaluateConfig, data: PreparedData, run: RunFolder, checkpoint: Path | None) -> dict[str, str]:

@@ -24,9 +24,9 @@ from agentft.data.tokens import Example, SegmentEncoder
 from agentft.distributed.spread import spread_likelihood
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.generate import Answer, GreedyGenerator, StockGenerator
+from agentft.evaluation.generate import Completion, GreedyGenerator, StockGenerator
 from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
-from agentft.evaluation.predictions import Answerer, AnswerFile, OnAnswer
+from agentft.evaluation.predictions import Generator, OnCompletion, PredictionCache
 from agentft.evaluation.replay import replay, replay_report
 from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.steps import Step, all_steps, shown_steps, step_places
@@ -40,26 +40,26 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from agentft.recipes.components import Bench
+    from agentft.recipes.components import TrainingComponents
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class EvalModel:
     """Who sits an exam."""
 
-    answerer: Answerer
+    answerer: Generator
     identity: dict[str, Any]
     """All that decides an answer beside its context; answers on the disk count for an equal identity only."""
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class EvalResult:
     """One candidate's answers to the held-out steps, and what they are worth."""
 
     name: str
-    answers: list[Answer]
+    answers: list[Completion]
     scores: list[StepScore]
     report: EvaluationReport
     seconds: float
@@ -73,11 +73,11 @@ class Exam:
 class _OwnModel:
     """Answers with a model in this process; its mode is put back afterwards."""
 
-    def __init__(self, model: nn.Module, generator: Answerer) -> None:
+    def __init__(self, model: nn.Module, generator: Generator) -> None:
         self._model = model
         self._generator = generator
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         was_training = self._model.training
         self._model.eval()
         try:
@@ -86,7 +86,7 @@ class _OwnModel:
             self._model.train(was_training)
 
 
-def own_candidate(bench: Bench, config: EvaluationConfig) -> Candidate:
+def own_candidate(bench: TrainingComponents, config: EvaluationConfig) -> EvalModel:
     """Make a candidate of the bench's model as it is now."""
     model = bench.model
     parameter = next(model.parameters())
@@ -97,10 +97,10 @@ def own_candidate(bench: Bench, config: EvaluationConfig) -> Candidate:
         "device": parameter.device.type,
         "stop_ids": list(bench.stop_ids),
     }
-    return Candidate(own_model(bench, config), identity)
+    return EvalModel(own_model(bench, config), identity)
 
 
-def own_model(bench: Bench, config: EvaluationConfig) -> Answerer:
+def own_model(bench: TrainingComponents, config: EvaluationConfig) -> Generator:
     """Return what answers with the bench's model in this process."""
     model, tokenizer, stop_ids, new = bench.model, bench.tokenizer, bench.stop_ids, config.max_new_tokens
     if bench.ways.stock_answers:
@@ -120,7 +120,7 @@ def require_own_exam(config: EvaluationConfig) -> None:
     if config.mode is not Mode.teacher_forced or config.engine is not Engine.transformers:
         raise ConfigError(
             f"evaluation.mode={config.mode.value} evaluation.engine={config.engine.value} is for evaluate.py: a training "
-            "answers with its own model, teacher-forced, and logs the likelihood at every evaluation.steps"
+            "answers with its own model, teacher-forced, and logs the likelihood at every evaluation.eval_steps"
         )
 
 
@@ -142,16 +142,16 @@ def exam_steps(data: PreparedData, template: Layout, conversations: int) -> list
     return all_steps(chosen, data.heldout_examples, template)
 
 
-def sit_exam(
+def run_evaluation(
     name: str,
-    candidate: Candidate,
+    candidate: EvalModel,
     steps: Sequence[Step],
     config: EvaluationConfig,
     *,
     run: RunFolder,
     seen_tools: frozenset[str],
     reuse: bool = False,
-) -> Exam:
+) -> EvalResult:
     """Answer `steps`, going on where a killed exam of the same candidate stopped, and score the answers.
 
     Args:
@@ -176,7 +176,9 @@ def sit_exam(
             answers = answer_all(name, answerer, steps)
         seconds = time.perf_counter() - started
     scores = score_records(answer.step.record(answer.text, seen_tools) for answer in answers)
-    report = aggregate(scores, draws=config.draws, seed=config.seed, allow_bad_references=config.allow_bad_references)
+    report = aggregate(
+        scores, draws=config.bootstrap_samples, seed=config.seed, allow_bad_references=config.allow_bad_references
+    )
     finishes = Counter(answer.finish for answer in answers)
     log.info(
         "%s: %d steps answered in %.1f s (%d new tokens); %d ended by themselves, %d cut at %d tokens, %d cut at a tool result",
@@ -187,35 +189,35 @@ def sit_exam(
         log.warning(
             "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
         )
-    return Exam(name, answers, scores, report, seconds, candidate.identity)
+    return EvalResult(name, answers, scores, report, seconds, candidate.identity)
 
 
 @contextmanager
-def keeping_answers(name: str, candidate: Candidate, run: RunFolder) -> Iterator[AnswerFile]:
+def keeping_answers(name: str, candidate: EvalModel, run: RunFolder) -> Iterator[PredictionCache]:
     """Give the candidate a working file in the run folder; `write_exam` removes it."""
     kept = _working_file(name, run)
-    with AnswerFile(kept, candidate.answerer, candidate.identity, others=_files_of_ranks(name, run)) as file:
+    with PredictionCache(kept, candidate.answerer, candidate.identity, others=_files_of_ranks(name, run)) as file:
         yield file
 
 
 @contextmanager
-def own_share(name: str, candidate: Candidate, run: RunFolder, world: World) -> Iterator[Answerer]:
+def own_share(name: str, candidate: EvalModel, run: RunFolder, world: World) -> Iterator[Generator]:
     """Return who answers this rank's share. Ranks other than 0, which keeps all answers, keep theirs in files of their own
     until it has them: an exam that is killed goes on from all of them, on any number of ranks."""
     if world.is_main:
         yield candidate.answerer
         return
-    with AnswerFile(_file_of_rank(name, run, world.rank), candidate.answerer, candidate.identity) as file:
+    with PredictionCache(_file_of_rank(name, run, world.rank), candidate.answerer, candidate.identity) as file:
         yield file
 
 
-def answer_all(name: str, answerer: Answerer, steps: Sequence[Step]) -> list[Answer]:
+def answer_all(name: str, answerer: Generator, steps: Sequence[Step]) -> list[Completion]:
     """Answer steps under a bar."""
     started = time.perf_counter()
     tokens = 0
     with progress_bar(f"answering ({name})", len(steps)) as bar:
 
-        def show(answer: Answer) -> None:
+        def show(answer: Completion) -> None:
             nonlocal tokens
             tokens += answer.tokens
             bar.advance(1, speed=f"{tokens / (time.perf_counter() - started):,.0f} new tokens/s")
@@ -225,7 +227,7 @@ def answer_all(name: str, answerer: Answerer, steps: Sequence[Step]) -> list[Ans
 
 def finished_answers(
     name: str, identity: Mapping[str, Any], steps: Sequence[Step], run: RunFolder
-) -> tuple[list[Answer], float] | None:
+) -> tuple[list[Completion], float] | None:
     """Return the answers of a finished exam and its seconds; None unless it was this candidate on these steps."""
     try:
         report = read_json(run.metrics(name))
@@ -240,13 +242,15 @@ def finished_answers(
     ]:
         return None
     answers = [
-        Answer(step, row.get("raw", row["prediction"]), row["tokens"], row["finish"])
+        Completion(step, row.get("raw", row["prediction"]), row["tokens"], row["finish"])
         for step, row in zip(steps, rows, strict=True)
     ]
     return answers, float(report["seconds"])
 
 
-def prediction_rows(answers: Sequence[Answer], scores: Sequence[StepScore], data: PreparedData) -> list[dict[str, Any]]:
+def prediction_rows(
+    answers: Sequence[Completion], scores: Sequence[StepScore], data: PreparedData
+) -> list[dict[str, Any]]:
     """Return one plain object a step: ids, what was asked, reference, answer, scores.
 
     Reference and answer are in MSAgent form; `raw` is there where the model wrote its calls in another.
@@ -284,7 +288,7 @@ def prediction_rows(answers: Sequence[Answer], scores: Sequence[StepScore], data
     return rows
 
 
-def write_exam(exam: Exam, run: RunFolder, data: PreparedData) -> list[dict[str, Any]]:
+def write_exam(exam: EvalResult, run: RunFolder, data: PreparedData) -> list[dict[str, Any]]:
     """Write predictions, their page and metrics into the run folder and return the prediction rows."""
     rows = prediction_rows(exam.answers, exam.scores, data)
     write_results(exam.name, rows, exam.report.to_json(), run, seconds=exam.seconds, identity=exam.identity)
@@ -339,7 +343,7 @@ def _digest(text: str) -> str:
 
 def sit_replay(
     name: str,
-    candidate: Candidate,
+    candidate: EvalModel,
     data: PreparedData,
     template: Layout,
     encoder: SegmentEncoder,
@@ -360,7 +364,7 @@ def sit_replay(
             seen_tools=data.train_tools,
             shown_steps=shown_steps(data.heldout, data.heldout_examples),
         )
-    report = replay_report(episodes, len(conversations), draws=config.draws, seed=config.seed)
+    report = replay_report(episodes, len(conversations), draws=config.bootstrap_samples, seed=config.seed)
     rows = []
     for episode in episodes:
         for row in prediction_rows(episode.answers, episode.scores, data):
@@ -398,7 +402,7 @@ def sit_likelihood(
     """
     started = time.perf_counter()
     found = spread_likelihood(world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast, stock=stock)
-    report = found.to_json(draws=config.draws, seed=config.seed, piece_of=piece_of)
+    report = found.to_json(draws=config.bootstrap_samples, seed=config.seed, piece_of=piece_of)
     report["conversations"] = found.rows()
     run.write_json(run.metrics(name), report | {**(about or {}), "seconds": round(time.perf_counter() - started, 3)})
     for metric, value in report["metrics"].items():
@@ -410,11 +414,11 @@ def sit_likelihood(
 class _WithBar:
     """Shows a bar for each round of a replay."""
 
-    def __init__(self, name: str, answerer: Answerer) -> None:
+    def __init__(self, name: str, answerer: Generator) -> None:
         self._name = name
         self._answerer = answerer
 
-    def answer(self, steps: Sequence[Step], on_answer: OnAnswer | None = None) -> list[Answer]:
+    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
         return answer_all(self._name, self._answerer, steps)
 
 

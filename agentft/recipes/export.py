@@ -140,7 +140,7 @@ def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
         "base": f"fingerprint {record['model_fingerprint'][:16]}, commit {record.get('model_commit') or 'none'}",
         "data": f"{trained.dataset.name}, fingerprint {record['data_fingerprint'][:16]}",
         "learning rate": f"{training.learning_rate:g}, {training.schedule.value}",
-        "conversations a step": f"{training.micro_batch} x {training.accumulation}",
+        "conversations a step": f"{training.per_device_batch_size} x {training.gradient_accumulation_steps}",
         "longest": f"{trained.dataset.max_length} tokens",
         "dtype": str(record["dtype"]),
         "seed": str(trained.seed),

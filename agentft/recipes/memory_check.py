@@ -91,7 +91,7 @@ def estimate_training(
         lora_targets=config.model.lora_targets,
         dtype=dtype,
         max_length=config.dataset.max_length,
-        micro_batch=config.training.micro_batch,
+        per_device_batch_size=config.training.per_device_batch_size,
         checkpointing=checkpointing,
         fused=_layers(config, device, dtype),
         eager=config.model.attention is Attention.eager,

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from agentft.data.batches import Batch, collate, collate_packed
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
-from agentft.evaluation.ragged_decoding import History, Row, RowModel
+from agentft.evaluation.ragged_decoding import KVCache, Row, RowModel
 from agentft.model.causal import causal_model, last_states, output_head
 from agentft.model.cpu.attention import attention_of
 from agentft.model.load import take_attention
@@ -246,7 +246,7 @@ class _Probe:
         rows = RowModel(self.model)
         histories = [rows.history(LENGTHS[0]) for _ in range(3)]
 
-        def begin(other: Sequence[int], history: History) -> tuple[torch.Tensor, torch.Tensor]:
+        def begin(other: Sequence[int], history: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
             # What carries over a border carries forward, so that the first text lies behind the other.
             asked = [Row(history, 0, other, range(LENGTHS[1])), Row(histories[0], 0, begun, range(cut))]
             logits_NV = rows.logits(asked).float()
@@ -299,7 +299,7 @@ def _reading(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
 def _text(causal: Any, length: int, seed: int) -> Example:
     """Return a text of random tokens, all of it trained."""
     ids = [_token(causal, random.Random(f"{seed} {at}")) for at in range(length)]
-    return Example(f"text {seed}", np.array(ids, dtype=np.int32), (Span(0, length, Kind.text),))
+    return Example(f"text {seed}", np.array(ids, dtype=np.int32), (Span(0, length, SpanKind.text),))
 
 
 def _changed(causal: Any, example: Example, start: int) -> Example:

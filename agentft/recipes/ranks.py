@@ -86,10 +86,11 @@ def require_ranks(config: TrainConfig, ranks: int) -> None:
             f"distributed={config.distributed.name} with sft_type={config.sft_type.name}: quantised weights cannot be cut "
             "into shards; choose distributed=ddp or deepspeed_zero2"
         )
-    if config.training.accumulation % ranks:
+    if config.training.gradient_accumulation_steps % ranks:
         raise ConfigError(
-            f"training.accumulation={config.training.accumulation}: the forward passes of a step cannot be shared evenly "
-            f"by {ranks} ranks; choose a multiple of {ranks} (a step stays the same whatever the number of ranks)"
+            f"training.gradient_accumulation_steps={config.training.gradient_accumulation_steps}: the "
+            f"forward passes of a step cannot be shared evenly by {ranks} ranks; "
+            f"choose a multiple of {ranks} (a step stays the same whatever the number of ranks)"
         )
 
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agentft.evaluation.generate import Answer
+from agentft.evaluation.generate import Completion
 from agentft.progress import console
-from agentft.recipes.evaluation_run import Exam
+from agentft.recipes.evaluation_run import EvalResult
 from agentft.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ HEADLINE = {
 """Metric -> its name in the table."""
 
 
-def show_exams(exams: Sequence[Exam | None], run: RunFolder, *, examples: int, file: str = "report.txt") -> None:
+def show_exams(exams: Sequence[EvalResult | None], run: RunFolder, *, examples: int, file: str = "report.txt") -> None:
     """Print the table of headline metrics and example answers, and write both to `file` in the run folder."""
     from rich.console import Console
 
@@ -41,7 +41,7 @@ def show_exams(exams: Sequence[Exam | None], run: RunFolder, *, examples: int, f
                 target.print(_example_table(number, [exam.name for exam in sat], answers))
 
 
-def metrics_table(exams: Sequence[Exam]) -> Table:
+def metrics_table(exams: Sequence[EvalResult]) -> Table:
     """Return one row a metric, one column an exam, each value with its 95 % interval and its denominator."""
     from rich.table import Table
 
@@ -58,7 +58,7 @@ def metrics_table(exams: Sequence[Exam]) -> Table:
     return table
 
 
-def _cell(exam: Exam, name: str) -> str:
+def _cell(exam: EvalResult, name: str) -> str:
     metric = exam.report.metrics[name]
     if metric.value is None:
         return "–"
@@ -66,18 +66,18 @@ def _cell(exam: Exam, name: str) -> str:
     return f"{metric.value:.3f}{interval} of {metric.denominator:g}"
 
 
-def example_answers(exams: Sequence[Exam], count: int) -> list[list[Answer]]:
+def example_answers(exams: Sequence[EvalResult], count: int) -> list[list[Completion]]:
     """Choose steps to show: the first call and the first summary of different conversations, then further ones."""
     by_step = list(zip(*(exam.answers for exam in exams), strict=True))
     calls = [group for group in by_step if "<|startofthink|>" in group[0].step.reference]
     words = [group for group in by_step if "<|startofthink|>" not in group[0].step.reference]
-    mixed: list[tuple[Answer, ...]] = []
+    mixed: list[tuple[Completion, ...]] = []
     for pair in zip(calls, words, strict=False):
         mixed.extend(pair)
     return [list(group) for group in (mixed or by_step)[:count]]
 
 
-def _example_table(number: int, names: Sequence[str], answers: Sequence[Answer]) -> Table:
+def _example_table(number: int, names: Sequence[str], answers: Sequence[Completion]) -> Table:
     from rich.table import Table
 
     step = answers[0].step

@@ -90,7 +90,15 @@ def settings_to_yaml(config: EvaluateConfig) -> str:
     return text
 
 
-RENAMED = {"dataset.form": "dataset.format"}
+RENAMED = {
+    "dataset.form": "dataset.format",
+    "dataset.sample": "dataset.max_samples",
+    "training.micro_batch": "training.per_device_batch_size",
+    "training.accumulation": "training.gradient_accumulation_steps",
+    "training.stop_at": "training.pause_at_fraction",
+    "evaluation.draws": "evaluation.bootstrap_samples",
+    "evaluation.steps": "evaluation.eval_steps",
+}
 """Settings that had another name in the version before; the old one is taken with a notice."""
 
 

@@ -22,18 +22,18 @@ from agentft.data.prepare import write_manifest
 from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop
 from agentft.errors import CheckpointError, ConfigError, RunError
-from agentft.evaluation.predictions import Answerer
+from agentft.evaluation.predictions import Generator
 from agentft.model.adapters import count_parameters
-from agentft.recipes.components import Bench, identity, set_up_bench, set_up_engine
+from agentft.recipes.components import TrainingComponents, identity, set_up_bench, set_up_engine
 from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.evaluation_run import (
-    Candidate,
-    Exam,
+    EvalModel,
+    EvalResult,
     exam_steps,
     own_candidate,
     own_share,
     require_own_exam,
-    sit_exam,
+    run_evaluation,
     write_exam,
 )
 from agentft.recipes.export import write_final
@@ -42,14 +42,14 @@ from agentft.recipes.ranks import is_spread, on_ranks, rank_of, require_ranks, r
 from agentft.recipes.report import show_exams
 from agentft.recipes.resume import changed_settings
 from agentft.recipes.saved import config_to_yaml
-from agentft.recipes.validation import Watch
+from agentft.recipes.validation import Validator
 from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.engine import Engine
 from agentft.training.guards import snapshot_on_out_of_memory
-from agentft.training.loop import Job, Outcome, Start, find_start, train_model
+from agentft.training.loop import Job, Start, TrainOutput, find_start, train_model
 from agentft.training.packing import choose_row_tokens
 from agentft.world import ALONE, MARKS_VARIABLE, World
 
@@ -74,7 +74,7 @@ class TrainResult:
     """The number a sweep sorts by: `arg_f1` of the answers after training; without them the best `evaluation.best_metric`."""
     summary: dict[str, Any]
     paused: bool = False
-    """It has reached `training.stop_at` and not its last step."""
+    """It has reached `training.pause_at_fraction` and not its last step."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -152,7 +152,7 @@ def _conclude(error: BaseException, run: RunFolder) -> None:
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_exam(config.evaluation)
-    with world.at_work("preparing data and model"):
+    with world.heartbeat("preparing data and model"):
         plan = check_memory(config)
         bench = set_up_bench(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
@@ -202,11 +202,11 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
 
 
-def _course(config: TrainConfig, bench: Bench, run: RunFolder, world: World) -> _Course:
+def _course(config: TrainConfig, bench: TrainingComponents, run: RunFolder, world: World) -> _Course:
     """Find where the training goes on; refuses, before anything is written, a folder of another one."""
     plan = StepPlan(
         examples=len(bench.data.train),
-        examples_per_step=config.training.micro_batch * config.training.accumulation,
+        examples_per_step=config.training.per_device_batch_size * config.training.gradient_accumulation_steps,
         epochs=config.training.epochs,
         max_steps=config.training.max_steps,
         seed=config.seed,
@@ -220,7 +220,9 @@ def _course(config: TrainConfig, bench: Bench, run: RunFolder, world: World) -> 
         raise
 
 
-def _exam_before(config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker) -> Exam | None:
+def _exam_before(
+    config: TrainConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
+) -> EvalResult | None:
     """Measure the untrained model. Adapters start at zero, so this is the model as it came."""
     if not config.evaluation.before:
         return None
@@ -228,19 +230,19 @@ def _exam_before(config: TrainConfig, bench: Bench, engine: Engine, run: RunFold
 
 
 def _examine(
-    name: str, config: TrainConfig, bench: Bench, engine: Engine, run: RunFolder, tracker: Tracker
-) -> Exam | None:
+    name: str, config: TrainConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
+) -> EvalResult | None:
     """Sit an exam with the models of all ranks; rank 0 gets it."""
     steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
     with engine.whole():
         candidate = own_candidate(bench, config.evaluation)
 
-        def sit(answerer: Answerer) -> Exam:
+        def sit(answerer: Generator) -> EvalResult:
             # Known by its weights: on resume, what was measured before training is read and never taken from trained
             # weights.
-            asked = Candidate(answerer, candidate.identity)
+            asked = EvalModel(answerer, candidate.identity)
             seen = bench.data.train_tools
-            return sit_exam(name, asked, steps, config.evaluation, run=run, seen_tools=seen, reuse=True)
+            return run_evaluation(name, asked, steps, config.evaluation, run=run, seen_tools=seen, reuse=True)
 
         with own_share(name, candidate, run, engine.world) as own:
             exam = lead(engine.world, own, sit)
@@ -251,13 +253,13 @@ def _examine(
 
 def _fit(
     config: TrainConfig,
-    bench: Bench,
+    bench: TrainingComponents,
     engine: Engine,
     run: RunFolder,
     tracker: Tracker,
     signals: StopSignals,
     course: _Course,
-) -> Outcome:
+) -> TrainOutput:
     """Train, with everything the loop needs to know said here."""
     training, plan = config.training, course.plan
     if bench.device.is_cuda:
@@ -268,7 +270,7 @@ def _fit(
         plan.examples_per_step,
         training.learning_rate,
     )
-    watch = Watch(config.evaluation, bench, engine, run, total_steps=plan.total_steps)
+    watch = Validator(config.evaluation, bench, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: list[str]) -> None:
         engine.world.broadcast(None)  # rank 0 has made the files that the others read here
@@ -309,7 +311,7 @@ def _fit(
         identity=course.identity,
         start=course.start,
         evaluate=evaluate,
-        evaluation_steps=config.evaluation.steps,
+        evaluation_steps=config.evaluation.eval_steps,
         best_metric=config.evaluation.best_metric,
         rank=config.evaluation.rank,
         log=record,
@@ -343,7 +345,9 @@ def run_id(config: TrainConfig) -> str:
     return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 
 
-def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | None) -> dict[str, Any]:
+def _summary(
+    bench: TrainingComponents, outcome: TrainOutput, before: EvalResult | None, after: EvalResult | None
+) -> dict[str, Any]:
     counters = outcome.counters
     parameters = count_parameters(bench.model)
     summary: dict[str, Any] = {
@@ -365,7 +369,7 @@ def _summary(bench: Bench, outcome: Outcome, before: Exam | None, after: Exam | 
     return summary
 
 
-def _objective(outcome: Outcome, after: Exam | None, best_metric: str) -> float | None:
+def _objective(outcome: TrainOutput, after: EvalResult | None, best_metric: str) -> float | None:
     """What a sweep ranks by, or None where nothing was measured: that is no score of 0."""
     if after is not None:
         return after.value("arg_f1")

@@ -18,16 +18,16 @@ from agentft.tracking import read_metrics
 from agentft.training.engine import Engine
 
 if TYPE_CHECKING:
-    from agentft.recipes.components import Bench
+    from agentft.recipes.components import TrainingComponents
 
 log = logging.getLogger(__name__)
 
 
-class Watch:
-    """Measures at every `evaluation.steps`, and remembers what decides."""
+class Validator:
+    """Measures at every `evaluation.eval_steps`, and remembers what decides."""
 
     def __init__(
-        self, config: EvaluationConfig, bench: Bench, engine: Engine, run: RunFolder, *, total_steps: int
+        self, config: EvaluationConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, *, total_steps: int
     ) -> None:
         self._config = config
         self._bench = bench

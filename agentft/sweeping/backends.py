@@ -100,7 +100,7 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
     return parts or re.findall(r"^GPU (\d+):", listed, flags=re.MULTILINE)
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """Starts attempts; closed at the end of the sweep."""
 
     def start(self, job: Job, header: str) -> Attempt:

@@ -1,8 +1,8 @@
 """Successive halving: every job trains to the first rung, the best of them go on to the next, the others stay there.
 
 A rung is a share of a job's own steps. Up to it a job is exactly the beginning of its full training: the schedule is that
-of all steps (`training.stop_at`), and who is sent on goes on from its checkpoint in its folder. What counts at a rung is
-the exam of the weights there (`arg_f1`), then the held-out loss. All jobs reach a rung before any is sent on, so the
+of all steps (`training.pause_at_fraction`), and a promoted job resumes from its checkpoint. What counts at a rung is
+the evaluation of the weights there (`arg_f1`), then the held-out loss. All jobs reach a rung before any is sent on, so the
 outcome does not depend on which machine was faster. (Jamieson and Talwalkar, 2016, arXiv 1502.07943.)
 """
 
@@ -75,7 +75,7 @@ def run_halving(
 
 def _send(due: Sequence[Job], share: float, commands: dict[str, list[str]]) -> None:
     for job in due:
-        job.command = [*commands[job.identity], f"training.stop_at={_key(share)}"]
+        job.command = [*commands[job.identity], f"training.pause_at_fraction={_key(share)}"]
         if job.state == "paused":
             job.state = "waiting"
             job.write()

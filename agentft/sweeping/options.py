@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from agentft.errors import ConfigError
-from agentft.sweeping.backends import Place, Slot, ThisMachine, make_slots, visible_gpus
+from agentft.sweeping.backends import Executor, Slot, ThisMachine, make_slots, visible_gpus
 from agentft.sweeping.pool import Rules
 
 
@@ -29,7 +29,7 @@ class LaunchOptions(Rules):
 
     def make_place(
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Place:
+    ) -> Executor:
         """Where they run; `modules` are those that a job imports."""
         raise NotImplementedError
 
@@ -48,7 +48,7 @@ class LocalOptions(LaunchOptions):
 
     def make_place(
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Place:
+    ) -> Executor:
         """Processes of this machine."""
         return ThisMachine(modules if self.warm_start else (), slots[0], say)
 
@@ -74,7 +74,7 @@ class RayOptions(_QueueOptions):
 
     def make_place(
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Place:
+    ) -> Executor:
         """A Ray cluster."""
         from agentft.sweeping.backends import RayCluster
 
@@ -99,7 +99,7 @@ class SlurmOptions(_QueueOptions):
 
     def make_place(
         self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Place:
+    ) -> Executor:
         """The queue of SLURM."""
         from agentft.sweeping.backends import Slurm
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 from agentft.errors import RunError
 from agentft.settings import Settings
-from agentft.sweeping.backends import Place, Slot
+from agentft.sweeping.backends import Executor, Slot
 from agentft.sweeping.jobs import LOG, Job, last_words
 from agentft.sweeping.processes import Attempt, describe_exit
 
@@ -56,7 +56,7 @@ class Pool:
         self,
         slots: Sequence[Slot],
         rules: Rules,
-        place: Place,
+        place: Executor,
         *,
         seen: Callable[[Job], None] = lambda job: None,
         tick: Callable[[], None] = lambda: None,

@@ -37,7 +37,7 @@ _CODES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TensorSpec:
     """What a tensor will be, before it is there."""
 
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class TensorStream:
     Making one may be collective: then every rank goes through the stream, and only rank 0 gets tensors.
     """
 
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, TensorSpec]
     make: Callable[[str], torch.Tensor | None]
     """Name -> tensor on any device; None on a rank that only takes part."""
 
@@ -74,7 +74,7 @@ class TensorStream:
 
 def stream_of(tensors: Mapping[str, torch.Tensor]) -> TensorStream:
     """Return tensors that are there already as a stream."""
-    return TensorStream({name: Kind(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
+    return TensorStream({name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__)
 
 
 def write_stream(stream: TensorStream, path: Path) -> None:

@@ -41,21 +41,22 @@ class NonFinite(StrEnum):
 
 @dataclass(kw_only=True)
 class TrainingConfig(Settings, group="training", affects="losses"):
-    """The loop. One step is one update of the weights, from `micro_batch x accumulation` conversations over all ranks."""
+    """The loop. One step is one update. All ranks together take `per_device_batch_size` x
+    `gradient_accumulation_steps` conversations for it."""
 
     epochs: float = field(default=1.0, metadata={"above": 0, "maximum": 10**6})
     """Passes over the sample; may be a fraction."""
     max_steps: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Stop after so many steps; -1: by `epochs`."""
-    stop_at: float = field(default=1.0, metadata={"above": 0, "maximum": 1, "affects": "nothing"})
+    pause_at_fraction: float = field(default=1.0, metadata={"above": 0, "maximum": 1, "affects": "nothing"})
     """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
-    micro_batch: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
+    per_device_batch_size: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
     """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one. Halved, with the same
     conversations in a step, where memory runs out."""
     packing: str = "auto"
     """Lay several conversations end to end in a row, each seeing itself alone: true, false, or auto, which packs on CUDA,
     where it saves time, and not on the CPU, where it costs some. The update is the same; the choice is printed."""
-    accumulation: int = field(default=16, metadata={"minimum": 1, "maximum": 10**5})
+    gradient_accumulation_steps: int = field(default=16, metadata={"minimum": 1, "maximum": 10**5})
     """Forward passes in one step, shared out among the ranks. The loss is weighed by supervised tokens over all of them."""
     learning_rate: float = field(metadata={"above": 0, "maximum": 1})
     """Peak rate, reached after the warm-up."""

@@ -1,6 +1,6 @@
 """What the loop asks of whoever holds weights, gradients and optimiser: one process here, many in `agentft.distributed`.
 
-The law that every engine keeps: after `micro_batch(last=True)` the gradient is the sum over all ranks and all
+The law that every engine keeps: after `per_device_batch_size(last=True)` the gradient is the sum over all ranks and all
 micro-batches of what was given to `backward`, and a checkpoint holds whole tensors by parameter name, whatever the engine
 and the number of ranks were.
 """
@@ -37,7 +37,7 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     """Its `param_groups` carry the learning rate that the schedule sets."""
 
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround one forward and backward pass; with `last` the gradients are then summed over ranks.
 
         Every rank makes the same number of them, since some engines exchange weights in every pass.
@@ -99,7 +99,7 @@ class SingleEngine:
         self._scaler = torch.amp.GradScaler(device_type, enabled=fp16)
         self._unscaled = False
 
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
     def loss(self, batch: Batch) -> torch.Tensor:

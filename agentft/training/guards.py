@@ -94,13 +94,13 @@ def accumulate_within_memory(
             )
         if not alone:
             raise TrainingError(
-                f"step {step}: out of memory with training.micro_batch={size} ({words}); between several processes it is "
-                f"not halved by itself. training.micro_batch={size // 2} with twice the training.accumulation trains the "
-                "same, from a new run folder"
+                f"step {step}: out of memory with training.per_device_batch_size={size} ({words}); between several "
+                f"processes it is not halved by itself. training.per_device_batch_size={size // 2} with twice the "
+                "training.gradient_accumulation_steps trains the same, from a new run folder"
             )
         log.warning(
-            "step %d: out of memory with training.micro_batch=%d (%s); %d from here on, with the same conversations in a "
-            "step",
+            "step %d: out of memory with training.per_device_batch_size=%d (%s); %d from here on, with the same "
+            "conversations in a step",
             *(step, size, words, size // 2),
         )
         size //= 2

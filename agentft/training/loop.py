@@ -102,7 +102,7 @@ class Counters:
     best_step: int | None = None
     evaluated: int = 0
     """The last step that was evaluated."""
-    micro_batch: int = 0
+    per_device_batch_size: int = 0
     """Conversations in one forward pass, once a step did not fit into memory; 0: as configured."""
     skipped: int = 0
     """Steps left out because a number was not finite."""
@@ -110,7 +110,7 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrainOutput:
     """What a training came to."""
 
     counters: Counters
@@ -119,7 +119,7 @@ class Outcome:
     stopped: bool
     """The loop was asked to stop before its last step."""
     paused: bool = False
-    """It stopped at `training.stop_at`, and a larger share goes on from there."""
+    """It stopped at `training.pause_at_fraction`, and a larger share goes on from there."""
 
 
 @dataclass
@@ -134,7 +134,7 @@ class _Window:
     started: float = field(default_factory=time.perf_counter)
 
 
-def train_model(job: Job) -> Outcome:
+def train_model(job: Job) -> TrainOutput:
     """Run the loop to its end, or until it is asked to stop.
 
     Raises:
@@ -155,8 +155,8 @@ def train_model(job: Job) -> Outcome:
             _evaluate(job, counters)
     if counters.step and world.any(job.stop_requested()):
         log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
-        return Outcome(counters, clock.seconds, stopped=True)
-    end = pause_step(total, job.config.stop_at)
+        return TrainOutput(counters, clock.seconds, stopped=True)
+    end = pause_step(total, job.config.pause_at_fraction)
     job.engine.model.train()
     with progress_bar("training", total, counters.step) as bar:
         while counters.step < end:
@@ -187,23 +187,23 @@ def train_model(job: Job) -> Outcome:
                 log.warning(
                     "%s: saved after step %d of %d", "asked to stop" if asked else "paused", counters.step, total
                 )
-                return Outcome(counters, clock.seconds, stopped=True, paused=not asked)
+                return TrainOutput(counters, clock.seconds, stopped=True, paused=not asked)
     # Short of all steps only when the checkpoint had reached `end` before.
-    return Outcome(counters, clock.seconds, stopped=counters.step < total, paused=counters.step < total)
+    return TrainOutput(counters, clock.seconds, stopped=counters.step < total, paused=counters.step < total)
 
 
-def pause_step(total: int, stop_at: float) -> int:
-    """Return the step at which `training.stop_at` ends a training of `total` steps."""
-    return max(1, min(total, round(stop_at * total)))
+def pause_step(total: int, pause_at_fraction: float) -> int:
+    """Return the step at which `training.pause_at_fraction` ends a training of `total` steps."""
+    return max(1, min(total, round(pause_at_fraction * total)))
 
 
-def step_batches(job: Job, number: int, micro_batch: int) -> list[Batch]:
+def step_batches(job: Job, number: int, per_device_batch_size: int) -> list[Batch]:
     """Return this rank's micro-batches of one step, on the device; as many as every other rank has."""
     world = job.engine.world
     indices = job.plan.step(number)
     lengths = {i: len(job.examples[i]) for i in indices}
-    row_tokens = job.row_tokens and job.row_tokens * micro_batch // job.config.micro_batch
-    groups = step_groups(indices, lengths, micro_batch=micro_batch, row_tokens=row_tokens)
+    row_tokens = job.row_tokens and job.row_tokens * per_device_batch_size // job.config.per_device_batch_size
+    groups = step_groups(indices, lengths, per_device_batch_size=per_device_batch_size, row_tokens=row_tokens)
     shares = share_out([sum(lengths[i] for i in group) for group in groups], world.size)
     batches = [_collate(job, groups[at]) for at in shares[world.rank]]
     idle = max(map(len, shares)) - len(batches)
@@ -241,14 +241,14 @@ def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch]
     """Add up the gradients of one step: (micro-batches, sums over ranks, summed losses (M,) of this rank)."""
     engine = job.engine
 
-    def attempt(micro_batch: int) -> tuple[list[Batch], _Size, torch.Tensor]:
+    def attempt(per_device_batch_size: int) -> tuple[list[Batch], _Size, torch.Tensor]:
         with clock.phase("data"):
-            batches = step_batches(job, counters.step, micro_batch)
+            batches = step_batches(job, counters.step, per_device_batch_size)
             size = _measure(job, batches)
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches, start=1):
             random_state.seed_masks(job.plan.seed, counters.step, batch.ids)
-            with engine.micro_batch(last=number == len(batches)):
+            with engine.per_device_batch_size(last=number == len(batches)):
                 with clock.phase("forward"):
                     loss = engine.loss(batch)
                 with clock.phase("backward"):
@@ -256,12 +256,12 @@ def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch]
             losses.append(loss.detach())
         return batches, size, torch.stack(losses)
 
-    wanted = counters.micro_batch or job.config.micro_batch
+    wanted = counters.per_device_batch_size or job.config.per_device_batch_size
     fitting, made = accumulate_within_memory(
         attempt, wanted, engine.discard, step=counters.step + 1, alone=engine.world.size == 1
     )
     if fitting != wanted:
-        counters.micro_batch = fitting
+        counters.per_device_batch_size = fitting
     return made
 
 

@@ -31,4 +31,4 @@ def choose_row_tokens(config: TrainingConfig, max_length: int, leak: str | None,
         case _:
             packed = cuda and leak is None
             log.info("training.packing=auto: %s", "packed rows" if packed else "one conversation a row")
-    return max_length * config.micro_batch if packed else None
+    return max_length * config.per_device_batch_size if packed else None

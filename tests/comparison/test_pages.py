@@ -75,7 +75,7 @@ def comparison_page(folder: Path) -> str:
     for i, size in enumerate((60, 120, 240)):
         for j, rank in enumerate((4, 64)):
             run = folder / "sweep" / f"{2 * i + j}_rank-{rank}"
-            changes = {"sft_type.rank": rank, "dataset.sample": size, "model.name": HOSTILE if j else "tiny"}
+            changes = {"sft_type.rank": rank, "dataset.max_samples": size, "model.name": HOSTILE if j else "tiny"}
             make_run(run, changes, right=lambda k, n=size: k % 60 < 60 - 200 / n**0.5, loss=2 / (i + 1))
             write(run / "data" / "manifest.json", {"train": {"conversations": size}})
             write(run / "job.json", {"state": "finished", "seconds": 60.0 + size + rank})

@@ -10,14 +10,14 @@ import pytest
 from agentft.audits.checks import Audit, Seen
 from agentft.audits.findings import CODES, Findings, Level
 from agentft.audits.label_trace import trace_labels
-from agentft.audits.overlap import Ledger
+from agentft.audits.overlap import ConversationIndex
 from agentft.audits.tool_schemas import check_request, schema_of
 from agentft.data.config import DatasetConfig, Split, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import ToolCall
 from agentft.data.offered_tools import OfferedTool
 from agentft.data.records import Rejection, read_record
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example
@@ -109,10 +109,10 @@ def test_the_labels_of_every_golden_conversation_are_traced_to_the_agent(golden_
         assert problem(value, example, example.labels, text, template, verbatim=False) is None, value.id
 
 
-@pytest.mark.parametrize("kind", [Kind.system, Kind.user, Kind.observation, Kind.header])
+@pytest.mark.parametrize("kind", [SpanKind.system, SpanKind.user, SpanKind.observation, SpanKind.header])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one_token"])
 def test_a_label_on_foreign_text_is_found_wherever_it_lies(
-    kind: Kind, whole: bool, golden_conversations, encoder, template, text
+    kind: SpanKind, whole: bool, golden_conversations, encoder, template, text
 ):
     seen = 0
     for value in golden_conversations.values():
@@ -152,7 +152,7 @@ def test_a_whole_observation_under_labels_is_found_in_any_template(encoder, temp
     value = conversation(record("a"))
     example = example_of(value, encoder, template)
     labels = example.labels
-    places = text.kinds(example.input_ids, template.render(value)) == Kind.observation
+    places = text.kinds(example.input_ids, template.render(value)) == SpanKind.observation
     labels[places] = example.input_ids[places]
     assert problem(value, example, labels, text, template, verbatim=False) == "label_in_context"
 
@@ -309,10 +309,10 @@ def test_statistics_add_up(audited, golden_conversations, encoder, template):
     assert (whole.conversations, whole.calls, whole.observations, whole.rounds) == (7, 7, 7, 7)
     assert sum(statistics.tokens_by_kind.values()) == whole.tokens == sum(statistics.lengths)
     assert whole.trained == sum(
-        statistics.tokens_by_kind[kind] for kind in (Kind.text, Kind.call, Kind.frame, Kind.stop)
+        statistics.tokens_by_kind[kind] for kind in (SpanKind.text, SpanKind.call, SpanKind.frame, SpanKind.stop)
     )
-    assert statistics.tokens_by_kind[Kind.stop] == statistics.steps == 14
-    assert statistics.tokens_by_kind[Kind.system] == 7 * len(SYSTEM)
+    assert statistics.tokens_by_kind[SpanKind.stop] == statistics.steps == 14
+    assert statistics.tokens_by_kind[SpanKind.system] == 7 * len(SYSTEM)
     assert {name: t.conversations for name, t in statistics.by_source().items()} == {"x": 6, "y": 1}
     assert {name: t.conversations for name, t in statistics.by_language.items()} == {"en": 6, "zh": 1}
     for groups in (statistics.by_prefix, statistics.by_file, statistics.by_language, statistics.by_rounds):
@@ -335,14 +335,14 @@ def test_a_split_that_leaves_a_part_empty_breaks_the_audit(audited):
 # --- Who shares what ---
 
 
-def ledger_of(records: list[dict], heldout: set[int]) -> Ledger:
-    ledger = Ledger()
+def ledger_of(records: list[dict], heldout: set[int]) -> ConversationIndex:
+    ledger = ConversationIndex()
     for line, value in enumerate(records, 1):
         ledger.add(conversation(value, line), heldout=line - 1 in heldout)
     return ledger
 
 
-def assigned(ledger: Ledger, *, separate: bool = True) -> Findings:
+def assigned(ledger: ConversationIndex, *, separate: bool = True) -> Findings:
     findings = Findings(5)
     ledger.assign_parts(findings, split=Split.content, test_ratio=0.5, seed=1, separate=separate)
     return findings

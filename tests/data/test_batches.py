@@ -9,7 +9,7 @@ import pytest
 
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, micro_batches
 from agentft.data.config import SpanWeights
-from agentft.data.render import TRAINED_KINDS, Kind
+from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.tokens import IGNORE_INDEX, Example, tokenize, weigh
 
 
@@ -86,7 +86,7 @@ def test_a_batchs_labels_are_its_examples_labels(packed, weights, golden_convers
 def _positions(example: Example, weights: SpanWeights | None) -> list[tuple[int, int, float]]:
     """(id, label, weight) of every position, from the example's spans alone. No golden example begins with a label."""
     by_kind = {kind: 1.0 if weights is None else getattr(weights, kind.name) for kind in TRAINED_KINDS}
-    kinds: list[Kind | None] = [None] * len(example)
+    kinds: list[SpanKind | None] = [None] * len(example)
     for span in example.spans:
         kinds[span.start : span.stop] = [span.kind] * (span.stop - span.start)
     assert kinds[0] is None

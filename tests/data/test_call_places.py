@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentft.data.grammar import Call, call_places, parse_assistant
-from agentft.data.render import CALL_KINDS, Kind, step_segments
+from agentft.data.render import CALL_KINDS, SpanKind, step_segments
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import SegmentEncoder
 
@@ -124,7 +124,7 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
     for kind, index in zip(kind_of_token, example.input_ids, strict=True):
         under = kind_of_byte[at : at + len(text.bytes_of(np.array([index])))]
         at += len(under)
-        assert kind is (Kind.call if Kind.call in under else under[0])
+        assert kind is (SpanKind.call if SpanKind.call in under else under[0])
         straddling += len(set(under)) > 1
     assert at == len(kind_of_byte)
     assert straddling >= 3, "the tokenizer was made to merge across the borders"
@@ -132,7 +132,7 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
 
 def test_telling_frame_and_call_apart_changes_no_token(merging_tokenizer):
     segments = list(step_segments(parse_assistant(SAID), "<|im_end|>"))
-    coarse = [s._replace(kind=Kind.frame) if s.kind in CALL_KINDS else s for s in segments]
+    coarse = [s._replace(kind=SpanKind.frame) if s.kind in CALL_KINDS else s for s in segments]
     fine, whole = SegmentEncoder(merging_tokenizer).encode([("fine", segments), ("whole", coarse)])
     assert fine.input_ids.tolist() == whole.input_ids.tolist()
     assert fine.labels.tolist() == whole.labels.tolist()

@@ -13,7 +13,7 @@ import pytest
 
 from agentft.data import files
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.records import Notice, Rejection
+from agentft.data.records import ParseWarning, Rejection
 from agentft.data.sources import LocalSource, RawRow, ReadReport, heldout_files, read_conversations, read_local
 from agentft.errors import DataError
 
@@ -350,7 +350,9 @@ def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path, name: str) -> None
 def test_names_that_are_noted_are_bounded() -> None:
     report = ReadReport()
     for number in range(100):
-        report.note([Notice(Origin("a", 1), f"column_not_used:{number}", "d"), Notice(Origin("a", 1), "plain", "d")])
+        report.note(
+            [ParseWarning(Origin("a", 1), f"column_not_used:{number}", "d"), ParseWarning(Origin("a", 1), "plain", "d")]
+        )
     assert len(report.notices) == 42
     assert report.notices["column_not_used:other_names"] == 60
     assert report.notices["plain"] == 100

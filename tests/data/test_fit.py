@@ -17,9 +17,9 @@ from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
 from agentft.data.truncation import (
     MIN_OBSERVATION_CHARACTERS,
-    Fitted,
-    Outcome,
     Rounds,
+    TruncationKind,
+    TruncationResult,
     fit_conversations,
     shorten_observations,
 )
@@ -49,7 +49,7 @@ def made(*rounds: tuple[str, list[int], str]) -> Conversation:
     return outcome[0]
 
 
-def fit(conversation, template, encoder, max_length, mode) -> Fitted:
+def fit(conversation, template, encoder, max_length, mode) -> TruncationResult:
     (fitted,) = fit_conversations([conversation], template, encoder, max_length, mode)
     return fitted
 
@@ -69,7 +69,7 @@ def labelled_steps(piece, tokenizer, template) -> list[str]:
     return [tokenizer.decode(ids[start : stop - 1], skip_special_tokens=False) for start, stop in piece.example.steps()]
 
 
-def check_laws(fitted: Fitted, tokenizer, template, max_length: int, mode: TooLong) -> None:
+def check_laws(fitted: TruncationResult, tokenizer, template, max_length: int, mode: TooLong) -> None:
     """Whatever was done to fit: these hold."""
     original = texts(fitted.original)
     kept: list[str] = []
@@ -93,13 +93,13 @@ def test_a_conversation_that_fits_is_left_alone(template, encoder):
     conversation = made(("a", [500], "b"))
     for mode in TooLong:
         fitted = fit(conversation, template, encoder, 2000, mode)
-        assert (fitted.outcome, fitted.pieces[0].conversation) == (Outcome.whole, conversation)
+        assert (fitted.outcome, fitted.pieces[0].conversation) == (TruncationKind.whole, conversation)
 
 
 def test_tool_results_are_shortened_first_and_visibly(template, encoder, byte_tokenizer):
     conversation = made(("first", [300], "one"), ("second", [3000, 150], "two"))
     fitted = fit(conversation, template, encoder, 2000, TooLong.fit)
-    assert (fitted.outcome, fitted.shortened_observations, fitted.steps_left_out) == (Outcome.shortened, 1, ())
+    assert (fitted.outcome, fitted.shortened_observations, fitted.steps_left_out) == (TruncationKind.shortened, 1, ())
     observations = [
         message.source_text.strip() for message in fitted.pieces[0].conversation.messages if message.role == "tool"
     ]
@@ -115,7 +115,7 @@ def test_tool_results_are_shortened_first_and_visibly(template, encoder, byte_to
 def test_then_the_oldest_rounds_go(template, encoder, byte_tokenizer):
     conversation = made(*((f"question {n} " + "w" * 300, [200], f"answer {n}") for n in range(6)))
     fitted = fit(conversation, template, encoder, 2000, TooLong.fit)
-    assert fitted.outcome is Outcome.rounds_left_out
+    assert fitted.outcome is TruncationKind.rounds_left_out
     (piece,) = fitted.pieces
     assert piece.conversation.id == "c"
     first = 6 - piece.conversation.rounds
@@ -130,7 +130,7 @@ def test_then_the_oldest_rounds_go(template, encoder, byte_tokenizer):
 def test_a_conversation_is_split_at_its_rounds_with_what_context_fits(template, encoder, byte_tokenizer):
     conversation = made(*((f"question {n} " + "w" * 300, [200], f"answer {n}") for n in range(5)))
     fitted = fit(conversation, template, encoder, 2500, TooLong.split)
-    assert (fitted.outcome, fitted.steps_left_out, fitted.shortened_observations) == (Outcome.spread, (), 0)
+    assert (fitted.outcome, fitted.steps_left_out, fitted.shortened_observations) == (TruncationKind.spread, (), 0)
     assert [piece.conversation.id for piece in fitted.pieces] == [f"c/part-{n + 1}" for n in range(len(fitted.pieces))]
     assert len(fitted.pieces) > 1
     assert fitted.pieces[-1].example.context_rounds > 0
@@ -152,7 +152,7 @@ def test_pieces_say_whose_they_are(template, encoder):
 def test_a_round_that_fits_nowhere_is_left_out_and_the_others_are_not(template, encoder, byte_tokenizer):
     conversation = made(("a", [], "b"), ("huge " * 500, [], "c"), ("d", [], "e"))
     fitted = fit(conversation, template, encoder, 500, TooLong.split)
-    assert (fitted.outcome, fitted.steps_left_out) == (Outcome.spread, (1,))
+    assert (fitted.outcome, fitted.steps_left_out) == (TruncationKind.spread, (1,))
     check_laws(fitted, byte_tokenizer, template, 500, TooLong.split)
 
 
@@ -160,14 +160,14 @@ def test_what_cannot_fit_is_set_aside_with_its_reason(template, encoder):
     conversation = made(("a", [], "b" * 600))
     for mode in TooLong:
         fitted = fit(conversation, template, encoder, 500, mode)
-        assert (fitted.outcome, fitted.pieces, fitted.steps_left_out) == (Outcome.set_aside, (), (0,))
+        assert (fitted.outcome, fitted.pieces, fitted.steps_left_out) == (TruncationKind.set_aside, (), (0,))
         assert fitted.problem is not None
         assert fitted.problem[0] == "too_long"
 
 
 def test_a_short_result_is_never_shortened(template, encoder):
     conversation = made(("a" * 300, [MIN_OBSERVATION_CHARACTERS - 20], "b"))
-    assert fit(conversation, template, encoder, 300, TooLong.fit).outcome is Outcome.set_aside
+    assert fit(conversation, template, encoder, 300, TooLong.fit).outcome is TruncationKind.set_aside
     assert shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS) == conversation
 
 

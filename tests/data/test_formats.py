@@ -14,7 +14,7 @@ from agentft.data.examples import make_examples
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, GrammarError
 from agentft.data.msagent import as_msagent
 from agentft.data.records import Rejection, read_record
-from agentft.data.render import Kind, Segment
+from agentft.data.render import Segment, SpanKind
 from agentft.data.store import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
@@ -356,7 +356,7 @@ THINKING = (
 
 
 def thoughts_of(segments: Iterable[Segment]) -> list[tuple[bool, str]]:
-    return [(s.trained, s.text) for s in segments if s.kind is Kind.reasoning and s.text.strip()]
+    return [(s.trained, s.text) for s in segments if s.kind is SpanKind.reasoning and s.text.strip()]
 
 
 @pytest.mark.parametrize("how", Reasoning)

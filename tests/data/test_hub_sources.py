@@ -123,7 +123,10 @@ def test_the_splits_of_a_dataset_load_with_their_rows_as_origin(tmp_path: Path) 
         )
     texts = [turn["value"] for turn in TURNS]
     assert not isinstance(train, str), train
-    assert train[:2] == [["damo/MSAgent-Bench:1", "t0", texts, CALLS], ["damo/MSAgent-Bench:2", "t1", texts, CALLS]]
+    assert train[:2] == [
+        ["damo/MSAgent-Bench:1", "t0", texts, CALLS],
+        ["damo/MSAgent-Bench:2", "t1", texts, CALLS],
+    ]
     assert train[2] == ["damo/MSAgent-Bench:3", "conversations_unreadable_text"]
     assert validation == [["damo/MSAgent-Bench:1", "t2", texts, CALLS]]
     assert as_list == [["modelscope/ms_hackathon_23_agent_train_dev:1", "list", texts, CALLS]]

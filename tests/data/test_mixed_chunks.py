@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.render import Kind, MsagentTemplate, Segment
+from agentft.data.render import MsagentTemplate, Segment, SpanKind
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.text_ids import byte_level_lengths, vocabulary_bytes
 from agentft.data.tokens import MixedChunks, SegmentEncoder
@@ -39,7 +39,7 @@ def by_both(chunks: list[tuple[str, tuple[Segment, ...]]]):
 
 
 PART = st.text(st.sampled_from('ab"{}:, \n查天气你好🙂é'), max_size=10)
-CHUNKS = st.lists(st.tuples(st.sampled_from([Kind.frame, Kind.call]), PART), min_size=1, max_size=6)
+CHUNKS = st.lists(st.tuples(st.sampled_from([SpanKind.frame, SpanKind.call]), PART), min_size=1, max_size=6)
 
 
 @settings(max_examples=300, deadline=None)

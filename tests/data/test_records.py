@@ -12,7 +12,7 @@ from agentft.data.grammar import Call, ToolCall
 from agentft.data.literal_text import LiteralError, read_literal
 from agentft.data.msagent import lift_tools
 from agentft.data.offered_tools import read_offered_tools
-from agentft.data.records import Notice, Rejection, read_record
+from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -26,7 +26,7 @@ def record(*turns: tuple[str, str], **fields: object) -> dict:
     return {"id": "a", "conversations": [{"from": role, "value": value} for role, value in turns], **fields}
 
 
-def read(value: object, **options: object) -> tuple[Conversation, list[Notice]]:
+def read(value: object, **options: object) -> tuple[Conversation, list[ParseWarning]]:
     outcome = read_record(value, ORIGIN, **options)
     assert not isinstance(outcome, Rejection), outcome
     return outcome

@@ -11,7 +11,7 @@ import pytest
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.grammar import Call, Observation, Text
 from agentft.data.msagent import turn_messages
-from agentft.data.render import TRAINED_KINDS, Kind
+from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.template_choice import choose_template, exported_template
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 from agentft.model.random_weights import byte_tokenizer
@@ -67,7 +67,7 @@ def test_every_golden_conversation_has_a_case(golden_conversations):
 
 def test_text_without_stops_is_the_original_layout_byte_for_byte(golden_conversations, template):
     for conversation in golden_conversations.values():
-        text = "".join(segment.text for segment in template.render(conversation) if segment.kind is not Kind.stop)
+        text = "".join(segment.text for segment in template.render(conversation) if segment.kind is not SpanKind.stop)
         original = "\n\n".join(f"<|{turn.role}|>:{turn.text}" for turn in conversation.turns)
         assert text == original
 
@@ -166,7 +166,7 @@ def test_the_law_is_stated_once():
     makers = [path for path in sources if path.parts[0] in ("data", "training", "model") and path != home]
     assert len(makers) > 40
     assert [path for path in makers if "TRAINED_KINDS" in sources[path]] == []
-    assert frozenset({Kind.reasoning, Kind.text, Kind.call, Kind.frame, Kind.stop}) == TRAINED_KINDS
+    assert frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call, SpanKind.frame, SpanKind.stop}) == TRAINED_KINDS
 
 
 def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data: Path, template, encoder):
@@ -178,7 +178,7 @@ def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data
     assert len(conversations) == 303
     for conversation in conversations:
         segments = template.render(conversation)
-        text = "".join(segment.text for segment in segments if segment.kind is not Kind.stop)
+        text = "".join(segment.text for segment in segments if segment.kind is not SpanKind.stop)
         assert text == "\n\n".join(f"<|{turn.role}|>:{turn.text}" for turn in conversation.turns)
         trained = "".join(segment.text for segment in segments if segment.trained)
         assert "<|startofexec|>" not in trained

@@ -12,13 +12,13 @@ from agentft.data.config import Format, LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.examples import make_examples
 from agentft.data.prepare import prepare_data
-from agentft.data.records import Notice, Rejection, read_record
+from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.store import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
-from agentft.data.truncation import Outcome, fit_conversations
+from agentft.data.truncation import TruncationKind, fit_conversations
 from agentft.evaluation.steps import all_steps, shown_steps, step_places
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "first guess"}'}}
@@ -42,13 +42,13 @@ def openai(*, first: dict | None = None, second: dict | None = None, last: dict 
     }
 
 
-def read(record: object, form: Format = Format.auto) -> tuple[Conversation, list[Notice]]:
+def read(record: object, form: Format = Format.auto) -> tuple[Conversation, list[ParseWarning]]:
     outcome = read_record(record, Origin("x", 1), form=form)
     assert not isinstance(outcome, Rejection), outcome
     return outcome
 
 
-def codes(notices: list[Notice]) -> list[str]:
+def codes(notices: list[ParseWarning]) -> list[str]:
     return [notice.code for notice in notices if notice.code not in ("missing_system", "id_missing")]
 
 
@@ -172,7 +172,7 @@ def test_fitting_keeps_it(how, layout, encoder):
     (made,) = make_examples([conversation], layout, encoder)
     example = made.pieces[0].example
     (fitted,) = fit_conversations([conversation], layout, encoder, len(example) - 200, how)
-    assert fitted.outcome is (Outcome.spread if how is TooLong.split else Outcome.rounds_left_out)
+    assert fitted.outcome is (TruncationKind.spread if how is TooLong.split else TruncationKind.rounds_left_out)
     trained = [step.reference for p in fitted.pieces for step in all_steps([p.conversation], [p.example], layout)]
     assert not any("second guess" in words for words in trained)
     whole = [step.reference for step in all_steps([conversation], [example], layout)]

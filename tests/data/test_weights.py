@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from agentft.data.batches import collate
 from agentft.data.config import SpanWeights
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.tokens import IGNORE_INDEX, tokenize, weigh
 from agentft.errors import ConfigError
 from agentft.model.config import RandomShape
@@ -40,7 +40,7 @@ def examples(golden_conversations, template, encoder):
 def test_every_kind_gets_its_weight_and_context_none(examples):
     for example in examples:
         weighed = weigh(example, WEIGHTS)
-        expected = {Kind.text: 1.0, Kind.call: 2.0, Kind.frame: 1.5, Kind.stop: 0.5}
+        expected = {SpanKind.text: 1.0, SpanKind.call: 2.0, SpanKind.frame: 1.5, SpanKind.stop: 0.5}
         assert weighed.span_weights == tuple(expected[span.kind] for span in example.spans)
         assert ((weighed.loss_weights > 0) == (example.labels != IGNORE_INDEX)).all()
 

@@ -60,7 +60,7 @@ def rank(payload: str) -> str:
 
 def prepare(case: str, folder: Path, world: World) -> str:
     """Rank 0 works, or sleeps, for longer than the watch allows without a mark; the other waits for it."""
-    with world.at_work("preparing"):
+    with world.heartbeat("preparing"):
         if world.is_main:
             (folder / f"{case}.died").write_text(str(time.time()))
             end = time.time() + 5

@@ -21,12 +21,17 @@ from tests.distributed.test_job import _ranks_of
 pytestmark = pytest.mark.timeout(900)
 RUN = [
     *("model=tiny", "model.shape.hidden=32", "model.shape.intermediate=64", "dataset.conversations=12"),
-    *("dataset.heldout=5", "training.accumulation=2", "training.max_steps=2", "training.learning_rate=0.01"),
-    *("evaluation.steps=0", "evaluation.before=false", "evaluation.after=false", "tracking=disabled", "threads=1"),
+    *(
+        "dataset.heldout=5",
+        "training.gradient_accumulation_steps=2",
+        "training.max_steps=2",
+        "training.learning_rate=0.01",
+    ),
+    *("evaluation.eval_steps=0", "evaluation.before=false", "evaluation.after=false", "tracking=disabled", "threads=1"),
 ]
-LONG = ["evaluation=default", "evaluation.max_new_tokens=120", "evaluation.batch=1", "evaluation.draws=50"]
+LONG = ["evaluation=default", "evaluation.max_new_tokens=120", "evaluation.batch=1", "evaluation.bootstrap_samples=50"]
 """Answers that leave time for a kill: one after the other, and the untrained model does not stop by itself."""
-SHORT = ["evaluation=default", "evaluation.max_new_tokens=6", "evaluation.batch=2", "evaluation.draws=50"]
+SHORT = ["evaluation=default", "evaluation.max_new_tokens=6", "evaluation.batch=2", "evaluation.bootstrap_samples=50"]
 
 
 @pytest.fixture(scope="module")

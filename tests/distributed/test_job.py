@@ -25,8 +25,13 @@ TINY = [
         "dataset.conversations=12",
         "dataset.heldout=3",
     ),
-    *("training.accumulation=2", "training.max_steps=6", "training.logging_steps=1", "training.save_steps=1"),
-    *("evaluation.steps=0", "evaluation.before=false", "evaluation.max_new_tokens=4", "sft_type.dropout=0"),
+    *(
+        "training.gradient_accumulation_steps=2",
+        "training.max_steps=6",
+        "training.logging_steps=1",
+        "training.save_steps=1",
+    ),
+    *("evaluation.eval_steps=0", "evaluation.before=false", "evaluation.max_new_tokens=4", "sft_type.dropout=0"),
     *("tracking=disabled", "threads=1", "training.learning_rate=0.01"),
 ]
 pytestmark = pytest.mark.timeout(1800)
@@ -62,7 +67,11 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goe
     log = (tmp_path / "out").open("w")
     agent = subprocess.Popen(
         _command(
-            run, "distributed=ddp", "distributed.nproc=2", "distributed.elastic.max_restarts=1", "training.stop_at=0.7"
+            run,
+            "distributed=ddp",
+            "distributed.nproc=2",
+            "distributed.elastic.max_restarts=1",
+            "training.pause_at_fraction=0.7",
         ),
         cwd=ROOT,
         env=_environment(),
@@ -94,7 +103,7 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goe
 
 def test_settings_that_cannot_run_are_refused_before_anything_loads(tmp_path):
     run = tmp_path / "run"
-    command = _command(run, "distributed=ddp", "distributed.nproc=2", "training.accumulation=3")
+    command = _command(run, "distributed=ddp", "distributed.nproc=2", "training.gradient_accumulation_steps=3")
     done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "cannot be shared evenly by 2 ranks" in done.stderr

@@ -20,8 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 JOB = [
     *("model=tiny", "model.shape.hidden=32", "model.shape.intermediate=64", "sft_type.dropout=0"),
     *("dataset.conversations=12", "dataset.heldout=3", "distributed=ddp", "distributed.nproc=2"),
-    *("training.accumulation=2", "training.max_steps=100000", "training.logging_steps=1", "training.save_steps=0"),
-    *("evaluation.steps=0", "evaluation.before=false", "tracking=disabled"),
+    *(
+        "training.gradient_accumulation_steps=2",
+        "training.max_steps=100000",
+        "training.logging_steps=1",
+        "training.save_steps=0",
+    ),
+    *("evaluation.eval_steps=0", "evaluation.before=false", "tracking=disabled"),
 ]
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
 pytestmark = [

@@ -180,7 +180,7 @@ def scored(steps: list[Step]) -> dict[str, Any]:
         path.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            assert main([str(path), "--json", "--draws", "2"]) == 0
+            assert main([str(path), "--json", "--bootstrap-samples", "2"]) == 0
     report = json.loads(printed.getvalue())
     assert isinstance(report, dict)
     return report

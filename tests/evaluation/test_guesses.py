@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from agentft.evaluation import generate
-from agentft.evaluation.generate import Guesser, SaidBefore
+from agentft.evaluation.generate import PromptLookupDrafter, SaidBefore
 
 
 def test_what_followed_the_same_words_last_is_guessed_up_to_the_limit() -> None:
-    guesser = Guesser([1, 2, 3, 9, 1, 2, 3, 4, 5, 6, 7, 8], SaidBefore(), longest=16)
+    guesser = PromptLookupDrafter([1, 2, 3, 9, 1, 2, 3, 4, 5, 6, 7, 8], SaidBefore(), longest=16)
     for token in (1, 2, 3):
         guesser.add(token)
     assert guesser.guess(room=100) == [4, 5, 6, 7]
@@ -18,7 +18,7 @@ def test_what_followed_the_same_words_last_is_guessed_up_to_the_limit() -> None:
 
 
 def test_the_longest_ending_that_was_said_before_decides() -> None:
-    guesser = Guesser([5, 1, 2, 7, 6, 1, 2, 8, 5], SaidBefore(), longest=16)
+    guesser = PromptLookupDrafter([5, 1, 2, 7, 6, 1, 2, 8, 5], SaidBefore(), longest=16)
     guesser.add(1)
     guesser.add(2)
     assert guesser.guess(room=1) == [7], "after 5 1 2 came 7, though 8 came after 1 2 last"
@@ -27,20 +27,20 @@ def test_the_longest_ending_that_was_said_before_decides() -> None:
 def test_other_answers_are_asked_where_the_context_has_nothing() -> None:
     said = SaidBefore()
     said.add([1, 2, 3, 4, 5])
-    guesser = Guesser([9, 9, 1, 2], said, longest=16)
+    guesser = PromptLookupDrafter([9, 9, 1, 2], said, longest=16)
     assert guesser.guess(room=16) == [3, 4, 5]
-    assert Guesser([9, 9, 7, 8], said, longest=16).guess(room=16) == []
+    assert PromptLookupDrafter([9, 9, 7, 8], said, longest=16).guess(room=16) == []
 
 
 @pytest.mark.parametrize(("guessed", "right", "reach"), [(4, 4, 8), (4, 3, 4), (4, 0, 2), (0, 0, 4)])
 def test_a_right_guess_reaches_further_and_a_wrong_one_less_far(guessed: int, right: int, reach: int) -> None:
-    guesser = Guesser([1, 2] * 20, SaidBefore(), longest=16)
+    guesser = PromptLookupDrafter([1, 2] * 20, SaidBefore(), longest=16)
     guesser.learn(guessed, right)
     assert len(guesser.guess(room=100)) == reach
 
 
 def test_nothing_is_guessed_or_kept_where_guessing_is_off() -> None:
-    guesser = Guesser([1, 2] * 20, SaidBefore(), longest=0)
+    guesser = PromptLookupDrafter([1, 2] * 20, SaidBefore(), longest=0)
     guesser.add(1)
     assert guesser.guess(room=10) == []
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, tokenize
 from agentft.errors import DataError
 from agentft.evaluation.likelihood import KINDS, measure_likelihood
@@ -41,7 +41,7 @@ def test_each_kind_is_the_mean_of_its_own_tokens(model, examples):
     model.train()
     found = measure_likelihood(model, examples, batch=4, pad_id=0)
     assert model.training, "the mode is put back"
-    nats: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
+    nats: dict[SpanKind, list[float]] = {kind: [] for kind in KINDS}
     model.eval()
     for example in examples:
         ids = torch.from_numpy(example.input_ids.astype("int64"))[None]
@@ -93,7 +93,7 @@ def test_the_report_gives_perplexities_with_intervals_by_conversation(model, exa
 
 
 def test_a_kind_that_does_not_occur_is_null_and_nothing_at_all_is_refused(model, examples):
-    spans = tuple(span for span in examples[0].spans if span.kind is Kind.stop)
+    spans = tuple(span for span in examples[0].spans if span.kind is SpanKind.stop)
     only_stops = Example("x", examples[0].input_ids, spans)
     found = measure_likelihood(model, [only_stops], batch=1, pad_id=0)
     assert "loss_call" not in found.losses()

@@ -10,7 +10,7 @@ from agentft.data.conversation import Origin
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
-from agentft.evaluation.generate import Answer
+from agentft.evaluation.generate import Completion
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
 from agentft.evaluation.steps import all_steps, conversation_steps, step_places
 
@@ -25,7 +25,8 @@ class Scripted:
     def answer(self, steps, on_answer=None):
         self.asked += steps
         return [
-            Answer(step, self.said.get((step.conversation.id, step.index), step.reference), 1, "stop") for step in steps
+            Completion(step, self.said.get((step.conversation.id, step.index), step.reference), 1, "stop")
+            for step in steps
         ]
 
 

@@ -128,7 +128,7 @@ def test_jieba_counts_words_where_the_headline_counts_characters(tmp_path: Path)
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
     output = tmp_path / "report.json"
-    assert score.main([str(path), "--jieba", "--draws", "10", "--output", str(output)]) == 0
+    assert score.main([str(path), "--jieba", "--bootstrap-samples", "10", "--output", str(output)]) == 0
     metrics = json.loads(output.read_text(encoding="utf-8"))["metrics"]
     assert metrics["rouge_l_jieba"]["value"] == pytest.approx(2 * 1 / (3 + 2))
     assert metrics["rouge_l"]["value"] == pytest.approx(4 / 6)

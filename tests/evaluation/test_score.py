@@ -33,7 +33,7 @@ def test_json_report_has_the_promised_form(tmp_path: Path, capsys: pytest.Captur
         "",
         {**STEP, "step": 1, "reference": "晴", "prediction": "晴", "language": "zh", "rounds": 1, "seen_tool": None},
     )
-    assert main([str(path), "--json", "--draws", "100"]) == 0
+    assert main([str(path), "--json", "--bootstrap-samples", "100"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["signature"] == "agentft-eval|v2|tf|tok:cjk-char-v2|rl:f1|param:strict|align:bip|n:1"
     assert {"value", "numerator", "denominator", "low", "high"} <= report["metrics"]["tool_acc"].keys()
@@ -48,7 +48,7 @@ def test_json_report_has_the_promised_form(tmp_path: Path, capsys: pytest.Captur
 def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, STEP, {**STEP, "step": 1, "prediction": "不"})
     output, steps = tmp_path / "report.json", tmp_path / "steps.jsonl"
-    assert main([str(path), "--draws", "50", "--output", str(output), "--steps", str(steps)]) == 0
+    assert main([str(path), "--bootstrap-samples", "50", "--output", str(output), "--steps", str(steps)]) == 0
     table = capsys.readouterr().out
     assert "tool_acc" in table
     assert "1 / 2" in table
@@ -107,9 +107,9 @@ def test_other_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_unreadable_reference_fails_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, STEP, {**STEP, "step": 1, "reference": "<|startofthink|>{"})
-    assert main([str(path), "--json", "--draws", "10"]) == 1
+    assert main([str(path), "--json", "--bootstrap-samples", "10"]) == 1
     assert "'c1' step 1 (unclosed" in capsys.readouterr().err
-    assert main([str(path), "--json", "--draws", "10", "--allow-bad-references"]) == 0
+    assert main([str(path), "--json", "--bootstrap-samples", "10", "--allow-bad-references"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["counts"]["quarantined_references"] == 1
     assert report["quarantined"][0]["step"] == 1
@@ -119,7 +119,7 @@ def test_line_ends_byte_order_mark_and_surrogates(tmp_path: Path, capsys: pytest
     path = tmp_path / "windows.jsonl"
     bad = {**STEP, "conversation_id": "\ud800\u2028", "reference": "<|startofthink|>"}
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([json.dumps(STEP), json.dumps(bad)]).encode())
-    assert main([str(path), "--json", "--draws", "10", "--allow-bad-references"]) == 0
+    assert main([str(path), "--json", "--bootstrap-samples", "10", "--allow-bad-references"]) == 0
     assert json.loads(capsys.readouterr().out)["quarantined"][0]["conversation_id"] == "\ud800\u2028"
 
 
@@ -128,7 +128,7 @@ def test_standard_input_and_whole_numbers_as_ids(
 ) -> None:
     lines = "".join(json.dumps({**STEP, "conversation_id": number}) + "\n" for number in (7, "c", 8))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert main(["-", "--json", "--draws", "10"]) == 0
+    assert main(["-", "--json", "--bootstrap-samples", "10"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["conversations"] == 3
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
     assert main(["-", "--json"]) == 1
@@ -138,7 +138,7 @@ def test_standard_input_and_whole_numbers_as_ids(
 def test_scoring_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
     path = write(tmp_path, STEP)
     program = (
-        "import sys, runpy; sys.argv = ['score', sys.argv[1], '--json', '--draws', '10']\n"
+        "import sys, runpy; sys.argv = ['score', sys.argv[1], '--json', '--bootstrap-samples', '10']\n"
         "try: runpy.run_module('agentft.score', run_name='__main__')\n"
         "except SystemExit as end: status = end.code\n"
         "heavy = {'torch', 'transformers', 'hydra', 'omegaconf', 'nltk', 'pandas'} & sys.modules.keys()\n"
@@ -154,5 +154,5 @@ def test_scoring_imports_no_torch_and_starts_fast(tmp_path: Path) -> None:
 def test_pieces_are_one_conversation_where_the_file_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pieces = [STEP | {"conversation_id": f"long/{n}"} for n in (1, 2)]
     for given, conversations in ((pieces, 2), ([each | {"piece_of": "long"} for each in pieces], 1)):
-        assert main([str(write(tmp_path, *given)), "--json", "--draws", "20"]) == 0
+        assert main([str(write(tmp_path, *given)), "--json", "--bootstrap-samples", "20"]) == 0
         assert json.loads(capsys.readouterr().out)["counts"]["conversations"] == conversations

@@ -75,8 +75,8 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
     """Call `act` when step `step`, counted from 1, is under way: between its micro-batches."""
     original = loop.step_batches
 
-    def step_batches(job, number, micro_batch):
-        batches = original(job, number, micro_batch)
+    def step_batches(job, number, per_device_batch_size):
+        batches = original(job, number, per_device_batch_size)
         if number + 1 == step:
             to, calls = job.engine.loss, 0
 
@@ -119,16 +119,16 @@ def signal_in_save(name: str) -> None:
 
 
 def _in_evaluation(act: Callable[[], None]) -> None:
-    from agentft.recipes.validation import Watch
+    from agentft.recipes.validation import Validator
 
-    original = Watch._measure
+    original = Validator._measure
 
     def measure(self):
         result = original(self)
         act()
         return result
 
-    Watch._measure = measure
+    Validator._measure = measure
 
 
 def die_in_evaluation(_: str) -> None:
@@ -170,9 +170,9 @@ def forget_cursor(_: str) -> None:
     start = []
     original = loop.step_batches
 
-    def step_batches(job, number, micro_batch):
+    def step_batches(job, number, per_device_batch_size):
         start.append(number)
-        return original(job, number - start[0], micro_batch)
+        return original(job, number - start[0], per_device_batch_size)
 
     loop.step_batches = step_batches
 
@@ -181,8 +181,8 @@ def note_ids(file: str) -> None:
     """Write the conversations of every step to a file, before the step."""
     original = loop.step_batches
 
-    def step_batches(job, number, micro_batch):
-        batches = original(job, number, micro_batch)
+    def step_batches(job, number, per_device_batch_size):
+        batches = original(job, number, per_device_batch_size)
         ids = [name for batch in batches for name in batch.ids]
         with Path(file).open("a") as out:
             out.write(repr((number, ids)) + "\n")
@@ -210,8 +210,8 @@ def spoil_loss(step: str) -> None:
     """The loss of the last micro-batch of a step is NaN."""
     original = loop.step_batches
 
-    def step_batches(job, number, micro_batch):
-        batches = original(job, number, micro_batch)
+    def step_batches(job, number, per_device_batch_size):
+        batches = original(job, number, per_device_batch_size)
         to, calls = getattr(job.engine, "whole_loss", job.engine.loss), 0
         job.engine.whole_loss = to
 

@@ -18,7 +18,7 @@ from tests.faults.zygote_settings import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-OTHER = {"training.max_steps": STEPS, "training.save_steps": 1000, "evaluation.steps": 0}
+OTHER = {"training.max_steps": STEPS, "training.save_steps": 1000, "evaluation.eval_steps": 0}
 SETTINGS = [each for each in BASE if each.partition("=")[0] not in ("run_dir", *OTHER)]
 SETTINGS += [f"{name}={value}" for name, value in OTHER.items()]
 pytestmark = pytest.mark.timeout(1800)

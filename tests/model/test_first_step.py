@@ -22,7 +22,13 @@ sys.exit("no step was made")
 
 def test_a_first_step_imports_no_tracker_no_hub_client_and_no_code_from_a_hub(root, tmp_path):
     (tmp_path / "kernels.py").write_text("raise SystemExit('code from a hub was asked for')")
-    settings = ("model=tiny", "dataset.conversations=24", "evaluation.before=false", "evaluation.steps=0", "threads=1")
+    settings = (
+        "model=tiny",
+        "dataset.conversations=24",
+        "evaluation.before=false",
+        "evaluation.eval_steps=0",
+        "threads=1",
+    )
     done = subprocess.run(
         [sys.executable, "-c", FIRST_STEP, *settings, "tracking=disabled", f"run_dir={tmp_path}/run"],
         capture_output=True,

@@ -236,7 +236,12 @@ def test_the_estimate_of_a_lean_training_is_its_measured_peak(tmp_path_factory: 
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     numbers = settings("llama", (128, 64, layers, 4, 2, 88, 16))
-    arguments: dict[str, Any] = {"lora_targets": ATTENTION, "dtype": Dtype.bf16, "max_length": length, "micro_batch": 1}
+    arguments: dict[str, Any] = {
+        "lora_targets": ATTENTION,
+        "dtype": Dtype.bf16,
+        "max_length": length,
+        "per_device_batch_size": 1,
+    }
     found = estimate_memory(numbers, sft, checkpointing=False, fused=Layers(compiled=True, tiled=True), **arguments)
     assert max(held) == pytest.approx(found.activations + found.logits, rel=0.15)
 
@@ -251,7 +256,7 @@ def test_a_lora_estimate_worked_out_by_hand() -> None:
     """Two blocks, h = 8, two heads of 4 on one key head, i = 16, 10 tokens in the vocabulary; 5 positions x 3 rows."""
     numbers = settings("llama", (10, 8, 2, 2, 1, 16))
     lora = LoraConfig(name="lora", default_learning_rate=1e-4, rank=2, alpha=4, dropout=0.5)
-    arguments: dict[str, Any] = {"lora_targets": ["q_proj"], "max_length": 5, "micro_batch": 3}
+    arguments: dict[str, Any] = {"lora_targets": ["q_proj"], "max_length": 5, "per_device_batch_size": 3}
     found = estimate_memory(numbers, lora, dtype=Dtype.bf16, checkpointing=False, **arguments)
     # A block: q 64, k 32, v 32, o 64, gate, up, down 128 each, two norms 16: 592. Embeddings and head 160, norm 8.
     assert found.weights == 2 * (2 * 592 + 160 + 8)
@@ -271,7 +276,12 @@ def test_a_lora_estimate_worked_out_by_hand() -> None:
 def test_a_full_estimate_worked_out_by_hand() -> None:
     numbers = settings("llama", (10, 8, 2, 2, 1, 16))
     full = FullConfig(name="full", default_learning_rate=1e-5)
-    arguments: dict[str, Any] = {"lora_targets": [], "max_length": 5, "micro_batch": 1, "checkpointing": False}
+    arguments: dict[str, Any] = {
+        "lora_targets": [],
+        "max_length": 5,
+        "per_device_batch_size": 1,
+        "checkpointing": False,
+    }
     half = estimate_memory(numbers, full, dtype=Dtype.bf16, **arguments)
     assert half.weights == 2 * (2 * 576 + 80)  # matrices and the head
     assert half.trained == half.gradients == 4 * 1352
@@ -294,7 +304,7 @@ def test_the_old_scripts_job_fits_a_card_of_24_gigabytes() -> None:
         lora_targets=["q_proj", "k_proj", "v_proj"],
         dtype=Dtype.bf16,
         max_length=2048,
-        micro_batch=1,
+        per_device_batch_size=1,
         checkpointing=True,
     )
     assert 15.4e9 < estimate.weights < 15.5e9
@@ -347,7 +357,12 @@ def test_what_freeze_trains_is_counted_as_it_is(layers: int, embeddings: bool, h
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**numbers))
     trained = count_parameters(prepare_for_training(model, sft, ModelConfig(name="any"))).trained
     assert trained_parameters(model_shape(numbers), sft) == trained
-    arguments: dict[str, Any] = {"lora_targets": [], "max_length": 100, "micro_batch": 1, "checkpointing": False}
+    arguments: dict[str, Any] = {
+        "lora_targets": [],
+        "max_length": 100,
+        "per_device_batch_size": 1,
+        "checkpointing": False,
+    }
     found = estimate_memory(numbers, sft, dtype=Dtype.fp32, **arguments)
     assert (found.trained, found.optimizer) == (4 * trained, 8 * trained)
     assert found.weights == 4 * (model_shape(numbers).parameters - trained)

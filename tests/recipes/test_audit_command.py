@@ -96,7 +96,7 @@ def test_a_label_in_the_wrong_place_fails_the_command(data: Path, tmp_path: Path
     """As if the mask law were broken: the audit must not believe `render.py`."""
     from agentft.data import render
 
-    leaky = frozenset({*render.TRAINED_KINDS, render.Kind.observation})
+    leaky = frozenset({*render.TRAINED_KINDS, render.SpanKind.observation})
     monkeypatch.setattr(render, "TRAINED_KINDS", leaky)
     given = ["dataset=local", f"dataset.path={data}", "dataset.test_ratio=0.3", f"output={tmp_path / 'out'}"]
     assert run(monkeypatch, *given) == 3

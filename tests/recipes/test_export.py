@@ -23,8 +23,18 @@ from tests.data.chat_messages import before_steps, msagent_messages, native_mess
 
 QUICK = [
     *("model=tiny", "model.shape.hidden=32", "model.shape.intermediate=64", "dataset.conversations=12"),
-    *("dataset.heldout=3", "training.accumulation=4", "training.max_steps=3", "training.logging_steps=1"),
-    *("training.learning_rate=0.03", "evaluation.steps=0", "evaluation.max_new_tokens=12", "evaluation.draws=20"),
+    *(
+        "dataset.heldout=3",
+        "training.gradient_accumulation_steps=4",
+        "training.max_steps=3",
+        "training.logging_steps=1",
+    ),
+    *(
+        "training.learning_rate=0.03",
+        "evaluation.eval_steps=0",
+        "evaluation.max_new_tokens=12",
+        "evaluation.bootstrap_samples=20",
+    ),
     *("evaluation.before=false", "tracking=disabled", "threads=1"),
 ]
 
@@ -179,7 +189,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
 
 
 def test_the_card_of_an_earlier_checkpoint_does_not_show_what_the_last_was_measured_at(tmp_path):
-    run, _ = run_of(tmp_path / "run", "training.save_steps=2", "evaluation.draws=20")
+    run, _ = run_of(tmp_path / "run", "training.save_steps=2", "evaluation.bootstrap_samples=20")
     cards = {}
     for checkpoint in ("2", "last"):
         out = export(ExportConfig(run=str(run), checkpoint=checkpoint, out=str(tmp_path / checkpoint))).folder

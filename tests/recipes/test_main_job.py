@@ -22,14 +22,14 @@ QUICK = [
     "model=tiny",
     "dataset.conversations=12",
     "dataset.heldout=4",
-    "training.accumulation=4",
+    "training.gradient_accumulation_steps=4",
     "training.max_steps=4",
     "training.logging_steps=1",
     "training.save_steps=2",
     "training.learning_rate=0.01",
-    "evaluation.steps=2",
+    "evaluation.eval_steps=2",
     "evaluation.max_new_tokens=8",
-    "evaluation.draws=200",
+    "evaluation.bootstrap_samples=200",
     "tracking=disabled",
     "threads=1",
 ]
@@ -101,7 +101,7 @@ def test_predictions_can_be_scored_alone(finished):
     import sys
 
     file = finished.run_dir / "predictions" / "after.jsonl"
-    command = [sys.executable, "-m", "agentft.score", str(file), "--json", "--draws", "200"]
+    command = [sys.executable, "-m", "agentft.score", str(file), "--json", "--bootstrap-samples", "200"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     scored = json.loads(done.stdout)["metrics"]
     expected = read_json(finished.run_dir / "metrics" / "after.json")["metrics"]

@@ -28,8 +28,19 @@ HUGE |= {"num_attention_heads": 128, "intermediate_size": 500_000}
 def config(tmp_path, *overrides):
     register_schemas()
     quick = [
-        *("dataset.conversations=12", "dataset.heldout=4", "training.accumulation=4", "training.max_steps=1"),
-        *("evaluation.before=false", "evaluation.after=false", "evaluation.steps=0", "tracking=disabled", "threads=1"),
+        *(
+            "dataset.conversations=12",
+            "dataset.heldout=4",
+            "training.gradient_accumulation_steps=4",
+            "training.max_steps=1",
+        ),
+        *(
+            "evaluation.before=false",
+            "evaluation.after=false",
+            "evaluation.eval_steps=0",
+            "tracking=disabled",
+            "threads=1",
+        ),
         *(f"model.cache_dir='{tmp_path}/cache'", f"run_dir='{tmp_path}/run'"),
     ]
     return to_train_config(compose("train", [*quick, *overrides]))

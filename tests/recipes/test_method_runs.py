@@ -17,9 +17,14 @@ from agentft.tracking import TrackingConfig, read_metrics
 
 QUICK = [
     *("model=tiny", "model.shape.hidden=32", "model.shape.intermediate=64", "dataset.conversations=12"),
-    *("dataset.heldout=2", "training.accumulation=4", "training.max_steps=4", "training.logging_steps=1"),
-    *("training.save_steps=2", "training.learning_rate=0.01", "evaluation.steps=0", "evaluation.conversations=1"),
-    *("evaluation.max_new_tokens=4", "evaluation.draws=20", "evaluation.before=false"),
+    *(
+        "dataset.heldout=2",
+        "training.gradient_accumulation_steps=4",
+        "training.max_steps=4",
+        "training.logging_steps=1",
+    ),
+    *("training.save_steps=2", "training.learning_rate=0.01", "evaluation.eval_steps=0", "evaluation.conversations=1"),
+    *("evaluation.max_new_tokens=4", "evaluation.bootstrap_samples=20", "evaluation.before=false"),
     *("tracking=disabled", "threads=1"),
 ]
 
@@ -55,7 +60,7 @@ def test_a_method_trains_is_evaluated_and_resumes_bit_for_bit(method: str, tmp_p
     assert len(losses(whole.run_dir)) == 4
     assert losses(whole.run_dir)[-1][1] < losses(whole.run_dir)[0][1]
     parts = tmp_path / "parts"
-    assert train(config(parts, *METHODS[method], "training.stop_at=0.5")).paused
+    assert train(config(parts, *METHODS[method], "training.pause_at_fraction=0.5")).paused
     train(config(parts, *METHODS[method]))
     assert losses(parts) == losses(whole.run_dir)
     ends = [load_file(run / "checkpoints" / "step-000004" / "trained.safetensors") for run in (whole.run_dir, parts)]

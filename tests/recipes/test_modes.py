@@ -21,7 +21,7 @@ from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.saved import config_to_yaml, saved_config
 from agentft.recipes.train import train
-from agentft.recipes.validation import Watch
+from agentft.recipes.validation import Validator
 from agentft.runs import read_json
 from agentft.tracking import read_metrics
 from tests.evaluation.loopback_chat import LoopbackChat
@@ -33,14 +33,14 @@ QUICK = [
     "model=tiny",
     "dataset.conversations=12",
     "dataset.heldout=5",
-    "training.accumulation=2",
+    "training.gradient_accumulation_steps=2",
     "training.max_steps=6",
     "training.logging_steps=1",
     "training.save_steps=2",
     "training.learning_rate=0.01",
-    "evaluation.steps=2",
+    "evaluation.eval_steps=2",
     "evaluation.max_new_tokens=6",
-    "evaluation.draws=100",
+    "evaluation.bootstrap_samples=100",
     "evaluation.before=false",
     "tracking=disabled",
     "threads=1",
@@ -123,8 +123,8 @@ def test_a_served_model_sits_the_same_exam_without_weights_and_can_be_compared(f
 
 def test_the_best_checkpoint_is_that_of_the_metric_that_decides(tmp_path, monkeypatch):
     values = iter([0.2, 0.6, 0.4])
-    original = Watch._answer
-    monkeypatch.setattr(Watch, "_answer", lambda self: original(self) | {"arg_f1": next(values)})
+    original = Validator._answer
+    monkeypatch.setattr(Validator, "_answer", lambda self: original(self) | {"arg_f1": next(values)})
     result = train(
         config(
             tmp_path / "run",
@@ -148,16 +148,16 @@ def test_answers_during_training_change_no_loss(finished, tmp_path):
 
 def test_patience_ends_the_training_and_holds_when_it_is_started_again(tmp_path, monkeypatch):
     values = {2: 0.5, 4: 0.6, 6: 0.1}
-    original = Watch.evaluate
+    original = Validator.evaluate
 
-    class Fake(Watch):
+    class Fake(Validator):
         def _measure(self):
             found = super()._measure()
             step = len(self._ranks) * 2 + 2
             found.nats_GK[:] = found.tokens_GK * values[step]
             return found
 
-    monkeypatch.setattr("agentft.recipes.train.Watch", Fake)
+    monkeypatch.setattr("agentft.recipes.train.Validator", Fake)
     assert Fake.evaluate is original
     by_loss = ("evaluation.best_metric=loss", "evaluation.after=false")
     quick = config(tmp_path / "run", "evaluation.patience=1", *by_loss)
@@ -201,7 +201,7 @@ def test_the_loss_decides_between_equal_values_and_no_value_is_below_every_value
 
 def test_a_metric_without_a_value_is_written_as_none_and_not_as_zero(tmp_path, monkeypatch):
     values = {2: {}, 4: {"tool_precision": 0.0}, 6: {}}
-    monkeypatch.setattr(Watch, "_answer", lambda self: values[len(self._ranks) * 2 + 2])
+    monkeypatch.setattr(Validator, "_answer", lambda self: values[len(self._ranks) * 2 + 2])
     result = train(config(tmp_path / "run", "evaluation.best_metric=tool_precision", "evaluation.after=false"))
     assert evaluations(result.run_dir, "eval/tool_precision") == [0.0]
     assert (result.summary["best_step"], result.summary["best_value"]) == (4, 0.0)
@@ -211,7 +211,7 @@ def test_a_metric_without_a_value_is_written_as_none_and_not_as_zero(tmp_path, m
 def test_patience_counts_again_from_the_best_when_a_training_is_started_again(tmp_path, monkeypatch):
     """Values of 0/0 in the history count as evaluations too."""
     answers = {2: {"arg_f1": 0.3}, 4: {}, 6: {"arg_f1": 0.2}}
-    monkeypatch.setattr(Watch, "_answer", lambda self: answers[len(self._ranks) * 2 + 2])
+    monkeypatch.setattr(Validator, "_answer", lambda self: answers[len(self._ranks) * 2 + 2])
     quick = config(tmp_path / "run", "evaluation.patience=1", "evaluation.after=false")
     assert train(quick).summary["steps"] == 4
     assert train(quick).summary["steps"] == 4

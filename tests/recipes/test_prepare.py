@@ -32,7 +32,7 @@ from agentft.data.config import (
     WeightedPath,
 )
 from agentft.data.conversation import Conversation
-from agentft.data.preparation_stats import Account, read_account, write_account
+from agentft.data.preparation_stats import PreparationStats, read_account, write_account
 from agentft.data.prepare import PreparedData, prepare_data, rewritten_history, write_manifest
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import is_large, read_conversations, read_local
@@ -77,8 +77,8 @@ CASES = {
     "all": {},
     "drop": {"too_long": TooLong.drop},
     "split": {"too_long": TooLong.split},
-    "sample": {"sample": 20, "test_sample": 5},
-    "more than there is": {"sample": 1000},
+    "sample": {"max_samples": 20, "test_sample": 5},
+    "more than there is": {"max_samples": 1000},
     "unseen tools": {"split": Split.unseen_tools, "max_length": 2000},
 }
 
@@ -163,7 +163,7 @@ def test_a_dataset_is_large_by_its_bytes_or_number_before_it_is_read(tmp_path):
     assert not is_large(settings(small))
     assert is_large(settings(large))
     assert is_large(settings(large.parent))
-    assert not is_large(settings(large, sample=100)), "what is sampled may be little"
+    assert not is_large(settings(large, max_samples=100)), "what is sampled may be little"
     assert [is_large(SyntheticConfig(name="s", conversations=count)) for count in (200, 5000)] == [False, True]
     assert not is_large(ModelScopeConfig(name="m", id="a/b"))
 
@@ -180,7 +180,7 @@ def test_sources_with_weights_and_an_exam_of_its_own_are_prepared_as_in_memory(d
         WeightedPath(path=str(tmp_path / "b.jsonl"), weight=0.4),
     ]
     for sample in (-1, 30):
-        config = settings(data_file, path=None, sources=sources, test_path=str(exam), cache=False, sample=sample)
+        config = settings(data_file, path=None, sources=sources, test_path=str(exam), cache=False, max_samples=sample)
         prepared = prepare_data(config, template, encoder)
         train, heldout, _ = in_memory(config, template, encoder)
         assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
@@ -204,7 +204,7 @@ def in_memory(config, template, encoder):
         parts = keep_apart(read(_local_sources(config)), read(config.test_path), seed=config.seed)
     found, outcomes = [], {}
     for part, pool, sample, too_long in (
-        ("train", parts.train, config.sample, config.too_long),
+        ("train", parts.train, config.max_samples, config.too_long),
         (
             "heldout",
             parts.heldout,
@@ -256,7 +256,7 @@ def test_every_part_of_an_account_survives_its_file(data_file, template, encoder
     account.left_out.update(["held_out_too"])
     assert account.read.notices_shown
     assert account.changed
-    for part in dataclasses.fields(Account):
+    for part in dataclasses.fields(PreparationStats):
         assert getattr(account, part.name), part.name
     write_account(account, tmp_path / "account.json")
     again = read_account(tmp_path / "account.json")
@@ -289,7 +289,7 @@ CHANGES: dict[str, dict] = {
     "max_length": {"max_length": 1000},
     "too_long": {"too_long": TooLong.drop},
     "seed": {"seed": 1},
-    "sample": {"sample": 20},
+    "sample": {"max_samples": 20},
     "test_ratio": {"test_ratio": 0.3},
     "format": {"format": Format.msagent},
     "reasoning": {"reasoning": Reasoning.drop},

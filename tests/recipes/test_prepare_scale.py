@@ -18,7 +18,7 @@ from agentft.data.tokens import SegmentEncoder
 from agentft.model.random_weights import byte_tokenizer
 from agentft.data.prepare import prepare_data
 
-config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), sample=int(sys.argv[2]), cache=False)
+config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), max_samples=int(sys.argv[2]), cache=False)
 tokenizer = byte_tokenizer()
 prepared = prepare_data(config, MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer))
 peak, largest_worker = (

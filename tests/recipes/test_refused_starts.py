@@ -25,9 +25,25 @@ SHORT = Path(__file__).parent.parent / "faults" / "short.jsonl"
 
 TRAINED = [
     *("model=tiny", "model.shape.hidden=16", "model.shape.intermediate=32", "dataset=local", "dataset.test_ratio=0.2"),
-    *("training.accumulation=2", "training.max_steps=4", "training.save_steps=2", "training.logging_steps=1"),
-    *("training.learning_rate=0.01", "evaluation.steps=2", "evaluation.best_metric=loss", "evaluation.before=false"),
-    *("evaluation.max_new_tokens=4", "evaluation.draws=20", "evaluation.examples=0", "tracking=disabled", "threads=1"),
+    *(
+        "training.gradient_accumulation_steps=2",
+        "training.max_steps=4",
+        "training.save_steps=2",
+        "training.logging_steps=1",
+    ),
+    *(
+        "training.learning_rate=0.01",
+        "evaluation.eval_steps=2",
+        "evaluation.best_metric=loss",
+        "evaluation.before=false",
+    ),
+    *(
+        "evaluation.max_new_tokens=4",
+        "evaluation.bootstrap_samples=20",
+        "evaluation.examples=0",
+        "tracking=disabled",
+        "threads=1",
+    ),
 ]
 
 PROGRAMS: dict[str, Callable[[], object]] = {
@@ -89,7 +105,11 @@ SAME = f"train {' '.join(TRAINED)} dataset.path={{data}} run_dir=run"
 UNCHANGED = [
     ("train run_dir=run", 0, "run: this run is finished, nothing is left to do"),
     (SAME, 0, "run: this run is finished"),
-    ("train run_dir=run training.stop_at=0.5 training.save_steps=1 tracking=wandb", 0, "this run is finished"),
+    (
+        "train run_dir=run training.pause_at_fraction=0.5 training.save_steps=1 tracking=wandb",
+        0,
+        "this run is finished",
+    ),
     ("train run_dir=run sft_type.rank=4", 2, "belongs to another training: sft_type.rank was 8, is 4. Give"),
     ("train run_dir=run sft_type=full", 2, "sft_type was 'lora', is 'full'"),
     ("train run_dir=run model=smollm2-135m", 2, "model was 'tiny', is 'smollm2-135m'"),
@@ -189,7 +209,7 @@ def test_other_data_is_scored_loudly_where_that_is_typed(changed_data, command, 
 
 def test_run_dir_alone_goes_on_with_the_settings_of_the_run(source, tmp_path, command):
     half = SAME.format(data=source / "data.jsonl").replace("run_dir=run", "run_dir=cut")
-    assert command(f"{half} training.stop_at=0.5")[0] == 0
+    assert command(f"{half} training.pause_at_fraction=0.5")[0] == 0
     assert read_json(tmp_path / "cut" / "status.json")["state"] == "paused"
     assert command("train run_dir=cut")[0] == 0
     ends = [
@@ -202,7 +222,10 @@ def test_run_dir_alone_goes_on_with_the_settings_of_the_run(source, tmp_path, co
 
 
 def test_an_exam_of_a_finished_run_may_be_asked_anew(run, command):
-    assert command("train run_dir=run evaluation.max_new_tokens=2 evaluation=short evaluation.draws=20")[0] == 0
+    assert (
+        command("train run_dir=run evaluation.max_new_tokens=2 evaluation=short evaluation.bootstrap_samples=20")[0]
+        == 0
+    )
     assert read_json(run / "metrics" / "after.json")["identity"]["max_new_tokens"] == 2
     assert saved_config(run).sft_type.rank == 8
 

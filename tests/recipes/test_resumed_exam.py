@@ -16,8 +16,8 @@ import pytest
 import agentft.recipes.evaluation_run as exam_recipe
 import agentft.recipes.train as train_recipe
 from agentft.config import compose, register_schemas, to_train_config
-from agentft.evaluation.generate import Answer, GreedyGenerator
-from agentft.evaluation.predictions import AnswerFile
+from agentft.evaluation.generate import Completion, GreedyGenerator
+from agentft.evaluation.predictions import PredictionCache
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.train import train
@@ -29,13 +29,13 @@ QUICK = [
     "model=tiny",
     "dataset.conversations=8",
     "dataset.heldout=8",
-    "training.accumulation=4",
+    "training.gradient_accumulation_steps=4",
     "training.max_steps=2",
     "training.save_steps=1",
     "training.learning_rate=0.01",
-    "evaluation.steps=0",
+    "evaluation.eval_steps=0",
     "evaluation.max_new_tokens=24",
-    "evaluation.draws=50",
+    "evaluation.bootstrap_samples=50",
     "tracking=disabled",
     "threads=1",
 ]
@@ -108,7 +108,7 @@ class _FailsAfter:
     def __init__(self, answers: int) -> None:
         self.left = answers
 
-    def __call__(self, answer: Answer) -> None:
+    def __call__(self, answer: Completion) -> None:
         self.left -= 1
         if self.left < 0:
             raise RuntimeError("injected")
@@ -200,11 +200,11 @@ def test_a_working_file_of_somebody_else_is_started_afresh(tmp_path):
             return []
 
     path = tmp_path / "x.partial.jsonl"
-    with AnswerFile(path, Nobody(), {"weights": "a"}):
+    with PredictionCache(path, Nobody(), {"weights": "a"}):
         pass
     mine = path.read_bytes()
     with path.open("ab") as file:
         file.write(json.dumps({"conversation_id": "c", "step": 0, "context_hash": "h", "text": "t"}).encode() + b"\n")
-    with AnswerFile(path, Nobody(), {"weights": "b"}):
+    with PredictionCache(path, Nobody(), {"weights": "b"}):
         pass
     assert path.read_bytes() == mine.replace(b'"a"', b'"b"')

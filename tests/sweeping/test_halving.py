@@ -31,8 +31,18 @@ from agentft.training.loop import pause_step
 REPOSITORY = Path(__file__).parents[2]
 TINY = [
     *("model=tiny", "tracking=disabled", "dataset.conversations=12", "dataset.heldout=3", "dataset.max_length=8192"),
-    *("training.accumulation=2", "training.logging_steps=1", "training.save_steps=0", "training.learning_rate=0.01"),
-    *("evaluation.before=false", "evaluation.max_new_tokens=4", "evaluation.draws=100", "evaluation.steps=2"),
+    *(
+        "training.gradient_accumulation_steps=2",
+        "training.logging_steps=1",
+        "training.save_steps=0",
+        "training.learning_rate=0.01",
+    ),
+    *(
+        "evaluation.before=false",
+        "evaluation.max_new_tokens=4",
+        "evaluation.bootstrap_samples=100",
+        "evaluation.eval_steps=2",
+    ),
 ]
 
 
@@ -48,7 +58,7 @@ def tiny(run_dir: Path, **training: Any) -> TrainConfig:
 def test_a_paused_training_is_the_beginning_of_the_whole_one(tmp_path: Path) -> None:
     whole = train(tiny(tmp_path / "whole"))
     shares = [0.2, 0.5, 1.0]
-    results = [train(tiny(tmp_path / "rungs", stop_at=share)) for share in shares]
+    results = [train(tiny(tmp_path / "rungs", pause_at_fraction=share)) for share in shares]
     assert [result.paused for result in results] == [True, True, False]
     assert [result.summary["steps"] for result in results] == [1, 3, 6]
     rows, rung_rows = (read_metrics(result.run_dir / "metrics.jsonl") for result in (whole, results[-1]))
@@ -67,26 +77,30 @@ def test_a_paused_training_is_the_beginning_of_the_whole_one(tmp_path: Path) -> 
 
 
 def test_a_paused_run_says_so_and_examines_what_it_has(tmp_path: Path) -> None:
-    result = train(tiny(tmp_path / "run", stop_at=0.5))
+    result = train(tiny(tmp_path / "run", pause_at_fraction=0.5))
     status = read_json(result.run_dir / "status.json")
     assert (status["state"], status["step"], status["steps"]) == ("paused", 3, 6)
     measured = read_json(tmp_path / "run/metrics/after.json")["metrics"]["arg_f1"]["value"]
     assert status["objective"] == result.objective == measured
     assert status["eval_loss"] > 0
     first = read_json(tmp_path / "run/run.json")["run_id"]
-    again = train(tiny(tmp_path / "run", stop_at=0.5, logging_steps=5))
+    again = train(tiny(tmp_path / "run", pause_at_fraction=0.5, logging_steps=5))
     assert again.paused
     assert read_json(tmp_path / "run/run.json")["run_id"] == first, "W&B goes on with the same run"
     assert again.summary["steps"] == 3, "asked for the same share again, it trains no further"
 
 
 def test_how_far_a_run_goes_is_no_part_of_what_it_is() -> None:
-    settings = {"training": {"learning_rate": 1e-3, "stop_at": 0.1}, "seed": 1}
-    assert identity_of(settings) == identity_of({"training": {"learning_rate": 1e-3, "stop_at": 1.0}, "seed": 1})
+    settings = {"training": {"learning_rate": 1e-3, "pause_at_fraction": 0.1}, "seed": 1}
+    assert identity_of(settings) == identity_of(
+        {"training": {"learning_rate": 1e-3, "pause_at_fraction": 1.0}, "seed": 1}
+    )
     assert identity_of(settings) == identity_of({"training": {"learning_rate": 1e-3}, "seed": 1}), (
         "older sweeps stay known"
     )
-    assert identity_of(settings) != identity_of({"training": {"learning_rate": 1e-2, "stop_at": 0.1}, "seed": 1})
+    assert identity_of(settings) != identity_of(
+        {"training": {"learning_rate": 1e-2, "pause_at_fraction": 0.1}, "seed": 1}
+    )
 
 
 @pytest.mark.parametrize(("total", "share", "step"), [(9, 1 / 9, 1), (60, 0.333333, 20), (2, 0.1, 1), (7, 1.0, 7)])
@@ -96,8 +110,8 @@ def test_a_share_is_at_least_one_step_and_at_most_all(total: int, share: float, 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match=r"training\.stop_at"):
-        TrainingConfig(learning_rate=1.0, stop_at=share)
+    with pytest.raises(ConfigError, match=r"training\.pause_at_fraction"):
+        TrainingConfig(learning_rate=1.0, pause_at_fraction=share)
 
 
 # --- Who goes on ---
@@ -143,7 +157,7 @@ class Play:
             if job.number == self.interrupted_at:
                 self.interrupted_at = None
                 return signal.SIGINT
-            assert job.command[-1].startswith("training.stop_at=")
+            assert job.command[-1].startswith("training.pause_at_fraction=")
             assert len(job.command) == 2, "the share of this rung only"
             share = float(job.command[-1].partition("=")[2])
             job.attempts += 1
@@ -257,7 +271,7 @@ def test_a_halving_sweep_survives_a_kill_and_marks_where_each_job_was_left(tmp_p
     assert winner["number"] == best["number"]
     table = (tmp_path / "sweep/sweep.md").read_text()
     assert table.count("| paused 1/4 |") == 2
-    assert "stop_at" not in table
+    assert "pause_at_fraction" not in table
     with (tmp_path / "sweep/sweep.csv").open() as file:
         left = sorted((row["state"], row["step"]) for row in csv.DictReader(file))
     assert left == [("finished", "4"), ("paused", "1"), ("paused", "1")]

@@ -312,8 +312,13 @@ def test_exit_codes_in_words() -> None:
 
 TINY = [
     *("model=tiny", "tracking=disabled", "dataset.conversations=8", "dataset.heldout=2", "dataset.max_length=8192"),
-    *("training.accumulation=2", "training.logging_steps=1", "evaluation.before=false", "evaluation.max_new_tokens=4"),
-    *("evaluation.steps=0", "evaluation.draws=100"),
+    *(
+        "training.gradient_accumulation_steps=2",
+        "training.logging_steps=1",
+        "evaluation.before=false",
+        "evaluation.max_new_tokens=4",
+    ),
+    *("evaluation.eval_steps=0", "evaluation.bootstrap_samples=100"),
 ]
 
 

@@ -166,8 +166,19 @@ def test_an_unknown_place_and_no_slots_are_refused() -> None:
 
 TINY = [
     *("model=tiny", "tracking=disabled", "dataset.conversations=8", "dataset.heldout=2", "dataset.max_length=8192"),
-    *("training.accumulation=2", "training.logging_steps=1", "evaluation.before=false", "evaluation.max_new_tokens=4"),
-    *("evaluation.steps=2", "evaluation.draws=100", "evaluation.best_metric=loss", "training.max_steps=2", "threads=1"),
+    *(
+        "training.gradient_accumulation_steps=2",
+        "training.logging_steps=1",
+        "evaluation.before=false",
+        "evaluation.max_new_tokens=4",
+    ),
+    *(
+        "evaluation.eval_steps=2",
+        "evaluation.bootstrap_samples=100",
+        "evaluation.best_metric=loss",
+        "training.max_steps=2",
+        "threads=1",
+    ),
 ]
 LAUNCHERS = [
     pytest.param(["hydra.launcher.warm_start=false"], id="agentft, fresh interpreters"),

@@ -19,10 +19,10 @@ SETTINGS = [
         "dataset.conversations=8",
         "dataset.heldout=2",
         "dataset.max_length=8192",
-        "training.accumulation=2",
+        "training.gradient_accumulation_steps=2",
     ),
     *("training.logging_steps=1", "training.max_steps=2", "evaluation.before=false", "evaluation.max_new_tokens=4"),
-    *("evaluation.draws=100", "evaluation.best_metric=loss", "threads=1"),
+    *("evaluation.bootstrap_samples=100", "evaluation.best_metric=loss", "threads=1"),
 ]
 
 

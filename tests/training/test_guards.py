@@ -152,9 +152,9 @@ def test_out_of_memory_halves_the_micro_batch_and_equals_the_smaller_one_bit_for
     job, losses = make_job(tmp_path / "hungry", tiny_model(), examples, micro=8, accumulation=1)
     hungry = job.engine.objective = _Hungry(job.engine.objective, fits=2)
     outcome = train_model(job)
-    assert outcome.counters.micro_batch == 2
+    assert outcome.counters.per_device_batch_size == 2
     assert max(hungry.largest) == 2
-    assert "out of memory with training.micro_batch=8" in caplog.text
+    assert "out of memory with training.per_device_batch_size=8" in caplog.text
     assert "2 from here on, with the same conversations in a step" in caplog.text
     small, expected = make_job(tmp_path / "small", tiny_model(), examples, micro=2, accumulation=4)
     reference = train_model(small)
@@ -175,7 +175,7 @@ def test_a_resumed_run_keeps_the_halved_micro_batch(tmp_path, tiny_model, exampl
     train_model(dataclasses.replace(first, stop_requested=lambda: next(stops)))
     second, two = make_job(tmp_path / "cut", tiny_model(), examples, micro=4, accumulation=1)
     outcome = train_model(second)  # there is room now, and yet the sums must be those of the whole run
-    assert outcome.counters.micro_batch == 2
+    assert outcome.counters.per_device_batch_size == 2
     assert one + two == losses
 
 
@@ -187,7 +187,9 @@ def test_one_conversation_that_does_not_fit_ends_in_words(tmp_path, tiny_model, 
 
 
 def test_between_processes_the_shortage_is_told_with_what_to_set():
-    with pytest.raises(TrainingError, match=r"training.micro_batch=2 with twice the training.accumulation"):
+    with pytest.raises(
+        TrainingError, match=r"training.per_device_batch_size=2 with twice the training.gradient_accumulation_steps"
+    ):
         accumulate_within_memory(lambda size: _allocate(), 4, lambda: None, step=1, alone=False)
 
 

@@ -30,8 +30,8 @@ def _job(folder, model, examples, *, sft=LORA, steps=6, micro=1, accumulation=2,
     torch.manual_seed(12)
     training = TrainingConfig(
         learning_rate=sft.default_learning_rate,
-        micro_batch=micro,
-        accumulation=accumulation,
+        per_device_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
         max_steps=steps,
         logging_steps=1,
         save_steps=2,

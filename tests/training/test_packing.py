@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentft.data.batches import collate, collate_packed, pack_rows, step_groups
-from agentft.data.render import Kind
+from agentft.data.render import SpanKind
 from agentft.data.tokens import IGNORE_INDEX, Span
 from agentft.errors import ConfigError
 from agentft.model.cpu import attention
@@ -118,7 +118,7 @@ def test_rows_hold_every_example_once_and_are_full(lengths):
 
 def test_nothing_predicts_the_first_token_of_a_conversation(examples):
     whole = dataclasses.replace(
-        examples[0], spans=(Span(0, len(examples[0]), Kind.text),), span_weights=(2.0,), id="all of it trained"
+        examples[0], spans=(Span(0, len(examples[0]), SpanKind.text),), span_weights=(2.0,), id="all of it trained"
     )
     batch = collate_packed([examples[1], whole])
     start = int(batch.boundaries[1])
@@ -137,7 +137,7 @@ def test_a_packed_step_has_the_examples_of_the_padded_one_and_no_padding(example
     indices = list(range(len(examples)))
     lengths = {i: len(examples[i]) for i in indices}
     padded, packed = (
-        step_groups(indices, lengths, micro_batch=4, row_tokens=row_tokens) for row_tokens in (None, 2048)
+        step_groups(indices, lengths, per_device_batch_size=4, row_tokens=row_tokens) for row_tokens in (None, 2048)
     )
     assert sorted(i for group in packed for i in group) == sorted(i for group in padded for i in group) == indices
     rows = [collate_packed([examples[i] for i in group]) for group in packed]
@@ -148,7 +148,10 @@ def test_a_packed_step_has_the_examples_of_the_padded_one_and_no_padding(example
 
 def test_auto_packs_on_cuda_only(caplog):
     caplog.set_level("INFO")
-    asked = {name: TrainingConfig(learning_rate=1.0, packing=name, micro_batch=2) for name in ("auto", "true", "false")}
+    asked = {
+        name: TrainingConfig(learning_rate=1.0, packing=name, per_device_batch_size=2)
+        for name in ("auto", "true", "false")
+    }
     assert choose_row_tokens(asked["auto"], 100, None, cuda=True) == 200
     assert choose_row_tokens(asked["auto"], 100, None, cuda=False) is None
     assert "training.packing=auto: packed rows" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentft.training.checkpoint import Kind, TensorStream, stream_of, write_stream
+from agentft.training.checkpoint import TensorSpec, TensorStream, stream_of, write_stream
 
 
 def test_any_reader_of_safetensors_reads_it(tmp_path):
@@ -40,12 +40,12 @@ def test_only_one_tensor_is_alive_at_a_time(tmp_path):
         made.append(weakref.ref(tensor))
         return tensor
 
-    kinds = {str(n): Kind(torch.float32, (100,)) for n in range(10)}
+    kinds = {str(n): TensorSpec(torch.float32, (100,)) for n in range(10)}
     write_stream(TensorStream(kinds, make), tmp_path / "x.safetensors")
     assert len(made) == 10
 
 
 def test_a_tensor_other_than_announced_is_refused(tmp_path):
-    stream = TensorStream({"w": Kind(torch.float32, (4,))}, lambda _: torch.zeros(5))
+    stream = TensorStream({"w": TensorSpec(torch.float32, (4,))}, lambda _: torch.zeros(5))
     with pytest.raises(ValueError, match="announced"):
         write_stream(stream, tmp_path / "x.safetensors")

@@ -20,7 +20,7 @@ MORE_ROUNDS_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class DialogueType:
     """A kind of dialogue and its share of the records."""
 
     play: Callable[[Scene, int], None]
@@ -195,20 +195,20 @@ def _small_talk(scene: Scene, max_rounds: int) -> None:
     scene.assistant(fill(reply, words))
 
 
-KINDS: dict[str, Kind] = {
-    "single_call": Kind(_single_call, 0.36),
-    "call_without_result": Kind(_call_without_result, 0.03),
-    "result_without_summary": Kind(_result_without_summary, 0.02),
-    "several_calls": Kind(_several_calls, 0.08),
-    "several_calls_at_once": Kind(_several_calls_at_once, 0.05),
-    "chained_calls": Kind(_chained_calls, 0.07),
-    "several_rounds": Kind(_several_rounds, 0.12, rounds=2),
-    "failed_call": Kind(_failed_call, 0.04),
-    "corrected_by_tool": Kind(_corrected_by_tool, 0.03),
-    "corrected_by_user": Kind(_corrected_by_user, 0.03, rounds=2),
-    "missing_parameter": Kind(_missing_parameter, 0.07, rounds=2),
-    "unserved_request": Kind(_unserved_request, 0.05),
-    "small_talk": Kind(_small_talk, 0.05),
+KINDS: dict[str, DialogueType] = {
+    "single_call": DialogueType(_single_call, 0.36),
+    "call_without_result": DialogueType(_call_without_result, 0.03),
+    "result_without_summary": DialogueType(_result_without_summary, 0.02),
+    "several_calls": DialogueType(_several_calls, 0.08),
+    "several_calls_at_once": DialogueType(_several_calls_at_once, 0.05),
+    "chained_calls": DialogueType(_chained_calls, 0.07),
+    "several_rounds": DialogueType(_several_rounds, 0.12, rounds=2),
+    "failed_call": DialogueType(_failed_call, 0.04),
+    "corrected_by_tool": DialogueType(_corrected_by_tool, 0.03),
+    "corrected_by_user": DialogueType(_corrected_by_user, 0.03, rounds=2),
+    "missing_parameter": DialogueType(_missing_parameter, 0.07, rounds=2),
+    "unserved_request": DialogueType(_unserved_request, 0.05),
+    "small_talk": DialogueType(_small_talk, 0.05),
 }
 """All kinds by name; the shares sum to one."""
 
