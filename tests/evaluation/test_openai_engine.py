@@ -303,7 +303,7 @@ def test_requests_are_greedy_bounded_and_can_be_changed(steps, monkeypatch):
 def test_answers_are_another_model_s_only_where_a_setting_affects_answers():
     config = EvaluationConfig(engine=Engine.openai, base_url="http://localhost/v1", served_model="m")
     others = {"max_new_tokens": 9, "base_url": "http://localhost:2/v1", "served_model": "n", "request": '{"seed": 1}'}
-    others |= {"batch": 3, "draws": 7, "retries": 1, "request_timeout": 1.0, "conversations": 2, "seed": 5}
+    others |= {"batch": 3, "bootstrap_samples": 7, "retries": 1, "request_timeout": 1.0, "conversations": 2, "seed": 5}
     before = endpoint_of(config).identity()
     changing = {
         name

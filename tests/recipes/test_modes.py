@@ -59,7 +59,7 @@ def finished(tmp_path_factory) -> Path:
 
 def evaluated(run: Path, **settings: object):
     saved = saved_config(run)
-    values = {"draws": 100, "max_new_tokens": 6, **settings}
+    values = {"bootstrap_samples": 100, "max_new_tokens": 6, **settings}
     return evaluate(EvaluateConfig(run=str(run), evaluation=EvaluationConfig(**values), tracking=saved.tracking))
 
 
