@@ -52,6 +52,9 @@ class _Console(io.FileIO):
         return len(data)
 
 
+FILE_ONLY = "agentft_file_only"
+"""A log record with this attribute true goes to the log file and not to the console."""
+
 _IN_FILE = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
 _consoles: dict[str, _Console] = {}
 _log_file: Path | None = None
@@ -148,7 +151,7 @@ def set_up_logging(log_file: Path, *, held: bool = False) -> None:
     screen.setLevel(logging.INFO)
     # Warnings of libraries are for whoever searches a fault: they go to the file.
     logging.captureWarnings(True)
-    screen.addFilter(lambda record: record.name != "py.warnings")
+    screen.addFilter(lambda record: record.name != "py.warnings" and not getattr(record, FILE_ONLY, False))
     file = _HeldFile(log_file)
     file.setFormatter(_IN_FILE)
     root = logging.getLogger()

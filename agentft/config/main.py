@@ -23,13 +23,16 @@ from agentft.config.compose import VERSION_BASE, C, register_resolvers, register
 from agentft.config.own_settings import OF_THE_RUN, own_settings
 from agentft.config.preflight import check_command
 from agentft.config.settings import OLD_OPTIONS, conf_dir
-from agentft.errors import AgentftError, ConfigError
+from agentft.errors import AgentftError, ConfigError, DataError
 from agentft.progress import outlive_console
 from agentft.provenance import other_agentft
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.saved import RENAMED
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.secrets import redact_text
+
+_ACCOUNT_LINES = 6
+"""Of an error of data, on the terminal."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -153,7 +156,9 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
 
 
 def _leave(program: str, message: object, code: int) -> NoReturn:
-    sys.stderr.write(redact_text(f"{program}: {' '.join(str(message).split())}") + "\n")
+    """End the program with a message in one line; an account of data that cannot be used keeps its lines."""
+    lines = str(message).splitlines() if isinstance(message, DataError) else [" ".join(str(message).split())]
+    sys.stderr.write(redact_text(f"{program}: " + "\n".join(lines[:_ACCOUNT_LINES])) + "\n")
     raise SystemExit(code)
 
 

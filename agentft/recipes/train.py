@@ -21,7 +21,7 @@ from agentft.data.batches import StepPlan
 from agentft.data.prepare import write_manifest
 from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop
-from agentft.errors import CheckpointError, ConfigError, RunError
+from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
 from agentft.evaluation.predictions import Generator
 from agentft.model.adapters import count_parameters
 from agentft.recipes.components import TrainingComponents, identity, set_up_bench, set_up_engine
@@ -143,7 +143,9 @@ def _conclude(error: BaseException, run: RunFolder) -> None:
     asked = isinstance(error, KeyboardInterrupt)
     state: RunState = "stopped" if asked else "failed"
     if run.begun:
-        log.error("%s: %s", type(error).__name__, error, exc_info=not asked)
+        # The caller shows an error that a user can act on; its traceback is for the log file.
+        only_file = isinstance(error, AgentftError)
+        log.error("%s: %s", type(error).__name__, error, exc_info=not asked, extra={progress.FILE_ONLY: only_file})
         try:
             run.update_status(state, error=f"{type(error).__name__}: {error}")
         except (OSError, RunError) as second:  # a full disk, most likely the reason of the first

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +166,50 @@ def test_a_start_that_is_refused_or_has_nothing_to_do_changes_nothing(run, sourc
     assert words in last
     assert code == 0 or last.startswith(f"{line.split()[0]}.py: ")
     assert "Traceback" not in found[1]
+
+
+ROWS = {"query": "q", "response": "a", "messages": None}
+UNUSABLE = {
+    "rows.jsonl": ("none of 20 rows can be used", ("20 conversations_missing", "query and response", "xlam (query,")),
+    "pointer.jsonl": ("pointer.jsonl: a Git LFS pointer", ("git lfs pull",)),
+    "absent.jsonl": ("absent.jsonl: no such file or folder", ()),
+    "saved": ("none of 1 rows can be used", ("data-00000-of-00001.arrow",)),
+}
+"""Data that cannot be used: how the account begins, and what it names."""
+
+
+def _unusable_data(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(ROWS | {"n": n}) + "\n" for n in range(20)))
+    (folder / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (folder / "saved").mkdir()
+    (folder / "saved" / "data-00000-of-00001.arrow").write_bytes(b"ARROW1 cut")
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_data_that_cannot_be_used_ends_with_its_account_alone(name, command, tmp_path):
+    _unusable_data(tmp_path)
+    begin, named = UNUSABLE[name]
+    words = [word for word in TRAINED if not word.startswith("evaluation.")]
+    code, said = command(["train", *words, f"dataset.path={name}", "run_dir=failed"])
+    account = said[said.index("train.py: ") :]
+    assert code == 1
+    assert account.startswith(f"train.py: {begin}"), account
+    assert all(word in account for word in named), account
+    assert len(account.splitlines()) <= 6
+    assert said.count(begin) == 1, "it is said once"
+    assert "Traceback" not in said
+    assert "Traceback" in (tmp_path / "failed" / "train.log").read_text(encoding="utf-8")
+
+
+def test_the_traceback_of_a_data_error_is_there_on_request(tmp_path):
+    program = [sys.executable, str(Path(__file__).parents[2] / "train.py"), *TRAINED]
+    done = subprocess.run(
+        [*program, "dataset.path=absent.jsonl", "run_dir=failed"],
+        cwd=tmp_path, env=os.environ | {"HYDRA_FULL_ERROR": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("absent.jsonl: no such file or folder")
 
 
 def test_a_folder_in_which_a_training_runs_is_refused_in_one_line(run, command):
