@@ -19,8 +19,7 @@ import numpy as np
 from agentft.audits.findings import Findings
 from agentft.data.config import Split
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.sources import showing_keys
-from agentft.data.splits import divide, keep_apart
+from agentft.data.splits import divide, keep_apart, showing_keys
 from agentft.errors import DataError
 
 Part = Literal["train", "heldout", "neither"]

@@ -1,32 +1,39 @@
-"""Open the sources of a dataset: raw rows with their origin, and the stream from rows to conversations.
+"""Open the sources of a dataset: local files, a hub, or the generator; and read their rows as conversations.
 
-A weight is a number of showings: 0.5 keeps half of a source's conversations, 2 shows each twice, 2.5 each twice and half
-of them a third time. Which half is decided by a hash of the content, so nothing depends on the order of files or on what
-the other sources hold, and both samples and weights are nested: a smaller sample is the beginning of a larger one, and a
-greater weight adds showings without moving or dropping any. The held-out part knows no weights: every mixture sits the
-same exam.
-
-rows = read_local("train.jsonl", report=report)            # or a folder, or several with weights
+    rows = read_local("train.jsonl", report=report)            # or a folder, or several with weights
     for item in read_conversations(rows, report=report):       # Conversation | Rejection
         ...
 
 Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection`, and a `ReadReport` counts both.
+
+A hub is read through its own client, which reads its settings from the environment when it is first imported. `datasets`:
+`HF_ENDPOINT` (another hub), `HF_HOME` (where downloads go), `HF_TOKEN`, `HF_HUB_OFFLINE`. `modelscope`: `MODELSCOPE_ENDPOINT`,
+`MODELSCOPE_CACHE`, `MODELSCOPE_API_TOKEN`; it downloads every split of a dataset and asks the hub at each load, so it fails
+without the hub even where all files are cached. A copy read as `dataset=local` needs no hub. No code of a dataset is run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 from agentft.data import synthetic
-from agentft.data.config import DatasetConfig, Format, HubConfig, LocalConfig, Reasoning, Split, SyntheticConfig
+from agentft.data.config import (
+    DatasetConfig,
+    Format,
+    HubConfig,
+    HuggingFaceConfig,
+    LocalConfig,
+    Reasoning,
+    Split,
+    SyntheticConfig,
+)
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.files import (
     LFS_ADVICE,
@@ -36,70 +43,10 @@ from agentft.data.files import (
     data_suffix,
     is_lfs_pointer,
     read_file,
+    without_nulls,
 )
 from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.errors import ConfigError, DataError
-
-
-class Divisible(Protocol):
-    """What decides a conversation's part and its place there: a conversation, or what is kept of one."""
-
-    @property
-    def content_hash(self) -> str:
-        """Digest of all its text, hexadecimal."""
-
-    @property
-    def user_hash(self) -> str:
-        """Digest of its user turns, hexadecimal."""
-
-    @property
-    def weight(self) -> float:
-        """Of its source."""
-
-    @property
-    def called_tools(self) -> frozenset[str]:
-        """Names of the tools that it calls."""
-
-
-T = TypeVar("T")
-D = TypeVar("D", bound=Divisible)
-
-
-def hash_share(key: str) -> float:
-    """Map a key to [0, 1), uniformly."""
-    return int.from_bytes(hash_key(key)[:8], "big") / 2**64
-
-
-def hash_key(text: str) -> bytes:
-    """SHA-256 of a text, by which things are put in an order that is nobody's."""
-    return hashlib.sha256(text.encode()).digest()
-
-
-def showing_keys(content_hash: str, weight: float, seed: int) -> list[bytes]:
-    """One sort key for each showing of a conversation in an epoch; none where its source's weight leaves it out.
-
-    The first showing has the key of an unweighted conversation: a weight of 1 changes nothing.
-    """
-    keys: list[bytes] = []
-    while (left := weight - len(keys)) > 0:
-        again = f"-{len(keys)}" if keys else ""
-        # The last one is shown in full or, of a fraction, to as many conversations as it says.
-        if left < 1 and hash_share(f"weight-{seed}-{content_hash}{again}") >= left:
-            break
-        keys.append(hash_key(f"order-{seed}-{content_hash}{again}"))
-    return keys
-
-
-def in_showing_order(conversations: Iterable[D], seed: int) -> list[D]:
-    """The showings of an epoch, in an order whose first n are the sample of size n; a conversation can occur again."""
-    showings = ((key, c) for c in conversations for key in showing_keys(c.content_hash, c.weight, seed))
-    return [conversation for _, conversation in sorted(showings, key=lambda showing: showing[0])]
-
-
-def sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> list[T]:
-    """Sort by a seeded hash of each item's own key, equal keys in their given order."""
-    return sorted(items, key=lambda item: hash_key(f"order-{seed}-{key(item)}"))
-
 
 _NOTICES_SHOWN_PER_CODE = 20
 _MAX_NAMES_NOTED = 40
@@ -109,6 +56,13 @@ _HELDOUT_NAME = re.compile(r"(?:test|validation|valid|val|dev|eval)(?:[-_.]|\Z)"
 """How hubs call the files and folders of a split."""
 _DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 """What `datasets` writes beside the rows."""
+_DATASET_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+_LARGE_BYTES = 3_000_000
+_SYNTHETIC_BYTES = 1_300
+"""Of a conversation, about."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +74,9 @@ class RawRow:
     weight: float = 1.0
 
 
+Rows = Iterable[RawRow | Rejection]
+
+
 @dataclass(frozen=True, slots=True)
 class LocalSource:
     """A file or folder with the relative weight of its conversations."""
@@ -128,6 +85,9 @@ class LocalSource:
     weight: float = 1.0
     part: Literal["all", "train", "heldout"] = "all"
     """Of a folder that is a snapshot of a hub: the files that it holds out itself, or the others."""
+
+
+LocalSources = str | Path | LocalSource | Sequence[str | Path | LocalSource]
 
 
 @dataclass(slots=True)
@@ -166,7 +126,7 @@ class ReadReport:
         return self.kept + self.rejected.total()
 
     def source_of(self, origin: Origin) -> str:
-        """The source, as it was given, that a row comes from."""
+        """Return the source, as it was given, that a row comes from."""
         return self.source_of_file.get(origin.source, origin.source)
 
     def count(self, row: RawRow | Rejection, *, kept: bool) -> None:
@@ -184,14 +144,6 @@ class ReadReport:
             if len(shown) < _NOTICES_SHOWN_PER_CODE:
                 shown.append(notice)
 
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.most_common())
-        noted = ", ".join(f"{count:,} {code}" for code, count in self.notices.most_common())
-        parts = [f"kept {self.kept:,}", f"set aside {self.rejected.total():,}" + (f" ({reasons})" if reasons else "")]
-        if noted:
-            parts.append(f"noted {noted}")
-        return "; ".join(parts)
-
 
 def bounded_code(code: str, counted: Counter[str]) -> str:
     """Return the code to count under: where one ends with a name, and many names are counted, one for all further names."""
@@ -199,226 +151,6 @@ def bounded_code(code: str, counted: Counter[str]) -> str:
     if not colon or code in counted or sum(known.startswith(kind + ":") for known in counted) < _MAX_NAMES_NOTED:
         return code
     return f"{kind}:other_names"
-
-
-def read_local(
-    paths: str | Path | LocalSource | Sequence[str | Path | LocalSource], *, report: ReadReport | None = None
-) -> Iterator[RawRow | Rejection]:
-    """Rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
-
-    Raises:
-        DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
-    """
-    report = report if report is not None else ReadReport()
-    given = [paths] if isinstance(paths, (str, Path, LocalSource)) else list(paths)
-    sources = [source if isinstance(source, LocalSource) else LocalSource(source) for source in given]
-    if not sources:
-        raise DataError("no path given")
-    for source in sources:
-        if not source.weight > 0:
-            raise DataError(f"{source.path}: weight {source.weight} is not positive")
-        if not Path(source.path).exists():
-            raise DataError(f"{source.path}: no such file or folder")
-    _refuse_overlap(sources)
-    return _read_sources(sources, report)
-
-
-def _refuse_overlap(sources: list[LocalSource]) -> None:
-    """A file that two sources hold would have two weights, and be a duplicate of itself."""
-    resolved = [(source.path, Path(source.path).resolve()) for source in sources]
-    for at, (path, place) in enumerate(resolved):
-        for other, above in resolved[:at] + resolved[at + 1 :]:
-            if place.is_relative_to(above):
-                where = "given twice" if place == above else f"inside {other}, which is given too"
-                raise DataError(f"{path}: {where}; name each file once")
-
-
-def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
-    for source in sources:
-        path = Path(source.path)
-        report.sources.setdefault(str(source.path), SourceCount(source.weight))
-        files = _files_of(source, report)
-        if not files and source.part == "heldout":
-            continue
-        if path.is_dir() and not files:
-            raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
-        in_folder = path.is_dir()
-        for file in files:
-            # A file name that is no UTF-8 must not break the report that names it.
-            name = str(file if in_folder else source.path).encode("utf-8", "backslashreplace").decode()
-            report.files.append(name)
-            if in_folder:
-                report.source_of_file[name] = str(source.path)
-                if flaw := unsafe_in_folder(file, path):
-                    yield Rejection(Origin(name, 0), *flaw)
-                    continue
-            yield from _read_one(file, name, source.weight, report, alone=not in_folder)
-
-
-def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:
-    items = 0
-    for line, item in read_file(file):
-        if not isinstance(item, FileFlaw):
-            items += 1
-            yield RawRow(Origin(name, line), item, weight)
-        elif item.counted_only:
-            report.blank_lines += 1
-        else:
-            items += 1
-            yield Rejection(Origin(name, line), item.reason, item.detail)
-    if items == 0:
-        if alone:
-            raise DataError(f"{name}: the file holds no record")
-        yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
-
-
-def _files_of(source: LocalSource, report: ReadReport) -> list[Path]:
-    path = Path(source.path)
-    if not path.is_dir():
-        return [] if source.part == "heldout" else [path]
-    own = heldout_files(path) if source.part != "all" else []
-    if source.part == "heldout":
-        return own
-    return [file for file in folder_files(path, report) if file not in own]
-
-
-def heldout_files(path: Path) -> list[Path]:
-    """Return the files of a folder that are held out by their names: `test-*` or `validation/*` beside others for training."""
-    files = folder_files(path, ReadReport()) if path.is_dir() else []
-    own = [file for file in files if any(_HELDOUT_NAME.match(part) for part in file.relative_to(path).parts)]
-    return own if any(_TRAIN_NAME.match(part) for file in files for part in file.relative_to(path).parts) else []
-
-
-def folder_files(folder: Path, report: ReadReport) -> list[Path]:
-    """Data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
-    files: list[Path] = []
-    for root, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(root, name)
-            if name.startswith((".", "cache-")) or name in _DESCRIPTIONS or data_suffix(path) is None:
-                report.skipped_files.append(str(path))
-            else:
-                files.append(path)
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
-    """Why a file found in a folder is not opened, or None."""
-    if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
-        return "link_out_of_folder", f"leads to {file.resolve()}; name that file itself to read it"
-    if not file.is_file():
-        return "not_a_file", "no regular file"
-    if file.stat().st_size == 0:
-        return "empty_file", "the file is empty"
-    if is_lfs_pointer(file):
-        return "git_lfs_pointer", LFS_ADVICE
-    return None
-
-
-def digest_local(paths: str | Path | LocalSource | Sequence[str | Path | LocalSource]) -> list[list[Any]]:
-    """What `read_local` would read, by name and digest, in its order; files that it would skip or refuse by their name."""
-    given = [paths] if isinstance(paths, (str, Path, LocalSource)) else paths
-    found: list[list[Any]] = []
-    for source in given:
-        path = Path(source.path if isinstance(source, LocalSource) else source)
-        report = ReadReport()
-        for file in folder_files(path, report) if path.is_dir() else [path]:
-            flaw = unsafe_in_folder(file, path) if file is not path else None
-            found.append([str(file), flaw or (block_digest(file) if file.is_file() else None)])
-        found.append([str(path), report.skipped_files])
-    return found
-
-
-def read_conversations(
-    rows: Iterable[RawRow | Rejection],
-    *,
-    form: Format = Format.auto,
-    reasoning: Reasoning = Reasoning.keep,
-    report: ReadReport | None = None,
-) -> Iterator[Conversation | Rejection]:
-    """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
-    intake = Intake(report if report is not None else ReadReport())
-    for row in rows:
-        if isinstance(row, Rejection):
-            yield intake.refuse(row, row)
-            continue
-        outcome = read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
-        if isinstance(outcome, Rejection):
-            yield intake.refuse(row, outcome)
-            continue
-        conversation, notices = outcome
-        admitted = intake.admit(row, conversation.id, identity(conversation.content_hash), notices)
-        if isinstance(admitted, Rejection):
-            yield admitted
-        else:
-            yield conversation if admitted == conversation.id else replace(conversation, id=admitted)
-
-
-def identity(content_hash: str) -> int:
-    """Return a number that is equal for conversations that say the same: the beginning of their content hash."""
-    return int(content_hash[:15], 16)
-
-
-class Intake:
-    """Where rows come in, in their order: each is counted, and no two conversations get one id."""
-
-    def __init__(self, report: ReadReport) -> None:
-        self._report = report
-        self._ids = _IdRegister()
-
-    def refuse(self, row: RawRow | Rejection, rejection: Rejection) -> Rejection:
-        """Count a row that cannot be used, and return why."""
-        self._report.rejected[rejection.reason] += 1
-        self._report.count(row, kept=False)
-        return rejection
-
-    def admit(self, row: RawRow, name: str, identity: int, notices: Sequence[ParseWarning]) -> str | Rejection:
-        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
-        unique_name = self._ids.register(name, identity)
-        if unique_name is None:
-            return self.refuse(row, Rejection(row.origin, "duplicate", "the same id and content came before", name))
-        self._report.note(notices)
-        if unique_name != name:
-            detail = f"id {name!r} came before with other content; this one is {unique_name!r}"
-            self._report.note([ParseWarning(row.origin, "duplicate_id_renamed", detail)])
-        self._report.kept += 1
-        self._report.count(row, kept=True)
-        return unique_name
-
-
-class _IdRegister:
-    """Ids handed out so far, each with a 64-bit content digest: about 150 bytes a conversation."""
-
-    def __init__(self) -> None:
-        self._digests: dict[str, int] = {}
-        self._renamed: dict[str, dict[int, int]] = {}
-        """For an id met with several contents: content digest -> number of the copy."""
-
-    def register(self, name: str, identity: int) -> str | None:
-        """The id to use, or None for a repetition of what came before."""
-        known = self._digests.get(name)
-        if known is None:
-            self._digests[name] = identity
-            return name
-        copies = self._renamed.setdefault(name, {})
-        if identity == known or identity in copies:
-            return None
-        number = len(copies) + 2
-        while (unique_name := f"{name}#{number}") in self._digests:
-            number += 1
-        copies[identity] = number
-        self._digests[unique_name] = identity
-        return unique_name
-
-
-log = logging.getLogger(__name__)
-
-Rows = Iterable[RawRow | Rejection]
-
-_LARGE_BYTES = 3_000_000
-_SYNTHETIC_BYTES = 1_300
-"""Of a conversation, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +163,7 @@ class DatasetRows:
     reasoning: Reasoning
 
     def conversations(self, report: ReadReport) -> Iterator[tuple[Conversation | Rejection, bool]]:
-        """Everything that the rows hold, and whether it comes from the held-out source."""
+        """Yield everything that the rows hold, and whether it comes from the held-out source."""
         for rows, heldout in ((self.train, False), (self.heldout, True)):
             if rows is not None:
                 for item in read_conversations(rows, form=self.form, reasoning=self.reasoning, report=report):
@@ -459,8 +191,6 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             train = read_local([replace(source, part="train") for source in sources], report=report)
             return DatasetRows(train, heldout, config.format, config.reasoning)
         case HubConfig():
-            from agentft.data.hub_rows import read_hub
-
             heldout = None if config.test_split is None else read_hub(config, config.test_split)
             return DatasetRows(read_hub(config, config.train_split), heldout, config.format, config.reasoning)
         case _:
@@ -468,45 +198,35 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
 
 
 def is_large(config: DatasetConfig) -> bool:
-    """Whether a dataset is known, before it is read, to have much text tokenised: megabytes of it."""
+    """Return whether a dataset is known, before it is read, to have much text tokenised: megabytes of it."""
     match config:
         case SyntheticConfig():
             return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
         case LocalConfig() if config.max_samples < 0:
-            files = (file for source in _local_sources(config) for file in _files(Path(source.path)))
-            return sum(file.stat().st_size for file in files) > _LARGE_BYTES
+            paths = [Path(source.path) for source in _local_sources(config)]
+            files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
+            return sum(file.stat().st_size for file in files if file.is_file()) > _LARGE_BYTES
         case _:
             return False
 
 
-def _files(path: Path) -> Iterator[Path]:
-    return (file for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
-
-
 def source_digests(config: DatasetConfig) -> Any:
-    """The bytes of the sources by name and digest, as JSON: equal ones give equal rows. None where a source shows no bytes.
+    """Return the bytes of the sources by name and digest, as JSON; None where a source shows no bytes. Equal ones give
+    equal rows.
 
     Raises:
         DataError: a hub cannot be asked.
     """
     match config:
         case LocalConfig():
-            test = None if config.test_path is None else digest_local(config.test_path)
-            return [digest_local(_local_sources(config)), test]
+            test = None if config.test_path is None else _digest_local([LocalSource(config.test_path)])
+            return [_digest_local(_local_sources(config)), test]
         case HubConfig():
-            from agentft.data.hub_rows import digest_hub
-
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
-            digests = [digest_hub(config, split) for split in splits]
+            digests = [_digest_hub(config, split) for split in splits]
             return None if None in digests else digests
         case _:
             return []  # made from the settings alone
-
-
-def _local_sources(config: LocalConfig) -> list[LocalSource]:
-    if config.path is not None:
-        return [LocalSource(config.path)]
-    return [LocalSource(source.path, source.weight) for source in config.sources]
 
 
 def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
@@ -520,3 +240,261 @@ def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRo
     )
     for number, record in enumerate(records, start=1):
         yield RawRow(Origin(f"synthetic-{part}", number), record)
+
+
+def _local_sources(config: LocalConfig) -> list[LocalSource]:
+    if config.path is not None:
+        return [LocalSource(config.path)]
+    return [LocalSource(source.path, source.weight) for source in config.sources]
+
+
+def read_local(paths: LocalSources, *, report: ReadReport | None = None) -> Iterator[RawRow | Rejection]:
+    """Read rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
+
+    Raises:
+        DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
+    """
+    given = [paths] if isinstance(paths, (str, Path, LocalSource)) else list(paths)
+    sources = [source if isinstance(source, LocalSource) else LocalSource(source) for source in given]
+    if not sources:
+        raise DataError("no path given")
+    for source in sources:
+        if not source.weight > 0:
+            raise DataError(f"{source.path}: weight {source.weight} is not positive")
+        if not Path(source.path).exists():
+            raise DataError(f"{source.path}: no such file or folder")
+    _refuse_overlap(sources)
+    return _read_sources(sources, report if report is not None else ReadReport())
+
+
+def _refuse_overlap(sources: list[LocalSource]) -> None:
+    """A file that two sources hold would have two weights, and be a duplicate of itself."""
+    resolved = [(source.path, Path(source.path).resolve()) for source in sources]
+    for at, (path, place) in enumerate(resolved):
+        for other, above in resolved[:at] + resolved[at + 1 :]:
+            if place.is_relative_to(above):
+                where = "given twice" if place == above else f"inside {other}, which is given too"
+                raise DataError(f"{path}: {where}; name each file once")
+
+
+def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
+    for source in sources:
+        path = Path(source.path)
+        in_folder = path.is_dir()
+        report.sources.setdefault(str(source.path), SourceCount(source.weight))
+        files = _files_of(source, report)
+        if in_folder and not files and source.part != "heldout":
+            raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
+        for file in files:
+            # A file name that is no UTF-8 must not break the report that names it.
+            name = str(file if in_folder else source.path).encode("utf-8", "backslashreplace").decode()
+            report.files.append(name)
+            if in_folder:
+                report.source_of_file[name] = str(source.path)
+                if flaw := _unsafe_in_folder(file, path):
+                    yield Rejection(Origin(name, 0), *flaw)
+                    continue
+            yield from _read_one(file, name, source.weight, report, alone=not in_folder)
+
+
+def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:
+    items = 0
+    for line, item in read_file(file):
+        if isinstance(item, FileFlaw) and item.counted_only:
+            report.blank_lines += 1
+            continue
+        items += 1
+        origin = Origin(name, line)
+        yield (
+            Rejection(origin, item.reason, item.detail) if isinstance(item, FileFlaw) else RawRow(origin, item, weight)
+        )
+    if items == 0:
+        if alone:
+            raise DataError(f"{name}: the file holds no record")
+        yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
+
+
+def _files_of(source: LocalSource, report: ReadReport) -> list[Path]:
+    path = Path(source.path)
+    if not path.is_dir():
+        return [] if source.part == "heldout" else [path]
+    own = heldout_files(path) if source.part != "all" else []
+    if source.part == "heldout":
+        return own
+    return [file for file in _folder_files(path, report) if file not in own]
+
+
+def heldout_files(path: Path) -> list[Path]:
+    """Return the files of a folder that are held out by their names: `test-*` or `validation/*` beside others for training."""
+    files = _folder_files(path, ReadReport()) if path.is_dir() else []
+    own = [file for file in files if any(_HELDOUT_NAME.match(part) for part in file.relative_to(path).parts)]
+    return own if any(_TRAIN_NAME.match(part) for file in files for part in file.relative_to(path).parts) else []
+
+
+def _folder_files(folder: Path, report: ReadReport) -> list[Path]:
+    """Return data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
+    files: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if name.startswith((".", "cache-")) or name in _DESCRIPTIONS or data_suffix(path) is None:
+                report.skipped_files.append(str(path))
+            else:
+                files.append(path)
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
+    """Return why a file found in a folder is not opened, or None."""
+    if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+        return "link_out_of_folder", f"leads to {file.resolve()}; name that file itself to read it"
+    if not file.is_file():
+        return "not_a_file", "no regular file"
+    if file.stat().st_size == 0:
+        return "empty_file", "the file is empty"
+    if is_lfs_pointer(file):
+        return "git_lfs_pointer", LFS_ADVICE
+    return None
+
+
+def _digest_local(sources: Sequence[LocalSource]) -> list[list[Any]]:
+    """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
+    found: list[list[Any]] = []
+    for path in (Path(source.path) for source in sources):
+        report = ReadReport()
+        for file in _folder_files(path, report) if path.is_dir() else [path]:
+            flaw = _unsafe_in_folder(file, path) if file is not path else None
+            found.append([str(file), flaw or (block_digest(file) if file.is_file() else None)])
+        found.append([str(path), report.skipped_files])
+    return found
+
+
+def read_hub(config: HubConfig, split: str) -> Iterator[RawRow | Rejection]:
+    """Read rows of one split; `conversations` may be a list or, as in MSAgent-Bench, the text of one.
+
+    Raises:
+        DataError: the id is no `owner/name`, or the client cannot load the split; the message says what it said.
+    """
+    _require_hub_id(config)
+    return _read_split(config, split)
+
+
+def _digest_hub(config: HubConfig, split: str) -> list[str] | None:
+    """Return digests of the tables that the client keeps of a split; None where it keeps none on the disk."""
+    _require_hub_id(config)
+    tables = getattr(_load_split(config, split), "cache_files", None)
+    return [block_digest(Path(table["filename"])) for table in tables] if tables else None
+
+
+def _require_hub_id(config: HubConfig) -> None:
+    if not _DATASET_ID.fullmatch(config.id):
+        raise DataError(f"{config.id!r} is no dataset id; expected owner/name, such as damo/MSAgent-Bench")
+    if Path(config.id).exists():
+        raise DataError(f"{config.id}: a local path of this name would be read in place of the hub; use dataset=local")
+
+
+def _read_split(config: HubConfig, split: str) -> Iterator[RawRow]:
+    number = 0
+    for number, row in enumerate(_load_split(config, split), 1):
+        yield RawRow(Origin(config.id, number), without_nulls(row))
+    if number == 0:
+        raise DataError(f"{config.id}: split {split!r} holds no record")
+
+
+def _load_split(config: HubConfig, split: str) -> Any:
+    hub = "Hugging Face" if isinstance(config, HuggingFaceConfig) else "ModelScope"
+    chosen = {} if config.cache_dir is None else {"cache_dir": config.cache_dir}
+    try:
+        if isinstance(config, HuggingFaceConfig):
+            from datasets import load_dataset
+
+            return load_dataset(config.id, config.subset, split=split, revision=config.revision, **chosen)
+        from modelscope.msdatasets import MsDataset
+
+        return MsDataset.load(config.id, split=split, version=config.revision, trust_remote_code=False, **chosen)
+    except ImportError as error:
+        wanted = "datasets" if isinstance(config, HuggingFaceConfig) else "'modelscope[datasets]'"
+        raise DataError(f"the client of {hub} is not installed: pip install {wanted} ({error})") from error
+    except Exception as error:  # the client, the hub and the reader of the files each raise types of their own
+        cause = error.__cause__ or error  # `datasets` wraps what went wrong in "an error occurred"
+        said = f"{type(cause).__name__}: {cause}".split("\n")[0][:300]
+        offline = [
+            name for name in _OFFLINE_VARIABLES if os.environ.get(name, "0").upper() in ("1", "ON", "YES", "TRUE")
+        ]
+        hint = f" {' and '.join(offline)} switched this client off too." if offline else ""
+        raise DataError(
+            f"{config.id}: split {split!r} at revision {config.revision!r} cannot be loaded from the {hub} hub ({said}).{hint} "
+            "Check the id and split; if the hub is out of reach, read a downloaded copy with dataset=local"
+        ) from error
+
+
+def read_conversations(
+    rows: Rows, *, form: Format = Format.auto, reasoning: Reasoning = Reasoning.keep, report: ReadReport | None = None
+) -> Iterator[Conversation | Rejection]:
+    """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
+    intake = Intake(report if report is not None else ReadReport())
+    for row in rows:
+        if isinstance(row, Rejection):
+            yield intake.refuse(row, row)
+            continue
+        outcome = read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
+        if isinstance(outcome, Rejection):
+            yield intake.refuse(row, outcome)
+            continue
+        conversation, notices = outcome
+        admitted = intake.admit(row, conversation.id, identity(conversation.content_hash), notices)
+        yield admitted if isinstance(admitted, Rejection) else replace(conversation, id=admitted)
+
+
+def identity(content_hash: str) -> int:
+    """Return a number that is equal for conversations that say the same: the beginning of their content hash."""
+    return int(content_hash[:15], 16)
+
+
+class Intake:
+    """Where rows come in, in their order: each is counted, and no two conversations get one id.
+
+    Of a conversation its id and a 64-bit digest of its content are kept, about 150 bytes.
+    """
+
+    def __init__(self, report: ReadReport) -> None:
+        self._report = report
+        self._digests: dict[str, int] = {}
+        self._renamed: dict[str, dict[int, int]] = {}
+        """For an id met with several contents: content digest -> number of the copy."""
+
+    def refuse(self, row: RawRow | Rejection, rejection: Rejection) -> Rejection:
+        """Count a row that cannot be used, and return why."""
+        self._report.rejected[rejection.reason] += 1
+        self._report.count(row, kept=False)
+        return rejection
+
+    def admit(self, row: RawRow, name: str, identity: int, notices: Sequence[ParseWarning]) -> str | Rejection:
+        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
+        unique_name = self._unique(name, identity)
+        if unique_name is None:
+            return self.refuse(row, Rejection(row.origin, "duplicate", "the same id and content came before", name))
+        self._report.note(notices)
+        if unique_name != name:
+            detail = f"id {name!r} came before with other content; this one is {unique_name!r}"
+            self._report.note([ParseWarning(row.origin, "duplicate_id_renamed", detail)])
+        self._report.kept += 1
+        self._report.count(row, kept=True)
+        return unique_name
+
+    def _unique(self, name: str, identity: int) -> str | None:
+        """Return the id to use, or None for a repetition of what came before."""
+        known = self._digests.get(name)
+        if known is None:
+            self._digests[name] = identity
+            return name
+        copies = self._renamed.setdefault(name, {})
+        if identity == known or identity in copies:
+            return None
+        number = len(copies) + 2
+        while (unique_name := f"{name}#{number}") in self._digests:
+            number += 1
+        copies[identity] = number
+        self._digests[unique_name] = identity
+        return unique_name

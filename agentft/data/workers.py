@@ -26,8 +26,8 @@ from typing import Any, NamedTuple, TypeVar
 from agentft.data.config import DatasetConfig, Format, TooLong
 from agentft.data.conversation import Conversation
 from agentft.data.records import ParseWarning, Rejection, read_record
-from agentft.data.sources import RawRow, identity, showing_keys
-from agentft.data.splits import is_held_out
+from agentft.data.sources import RawRow, identity
+from agentft.data.splits import is_held_out, showing_keys
 from agentft.data.store import PackedExample, from_line, pack, stored_id_type, to_line
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder

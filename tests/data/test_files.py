@@ -102,9 +102,7 @@ def test_a_string_of_fifty_megabytes_costs_less_memory_than_twice_the_file(tmp_p
 
 def test_reading_imports_nothing_heavy() -> None:
     heavy = "torch transformers hydra modelscope pyarrow zstandard datasets numpy"
-    script = (
-        f"import sys, agentft.data.sources, agentft.data.hub_rows; print(set('{heavy}'.split()) & set(sys.modules))"
-    )
+    script = f"import sys, agentft.data.sources; print(set('{heavy}'.split()) & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert run.stdout.strip() == "set()"
 
@@ -264,12 +262,14 @@ def test_a_source_without_a_record_is_an_error_that_names_it(
         list(read_local(folder))
 
 
-def test_the_report_reads_as_one_line(tmp_path: Path) -> None:
+def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines("a", "a", "b") + b"nonsense\n")
     report = ReadReport()
     outcome(path, report)
-    assert str(report) == "kept 2; set aside 2 (1 duplicate, 1 not_json); noted 2 missing_system"
+    assert (report.rows, report.kept) == (4, 2)
+    assert report.rejected == {"duplicate": 1, "not_json": 1}
+    assert report.notices == {"missing_system": 2}
     assert report.files == [str(path)]
     assert all(isinstance(row, (RawRow, Rejection)) for row in read_local(path))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agentft.data.config import HuggingFaceConfig, ModelScopeConfig
-from agentft.data.hub_rows import read_hub
+from agentft.data.sources import read_hub
 from agentft.errors import DataError
 from tests.data.loopback_hub import loopback_hub
 
@@ -33,9 +33,8 @@ CALLS = [{"x": "'"}]
 SCRIPT = """
 import json, sys
 from agentft.data.config import HuggingFaceConfig, ModelScopeConfig
-from agentft.data.hub_rows import read_hub
 from agentft.data.conversation import Conversation
-from agentft.data.sources import read_conversations
+from agentft.data.sources import read_conversations, read_hub
 from agentft.errors import DataError
 found = []
 for kind, split, settings in json.loads(sys.argv[1]):
