@@ -139,3 +139,39 @@ def test_the_ways_that_are_counted_begin_and_end_at_functions_that_exist():
     for way in ways.WAYS.values():
         for file, _, name in (way.start.partition(":"), way.ends.partition(":")):
             assert re.search(rf"def {name.rpartition('.')[2]}\(", (PACKAGE / file).read_text(encoding="utf-8")), way
+
+
+ROOTS = {"TrainConfig", "EvaluateConfig", "AuditConfig", "ExportConfig"}
+NODES = {f"{kind}Config": kind for kind in ("Model", "Dataset", "Distributed", "Training", "Evaluation", "Tracking")}
+NODES |= {f"{kind}Config": "Sft" for kind in ("Sft", "Lora", "Qlora", "Full", "Freeze")} | {"AuditOptions": "Audit"}
+TAKES_ALL_SETTINGS = {
+    **dict.fromkeys(("entry._train", "entry._evaluate", "audit.run", "export.run"), "hands them to its recipe"),
+    **dict.fromkeys(("train.train", "train._train_as", "train._train", "train.load_for_training"), "the recipe"),
+    "train._require_ranks": "the recipe: asked before the ranks start, and again by each",
+    **dict.fromkeys(("train.run_id", "train.choices"), "names a run by all that decides it"),
+    **dict.fromkeys(("resume.objective_of_finished", "resume.changed_settings"), "compares all with a run's own"),
+    **dict.fromkeys(("saved.primary_config", "saved.config_to_yaml", "saved.settings_to_yaml"), "writes config.yaml"),
+    **dict.fromkeys(("evaluate.evaluate", "evaluate._evaluate_as", "evaluate._evaluate_apart"), "the recipe"),
+    "evaluate._evaluate": "the recipe",
+    "export.export": "the recipe",
+    "export._facts": "the model card names what a run was trained with",
+    **dict.fromkeys(("audit.audit", "audit._look_at_all", "audit._view"), "the recipe"),
+}
+"""Functions that take the settings of a whole command -> why; every other takes values, or one or two nodes of them."""
+
+
+def test_only_a_recipe_takes_all_settings_and_every_other_function_two_nodes_at_most():
+    found = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                name, arguments = f"{path.stem}.{node.name}", [*node.args.args, *node.args.kwonlyargs]
+                hints = [arg.annotation for arg in arguments if arg.annotation]
+                names = {part.id for hint in hints for part in ast.walk(hint) if isinstance(part, ast.Name)}
+                found |= {name} if names & ROOTS else set()
+                assert name in TAKES_ALL_SETTINGS or len({NODES[each] for each in names & NODES.keys()}) <= 2, name
+                hidden = [
+                    a for a in arguments if a.arg == "config" and getattr(a.annotation, "id", "") in ("Any", "object")
+                ]
+                assert not hidden, name
+    assert found == TAKES_ALL_SETTINGS.keys(), found ^ TAKES_ALL_SETTINGS.keys()

@@ -31,7 +31,8 @@ from agentft.data.text_ids import TokenText
 from agentft.data.tokens import Example, SegmentEncoder, encode_fast
 from agentft.data.truncation import TruncationKind, TruncationResult, fit_conversations
 from agentft.errors import DataError
-from agentft.model.load import choose_layout, load_tokenizer, locate_model
+from agentft.model.config import ModelConfig
+from agentft.model.load import load_chat_tokenizer
 from agentft.recipes.config import AuditConfig
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def audit(config: AuditConfig) -> AuditResult:
         ConfigError, ModelError: the settings contradict each other, or the tokenizer cannot be loaded.
     """
     started = time.perf_counter()
-    desk = _set_up(config)
+    desk = _set_up(config.model)
     if config.view is not None:
         _view(config, config.view, desk)
         return AuditResult(True, 0, None)
@@ -129,10 +130,9 @@ def audit(config: AuditConfig) -> AuditResult:
     return AuditResult(not report.failing, len(report.failing), output)
 
 
-def _set_up(config: AuditConfig) -> _Desk:
-    tokenizer = load_tokenizer(locate_model(config.model), config.model)
-    template = choose_layout(config.model, tokenizer)
-    return _Desk(template, SegmentEncoder(tokenizer), TokenText(tokenizer))
+def _set_up(config: ModelConfig) -> _Desk:
+    chat = load_chat_tokenizer(config)
+    return _Desk(chat.template, chat.encoder, TokenText(chat.tokenizer))
 
 
 def _look_at_all(config: AuditConfig, desk: _Desk, output: Path, started: float) -> AuditReport:

@@ -90,10 +90,10 @@ def _check_context(source: Path, settings: Mapping[str, Any], target: Mapping[st
         )
 
 
-def _expected_shapes(class_name: str, config: Any) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(class_name: str, hf_config: Any) -> dict[str, tuple[int, ...]]:
     import torch
     import transformers
 
     with torch.device("meta"):
-        model = getattr(transformers, class_name)(config)
+        model = getattr(transformers, class_name)(hf_config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

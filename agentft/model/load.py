@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft.cache import build_once, cache_root
-from agentft.data.template_choice import Layout, choose_template
+from agentft.data.template_choice import Layout, choose_template, stop_tokens
+from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ModelError
 from agentft.model import conversion, cuda
 from agentft.model.causal import causal_model
@@ -35,7 +36,7 @@ from agentft.model.cuda import LigerKernels, load_liger
 from agentft.model.file_names import read_json
 from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
 from agentft.model.hub_clients import HuggingFace, ModelScope
-from agentft.model.quantization import keep_weights_as_quantized
+from agentft.model.quantization import import_peft, keep_weights_as_quantized, quantization_config
 from agentft.model.random_weights import random_folder
 from agentft.model.shards import holds_weights, weight_files
 from agentft.model.wheel import converted_folder
@@ -296,6 +297,37 @@ def choose_kernels(
     return kernels
 
 
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and how a model is computed, chosen before anything is loaded."""
+
+    device: Device
+    dtype: torch.dtype
+    attention: str
+    """What transformers knows the attention by."""
+    kernels: Kernels | LigerKernels | None
+    """What computes row-wise parts in torch's place, where it serves."""
+    quantization: Any
+    """What transformers needs to load weights quantised, or None."""
+
+
+def choose_compute(config: ModelConfig, sft: SftConfig, device: Device, *, compiles: bool = False) -> Compute:
+    """Choose number format, attention and kernels for `device`, and say what each `auto` took.
+
+    Args:
+        compiles: torch's compiler will run over each block, so that no kernels of ours are loaded.
+
+    Raises:
+        ModelError: something that was asked for cannot run here.
+    """
+    import_peft()
+    dtype = choose_dtype(config.dtype, device)
+    attention = choose_attention(config.attention, device, dtype)
+    quantization = quantization_config(sft, dtype)
+    kernels = None if compiles else choose_kernels(config, sft, device, dtype)
+    return Compute(device, dtype, attention, kernels, quantization)
+
+
 def _liger(device: Device) -> LigerKernels | None:
     return load_liger() if device.is_cuda else None
 
@@ -318,6 +350,39 @@ def choose_layout(config: ModelConfig, tokenizer: Any) -> Layout:
     """
     stable = config.rewritten_history is RewrittenHistory.stable
     return choose_template(config.template, tokenizer, config.stop_token, config.template_args, stable=stable)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTokenizer:
+    """A model without its weights: what conversations become text and ids with."""
+
+    files: ModelFiles
+    tokenizer: Any
+    template: Layout
+    encoder: SegmentEncoder
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Of the tokens that end an answer."""
+        return tuple(self.encoder.special_id(token) for token in stop_tokens(self.template))
+
+    @property
+    def pad_id(self) -> int:
+        """Any id serves: padding is masked in attention and loss by position, never by id."""
+        pad_id: int | None = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad_id is None else pad_id
+
+
+def load_chat_tokenizer(config: ModelConfig) -> ChatTokenizer:
+    """Find or fetch the model's files, and load its tokenizer and chat template.
+
+    Raises:
+        ModelError: see `locate_model` and `load_tokenizer`.
+        ConfigError: see `choose_layout`.
+    """
+    files = locate_model(config)
+    tokenizer = load_tokenizer(files, config)
+    return ChatTokenizer(files, tokenizer, choose_layout(config, tokenizer), SegmentEncoder(tokenizer))
 
 
 def load_model(

@@ -14,33 +14,29 @@ from typing import Any
 import torch
 
 from agentft import runtime
-from agentft.data.batches import StepPlan
-from agentft.data.prepare import PreparedData, prepare_data
-from agentft.data.template_choice import Layout, stop_tokens
-from agentft.data.tokens import SegmentEncoder
-from agentft.distributed.engines import loads_on_cpu, make_engine
+from agentft.data.prepare import PreparedData
+from agentft.data.template_choice import Layout
+from agentft.distributed.config import DistributedConfig
+from agentft.distributed.engines import make_engine
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.causal import causal_model
-from agentft.model.config import Attention, FullConfig, KernelChoice, QloraConfig, SftConfig, trains_weights
+from agentft.model.config import (
+    Attention,
+    FullConfig,
+    KernelChoice,
+    ModelConfig,
+    QloraConfig,
+    SftConfig,
+    trains_weights,
+)
 from agentft.model.cpu.attention import attention_of
 from agentft.model.cpu.native import Kernels
 from agentft.model.cuda import LigerKernels
-from agentft.model.load import (
-    ModelFiles,
-    choose_attention,
-    choose_dtype,
-    choose_kernels,
-    choose_layout,
-    load_model,
-    load_tokenizer,
-    locate_model,
-    take_attention,
-)
-from agentft.model.quantization import import_peft, quantization_config
-from agentft.recipes.config import TrainConfig, deciding
+from agentft.model.load import ChatTokenizer, Compute, ModelFiles, load_model, take_attention
+from agentft.recipes.config import deciding
 from agentft.recipes.probe import Ways, ask_stock, probe
-from agentft.recipes.ranks import loads_mapped
 from agentft.training.compilation import compile_blocks
+from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine
 from agentft.training.loss import LabelledLoss
 from agentft.world import ALONE, World
@@ -52,130 +48,159 @@ log = logging.getLogger(__name__)
 class TrainingComponents:
     """Everything that is loaded for a run: where it computes, what it talks with, what it learns from."""
 
-    device: runtime.Device
-    dtype: torch.dtype
-    files: ModelFiles
-    tokenizer: Any
-    template: Layout
-    stop_ids: tuple[int, ...]
-    """Of the tokens that end an answer."""
+    compute: Compute
+    chat: ChatTokenizer
     data: PreparedData
-    model: torch.nn.Module
+    objective: LabelledLoss
+    """The model as it is trained, and its loss."""
     ways: Ways
     """What of it is computed in ways of our own, and what as transformers does."""
-    kernels: Kernels | LigerKernels | None = None
-    """What computes row-wise parts in torch's place, where it serves."""
+    mapped: bool = False
+    """Weights are in the number format of their files, for the engine to cast."""
+
+    @property
+    def device(self) -> runtime.Device:
+        return self.compute.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute.dtype
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.objective.model
+
+    @property
+    def files(self) -> ModelFiles:
+        return self.chat.files
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
+
+    @property
+    def template(self) -> Layout:
+        return self.chat.template
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.chat.stop_ids
 
     @property
     def pad_id(self) -> int:
-        return _pad_id(self.tokenizer, self.stop_ids[0])
+        return self.chat.pad_id
 
 
-def _pad_id(tokenizer: Any, stop_id: int) -> int:
-    """Any id serves: padding is masked in attention and loss by position, never by id."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_id
+def load_components(
+    config: ModelConfig,
+    sft: SftConfig,
+    compute: Compute,
+    chat: ChatTokenizer,
+    data: PreparedData,
+    world: World = ALONE,
+    *,
+    seed: int,
+    sharded: bool = False,
+    mapped: bool = False,
+) -> TrainingComponents:
+    """Load the weights, make them trainable as `sft` says, and try agentft's ways of computing on them.
 
+    Args:
+        seed: Of the adapters' first weights.
+        sharded: An engine cuts the weights into shards, so that they wait for it on the CPU.
+        mapped: Weights keep the number format of their files; see `ranks.loads_mapped`.
 
-def set_up_bench(config: TrainConfig, world: World = ALONE) -> TrainingComponents:
-    """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
-    import_peft()
-    device = runtime.set_up(config.threads)
-    runtime.seed_everything(config.seed)
-    dtype = choose_dtype(config.model.dtype, device)
-    attention = choose_attention(config.model.attention, device, dtype)
-    quantization = quantization_config(config.sft_type, dtype)
-    compiled = None if config.training.compile else choose_kernels(config.model, config.sft_type, device, dtype)
-    # What is fetched or converted is so once, by rank 0, and then found by the others.
-    files = world.first(lambda: locate_model(config.model))
-    tokenizer = load_tokenizer(files, config.model)
-    template = choose_layout(config.model, tokenizer)
-    encoder = SegmentEncoder(tokenizer)
-    data = prepare_data(config.dataset, template, encoder)
+    Raises:
+        ModelError: the weights cannot be loaded, or the model does not say here what it says in transformers.
+    """
+    runtime.seed_everything(seed)
+    device, dtype, kernels = compute.device, compute.dtype, compute.kernels
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
-    mapped = loads_mapped(config)
-    weights_dtype = torch.float32 if isinstance(config.sft_type, FullConfig) else dtype
-    place = dataclasses.replace(device, kind="cpu") if loads_on_cpu(config.distributed) and world.size > 1 else device
+    weights_dtype = torch.float32 if isinstance(sft, FullConfig) else dtype
+    place = dataclasses.replace(device, kind="cpu") if sharded and world.size > 1 else device
     model = load_model(
-        files,
-        config.model,
+        chat.files,
+        config,
         device=place,
         dtype=None if mapped else weights_dtype,
-        attention=attention,
-        quantization=quantization,
+        attention=compute.attention,
+        quantization=compute.quantization,
     )
-    stop_ids = tuple(encoder.special_id(token) for token in stop_tokens(template))
-    pad_id, autocast = _pad_id(tokenizer, stop_ids[0]), _autocast(config, dtype)
-    stock = ask_stock(model, pad_id=pad_id, autocast=autocast) if world.is_main else None
-    runtime.seed_everything(config.seed)
-    model = prepare_for_training(model, config.sft_type, config.model, compiled, cast=not mapped)
-    log.info("model: %s on %s, %s; %s", config.model.name, device.name, dtype, count_parameters(model))
-    ways = None
-    if stock is not None:
-        # Weights that wait on the CPU for their shards cannot try what runs on a GPU alone.
-        tried, asked = (attention, config.model.attention) if place == device else ("sdpa", Attention.auto)
-        objective = _objective(config, model, dtype, compiled)
-        ways = probe(stock, objective, tried, pad_id=pad_id, asked=asked is not Attention.auto)
-        ways = ways if place == device else dataclasses.replace(ways, attention=attention)
-    ways = world.broadcast(ways)
-    assert ways is not None
-    take_attention(model, ways.attention)
-    return TrainingComponents(device, dtype, files, tokenizer, template, stop_ids, data, model, ways, compiled)
-
-
-def set_up_engine(config: TrainConfig, bench: TrainingComponents, world: World, *, checkpointing: bool) -> Engine:
-    """Hand the loaded model to the engine of `distributed`."""
-    objective = _objective(config, bench.model, bench.dtype, bench.kernels)
-    objective.stock_logits = bench.ways.stock_logits
-    if checkpointing:
-        bench.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    if config.training.compile:
-        compile_blocks(bench.model)
-    fp16 = bench.dtype is torch.float16
-    frozen = bench.dtype if loads_mapped(config) else None
-    return make_engine(config.distributed, objective, config.training, world, fp16=fp16, frozen=frozen)
-
-
-def _objective(
-    config: TrainConfig, model: torch.nn.Module, dtype: torch.dtype, kernels: Kernels | LigerKernels | None
-) -> LabelledLoss:
-    # Engines that shard gather the head's weight only around a call of the head.
-    sharded = loads_on_cpu(config.distributed)
-    return LabelledLoss(
-        model,
-        autocast=_autocast(config, dtype),
-        rate_factors=rate_factors(config.sft_type),
+    autocast = dtype if trains_weights(sft) and dtype != torch.float32 else None
+    stock = ask_stock(model, pad_id=chat.pad_id, autocast=autocast) if world.is_main else None
+    runtime.seed_everything(seed)
+    objective = LabelledLoss(
+        prepare_for_training(model, sft, config, kernels, cast=not mapped),
+        autocast=autocast,
+        rate_factors=rate_factors(sft),
+        # Engines that shard gather the head's weight only around a call of the head.
         kernels=None if sharded or isinstance(kernels, LigerKernels) else kernels,
         reads_head=not sharded,
     )
+    log.info("model: %s on %s, %s; %s", config.name, device.name, dtype, count_parameters(objective.model))
+    ways = None
+    if stock is not None:
+        # Weights that wait on the CPU for their shards cannot try what runs on a GPU alone.
+        tried, asked = (compute.attention, config.attention) if place == device else ("sdpa", Attention.auto)
+        ways = probe(stock, objective, tried, pad_id=chat.pad_id, asked=asked is not Attention.auto)
+        ways = ways if place == device else dataclasses.replace(ways, attention=compute.attention)
+    ways = world.broadcast(ways)
+    assert ways is not None
+    take_attention(objective.model, ways.attention)
+    objective.stock_logits = ways.stock_logits
+    return TrainingComponents(compute, chat, data, objective, ways, mapped)
 
 
-def _autocast(config: TrainConfig, dtype: torch.dtype) -> torch.dtype | None:
-    return dtype if trains_weights(config.sft_type) and dtype != torch.float32 else None
+def set_up_engine(
+    distributed: DistributedConfig,
+    training: TrainingConfig,
+    components: TrainingComponents,
+    world: World,
+    *,
+    checkpointing: bool,
+) -> Engine:
+    """Hand the loaded model to the engine of `distributed`."""
+    model: Any = components.model
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if training.compile:
+        compile_blocks(model)
+    fp16 = components.dtype is torch.float16
+    frozen = components.dtype if components.mapped else None
+    return make_engine(distributed, components.objective, training, world, fp16=fp16, frozen=frozen)
 
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 """Packages whose release can change a loss in its last bits."""
 
 
-def identity(config: TrainConfig, bench: TrainingComponents, plan: StepPlan, *, ranks: int = 1) -> dict[str, Any]:
+def run_fingerprint(
+    sft: SftConfig,
+    training: TrainingConfig,
+    components: TrainingComponents,
+    *,
+    seed: int,
+    total_steps: int,
+    engine: str,
+    ranks: int = 1,
+) -> dict[str, Any]:
     """Return everything that decides the losses of a run, by the words in which a difference is told."""
-    settings = deciding(asdict(config))
     return {
-        "data": bench.data.fingerprint,
-        "model": bench.files.fingerprint,
-        "tokenizer": tokenizer_fingerprint(bench.tokenizer),
-        "sft_type": settings["sft_type"],
-        "dtype": str(bench.dtype),
-        "attention": attention_of(causal_model(bench.model)),
-        "kernels": str(kernels_of(bench.kernels)),
-        "seed": config.seed,
-        "engine": config.distributed.name,
+        "data": components.data.fingerprint,
+        "model": components.files.fingerprint,
+        "tokenizer": tokenizer_fingerprint(components.tokenizer),
+        "sft_type": deciding(asdict(sft), "sft_type."),
+        "dtype": str(components.dtype),
+        "attention": attention_of(causal_model(components.model)),
+        "kernels": str(kernels_of(components.compute.kernels)),
+        "seed": seed,
+        "engine": engine,
         "ranks": ranks,
-        "threads": bench.device.threads,
-        "device": bench.device.name,
-        "versions": versions(config.sft_type, liger=isinstance(bench.kernels, LigerKernels)),
-        "total_steps": plan.total_steps,
-        "training": {name: str(value) for name, value in settings["training"].items()},
+        "threads": components.device.threads,
+        "device": components.device.name,
+        "versions": versions(sft, liger=isinstance(components.compute.kernels, LigerKernels)),
+        "total_steps": total_steps,
+        "training": {name: str(value) for name, value in deciding(asdict(training), "training.").items()},
     }
 
 

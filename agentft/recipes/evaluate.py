@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from agentft import progress
+from agentft import progress, runtime
 from agentft.data.prepare import PreparedData, prepare_data
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
-from agentft.distributed.config import DistributedConfig
+from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.spread import lead
 from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
@@ -28,9 +28,9 @@ from agentft.evaluation.predictions import Generator
 from agentft.evaluation.steps import shown_steps
 from agentft.evaluation.vllm import VllmEngine, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
-from agentft.model.config import QloraConfig, trains_weights
-from agentft.model.load import choose_layout, load_tokenizer, locate_model
-from agentft.recipes.components import TrainingComponents, set_up_bench
+from agentft.model.config import QloraConfig, SftConfig
+from agentft.model.load import choose_compute, load_chat_tokenizer
+from agentft.recipes.components import TrainingComponents, load_components
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluation_run import (
     EvalModel,
@@ -42,9 +42,9 @@ from agentft.recipes.evaluation_run import (
     sit_replay,
     write_exam,
 )
-from agentft.recipes.ranks import evaluate_on_ranks, is_spread, rank_of, threads_of_rank
+from agentft.recipes.ranks import find_places, is_spread, rank_of, run_on_ranks, threads_of_rank
 from agentft.recipes.report import show_exams
-from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, trained_config
+from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, settings_to_yaml, trained_config
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint, read_state
 from agentft.world import ALONE, World
@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         CheckpointError: no such checkpoint, or it is damaged.
         EvaluationError: the endpoint gives no answers, or vllm is asked for and not installed.
     """
-    if not is_spread(config):
+    if not is_spread(config.distributed):
         return _evaluate_as(config, ALONE)
     engine = (config.evaluation or trained_config(RunFolder.open(config.run).path, config.model).evaluation).engine
     if engine is not Engine.transformers:
@@ -90,7 +90,17 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"distributed={config.distributed.name} with evaluation.engine={engine}: ranks share out what the run's model "
             "answers here; whoever serves the model spreads it over devices by itself. Choose distributed=single"
         )
-    result: EvaluateResult = evaluate_on_ranks(evaluate_rank, config)
+    if config.distributed.engine is not EngineKind.ddp:
+        progress.console().print(
+            f"distributed={config.distributed.name}: answers need no gradients, so each rank holds the model whole, as with "
+            "ddp",
+            highlight=False,
+        )
+    folder = config.output or config.run
+    places = find_places(config.distributed, folder)
+    result: EvaluateResult = run_on_ranks(
+        evaluate_rank, settings_to_yaml(config), places, config.distributed, folder=folder, threads=config.threads
+    )
     return result
 
 
@@ -166,27 +176,41 @@ def _evaluate(
     if settings.engine is Engine.vllm:
         require_vllm()  # before weights are loaded
     if settings.engine is Engine.openai:
-        desk = _desk_without_weights(trained)
-        other = _other_data(config, desk.data, source, None)
+        # The same exam as the run's: its tokenizer decides which conversations fit.
+        chat = load_chat_tokenizer(trained.model)
+        desk = _Desk(chat.template, chat.encoder, prepare_data(trained.dataset, chat.template, chat.encoder))
+        other = _other_data(desk.data, source, None, allowed=config.other_data)
         _begin(target, begin)
         candidate = _served(settings, desk.data, other)
         return _answer(name or _name(settings), candidate, desk, settings, target, world)
     name = name or _name(settings, checkpoint)
     with world.heartbeat("preparing data and model"):
-        bench = set_up_bench(trained, world)
+        compute = choose_compute(trained.model, trained.sft_type, runtime.set_up(trained.threads))
+        chat = world.first(lambda: load_chat_tokenizer(trained.model))
+        data = prepare_data(trained.dataset, chat.template, chat.encoder)
+        bench = load_components(trained.model, trained.sft_type, compute, chat, data, world, seed=trained.seed)
     path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)
-    other = _other_data(config, bench.data, source, path)
+    other = _other_data(bench.data, source, path, allowed=config.other_data)
     if path is not None:
         load_trained_state(bench.model, load_checkpoint(path).tensors["trained"])
         log.info("weights: %s", path)
     _begin(target, begin)
     if settings.mode is Mode.likelihood:
-        return _likelihood(name, trained, bench, settings, target, world, other)
+        return _likelihood(name, bench, settings, target, world, other)
     candidate = own_candidate(bench, settings)
     candidate = EvalModel(candidate.answerer, candidate.identity | other)
-    desk = _Desk(bench.template, SegmentEncoder(bench.tokenizer), bench.data)
+    desk = _Desk(chat.template, chat.encoder, bench.data)
     if settings.engine is Engine.vllm:
-        with _by_vllm(candidate, trained, bench, settings, target) as candidate:
+        context = min(trained.model.context, trained.dataset.max_length + settings.max_new_tokens)
+        with _by_vllm(
+            candidate,
+            trained.sft_type,
+            bench,
+            settings,
+            target,
+            context=context,
+            trust_remote_code=trained.model.trust_remote_code,
+        ) as candidate:
             return _answer(name, candidate, desk, settings, target, world)
     return _answer(name, candidate, desk, settings, target, world)
 
@@ -238,7 +262,6 @@ def _exam(name: str, candidate: EvalModel, desk: _Desk, settings: EvaluationConf
 
 def _likelihood(
     name: str,
-    trained: TrainConfig,
     bench: TrainingComponents,
     settings: EvaluationConfig,
     run: RunFolder,
@@ -247,14 +270,13 @@ def _likelihood(
 ) -> EvaluateResult:
     count = settings.conversations
     examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
-    mixed = trains_weights(trained.sft_type) and bench.dtype != torch.float32
     report: dict[str, Any] = sit_likelihood(
         name,
         bench.model,
         examples,
         settings,
         pad_id=bench.pad_id,
-        autocast=bench.dtype if mixed else None,
+        autocast=bench.objective.autocast,
         stock=bench.ways.stock_logits,
         run=run,
         world=world,
@@ -265,14 +287,6 @@ def _likelihood(
     return EvaluateResult(-report["metrics"]["loss"]["value"], run.metrics(name))
 
 
-def _desk_without_weights(trained: TrainConfig) -> _Desk:
-    """Lay out the same exam as the run's: its tokenizer decides which conversations fit."""
-    tokenizer = load_tokenizer(locate_model(trained.model), trained.model)
-    template = choose_layout(trained.model, tokenizer)
-    encoder = SegmentEncoder(tokenizer)
-    return _Desk(template, encoder, prepare_data(trained.dataset, template, encoder))
-
-
 def _served(settings: EvaluationConfig, data: PreparedData, other: dict[str, str]) -> EvalModel:
     endpoint = endpoint_of(settings)
     engine = OpenAIEngine(endpoint, shown_steps(data.heldout, data.heldout_examples))
@@ -281,17 +295,24 @@ def _served(settings: EvaluationConfig, data: PreparedData, other: dict[str, str
 
 @contextmanager
 def _by_vllm(
-    own: EvalModel, trained: TrainConfig, bench: TrainingComponents, settings: EvaluationConfig, run: RunFolder
+    own: EvalModel,
+    sft: SftConfig,
+    bench: TrainingComponents,
+    settings: EvaluationConfig,
+    run: RunFolder,
+    *,
+    context: int,
+    trust_remote_code: bool,
 ) -> Iterator[EvalModel]:
     """Hand the weights over to vLLM by way of files, and make room for it on the device."""
-    if isinstance(trained.sft_type, QloraConfig):
+    if isinstance(sft, QloraConfig):
         log.warning(
             "the run's base was in %d bits, vLLM loads it as it came, so answers differ from evaluation.engine=transformers",
-            trained.sft_type.bits,
+            sft.bits,
         )
     with tempfile.TemporaryDirectory(prefix="vllm-", dir=run.path) as name:
         folder = Path(name)
-        save_final(bench.model, trained.sft_type, bench.tokenizer, folder)
+        save_final(bench.model, sft, bench.tokenizer, folder)
         bench.model.to("cpu")
         torch.cuda.empty_cache()
         adapted = (folder / "adapter_config.json").is_file()
@@ -299,8 +320,8 @@ def _by_vllm(
             folder=bench.files.folder if adapted else folder,
             adapter=folder if adapted else None,
             dtype=str(bench.dtype).removeprefix("torch."),
-            context=min(trained.model.context, trained.dataset.max_length + settings.max_new_tokens),
-            trust_remote_code=trained.model.trust_remote_code,
+            context=context,
+            trust_remote_code=trust_remote_code,
             options=settings.vllm_arguments(),
         )
         engine = VllmEngine(model, bench.tokenizer, stop_ids=bench.stop_ids, max_new_tokens=settings.max_new_tokens)
@@ -308,11 +329,11 @@ def _by_vllm(
         yield EvalModel(engine, own.identity | changes)
 
 
-def _other_data(config: EvaluateConfig, data: PreparedData, run: RunFolder, checkpoint: Path | None) -> dict[str, str]:
+def _other_data(data: PreparedData, run: RunFolder, checkpoint: Path | None, *, allowed: bool) -> dict[str, str]:
     """Return nothing where the exam is of the data that the weights were trained with; else, if allowed, which it is.
 
     Raises:
-        RunError: it is of other data, which may hold conversations of the training, and `other_data` is false.
+        RunError: it is of other data, which may hold conversations of the training, and that is not `allowed`.
     """
     manifest = read_json(run.data_manifest)
     trained_on = manifest["fingerprint"] if checkpoint is None else read_state(checkpoint)["identity"]["data"]
@@ -325,7 +346,7 @@ def _other_data(config: EvaluateConfig, data: PreparedData, run: RunFolder, chec
         f"of its {len(data.heldout)} held-out conversations {new} are not those of the run's {run.data_manifest.name}, and "
         f"{seen} have the id of one that it was trained on"
     )
-    if not config.other_data:
+    if not allowed:
         raise RunError(
             f"{found}. The dataset, its split or its tokenizer has changed; other_data=true scores it all the same"
         )

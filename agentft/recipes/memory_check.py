@@ -8,10 +8,9 @@ import os
 
 from agentft import runtime
 from agentft.errors import ModelError
-from agentft.model.config import Attention, Dtype, KernelChoice
+from agentft.model.config import Attention, Dtype, KernelChoice, ModelConfig, SftConfig
 from agentft.model.load import model_settings, resolve_dtype
 from agentft.model.memory import DeviceMemory, Fit, Layers, MemoryEstimate, device_memory, estimate_memory, judge
-from agentft.recipes.config import TrainConfig
 from agentft.training.config import MemoryCheck
 
 log = logging.getLogger(__name__)
@@ -26,45 +25,59 @@ class MemoryPlan:
     checkpointing: bool
 
 
-def check_memory(config: TrainConfig) -> MemoryPlan:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """What decides the memory of a training besides the model and the method."""
+
+    max_length: int
+    per_device_batch_size: int = 1
+    sharding: Sharding = dataclasses.field(default_factory=lambda: Sharding())
+    compiles: bool = False
+    """torch's compiler runs over each block."""
+
+
+def plan_memory(
+    config: ModelConfig,
+    sft: SftConfig,
+    load: Load,
+    device: runtime.Device,
+    *,
+    check: MemoryCheck,
+    checkpointing: bool | None,
+) -> MemoryPlan:
     """Say what the training needs at its peak, and choose gradient checkpointing where that is left open.
 
     It is then used on CUDA alone: where the estimate does not fit without it, or there is no estimate.
 
     Raises:
-        ModelError: it cannot fit by far, and `training.memory_check` is `refuse`; or the model has no config.json.
+        ModelError: it cannot fit by far, and `check` is `refuse`; or the model has no config.json.
     """
-    device = runtime.set_up(config.threads)
-    wanted = config.training.gradient_checkpointing
-    without_estimate = MemoryPlan(None, device.is_cuda if wanted is None else wanted)
-    if config.training.memory_check is MemoryCheck.off:
+    without_estimate = MemoryPlan(None, device.is_cuda if checkpointing is None else checkpointing)
+    if check is MemoryCheck.off:
         return without_estimate
-    settings = model_settings(config.model)
+    settings = model_settings(config)
     memory = _memory_of_this_rank(device)
     try:
-        checkpointing = _checkpointing(settings, config, device, memory) if wanted is None else wanted
-        estimate = estimate_training(settings, config, device, checkpointing=checkpointing)
+        estimates = {
+            twice: estimate_training(settings, config, sft, load, device, checkpointing=twice)
+            for twice in (False, True)
+        }
     except ModelError as error:
         log.info("%s", error)
         return without_estimate
-    fit, line = judge(estimate, memory, device.name)
-    if fit is Fit.impossible and config.training.memory_check is MemoryCheck.refuse:
+    if checkpointing is None:
+        checkpointing = False  # on a CPU time is what lacks
+        if device.is_cuda:
+            fit, line = judge(estimates[False], memory, device.name)
+            checkpointing = fit is not Fit.fits
+            log.info("training.gradient_checkpointing=null: %s", f"on; without it {line}" if checkpointing else "off")
+    fit, line = judge(estimates[checkpointing], memory, device.name)
+    if fit is Fit.impossible and check is MemoryCheck.refuse:
         raise ModelError(
             f"{line}. The estimate is for batches of full length; training.memory_check=warn goes on anyway"
         )
     log.log(logging.INFO if fit is Fit.fits else logging.WARNING, "%s", line)
-    return MemoryPlan(estimate, checkpointing)
-
-
-def _checkpointing(
-    settings: dict[str, object], config: TrainConfig, device: runtime.Device, memory: DeviceMemory | None
-) -> bool:
-    """Whether memory asks for gradient checkpointing; it is never used on a CPU unasked, where time is what lacks."""
-    if not device.is_cuda:
-        return False
-    fit, line = judge(estimate_training(settings, config, device, checkpointing=False), memory, device.name)
-    log.info("training.gradient_checkpointing=null: %s", "off" if fit is Fit.fits else f"on; without it {line}")
-    return fit is not Fit.fits
+    return MemoryPlan(estimates[checkpointing], checkpointing)
 
 
 def _memory_of_this_rank(device: runtime.Device) -> DeviceMemory | None:
@@ -76,42 +89,42 @@ def _memory_of_this_rank(device: runtime.Device) -> DeviceMemory | None:
 
 
 def estimate_training(
-    settings: dict[str, object], config: TrainConfig, device: runtime.Device, *, checkpointing: bool
+    settings: dict[str, object],
+    config: ModelConfig,
+    sft: SftConfig,
+    load: Load,
+    device: runtime.Device,
+    *,
+    checkpointing: bool,
 ) -> MemoryEstimate:
-    """Estimate the memory of one device for a composed training.
+    """Estimate the memory of one device for a training of the model with these contents of config.json.
 
     Raises:
         ModelError: the architecture or the method is not one of those that are counted.
     """
-    shards = sharding(config.distributed)
-    dtype = resolve_dtype(config.model.dtype, device)
+    shards = load.sharding
+    dtype = resolve_dtype(config.dtype, device)
+    lean = device.kind == "cpu" and dtype is Dtype.bf16
+    layers = Layers(
+        compiled=lean and config.kernels is not KernelChoice.torch and shards.stage < 3,
+        tiled=lean and config.attention in (Attention.auto, Attention.tiled),
+    )
     estimate = estimate_memory(
         settings,
-        config.sft_type,
-        lora_targets=config.model.lora_targets,
+        sft,
+        lora_targets=config.lora_targets,
         dtype=dtype,
-        max_length=config.dataset.max_length,
-        per_device_batch_size=config.training.per_device_batch_size,
+        max_length=load.max_length,
+        per_device_batch_size=load.per_device_batch_size,
         checkpointing=checkpointing,
-        fused=_layers(config, device, dtype),
-        eager=config.model.attention is Attention.eager,
+        fused=None if load.compiles else layers,
+        eager=config.attention is Attention.eager,
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         zero_stage=shards.stage,
     )
     if shards.offloads_optimizer:  # to the machine's memory: its state, what it updates, and the gradients for it
         estimate = dataclasses.replace(estimate, optimizer=0, trained=0, gradients=0)
     return dataclasses.replace(estimate, weights=0) if shards.offloads_weights else estimate
-
-
-def _layers(config: TrainConfig, device: runtime.Device, dtype: Dtype) -> Layers | None:
-    """Which layers will compute, as far as that is known before anything is loaded."""
-    if config.training.compile:
-        return None
-    lean = device.kind == "cpu" and dtype is Dtype.bf16
-    return Layers(
-        compiled=lean and config.model.kernels is not KernelChoice.torch and sharding(config.distributed).stage < 3,
-        tiled=lean and config.model.attention in (Attention.auto, Attention.tiled),
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

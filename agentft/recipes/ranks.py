@@ -14,9 +14,7 @@ from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.launch import Entry, start_ranks
 from agentft.distributed.topology import Places, choose_places, require_engine
 from agentft.errors import ConfigError, RankError
-from agentft.model.config import Dtype, LoraConfig, LoraStart, QloraConfig, trains_weights
-from agentft.recipes.config import EvaluateConfig, TrainConfig
-from agentft.recipes.saved import config_from_yaml, config_to_yaml, settings_to_yaml
+from agentft.model.config import Dtype, LoraConfig, LoraStart, QloraConfig, SftConfig, trains_weights
 from agentft.runs import RunFolder, read_json
 from agentft.runtime import available_cores
 from agentft.signals import StopSignal
@@ -28,69 +26,56 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def on_ranks(entry: Entry, config: TrainConfig) -> Any:
-    """Start the ranks of a training and return what its first rank returns.
+def find_places(distributed: DistributedConfig, folder: str) -> Places:
+    """Return how many ranks there will be, and where they are.
 
     Raises:
-        ConfigError: the ranks cannot run as asked; nothing has been loaded then.
-        RankError: a rank has died or hung.
+        ConfigError: the settings, the launcher and the devices do not go together.
     """
-    places = choose_places(config.distributed, gpus=_visible_gpus(), job=Path(config.run_dir).name)
-    require_ranks(config, places.ranks)
-    return _start(entry, config_to_yaml(config), places, config.distributed, Path(config.run_dir), config.threads)
+    return choose_places(distributed, gpus=_visible_gpus(), job=Path(folder).name)
 
 
-def evaluate_on_ranks(entry: Entry, config: EvaluateConfig) -> Any:
-    """Start the ranks of an evaluation and return what its first rank returns.
-
-    Raises:
-        ConfigError: the ranks cannot run as asked; nothing has been loaded then.
-        RankError: a rank has died or hung.
-    """
-    distributed, folder = config.distributed, Path(config.output or config.run)
-    places = choose_places(distributed, gpus=_visible_gpus(), job=folder.name)
-    if distributed.engine is not EngineKind.ddp:
-        progress.console().print(
-            f"distributed={distributed.name}: answers need no gradients, so each rank holds the model whole, as with ddp",
-            highlight=False,
-        )
-    return _start(entry, settings_to_yaml(config), places, distributed, folder, config.threads)
-
-
-def _start(
-    entry: Entry, payload: str, places: Places, distributed: DistributedConfig, folder: Path, threads: int | None
+def run_on_ranks(
+    entry: Entry, payload: str, places: Places, distributed: DistributedConfig, *, folder: str, threads: int | None
 ) -> Any:
+    """Start the ranks of this machine, each with the settings in `payload`, and return what the first of all returns.
+
+    Raises:
+        RankError: a rank has died or hung.
+    """
     progress.console().print(
         f"starting {places.nproc} ranks ({distributed.name})"
         + (f" on this machine, one of {places.nnodes}; they meet at {places.endpoint}" if places.nnodes > 1 else ""),
         highlight=False,
     )
     try:
-        return start_ranks(entry, payload, places, distributed, folder=folder, threads=threads)
+        return start_ranks(entry, payload, places, distributed, folder=Path(folder), threads=threads)
     except (RankError, StopSignal) as error:
         if places.node <= 0:
-            _note_end(folder, error)
+            _note_end(Path(folder), error)
         raise
 
 
-def require_ranks(config: TrainConfig, ranks: int) -> None:
-    """Refuse what cannot run on so many ranks.
+def require_ranks(
+    ranks: int, distributed: DistributedConfig, sft: SftConfig, *, dtype: Dtype, gradient_accumulation_steps: int
+) -> None:
+    """Refuse a training that cannot run on so many ranks.
 
     Raises:
         ConfigError: says what is missing, or which numbers do not go together.
     """
-    fp16_weights = config.model.dtype is Dtype.fp16 and trains_weights(config.sft_type)
-    require_engine(config.distributed, gpus=_visible_gpus(), fp16_weights=fp16_weights)
-    if isinstance(config.sft_type, QloraConfig) and loads_on_cpu(config.distributed):
+    fp16_weights = dtype is Dtype.fp16 and trains_weights(sft)
+    require_engine(distributed, gpus=_visible_gpus(), fp16_weights=fp16_weights)
+    if isinstance(sft, QloraConfig) and loads_on_cpu(distributed):
         raise ConfigError(
-            f"distributed={config.distributed.name} with sft_type={config.sft_type.name}: quantised weights cannot be cut "
-            "into shards; choose distributed=ddp or deepspeed_zero2"
+            f"distributed={distributed.name} with sft_type={sft.name}: quantised weights cannot be cut into shards; "
+            "choose distributed=ddp or deepspeed_zero2"
         )
-    if config.training.gradient_accumulation_steps % ranks:
+    if gradient_accumulation_steps % ranks:
         raise ConfigError(
-            f"training.gradient_accumulation_steps={config.training.gradient_accumulation_steps}: the "
-            f"forward passes of a step cannot be shared evenly by {ranks} ranks; "
-            f"choose a multiple of {ranks} (a step stays the same whatever the number of ranks)"
+            f"training.gradient_accumulation_steps={gradient_accumulation_steps}: the forward passes of a step cannot be "
+            f"shared evenly by {ranks} ranks; choose a multiple of {ranks} (a step stays the same whatever the number of "
+            "ranks)"
         )
 
 
@@ -115,27 +100,21 @@ def rank_of(distributed: DistributedConfig, folder: str) -> Iterator[World]:
         leave_world()
 
 
-def loads_mapped(config: TrainConfig) -> bool:
+def loads_mapped(sft: SftConfig, distributed: DistributedConfig) -> bool:
     """Whether weights are loaded in the files' number format, as the mapped files, for the engine to cast its part of them.
 
     Not where an adapter is computed from them: it would not be that of a job on one device.
     """
-    sft = config.sft_type
     if isinstance(sft, LoraConfig):
         computed = sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig)
-        return loads_on_cpu(config.distributed) and not computed
+        return loads_on_cpu(distributed) and not computed
     # DeepSpeed takes fp32 masters from the weights that it computes with, whatever the stage.
-    return loads_on_cpu(config.distributed) or config.distributed.engine is EngineKind.deepspeed
+    return loads_on_cpu(distributed) or distributed.engine is EngineKind.deepspeed
 
 
-def resolved(payload: str) -> TrainConfig:
-    """Return the settings that the agent sent."""
-    return config_from_yaml(payload, TrainConfig)
-
-
-def is_spread(config: TrainConfig | EvaluateConfig) -> bool:
+def is_spread(distributed: DistributedConfig) -> bool:
     """Whether a job runs on ranks that must be started."""
-    return config.distributed.engine is not EngineKind.single
+    return distributed.engine is not EngineKind.single
 
 
 def threads_of_rank() -> int:

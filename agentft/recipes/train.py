@@ -18,13 +18,16 @@ import torch
 
 from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
-from agentft.data.prepare import write_manifest
+from agentft.data.prepare import prepare_data, write_manifest
+from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop
 from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
+from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.predictions import Generator
 from agentft.model.adapters import count_parameters
-from agentft.recipes.components import TrainingComponents, identity, set_up_bench, set_up_engine
+from agentft.model.load import choose_compute, load_chat_tokenizer
+from agentft.recipes.components import TrainingComponents, load_components, run_fingerprint, set_up_engine
 from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.evaluation_run import (
     EvalModel,
@@ -37,11 +40,19 @@ from agentft.recipes.evaluation_run import (
     write_exam,
 )
 from agentft.recipes.export import write_final
-from agentft.recipes.memory_check import check_memory
-from agentft.recipes.ranks import is_spread, on_ranks, rank_of, require_ranks, resolved, threads_of_rank
+from agentft.recipes.memory_check import Load, MemoryPlan, plan_memory, sharding
+from agentft.recipes.ranks import (
+    find_places,
+    is_spread,
+    loads_mapped,
+    rank_of,
+    require_ranks,
+    run_on_ranks,
+    threads_of_rank,
+)
 from agentft.recipes.report import show_exams
 from agentft.recipes.resume import changed_settings
-from agentft.recipes.saved import config_to_yaml
+from agentft.recipes.saved import config_from_yaml, config_to_yaml
 from agentft.recipes.validation import Validator
 from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals
@@ -49,20 +60,11 @@ from agentft.tracking import Tracker
 from agentft.training.clock import describe_seconds
 from agentft.training.engine import Engine
 from agentft.training.guards import snapshot_on_out_of_memory
-from agentft.training.loop import Job, Start, TrainOutput, find_start, train_model
+from agentft.training.loop import Job, TrainOutput, find_start, train_model
 from agentft.training.packing import choose_row_tokens
 from agentft.world import ALONE, MARKS_VARIABLE, World
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Course:
-    """The steps of a training, what decides their losses, and the first that is still to be made."""
-
-    plan: StepPlan
-    identity: dict[str, Any]
-    start: Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +89,22 @@ def train(config: TrainConfig) -> TrainResult:
         StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder goes on.
     """
     with _another_turn_asked_for(), StopSignals.shared() as signals, signals.at_once():
-        result: TrainResult = on_ranks(train_rank, config) if is_spread(config) else _train_as(config, ALONE)
+        if not is_spread(config.distributed):
+            return _train_as(config, ALONE)
+        places = find_places(config.distributed, config.run_dir)
+        _require_ranks(config, places.ranks)
+        payload = config_to_yaml(config)
+        result: TrainResult = run_on_ranks(
+            train_rank, payload, places, config.distributed, folder=config.run_dir, threads=config.threads
+        )
         return result
 
 
 def train_rank(payload: str) -> TrainResult:
     """Run this process's part of the job, whose resolved settings are `payload`; other processes run the others."""
-    config = resolved(payload)
+    config = config_from_yaml(payload, TrainConfig)
     with rank_of(config.distributed, config.run_dir) as world:
-        require_ranks(config, world.size)
+        _require_ranks(config, world.size)
         own = dataclasses.replace(config, threads=config.threads or threads_of_rank())
         # Where they have an agent, it asks, when all have ended.
         with _another_turn_asked_for() if world.is_main and MARKS_VARIABLE not in os.environ else nullcontext():
@@ -152,14 +161,40 @@ def _conclude(error: BaseException, run: RunFolder) -> None:
             log.error("%s cannot be written: %s", run.status_file, second)
 
 
+def _require_ranks(config: TrainConfig, ranks: int) -> None:
+    steps, dtype = config.training.gradient_accumulation_steps, config.model.dtype
+    require_ranks(ranks, config.distributed, config.sft_type, dtype=dtype, gradient_accumulation_steps=steps)
+
+
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_exam(config.evaluation)
     with world.heartbeat("preparing data and model"):
-        plan = check_memory(config)
-        bench = set_up_bench(config, world)
+        memory, bench = load_for_training(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
-    engine = set_up_engine(config, bench, world, checkpointing=world.broadcast(plan.checkpointing))
-    course = _course(config, bench, run, world)
+    checkpointing = world.broadcast(memory.checkpointing)
+    engine = set_up_engine(config.distributed, config.training, bench, world, checkpointing=checkpointing)
+    plan = StepPlan(
+        examples=len(bench.data.train),
+        examples_per_step=config.training.per_device_batch_size * config.training.gradient_accumulation_steps,
+        epochs=config.training.epochs,
+        max_steps=config.training.max_steps,
+        seed=config.seed,
+    )
+    fingerprint = run_fingerprint(
+        config.sft_type,
+        config.training,
+        bench,
+        seed=config.seed,
+        total_steps=plan.total_steps,
+        engine=config.distributed.name,
+        ranks=world.size,
+    )
+    try:  # before anything is written
+        start = find_start(run.checkpoints, config.training, fingerprint, world)
+    except CheckpointError as error:
+        if run.has_run() and (changed := changed_settings(config, run)):
+            raise ConfigError(f"{error}. Settings that differ: {'; '.join(changed)}") from error
+        raise
     if not run.begun:
         _begin(run)
     write_manifest(bench.data, run)
@@ -174,7 +209,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             "left_to_transformers": bench.ways.left,
             "model_fingerprint": bench.files.fingerprint,
             "model_commit": bench.files.commit,
-            "estimated_memory_bytes": plan.estimate and plan.estimate.total,
+            "estimated_memory_bytes": memory.estimate and memory.estimate.total,
             "data_fingerprint": bench.data.fingerprint,
             "run_id": run_id(config),
         },
@@ -189,11 +224,29 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         tags=list(choices(config).values()),
         enabled=world.is_main,
     )
+    before = after = None
     with tracker:
-        before = _exam_before(config, bench, engine, run, tracker)
-        outcome = _fit(config, bench, engine, run, tracker, signals, course)
+        if config.evaluation.before:  # adapters start at zero, so this is the model as it came
+            before = _examine("before", config.evaluation, bench, engine, run, tracker)
+        job = Job(
+            engine=engine,
+            examples=bench.data.train,
+            plan=plan,
+            config=config.training,
+            pad_id=bench.pad_id,
+            device=runtime.torch_device(bench.device),
+            checkpoints=run.checkpoints,
+            identity=fingerprint,
+            start=start,
+            fp16=bench.dtype is torch.float16,
+            row_tokens=choose_row_tokens(
+                config.training, config.dataset.max_length, bench.ways.leak, cuda=bench.device.is_cuda
+            ),
+        )
+        outcome = _fit(job, config.evaluation, bench, run, tracker, signals)
         write_final(bench.model, config.sft_type, bench.tokenizer, run, engine)
-        after = _examine("after", config, bench, engine, run, tracker) if config.evaluation.after else None
+        if config.evaluation.after:
+            after = _examine("after", config.evaluation, bench, engine, run, tracker)
         summary = _summary(bench, outcome, before, after)
         tracker.summary(summary)
         tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
@@ -204,47 +257,53 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
 
 
-def _course(config: TrainConfig, bench: TrainingComponents, run: RunFolder, world: World) -> _Course:
-    """Find where the training goes on; refuses, before anything is written, a folder of another one."""
-    plan = StepPlan(
-        examples=len(bench.data.train),
-        examples_per_step=config.training.per_device_batch_size * config.training.gradient_accumulation_steps,
-        epochs=config.training.epochs,
-        max_steps=config.training.max_steps,
-        seed=config.seed,
+def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, TrainingComponents]:
+    """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
+    device = runtime.set_up(config.threads)
+    memory = plan_memory(
+        config.model,
+        config.sft_type,
+        Load(
+            config.dataset.max_length,
+            config.training.per_device_batch_size,
+            sharding(config.distributed),
+            config.training.compile,
+        ),
+        device,
+        check=config.training.memory_check,
+        checkpointing=config.training.gradient_checkpointing,
     )
-    same = identity(config, bench, plan, ranks=world.size)
-    try:
-        return _Course(plan, same, find_start(run.checkpoints, config.training, same, world))
-    except CheckpointError as error:
-        if run.has_run() and (changed := changed_settings(config, run)):
-            raise ConfigError(f"{error}. Settings that differ: {'; '.join(changed)}") from error
-        raise
-
-
-def _exam_before(
-    config: TrainConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
-) -> EvalResult | None:
-    """Measure the untrained model. Adapters start at zero, so this is the model as it came."""
-    if not config.evaluation.before:
-        return None
-    return _examine("before", config, bench, engine, run, tracker)
+    compute = choose_compute(config.model, config.sft_type, device, compiles=config.training.compile)
+    # What is fetched or converted is so once, by rank 0, and then found by the others.
+    chat = world.first(lambda: load_chat_tokenizer(config.model))
+    data = prepare_data(config.dataset, chat.template, chat.encoder)
+    components = load_components(
+        config.model,
+        config.sft_type,
+        compute,
+        chat,
+        data,
+        world,
+        seed=config.seed,
+        sharded=loads_on_cpu(config.distributed),
+        mapped=loads_mapped(config.sft_type, config.distributed),
+    )
+    return memory, components
 
 
 def _examine(
-    name: str, config: TrainConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
+    name: str, config: EvaluationConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
 ) -> EvalResult | None:
     """Sit an exam with the models of all ranks; rank 0 gets it."""
-    steps = exam_steps(bench.data, bench.template, config.evaluation.conversations)
+    steps = exam_steps(bench.data, bench.template, config.conversations)
     with engine.whole():
-        candidate = own_candidate(bench, config.evaluation)
+        candidate = own_candidate(bench, config)
 
         def sit(answerer: Generator) -> EvalResult:
             # Known by its weights: on resume, what was measured before training is read and never taken from trained
             # weights.
             asked = EvalModel(answerer, candidate.identity)
-            seen = bench.data.train_tools
-            return run_evaluation(name, asked, steps, config.evaluation, run=run, seen_tools=seen, reuse=True)
+            return run_evaluation(name, asked, steps, config, run=run, seen_tools=bench.data.train_tools, reuse=True)
 
         with own_share(name, candidate, run, engine.world) as own:
             exam = lead(engine.world, own, sit)
@@ -254,25 +313,24 @@ def _examine(
 
 
 def _fit(
-    config: TrainConfig,
+    job: Job,
+    config: EvaluationConfig,
     bench: TrainingComponents,
-    engine: Engine,
     run: RunFolder,
     tracker: Tracker,
     signals: StopSignals,
-    course: _Course,
 ) -> TrainOutput:
-    """Train, with everything the loop needs to know said here."""
-    training, plan = config.training, course.plan
+    """Train: `job` with what is measured, logged and asked for on the way."""
+    plan, engine = job.plan, job.engine
     if bench.device.is_cuda:
         snapshot_on_out_of_memory(run.path)
     log.info(
         "training: %d steps of %d conversations, learning rate %g",
         plan.total_steps,
         plan.examples_per_step,
-        training.learning_rate,
+        job.config.learning_rate,
     )
-    watch = Validator(config.evaluation, bench, engine, run, total_steps=plan.total_steps)
+    watch = Validator(config, bench, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: list[str]) -> None:
         engine.world.broadcast(None)  # rank 0 has made the files that the others read here
@@ -300,28 +358,18 @@ def _fit(
                 f"{values['train/tokens_per_second']:,.0f}",
             )
 
-    # Dropout draws from here on: what was measured before must not change the training.
-    runtime.seed_everything(config.seed)
-    job = Job(
-        engine=engine,
-        examples=bench.data.train,
-        plan=plan,
-        config=training,
-        pad_id=bench.pad_id,
-        device=runtime.torch_device(bench.device),
-        checkpoints=run.checkpoints,
-        identity=course.identity,
-        start=course.start,
+    job = dataclasses.replace(
+        job,
         evaluate=evaluate,
-        evaluation_steps=config.evaluation.eval_steps,
-        best_metric=config.evaluation.best_metric,
-        rank=config.evaluation.rank,
+        evaluation_steps=config.eval_steps,
+        best_metric=config.best_metric,
+        rank=config.rank,
         log=record,
         on_start=start,
         stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
-        fp16=bench.dtype is torch.float16,
-        row_tokens=choose_row_tokens(training, config.dataset.max_length, bench.ways.leak, cuda=bench.device.is_cuda),
     )
+    # Dropout draws from here on: what was measured before must not change the training.
+    runtime.seed_everything(plan.seed)
     with signals.deferred():
         outcome = train_model(job)
         signals.agree(engine.world.gather(signals.requested))  # told at different moments, ranks leave together

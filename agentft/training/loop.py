@@ -59,14 +59,15 @@ class Job:
     checkpoints: Path
     identity: Mapping[str, Any]
     """What decides the losses besides the loop; a checkpoint of another identity is refused."""
-    evaluate: Callable[[int], Mapping[str, float]]
+    evaluate: Callable[[int], Mapping[str, float]] = lambda step: {}
     """Step -> metrics on the held-out conversations. One that raises `StopSignal` is made after the resume."""
-    evaluation_steps: int
-    best_metric: str
+    evaluation_steps: int = 0
+    """Steps between evaluations; 0: none."""
+    best_metric: str = "loss"
     """Whose value at the best step is kept."""
-    rank: Callable[[Mapping[str, float]], list[float] | None]
+    rank: Callable[[Mapping[str, float]], list[float] | None] = lambda metrics: None
     """What evaluations are ordered by, the larger the better; None: of no worth."""
-    log: Callable[[Mapping[str, float], int], None]
+    log: Callable[[Mapping[str, float], int], None] = lambda values, step: None
     on_start: Callable[[int, list[str]], None] = lambda step, changes: None
     """Told the step that the loop starts from, and what differs from the run that saved it."""
     stop_requested: Callable[[], bool] = lambda: False

@@ -30,9 +30,9 @@ from zygote_settings import BASE  # noqa: E402
 
 from agentft.config import compose, to_train_config  # noqa: E402
 from agentft.errors import AgentftError  # noqa: E402
-from agentft.recipes.components import set_up_bench  # noqa: E402
 from agentft.recipes.config import TrainConfig  # noqa: E402
-from agentft.recipes.train import train  # noqa: E402
+from agentft.recipes.train import load_for_training, train  # noqa: E402
+from agentft.world import ALONE  # noqa: E402
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     warm = composed(())
-    set_up_bench(warm)
+    load_for_training(warm, ALONE)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -8,13 +8,14 @@ import logging
 
 import pytest
 
+from agentft import runtime
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ModelError
 from agentft.model.config import Dtype, RandomShape
 from agentft.model.memory import DeviceMemory
 from agentft.model.random_weights import random_folder
 from agentft.recipes import memory_check
-from agentft.recipes.memory_check import check_memory, estimate_training
+from agentft.recipes.memory_check import Load, MemoryPlan, estimate_training, plan_memory, sharding
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.runtime import Device
@@ -44,6 +45,18 @@ def config(tmp_path, *overrides):
         *(f"model.cache_dir='{tmp_path}/cache'", f"run_dir='{tmp_path}/run'"),
     ]
     return to_train_config(compose("train", [*quick, *overrides]))
+
+
+def check_memory(config, device=None) -> MemoryPlan:
+    """Plan the memory of a composed training as the recipe does."""
+    return plan_memory(
+        config.model,
+        config.sft_type,
+        Load(config.dataset.max_length, config.training.per_device_batch_size),
+        device or runtime.set_up(1),
+        check=config.training.memory_check,
+        checkpointing=config.training.gradient_checkpointing,
+    )
 
 
 @pytest.fixture
@@ -124,8 +137,8 @@ def _zero(stage, **offload):
 def test_eight_ranks_need_what_their_engine_leaves_on_each(engine, gigabytes, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     wanted = config(tmp_path, "sft_type=full", "model=qwen2.5-7b", "training.gradient_checkpointing=true")
-    wanted.distributed = engine
-    found = estimate_training(SEVEN_BILLION, wanted, Device("cuda", "a card", 8), checkpointing=True).total / 1e9
+    load, card = Load(wanted.dataset.max_length, sharding=sharding(engine)), Device("cuda", "a card", 8)
+    found = estimate_training(SEVEN_BILLION, wanted.model, wanted.sft_type, load, card, checkpointing=True).total / 1e9
     assert 0.6 * gigabytes < found < 1.15 * gigabytes
 
 
@@ -137,14 +150,13 @@ def test_activations_are_computed_twice_on_a_gpu_where_memory_asks_for_it(
     free, asked, wanted, tmp_path, monkeypatch, caplog
 ):
     """7B by LoRA, 2,048 tokens: 16 GB with checkpointing, above 30 without."""
-    monkeypatch.setattr(memory_check.runtime, "set_up", lambda threads: Device("cuda", "a card", 8))
     monkeypatch.setattr(memory_check, "resolve_dtype", lambda dtype, device: Dtype.bf16)
     monkeypatch.setattr(memory_check, "model_settings", lambda model: SEVEN_BILLION)
     known = None if free is None else DeviceMemory(free * 10**9, 80 * 10**9)
     monkeypatch.setattr(memory_check, "device_memory", lambda device: known)
     seven = config(tmp_path, "model=qwen2.5-7b", "sft_type=lora", f"training.gradient_checkpointing={asked}")
     with caplog.at_level(logging.INFO):
-        plan = check_memory(seven)
+        plan = check_memory(seven, Device("cuda", "a card", 8))
     assert plan.checkpointing is wanted
     assert (plan.estimate.total < 25e9) is wanted
     assert ("training.gradient_checkpointing=null: on; without it memory" in caplog.text) is (

@@ -148,14 +148,14 @@ def attention_of(module: Any) -> str:
 
 
 @contextmanager
-def attention_set_to(name: str, config: Any) -> Iterator[None]:
+def attention_set_to(name: str, hf_config: Any) -> Iterator[None]:
     """Let modules with this config attend by another implementation, whether their class follows its name or not."""
-    before = config._attn_implementation
-    config._attn_implementation = name
+    before = hf_config._attn_implementation
+    hf_config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = before
+        hf_config._attn_implementation = before
 
 
 def register() -> None:
