@@ -1,4 +1,4 @@
-"""The probe over every causal architecture of transformers, at a small size with random weights: `docs/architectures.md`.
+"""The probe over every causal architecture of transformers, at a small size with random weights: `benchmarks/architectures.md`.
 
     python benchmarks/architectures.py                       # all of them, into the page
     python benchmarks/architectures.py llama granite bloom   # some, to the screen
@@ -23,7 +23,7 @@ from agentft.model.cpu import attention as tiled
 from agentft.recipes.probe import Ways, ask_stock, probe
 from agentft.training.loss import LabelledLoss
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+PAGE = Path(__file__).resolve().with_suffix(".md")
 
 LARGEST = 30_000_000
 """Parameters of a model that counts as small."""
