@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from agentft.data.chat_template import (
     ChatMessage,
@@ -27,37 +27,10 @@ from agentft.data.chat_template import (
 )
 from agentft.data.conversation import Conversation
 from agentft.data.marked_text import MARK, MarkedText, Region, StepValues, cut_segments, mark, marked_message
-from agentft.data.render import Segment, SpanKind
+from agentft.data.msagent import lift_tools
+from agentft.data.render import LaidOut, LeftOut, Rendering, SpanKind
 
 _SPOKEN = frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call})
-
-
-class Rendering(NamedTuple):
-    """One example's text."""
-
-    segments: tuple[Segment, ...]
-    steps: tuple[int, ...]
-    """The steps that it trains, by their numbers among `Conversation.steps`."""
-    spelt: bool = False
-    """A value spells a control token, which is letters there."""
-
-
-class LeftOut(NamedTuple):
-    """A step that no rendering trains."""
-
-    step: int
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class LaidOut:
-    """A conversation in a layout."""
-
-    renderings: tuple[Rendering, ...]
-    left_out: tuple[LeftOut, ...] = ()
-    prompts_differ: int = 0
-    """Steps whose prompt is not what a server would send; `stable` alone has such."""
 
 
 class _Problem(Exception):  # noqa: N818  # a reason and its detail, on their way to the caller
@@ -90,8 +63,11 @@ class ChatLayout:
 
     def lay_out(self, conversation: Conversation, context_rounds: int = 0) -> LaidOut | tuple[str, str]:
         """Render a conversation whose first `context_rounds` rounds are shown only; else say why not: (reason, detail)."""
+        lifted = lift_tools(conversation)
+        if isinstance(lifted, tuple):
+            return lifted
         try:
-            return _Work(self, conversation, context_rounds).done()
+            return _Work(self, lifted, context_rounds).done()
         except _Problem as problem:
             reason, detail = problem.args
             return reason, detail
@@ -136,7 +112,7 @@ class _Work:
         """
         last = self.steps[self.trained[-1]]
         if self.manner.whole and not self.tested and (one := self._by_headers(last, self.manner.header)):
-            return LaidOut((one,), tuple(self.left_out))
+            return LaidOut(self.conversation, (one,), tuple(self.left_out))
         if self.layout.rewritten == "stable" and self.manner.shared_header:
             renderings = self._stable(last)
         else:
@@ -144,7 +120,7 @@ class _Work:
         if not renderings:
             first = self.left_out[0]
             raise _Problem(first.reason, f"step {first.step + 1}: {first.detail}")
-        return LaidOut(renderings, tuple(sorted(self.left_out)), self.differ)
+        return LaidOut(self.conversation, renderings, tuple(sorted(self.left_out)), self.differ)
 
     def _trained(self, context_rounds: int) -> list[int]:
         trained = []
@@ -376,7 +352,7 @@ class _Work:
         calls = {region.step: self.messages[self.steps[region.step]].get("tool_calls", ()) for region in regions}
         silent = [step for step, at in enumerate(self.steps) if not self.conversation.messages[at].reasoning_trained]
         segments = cut_segments(text, regions, calls, trained, self.template.control, silent)
-        return Rendering(segments, tuple(trained), self.spelt)
+        return Rendering(segments, tuple(trained), self.template.control if self.spelt else None)
 
 
 def ends_of(header: str, text: MarkedText) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Conversation -> segments: the one place that decides what is trained.
+"""Decide what is trained, and render conversations as segments in the layout `msagent`.
 
 Training and evaluation both render through here, so a step's generation prompt is by construction the prefix of the
 training text, and a label can only come from a part that the grammar read as the agent's own words.
@@ -10,6 +10,7 @@ the first would make the second unreachable in generation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import Call, CharSpan, GrammarError, Observation, Part, call_places
-from agentft.data.msagent import as_msagent
+from agentft.data.msagent import as_msagent, not_written
 
 
 class SpanKind(IntEnum):
@@ -75,6 +76,46 @@ class Segment(NamedTuple):
         return SpanKind.call if self.kind in CALL_KINDS else self.kind
 
 
+class Rendering(NamedTuple):
+    """The text of one example."""
+
+    segments: tuple[Segment, ...]
+    steps: tuple[int, ...] = ()
+    """The steps that it trains, by their numbers among `Conversation.steps`."""
+    as_letters: re.Pattern[str] | None = None
+    """Matches a control token; those that a value spells are letters. None: no value spells one."""
+    by_chunks: bool = False
+    """All text is letters, and the context and each text and call of the agent may be encoded by themselves."""
+
+
+class LeftOut(NamedTuple):
+    """A step that no rendering trains."""
+
+    step: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A conversation in a layout."""
+
+    conversation: Conversation
+    """As it is laid out, the tools of an MSAgent record lifted where the layout writes them itself."""
+    renderings: tuple[Rendering, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    prompts_differ: int = 0
+    """Steps whose prompt is not what a server would send; `stable` alone has such."""
+    not_written: tuple[str, ...] = ()
+    """Codes of what the layout leaves out or writes otherwise than the source."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Codes of all that is not as in the source; they are counted."""
+        left_out = [f"step_left_out_{step.reason}" for step in self.left_out]
+        return (*self.not_written, *left_out, *("prompt_not_as_served",) * self.prompts_differ)
+
+
 @dataclass(frozen=True, slots=True)
 class MsagentTemplate:
     """The layout of the original script, byte for byte, plus a real stop token after every step.
@@ -123,13 +164,18 @@ class MsagentTemplate:
             Segment("\n\n", SpanKind.reasoning),
         ]
 
-    def problem(self, conversation: Conversation) -> tuple[str, str] | None:
-        """What MSAgent text cannot say of a record of another format."""
+    def lay_out(self, conversation: Conversation, context_rounds: int = 0) -> LaidOut | tuple[str, str]:
+        """Render a conversation whose first `context_rounds` rounds are shown only; else say why not: (reason, detail)."""
         try:
-            as_msagent(conversation)
+            segments = self.render(conversation, context_rounds)
         except GrammarError as error:
             return error.reason, error.detail
-        return None
+        agent = (
+            history for message, history in with_history(conversation, context_rounds) if message.role == "assistant"
+        )
+        steps = tuple(number for number, history in enumerate(agent) if not history)
+        rendering = Rendering(tuple(segments), steps, by_chunks=True)
+        return LaidOut(conversation, (rendering,), not_written=not_written(conversation))
 
 
 def thought_text(reasoning: str) -> str:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from agentft.data.chat_layout import ChatLayout, LaidOut
+from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import ToolCall
-from agentft.data.render import SpanKind
+from agentft.data.render import LaidOut, SpanKind
 from agentft.data.response import ResponseTemplate, Said, TemplateUnknown, our_templates, parameter_types
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, TypeVar, get_args
 
-from agentft.data.chat_layout import ChatLayout, LaidOut, ends_of
+from agentft.data.chat_layout import ChatLayout, ends_of
 from agentft.data.chat_template import (
     ChatTemplate,
     Manner,
@@ -20,7 +20,7 @@ from agentft.data.chat_template import (
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.grammar import ToolCall
 from agentft.data.marked_text import MarkedText, marked_message
-from agentft.data.render import SpanKind
+from agentft.data.render import LaidOut, SpanKind
 
 T = TypeVar("T", str, Sequence[str])
 

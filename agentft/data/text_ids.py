@@ -116,6 +116,11 @@ class TokenizerJson:
             and not any(part.get("add_prefix_space") for part in splitters)
         )
 
+    @property
+    def looks_at_no_more(self) -> bool:
+        """Whether a border between two tokens cuts a text in two that have the same ids alone: no pattern looks ahead."""
+        return all(part["type"] == "Metaspace" for part in _parts(self.head["pre_tokenizer"], "pretokenizers"))
+
 
 def _parts(stage: dict[str, Any] | None, of_sequence: str) -> Iterator[dict[str, Any]]:
     if stage is None:
@@ -140,9 +145,6 @@ _LEAST_MUCH = 500_000
 
 _PROOF = 100_000
 """Characters at the beginning, up to the end of their batch, that the two are compared on; fewer if it is loaded before."""
-
-_SHORT_CHARACTERS = 16
-_SHORT_TEXTS = 10_000
 
 log = logging.getLogger(__name__)
 
@@ -225,28 +227,6 @@ class FastIds:
             log.warning("data: encoded by tokenizers alone, which is slower: %s", error)
             return None
         return fast
-
-
-class ShortTexts:
-    """Remembers the ids of the shortest texts, which are a layout's own and come again with every turn."""
-
-    def __init__(self, encoder: TextIds) -> None:
-        """Ask `encoder` for all others."""
-        self._encoder = encoder
-        self._known: dict[str, Ids] = {}
-
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text; arrays may be shared and are not to be written to."""
-        known = self._known
-        found = [known.get(text) for text in texts]
-        new = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        encoded = self._encoder.encode(new)
-        if len(known) < _SHORT_TEXTS:
-            # Copies: what the encoder returns may be a part of the ids of a whole batch.
-            short = ((t, ids.copy()) for t, ids in zip(new, encoded, strict=True) if len(t) <= _SHORT_CHARACTERS)
-            known.update(short)
-        rest = iter(encoded)
-        return [next(rest) if ids is None else ids for ids in found]
 
 
 class _Fastokens:

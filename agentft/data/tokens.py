@@ -1,11 +1,13 @@
-"""Encode segments into `input_ids` and labels.
+"""Encode renderings into `input_ids` and labels.
+
+The text of a chat template is encoded once, as a server encodes a prompt. The one border that is forced is where a step
+begins, and only where the tokenizer would write a token across it; the steps behind such a border are then trained by an
+example of their own, since no server puts a border into the history of their prompts. In the layout `msagent` a byte-level
+tokenizer takes the context, each text and each call by itself, and every step begins at a border; a tokenizer that puts a
+blank before every text it is given takes the text as a whole there too.
 
 A token that carries any character of a call's name or parameters is of that kind, its other characters notwithstanding:
 `"Husum"}}` ends the parameters, and the braces behind them come along.
-
-One batched call into the Rust tokenizer encodes the chunks of many conversations. A chunk is a run of segments with one
-fate: context is encoded in one piece, as an inference server encodes a prompt, and what the agent says begins at a chunk
-boundary, so the ids of a generation prompt are exactly a prefix of the training ids.
 """
 
 from __future__ import annotations
@@ -14,24 +16,25 @@ import hashlib
 import logging
 import re
 import unicodedata
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from functools import cached_property
+from itertools import accumulate, islice
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
 from agentft.data.conversation import Conversation
-from agentft.data.render import MsagentTemplate, Segment, SpanKind
+from agentft.data.render import MsagentTemplate, Rendering, SpanKind
 from agentft.data.text_ids import (
     FastIds,
     Ids,
     ReferenceIds,
-    ShortTexts,
+    TextIds,
     TokenizerJson,
     TokenizersDisagree,
     byte_level_lengths,
@@ -41,87 +44,23 @@ from agentft.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from agentft.data.chat_tokens import RenderingEncoder
-
-KindRun = tuple[int, int, SpanKind]
-"""First token, the one after the last, and their kind."""
-
-MixedChunk = tuple[str, Sequence[Segment], Ids]
-"""The text of a chunk, what it consists of, and its ids."""
-
-
-class MixedChunks:
-    """Tells the kinds of tokens by counting the bytes of their ids or, where ids do not spell bytes, by their offsets."""
-
-    def __init__(self, text_tokenizer: Tokenizer, byte_level: Any | None) -> None:
-        """`byte_level`: the tokenizer of transformers, if the ids of a text in NFC spell its very bytes."""
-        self._text_tokenizer = text_tokenizer
-        self._byte_level = byte_level
-        self._lengths: npt.NDArray[np.int64] | None = None
-
-    def kind_runs(self, chunks: Sequence[MixedChunk]) -> list[list[KindRun]]:
-        """The runs of one kind among the tokens of each chunk of frame and call."""
-        stops = [self._stops(text, ids) for text, _, ids in chunks]
-        by_offsets = [text for (text, _, _), found in zip(chunks, stops, strict=True) if found is None]
-        encoded = iter(self._text_tokenizer.encode_batch(by_offsets, add_special_tokens=False) if by_offsets else ())
-        runs: list[list[KindRun]] = []
-        for (text, segments, _), found in zip(chunks, stops, strict=True):
-            if found is None:
-                offsets = next(encoded).offsets
-                # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
-                ends = [max(stop, start + 1) for start, stop in offsets]
-                runs.append(_runs(segments, [len(s.text) for s in segments], [start for start, _ in offsets], ends))
-            else:
-                ascii_only = text.isascii()
-                sizes = [len(s.text) if ascii_only else len(s.text.encode()) for s in segments]
-                runs.append(_runs(segments, sizes, [0, *found][: len(found)], found))
-        return runs
-
-    def _stops(self, text: str, ids: Ids) -> list[int] | None:
-        """Where in the bytes of the text each of its tokens ends; None where counting bytes says nothing."""
-        if self._byte_level is None or not (text.isascii() or unicodedata.is_normalized("NFC", text)):
-            return None
-        if self._lengths is None:
-            self._lengths = byte_level_lengths(self._byte_level)
-        stops: list[int] = np.cumsum(self._lengths[ids]).tolist()
-        size = len(text) if text.isascii() else len(text.encode())
-        return stops if (stops[-1] if stops else 0) == size else None
-
-
-def _runs(
-    segments: Sequence[Segment], sizes: Sequence[int], starts: Sequence[int], stops: Sequence[int]
-) -> list[KindRun]:
-    """Runs of a chunk of frame and call: `sizes` of its segments and the places of its tokens, in the same unit."""
-    runs: list[KindRun] = []
-    end = done = 0
-    for segment, size in zip(segments, sizes, strict=True):
-        begin, end = end, end + size
-        if segment.kind is not SpanKind.call or not size:
-            continue
-        first, last = max(bisect_right(stops, begin), done), bisect_left(starts, end)
-        if first >= last:
-            continue
-        if runs and first == done:
-            runs[-1] = (runs[-1][0], last, SpanKind.call)
-        else:
-            if first > done:
-                runs.append((done, first, SpanKind.frame))
-            runs.append((first, last, SpanKind.call))
-        done = last
-    if done < len(starts):
-        runs.append((done, len(starts), SpanKind.frame))
-    return runs
-
-
 T = TypeVar("T")
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained; the default `ignore_index` of torch's cross-entropy."""
 
-_ENCODE_BATCH = 512
-
 _MARKUP = re.compile(r"<\S+>")
 """Names of added tokens that are marks of a layout, `<tool_call>` for example; runs of spaces and the like are not."""
+
+_LEADS = ("\n", "x", ":")
+"""What may stand before a text that continues another, so that a tokenizer puts no blank there; it is taken off again."""
+
+Letters = Literal["none", "marks", "all", "named"]
+"""Which added tokens a text reads as letters: none, special ones and marks, or all; or the text names one token."""
+
+Places = npt.NDArray[np.int64]
+
+_ENCODE_BATCH = 512
 
 log = logging.getLogger(__name__)
 
@@ -182,41 +121,63 @@ class Example:
         return len(self.input_ids)
 
 
+class EncodedRendering(NamedTuple):
+    """An example of a rendering, and which steps of the conversation it trains."""
+
+    example: Example
+    steps: tuple[int, ...]
+
+
+class _Unit(NamedTuple):
+    """A text that the tokenizer takes in one piece."""
+
+    text: str
+    letters: Letters = "none"
+    leads: tuple[str, ...] = ()
+    """What to encode it behind where the tokenizer puts a blank before a text; empty for the beginning of a rendering."""
+
+
+KnownIds = dict[_Unit, Ids]
+"""Ids of texts that were encoded before."""
+
+
+class _Job(NamedTuple):
+    """An example to be encoded."""
+
+    item: int
+    text: _Text
+    steps: frozenset[int] | None = None
+    """Which of the rendering's steps, by their position in it; None: all that it trains."""
+    border: int | None = None
+    """Number of the segment before which no token may cross."""
+
+
+class _Encoded(NamedTuple):
+    ids: Ids
+    starts: Places
+    """Shape [T]: where in the text each token begins, in bytes or characters."""
+    ends: Places
+    """Shape [T]: where it ends."""
+    borders: Places
+    """Shape [S + 1]: where each segment begins and the last ends, in the same unit."""
+
+
 class SegmentEncoder:
-    """Encodes segments with a tokenizer whose special tokens are reached only by name, never through text."""
+    """Encodes renderings; a value reaches no control token, whatever it spells."""
 
     def __init__(self, tokenizer: Any) -> None:
         """Take the Rust tokenizer out of `tokenizer`, a fast tokenizer of transformers."""
-        from tokenizers import Tokenizer
-
         self._tokenizer = tokenizer
-        self._renderings: RenderingEncoder | None = None
+        self._json = TokenizerJson.of(tokenizer.backend_tokenizer)
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self.largest_id = max(self._vocabulary.values())
+        """The greatest id of the vocabulary, added tokens included."""
+        self._copies: dict[Letters, Tokenizer] = {}
+        self._lock = Lock()
+        self._text_ids: dict[Letters, TextIds] = {}
         self._much: bool | None = None
         """Of one that comes to be faster: whether much text is known to come."""
-        self._special_ids: dict[str, int] = dict(tokenizer.get_vocab())
-        self._largest_id = max(self._special_ids.values())
-        # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would type a
-        # control token.
-        marked = TokenizerJson.of(tokenizer.backend_tokenizer).with_special(_is_mark)
-        # A copy: the caller's tokenizer keeps reading special tokens in text, as its other users expect.
-        self._text_tokenizer: Tokenizer = Tokenizer.from_str(str(marked))
-        self._text_tokenizer.encode_special_tokens = True
-        self._text_tokenizer.no_truncation()
-        self._text_tokenizer.no_padding()
-        self._text_ids = ShortTexts(ReferenceIds(self._text_tokenizer))
-        self._fast_ids: FastIds | None = None
-        self._specials: dict[str, Ids] = {}
-        """Shape [1] each."""
-        self._mixed = MixedChunks(self._text_tokenizer, tokenizer if marked.keeps_every_byte else None)
-
-    def renderings(self, control: re.Pattern[str]) -> RenderingEncoder:
-        """Return the encoder of renderings of this tokenizer's chat template; `control` matches one control token."""
-        if self._renderings is None:
-            from agentft.data.chat_tokens import RenderingEncoder
-
-            made = RenderingEncoder(self._tokenizer, control)
-            self._renderings = made if self._much is None else made.for_much_text(much=self._much)
-        return self._renderings
+        self._prompt_ends: dict[tuple[str, bool], list[int]] = {}
 
     def for_much_text(self, *, much: bool) -> SegmentEncoder:
         """One that gives the same ids and comes to be faster, at once where `much` text is known to come.
@@ -224,160 +185,291 @@ class SegmentEncoder:
         What it does may raise `TokenizersDisagree`, see `text_ids`.
         """
         other = copy(self)
-        other._fast_ids = FastIds(ReferenceIds(self._text_tokenizer), much=much)
-        other._text_ids = ShortTexts(other._fast_ids)
-        other._much, other._renderings = much, None
+        other._text_ids, other._much = {}, much
         return other
 
     def settle(self) -> bool:
         """Between two batches: load the faster tokenizer if that is worth it by now; whether no other will be loaded."""
-        if self._renderings is not None:
-            return self._renderings.settle()
-        return self._fast_ids is None or self._fast_ids.settle()
+        settled = [not isinstance(ids, FastIds) or ids.settle() for ids in self._text_ids.values()]
+        return all(settled)
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the ids of a text."""
-        return hashlib.sha256(self._text_tokenizer.to_str().encode()).hexdigest()
+        return hashlib.sha256(str(self._json).encode()).hexdigest()
 
     def special_id(self, token: str) -> int:
         """Return the id of a special token.
 
         Raises:
-            ConfigError: the vocabulary has no such token.
+            ConfigError: the vocabulary has no such token, or one that only text can reach.
         """
-        if token not in self._special_ids:
+        if token not in self._vocabulary:
             raise ConfigError(
                 f"{token!r} is not in the tokenizer's vocabulary; model.stop_token or model.template asks for it"
             )
-        return self._special_ids[token]
+        if not self._json.keeps_every_byte and not self._marks.fullmatch(token):
+            raise ConfigError(
+                f"{token!r} is a word of the tokenizer's vocabulary; model.stop_token has to be a special token"
+            )
+        return self._vocabulary[token]
 
-    @property
-    def largest_id(self) -> int:
-        """The greatest id of the vocabulary, added tokens included."""
-        return self._largest_id
+    def encode(
+        self, renderings: Sequence[tuple[str, Rendering]], known: KnownIds | None = None
+    ) -> list[list[EncodedRendering]]:
+        """Return the examples of each (id, rendering): one, or several where a forced border would change a prompt.
 
-    def encode(self, conversations: Sequence[tuple[str, Sequence[Segment]]], context_rounds: int = 0) -> list[Example]:
-        """Tokenise (id, segments) pairs in one batched call; `context_rounds` is noted in the examples."""
-        drafts = [self.draft(name, segments, context_rounds) for name, segments in conversations]
-        encoded = iter(self.encode_chunks([chunk for draft in drafts for chunk in draft.to_encode]))
-        return [self.finish(draft, encoded) for draft in drafts]
+        Args:
+            known: Ids of texts of the same conversations, which are not encoded again; those of new ones are added.
+        """
+        found: list[list[EncodedRendering]] = [[] for _ in renderings]
+        jobs = [_Job(at, _Text(rendering)) for at, (_, rendering) in enumerate(renderings)]
+        again: list[_Job] = []
+        for job, encoded in zip(jobs, self._encode(jobs, {} if known is None else known), strict=True):
+            own = set(range(len(job.text.steps)))
+            crossed = [at for at in sorted(own) if not self._begins_alone(job.text, at, encoded)]
+            if crossed:
+                own -= set(crossed)
+                # The steps before the last border have no border in their prompts yet, so they may share its example.
+                before = own if own and max(own) < crossed[-1] else set()
+                for at in crossed:
+                    steps = frozenset({at, *(before if at == crossed[-1] else ())})
+                    again.append(_Job(job.item, job.text, steps, job.text.steps[at].first))
+                job = job._replace(steps=frozenset(own - before))
+            if job.steps is None or job.steps:
+                found[job.item].append(_example(renderings[job.item], job, encoded))
+        for job, encoded in zip(again, self._encode(again, {}), strict=True):
+            found[job.item].append(_example(renderings[job.item], job, encoded))
+        return [sorted(each, key=lambda one: one.steps) for each in found]
 
-    def draft(self, name: str, segments: Iterable[Segment], context_rounds: int = 0) -> Draft:
-        """Cut segments into the chunks that are encoded each by itself."""
-        return Draft(name, _chunks(segments), context_rounds)
+    def _encode(self, jobs: Sequence[_Job], known: KnownIds) -> Iterator[_Encoded]:
+        """Yield the ids of each job's text and where its tokens begin."""
+        units = [self._chunks(job.text) if self._by_chunks(job.text) else self._units(job) for job in jobs]
+        if not self._json.keeps_every_byte:
+            yield from map(self._by_offsets, jobs, units)
+            return
+        new = dict.fromkeys(unit for own in units for unit in own if unit not in known)
+        for letters in {unit.letters for unit in new}:
+            members = [unit for unit in new if unit.letters == letters]
+            known.update(zip(members, self._ids(letters, [unit.text for unit in members]), strict=True))
+        for job, own in zip(jobs, units, strict=True):
+            yield self._by_bytes(job, own, [known[unit] for unit in own]) or self._by_offsets(job, own)
 
-    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[EncodedChunk]:
-        """Ids and kinds of each chunk. Other threads of this process run meanwhile."""
-        found = self._text_ids.encode([chunk.text for chunk in chunks])
-        mixed = [(chunk.text, chunk.mixed, ids) for chunk, ids in zip(chunks, found, strict=True) if chunk.mixed]
-        runs = iter(self._mixed.kind_runs(mixed))
-        return [(ids, next(runs) if chunk.mixed else None) for chunk, ids in zip(chunks, found, strict=True)]
+    def _ids(self, letters: Letters, texts: Sequence[str]) -> Sequence[Ids]:
+        if letters == "named":
+            return [np.array([self.special_id(text)], dtype=np.int32) for text in texts]
+        if letters not in self._text_ids:
+            reference = ReferenceIds(self._copy(letters))
+            fast = self._much is not None and letters != "all"  # Of those there is never much.
+            self._text_ids.setdefault(letters, FastIds(reference, much=bool(self._much)) if fast else reference)
+        return self._text_ids[letters].encode(texts)
 
-    def finish(self, draft: Draft, encoded: Iterator[EncodedChunk]) -> Example:
-        """Make the example of a draft; takes what its chunks became from `encoded`."""
-        parts: list[Ids] = []
-        spans: list[Span] = []
-        end = 0
-        for chunk in draft.chunks:
-            found, runs = (self._special(chunk.text), None) if chunk.special else next(encoded)
-            parts.append(found)
-            start, end = end, end + len(found)
-            if chunk.trained is not None and end > start:
-                for first, last, kind in runs or [(0, end - start, chunk.trained)]:
-                    spans.append(Span(start + first, start + last, kind))
-        return Example(
-            id=draft.name,
-            input_ids=np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32),
-            spans=tuple(spans),
-            context_rounds=draft.context_rounds,
-        )
+    def _copy(self, letters: Letters) -> Tokenizer:
+        """Return a copy of the tokenizer that reads control tokens so; the caller's stays as its other users expect it."""
+        from tokenizers import Tokenizer
 
-    def _special(self, token: str) -> Ids:
-        ids = self._specials.get(token)
-        if ids is None:
-            ids = self._specials[token] = np.array([self.special_id(token)], dtype=np.int32)
-        return ids
+        with self._lock:
+            if letters not in self._copies:
+                # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would
+                # type a control token.
+                special = {"none": None, "marks": _is_mark, "all": lambda _: True}[letters]
+                made = Tokenizer.from_str(str(self._json.with_special(special) if special else self._json))
+                made.encode_special_tokens = special is not None
+                made.no_truncation()
+                made.no_padding()
+                self._copies[letters] = made
+            return self._copies[letters]
 
+    def _by_chunks(self, text: _Text) -> bool:
+        return text.rendering.by_chunks and self._json.keeps_every_byte
 
-EncodedChunk = tuple[Ids, list[KindRun] | None]
-"""Ids, and where the chunk holds several kinds, which of them are of which."""
+    def _chunks(self, text: _Text) -> list[_Unit]:
+        """Join neighbours that are encoded together: all context, or a text or call of the agent; named tokens stand alone.
 
+        The agent's words are cut alike whether an example trains them or shows them, so both give the same ids.
+        """
+        units: list[_Unit] = []
+        joined: list[str] = []
+        fate: SpanKind | None = None
+        for segment in text.rendering.segments:
+            own = segment.encoded_with
+            if joined and (segment.special or own is not fate):
+                units.append(_Unit("".join(joined), "marks"))
+                joined = []
+            if segment.special:
+                units.append(_Unit(segment.text, "named"))
+            else:
+                fate = own
+                joined.append(segment.text)
+        if joined:
+            units.append(_Unit("".join(joined), "marks"))
+        return units
 
-class Chunk(NamedTuple):
-    """A run of text that the tokenizer takes in one piece."""
+    def _units(self, job: _Job) -> list[_Unit]:
+        """Cut a text where a value spells a control token and at a forced border, nowhere else."""
+        text, rendering = job.text, job.text.rendering
+        stop = len(text.text) if job.steps is None else text.starts[text.steps[max(job.steps)].last + 1]
+        cuts: dict[int, tuple[Letters, tuple[str, ...]]] = {0: ("none", ())}
+        control = self._marks if rendering.by_chunks else rendering.as_letters
+        if control is not None:
+            for segment, start in zip(rendering.segments, text.starts, strict=False):
+                for found in () if segment.special else control.finditer(segment.text):
+                    cuts[start + found.start()] = ("all", _LEADS[:1])
+                    cuts[start + found.end()] = ("none", _LEADS[:1])
+        if job.border is not None:
+            start = text.starts[job.border]
+            cuts[start] = (cuts.get(start, ("none", ()))[0], _LEADS)
+        begins = sorted(start for start in cuts if start < stop)
+        return [_Unit(text.text[a:b], *cuts[a]) for a, b in zip(begins, [*begins[1:], stop], strict=True)]
 
-    special: bool
-    trained: SpanKind | None
-    """What its labels are, or the first of it; None for context."""
-    text: str
-    mixed: tuple[Segment, ...] = ()
-    """Of what the chunk consists, where it is of several kinds."""
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """Matches the added tokens that a value must not reach."""
+        added = [t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special or _is_mark(t.content)]
+        return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for chunks that are encoded alike."""
-        return (self.text, tuple((part.kind, len(part.text)) for part in self.mixed)) if self.mixed else self.text
+    @cached_property
+    def _lengths(self) -> Places:
+        return byte_level_lengths(self._tokenizer)
 
+    def _by_bytes(self, job: _Job, units: Sequence[_Unit], parts: Sequence[Ids]) -> _Encoded | None:
+        """Place tokens by counting their bytes; None where the tokenizer changed the text."""
+        text = job.text.text
+        is_ascii = text.isascii()
+        if not is_ascii and not unicodedata.is_normalized("NFC", text):
+            return None
+        ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        ends = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(self._lengths[ids], out=ends[1:])
+        counts = np.cumsum([len(part) for part in parts])
+        sizes = np.cumsum([len(unit.text) if is_ascii else len(unit.text.encode()) for unit in units])
+        if not (ends[counts] == sizes).all():
+            return None
+        return _Encoded(ids, ends[:-1], ends[1:], job.text.borders(of_bytes=not is_ascii))
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A conversation cut into chunks that the tokenizer has not seen yet."""
+    def _by_offsets(self, job: _Job, units: Sequence[_Unit]) -> _Encoded:
+        """Place tokens by the offsets that the tokenizer gives, in characters."""
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        begin = 0
+        for unit in units:
+            if unit.letters == "named":
+                found, offsets = [self.special_id(unit.text)], [(0, len(unit.text))]
+            else:
+                found, offsets = self._continuing(unit)
+            ids += found
+            places += [(begin + start, begin + stop) for start, stop in offsets]
+            begin += len(unit.text)
+        starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
+        # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
+        return _Encoded(np.array(ids, dtype=np.int32), starts, np.maximum(ends, starts + 1), job.text.borders())
 
-    name: str
-    chunks: list[Chunk]
-    context_rounds: int
+    def _continuing(self, unit: _Unit) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode a text, one that continues another behind a lead, which is taken off again."""
+        tokenizer = self._copy(unit.letters)
+        for lead in (*(() if self._json.keeps_every_byte else unit.leads), ""):
+            encoding = tokenizer.encode(lead + unit.text, add_special_tokens=False)
+            before = tokenizer.encode(lead, add_special_tokens=False).ids if lead else []
+            if encoding.ids[: len(before)] == before:
+                break
+        offsets = encoding.offsets[len(before) :]
+        return encoding.ids[len(before) :], [(max(a - len(lead), 0), max(b - len(lead), 0)) for a, b in offsets]
 
-    @property
-    def to_encode(self) -> list[Chunk]:
-        """The chunks that are text, in order."""
-        return [chunk for chunk in self.chunks if not chunk.special]
-
-    def measure(self, encoded: Iterable[EncodedChunk]) -> tuple[int, bool]:
-        """How many tokens its example would have, and whether any of them would be a label; `encoded` as in `finish`."""
-        found = iter(encoded)
-        tokens, labelled = 0, False
-        for chunk in self.chunks:
-            size = 1 if chunk.special else len(next(found)[0])
-            tokens += size
-            labelled = labelled or (size > 0 and chunk.trained is not None)
-        return tokens, labelled
+    def _begins_alone(self, text: _Text, at: int, encoded: _Encoded) -> bool:
+        """Say whether the ids before a step are those of its prompt alone."""
+        if self._by_chunks(text):
+            return True
+        step = text.steps[at]
+        ids, starts, _, borders = encoded
+        first = int(np.searchsorted(starts, borders[step.first]))
+        if self._json.looks_at_no_more:
+            return first < len(starts) and bool(starts[first] == borders[step.first])
+        # What decides is the text since the last control token: nothing before it changes the ids behind it.
+        section = text.text[text.starts[step.section] : text.starts[step.first]]
+        expected = self._prompt_ends.get((section, step.section == 0))
+        if expected is None:
+            part = text.rendering._replace(segments=text.rendering.segments[step.section : step.first])
+            (alone,) = self._encode([_Job(0, _Text(part))], {})
+            expected = alone.ids.tolist()
+            if len(section) < 100 and not text.rendering.as_letters:
+                self._prompt_ends[section, step.section == 0] = expected
+        before: list[int] = ids[max(first - len(expected), 0) : first].tolist()
+        return before == expected
 
 
 def _is_mark(content: str) -> bool:
     return _MARKUP.fullmatch(content) is not None
 
 
-def _chunks(segments: Iterable[Segment]) -> list[Chunk]:
-    """Join neighbours that are encoded together: all context, or a text or call of the agent; special tokens stand alone.
+class _Step(NamedTuple):
+    """A trained step of a text, by the numbers of its segments."""
 
-    The agent's words are cut alike whether an example trains them or shows them, so both give the same ids.
-    """
-    chunks: list[Chunk] = []
-    joined: list[Segment] = []
-    fate: SpanKind | None = None
-    for segment in segments:
-        own = segment.encoded_with
-        if joined and (segment.special or own is not fate):
-            chunks.append(_join(joined, fate))
-            joined = []
-        if segment.special:
-            chunks.append(Chunk(True, segment.kind if segment.trained else None, segment.text))
-        else:
-            fate = own
-            joined.append(segment)
-    if joined:
-        chunks.append(_join(joined, fate))
-    return chunks
+    section: int
+    """The last control token before it."""
+    first: int
+    last: int
 
 
-def _join(segments: list[Segment], fate: SpanKind | None) -> Chunk:
-    first = segments[0]
-    trained = first.kind if first.trained else None
-    if len(segments) == 1:
-        return Chunk(False, trained, first.text)
-    text = "".join([segment.text for segment in segments])
-    mixed = fate is SpanKind.call and any(segment.kind is not first.kind for segment in segments)
-    return Chunk(False, trained, text, tuple(segments) if mixed else ())
+class _Text:
+    """The text of a rendering, and where its segments and trained steps stand."""
+
+    def __init__(self, rendering: Rendering) -> None:
+        self.rendering = rendering
+        segments = rendering.segments
+        self.text = "".join([segment.text for segment in segments])
+        self.starts = list(accumulate([len(segment.text) for segment in segments], initial=0))
+        """In characters; and where the last segment ends."""
+        self.steps: list[_Step] = []
+        self.kinds = np.array([segment.kind for segment in segments], dtype=np.int8)
+        trained: list[bool] = []
+        step_of: list[int] = []
+        section = 0
+        first: int | None = None
+        for at, segment in enumerate(segments):
+            trained.append(segment.trained)
+            step_of.append(len(self.steps))
+            if trained[-1]:
+                first = at if first is None else first
+                if segment.kind is SpanKind.stop:
+                    self.steps.append(_Step(section, first, at))
+                    first = None
+            elif segment.special and first is None:
+                section = at
+        self.trained, self.step_of = np.array(trained, dtype=bool), np.array(step_of, dtype=np.int64)
+
+    def borders(self, *, of_bytes: bool = False) -> Places:
+        """Return where each segment begins, and where the last ends; shape [S + 1]."""
+        if not of_bytes:
+            return np.array(self.starts, dtype=np.int64)
+        sizes = [len(segment.text.encode()) for segment in self.rendering.segments]
+        return np.array([0, *accumulate(sizes)], dtype=np.int64)
+
+    def spans(self, encoded: _Encoded, wanted: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
+        """Return the labelled runs of tokens, by kind; `wanted`: which segments are labels, shape [S]."""
+        ids, starts, ends, borders = encoded
+        if not len(ids):
+            return ()
+        first = np.minimum(np.searchsorted(borders[1:], starts, side="right"), len(wanted) - 1)
+        kinds = np.where(wanted, self.kinds, -1)[first]
+        frames = np.flatnonzero(kinds == SpanKind.frame)
+        if len(frames):
+            calls = np.concatenate([[0], np.cumsum(self.kinds == SpanKind.call)])
+            last = np.searchsorted(borders[:-1], ends[frames])
+            kinds[frames[calls[last] > calls[first[frames]]]] = SpanKind.call
+        runs = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
+        found = zip(runs, runs[1:], kinds[runs[:-1]].tolist(), strict=False)
+        return tuple([Span(start, stop, SpanKind(kind)) for start, stop, kind in found if kind >= 0])
+
+
+def _example(named: tuple[str, Rendering], job: _Job, encoded: _Encoded) -> EncodedRendering:
+    """Make an example of an encoded text; of some of its steps alone, up to the end of the last."""
+    (name, rendering), text = named, job.text
+    if job.steps is None:
+        return EncodedRendering(Example(name, encoded.ids, text.spans(encoded, text.trained)), rendering.steps)
+    end = encoded.borders[text.steps[max(job.steps)].last + 1]
+    count = int(np.searchsorted(encoded.starts, end))
+    encoded = encoded._replace(ids=encoded.ids[:count], starts=encoded.starts[:count], ends=encoded.ends[:count])
+    spans = text.spans(encoded, text.trained & np.isin(text.step_of, list(job.steps)))
+    return EncodedRendering(Example(name, encoded.ids, spans), tuple(rendering.steps[at] for at in sorted(job.steps)))
 
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
@@ -404,9 +496,12 @@ def encode_fast(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T], *,
 
 
 def tokenize(
-    conversations: Iterable[Conversation], template: MsagentTemplate, encoder: SegmentEncoder
+    conversations: Iterable[Conversation], template: MsagentTemplate, encoder: SegmentEncoder, context_rounds: int = 0
 ) -> Iterator[Example]:
-    """Render and encode conversations, a batch at a time, in order."""
+    """Render and encode conversations, a batch at a time, in order; each is one example."""
     iterator = iter(conversations)
     while batch := list(islice(iterator, _ENCODE_BATCH)):
-        yield from encoder.encode([(c.id, template.render(c)) for c in batch])
+        segments = [template.render(conversation, context_rounds) for conversation in batch]
+        renderings = [(c.id, Rendering(tuple(own), by_chunks=True)) for c, own in zip(batch, segments, strict=True)]
+        for ((example, _),) in encoder.encode(renderings):
+            yield replace(example, context_rounds=context_rounds)

@@ -17,12 +17,12 @@ from typing import TypeVar
 
 from agentft.data.config import TooLong
 from agentft.data.conversation import Conversation, Message
-from agentft.data.examples import Attempt, Known, Piece, Rendered, render_all
+from agentft.data.examples import Attempt, Piece, Rendered, render_all
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation
 from agentft.data.msagent import result_message
 from agentft.data.records import part_id
 from agentft.data.template_choice import Layout
-from agentft.data.tokens import SegmentEncoder
+from agentft.data.tokens import KnownIds, SegmentEncoder
 
 MIN_OBSERVATION_CHARACTERS = 100
 """Tool results are not shortened below this: less would be no evidence for what the agent says next."""
@@ -172,11 +172,10 @@ class Truncator:
 
     def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[TruncationResult]:
         """Encode all in one call, then what is too long, all of it together; each is fitted in its own way."""
-        known: list[Known] = [{} for _ in items]
-        requests = [(own, [Attempt(conversation)]) for own, (conversation, _) in zip(known, items, strict=True)]
-        made = self._render(requests)
+        known: KnownIds = {}
+        made = self._render([[Attempt(conversation)] for conversation, _ in items], known)
         fitted: list[TruncationResult | _Unfitted] = []
-        for (conversation, too_long), own, (whole,) in zip(items, known, made, strict=True):
+        for (conversation, too_long), (whole,) in zip(items, made, strict=True):
             if whole.problem is not None:
                 fitted.append(_set_aside(conversation, 0, whole.problem))
             elif not whole.trains:
@@ -189,8 +188,8 @@ class Truncator:
                 fitted.append(self._too_long(conversation, whole.tokens))
             else:
                 fit = self._newest_rounds if too_long is TooLong.fit else self._split
-                fitted.append(_Unfitted(conversation, whole.tokens, fit(conversation, whole), own))
-        self._fit_together([each for each in fitted if isinstance(each, _Unfitted)])
+                fitted.append(_Unfitted(conversation, whole.tokens, fit(conversation, whole)))
+        self._fit_together([each for each in fitted if isinstance(each, _Unfitted)], known)
         return [
             each
             if isinstance(each, TruncationResult)
@@ -202,11 +201,11 @@ class Truncator:
         detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
         return _set_aside(conversation, tokens, ("too_long", detail))
 
-    def _fit_together(self, unfitted: Sequence[_Unfitted]) -> None:
+    def _fit_together(self, unfitted: Sequence[_Unfitted], known: KnownIds) -> None:
         """Go all their ways side by side, so that the attempts of many conversations are encoded in one call."""
         running = [(each, next(each.way)) for each in unfitted]
         while running:
-            answers = self._render([(each.known, attempts) for each, attempts in running])
+            answers = self._render([attempts for _, attempts in running], known)
             still_running: list[tuple[_Unfitted, list[Attempt]]] = []
             for (each, _), made in zip(running, answers, strict=True):
                 try:
@@ -215,8 +214,8 @@ class Truncator:
                     each.outcome = end.value
             running = still_running
 
-    def _render(self, requests: Sequence[tuple[Known, list[Attempt]]]) -> Iterator[list[Rendered]]:
-        return render_all(self.template, self.encoder, requests)
+    def _render(self, requests: Sequence[list[Attempt]], known: KnownIds) -> Iterator[list[Rendered]]:
+        return render_all(self.template, self.encoder, requests, known)
 
     def _newest_rounds(self, conversation: Conversation, whole: Rendered) -> _Way[TruncationResult | None]:
         """As many of the newest rounds as fit with their tool results shortened."""
@@ -320,8 +319,6 @@ class _Unfitted:
     conversation: Conversation
     tokens: int
     way: _Way[TruncationResult | None]
-    known: Known
-    """What its chunks became, most of which every attempt shares."""
     outcome: TruncationResult | None = None
 
 

@@ -20,7 +20,7 @@ from agentft.data.records import Rejection, read_record
 from agentft.data.render import SpanKind
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.text_ids import TokenText
-from agentft.data.tokens import IGNORE_INDEX, Example
+from agentft.data.tokens import IGNORE_INDEX, Example, tokenize
 from agentft.data.truncation import fit_conversations
 
 SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'
@@ -59,7 +59,7 @@ def audited(encoder, template, text):
                 audit.reject(item)
             else:
                 segments = template.render(item)
-                (example,) = encoder.encode([(item.id, segments)])
+                (example,) = tokenize([item], template, encoder)
                 fitted, as_heldout = (
                     next(fit_conversations([item], template, encoder, config.max_length, policy))
                     for policy in (config.too_long, config.too_long.of_heldout)
@@ -93,7 +93,7 @@ def test_steps_that_are_not_to_be_trained_are_counted_and_break_nothing(audited)
 
 
 def example_of(value: Conversation, encoder, template) -> Example:
-    (example,) = encoder.encode([(value.id, template.render(value))])
+    (example,) = tokenize([value], template, encoder)
     return example
 
 
@@ -160,7 +160,7 @@ def test_a_whole_observation_under_labels_is_found_in_any_template(encoder, temp
 def test_tokens_give_their_text_back_to_the_byte(encoder, template, text, golden_conversations):
     for value in golden_conversations.values():
         segments = template.render(value)
-        (example,) = encoder.encode([(value.id, segments)])
+        (example,) = tokenize([value], template, encoder)
         whole = "".join(segment.text for segment in segments)
         assert text.text(example.input_ids) == whole
         pieces = list(text.pieces(example.input_ids))
@@ -191,7 +191,7 @@ def test_the_labels_of_pieces_are_traced_and_a_round_that_is_only_shown_has_none
         assert traced(example.labels, shown) is None
         if shown:
             assert traced(example.labels, 0) == "label_missing"
-            (whole,) = encoder.encode([("whole", template.render(piece.conversation))])
+            (whole,) = tokenize([piece.conversation], template, encoder)
             assert traced(whole.labels, shown) == "label_in_context"
 
 

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentft.data.grammar import Call, call_places, parse_assistant
-from agentft.data.render import CALL_KINDS, SpanKind, step_segments
+from agentft.data.render import CALL_KINDS, Rendering, Segment, SpanKind, step_segments
 from agentft.data.text_ids import TokenText
-from agentft.data.tokens import SegmentEncoder
+from agentft.data.tokens import Example, SegmentEncoder
+
+
+def encoded(tokenizer, *texts: list[Segment]) -> list[Example]:
+    renderings = [("c", Rendering(tuple(segments), by_chunks=True)) for segments in texts]
+    return [example for ((example, _),) in SegmentEncoder(tokenizer).encode(renderings)]
 
 
 def call_of(body: str) -> Call:
@@ -116,7 +121,7 @@ def merging_tokenizer():
 
 def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_tokenizer):
     segments = list(step_segments(parse_assistant(SAID), "<|im_end|>"))
-    (example,) = SegmentEncoder(merging_tokenizer).encode([("c", segments)])
+    (example,) = encoded(merging_tokenizer, segments)
     kind_of_byte = [segment.kind for segment in segments for _ in segment.text.encode()]
     kind_of_token = [span.kind for span in example.spans for _ in range(span.start, span.stop)]
     text = TokenText(merging_tokenizer)
@@ -133,7 +138,7 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
 def test_telling_frame_and_call_apart_changes_no_token(merging_tokenizer):
     segments = list(step_segments(parse_assistant(SAID), "<|im_end|>"))
     coarse = [s._replace(kind=SpanKind.frame) if s.kind in CALL_KINDS else s for s in segments]
-    fine, whole = SegmentEncoder(merging_tokenizer).encode([("fine", segments), ("whole", coarse)])
+    fine, whole = encoded(merging_tokenizer, segments, coarse)
     assert fine.input_ids.tolist() == whole.input_ids.tolist()
     assert fine.labels.tolist() == whole.labels.tolist()
     assert fine.steps() == whole.steps()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.chat_layout import ChatLayout, LaidOut
+from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate, handed_over, server_messages
-from agentft.data.chat_tokens import RenderingEncoder
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import ToolCall
+from agentft.data.render import LaidOut
 from agentft.data.template_probe import probe
-from agentft.data.tokens import Example
+from agentft.data.tokens import Example, SegmentEncoder
 from agentft.errors import ConfigError
 from agentft.model.random_weights import byte_tokenizer
 from tests.data.chat_families import NO_TOOLS, TOKENIZERS, VALUES, conversation, template_names, with_template
@@ -76,9 +76,8 @@ def layout_of(name: str, tokenizer: str) -> ChatLayout:
 
 
 @cache
-def encoder_of(name: str, tokenizer: str) -> RenderingEncoder:
-    template = layout_of(name, tokenizer).template
-    return RenderingEncoder(template.tokenizer, template.control)
+def encoder_of(name: str, tokenizer: str) -> SegmentEncoder:
+    return SegmentEncoder(layout_of(name, tokenizer).template.tokenizer)
 
 
 def check_laws(name: str, tokenizer: str, kind: str) -> tuple[LaidOut | tuple[str, str], int, int]:
@@ -230,7 +229,7 @@ def test_names_that_hold_a_control_token_are_refused_by_name(place: str):
     laid_out = layout_of("qwen2_5", "merging").lay_out(Conversation("x", messages, (tool,), Origin("test", 1)))
     if place == "argument":
         assert isinstance(laid_out, LaidOut)
-        assert laid_out.renderings[0].spelt
+        assert laid_out.renderings[0].as_letters
     else:
         assert isinstance(laid_out, tuple)
         assert laid_out[0] == "name_holds_a_control_token"

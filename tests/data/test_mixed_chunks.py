@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import islice
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.render import MsagentTemplate, Segment, SpanKind
+from agentft.data.render import MsagentTemplate, Rendering, Segment, SpanKind
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.text_ids import byte_level_lengths, vocabulary_bytes
-from agentft.data.tokens import MixedChunks, SegmentEncoder
+from agentft.data.tokens import SegmentEncoder, Span, _Job, _Text
 
 
 @cache
@@ -31,11 +31,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=["<|im_end|>"])
 
 
-def by_both(chunks: list[tuple[str, tuple[Segment, ...]]]):
-    backend = tokenizer().backend_tokenizer
-    encoded = [(text, segments, np.array(backend.encode(text).ids, dtype=np.int32)) for text, segments in chunks]
-    counting, asking = MixedChunks(backend, tokenizer()), MixedChunks(backend, None)
-    return counting, counting.kind_runs(encoded), asking.kind_runs(encoded)
+def spans_by_both(rendering: Rendering) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    encoder = SegmentEncoder(tokenizer())
+    text = _Text(rendering)
+    job, units = _Job(0, text), encoder._chunks(text)
+    counted = encoder._by_bytes(job, units, [encoder._ids(unit.letters, [unit.text])[0] for unit in units])
+    asked = encoder._by_offsets(job, units)
+    assert counted is not None
+    assert counted.ids.tolist() == asked.ids.tolist()
+    return text.spans(counted, text.trained), text.spans(asked, text.trained)
 
 
 PART = st.text(st.sampled_from('ab"{}:, \n查天气你好🙂é'), max_size=10)
@@ -45,34 +49,30 @@ CHUNKS = st.lists(st.tuples(st.sampled_from([SpanKind.frame, SpanKind.call]), PA
 @settings(max_examples=300, deadline=None)
 @given(CHUNKS)
 def test_bytes_and_offsets_tell_the_same(parts):
-    segments = tuple(Segment(text, kind) for kind, text in parts)
-    _, counted, asked = by_both([("".join(s.text for s in segments), segments)])
+    counted, asked = spans_by_both(Rendering(tuple(Segment(text, kind) for kind, text in parts), by_chunks=True))
     assert counted == asked
 
 
 def test_bytes_and_offsets_tell_the_same_of_real_calls(shared_data):
     template = MsagentTemplate("<|im_end|>")
+    calls = 0
+    for conversation in islice(read_conversations(read_local(shared_data / "dev.jsonl")), 100):
+        counted, asked = spans_by_both(Rendering(tuple(template.render(conversation)), by_chunks=True))
+        assert counted == asked
+        calls += sum(span.kind is SpanKind.call for span in counted)
+    assert calls > 200
+
+
+@pytest.mark.parametrize(
+    ("written", "encoded", "counted"),
+    [("caf\u00e9", "caf\u00e9", True), ("cafe\u0301", "cafe\u0301", False), ("abc", "ab", False)],
+    ids=["composed", "a letter and its accent apart, which a tokenizer may compose", "a byte is missing"],
+)
+def test_bytes_are_not_counted_where_the_tokenizer_may_write_another_text(written: str, encoded: str, counted: bool):
     encoder = SegmentEncoder(tokenizer())
-    chunks = [
-        (chunk.text, chunk.mixed)
-        for conversation in read_conversations(read_local(shared_data / "dev.jsonl"))
-        for chunk in encoder.draft(conversation.id, template.render(conversation)).chunks
-        if chunk.mixed
-    ]
-    assert len(chunks) > 500
-    _, counted, asked = by_both(chunks)
-    assert counted == asked
-
-
-def test_bytes_are_not_counted_where_the_tokenizer_may_write_another_text():
-    """A letter and its accent apart: a tokenizer that composes them has fewer bytes than the text."""
-    backend = tokenizer().backend_tokenizer
-    counting = MixedChunks(backend, tokenizer())
-    composed, apart = "caf\u00e9", "cafe\u0301"
-    for text, counted in ((composed, True), (apart, False)):
-        ids = np.array(backend.encode(text).ids, dtype=np.int32)
-        assert (counting._stops(text, ids) is not None) is counted
-    assert counting._stops("abc", np.array(backend.encode("ab").ids, dtype=np.int32)) is None, "a byte is missing"
+    text = _Text(Rendering((Segment(written, SpanKind.user),), by_chunks=True))
+    found = encoder._by_bytes(_Job(0, text), encoder._chunks(text), encoder._ids("marks", [encoded]))
+    assert (found is not None) is counted
 
 
 @pytest.mark.parametrize("with_added", [False, True])

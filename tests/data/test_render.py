@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import pytest
 
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
+from agentft.data.examples import make_examples
 from agentft.data.grammar import Call, Observation, Text
 from agentft.data.msagent import turn_messages
-from agentft.data.render import TRAINED_KINDS, SpanKind
+from agentft.data.render import TRAINED_KINDS, Rendering, SpanKind
 from agentft.data.template_choice import choose_template, exported_template
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
+from agentft.errors import ConfigError
 from agentft.model.random_weights import byte_tokenizer
+from tests.data.chat_families import sentencepiece_tokenizer
 
 CASES = [
     "one_call",
@@ -117,7 +121,7 @@ def test_generation_prompt_is_a_prefix_of_the_training_ids(golden_conversations,
         segments = template.render(conversation)
         for number, (start, _) in enumerate(example.steps()):
             prompt = _context(segments, number)
-            (alone,) = encoder.encode([("prompt", prompt)])
+            (((alone, _),),) = encoder.encode([("prompt", Rendering(tuple(prompt), by_chunks=True))])
             assert alone.input_ids.tolist() == example.input_ids[:start].tolist()
 
 
@@ -209,3 +213,59 @@ def test_a_text_begins_once_with_what_the_tokenizer_puts_before_every_text(golde
         return_dict=False,
     )
     assert written == example.input_ids[: example.steps()[0][0]].tolist()
+
+
+def _sentencepiece(blank: str):
+    """A tokenizer that puts a blank before the first text, or before each between special tokens as Llama 2's does."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())
+    if blank == "normalizer":
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        backend["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
+        backend["pre_tokenizer"] = None
+    else:
+        backend["pre_tokenizer"]["prepend_scheme"] = blank
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="</s>")
+    assert made.convert_ids_to_tokens(made("High").input_ids)[0].startswith("\u2581")
+    return made
+
+
+@pytest.mark.parametrize("blank", ["first", "always", "normalizer"])
+def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_before_a_step(blank: str, golden_conversations):
+    tokenizer = _sentencepiece(blank)
+    template, encoder = choose_template("msagent", tokenizer), SegmentEncoder(tokenizer)
+    steps = 0
+    for made in make_examples(golden_conversations.values(), template, encoder):
+        assert made.problem is None
+        for piece in made.pieces:
+            ids = piece.example.input_ids
+            segments = template.render(piece.conversation)
+            for number, (start, stop) in enumerate(piece.example.steps()):
+                context = _context(segments, number)
+                said = takewhile(lambda segment: segment.trained, segments[len(context) :])
+                assert tokenizer.decode(ids[start:stop]) == "".join(segment.text for segment in said)
+                prompt = tokenizer("".join(segment.text for segment in context), add_special_tokens=False).input_ids
+                assert prompt == ids[:start].tolist(), "as a server encodes the prompt"
+                steps += 1
+    assert steps == 25
+
+
+def test_a_value_that_spells_the_stop_is_letters_for_such_a_tokenizer_too(golden_conversations):
+    tokenizer = _sentencepiece("first")
+    template = choose_template("msagent", tokenizer)
+    talk = Conversation(
+        "c", (Message("user", "Is </s> a mark?"), Message("assistant", "No, </s> is.")), (), Origin("test", 1)
+    )
+    ((example,),) = [
+        [piece.example for piece in made.pieces] for made in make_examples([talk], template, SegmentEncoder(tokenizer))
+    ]
+    assert example.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(example.input_ids) == " <|user|>:Is </s> a mark?\n\n<|assistant|>:No, </s> is.</s>"
+
+
+def test_a_stop_that_only_text_reaches_is_refused_for_such_a_tokenizer():
+    tokenizer = _sentencepiece("first")
+    with pytest.raises(ConfigError, match="has to be a special token"):
+        SegmentEncoder(tokenizer).special_id("tide")

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from agentft.data import synthetic, text_ids
+from agentft.data.render import Rendering, Segment, SpanKind
 from agentft.data.text_ids import (
     CHECKED,
     FastIds,
     ReferenceIds,
-    ShortTexts,
     TokenizerJson,
     TokenizersDisagree,
     byte_level_alphabet,
 )
-from agentft.data.tokens import SegmentEncoder, encode_fast
+from agentft.data.tokens import KnownIds, SegmentEncoder, encode_fast
 
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -85,16 +85,23 @@ def tokenizer_of(family: str):
     return tokenizer
 
 
+def said(*texts: str) -> Rendering:
+    """What users say, each text by itself."""
+    stop = Segment("<|im_end|>", SpanKind.header, special=True)
+    return Rendering(tuple(each for text in texts for each in (Segment(text, SpanKind.user), stop)), by_chunks=True)
+
+
 @cache
 def both(family: str):
     """The encoder of a family before and after it has come to be faster."""
     slow = SegmentEncoder(tokenizer_of(family))
     fast = slow.for_much_text(much=True)
-    fast._text_ids.encode(_corpus())
+    fast.encode([("", said(text)) for text in _corpus()])
     assert fast.settle()
-    assert fast._fast_ids is not None
-    assert fast._fast_ids._fast is not None, "fastokens does not take this family"
-    return ReferenceIds(slow._text_tokenizer), fast._fast_ids
+    ids = fast._text_ids["marks"]
+    assert isinstance(ids, FastIds)
+    assert ids._fast is not None, "fastokens does not take this family"
+    return ReferenceIds(slow._copy("marks")), ids
 
 
 PIECES = st.one_of(
@@ -198,7 +205,7 @@ def test_both_give_a_text_of_one_endless_word_the_same_ids(family: str):
 
 @pytest.fixture
 def few_texts():
-    reference = ReferenceIds(SegmentEncoder(tokenizer_of("gpt2"))._text_tokenizer)
+    reference = ReferenceIds(SegmentEncoder(tokenizer_of("gpt2"))._copy("marks"))
     texts = [f"harbour {n}, tide {n % 7}" for n in range(20)]
     return reference, texts
 
@@ -250,19 +257,24 @@ def test_one_that_differs_later_is_caught_and_all_is_done_again(few_texts, monke
     encoder = SegmentEncoder(tokenizer_of("gpt2"))
     runs = []
 
-    def work(encoder: SegmentEncoder):
+    def ids(encoder: SegmentEncoder, texts: list[str]) -> list[list[int]]:
+        return [made.example.input_ids.tolist() for (made,) in encoder.encode([("", said(text)) for text in texts])]
+
+    def moons(encoder: SegmentEncoder) -> list[list[list[int]]]:
+        return [ids(encoder, [f"moon {n} {k}" for k in range(10)]) for n in range(2 * CHECKED // 10)]
+
+    def work(encoder: SegmentEncoder) -> list[list[list[int]]]:
         runs.append(encoder)
-        encoder._text_ids.encode(texts)
+        ids(encoder, texts)
         encoder.settle()
-        return [encoder._text_ids.encode([f"moon {n} {k}" for k in range(10)]) for n in range(2 * CHECKED // 10)]
+        return moons(encoder)
 
     with caplog.at_level(logging.WARNING, "agentft"):
         found = encode_fast(encoder, work, much=True)
     assert len(runs) == 2
     assert "begun again with tokenizers alone" in caplog.text
     assert "moon" in caplog.text
-    expected = [encoder._text_ids.encode([f"moon {n} {k}" for k in range(10)]) for n in range(2 * CHECKED // 10)]
-    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    assert found == moons(encoder)
 
 
 def test_every_so_many_texts_one_is_encoded_by_both(few_texts, monkeypatch):
@@ -297,24 +309,20 @@ def test_a_tokenizer_that_it_does_not_know_is_left_to_the_other(caplog):
     assert [each.tolist() for each in ids.encode(["a b"])] == [[0, 1]]
 
 
-def test_short_texts_are_encoded_once(few_texts):
-    reference, _ = few_texts
+def test_a_text_that_comes_again_is_encoded_once(monkeypatch):
+    encoder = SegmentEncoder(tokenizer_of("gpt2"))
     asked: list[str] = []
-
-    class Counting:
-        def encode(self, texts):
-            asked.extend(texts)
-            encoded = reference.encode(texts)
-            whole, ends = np.concatenate(encoded), np.cumsum(list(map(len, encoded))).tolist()
-            return [whole[end - len(ids) : end] for ids, end in zip(encoded, ends, strict=True)]
-
-    short = ShortTexts(Counting())
-    texts = ["\n", "assistant\n", "a text that is longer than a header", "\n"]
-    first, again = short.encode(texts), short.encode(texts)
-    assert same(first, reference.encode(texts))
-    assert same(again, first)
-    assert asked == [*texts, texts[2]]
-    assert all(ids.base is None for ids in short._known.values()), "a short text keeps no batch in memory"
+    encode = ReferenceIds.encode
+    monkeypatch.setattr(ReferenceIds, "encode", lambda self, texts: (asked.extend(texts), encode(self, texts))[1])
+    renderings = [(name, said("Hello", name)) for name in ("a", "b")]
+    known: KnownIds = {}
+    first, again = encoder.encode(renderings, known), encoder.encode(renderings, known)
+    assert asked == ["Hello", "a", "b"]
+    alone = [encoder.encode([each])[0] for each in renderings]
+    for found in (first, again):
+        assert [[each.example.input_ids.tolist() for each in made] for made in found] == [
+            [each.example.input_ids.tolist() for each in made] for made in alone
+        ]
 
 
 @pytest.mark.parametrize("family", SPLITTERS)

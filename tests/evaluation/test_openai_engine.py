@@ -155,7 +155,7 @@ def test_names_that_become_equal_are_told_apart(template, encoder):
 def test_rounds_that_are_only_shown_stand_before_the_first_step(golden_conversations, template, encoder):
     conversation = golden_conversations["several_rounds"]
     (whole,) = tokenize([conversation], template, encoder)
-    (piece,) = encoder.encode([(conversation.id, template.render(conversation, 1))], context_rounds=1)
+    (piece,) = tokenize([conversation], template, encoder, context_rounds=1)
     shown = shown_steps([conversation], [piece])
     every = conversation_steps(conversation, whole, template)
     asked = conversation_steps(conversation, piece, template)

@@ -9,10 +9,11 @@ from functools import cache
 
 import pytest
 
-from agentft.data.chat_layout import ChatLayout, LaidOut
+from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import Attempt, ToolCall
+from agentft.data.render import LaidOut
 from agentft.data.response import Said, our_templates, parameter_types
 from agentft.data.response_choice import choose_response, differs, spoken_steps
 from agentft.data.template_choice import OURS, choose_template
