@@ -97,7 +97,7 @@ class RunFolder:
     def begin(self) -> None:
         """Say in `.lock` who has the folder: from here on its files change."""
         if self._lock is not None and not self.begun:
-            content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}).encode()
+            content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}).encode()
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, content, 0)
         self.begun = True
@@ -241,7 +241,7 @@ class RunFolder:
             "command": redact_command(command),
             "choices": choices,
             "sweep": None if (sweep := sweep_folder()) is None else str(sweep),
-            "started": _now(),
+            "started": utc_now(),
             **describe_surroundings(),
             "pid": os.getpid(),
         }
@@ -270,9 +270,9 @@ class RunFolder:
         with contextlib.suppress(RunError):
             before = read_json(self.status_file)
         if (before.get("pid"), before.get("host")) != (os.getpid(), socket.gethostname()):
-            before = {"started": _now()}
+            before = {"started": utc_now()}
         own = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "started": before["started"]}
-        self.write_json(self.status_file, {**before, **own, "updated": _now(), **fields})
+        self.write_json(self.status_file, {**before, **own, "updated": utc_now(), **fields})
 
     def release(self) -> None:
         """Gives the folder free for another process; also happens when this one ends, however it ends."""
@@ -391,5 +391,6 @@ def _umask() -> int:
     return mask
 
 
-def _now() -> str:
+def utc_now() -> str:
+    """Return the time in ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

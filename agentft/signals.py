@@ -27,7 +27,7 @@ STARTED_BY = "AGENTFT_STARTED_BY"
 """The environment variable by which a launcher marks the processes that it starts, and ends, itself."""
 
 Tell = Callable[[signal.Signals, bool], None]
-"""Told the signal that came first, and whether a person insists."""
+"""Told the signal that came first, and whether a person insists; it raises where the work is to end at once."""
 
 
 class StopSignal(KeyboardInterrupt):
@@ -134,9 +134,10 @@ class StopSignals:
         again, first = self.requested is not None, self.requested or signal.Signals(number)
         insists = again and self._from_person and number == first == signal.SIGINT
         self.requested = first
-        if self._tell is not None and (insists or not again):
-            self._tell(first, insists)
-        if insists or not (again or self._deferred):
+        if self._tell is not None:
+            if insists or not again:
+                self._tell(first, insists)
+        elif insists or not (again or self._deferred):
             raise StopSignal(number)
 
 

@@ -105,13 +105,13 @@ def main() -> None:
 def search(folder: Path, base: Path, seed: int, grid: Grid, halving: Halving) -> Search:
     """Halve the jobs of one seed, then take all to their ends."""
     jobs = make_jobs(folder, base, seed, grid)
-    commands = {job.identity: list(job.command) for job in jobs}
+    commands = {job.config_hash: list(job.command) for job in jobs}
     run_halving(jobs, halving, run, lambda text: print(f"  {text}", flush=True))
     spent = budget([job.rungs for job in jobs])[0]
     survivors = [job for job in jobs if "1" in job.rungs]
     left = [job for job in jobs if job.state != "finished"]
     for job in left:
-        job.command = commands[job.identity]
+        job.command = commands[job.config_hash]
     run(left)
     whole = sum(read_json(job.folder / "summary.json")["tokens"] for job in jobs)
     order = sorted(jobs, key=_final)
@@ -140,7 +140,7 @@ def make_jobs(folder: Path, base: Path, seed: int, grid: Grid) -> list[Job]:
         job = Job(
             folder=folder / f"seed-{seed}" / f"rate-{rate:g}_sample-{sample}_{short}-{value}",
             number=number,
-            identity=hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16],
+            config_hash=hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16],
             overrides=overrides,
             swept=swept,
             settings={},
@@ -149,7 +149,7 @@ def make_jobs(folder: Path, base: Path, seed: int, grid: Grid) -> list[Job]:
         )
         if (job.folder / "job.json").exists():
             record = read_json(job.folder / "job.json")
-            if record["identity"] != job.identity:
+            if record["config_hash"] != job.config_hash:
                 sys.exit(f"{job.folder}: made with other settings; give another --folder")
             job.take_over(record)
         jobs.append(job)

@@ -30,8 +30,8 @@ from agentft.recipes.config import AFFECT_NOTHING
 from agentft.recipes.saved import ROOTS, SCHEMAS
 from agentft.recipes.train import run_id
 from agentft.settings import Affects, Number, Settings, affects, numbers
-from agentft.sweeping.jobs import identity_of
-from agentft.sweeping.options import LocalOptions, RayOptions, SlurmOptions
+from agentft.sweeping.jobs import config_hash
+from agentft.sweeping.launcher import LocalOptions, RayOptions, SlurmOptions
 
 
 def schemas() -> list[type]:
@@ -151,7 +151,7 @@ def test_every_setting_says_what_it_affects() -> None:
 def test_a_run_is_the_same_to_wandb_and_to_a_sweep_whatever_affects_nothing(override: str, is_the_same: bool) -> None:
     before, after = (compose("train", ["model=tiny", "run_dir=x", *more]) for more in ([], [override]))
     ids = [
-        (run_id(to_train_config(each)), identity_of(OmegaConf.to_container(each, enum_to_str=True)))
+        (run_id(to_train_config(each)), config_hash(OmegaConf.to_container(each, enum_to_str=True)))
         for each in (before, after)
     ]
     assert [before == after for before, after in zip(*ids, strict=True)] == [is_the_same] * 2

@@ -28,7 +28,7 @@ from agentft.recipes.config import TrainConfig
 from agentft.recipes.saved import SCHEMAS
 from agentft.runs import RunFolder
 from agentft.secrets import is_secret_name
-from agentft.sweeping.options import read_options
+from agentft.sweeping.launcher import read_options
 
 
 @dataclasses.dataclass
@@ -291,7 +291,7 @@ def check_command(
         return None
     launcher = {str(name): value for name, value in composed.hydra.launcher.items() if name != "_target_"}
     if "place" in launcher:  # one of ours
-        read_options(str(launcher.pop("place")), launcher)
+        read_options(launcher)
     if "run_dir" in given:
         raise ConfigError("run_dir: names one folder, a sweep has many; give hydra.sweep.dir=<folder>")
     for override in parse_overrides(

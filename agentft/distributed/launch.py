@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from agentft.distributed.config import DistributedConfig
+from agentft.distributed.forkserver import fork_server
 from agentft.distributed.stops import (
     GAVE_UP,
     HangWatch,
@@ -30,7 +31,6 @@ from agentft.distributed.stops import (
     explain,
     obeying,
     read_failures,
-    start_server,
     telling,
 )
 from agentft.distributed.topology import Places
@@ -100,13 +100,11 @@ def start_ranks(
         telling(marks, machines=places.nnodes) as signals,
         HangWatch(marks, config.timeout) as watch,
     ):
-        start_server(
-            [entry.__module__]
-        )  # torch is loaded once, by the server that all ranks of this machine are forked from
         share = threads or max(1, available_cores() // places.nproc)
         environment = {**os.environ, MARKS_VARIABLE: str(marks), "OMP_NUM_THREADS": str(share), STARTED_BY: "agent"}
         try:
-            results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
+            with fork_server([entry.__module__], for_ranks=True):  # torch is loaded once on each machine
+                results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
         except ChildFailedError as error:
             if all(failure.exitcode == GAVE_UP for failure in error.failures.values()):
                 signals.raise_if_requested()

@@ -17,15 +17,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from agentft import errors
+from agentft.distributed import forkserver
 from agentft.errors import AgentftError, RankError
 from agentft.signals import STOPS, StopSignal, StopSignals, die_with
 
@@ -131,6 +131,8 @@ class RankFailure:
     def of_exit(cls, rank: int, pid: int, code: int) -> Self:
         """A process that ended without a word, by its exit code; negative: the signal that ended it."""
         reason = f"exit code {code}"
+        if code == forkserver.SERVER_DIED:
+            reason += ", or the process that ranks are forked from has died"
         if code < 0:
             with suppress(ValueError):
                 reason = signal.Signals(-code).name
@@ -184,10 +186,6 @@ def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path
     )
 
 
-AGENT_VARIABLE = "AGENTFT_AGENT_PID"
-SERVER_VARIABLE = "AGENTFT_SERVER_PID"
-"""Read and set by `agentft.distributed.server` in the server that ranks are forked from."""
-
 GAVE_UP = 75
 """Exit code of a rank that could not end by itself."""
 
@@ -199,19 +197,6 @@ _LAST_SECONDS = 5.0
 """What a rank has to say what it saw, once torch's agent ends it since another one has failed."""
 _WORD_SECONDS = 3.0
 """How much later than to another rank the word may come to this one."""
-
-
-def start_server(preload: Sequence[str]) -> None:
-    """Start the process that ranks are forked from, if it does not run: deaf to stop signals, and ended with this one."""
-    os.environ[AGENT_VARIABLE] = str(os.getpid())
-    forkserver.set_forkserver_preload(["agentft.distributed.server", *preload])
-    # Blocked and not ignored: one that comes meanwhile waits for this process. Each by itself, as the first unblocks two.
-    for start in (resource_tracker.ensure_running, forkserver.ensure_running):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -226,6 +211,7 @@ def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
         (marks / _WORD).write_text(f"{int(number)}\n", encoding="ascii")
         if insists:
             kill_ranks(read_marks(marks))
+            raise StopSignal(number)
         if machines > 1 and not any(marks.glob("rank-*")):
             raise StopSignal(number, " before the machines had met")
 
@@ -237,7 +223,7 @@ def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
 @contextmanager
 def obeying(agent: int, marks: Path) -> Iterator[StopSignals]:
     """In a rank: end with the server that it was forked from, and stop when the process `agent` says so in `marks`."""
-    die_with(int(os.environ.get(SERVER_VARIABLE, os.getppid())))
+    die_with(forkserver.server_pid or os.getppid())
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     done = threading.Event()
     with StopSignals() as signals:

@@ -1,13 +1,10 @@
-"""Run the jobs of a sweep as processes of this machine on slots, or hand them to SLURM or Ray.
+"""Hand the jobs of a sweep to SLURM, by submitit, or to Ray: executors beside `runner.ThisMachine`.
 
-Whatever the place, a job is a process of its own with its run folder, `job.json` and `job.log`; what a sweep skips, tries
-again, limits and reports is decided by the pool, which sees only attempts.
-
-Before SLURM's time limit, and where a job is preempted, submitit puts it into the queue again; it goes on from its last
+Before SLURM's time limit, and where a job is preempted, submitit puts it into the queue again; it resumes from its last
 checkpoint. `cluster=local` runs the same on this machine, with processes standing for nodes.
 
-What Ray runs does nothing but start the job's command and wait for it. All machines
-must see the sweep folder under the same path and have agentft installed as this one has.
+What Ray runs does nothing but start the job's command and wait for it. All machines must see the sweep folder under the same
+path and have agentft installed as this one has.
 """
 
 from __future__ import annotations
@@ -15,152 +12,44 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from agentft.errors import ConfigError, RunError
-from agentft.runtime import available_cores
-from agentft.sweeping.forks import ForkServer, can_fork, is_forkable
 from agentft.sweeping.jobs import LOG, Job
-from agentft.sweeping.processes import Attempt, FreshProcess, descendants
+from agentft.sweeping.runner import Attempt, Executor, descendants, start_interpreter, whole_environment, write_header
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One of the places; it holds one job at a time."""
-
-    number: int
-    gpus: tuple[str, ...] | None
-    """As `CUDA_VISIBLE_DEVICES` names them; none of them: no GPU; None: nothing is said to the job."""
-    threads: int
-
-    def environment(self, threads: int | None = None) -> dict[str, str]:
-        """The variables that keep a job inside its slot."""
-        count = str(threads or self.threads)
-        devices = {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
-        # NumPy's pool would start at its import, where jobs are forked; nothing heavy is left to it.
-        numpy = {"OPENBLAS_NUM_THREADS": "1"}
-        return devices | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "RAYON_NUM_THREADS": count} | numpy
-
-
-def make_slots(
-    slots: int | None, gpus_per_job: int, threads_per_job: int | None, gpus: list[str], cores: int | None = None
-) -> list[Slot]:
-    """Share GPUs and cores out; no two slots have a GPU in common.
-
-    Raises:
-        ConfigError: more is asked for than there is.
-    """
-    cores = cores or available_cores()
-    on_gpu = bool(gpus) and gpus_per_job > 0
-    if not on_gpu and gpus_per_job > 1:
-        raise ConfigError(f"hydra.launcher.gpus_per_job={gpus_per_job}: no GPU is visible")
-    if on_gpu:
-        most = len(gpus) // gpus_per_job
-        if most == 0 or (slots or 0) > most:
-            raise ConfigError(
-                f"hydra.launcher: {slots or 1} slot(s) with {gpus_per_job} GPU(s) each, but {len(gpus)} GPU(s) are visible"
-            )
-        slots = slots or most
-    slots = slots or (max(1, cores // threads_per_job) if threads_per_job else 1)
-    threads = threads_per_job or max(1, cores // slots)
-
-    def share(i: int) -> tuple[str, ...] | None:
-        if on_gpu:
-            return tuple(gpus[i * gpus_per_job : (i + 1) * gpus_per_job])
-        # Where no GPU was found, one may be there all the same: only `gpus_per_job=0` hides it.
-        return () if gpus_per_job == 0 else None
-
-    return [Slot(i, share(i), threads) for i in range(slots)]
-
-
-def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
-    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes; asked without torch."""
-    named = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        found = []
-        for name in (part.strip() for part in named.split(",")):
-            if not name or name.startswith("-"):  # CUDA ignores the rest
-                break
-            found.append(name)
-        return found
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
-    parts = re.findall(r"UUID: (MIG-[^)\s]+)", listed)
-    return parts or re.findall(r"^GPU (\d+):", listed, flags=re.MULTILINE)
-
-
-class Executor(Protocol):
-    """Starts attempts; closed at the end of the sweep."""
-
-    def start(self, job: Job, header: str) -> Attempt:
-        """Start an attempt of a job. Raises OSError or RunError where it cannot be started."""
-
-    def close(self) -> None:
-        """Leave what was set up for the sweep."""
-
-
-class ThisMachine:
-    """Jobs as processes of this machine: forked from one that has imported the libraries, where that is sound."""
-
-    def __init__(self, modules: Sequence[str], slot: Slot, say: Callable[[str], None]) -> None:
-        """`modules` are what forked jobs find imported; none: every job is a fresh interpreter."""
-        self._say = say
-        self._threads = slot.threads
-        self._server: ForkServer | None = None
-        if modules and not slot.gpus and can_fork():
-            self._server = ForkServer(modules, slot.environment())
-
-    def start(self, job: Job, header: str) -> Attempt:
-        """Start the job's command, its output in `job.log`."""
-        log = job.folder / LOG
-        if self._server is not None and job.threads == self._threads and is_forkable(job.command):
-            try:
-                return self._server.start(job.command, job.environment, log, header)
-            except RunError as error:
-                self._say(f"each job imports its libraries itself from here on: {error}")
-                self.close()
-                header = ""
-        return FreshProcess(job.command, job.environment, log, header)
-
-    def close(self) -> None:
-        """End the server."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-
-class QueuedAttempt:
-    """What the attempts of a cluster have in common; whether one has begun is seen in its `job.log`."""
-
-    pid: int | None = None
-    lost: str | None = None
+class QueuedAttempt(Attempt):
+    """An attempt on a cluster; whether it has begun is seen in its `job.log`."""
 
     def __init__(self, log: Path) -> None:
+        super().__init__()
         self._log = log
         self._size = _size(log)
-        self._began: float | None = None
-        self._stop_began: float | None = None
         self._patience = 0.0
+        self._code: int | None = None
 
-    @property
-    def seconds(self) -> float:
-        """Since the job was seen to have begun; 0 while it waits in the cluster's queue."""
-        return 0.0 if self._began is None else time.monotonic() - self._began
-
-    @property
-    def stopping(self) -> bool:
-        return self._stop_began is not None
+    def poll(self) -> int | None:
+        """Return the exit code of the job, negative for a signal; `lost` says why there is none of its own."""
+        if self._began is None and _size(self._log) > self._size:
+            self._began = time.monotonic()
+        if self._code is None and self._has_ended():
+            try:
+                self._code = self._result()
+            except Exception as error:
+                self._code = 1
+                self.lost = f"{self._describe(error)}: {' '.join(str(error).split())[:300]}"
+        elif self._stop_began is not None and 0.0 < self._patience < time.monotonic() - self._stop_began - _SLOWNESS:
+            self._patience = 0.0
+            self._cancel(force=True)
+        return self._code
 
     def stop(self, grace: float) -> None:
         """Cancel it; what runs on the node ends the job within its own grace."""
@@ -168,23 +57,15 @@ class QueuedAttempt:
         self._stop_began = self._stop_began or time.monotonic()
         self._cancel(force=self._patience == 0.0)
 
-    def poll(self) -> int | None:
-        """The exit code of the job, negative for a signal; `lost` says why there is none of its own."""
-        code = self._result()
-        self._notice_begin()
-        if code is None and 0.0 < self._patience < self._since_stop() - _SLOWNESS:
-            self._patience = 0.0
-            self._cancel(force=True)
-        return code
+    def _has_ended(self) -> bool:
+        raise NotImplementedError
 
-    def _notice_begin(self) -> None:
-        if self._began is None and _size(self._log) > self._size:
-            self._began = time.monotonic()
+    def _result(self) -> int:
+        """Return the job's exit code; raise what the cluster says where it has none."""
+        raise NotImplementedError
 
-    def _since_stop(self) -> float:
-        return time.monotonic() - (self._stop_began or time.monotonic())
-
-    def _result(self) -> int | None:
+    def _describe(self, error: Exception) -> str:
+        """Return what stands before the cluster's message where the job has no exit code."""
         raise NotImplementedError
 
     def _cancel(self, *, force: bool) -> None:
@@ -209,22 +90,19 @@ class NodeJob:
 
     @classmethod
     def of(cls, job: Job, header: str, grace: float) -> NodeJob:
-        """The job as any machine with the same files can run it."""
+        """Return the job as any machine with the same files can run it."""
         log, here = str(job.folder / LOG), str(Path.cwd())
         return cls(
-            command=list(job.command),
-            environment=dict(job.environment),
-            log=log,
-            header=header,
-            working_folder=here,
-            grace=grace,
+            command=job.command, environment=job.environment, log=log, header=header, working_folder=here, grace=grace
         )
 
 
 def run_on_node(job: NodeJob, stop: threading.Event) -> int:
     """Run a job on the machine where this is called, and return its exit code; once `stop` is set it is ended first."""
     command = [*_TIED, *job.command] if sys.platform == "linux" else job.command
-    process = FreshProcess(command, job.environment, Path(job.log), job.header, job.working_folder)
+    log = Path(job.log)
+    write_header(log, job.header)
+    process = start_interpreter(command, whole_environment(job.environment), log, job.working_folder)
     while (code := process.poll()) is None:
         if stop.wait(_LOOK_SECONDS):
             if not process.stopping:
@@ -241,7 +119,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-_TIED = [sys.executable, "-c", _TIE]
+_TIED = [sys.executable, "-P", "-c", _TIE]
 """Begin of a command that dies with the thread that started it (PR_SET_PDEATHSIG): a queue that has killed our process
 would give its cores to the next job. It hears SIGINT, which Ray blocks in its processes."""
 
@@ -269,13 +147,13 @@ class NodeTask:
     def __call__(self) -> int:
         import submitit
 
-        place = submitit.JobEnvironment()
-        log = self.job.log if place.global_rank == 0 else f"{self.job.log}.node{place.global_rank}"
+        node = submitit.JobEnvironment()
+        log = self.job.log if node.global_rank == 0 else f"{self.job.log}.node{node.global_rank}"
         stop = threading.Event()
         # SLURM asks a cancelled job by SIGTERM, which submitit would pass over.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        job = dataclasses.replace(self.job, log=log, environment=self.job.environment | nodes_of(place))
+        job = dataclasses.replace(self.job, log=log, environment=self.job.environment | nodes_of(node))
         return run_on_node(job, stop)
 
     def checkpoint(self) -> Any:
@@ -293,7 +171,7 @@ class NodeTask:
         return submitit.helpers.DelayedSubmission(self)
 
 
-class Slurm:
+class Slurm(Executor):
     """Submits jobs."""
 
     def __init__(self, parameters: Mapping[str, Any], sweep: Path, *, local: bool, grace: float) -> None:
@@ -321,9 +199,6 @@ class Slurm:
             raise RunError(f"not submitted: {' '.join(str(error).split())[:300]}") from error
         return attempt
 
-    def close(self) -> None:
-        """Nothing is held."""
-
 
 class SlurmAttempt(QueuedAttempt):
     """A SLURM job."""
@@ -333,17 +208,15 @@ class SlurmAttempt(QueuedAttempt):
     def __init__(self, log: Path, *, local: bool) -> None:
         super().__init__(log)
         self._local = local
-        self._code: int | None = None
 
-    def _result(self) -> int | None:
-        if self._code is None and self.submitted.done():
-            try:
-                codes = self.submitted.results()
-                self._code = next((code for code in codes if code), 0)
-            except Exception as error:
-                self._code = 1
-                self.lost = f"SLURM: {self.submitted.state}: {' '.join(str(error).split())[:300]}"
-        return self._code
+    def _has_ended(self) -> bool:
+        return bool(self.submitted.done())
+
+    def _result(self) -> int:
+        return next((int(code) for code in self.submitted.results() if code), 0)
+
+    def _describe(self, error: Exception) -> str:
+        return f"SLURM: {self.submitted.state}"
 
     def _cancel(self, *, force: bool) -> None:
         if self._local and not force:
@@ -354,19 +227,19 @@ class SlurmAttempt(QueuedAttempt):
             self.submitted.cancel(check=False)
 
 
-def nodes_of(place: Any) -> dict[str, str]:
-    """The variables by which a job of several nodes finds the others; empty for one node."""
-    if place.num_tasks == 1:
+def nodes_of(node: Any) -> dict[str, str]:
+    """Return the variables by which a job of several nodes finds the others; empty for one node."""
+    if node.num_tasks == 1:
         return {}
     return {
-        "AGENTFT_NODES": str(place.num_tasks),
-        "AGENTFT_NODE": str(place.global_rank),
-        "AGENTFT_FIRST_HOST": place.hostnames[0],
-        "AGENTFT_JOB_ID": str(place.job_id),
+        "AGENTFT_NODES": str(node.num_tasks),
+        "AGENTFT_NODE": str(node.global_rank),
+        "AGENTFT_FIRST_HOST": node.hostnames[0],
+        "AGENTFT_JOB_ID": str(node.job_id),
     }
 
 
-class RayCluster:
+class RayCluster(Executor):
     """Connects to a cluster, or starts Ray on this machine."""
 
     def __init__(self, address: str | None, *, threads: int, gpus: int, grace: float) -> None:
@@ -420,17 +293,18 @@ class RayAttempt(QueuedAttempt):
         self._ray = ray
         self._agent = agent
         self._reference = agent.run.remote(NodeJob.of(job, header, grace))
-        self._code: int | None = None
 
-    def _result(self) -> int | None:
-        if self._code is None and self._ray.wait([self._reference], timeout=0)[0]:
-            try:
-                self._code = int(self._ray.get(self._reference))
-            except Exception as error:
-                self._code = 1
-                self.lost = f"Ray: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    def _has_ended(self) -> bool:
+        return bool(self._ray.wait([self._reference], timeout=0)[0])
+
+    def _result(self) -> int:
+        try:
+            return int(self._ray.get(self._reference))
+        finally:
             self._ray.kill(self._agent)
-        return self._code
+
+    def _describe(self, error: Exception) -> str:
+        return f"Ray: {type(error).__name__}"
 
     def _cancel(self, *, force: bool) -> None:
         if force or not self.seconds:  # it may still wait for its cores

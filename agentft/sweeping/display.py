@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from agentft.progress import console
 from agentft.runs import read_json
-from agentft.sweeping.backends import Slot
 from agentft.sweeping.jobs import Job
+from agentft.sweeping.runner import Slot
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -51,7 +51,7 @@ def run_halving(
     """
     # Those that an earlier sweep without halving has finished have nothing to win here.
     competing = [job for job in jobs if job.state != "finished" or job.rungs]
-    commands = {job.identity: list(job.command) for job in competing}
+    commands = {job.config_hash: list(job.command) for job in competing}
     entered = []
     for number, share in enumerate(halving.shares, start=1):
         entered.append(len(competing))
@@ -75,7 +75,7 @@ def run_halving(
 
 def _send(due: Sequence[Job], share: float, commands: dict[str, list[str]]) -> None:
     for job in due:
-        job.command = [*commands[job.identity], f"training.pause_at_fraction={_key(share)}"]
+        job.command = [*commands[job.config_hash], f"training.pause_at_fraction={_key(share)}"]
         if job.state == "paused":
             job.state = "waiting"
             job.write()

@@ -35,8 +35,8 @@ class Job:
 
     folder: Path
     number: int
-    identity: str
-    """Hash of the resolved settings: the same job in the same sweep folder has the same identity."""
+    config_hash: str
+    """Of the resolved settings: jobs that compute the same share it."""
     overrides: list[str]
     """Settings given on the command line or swept, as Hydra writes them."""
     swept: list[str]
@@ -124,27 +124,28 @@ class Job:
             self.state = "waiting"
 
 
-def identity_of(settings: Mapping[str, Any]) -> str:
-    """16 hex digits that two jobs share if they compute the same."""
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """Return 16 hex digits that two jobs share if they compute the same."""
     text = json.dumps(deciding(settings), sort_keys=True, default=str, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def earlier_jobs(sweep: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Identity -> folder and `job.json` of the jobs that earlier launches put into this sweep folder."""
+    """Return the jobs that earlier launches put into this sweep folder: config hash -> folder and `job.json`."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted([*sweep.glob(f"*/{FILE}"), *sweep.glob(f"*/*/{FILE}")]):
         record = _read_or_empty(path)
-        if isinstance(record.get("identity"), str):
-            found.setdefault(record["identity"], (path.parent, record))
+        key = record.get("config_hash", record.get("identity"))  # as older versions call it
+        if isinstance(key, str):
+            found.setdefault(key, (path.parent, record))
     return found
 
 
-def free_folder(wanted: Path, identity: str) -> Path:
-    """`wanted`, or a name beside it if another job has it already."""
+def free_folder(wanted: Path, key: str) -> Path:
+    """Return `wanted`, or a name beside it if another job has it already."""
     if not wanted.exists() or not any(wanted.iterdir()):
         return wanted
-    return wanted.with_name(f"{wanted.name}_{identity[:6]}")
+    return wanted.with_name(f"{wanted.name}_{key[:6]}")
 
 
 def last_words(log: Path) -> str:

@@ -9,7 +9,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agentft import slurm
-from agentft.errors import RunError
+from agentft.errors import ConfigError, RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE
 from agentft.signals import StopSignals
 from agentft.sweeping.display import Display
 from agentft.sweeping.halving import Halving, run_halving
-from agentft.sweeping.jobs import Job, earlier_jobs, free_folder, identity_of, varying
-from agentft.sweeping.options import LaunchOptions
-from agentft.sweeping.pool import Pool
+from agentft.sweeping.jobs import Job, config_hash, earlier_jobs, free_folder, varying
+from agentft.sweeping.runner import Executor, Pool, Rules, Slot, ThisMachine, make_slots, visible_gpus
 
 _OURS = (
     "hydra.run.dir",
@@ -50,6 +50,160 @@ _LIBRARIES = {
     "EvaluateConfig": ("agentft.config", "agentft.recipes.evaluate", "peft", "transformers.models.auto"),
 }
 """Schema of a program's settings -> what its jobs import."""
+
+
+# --- Settings of the launchers ---
+
+
+@dataclass(kw_only=True)
+class LaunchOptions(Rules):
+    """`hydra.launcher.*` of every launcher of ours."""
+
+    _target_: str = "hydra_plugins.agentft_launcher.AgentftLauncher"
+    place: str = "agentft"
+    """Where jobs run; set by the choice of the launcher."""
+    slots: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
+    """Jobs at a time; null: visible GPUs // gpus_per_job, without a GPU cores // threads_per_job; in a queue, all."""
+    eta: int | None = field(default=None, metadata={"minimum": 2, "maximum": 1000})
+    """Successive halving: one job in `eta` is promoted from each rung; null: all jobs run to their end."""
+    rungs: int = field(default=3, metadata={"minimum": 2, "maximum": 100})
+    """Rungs of successive halving; the last is the end, each other at 1 / eta of the steps of the next."""
+
+    def make_slots(self, jobs: int) -> list[Slot]:
+        """Return the slots for a sweep of so many jobs."""
+        raise NotImplementedError
+
+    def make_executor(
+        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
+    ) -> Executor:
+        """Return what starts the jobs; `modules` are those that a job imports."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class LocalOptions(LaunchOptions):
+    """`hydra/launcher=agentft`: processes of this machine."""
+
+    gpus_per_job: int = field(default=1, metadata={"minimum": 0, "maximum": 1024})
+    """GPUs of one job, its own while it runs; 0: jobs see no GPU."""
+    threads_per_job: int | None = field(default=None, metadata={"minimum": 1, "maximum": 1024})
+    """CPU threads of one job; null: the cores shared out among the slots (without a GPU: one slot with all)."""
+    warm_start: bool = True
+    """Without a GPU, on Linux: fork jobs from one process that has imported the libraries; false: never."""
+
+    def make_slots(self, jobs: int) -> list[Slot]:
+        return make_slots(self.slots, self.gpus_per_job, self.threads_per_job, visible_gpus())
+
+    def make_executor(
+        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
+    ) -> Executor:
+        return ThisMachine(modules if self.warm_start else (), slots[0], say)
+
+
+@dataclass(kw_only=True)
+class _QueueOptions(LaunchOptions):
+    """Of launchers that hand jobs to a queue, which knows the machines."""
+
+    threads_per_job: int = field(default=1, metadata={"minimum": 1, "maximum": 1024})
+    """Cores of one job, on each of its nodes."""
+
+    def make_slots(self, jobs: int) -> list[Slot]:
+        """Return a slot for each job, unless fewer are wanted: waiting is the queue's work."""
+        count = max(1, min(jobs, self.slots or jobs))
+        return [Slot(i, None, self.threads_per_job) for i in range(count)]
+
+
+@dataclass(kw_only=True)
+class RayOptions(_QueueOptions):
+    """`hydra/launcher=ray`: tasks of a Ray cluster."""
+
+    place: str = "ray"
+    address: str | None = None
+    """Of the cluster (`auto`, `ray://host:10001`); null: RAY_ADDRESS, else Ray is started on this machine."""
+    gpus_per_job: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
+    """GPUs of one job."""
+
+    def make_executor(
+        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
+    ) -> Executor:
+        from agentft.sweeping.backends import RayCluster
+
+        return RayCluster(self.address, threads=self.threads_per_job, gpus=self.gpus_per_job, grace=self.grace)
+
+
+@dataclass(kw_only=True)
+class SlurmOptions(_QueueOptions):
+    """`hydra/launcher=slurm`: jobs in SLURM's queue, by submitit."""
+
+    place: str = "slurm"
+    cluster: str = "slurm"
+    """`slurm`, or `local`: processes of this machine stand for nodes."""
+    nodes: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
+    """Nodes of one job; its command is started once on each."""
+    gpus_per_node: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
+    """GPUs of one job on each node."""
+    memory_gb: float | None = field(default=None, metadata={"above": 0, "maximum": 10**6})
+    """Memory of one job on each node; null: SLURM's default."""
+    minutes: int = field(default=1440, metadata={"minimum": 1, "maximum": 10**6})
+    """SLURM's time limit; shortly before it a job goes back into the queue and resumes from its last checkpoint."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the job, such as `module load cuda`."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Further options of `sbatch` by their long names."""
+
+    def make_executor(
+        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
+    ) -> Executor:
+        from agentft.sweeping.backends import Slurm
+
+        return Slurm(self._submitit_parameters(), sweep, local=self.cluster == "local", grace=self.grace)
+
+    def _submitit_parameters(self) -> dict[str, Any]:
+        """Return the settings by the names of submitit; None is left out."""
+        local = self.cluster == "local"
+        shared = {
+            "nodes": 1 if local else self.nodes,
+            "tasks_per_node": self.nodes if local else 1,
+            "cpus_per_task": self.threads_per_job,
+            "gpus_per_node": self.gpus_per_node or None,
+            "mem_gb": self.memory_gb,
+            "timeout_min": self.minutes,
+        }
+        if local:
+            return shared
+        return shared | {
+            "slurm_partition": self.partition,
+            "slurm_account": self.account,
+            "slurm_qos": self.qos,
+            "slurm_constraint": self.constraint,
+            "slurm_setup": self.setup or None,
+            "slurm_additional_parameters": self.parameters or None,
+        }
+
+
+LAUNCHERS: dict[str, type[LaunchOptions]] = {"agentft": LocalOptions, "ray": RayOptions, "slurm": SlurmOptions}
+
+
+def read_options(values: Mapping[str, Any]) -> LaunchOptions:
+    """Return the options of a launcher of ours from Hydra's values for it.
+
+    Raises:
+        ConfigError: there is no such launcher, or a number is outside of its range.
+    """
+    place = values.get("place")
+    if place not in LAUNCHERS:
+        raise ConfigError(f"hydra.launcher.place={place}: expected one of {', '.join(LAUNCHERS)}")
+    plain: dict[str, Any] = {
+        name: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for name, value in values.items()
+    }
+    return LAUNCHERS[place](**plain)
+
+
+# --- A sweep ---
 
 
 class _FailedJob(JobReturn):
@@ -84,23 +238,24 @@ def launch(
         os.environ[slurm.REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
     with _only_launcher(sweep):
         jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
-        distinct = list({job.identity: job for job in jobs}.values())
+        distinct = list({job.config_hash: job for job in jobs}.values())
         for job in distinct:
             job.write()
         waiting = [job for job in distinct if job.state != "finished"]
         display = Display(sweep, distinct, slots)
-
-        def run(due: Sequence[Job]) -> signal.Signals | None:
-            return Pool(slots, options, place, seen=display.seen, tick=display.tick).run(due)
 
         # For a single job, importing once is importing no less.
         modules = _LIBRARIES.get(getattr(OmegaConf.get_type(config), "__name__", ""), ()) if len(waiting) > 1 else ()
         with (
             StopSignals.shared() as signals,
             signals.at_once(),  # one that came while jobs were composed, too; a repetition does not disturb the report
-            contextlib.closing(options.make_place(slots, sweep, modules, display.say)) as place,
+            contextlib.closing(options.make_executor(slots, sweep, modules, display.say)) as executor,
             display,
         ):
+
+            def run(due: Sequence[Job]) -> signal.Signals | None:
+                return Pool(slots, options, executor, signals, seen=display.seen, tick=display.tick).run(due)
+
             stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
         _report(sweep, distinct, config, display)
     if stopped == signal.SIGINT:
@@ -122,7 +277,7 @@ def _plan(
     first_number: int,
     threads: int,
 ) -> tuple[list[Job], list[DictConfig]]:
-    """Compose every job, and tell by the identity of its settings whether an earlier launch has it already."""
+    """Compose every job, and tell by the hash of its settings whether an earlier launch has it already."""
     known = earlier_jobs(sweep)
     planned: dict[str, Job] = {}
     jobs, configs = [], []
@@ -133,17 +288,17 @@ def _plan(
             composed.hydra.job.id = composed.hydra.job.num = first_number + i
         configs.append(composed)
         settings = _settings(composed)
-        identity = identity_of(settings)
-        if identity in planned:  # `rank=4,4`, or only its folder differs
-            jobs.append(planned[identity])
+        key = config_hash(settings)
+        if key in planned:  # `rank=4,4`, or only its folder differs
+            jobs.append(planned[key])
             continue
-        folder, record = known.get(identity, (None, {}))
+        folder, record = known.get(key, (None, {}))
         if folder is None:
-            folder = free_folder(sweep / str(composed.hydra.sweep.subdir), identity)
+            folder = free_folder(sweep / str(composed.hydra.sweep.subdir), key)
         job = Job(
             folder=folder,
             number=first_number + i,
-            identity=identity,
+            config_hash=key,
             overrides=list(filter_overrides(list(overrides))),
             swept=differing[i],
             settings=settings,
@@ -154,7 +309,7 @@ def _plan(
         job.command = _command(config, overrides, folder)
         if "threads" in settings and settings["threads"] is None:
             job.command.append(f"threads={job.threads}")
-        planned[identity] = job
+        planned[key] = job
         jobs.append(job)
     return jobs, configs
 

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "user": {},
     "kill": {},
     "hang": {"timeout": 5.0},
+    "server": {},
     "restart": {"elastic": ElasticConfig(max_restarts=1)},
     "prepare": {"timeout": 2.5},
     "prepare and hang": {"timeout": 2.5},
@@ -49,6 +50,8 @@ def rank(payload: str) -> str:
                 raise ConfigError("training.epochs=-1: expected a positive number")
             case "kill" | "restart":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "server":
+                os.kill(os.getppid(), signal.SIGKILL)
             case "hang":
                 time.sleep(600)
     time.sleep(0.3)

@@ -17,12 +17,13 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failing")
+    (folder / "grp.py").write_text("raise SystemExit('a file of the working directory was executed')")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("failing.py")), str(folder)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=ROOT,
+        cwd=folder,  # nothing of which is imported
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,3 +73,10 @@ def test_a_rank_that_sleeps_while_it_should_prepare_is_cut(failures):
     found = failures["prepare and hang"]
     assert found["kind"] == "RankError"
     assert "no rank got anywhere for 2.5 s" in found["error"]
+
+
+def test_the_death_of_the_process_that_ranks_are_forked_from_is_noticed(failures):
+    found = failures["server"]
+    assert found["kind"] == "RankError"
+    assert "the process that ranks are forked from has died" in found["error"]
+    assert found["seconds"] < 60

@@ -42,7 +42,7 @@ def main(config):
     if act == "flaky" and not (folder / "tried").exists():
         (folder / "tried").touch()
         raise RuntimeError("the first time goes wrong")
-    if act in ("sleep", "stubborn"):
+    if act in ("sleep", "stubborn", "slow_save"):
         if act == "stubborn":
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
@@ -52,6 +52,9 @@ def main(config):
             time.sleep(120)
         except KeyboardInterrupt:
             (folder / "asked").touch()
+            while act == "slow_save" and not Path("go").exists():
+                time.sleep(0.05)
+            (folder / "saved").touch()
             raise
     print("node", os.environ.get("AGENTFT_NODE"), "of", os.environ.get("AGENTFT_NODES"), flush=True)
     time.sleep(config.seconds)

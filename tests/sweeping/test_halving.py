@@ -22,7 +22,7 @@ from agentft.recipes.config import TrainConfig
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.sweeping.halving import Halving, budget, rank_key, run_halving
-from agentft.sweeping.jobs import Job, identity_of
+from agentft.sweeping.jobs import Job, config_hash
 from agentft.tracking import read_metrics
 from agentft.training.checkpoint import load_checkpoint, newest_whole
 from agentft.training.config import TrainingConfig
@@ -92,13 +92,13 @@ def test_a_paused_run_says_so_and_examines_what_it_has(tmp_path: Path) -> None:
 
 def test_how_far_a_run_goes_is_no_part_of_what_it_is() -> None:
     settings = {"training": {"learning_rate": 1e-3, "pause_at_fraction": 0.1}, "seed": 1}
-    assert identity_of(settings) == identity_of(
+    assert config_hash(settings) == config_hash(
         {"training": {"learning_rate": 1e-3, "pause_at_fraction": 1.0}, "seed": 1}
     )
-    assert identity_of(settings) == identity_of({"training": {"learning_rate": 1e-3}, "seed": 1}), (
+    assert config_hash(settings) == config_hash({"training": {"learning_rate": 1e-3}, "seed": 1}), (
         "older sweeps stay known"
     )
-    assert identity_of(settings) != identity_of(
+    assert config_hash(settings) != config_hash(
         {"training": {"learning_rate": 1e-2, "pause_at_fraction": 0.1}, "seed": 1}
     )
 
@@ -143,7 +143,7 @@ class Play:
         jobs = []
         for n in range(self.count):
             folder = self.folder / str(n)
-            job = Job(folder=folder, number=n, identity=f"id{n}", overrides=[], swept=[], settings={}, threads=1)
+            job = Job(folder=folder, number=n, config_hash=f"id{n}", overrides=[], swept=[], settings={}, threads=1)
             job.command = ["train.py"]
             if (folder / "job.json").exists():
                 job.take_over(read_json(folder / "job.json"))

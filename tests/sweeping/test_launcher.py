@@ -22,11 +22,10 @@ from omegaconf import OmegaConf
 
 from agentft.compare import main as compare
 from agentft.errors import ConfigError, RunError
-from agentft.sweeping.backends import make_slots, visible_gpus
 from agentft.sweeping.display import Paces, short_override
-from agentft.sweeping.jobs import Job, identity_of, varying
+from agentft.sweeping.jobs import Job, config_hash, varying
 from agentft.sweeping.launcher import outcome_of
-from agentft.sweeping.processes import describe_exit
+from agentft.sweeping.runner import describe_exit, make_slots, visible_gpus
 from tests.sweeping.watching import is_alive, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
@@ -61,6 +60,8 @@ def test_every_death_is_survived_and_named_and_the_same_command_does_only_what_i
     assert [jobs[i]["state"] for i in range(6)] == ["finished"] * 6
     assert [jobs[i]["attempts"] for i in range(6)] == [1, 2, 2, 2, 2, 2]
 
+    for path in sweep.folder.glob("out/*/job.json"):  # as older versions wrote it
+        path.write_text(path.read_text().replace('"config_hash"', '"identity"'))
     done = sweep.launch("act=raise,ok,kill", "seconds=0.0")
     assert done.returncode == 0
     assert "sweep of 3 jobs, 3 finished before" in done.stderr, "what counts are the settings, not the numbers"
@@ -125,6 +126,27 @@ def test_stopping_the_launcher_leaves_no_child_alive(sweep: Any, number: signal.
     assert [jobs[i]["state"] for i in range(3)] == ["stopped", "stopped", "waiting"]
     assert jobs[0]["reason"] == f"stopped by {number.name}"
     assert "3 of 3 jobs are not finished" in said
+
+
+@pytest.mark.parametrize(("number", "saved"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_repeated_signal_lets_jobs_save_and_only_a_second_ctrl_c_ends_them_at_once(
+    sweep: Any, number: signal.Signals, saved: bool
+) -> None:
+    """Schedulers repeat themselves; a person who presses Ctrl-C again does not want to wait."""
+    launcher = sweep.start("act=slow_save,ok", "hydra.launcher.grace=60", "hydra.launcher.slots=1")
+    folder = sweep.folder / "out/0"
+    wait_for((folder / "pids").exists)
+    launcher.send_signal(number)
+    wait_for((folder / "asked").exists)
+    launcher.send_signal(number)
+    if saved:
+        (sweep.folder / "go").touch()
+    _, text = launcher.communicate(timeout=30)
+    assert (folder / "saved").exists() == saved, text
+    job = sweep.jobs()[0]
+    assert (job["state"], job["reason"]) == ("stopped", f"stopped by {number.name}")
+    assert job["signal"] in (["SIGINT"] if saved else ["SIGTERM", "SIGKILL"])
+    assert "2 of 2 jobs are not finished" in text, "the report is printed all the same"
 
 
 @pytest.mark.parametrize("output", ["closed pipe", "full disk"])
@@ -249,7 +271,7 @@ def test_gpus_and_their_parts_are_found_without_torch(
 
 
 def test_a_sweeper_gets_the_objective_of_a_finished_job_and_the_error_of_a_failed_one(tmp_path: Path) -> None:
-    job = Job(folder=tmp_path, number=0, identity="x", overrides=["a=1"], swept=[], settings={}, threads=1)
+    job = Job(folder=tmp_path, number=0, config_hash="x", overrides=["a=1"], swept=[], settings={}, threads=1)
     composed = OmegaConf.create({"a": 1, "hydra": {"job": {"num": 0}}})
     (tmp_path / "status.json").write_text(json.dumps({"state": "finished", "objective": 0.5}))
     job.state = "finished"
@@ -271,8 +293,8 @@ def test_identity_is_what_a_job_computes_and_not_where() -> None:
     }
     elsewhere = settings | {"run_dir": "runs/b", "output_dir": "/tmp", "tracking": {"mode": "disabled"}}
     elsewhere["dataset"] = {"a": 1, "cache": False}
-    assert identity_of(settings) == identity_of(elsewhere)
-    assert identity_of(settings) != identity_of(settings | {"rank": 8})
+    assert config_hash(settings) == config_hash(elsewhere)
+    assert config_hash(settings) != config_hash(settings | {"rank": 8})
 
 
 def test_swept_are_the_overrides_in_which_jobs_differ() -> None:
@@ -286,7 +308,7 @@ def test_a_live_table_names_settings_shortly_and_values_whole() -> None:
 
 
 def test_the_time_left_of_a_resumed_job_counts_its_new_steps_alone(tmp_path: Path) -> None:
-    job = Job(folder=tmp_path, number=0, identity="", overrides=[], swept=[], settings={}, threads=1, attempts=1)
+    job = Job(folder=tmp_path, number=0, config_hash="", overrides=[], swept=[], settings={}, threads=1, attempts=1)
 
     def at(seconds: int, step: int) -> dict[str, Any]:
         return {
@@ -327,6 +349,7 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
     grid = ["sft_type.rank=2,4", "training.learning_rate=1e-3,1e-2"]
     command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *grid, *small, "hydra.sweep.dir=sweep"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "grp.py").write_text("raise SystemExit('a file of the working directory was executed')")
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
     )

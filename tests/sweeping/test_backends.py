@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from agentft.errors import ConfigError
-from agentft.sweeping.options import SlurmOptions, read_options
+from agentft.sweeping.launcher import SlurmOptions, read_options
 from tests.sweeping.watching import is_alive, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
@@ -107,12 +107,12 @@ def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkey
 
     monkeypatch.chdir(tmp_path)
     Path("job.py").write_text(INTERRUPTED)
-    options = read_options("slurm", {"cluster": "local"})
-    place = options.make_place(options.make_slots(1), tmp_path, (), print)
-    job = Job(folder=tmp_path / "0", number=0, identity="", overrides=[], swept=[], settings={}, threads=1)
+    options = read_options({"place": "slurm", "cluster": "local"})
+    executor = options.make_executor(options.make_slots(1), tmp_path, (), print)
+    job = Job(folder=tmp_path / "0", number=0, config_hash="", overrides=[], swept=[], settings={}, threads=1)
     job.folder.mkdir()
     job.command = [sys.executable, "job.py"]
-    attempt = place.start(job, "$ header\n")
+    attempt = executor.start(job, "$ header\n")
     wait_for(lambda: Path("pids").exists() and Path("pids").read_text().count(" "), 240)
     os.kill(int(Path("pids").read_text().split()[1]), signal.SIGUSR2)
     wait_for(lambda: attempt.poll() is not None, 240)
@@ -136,15 +136,15 @@ def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     values = {"nodes": 2, "gpus_per_node": 4, "threads_per_job": 16, "memory_gb": 64.0, "minutes": 90}
     named = {"partition": "gpu", "account": "lab", "setup": ["module load cuda"], "parameters": {"mail-type": "END"}}
-    options = read_options("slurm", values | named)
-    place = options.make_place(options.make_slots(3), tmp_path, (), print)
+    options = read_options({"place": "slurm"} | values | named)
+    executor = options.make_executor(options.make_slots(3), tmp_path, (), print)
     from agentft.sweeping.jobs import Job
 
     job = Job(
-        folder=tmp_path / "lora_grid" / "0_a", number=0, identity="", overrides=[], swept=[], settings={}, threads=16
+        folder=tmp_path / "lora_grid" / "0_a", number=0, config_hash="", overrides=[], swept=[], settings={}, threads=16
     )
     job.folder.mkdir(parents=True)
-    place.start(job, "$ x\n")
+    executor.start(job, "$ x\n")
     asked = kept.read_text()
     for line in (
         *("--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1", "--cpus-per-task=16", "--mem=64GB", "--time=90"),
@@ -156,9 +156,9 @@ def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_place_and_no_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match="place=moon"):
-        read_options("moon", {})
+        read_options({"place": "moon"})
     with pytest.raises(ConfigError, match="slots=0"):
-        read_options("slurm", {"slots": 0})
+        read_options({"place": "slurm", "slots": 0})
     assert len(SlurmOptions().make_slots(12)) == 12, "waiting is the queue's work"
 
 

@@ -1,0 +1,453 @@
+"""Run jobs on slots until none is left: start, watch, limit, try again, and stop all of them when asked to.
+
+Whatever the executor, a job is a process of its own with its run folder, `job.json` and `job.log`; the pool, which decides
+what is tried again, limited and reported, sees only attempts. Here is the executor for this machine; those that hand jobs
+to SLURM or Ray are in `agentft.sweeping.backends`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from agentft.distributed.forkserver import GONE, SERVER_DIED, can_fork, fork_program
+from agentft.errors import ConfigError, RunError
+from agentft.runs import utc_now
+from agentft.runtime import available_cores
+from agentft.settings import Settings
+from agentft.signals import STARTED_BY, StopSignals
+from agentft.sweeping.jobs import LOG, Job, last_words
+
+POLL_SECONDS = 0.1
+
+CONFIG_REFUSED = 2
+"""Exit code of `train.py` for settings that cannot run: trying again would not help."""
+
+
+# --- Slots: the shares of this machine ---
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One of the places; it holds one job at a time."""
+
+    number: int
+    gpus: tuple[str, ...] | None
+    """As `CUDA_VISIBLE_DEVICES` names them; none of them: no GPU; None: nothing is said to the job."""
+    threads: int
+
+    def environment(self, threads: int | None = None) -> dict[str, str]:
+        """Return the variables that keep a job inside its slot."""
+        count = str(threads or self.threads)
+        devices = {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+        # NumPy's pool would start at its import, where jobs are forked; nothing heavy is left to it.
+        numpy = {"OPENBLAS_NUM_THREADS": "1"}
+        return devices | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "RAYON_NUM_THREADS": count} | numpy
+
+
+def make_slots(
+    slots: int | None, gpus_per_job: int, threads_per_job: int | None, gpus: list[str], cores: int | None = None
+) -> list[Slot]:
+    """Share GPUs and cores out; no two slots have a GPU in common.
+
+    Raises:
+        ConfigError: more is asked for than there is.
+    """
+    cores = cores or available_cores()
+    on_gpu = bool(gpus) and gpus_per_job > 0
+    if not on_gpu and gpus_per_job > 1:
+        raise ConfigError(f"hydra.launcher.gpus_per_job={gpus_per_job}: no GPU is visible")
+    if on_gpu:
+        most = len(gpus) // gpus_per_job
+        if most == 0 or (slots or 0) > most:
+            raise ConfigError(
+                f"hydra.launcher: {slots or 1} slot(s) with {gpus_per_job} GPU(s) each, but {len(gpus)} GPU(s) are visible"
+            )
+        slots = slots or most
+    slots = slots or (max(1, cores // threads_per_job) if threads_per_job else 1)
+    threads = threads_per_job or max(1, cores // slots)
+
+    def share(i: int) -> tuple[str, ...] | None:
+        if on_gpu:
+            return tuple(gpus[i * gpus_per_job : (i + 1) * gpus_per_job])
+        # Where no GPU was found, one may be there all the same: only `gpus_per_job=0` hides it.
+        return () if gpus_per_job == 0 else None
+
+    return [Slot(i, share(i), threads) for i in range(slots)]
+
+
+def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return the GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes; asked without torch."""
+    named = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        found = []
+        for name in (part.strip() for part in named.split(",")):
+            if not name or name.startswith("-"):  # CUDA ignores the rest
+                break
+            found.append(name)
+        return found
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    parts = re.findall(r"UUID: (MIG-[^)\s]+)", listed)
+    return parts or re.findall(r"^GPU (\d+):", listed, flags=re.MULTILINE)
+
+
+# --- Attempts, and who starts them ---
+
+
+class Attempt:
+    """One attempt of a job, wherever it runs."""
+
+    pid: int | None = None
+    """Of the job's process, where it is one of this machine."""
+    lost: str | None = None
+    """Why its end is not its own doing: what it ran on is gone."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._stop_began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since it was seen to begin; 0 while it waits in a queue."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end."""
+        return self._stop_began is not None
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal, once it has ended."""
+        raise NotImplementedError
+
+    def stop(self, grace: float) -> None:
+        """Ask it to end, and see to it that it has ended `grace` seconds later; asked twice: now."""
+        raise NotImplementedError
+
+
+class Executor:
+    """Starts attempts; closed at the end of the sweep."""
+
+    def start(self, job: Job, header: str) -> Attempt:
+        """Start an attempt of a job. Raises OSError or RunError where it cannot be started."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave what was set up for the sweep."""
+
+
+class JobProcess(Attempt):
+    """A process of this machine, leader of a group of its own: a Ctrl-C in the terminal does not reach it past us."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | BaseProcess) -> None:
+        super().__init__()
+        assert process.pid is not None
+        self.pid: int = process.pid
+        self._process = process
+        self._began = time.monotonic()
+        self._stages: list[tuple[float, signal.Signals]] = []
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; what the job left behind in its group is ended too."""
+        if self._code is None:
+            if self.stopping:
+                self._push()
+            self._code = self._exit_code()
+            if self._code is not None:
+                # Data workers, W&B: whatever still holds the GPU would meet the next job of the slot.
+                self._signal(signal.SIGKILL if self._code else signal.SIGTERM)
+        return self._code
+
+    def stop(self, grace: float) -> None:
+        """Ask it to end as Ctrl-C does, so that it marks itself; firmly and then by force within `grace` seconds."""
+        if self.stopping:
+            grace = 0.0  # asked twice: now
+        self._stop_began = time.monotonic()
+        # A shell's background job ignores SIGINT, and so do its children: SIGTERM follows.
+        self._stages = [(0.0, signal.SIGINT), (grace * 0.6, signal.SIGTERM), (grace, signal.SIGKILL)]
+        self._push()
+
+    def _push(self) -> None:
+        assert self._stop_began is not None
+        while self._stages and time.monotonic() - self._stop_began >= self._stages[0][0]:
+            self._signal(self._stages.pop(0)[1])
+
+    def _signal(self, number: signal.Signals) -> None:
+        family = descendants(self.pid) if self._code is None else []
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+        if number == signal.SIGKILL:
+            for pid in family:  # those that made groups of their own
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+
+    def _exit_code(self) -> int | None:
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        code = self._process.exitcode
+        if code == SERVER_DIED and _runs(self.pid):
+            # Nobody will ever know how it ends: it is ended, so that it can be tried again in its folder.
+            self._signal(signal.SIGKILL)
+            self.lost = GONE
+            return -signal.SIGKILL
+        return code
+
+
+def start_interpreter(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, working_folder: str | None = None
+) -> JobProcess:
+    """Start a command as a process of its own, its output appended to `log`."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            list(command),
+            env=environment,
+            cwd=working_folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return JobProcess(process)
+
+
+class ThisMachine(Executor):
+    """Jobs as processes of this machine: forked from one that has imported the libraries, where that is sound."""
+
+    def __init__(self, modules: Sequence[str], slot: Slot, say: Callable[[str], None]) -> None:
+        """`modules` are what forked jobs find imported; none: every job is a fresh interpreter."""
+        self._modules = () if slot.gpus else modules  # CUDA does not survive a fork
+        self._slot = slot
+        self._say = say
+
+    def start(self, job: Job, header: str) -> Attempt:
+        """Start the job's command, its output in `job.log`."""
+        log, environment = job.folder / LOG, whole_environment(job.environment)
+        write_header(log, header)
+        if self._modules and job.threads == self._slot.threads and can_fork(job.command):
+            at_import = self._slot.environment()
+            try:
+                return JobProcess(
+                    fork_program(job.command, environment, log, modules=self._modules, at_import=at_import)
+                )
+            except RunError as error:
+                self._say(f"each job imports its libraries itself from here on: {error}")
+                self._modules = ()
+        return start_interpreter(job.command, environment, log)
+
+
+def write_header(log: Path, header: str) -> None:
+    """Append the line that stands above the output of an attempt."""
+    with log.open("ab") as output:
+        output.write(header.encode("utf-8", errors="backslashreplace"))
+
+
+def whole_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a job: this process's, what suits output into a file, and the job's `own`."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", STARTED_BY: "launcher", **own}
+
+
+def describe_exit(code: int) -> tuple[str, str | None]:
+    """Return an exit code in words, and the name of the signal if it was one."""
+    if code >= 0:
+        return f"exit code {code}", None
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), name
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes started by `pid` and by those, as Linux lists them; elsewhere none."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # The name, in parentheses, may hold spaces and parentheses itself.
+            parent = int(path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# --- The pool ---
+
+
+@dataclass(kw_only=True)
+class Rules(Settings, group="hydra.launcher", affects="nothing"):
+    """What holds for every job."""
+
+    retry: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
+    time_limit: float | None = field(default=None, metadata={"above": 0, "maximum": 10**6})
+    """Minutes of one attempt."""
+    grace: float = field(default=20.0, metadata={"minimum": 0, "maximum": 86400})
+    """Seconds between asking a job to end and killing it."""
+
+
+@dataclass
+class _Running:
+    """A job on its slot."""
+
+    job: Job
+    slot: Slot
+    attempt: Attempt
+    status_before: int
+    """mtime of `status.json` at the start, which tells an earlier attempt's word from this one's."""
+    limit: str | None = None
+    """The reason for which it was stopped by us."""
+
+
+class Pool:
+    """Runs jobs; `seen` is called whenever one starts or ends, `tick` about ten times a second."""
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        rules: Rules,
+        executor: Executor,
+        signals: StopSignals,
+        *,
+        seen: Callable[[Job], None],
+        tick: Callable[[], None],
+    ) -> None:
+        self._free = deque(slots)
+        self._rules = rules
+        self._executor = executor
+        self._signals = signals
+        self._seen = seen
+        self._tick = tick
+        self._running: list[_Running] = []
+        self._insisted = False
+        """A person has pressed Ctrl-C again and does not want to wait."""
+
+    def run(self, jobs: Sequence[Job]) -> signal.Signals | None:
+        """Run all `jobs`; returns the signal that ended the sweep early, if one did."""
+        waiting = deque(jobs)
+        tries = {id(job): 1 + self._rules.retry for job in jobs}
+        with self._signals.deferred(self._hear):
+            try:
+                while self._running or (waiting and not self._signals.is_requested()):
+                    while waiting and self._free and not self._signals.is_requested():
+                        self._start(waiting.popleft(), tries)
+                    time.sleep(POLL_SECONDS)
+                    self._stop_what_must_stop()
+                    for entry in self._take_ended():
+                        tries[id(entry.job)] -= 1
+                        may_help = entry.limit is None and entry.job.exit_code != CONFIG_REFUSED
+                        if entry.job.state == "failed" and tries[id(entry.job)] > 0 and may_help:
+                            waiting.append(entry.job)
+                    self._tick()
+            finally:
+                self._end_the_rest()
+        return self._signals.requested
+
+    def _start(self, job: Job, tries: dict[int, int]) -> None:
+        slot = self._free.popleft()
+        job.environment |= slot.environment(job.threads)
+        job.attempts += 1
+        job.state, job.started, job.ended = "running", utc_now(), None
+        job.exit_code = job.signal = job.reason = job.seconds = None
+        job.folder.mkdir(parents=True, exist_ok=True)
+        header = f"$ {job.command_line}\n"
+        try:
+            attempt = self._executor.start(job, header)
+        except (OSError, RunError) as error:
+            self._free.appendleft(slot)
+            tries[id(job)] = 0
+            job.state, job.reason, job.ended = "failed", f"could not be started: {error}", utc_now()
+        else:
+            job.pid = attempt.pid
+            self._running.append(_Running(job, slot, attempt, _changed(job.folder / "status.json")))
+        job.write()
+        self._seen(job)
+
+    def _hear(self, _: signal.Signals, insists: bool) -> None:
+        self._insisted = insists
+
+    def _stop_what_must_stop(self) -> None:
+        minutes = self._rules.time_limit
+        insisted, self._insisted = self._insisted, False
+        for entry in self._running:
+            if not entry.attempt.stopping:
+                if self._signals.requested is not None:
+                    entry.limit = f"stopped by {self._signals.requested.name}"
+                elif minutes is not None and entry.attempt.seconds > 60 * minutes:
+                    entry.limit = f"time limit of {minutes:g} minutes"
+                if entry.limit is not None:
+                    entry.attempt.stop(self._rules.grace)
+            elif insisted:
+                entry.attempt.stop(0.0)
+
+    def _take_ended(self) -> list[_Running]:
+        """Take the jobs that have ended off their slots, and write down how."""
+        ended = []
+        for entry in list(self._running):
+            if (code := entry.attempt.poll()) is not None:
+                self._running.remove(entry)
+                self._free.appendleft(entry.slot)
+                self._conclude(entry, code)
+                ended.append(entry)
+        return ended
+
+    def _conclude(self, entry: _Running, code: int) -> None:
+        job = entry.job
+        words, job.signal = describe_exit(code)
+        job.exit_code, job.ended, job.seconds = code, utc_now(), round(entry.attempt.seconds, 3)
+        job.seconds_in_all = round(job.seconds_in_all + job.seconds, 3)
+        own = job.status if _changed(job.folder / "status.json") != entry.status_before else {}
+        state = own.get("state", "finished" if code == 0 else None)
+        if state in ("finished", "paused"):
+            # Its results are whole then, even if it was asked to stop, or died, in the last moment.
+            job.state, job.reason = state, None
+        elif entry.attempt.lost is not None and entry.limit is None:
+            job.state, job.reason = "failed", entry.attempt.lost
+        elif entry.limit is not None:
+            job.state = "failed" if entry.limit.startswith("time") else "stopped"
+            job.reason = entry.limit
+        else:
+            # Of a killed job the last line of its log tells how far it was, not why it ended.
+            error = str(own.get("error") or ("" if code < 0 else last_words(job.folder / LOG)))
+            job.state, job.reason = "failed", f"{words}: {error}" if error else words
+        job.write()
+        self._seen(job)
+
+    def _end_the_rest(self) -> None:
+        """End what still runs after an error of our own; else there is nothing left."""
+        for entry in self._running:
+            entry.limit = entry.limit or "stopped with the launcher"
+            entry.attempt.stop(self._rules.grace)
+        while self._running:
+            self._take_ended()
+            time.sleep(POLL_SECONDS)
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
