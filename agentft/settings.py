@@ -4,7 +4,9 @@
 
 `minimum` and `maximum` belong to the range, `above` and `below` do not; `also` is a value beside it (-1 for "all");
 `one_of` lists the values where there are few. Every number has a lower and an upper end, so that neither nan nor inf is
-ever taken. Other keys of the metadata are free.
+ever taken.
+
+`advanced` settings are left out of `--help`, and out of a run's `config.yaml` where they have their default.
 
 `affects` is the first of these that another value changes: `data` (the examples), `losses` (of a training step), `answers`
 (of a model to a step), `results` (scores, reports, exported files); or `nothing` of them. A class says it for its fields,
@@ -15,9 +17,11 @@ affects what the option does.
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, Literal
 
 from agentft.errors import ConfigError
@@ -73,6 +77,28 @@ def numbers(schema: type) -> dict[str, Number]:
         if kinds <= {int, float, type(None)}:
             found[field.name] = Number(float not in kinds, type(None) in kinds, field.metadata)
     return found
+
+
+def members(hint: Any) -> list[str]:
+    """Return the names that a setting of this type may have if it is an enumeration, else none."""
+    for part in (hint, *typing.get_args(hint)):
+        if isinstance(part, type) and issubclass(part, Enum):
+            return list(part.__members__)
+    return []
+
+
+def accepted(hint: Any, number: Number | None = None) -> str:
+    """Return what a setting of this type, and of this range, accepts, as a user reads it."""
+    if number is not None:
+        return str(number)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return f"{' or '.join(accepted(part) for part in parts)} or null"
+    if typing.get_origin(hint) is list:
+        return "a list like [a,b]"
+    if names := members(hint):
+        return f"one of {', '.join(names)}"
+    return {bool: "true or false", str: "text"}.get(hint, "settings by name")
 
 
 def affects(schema: type[Settings], group: str = "") -> dict[str, Affects]:

@@ -36,10 +36,10 @@ from agentft.config import (
 )
 from agentft.config.compose import without_hydra
 from agentft.config.help import help_text
-from agentft.config.settings import members
 from agentft.errors import ConfigError, RunError
 from agentft.recipes.saved import ROOTS, SCHEMAS
 from agentft.secrets import is_secret_name
+from agentft.settings import members
 
 REPOSITORY = Path(__file__).parent.parent
 REQUIRED = {
@@ -245,6 +245,8 @@ MISTAKES = [
     ("model.context.x=3", ["model.context.x: no such setting"]),
     ("learning_rate=1", ["learning_rate:", "did you mean training.learning_rate?"]),
     ("lora_rank=4", ["lora_rank:", "did you mean sft_type.rank?"]),
+    ("~dataset.form", ["dataset.form:", "did you mean dataset.format?"]),
+    ("training.draws=5", ["training.draws:", "did you mean evaluation.bootstrap_samples?"]),
     ("--lora_rank 4", ["--lora_rank is now sft_type.rank=..."]),
     ("sft_type.rank=abc", ["sft_type.rank=abc: expected a whole number"]),
     ("sft_type.rank=null", ["sft_type.rank=null: expected a whole number"]),
@@ -402,13 +404,15 @@ def test_a_run_folder_is_named_by_choices_and_overridden_values(
     monkeypatch.chdir(tmp_path)
     long = "x" * 200
     (config,) = run(
-        monkeypatch, "model=tiny", "dataset=local", "dataset.path='/a b/ü/data.jsonl'", "seed=7", f"model.notes={long}"
+        monkeypatch,
+        *("model=tiny", "dataset=local", "dataset.path='/a b/ü/data.jsonl'", "dataset.workers=1", "seed=7"),
+        *("tracking.project=other", f"model.revision={long}"),
     )
     folder = Path(config.run_dir)
     assert folder.parent == Path("runs")
     date_and_time, slug = folder.name[:19], folder.name[20:]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", date_and_time)
-    assert slug.startswith("tiny_lora_local_path-data.jsonl_seed-7_notes-xxx")
+    assert slug.startswith("tiny_lora_local_path-data.jsonl_seed-7_revision-xxx"), "what affects nothing is left out"
     assert len(slug) == 100
     assert folder.is_dir()
 
@@ -484,7 +488,7 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         (("rank: 8", "rank: eight"), "sft_type.rank=eight: expected a whole number from 1 to"),
         (("rank: 8", "rank: true"), "sft_type.rank=True: expected a whole number from 1 to"),
         (("rank: 8", "rnak: 8"), "sft_type.rnak: no such setting"),
-        (("dtype: auto", "dtype: bf15"), "model.dtype='bf15': expected one of auto, bf16"),
+        (("dtype: auto", "dtype: bf15"), "model.dtype=bf15: expected one of auto, bf16"),
         (("schema_lora", "schema_full"), "sft_type.rank: no such setting"),
         (
             ("schema_lora", "schema_other"),
@@ -562,6 +566,34 @@ def test_an_old_name_is_taken_with_one_line(root):
     assert done.returncode == 0
     assert "\n  format: openai\n" in done.stdout
     assert done.stderr == "train.py: dataset.form is dataset.format now; the old name is taken for this version\n"
+
+
+def test_old_names_in_files_are_taken_and_all_of_a_command_are_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "mine.yaml": "defaults: [train, _self_]\ntraining: {micro_batch: 2}\n"
+        "hydra: {mode: MULTIRUN, launcher: {_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher}, "
+        "sweeper: {params: {evaluation.draws: '7,9'}}}\n",
+        "experiment/old.yaml": "# @package _global_\ntraining: {accumulation: 3}\n",
+        "dataset/rows.yaml": "defaults: [schema_local, _self_]\nname: rows\npath: x.jsonl\nform: openai\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    typed = ("--config-dir", ".", "--config-name", "mine", "experiment=old", "dataset=rows", "evaluation.steps=4")
+    first, second = run(monkeypatch, *typed, "hydra/launcher=basic")
+    assert (first.training.per_device_batch_size, first.training.gradient_accumulation_steps) == (2, 3)
+    assert (first.dataset.format, first.evaluation.eval_steps) == ("openai", 4)
+    assert [config.evaluation.bootstrap_samples for config in (first, second)] == [7, 9]
+    assert [Path(config.run_dir).name for config in (first, second)] == [
+        "0_bootstrap_samples-7",
+        "1_bootstrap_samples-9",
+    ]
+    (line,) = capsys.readouterr().err.splitlines()
+    old = ["evaluation.steps", "training.micro_batch", "evaluation.draws", "dataset.form", "training.accumulation"]
+    assert sorted(re.findall(r"([a-z_.]+) is [a-z_.]+ now", line)) == sorted(old)
 
 
 def test_a_saved_config_with_an_old_name_is_read():

@@ -38,13 +38,13 @@ NAMES = {
     "_result_queue": ("concurrent", "futures/process.py"),
     "_writer": ("multiprocessing", "queues.py"),
 }
-"""Name -> package and the file that has it. Hydra's and OmegaConf's are the composition's, pinned to a minor version."""
+"""Name -> package and the file that has it."""
 
 
 def _uses() -> dict[str, set[str]]:
     """Return each private name that its file does not define -> the files that use it."""
     uses: dict[str, set[str]] = defaultdict(set)
-    for path in sorted({*PACKAGE.rglob("*.py")} - {*(PACKAGE / "config").rglob("*.py")}):
+    for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         own = set(re.findall(r"(?:def |class |self\.|cls\.|^ *)(_[a-z]\w*)", text, re.MULTILINE))
         for node in ast.walk(ast.parse(text)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -9,16 +10,16 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from hydra import version
-from hydra._internal import utils as hydra_utils
-from hydra._internal.hydra import Hydra
-from hydra.core.config_search_path import SearchPathQuery
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,9 +27,13 @@ from agentft import slurm
 from agentft.config.errors import KEEP_IN_ENVIRONMENT, first_line, missing_value, unknown_setting
 from agentft.config.settings import conf_dir, dotted
 from agentft.errors import ConfigError
-from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
-from agentft.recipes.saved import ROOTS, SCHEMAS
+from agentft.recipes.config import AFFECT_NOTHING, AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
+from agentft.recipes.saved import ROOTS, SCHEMAS, use_new_names
 from agentft.secrets import is_secret_name
+
+VERSION_BASE = "1.3"
+_SCHEME = "agentft"
+"""Of the folder of `--config-dir` in Hydra's search path."""
 
 
 def register_schemas() -> None:
@@ -42,11 +47,64 @@ def register_schemas() -> None:
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=name, node=schema, provider="agentft")
+    for plugin in (_files_with_old_names(), AddedFolder):
+        Plugins.instance().register(plugin)
     register_resolvers(swept=None)
 
 
+class AddedFolder(SearchPathPlugin):
+    """Searches the folder of `--config-dir` besides `conf/`.
+
+    `hydra.searchpath` would not do: the primary config is looked for before it is read.
+    """
+
+    folder: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder that `searching` names."""
+        if self.folder is not None:
+            search_path.append("config-dir", f"{_SCHEME}://{self.folder}")
+
+
+@contextlib.contextmanager
+def searching(config_dir: str | Path | None) -> Iterator[None]:
+    """Let Hydra search `config_dir` besides `conf/` for as long as this lasts."""
+    AddedFolder.folder = None if config_dir is None else Path(config_dir).resolve()
+    try:
+        yield
+    finally:
+        AddedFolder.folder = None
+
+
+old_names: dict[str, None] = {}
+"""Notices of the old names of a command and of its files, in order."""
+
+
+@functools.cache
+def _files_with_old_names() -> type[ConfigSource]:
+    """Return Hydra's source of files, which reads today's names in the place of old ones."""
+    files: Any = next(source for source in Plugins.instance().discover(ConfigSource) if source.scheme() == "file")  # type: ignore[attr-defined]
+
+    class FilesWithOldNames(files):  # type: ignore[misc]
+        @staticmethod
+        def scheme() -> str:
+            return _SCHEME
+
+        def load_config(self, config_path: str) -> ConfigResult:
+            result: ConfigResult = super().load_config(config_path)
+            tree: Any = OmegaConf.to_container(result.config, resolve=False)
+            # A file of a group says `form` and means `dataset.form`.
+            group = "" if result.header.get("package") else config_path.rpartition("/")[0]
+            if renamed := use_new_names({group: tree} if group else tree):
+                old_names.update(dict.fromkeys(renamed))
+                result.config = OmegaConf.create(tree)
+            return result
+
+    return FilesWithOldNames
+
+
 def register_resolvers(swept: frozenset[str] | None) -> None:
-    """The resolvers that YAML files use; `swept` names the settings of a sweep, None where all overrides count."""
+    """Register the resolvers of our YAML files; `swept` names the settings of a sweep, None where all overrides count."""
     OmegaConf.register_new_resolver("start_stamp", _start_stamp, replace=True)
     OmegaConf.register_new_resolver("run_slug", _run_slug, replace=True)
     OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
@@ -56,32 +114,29 @@ def register_resolvers(swept: frozenset[str] | None) -> None:
 
 
 def _start_stamp(now: str) -> str:
-    """The time of the start; in a batch job of SLURM its id, which stays when the job is queued again."""
+    """Return the time of the start; in a batch job of SLURM its id, which stays when the job is queued again."""
     return f"slurm-{slurm.job_id()}" if slurm.is_batch_job() else now
 
 
-_NOT_IN_NAMES = {"output_dir", "run_dir", "tracking", "experiment", "hydra"}
-
-
 def _run_slug(*, _root_: DictConfig) -> str:
-    """Choices and overridden values, `smollm2-135m_lora_synthetic_rank-4`: what tells one run folder from the next."""
+    """Return choices and overridden values, `smollm2-135m_lora_synthetic_rank-4`, for the name of a run folder."""
     names = [str(_root_[group]["name"]) for group in ("model", "sft_type", "dataset")]
     return _slug(names + _overridden(_root_, None))
 
 
 def _sweep_name(*, _root_: DictConfig) -> str:
-    """The program and, where one was chosen for all jobs, the experiment: `train_msagent_7b_lora`."""
+    """Return the program and, where one was chosen for all jobs, the experiment: `train_msagent_7b_lora`."""
     chosen = _root_.hydra.runtime.choices.get("experiment")
     return _slug([str(_root_.hydra.job.config_name), *([str(chosen)] if chosen else [])])
 
 
 def _sweep_slug(swept: frozenset[str] | None, *, _root_: DictConfig) -> str:
-    """The swept values of one job, `rank-4_learning_rate-0.001`."""
+    """Return the swept values of one job, `rank-4_learning_rate-0.001`."""
     return _slug(_overridden(_root_, swept))
 
 
-def _overridden(composed: DictConfig, only: frozenset[str] | None) -> list[str]:
-    """`name-value` of each override in the order given; choices of groups only where `only` names them as swept."""
+def _overridden(composed: DictConfig, swept: frozenset[str] | None) -> list[str]:
+    """Return `name-value` of the overrides in the order given: of the swept ones, or of all that affect something."""
     if "hydra" in composed:
         hydra_node = composed.hydra
     elif HydraConfig.initialized():
@@ -91,22 +146,16 @@ def _overridden(composed: DictConfig, only: frozenset[str] | None) -> list[str]:
     parts = []
     for text in hydra_node.overrides.task:
         key, _, value = str(text).lstrip("+~").partition("=")
-        if key.split(".")[0] in _NOT_IN_NAMES or (only is not None and key not in only):
-            continue
-        if key not in hydra_node.runtime.choices:
+        is_choice = key in hydra_node.runtime.choices
+        if key in swept if swept is not None else not is_choice and key not in AFFECT_NOTHING:
             # A path says little, and its slashes would make folders.
-            parts.append(f"{key.split('.')[-1]}-{value.rstrip('/').split('/')[-1]}")
-        elif only is not None:
-            parts.append(value)
+            parts.append(value if is_choice else f"{key.split('.')[-1]}-{value.rstrip('/').split('/')[-1]}")
     return parts
 
 
 def _slug(parts: Sequence[str]) -> str:
     clean = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") for part in parts]
     return "_".join(part for part in clean if part)[:100].rstrip("-._") or "defaults"
-
-
-VERSION_BASE = "1.3"
 
 
 def compose(
@@ -120,23 +169,14 @@ def compose(
     `config_dir` is searched besides `conf/`, as `--config-dir` does; `with_hydra` keeps Hydra's own node.
     """
     register_schemas()
-    version.setbase(VERSION_BASE)
-    search_path = hydra_utils.create_config_search_path(str(conf_dir()))
-    if config_dir is not None:
-        # As --config-dir does. `hydra.searchpath` would not do: the primary config is looked for before it is read.
-        path = f"file://{Path(config_dir).resolve()}"
-        search_path.prepend(provider="command-line", path=path, anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
-    try:
-        composer = Hydra.create_main_hydra2(task_name=config_name, config_search_path=search_path)
-        composed = composer.compose_config(config_name, list(overrides), RunMode.RUN, from_shell=False)
-    finally:
-        GlobalHydra.instance().clear()
+    with searching(config_dir), hydra.initialize_config_dir(str(conf_dir()), config_name, VERSION_BASE):
+        composed = hydra.compose(config_name, list(overrides), return_hydra_config=True)
     return composed if with_hydra else without_hydra(composed)
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:
-    """A copy without Hydra's own node."""
+    """Return a copy without Hydra's own node."""
     settings_only = copy.deepcopy(composed)
     with open_dict(settings_only):
         settings_only.pop("hydra", None)
@@ -147,15 +187,18 @@ C = TypeVar("C", TrainConfig, EvaluateConfig, AuditConfig, ExportConfig)
 
 
 def to_train_config(composed: DictConfig) -> TrainConfig:
-    """The composed settings of a training run as checked dataclasses; `ConfigError` says what is wrong."""
+    """Return the composed settings of a training run as checked dataclasses; `ConfigError` says what is wrong."""
     return to_config(composed, TrainConfig)
 
 
 def to_config(composed: DictConfig, root: type[C]) -> C:
-    """The composed settings as `root`: no unknown key, no missing value, every value allowed by its room."""
+    """Return the composed settings as `root`: no unknown key, no missing value, every value allowed by its schema.
+
+    Raises:
+        ConfigError: says what is wrong in one line.
+    """
     settings_only = without_hydra(composed)
-    refuse_unknown_keys(settings_only, root)
-    if missing := [key for key, value in _values_in(settings_only) if value == "???"]:
+    if missing := check_keys(settings_only, root):
         raise ConfigError(missing_value(missing, root))
     try:
         config = OmegaConf.to_object(settings_only)
@@ -167,50 +210,45 @@ def to_config(composed: DictConfig, root: type[C]) -> C:
     return config
 
 
-def refuse_unknown_keys(node: DictConfig, root: type) -> None:
-    """A `+` adds keys even to a dataclass node: refuse whatever no dataclass has, and secrets by interpolation."""
-    for key, container in _containers(node, ""):
-        schema = OmegaConf.get_type(container)
-        if schema is dict:
-            continue  # another program's settings, given through
+def check_keys(settings_only: DictConfig, root: type) -> list[str]:
+    """Return the names of the missing values.
+
+    Raises:
+        ConfigError: no dataclass has a key, which a `+` adds even to a dataclass node, or an interpolation takes a secret.
+    """
+    waiting = [("", settings_only)]
+    while waiting:
+        parent, node = waiting.pop()
+        schema = OmegaConf.get_type(node)
         known = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set()
-        for name in container:
-            if name not in known:
-                raise ConfigError(unknown_setting(dotted(key, str(name)), root, _schemas_of(node)))
-    for key, value in _values_in(node):
-        if isinstance(value, str) and (found := re.search(r"\$\{oc\.env:([^},]+)", value)) and is_secret_name(found[1]):
+        for name in map(str, node):
+            key = dotted(parent, name)
+            if name not in known and schema is not dict:  # a dict holds another program's settings
+                raise ConfigError(unknown_setting(key, root, _schemas_of(settings_only)))
+            refers = OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
+            if not refers and isinstance(node[name], DictConfig):
+                waiting.append((key, node[name]))
+    texts = dict(_texts_in(OmegaConf.to_container(settings_only, resolve=False), ""))
+    for key, text in texts.items():
+        if (found := re.search(r"\$\{oc\.env:([^},]+)", text)) and is_secret_name(found[1]):
             raise ConfigError(f"{key}: takes {found[1]} into the config; {KEEP_IN_ENVIRONMENT}")
+    return [key for key, text in texts.items() if text == "???"]
 
 
-def _containers(node: DictConfig, key: str) -> Iterator[tuple[str, DictConfig]]:
-    yield key, node
-    for name, child in node.items_ex(resolve=False):
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            yield from _containers(child, dotted(key, str(name)))
+def _texts_in(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield every text by its dotted name as it was written, interpolations included."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts_in(item, dotted(key, str(name)))
 
 
-def _values_in(node: DictConfig) -> Iterator[tuple[str, Any]]:
-    """Every value by its dotted name as it was written: `???` where missing, `${...}` where it refers to another."""
-
-    def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-        match value:
-            case dict():
-                for name, item in value.items():
-                    yield from walk(item, dotted(key, str(name)))
-            case list():
-                for i, item in enumerate(value):
-                    yield from walk(item, f"{key}[{i}]")
-            case _:
-                yield key, value
-
-    return walk(OmegaConf.to_container(node, resolve=False), "")
-
-
-def _schemas_of(node: DictConfig) -> dict[str, str]:
-    """Schema of each group in a composed config, from the classes of its nodes."""
+def _schemas_of(composed: DictConfig) -> dict[str, str]:
+    """Return the schema of each group in a composed config, from the classes of its nodes."""
     return {
         group: name
         for group, schemas in SCHEMAS.items()
         for name, schema in schemas.items()
-        if group in node and OmegaConf.get_type(node, group) is schema
+        if group in composed and OmegaConf.get_type(composed, group) is schema
     }

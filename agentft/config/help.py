@@ -1,14 +1,21 @@
-"""Print `--help`: groups and their options, examples, flags."""
+"""Print `--help`: groups and their options, examples, flags, settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from agentft.config.settings import conf_dir, options
+from agentft.config.compose import compose
+from agentft.config.settings import conf_dir, options, settings
+from agentft.recipes.saved import ROOTS, SCHEMAS
 
 _EXAMPLES = {
     "train": """\
@@ -19,7 +26,7 @@ _EXAMPLES = {
   python train.py -m sft_type.rank=4,16 training.learning_rate=1e-4,3e-4     a sweep, 2 x 2 jobs
   python train.py --config-dir sweeps --config-name lora_rank_lr             a sweep from a file
   python train.py --config-dir runs/<run> --config-name config               a finished run again, in a new folder
-  python train.py run_dir=runs/<run>                     go on with an interrupted run, by its own settings
+  python train.py run_dir=runs/<run>                     resume an interrupted run, by its own settings
 """,
     "evaluate": """\
   python evaluate.py run=runs/<run>                      the final weights of a run
@@ -43,17 +50,17 @@ _AS_MODULES = {"audit": "-m agentft.audit", "export": "-m agentft.export"}
 """Entry points inside the package, and how they are started."""
 
 
-def help_text(program: str, config_name: str, config_dir: str | None = None) -> str:
-    """What `--help` prints: the groups with their options, examples, flags."""
+def help_text(program: str, config_name: str, config_dir: str | None = None, *, every: bool = False) -> str:
+    """Return what `--help` prints; `every` lists the advanced settings and those of all options, too."""
     folders = [conf_dir()] + ([Path(config_dir)] if config_dir is not None else [])
-    defaults: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     for entry in yaml.safe_load((conf_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]:
         if isinstance(entry, dict):
-            defaults.update({group.removeprefix("optional "): option for group, option in entry.items()})
+            chosen.update({group.removeprefix("optional "): option for group, option in entry.items()})
     started = f"python {_AS_MODULES.get(config_name, program)}" if program.endswith(".py") else program
     lines = [f"usage: {started} [flags] [group=option ...] [setting=value ...]", ""]
     lines.append("Groups and their options (* is the default):")
-    for group, default in defaults.items():
+    for group, default in chosen.items():
         for i, option in enumerate(options(group, folders)):
             path = next(p for folder in folders if (p := folder / group / f"{option}.yaml").is_file())
             star = "*" if option == default else " "
@@ -68,16 +75,51 @@ def help_text(program: str, config_name: str, config_dir: str | None = None) -> 
         "  --cfg job          print the composed settings and stop; with --resolve, references replaced",
         "  -m, --multirun     run once for each combination of values given as a,b,c",
         "  --config-dir DIR   search DIR besides conf/; --config-name NAME: another file to start from",
+        "  --help-all         this, with the advanced settings and those of every option",
         "  --hydra-help       Hydra's own flags",
         "HYDRA_FULL_ERROR=1 in the environment: the traceback of an error instead of one line.",
         "",
-        "Every setting, with its default and meaning: docs/configuration.md",
+        f"{'All settings' if every else 'Settings'}, with their defaults; their ranges: docs/configuration.md",
     ]
+    composed = compose(config_name)
+    root = ROOTS[f"schema_{config_name}"]
+    listed = {name: setting for name, setting in settings(root, {} if every else chosen).items() if setting.is_value}
+    shown = [name for name, setting in listed.items() if every or not setting.advanced]
+    by_group = {
+        group: [name for name in shown if name.rpartition(".")[0].partition(".")[0] == group]
+        for group in ["", *SCHEMAS, "audit"]
+    }
+    for group, names in by_group.items():
+        lines += ["", f"{group}:"] if group and names else []
+        for name in names:
+            begin = f"  {name:<38} {_shown(_value(composed, name, listed[name].default)):<16} "
+            sentence = re.split(r"(?<=[.!?])\s", " ".join(listed[name].doc.split()), maxsplit=1)[0]
+            lines.append(begin + textwrap.shorten(sentence, 120 - len(begin), placeholder=" ..."))
     return "\n".join(lines) + "\n"
 
 
+def _value(composed: DictConfig, name: str, default: Any) -> Any:
+    try:
+        return OmegaConf.select(composed, name, default=default, throw_on_missing=True)
+    except OmegaConfBaseException:
+        return dataclasses.MISSING
+
+
+def _shown(value: Any) -> str:
+    """Return a default as one would type it, a long one cut; nothing where a value has to be given."""
+    match value:
+        case dataclasses.MISSING:
+            return ""
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+    text = value.name if isinstance(value, Enum) else str(value)
+    return text if len(text) <= 16 else f"{text[:13]}..."
+
+
 def _first_sentence(path: Path) -> str:
-    """First sentence of the comment that opens a config file."""
+    """Return the first sentence of the comment that opens a config file."""
     comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

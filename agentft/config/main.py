@@ -1,82 +1,89 @@
-"""Run an entry point: compose, check, call the recipe, and say in one line what went wrong."""
+"""Run an entry point: read the command line, check all that it would run, call the recipe, and report errors in one line."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
-from hydra._internal import utils as hydra_utils
+import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from agentft.config.compose import VERSION_BASE, C, register_resolvers, register_schemas, to_config
-from agentft.config.own_settings import OF_THE_RUN, own_settings
-from agentft.config.preflight import check_command
-from agentft.config.settings import OLD_OPTIONS, conf_dir
+from agentft.config.compose import (
+    VERSION_BASE,
+    C,
+    check_keys,
+    compose,
+    old_names,
+    register_resolvers,
+    register_schemas,
+    searching,
+    to_config,
+    without_hydra,
+)
+from agentft.config.errors import KEEP_IN_ENVIRONMENT, explain, first_line, unknown_option
+from agentft.config.settings import OLD_OPTIONS, conf_dir, options, settings
 from agentft.errors import AgentftError, ConfigError, DataError
+from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
 from agentft.provenance import other_agentft
 from agentft.recipes.config import EvaluateConfig, TrainConfig
-from agentft.recipes.saved import RENAMED
-from agentft.runs import SWEEP_FOLDER_VARIABLE
-from agentft.secrets import redact_text
+from agentft.recipes.saved import RENAMED, SCHEMAS, primary_config, saved_config
+from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
+from agentft.secrets import is_secret_name, redact_text
+from agentft.sweeping.launcher import read_options
+from agentft.training.config import Resume
 
-_ACCOUNT_LINES = 6
-"""Of an error of data, on the terminal."""
+# --- Flags ---
+
+_HYDRA_ANSWERS = ("hydra_help", "info", "shell_completion", "version")
+"""Flags that nothing is run for."""
+
+_NOT_TAKEN = {
+    "config_path": "--config-dir adds a folder to conf/",
+    "experimental_rerun": "use --config-dir <run folder> --config-name config",
+}
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The flags and overrides of `sys.argv`, read by Hydra's parser; `ConfigError` for what agentft does not take."""
-    parser = hydra_utils.get_args_parser()
+class _Parser(argparse.ArgumentParser):
+    """Hydra's flags; `hydra.main` reads them again."""
 
-    def refuse(message: str) -> NoReturn:
-        # Values stay out of the message: one of them could be a key.
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        self.add_argument("overrides", nargs="*")
+        for short, flag in (("-h", "--help"), ("-r", "--run"), ("-m", "--multirun"), ("-sc", "--shell-completion")):
+            self.add_argument(flag, short, action="store_true")
+        for flag in ("--help-all", "--hydra-help", "--version", "--resolve"):
+            self.add_argument(flag, action="store_true")
+        for short, flag in (
+            ("-cn", "--config-name"),
+            ("-cd", "--config-dir"),
+            ("-cp", "--config-path"),
+            ("-p", "--package"),
+        ):
+            self.add_argument(flag, short)
+        self.add_argument("--experimental-rerun")
+        self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+        self.add_argument("--info", "-i", nargs="?", const="all")
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line; values stay out of the message, since one of them could be a key."""
         raise ConfigError(re.sub(r"=\S*", "=...", message) + _hint_for_flags(message))
-
-    parser.error = refuse  # type: ignore[method-assign]
-    sys.argv[1:] = _with_new_names(_with_packaged_folder(sys.argv[1:]))
-    arguments = parser.parse_args()
-    if arguments.config_path is not None:
-        raise ConfigError("--config-path: not supported; --config-dir adds a folder to conf/")
-    if arguments.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun: not supported; use --config-dir <run folder> --config-name config")
-    if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
-        raise ConfigError(f"--config-dir {arguments.config_dir}: no such folder")
-    return arguments
-
-
-def _with_packaged_folder(words: Sequence[str]) -> list[str]:
-    """`--config-dir sweeps` where no such folder is here: the one that came with agentft."""
-    found = list(words)
-    for i, word in enumerate(found[:-1]):
-        folder = conf_dir().parent / found[i + 1]
-        if word in ("--config-dir", "-cd") and not Path(found[i + 1]).is_dir() and folder.is_dir():
-            found[i + 1] = str(folder)
-    return found
-
-
-def _with_new_names(words: Sequence[str]) -> list[str]:
-    """Put today's names in the place of old ones, and say all of them in one line on stderr."""
-    found = list(words)
-    said: list[str] = []
-    for at, word in enumerate(found):
-        for old, new in RENAMED.items():
-            if (match := re.match(rf"(\+{{0,2}}){re.escape(old)}=", word)) is not None:
-                found[at] = f"{match[1]}{new}={word[match.end() :]}"
-                said.append(f"{old} is {new} now")
-    if said:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {'; '.join(said)}; the old name is taken for this version\n")
-    return found
 
 
 def _hint_for_flags(message: str) -> str:
@@ -90,36 +97,326 @@ def _hint_for_flags(message: str) -> str:
     return "; settings are written name=value, see --help"
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Read `sys.argv`, where new names take the place of old ones, which are noted in `old_names`.
+
+    Raises:
+        ConfigError: agentft does not take a flag, or `--config-dir` is no folder.
+    """
+    words = sys.argv[1:]
+    for i, word in enumerate(words):
+        for old, new in RENAMED.items():
+            if (match := re.match(rf"(\+{{0,2}}){re.escape(old)}=", word)) is not None:
+                words[i] = f"{match[1]}{new}={word[match.end() :]}"
+                old_names[f"{old} is {new} now"] = None
+        packaged = conf_dir().parent / word
+        if i and words[i - 1] in ("--config-dir", "-cd") and not Path(word).is_dir() and packaged.is_dir():
+            words[i] = str(packaged)  # `--config-dir sweeps`: the one that came with agentft
+    sys.argv[1:] = words
+    arguments = _Parser().parse_args(words)
+    for name, instead in _NOT_TAKEN.items():
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: not supported; {instead}")
+    if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
+        raise ConfigError(f"--config-dir {arguments.config_dir}: no such folder")
+    return arguments
+
+
+# --- What the command line asks for ---
+
+
+def _parse_overrides(lines: Sequence[str]) -> list[Override]:
+    """Return each line parsed; `ConfigError` names the setting whose line cannot be read."""
+    parser = OverridesParser.create()
+    parsed = []
+    for line in lines:
+        try:
+            parsed += parser.parse_overrides([line])
+        except OverrideParseException as error:
+            name = line.partition("=")[0]
+            reason = f" ({first_line(error)})" if "=" in line and "Lexer" not in str(error) else ""
+            expected = (
+                "name=value; text with spaces, brackets or letters beyond ASCII in double quotes: 'name=\"a, b\"'"
+            )
+            raise ConfigError(f"{name}: cannot be read{reason}; expected {expected}") from error
+        except HydraException as error:
+            raise ConfigError(f"{line.partition('=')[0]}: {first_line(error)}") from error
+    return parsed
+
+
+def _values_of(override: Override) -> list[str]:
+    """Return the values of a sweep; none for an interval, which only its sweeper can draw from."""
+    if not override.is_sweep_override():
+        return [str(override.get_value_element_as_str())]
+    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+
+
+@dataclasses.dataclass
+class Command:
+    """What a command line composes, and from where."""
+
+    config_name: str
+    config_dir: str | None
+    root: type
+    overrides: list[Override]
+    run: RunFolder | None = None
+    """The run whose own settings take the place of the defaults."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of the config groups."""
+        return [conf_dir()] + ([Path(self.config_dir)] if self.config_dir is not None else [])
+
+    def compose(self, lines: Sequence[str]) -> DictConfig:
+        """Compose, Hydra's own node included; `ConfigError` says what was refused."""
+        try:
+            return compose(self.config_name, lines, self.config_dir, with_hydra=True)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, TypeError) as error:
+            reason = explain(error, self.overrides, self.root, self._choices(), self.folders)
+            raise ConfigError(reason) from error
+
+    def _choices(self) -> dict[str, str]:
+        """Return the option of each group, from the overrides that name one; whatever else is wrong is left out."""
+        chosen = [str(o.input_line) for o in self.overrides if options(o.key_or_group, self.folders)]
+        for lines in (chosen, []):
+            with contextlib.suppress(Exception):
+                composed = compose(self.config_name, lines, self.config_dir, with_hydra=True)
+                return {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
+        return {}
+
+
+OF_THE_RUN = "settings_of_the_run"
+"""Name that a run's own settings are composed by."""
+
+
+def read_command(config_name: str, arguments: argparse.Namespace, root: type[C]) -> Command:
+    """Return what to compose: with `run_dir=<run>` the run's own settings in place of the defaults.
+
+    Typed with --config-name, settings come from there. How far to go and whether to resume are not the run's, but asked
+    anew each time.
+
+    Raises:
+        ConfigError: an override or the run's settings cannot be read, or its experiment is another.
+    """
+    overrides = _parse_overrides(arguments.overrides)
+    command = Command(arguments.config_name or config_name, arguments.config_dir, root, overrides)
+    typed = {o.key_or_group: str(o.value()) for o in overrides if not o.is_sweep_override()}
+    if root is not TrainConfig or arguments.config_name or arguments.multirun or not typed.get("run_dir"):
+        return command
+    run = RunFolder(typed["run_dir"])
+    if not run.has_run():
+        return command
+    saved = saved_config(run.path)
+    if typed.get("experiment", saved.experiment) != saved.experiment:
+        raise ConfigError(
+            f"experiment={typed['experiment']}: the run in {typed['run_dir']} is of experiment={saved.experiment or 'null'}; "
+            "give another run_dir, or single settings"
+        )
+    saved.training.pause_at_fraction, saved.training.resume, saved.training.allow_changes = 1.0, Resume.auto, False
+    node = primary_config(saved)
+    node["defaults"].insert(-2, {"optional experiment": None})
+    for group in typed.keys() & SCHEMAS.keys():
+        # Its own option again means the run's own values; of another they would hide what it brings.
+        if typed[group] != getattr(getattr(saved, group), "name", None):
+            del node[group]
+    ConfigStore.instance().store(name=OF_THE_RUN, node=node, provider="agentft")
+    return dataclasses.replace(command, config_name=OF_THE_RUN, run=run)
+
+
+# --- What may not be asked for ---
+
+
+def _refuse_secrets(command: Command) -> None:
+    """Refuse a name that looks like a secret and is no setting of ours: configs are saved."""
+    for override in command.overrides:
+        value = None if override.is_sweep_override() else override.value()
+        for name in [*override.key_or_group.split("."), *_keys_and_names(value, override.key_or_group)]:
+            if is_secret_name(name):
+                known = {known.split(".")[-1] for known in settings(command.root)}
+                if not difflib.get_close_matches(name, known, 1, 0.8):
+                    raise ConfigError(f"{override.key_or_group}: looks like a secret; {KEEP_IN_ENVIRONMENT}")
+
+
+def _keys_and_names(value: Any, key: str) -> Iterator[str]:
+    """Yield names inside a dict value; for `hydra.job.env_copy`, which writes values into files, its items too."""
+    match value:
+        case dict():
+            for name, item in value.items():
+                yield str(name)
+                yield from _keys_and_names(item, key)
+        case list():
+            for item in value:
+                yield from [str(item)] if key.endswith("env_copy") else _keys_and_names(item, key)
+
+
+def _refuse_settings_of_the_run(command: Command) -> None:
+    """Refuse `evaluate.py run=... model.dtype=fp32`: a setting that there is, and that is the run's."""
+    if "run" not in command.root.__annotations__:
+        return
+    here, of_training = settings(command.root), settings(TrainConfig)
+    for override in command.overrides:
+        key = override.key_or_group
+        if (key not in here and key in of_training) or key == "model":
+            names = ", ".join(name for name in here if "." not in name)
+            raise ConfigError(f"{key}: is the run's, which stays as it was trained; settings here: {names}")
+
+
+def _refuse_unknown_options(command: Command) -> None:
+    """Refuse `model=smolm2`. Hydra itself cannot: it skips an unknown option of an `optional` group in silence."""
+    if any(override.key_or_group == "hydra.searchpath" for override in command.overrides):
+        return
+    for override in command.overrides:
+        group = override.key_or_group
+        found = options(group, command.folders)
+        if not found or override.is_delete():
+            continue
+        for option in _values_of(override):
+            if option.startswith(("{", "[")):
+                raise ConfigError(
+                    f"{group}={option}: {group} is a group; give {group}=<option> or {group}.<setting>=<value>"
+                )
+            if option not in found and option not in SCHEMAS.get(group, {}) and option != "null":
+                raise ConfigError(unknown_option(group, option, found))
+
+
+_CALLED_BY_HYDRA = (
+    re.compile(r"hydra\._internal\.core_plugins\.\w+\.\w+"),
+    re.compile(r"hydra_plugins\.[\w.]+(Launcher|Sweeper)"),
+    re.compile(r"optuna\.samplers\.\w+"),
+)
+"""What a `_target_` of Hydra's own node may name: launchers, sweepers and their samplers."""
+
+_LOGGING_CLASSES = ("logging.", "colorlog.", "rich.logging.")
+
+
+def _refuse_foreign_calls(hydra_node: DictConfig) -> None:
+    """Refuse what Hydra would call by its own node: `_target_`, callbacks, and the `class` and `()` of logging.
+
+    The names are looked at as text, before anything is imported for them.
+    """
+    if hydra_node.get("callbacks"):
+        raise ConfigError("hydra.callbacks: refused; agentft calls nothing that a config names")
+    # Resolved, so that no interpolation hides a name; what refers to a job that does not run yet is left as it is.
+    waiting: list[tuple[str, Any]] = [("hydra", hydra_node)]
+    while waiting:
+        key, node = waiting.pop()
+        names = list(node) if isinstance(node, DictConfig) else range(len(node))
+        for name in names:
+            where = f"{key}.{name}"
+            try:
+                value = node[name]
+            except OmegaConfBaseException:
+                continue
+            if OmegaConf.is_config(value):
+                waiting.append((where, value))
+            elif value is not None and _calls_something_else(str(name), str(value)):
+                raise ConfigError(f"{where}={value}: refused; agentft calls nothing that a config names")
+
+
+def _calls_something_else(name: str, value: str) -> bool:
+    match name:
+        case "_target_":
+            return not any(allowed.fullmatch(value) for allowed in _CALLED_BY_HYDRA)
+        case "class":
+            return not value.startswith(_LOGGING_CLASSES)
+        case "()" | "_partial_" | "_args_" | "custom_search_space":
+            return True
+    return False
+
+
+def check_command(command: Command, arguments: argparse.Namespace) -> frozenset[str] | None:
+    """Compose and check everything that would run; return the names of the swept settings, None for a single run.
+
+    Of a sweep each value is composed once, not each combination.
+    """
+    root, overrides = command.root, command.overrides
+    _refuse_secrets(command)
+    _refuse_settings_of_the_run(command)
+    _refuse_unknown_options(command)
+    swept = {o.get_key_element(): _values_of(o) for o in overrides if o.is_sweep_override()}
+    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    given = {o.get_key_element() for o in overrides}
+    if {"run_dir", "hydra.run.dir"} <= given:
+        raise ConfigError("run_dir and hydra.run.dir: two folders for one run; give run_dir=<folder> alone")
+    typed = TrustConfig(**{each.name: f"model.{each.name}" in given for each in dataclasses.fields(TrustConfig)})
+    file = f"a file of {command.config_dir}" if command.config_dir else "a config file"
+
+    def composed_with(values: Mapping[str, str]) -> DictConfig:
+        return command.compose([*fixed, *(f"{key}={value}" for key, value in values.items())])
+
+    def check(composed: DictConfig) -> None:
+        to_config(composed, root).model.require_typed(typed, command.run.config_file if command.run else file)
+
+    def first_values() -> dict[str, str]:
+        return {key: values[0] for key, values in swept.items() if values}
+
+    composed = composed_with(first_values())
+    _refuse_foreign_calls(composed.hydra)
+    if arguments.cfg is not None:
+        check_keys(without_hydra(composed), root)
+        return None
+    if not (arguments.multirun or composed.hydra.mode == RunMode.MULTIRUN):
+        for name, values in swept.items():
+            several = ",".join(values)
+            raise ConfigError(
+                f"{name}={several}: several values; -m before it makes a sweep, {name}=[{several}] is a list"
+            )
+        check(composed)
+        return None
+    launcher = {str(name): value for name, value in composed.hydra.launcher.items() if name != "_target_"}
+    if "place" in launcher:  # one of ours
+        read_options(launcher)
+    if "run_dir" in given:
+        raise ConfigError("run_dir: names one folder, a sweep has many; give hydra.sweep.dir=<folder>")
+    params = composed.hydra.sweeper.get("params") or {}
+    for override in _parse_overrides([f"{key}={value}" for key, value in params.items()]):
+        if override.get_key_element() not in given:
+            swept[override.get_key_element()] = _values_of(override)
+    first = first_values()
+    for key, values in swept.items():
+        for value in values:
+            check(composed_with(first | {key: value}))
+    return frozenset(swept)
+
+
+# --- Running ---
+
+_ACCOUNT_LINES = 6
+"""Of an error of data, on the terminal."""
+
+
 def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float | None]) -> None:
-    """The whole of an entry point: compose `config_name` with the command line, check it, call `recipe`.
+    """Run an entry point: compose `config_name` with the command line, check it, call `recipe`.
 
     A configuration that cannot run ends the program with exit code 2 and one line; an `AgentftError` of the recipe ends
     it with 1 and one line. `recipe` returns the number that a sweeper optimises.
     """
     outlive_console()
     program = Path(sys.argv[0]).name
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    full_error = os.environ.get(_FULL_ERROR) == "1"
     if clash := other_agentft():
         sys.stderr.write(f"{program}: {clash}\n")
     register_schemas()
+    old_names.clear()
+    swept = None
     try:
         arguments = parse_arguments()
-        if arguments.help:
+        if arguments.help or arguments.help_all:
             from agentft.config.help import help_text  # needed by nobody else
 
-            sys.stdout.write(help_text(program, config_name, arguments.config_dir))
+            sys.stdout.write(help_text(program, config_name, arguments.config_dir, every=arguments.help_all))
             return
-        own = own_settings(arguments) if root is TrainConfig else None
-        if own is not None:
-            config_name = OF_THE_RUN
-        sweep = check_command(config_name, arguments, root, own)
+        if not any(getattr(arguments, flag) for flag in _HYDRA_ANSWERS):
+            command = read_command(config_name, arguments, root)
+            config_name = command.config_name
+            swept = check_command(command, arguments)
     except ConfigError as error:
         if full_error:
             raise
-        _leave(program, error, 2)
-    register_resolvers(sweep)
-
-    failures: list[AgentftError] = []
+        leave(program, error, 2)
+    if old_names:
+        sys.stderr.write(f"{program}: {'; '.join(old_names)}; the old name is taken for this version\n")
+    register_resolvers(swept)
 
     def task(composed: DictConfig) -> float | None:
         config = to_config(composed, root)
@@ -131,31 +428,28 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
             training.output = training.output or _readable(run.runtime.output_dir)
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
-            return recipe(config)
         try:
-            return recipe(config)
+            with environment_as_given():
+                return recipe(config)
         except AgentftError as error:
-            if full_error:
+            if full_error or run.mode == RunMode.MULTIRUN:
                 raise
-            failures.append(error)  # Raised through Hydra, it would be announced in Hydra's words too.
-            return None
+            # Raised through Hydra, it would be announced in Hydra's words too.
+            leave(program, error, 2 if isinstance(error, ConfigError) else 1)
 
-    task.__module__ = "agentft.config"  # Hydra calls the job `config`, after the last word.
     entry = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)
     try:
-        with _errors_reach_us():
+        with searching(arguments.config_dir), _hydra_raises():
             entry()
     except (AgentftError, HydraException, OmegaConfBaseException) as error:
         if full_error:
             raise
-        _leave(program, error, 2 if isinstance(error, ConfigError) else 1)
+        leave(program, error, 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt as error:
-        _leave(program, str(error) or "interrupted", getattr(error, "exit_code", 130))
-    for failure in failures:
-        _leave(program, failure, 2 if isinstance(failure, ConfigError) else 1)
+        leave(program, str(error) or "interrupted", getattr(error, "exit_code", 130))
 
 
-def _leave(program: str, message: object, code: int) -> NoReturn:
+def leave(program: str, message: object, code: int) -> NoReturn:
     """End the program with a message in one line; an account of data that cannot be used keeps its lines."""
     lines = str(message).splitlines() if isinstance(message, DataError) else [" ".join(str(message).split())]
     sys.stderr.write(redact_text(f"{program}: " + "\n".join(lines[:_ACCOUNT_LINES])) + "\n")
@@ -163,17 +457,40 @@ def _leave(program: str, message: object, code: int) -> NoReturn:
 
 
 def _readable(folder: str) -> str:
-    """Relative to the working directory where it lies below it."""
+    """Return a folder relative to the working directory where it lies below it."""
     path = Path(folder)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_given: str | None = None
+
+
 @contextlib.contextmanager
-def _errors_reach_us() -> Iterator[None]:
-    """Hydra prints errors over many lines and exits; let them come to `compose_and_run` instead."""
-    report = hydra_utils.run_and_report
-    hydra_utils.run_and_report = lambda func: func()
+def _hydra_raises() -> Iterator[None]:
+    """Let Hydra raise errors, which it prints over many lines before it exits unless this variable is 1."""
+    global _given
+    _given = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"
     try:
         yield
     finally:
-        hydra_utils.run_and_report = report
+        _restore(_given)
+
+
+@contextlib.contextmanager
+def environment_as_given() -> Iterator[None]:
+    """Take that back for as long as this lasts: for the work itself, and the jobs of a sweep, which inherit the environment."""
+    during = os.environ.get(_FULL_ERROR)
+    _restore(_given)
+    try:
+        yield
+    finally:
+        _restore(during)
+
+
+def _restore(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_FULL_ERROR, None)
+    else:
+        os.environ[_FULL_ERROR] = value

@@ -6,10 +6,8 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +43,13 @@ OLD_OPTIONS = {
 
 
 def conf_dir() -> Path:
-    """The folder of the config groups: inside an installed package, else beside it in the repository."""
+    """Return the folder of the config groups: inside an installed package, else beside it in the repository."""
     here = Path(__file__).resolve().parent.parent
     return next(folder for folder in (here / "conf", here.parent / "conf") if folder.is_dir())
 
 
 def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
-    """The options of a group: the files of `conf/<group>/`; none if there is no such group."""
+    """Return the options of a group, the files of `conf/<group>/`; none if there is no such group."""
     if not group:
         return []
     return sorted({path.stem for folder in folders or [conf_dir()] for path in (folder / group).glob("*.yaml")})
@@ -59,38 +57,37 @@ def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting: its type and the sentences below it in its dataclass."""
+    """One setting: its type, its default and the sentences below it in its dataclass."""
 
     hint: Any
     default: Any
+    """`dataclasses.MISSING` where a value has to be given."""
     doc: str
     number: Number | None
     """Its range; None: not a number."""
+    advanced: bool
+
+    @property
+    def is_value(self) -> bool:
+        """Return whether one types a value for it: not for a group, whose own settings are listed."""
+        return not any(dataclasses.is_dataclass(part) for part in (self.hint, *typing.get_args(self.hint)))
 
 
 def settings(
     root: type = TrainConfig, choices: Mapping[str, str] | None = None, folders: Sequence[Path] = ()
 ) -> dict[str, Setting]:
-    """Every setting by its dotted name; of a group without a choice, those of all its schemas."""
-    found: dict[str, Setting] = {}
-    for field, setting in _fields(root):
-        if field not in SCHEMAS or setting.hint is TrustConfig:
-            found[field] = setting
-            for part in _dataclasses_in(setting.hint):
-                found.update({f"{field}.{name}": inner for name, inner in _fields(part)})
-            continue
-        chosen = _schema_of(field, (choices or {}).get(field), folders or [conf_dir()])
-        for schema in [chosen] if chosen is not None else SCHEMAS[field].values():
-            for name, inner in _fields(schema):
-                found.setdefault(f"{field}.{name}", inner)
-                for deeper in _dataclasses_in(inner.hint):
-                    found.update({f"{field}.{name}.{deepest}": s for deepest, s in _fields(deeper)})
-        found.setdefault(field, setting)
+    """Return every setting by its dotted name; of a group without a choice, those of all its schemas."""
+    found = dict(_settings_of(root, ""))
+    for group in SCHEMAS:
+        if group in found and found[group].hint is not TrustConfig:
+            chosen = _schema_of(group, (choices or {}).get(group), folders or [conf_dir()])
+            for schema in [chosen] if chosen is not None else reversed(SCHEMAS[group].values()):
+                found.update(_settings_of(schema, f"{group}."))
     return found
 
 
 def _schema_of(group: str, option: str | None, folders: Sequence[Path]) -> type | None:
-    """Class of an option, by the defaults list of its file."""
+    """Return the class of an option, by the defaults list of its file."""
     if option is None or option in SCHEMAS[group]:
         return SCHEMAS[group].get(option or "")
     for folder in folders:
@@ -102,16 +99,22 @@ def _schema_of(group: str, option: str | None, folders: Sequence[Path]) -> type 
     return None
 
 
-def _fields(schema: type) -> Iterator[tuple[str, Setting]]:
-    hints = typing.get_type_hints(schema)
-    docs, ranges = _field_docs(schema), numbers(schema)
+def _settings_of(schema: type, prefix: str) -> Iterator[tuple[str, Setting]]:
+    hints, docs, ranges = typing.get_type_hints(schema), _field_docs(schema), numbers(schema)
     for field in dataclasses.fields(schema):
-        name = field.name
-        yield name, Setting(hints[name], field.default, docs.get(name, ""), ranges.get(name))
+        name, hint = field.name, hints[field.name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        yield (
+            prefix + name,
+            Setting(hint, default, docs.get(name, ""), ranges.get(name), bool(field.metadata.get("advanced"))),
+        )
+        for part in (hint, *typing.get_args(hint)):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                yield from _settings_of(part, f"{prefix}{name}.")
 
 
 def _field_docs(schema: type) -> dict[str, str]:
-    """The docstring below each field, of the class and its bases."""
+    """Return the docstring below each field, of the class and its bases."""
     docs: dict[str, str] = {}
     for base in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -126,36 +129,6 @@ def _field_docs(schema: type) -> dict[str, str]:
     return docs
 
 
-def _dataclasses_in(hint: Any) -> list[type]:
-    return [
-        part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part) and isinstance(part, type)
-    ]
-
-
-def members(hint: Any) -> list[str]:
-    """Names of the values of a setting that takes one of an enumeration; none of any other."""
-    for part in (hint, *typing.get_args(hint)):
-        if isinstance(part, type) and issubclass(part, Enum):
-            return list(part.__members__)
-    return []
-
-
-def in_words(setting: Setting) -> str:
-    """Return what a setting accepts, as a user reads it."""
-    return _type_in_words(setting.hint) if setting.number is None else str(setting.number)
-
-
-def _type_in_words(hint: Any) -> str:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        parts = [part for part in typing.get_args(hint) if part is not type(None)]
-        return f"{' or '.join(_type_in_words(part) for part in parts)} or null"
-    if typing.get_origin(hint) is list:
-        return "a list like [a,b]"
-    if names := members(hint):
-        return f"one of {', '.join(names)}"
-    return {bool: "true or false", str: "text"}.get(hint, "settings by name")
-
-
 def dotted(parent: str, name: str) -> str:
-    """The full name of `name` below `parent`, which is empty at the top."""
+    """Return the full name of `name` below `parent`, which is empty at the top."""
     return f"{parent}.{name}" if parent else name

@@ -30,4 +30,7 @@ class AgentftLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run what is not finished yet, and return an outcome for each job."""
-        return launch(self.hydra_context, self.config, self.options, job_overrides, initial_job_idx)
+        from agentft.config.main import environment_as_given  # which has been imported when a sweep begins
+
+        with environment_as_given():
+            return launch(self.hydra_context, self.config, self.options, job_overrides, initial_job_idx)
