@@ -390,6 +390,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[TrainConfig]:
 
     def recipe(config: TrainConfig) -> float:
         given.append(config)
+        assert "HYDRA_FULL_ERROR" not in os.environ, "a job of a sweep would print tracebacks"
         (Path(config.run_dir) / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
         return 0.5
 
