@@ -34,7 +34,7 @@ def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callabl
     if is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_builder(target):
+    with only_builder(target):
         if is_whole(target):
             return target
         if target.exists():
@@ -57,7 +57,7 @@ def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callabl
 
 
 @contextlib.contextmanager
-def _only_builder(target: Path) -> Iterator[None]:
+def only_builder(target: Path) -> Iterator[None]:
     """Let one process at a time build `target`; the lock ends with the process that holds it, however that ends."""
     with target.with_name(f".{target.name}.lock").open("w") as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks

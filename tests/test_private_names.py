@@ -34,9 +34,6 @@ NAMES = {
     "_internal_id": ("wandb_workspaces", "workspaces/interface.py"),
     "_internal_name": ("wandb_workspaces", "workspaces/interface.py"),
     "_id": ("wandb_workspaces", "reports/v2/interface.py"),
-    "_processes": ("concurrent", "futures/process.py"),
-    "_result_queue": ("concurrent", "futures/process.py"),
-    "_writer": ("multiprocessing", "queues.py"),
 }
 """Name -> package and the file that has it."""
 

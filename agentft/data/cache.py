@@ -3,20 +3,19 @@
 The bytes of the sources, the settings, the layout, the tokenizer, the code that reads and writes, and the versions of what
 it calls. Left out is what decides none of them: the name, where a hub's files lie, when to stop because of losses.
 
-<cache>/data/<key>/            the files of one prepared dataset; `manifest.json` holds their sizes and digests
-    <cache>/data/.<key>.lock       locked by who builds (alone) or opens (together)
+    <cache>/data/<key>/            the files of one prepared dataset; `manifest.json` holds their sizes and digests
+    <cache>/data/.<key>.lock       locked by who builds
     <cache>/data/.<key>-<random>/  being built; of a killed process it is removed by the next that builds
 
 `<cache>` is `$AGENTFT_CACHE`, else `~/.cache/agentft`; `$AGENTFT_DATA_CACHE` names another place for `<cache>/data`. A folder
-gets its name when it is complete, and its files are checked against their digests each time, so neither a crash nor a damaged disk
-gives wrong data. Nothing depends on the locks but who builds: where a file system has none, several build and the first wins.
-"""  # noqa: E501
+gets its name when it is complete, and its files are checked against their digests each time, so neither a crash nor a damaged
+disk gives wrong data. Nothing depends on the lock but who builds: without one several build, and the first wins.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,35 +31,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentft.cache import cache_root
+from agentft.cache import cache_root, only_builder
 from agentft.data.config import DatasetConfig
 from agentft.data.files import block_digest
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import source_digests
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
-from agentft.errors import DataError
 from agentft.settings import affects
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("tokenizers", "fastokens", "pyarrow", "zstandard", "datasets", "modelscope")
-_ROOMS = (
-    "data/**/*.py",
-    "data/**/*.yaml",
-    "data/preparation_stats.py",
-    "data/prepare.py",
-    "data/cache.py",
-    "data/sources.py",
-)
+_NOT_IN_KEY = {name for name, what in affects(DatasetConfig).items() if what == "nothing"} | {"name"}
+"""The same settings by another name give the same data."""
 
 
 def key_of(ingredients: dict[str, Any]) -> str:
-    """Digest of what `key_ingredients` returned, 32 hexadecimal digits."""
+    """Return the digest of what `key_ingredients` returned, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> dict[str, Any] | None:
-    """Everything that decides the data, as JSON; None where a source gives no bytes to know it by.
+    """Return everything that decides the data, as JSON; None where a source gives no bytes to know it by.
 
     Raises:
         DataError: a source cannot be read.
@@ -68,9 +60,7 @@ def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEnc
     sources = source_digests(config)
     if sources is None:
         return None
-    nothing = {name for name, what in affects(DatasetConfig).items() if what == "nothing"}
-    # The same settings by another name give the same data.
-    settings = {name: value for name, value in _plain(config).items() if name not in nothing | {"name"}}
+    settings = {name: value for name, value in _plain(config).items() if name not in _NOT_IN_KEY}
     return {
         "sources": sources,
         "settings": settings,
@@ -82,17 +72,17 @@ def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEnc
 
 
 def code_is_as_loaded() -> bool:
-    """False where a source file is younger than this process, whose code may then be another than the file's."""
+    """Return False where a source file is younger than this process, whose code may then be another than the file's."""
     return all(path.stat().st_mtime < _STARTED for path in _code())
 
 
 def _code() -> Iterator[Path]:
-    for pattern in _ROOMS:
-        yield from sorted(_PACKAGE.glob(pattern))
+    for pattern in ("*.py", "*.yaml"):
+        yield from sorted((_PACKAGE / "data").rglob(pattern))
 
 
 def _process_start() -> float:
-    """When this process began, in seconds of `time.time`; now where the system does not say it."""
+    """Return when this process began, in seconds of `time.time`; now where the system does not say it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -112,7 +102,7 @@ def _version(name: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """A setting or a layout as JSON; sets in one order, classes by name."""
+    """Return a setting or a layout as JSON; sets in one order, classes by name."""
     match value:
         case Enum():
             return value.name
@@ -146,27 +136,22 @@ class DataCache:
     limit_bytes: float
     """Above it the entries that were not used for longest are removed."""
 
-    def fetch(
-        self,
-        key: str,
-        build: Callable[[Path], None],
-        open_: Callable[[Path], T],
-        about: Callable[[], dict[str, Any] | None],
-    ) -> T:
-        """Return what `open_(folder)` makes of the entry `key`; `build(folder)` makes the entry where it is not there.
+    def fetch(self, key: str, build: Callable[[Path], dict[str, Any]], open_: Callable[[Path], T]) -> T:
+        """Return what `open_(folder)` makes of the entry `key`.
 
         Args:
-            about: asked after building: what the key was made of, kept for a reader's eyes; None if it changed since.
+            build: Makes the entry in an empty folder where it is not there; returns what the key was made of, kept for a
+                reader's eyes.
         """
-        with self._locked(key, fcntl.LOCK_SH):
-            found = self._open(key, open_)
-        if found is not None:
-            return found
-        with self._locked(key, fcntl.LOCK_EX):
-            found = self._open(key, open_)  # another process may have built it meanwhile
-            return self._build(key, build, open_, about) if found is None else found
+        opened = self._open(key, open_)
+        if opened is None:
+            with only_builder(self.root / key):
+                opened = self._open(key, open_, discards=True)  # another process may have built it meanwhile
+                if opened is None:
+                    opened = self._build(key, build, open_)
+        return opened
 
-    def _open(self, key: str, open_: Callable[[Path], T]) -> T | None:
+    def _open(self, key: str, open_: Callable[[Path], T], *, discards: bool = False) -> T | None:
         folder = self.root / key
         if not folder.is_dir():
             return None
@@ -174,32 +159,21 @@ class DataCache:
             manifest = _checked(folder)
             opened = open_(folder)
         except (_DamagedError, OSError, ValueError, KeyError) as error:
-            log.warning("data: the cache entry %s is damaged (%s) and is built anew", key[:12], error)
-            _discard(folder)
+            if discards:
+                log.warning("data: the cache entry %s is damaged (%s) and is built anew", key[:12], error)
+                _discard(folder)
             return None
         with contextlib.suppress(OSError):
             os.utime(folder / _MANIFEST)  # the entries that are used last stay longest
         log.info("data: from the cache %s, made at %s", key[:12], manifest["made"])
         return opened
 
-    def _build(
-        self,
-        key: str,
-        build: Callable[[Path], None],
-        open_: Callable[[Path], T],
-        about: Callable[[], dict[str, Any] | None],
-    ) -> T:
+    def _build(self, key: str, build: Callable[[Path], dict[str, Any]], open_: Callable[[Path], T]) -> T:
         for left in self.root.glob(f".{key}-*"):
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=self.root))
         try:
-            build(work)
-            ingredients = about()
-            if ingredients is None:
-                raise DataError(
-                    "the files of the dataset, or the code that reads them, changed while they were read: start again"
-                )
-            size = _seal(work, ingredients)
+            size = _seal(work, build(work))
             folder = self.root / key
             with contextlib.suppress(OSError):  # where there are no locks, another process may have been first
                 work.rename(folder)
@@ -211,7 +185,7 @@ class DataCache:
         return opened
 
     def _prune(self, keep: str) -> None:
-        """Remove entries, the longest unused first, until the rest is within the limit; those being opened stay."""
+        """Remove entries, the longest unused first, until the rest is within the limit. What is open keeps its bytes."""
         entries: list[tuple[float, Path]] = []
         sizes: dict[Path, int] = {}
         for manifest in self.root.glob(f"[!.]*/{_MANIFEST}"):
@@ -221,37 +195,14 @@ class DataCache:
         for _, folder in sorted(entries):
             if sum(sizes.values()) <= self.limit_bytes:
                 return
-            if folder.name == keep:
-                continue
-            with self._locked(folder.name, fcntl.LOCK_EX | fcntl.LOCK_NB) as has_lock:
-                if has_lock:
-                    log.info("data: removed %s from the cache: above dataset.cache_limit_gb", folder.name[:12])
-                    _discard(folder)
-                    del sizes[folder]
-
-    @contextlib.contextmanager
-    def _locked(self, key: str, kind: int) -> Iterator[bool]:
-        """Hold the lock of a key while the body runs. It is the kernel's, and ends with the process that holds it."""
-        with (self.root / f".{key}.lock").open("a") as file:
-            yield _lock(file.fileno(), kind, key)
-
-
-def _lock(file: int, kind: int, key: str) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        if kind & fcntl.LOCK_NB:
-            return False
-    except OSError:
-        return True  # a file system without locks
-    log.info("data: another process is preparing %s; waiting for it", key[:12])
-    fcntl.flock(file, kind)
-    return True
+            if folder.name != keep:
+                log.info("data: removed %s from the cache: above dataset.cache_limit_gb", folder.name[:12])
+                _discard(folder)
+                del sizes[folder]
 
 
 def open_cache(limit_gb: float) -> DataCache | None:
-    """The cache of this user; None, said aloud, where its folder cannot be written."""
+    """Return the cache of this user; None, said aloud, where its folder cannot be written."""
     root = Path(os.environ.get("AGENTFT_DATA_CACHE") or cache_root(None) / "data").expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -264,7 +215,7 @@ def open_cache(limit_gb: float) -> DataCache | None:
 
 
 def _seal(folder: Path, ingredients: dict[str, Any]) -> int:
-    """Write the manifest over the files that are there; returns their bytes."""
+    """Write the manifest over the files that are there; return their bytes."""
     files = {
         file.name: {"bytes": file.stat().st_size, "digest": block_digest(file)} for file in sorted(folder.iterdir())
     }
@@ -276,7 +227,7 @@ def _seal(folder: Path, ingredients: dict[str, Any]) -> int:
 
 
 def _checked(folder: Path) -> dict[str, Any]:
-    """The manifest of an entry whose files are the ones that were written."""
+    """Return the manifest of an entry whose files are the ones that were written."""
     manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     for name, expected in manifest["files"].items():
         file = folder / name

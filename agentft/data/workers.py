@@ -1,9 +1,10 @@
-"""Do the same work on batch after batch of rows, on all cores, with results in order.
+"""Turn batches of rows into conversations and examples, on all cores, with results in order.
 
-Python's part of the work holds the interpreter's lock, so only processes share it out. They are forked, late and from a quiet
-process: they find the tokenizers loaded, cost no import, and a short preparation, which would not repay them, has none.
+Python's part of the work holds the interpreter's lock, so only processes share it out. They are the workers of a `DataLoader`,
+forked late and from a quiet process: they find the tokenizers loaded, cost no import, and a short preparation, which would not
+repay them, has none.
 
-It keeps no state between batches and asks for none, so batches can be worked on anywhere and in any order. What needs
+The work keeps no state between batches and asks for none, so batches can be worked on anywhere and in any order. What needs
 their order, ids and duplicates and counts, is done with the results.
 """
 
@@ -16,12 +17,13 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, TypeVar
+from traceback import format_exc
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from agentft.data.config import DatasetConfig, Format, TooLong
 from agentft.data.conversation import Conversation
@@ -41,56 +43,14 @@ R = TypeVar("R")
 MOST_PROCESSES = 8
 """Beyond so many, the one that reads the files and writes the results has enough to do."""
 
-log = logging.getLogger(__name__)
-
-_THREADS = 2
-_PATIENCE = 2.0
-"""Seconds without a result after which it is looked whether all processes live."""
 _BATCHES_AHEAD = 3
-"""Batches a thread or process."""
+"""Batches a process."""
 
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """How work is shared out."""
-
-    processes: int
-    """At most; 1: only threads of this process."""
-    ready: Callable[[], bool]
-    """Asked between two batches until it is true: loads what much work needs, so that forked processes share it."""
-
-    def in_order(self, work: Callable[[B], R], batches: Iterable[B]) -> Iterator[tuple[B, R]]:
-        """Each batch with its result.
-
-        Raises:
-            DataError: a process was killed. What `work` raises is raised here.
-        """
-        waiting: deque[tuple[B, Future[R]]] = deque()
-        pool: Executor = ThreadPoolExecutor(_THREADS, "rows")
-        do, ahead, ready = work, _BATCHES_AHEAD * _THREADS, False
-        try:
-            for number, batch in enumerate(batches):
-                if number and not ready and (ready := self.ready()) and self.processes > 1:
-                    while waiting:  # a thread at work could hold a lock, which would stay locked in a fork
-                        yield _next(waiting, pool)
-                    pool.shutdown()
-                    pool, do, ahead = _forked(work, self.processes), _do, _BATCHES_AHEAD * self.processes
-                waiting.append((batch, pool.submit(do, batch)))
-                if len(waiting) > ahead:
-                    yield _next(waiting, pool)
-            while waiting:
-                yield _next(waiting, pool)
-        except BrokenProcessPool as error:
-            _kill(pool)  # those that are left ignore the SIGTERM by which the pool would end them
-            raise DataError(
-                "a process that prepares data was killed, by want of memory perhaps; dataset.workers=1 needs the least"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+log = logging.getLogger(__name__)
 
 
 def process_count(asked: int) -> int:
-    """How many processes to use where `asked` for, 0 meaning as many as make sense here."""
+    """Return how many processes to use where `asked` for, 0 meaning as many as make sense here."""
     if sys.platform != "linux":  # elsewhere a fork is not safe, or there is none
         if asked > 1:
             log.warning("dataset.workers=%d: processes are forked on Linux only, here one prepares the data", asked)
@@ -98,56 +58,111 @@ def process_count(asked: int) -> int:
     return asked or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
 
-def _next(waiting: deque[tuple[B, Future[R]]], pool: Executor) -> tuple[B, R]:
-    batch, future = waiting.popleft()
-    while True:
-        try:
-            return batch, future.result(timeout=_PATIENCE)
-        except TimeoutError:
-            if future.done():
-                raise
-            # The pool does not see a process that died while it wrote: it waits for the rest of the result.
-            if not all(process.is_alive() for process in _processes(pool)):
-                raise BrokenProcessPool("a process died while it wrote a result") from None
+def in_order(
+    work: Callable[[B], R], batches: Iterable[B], *, processes: int, ready: Callable[[], bool]
+) -> Iterator[tuple[B, R]]:
+    """Yield each batch with its result.
+
+    Args:
+        processes: At most; 1: only this one.
+        ready: Asked between two batches until it is true: loads what much work needs, so that forked processes share it.
+
+    Raises:
+        DataError: a process was killed. What `work` raises is raised here.
+    """
+    batches, is_ready = iter(batches), False
+    for batch in batches:
+        yield batch, work(batch)
+        is_ready = is_ready or ready()
+        if is_ready and processes > 1:
+            yield from _in_processes(work, batches, processes)
 
 
-def _forked(work: Callable[[Any], Any], processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        processes, mp_context=get_context("fork"), initializer=_begin, initargs=(work, os.getpid())
+def _in_processes(work: Callable[[B], R], batches: Iterator[B], processes: int) -> Iterator[tuple[B, R]]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    sent: deque[B] = deque()
+
+    def noted() -> Iterator[B]:
+        for batch in batches:
+            sent.append(batch)
+            yield batch
+
+    loader: DataLoader[Any] = DataLoader(
+        _Work(work),  # type: ignore[arg-type]  # it is asked for batches in place of indices
+        sampler=noted(),
+        batch_size=None,
+        num_workers=processes,
+        prefetch_factor=_BATCHES_AHEAD,
+        collate_fn=_as_it_is,
+        worker_init_fn=partial(_begin, os.getpid()),
+        multiprocessing_context="fork",
+        generator=torch.Generator(),  # else it would draw from the one that the training draws from
     )
+    before = set(active_children())
+    try:
+        with killed_worker_in_words():
+            for result in loader:
+                if isinstance(result, _Raised):
+                    raise result.error
+                yield sent.popleft(), result
+    finally:
+        _end(set(active_children()) - before)
 
 
-def _processes(pool: Executor) -> list[BaseProcess]:
-    return list((getattr(pool, "_processes", None) or {}).values())
+def _end(processes: set[BaseProcess]) -> None:
+    """End workers whose loader an error keeps alive: it would wait at the exit for processes that ignore its SIGTERM."""
+    for _ in range(2):
+        with suppress(RuntimeError):  # the loader takes the first of these ends for an accident
+            for process in processes:
+                process.kill()
+                process.join()
 
 
-def _kill(pool: Executor) -> None:
-    for process in _processes(pool):
-        process.kill()
-    results = getattr(pool, "_result_queue", None)
-    if results is not None:
-        results._writer.close()  # the last end to write to: who still reads finds that nothing more will come
+@contextmanager
+def killed_worker_in_words() -> Iterator[None]:
+    """Say what it means that a worker was killed. The news comes as a signal, wherever this process is at the moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a process that prepares data was killed, by want of memory perhaps; dataset.workers=1 needs the least"
+        ) from error
 
 
-_work: Callable[[Any], Any] | None = None
-"""Of a forked process."""
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    error: Exception
 
 
-def _begin(work: Callable[[Any], Any], parent: int) -> None:
-    global _work
-    _work = work
+@dataclass(frozen=True, slots=True)
+class _Work(Generic[B, R]):
+    """Work as a dataset whose indices are batches. A `DataLoader` would raise an error anew, with other words in it."""
+
+    work: Callable[[B], R]
+
+    def __getitem__(self, batch: B) -> R | _Raised:
+        try:
+            return self.work(batch)
+        except Exception as error:
+            error.add_note(f"in a process that prepares data:\n{format_exc()}")
+            return _Raised(error)
+
+
+def _as_it_is(result: R) -> R:
+    return result
+
+
+def _begin(parent: int, _: int) -> None:
     # Sent to all processes of a job they ask the parent to end its work, and so its workers'; its handlers are for it alone.
-    # One that died while it writes a result would leave the parent waiting for the rest of it.
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     gc.freeze()  # a collection would touch, and so copy, every page that is shared with the parent
     die_with(parent)
-
-
-def _do(batch: Any) -> Any:
-    assert _work is not None
-    return _work(batch)
 
 
 CONVERSATIONS_A_BATCH = 64
@@ -159,8 +174,8 @@ class Made(NamedTuple):
 
     outcome: TruncationKind
     examples: tuple[PackedExample, ...]
-    talks: tuple[bytes, ...]
-    """Of a held-out one the conversations that the examples render, as they are stored."""
+    pieces: tuple[bytes, ...]
+    """Where they are wanted: the conversations that the examples render, as they are stored."""
     content_hashes: tuple[str, ...]
     """Of those."""
     notes: tuple[str, ...]
@@ -185,8 +200,9 @@ class Understood(NamedTuple):
     """Names of the tools it calls, sorted."""
     line: bytes | None
     """The conversation as it is stored, where it waits to be wanted."""
-    made: Made | None
-    """None where it waits, and where its source's weight leaves it out."""
+    part: str | None
+    """The part it is made for; None where it waits, and where its source's weight leaves it out."""
+    made: Made | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,37 +234,54 @@ class RowWork:
     config: DatasetConfig
     template: Layout
     encoder: SegmentEncoder
+    keeps_pieces: bool = False
+    """Store the conversations that training examples render, too."""
 
     def read(self, batch: RowsToRead) -> list[Understood | Rejection]:
         """Read rows, and make what is wanted of them."""
-        read = [self._read(row, batch) for row in batch.rows]
-        made = iter(self._make([(r.conversation, r.part) for r in read if isinstance(r, _Read) and r.part is not None]))
+        results: list[Understood | Rejection] = []
+        wanted: list[tuple[Conversation, str]] = []
+        for row in batch.rows:
+            outcome = row if isinstance(row, Rejection) else self._read_row(row, batch.form)
+            if isinstance(outcome, Rejection):
+                results.append(outcome)
+                continue
+            conversation, notices = outcome
+            if batch.name is not None:
+                conversation = replace(conversation, id=batch.name)
+            understood = self._understood(conversation, notices, batch)
+            results.append(understood)
+            if understood.part is not None:
+                wanted.append((conversation, understood.part))
+        made = iter(self._make(wanted))
         return [
-            each if isinstance(each, Rejection) else each.understood(None if each.part is None else next(made))
-            for each in read
+            each if isinstance(each, Rejection) or each.part is None else each._replace(made=next(made))
+            for each in results
         ]
-
-    def _read(self, row: RawRow | Rejection, batch: RowsToRead) -> _Read | Rejection:
-        if isinstance(row, Rejection):
-            return row
-        outcome = read_record(
-            row.value, row.origin, form=batch.form, weight=row.weight, reasoning=self.config.reasoning
-        )
-        if isinstance(outcome, Rejection):
-            return outcome
-        conversation, notices = outcome
-        if batch.name is not None:
-            conversation = replace(conversation, id=batch.name)
-        hashes = conversation.content_hash, conversation.user_hash
-        part = None if batch.waiting else self._part(batch.part, conversation.weight, *hashes)
-        return _Read(conversation, notices, *hashes, part, to_line(conversation) if batch.waiting else None)
 
     def make(self, batch: LinesToMake) -> list[Made]:
         """Make what is wanted of stored conversations."""
         return list(self._make([(from_line(line), batch.part) for line in batch.lines]))
 
+    def _read_row(self, row: RawRow, form: Format) -> tuple[Conversation, list[ParseWarning]] | Rejection:
+        return read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=self.config.reasoning)
+
+    def _understood(self, conversation: Conversation, notices: list[ParseWarning], batch: RowsToRead) -> Understood:
+        content_hash, user_hash = conversation.content_hash, conversation.user_hash
+        return Understood(
+            conversation.id,
+            identity(content_hash),
+            notices,
+            conversation.weight,
+            bytes.fromhex(content_hash),
+            bytes.fromhex(user_hash),
+            tuple(sorted(conversation.called_tools)),
+            to_line(conversation) if batch.waiting else None,
+            None if batch.waiting else self._part(batch.part, conversation.weight, content_hash, user_hash),
+        )
+
     def _part(self, part: str | None, weight: float, content_hash: str, user_hash: str) -> str | None:
-        """The part that a conversation belongs to; None where no epoch shows it."""
+        """Return the part that a conversation belongs to; None where no epoch shows it."""
         seed = self.config.seed
         part = part or ("heldout" if is_held_out(user_hash, seed, self.config.test_ratio) else "train")
         return None if part == "train" and weight < 1 and not showing_keys(content_hash, weight, seed) else part
@@ -258,7 +291,7 @@ class RowWork:
         fitted = fitter.fit([(conversation, self._too_long(part)) for conversation, part in wanted])
         id_type = stored_id_type(self.encoder.largest_id)
         for each, (_, part) in zip(fitted, wanted, strict=True):
-            shown = each.pieces if part == "heldout" else ()
+            shown = each.pieces if part == "heldout" or self.keeps_pieces else ()
             yield Made(
                 each.outcome,
                 tuple([pack(piece.example, id_type) for piece in each.pieces]),
@@ -273,32 +306,6 @@ class RowWork:
     def _too_long(self, part: str) -> TooLong:
         how = self.config.too_long
         return how if part == "train" else how.of_heldout
-
-
-class _Read(NamedTuple):
-    """A conversation before anything is made of it."""
-
-    conversation: Conversation
-    notices: list[ParseWarning]
-    content_hash: str
-    user_hash: str
-    part: str | None
-    line: bytes | None
-
-    def understood(self, made: Made | None) -> Understood:
-        """What is handed on of it."""
-        conversation = self.conversation
-        return Understood(
-            conversation.id,
-            identity(self.content_hash),
-            self.notices,
-            conversation.weight,
-            bytes.fromhex(self.content_hash),
-            bytes.fromhex(self.user_hash),
-            tuple(sorted(conversation.called_tools)),
-            self.line,
-            made,
-        )
 
 
 def _change(fitted: TruncationResult, part: str) -> dict[str, Any]:
@@ -328,7 +335,7 @@ def batches_of(rows: Iterable[RawRow | Rejection]) -> Iterator[list[RawRow | Rej
 
 
 def _characters(value: object, depth: int = 5) -> int:
-    """About how much text a raw value holds; what lies deeper than a turn's fields counts nothing."""
+    """Return about how much text a raw value holds; what lies deeper than a turn's fields counts nothing."""
     if isinstance(value, str):
         return len(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

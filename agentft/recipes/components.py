@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from agentft import runtime
-from agentft.data.prepare import PreparedData
+from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
 from agentft.distributed.config import DistributedConfig
 from agentft.distributed.engines import make_engine

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from agentft import progress, runtime
-from agentft.data.prepare import PreparedData, prepare_data
+from agentft.data.prepare import prepare_data
+from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.config import DistributedConfig, EngineKind

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agentft.comparison.predictions_page import predictions_page, read_steps
-from agentft.data.prepare import PreparedData
+from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.distributed.spread import spread_likelihood

@@ -18,7 +18,8 @@ import torch
 
 from agentft import progress, runtime, slurm
 from agentft.data.batches import StepPlan
-from agentft.data.prepare import prepare_data, write_manifest
+from agentft.data.prepare import prepare_data
+from agentft.data.prepared import write_manifest
 from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from agentft.data.config import LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.prepare import prepare_data, write_manifest
+from agentft.data.prepare import prepare_data
+from agentft.data.prepared import write_manifest
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize

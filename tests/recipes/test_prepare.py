@@ -32,8 +32,15 @@ from agentft.data.config import (
     WeightedPath,
 )
 from agentft.data.conversation import Conversation
-from agentft.data.preparation_stats import PreparationStats, read_account, write_account
-from agentft.data.prepare import PreparedData, prepare_data, rewritten_history, write_manifest
+from agentft.data.prepare import prepare_data
+from agentft.data.prepared import (
+    PreparationStats,
+    PreparedData,
+    read_account,
+    rewritten_history,
+    write_account,
+    write_manifest,
+)
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import is_large, read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
@@ -106,11 +113,16 @@ def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, tem
 def forks(monkeypatch) -> list[int]:
     """Take every dataset for a large one, in small batches; the numbers of processes that were forked."""
     made: list[int] = []
-    fork = workers._forked
+    fork = workers._in_processes
     for module in (workers, prepare):
         monkeypatch.setattr(module, "CONVERSATIONS_A_BATCH", 12)
     monkeypatch.setattr(prepare, "is_large", lambda config: True)
-    monkeypatch.setattr(workers, "_forked", lambda work, processes: (made.append(processes), fork(work, processes))[1])
+
+    def counted(work, batches, processes):
+        made.append(processes)
+        return fork(work, batches, processes)
+
+    monkeypatch.setattr(workers, "_in_processes", counted)
     return made
 
 
