@@ -38,8 +38,9 @@ _held_locks: set[int] = set()
 class RunFolder:
     """The paths of one run folder. `RunFolder(path)` only names them; `create` makes and locks it, `open` checks it."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, setting: str = "run_dir") -> None:
         self.path = Path(path).absolute()
+        self._setting = setting
         self._lock: int | None = None
         self._made_lock = False
         self.begun = False
@@ -47,17 +48,17 @@ class RunFolder:
         self._follows = False
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str]) -> Self:
-        """Makes the folder if need be and takes it for this process; refused while another process has it.
+    def create(cls, path: str | os.PathLike[str], *, setting: str = "run_dir") -> Self:
+        """Make the folder if need be and take it for this process; refused while another process has it.
 
-        In the folder of a run not a byte changes before `begin` or the first write.
+        In the folder of a run not a byte changes before `begin` or the first write. `setting` is what names the folder.
         """
-        run = cls(path)
+        run = cls(path, setting=setting)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"{run.path}: the run folder cannot be made: {error.strerror}; choose another run_dir"
+                f"{run.path}: the folder cannot be made: {error.strerror}; choose another {setting}"
             ) from error
         run._take_lock()
         if not run.has_run():
@@ -297,7 +298,7 @@ class RunFolder:
             lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise RunError(
-                f"{self.path}: nothing can be written there: {error.strerror}; choose another run_dir"
+                f"{self.path}: nothing can be written there: {error.strerror}; choose another {self._setting}"
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -315,7 +316,7 @@ class RunFolder:
 
     def _in_use(self, lock: int) -> RunError:
         holder = _describe_holder(os.pread(lock, 4096, 0))
-        return RunError(f"{self.path} is in use by {holder}; wait for it, end it, or choose another run_dir")
+        return RunError(f"{self.path} is in use by {holder}; wait for it, end it, or choose another {self._setting}")
 
     def _must_be_held(self) -> None:
         if self._lock is None and not self._follows:

@@ -43,7 +43,10 @@ CODES: dict[str, tuple[Level, str]] = {
     "exec_without_call": (Level.warning, "a tool result that no call asked for; set aside"),
     "empty_summary": (Level.warning, "a turn that ends with a tool result: nothing is said to the user"),
     "ends_with_call": (Level.note, "a turn that ends with a call: it teaches calling, not summing up"),
-    "untrained_step": (Level.note, "a step that its source does not want trained: shown as context, not asked in evaluation"),
+    "untrained_step": (
+        Level.note,
+        "a step that its source does not want trained: shown as context, not asked in evaluation",
+    ),
     "duplicate": (Level.warning, "the same id and content once more; set aside"),
     "duplicate_id": (Level.warning, "the same id with other content; renamed"),
     "duplicate_content": (Level.warning, "the same content under another id"),

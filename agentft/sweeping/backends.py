@@ -162,7 +162,7 @@ class NodeTask:
 
         for child in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGINT)
+                os.killpg(child.pid, signal.SIGINT)
         until = time.monotonic() + self.job.grace
         with contextlib.suppress(ChildProcessError):  # none is left
             while time.monotonic() < until:

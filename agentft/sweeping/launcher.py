@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agentft import slurm
 from agentft.errors import ConfigError, RunError
-from agentft.runs import SWEEP_FOLDER_VARIABLE
+from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
 from agentft.signals import StopSignals
 from agentft.sweeping.display import Display
 from agentft.sweeping.halving import Halving, run_halving
@@ -233,10 +232,9 @@ def launch(
     halving = None if options.eta is None else Halving(options.eta, options.rungs)
     sweep = Path(str(config.hydra.sweep.dir)).absolute()
     slots = options.make_slots(len(job_overrides))
-    sweep.mkdir(parents=True, exist_ok=True)
     if (own := slurm.job_id()) is not None:
         os.environ[slurm.REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
-    with _only_launcher(sweep):
+    with RunFolder.create(sweep, setting="hydra.sweep.dir"):  # two launchers would start every job twice
         jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
         distinct = list({job.config_hash: job for job in jobs}.values())
         for job in distinct:
@@ -412,19 +410,3 @@ def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int
         reasons += f"; and {len(failed) - _EXPLAINED} more" if len(failed) > _EXPLAINED else ""
         outcome.return_value = RunError(f"{len(failed)} of {total} jobs failed: {reasons}")
     return outcome
-
-
-@contextlib.contextmanager
-def _only_launcher(sweep: Path) -> Iterator[None]:
-    """Two launchers on one sweep folder would start every job twice."""
-    handle = os.open(sweep / ".launcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{sweep}: another launcher works in this sweep folder; wait for it or end it") from None
-        except OSError:
-            pass  # a network file system without locks
-        yield
-    finally:
-        os.close(handle)

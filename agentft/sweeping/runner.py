@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
+
 from agentft.distributed.forkserver import GONE, SERVER_DIED, can_fork, fork_program
 from agentft.errors import ConfigError, RunError
 from agentft.runs import utc_now
@@ -190,15 +192,15 @@ class JobProcess(Attempt):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
         if number == signal.SIGKILL:
-            for pid in family:  # those that made groups of their own
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, number)
+            for each in family:  # those that made groups of their own
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
 
     def _exit_code(self) -> int | None:
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll()
         code = self._process.exitcode
-        if code == SERVER_DIED and _runs(self.pid):
+        if code == SERVER_DIED and psutil.pid_exists(self.pid):
             # Nobody will ever know how it ends: it is ended, so that it can be tried again in its folder.
             self._signal(signal.SIGKILL)
             self.lost = GONE
@@ -270,29 +272,12 @@ def describe_exit(code: int) -> tuple[str, str | None]:
     return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), name
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the processes started by `pid` and by those, as Linux lists them; elsewhere none."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            # The name, in parentheses, may hold spaces and parentheses itself.
-            parent = int(path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(path.parent.name))
-    found: list[int] = []
-    waiting = [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
-
-
-def _runs(pid: int) -> bool:
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return the processes that `pid` and those have started."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return []
 
 
 # --- The pool ---

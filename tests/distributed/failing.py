@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401  # as the recipes do: loaded once, by the server that ranks are forked from
+
 from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind
 from agentft.distributed.launch import start_ranks
 from agentft.distributed.topology import choose_places
