@@ -1,8 +1,8 @@
 """Score a predictions file alone, without a model and without torch: `python -m agentft.score FILE.jsonl --json`.
 
 One JSON object a line and step: `conversation_id` (a string, or an integer that stands for its digits), `step`
-(0, 1, ...), `reference` (raw assistant text of the step), `prediction` (raw model text), both in MSAgent's marks or, where
-no reference has these, in those of the family that reads a reference's call; optionally `offered` (tool
+(0, 1, ...), `reference` (raw assistant text of the step), `prediction` (raw model text), each in MSAgent's marks or in those
+of a family in `agentft/data/responses`; optionally `offered` (tool
 names, or objects with `name` and `parameters`), `after_call`, `language`, `rounds`, `seen_tool`, `piece_of` (id of the
 whole, where a long conversation was asked in pieces: they are drawn together for the intervals). `-` reads standard
 input. Ends with status 1 and one line `file:line: ...` where the file is no exam.
@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentft.data.response import our_templates, parameter_types
+from agentft.data.calls import parameter_types
+from agentft.data.response import ResponseTemplate, Said, our_templates, read_by_marks
 from agentft.errors import EvaluationError
 from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
 from agentft.evaluation.metrics import EvaluationReport, Metric, StepRecord, aggregate, read_offered_tool, score_records
-from agentft.evaluation.parse import THINK_START, reply_of, without_end
+from agentft.evaluation.parse import THINK_START, parse_reply, reply_of, without_end
 from agentft.progress import outlive_console
 
 _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
@@ -94,23 +96,45 @@ def read_records(path: Path) -> list[StepRecord]:
 
 
 def _read_in_other_marks(records: list[StepRecord]) -> list[StepRecord]:
-    """Read the steps of a file whose references call in the marks of another family; all other steps stay as they are."""
-    if any(THINK_START in record.reference for record in records):
-        return records
-    for template in our_templates():
-        expected = [template.read(without_end(record.reference)) for record in records]
-        if any(said.calls for said in expected):
-            return [
-                replace(
-                    record,
-                    reference_reply=reply_of(said),
-                    prediction_reply=reply_of(
-                        template.read(without_end(record.prediction), types=parameter_types((), said.calls))
-                    ),
-                )
-                for record, said in zip(records, expected, strict=True)
-            ]
-    return records
+    """Read each text that calls in the marks of another family than MSAgent's.
+
+    The family of most references reads the texts without a call too, as it does where nothing marks its calls (Llama 3).
+    """
+    expected = [None if THINK_START in r.reference else read_by_marks(without_end(r.reference)) for r in records]
+    names = Counter(read[0].name for read in expected if read is not None and read[0] is not None).most_common(1)
+    if not names and not any(THINK_START in record.reference for record in records):
+        texts = [without_end(record.reference) for record in records]
+        names = [(each.name, 1) for each in our_templates() if any(each.read(text).calls for text in texts)][:1]
+    family = next((each for each in our_templates() if names and each.name == names[0][0]), None)
+    return [_in_family(record, read and read[1], family) for record, read in zip(records, expected, strict=True)]
+
+
+def _in_family(record: StepRecord, expected: Said | None, family: ResponseTemplate | None) -> StepRecord:
+    """Return a record with what is read of its texts; what is MSAgent text is left to `parse_reply`.
+
+    Args:
+        expected: The reference, where a call begins in it.
+    """
+    if expected is None and family is not None and THINK_START not in record.reference:
+        expected = family.read(without_end(record.reference))
+    said = None if THINK_START in record.prediction else _read_prediction(record, expected, family)
+    return replace(
+        record,
+        reference_reply=None if expected is None else reply_of(expected),
+        prediction_reply=None if said is None else reply_of(said),
+    )
+
+
+def _read_prediction(record: StepRecord, expected: Said | None, family: ResponseTemplate | None) -> Said | None:
+    text = without_end(record.prediction)
+    template, said = family, family.read(text) if family is not None else None
+    if said is None or not (said.calls or said.failures):
+        template, said = read_by_marks(text) or (template, said)
+    if template is None:
+        return said
+    # What is written without quotes has the types that the reference has.
+    calls = expected.calls if expected is not None else parse_reply(record.reference).requests
+    return template.read(text, types=parameter_types((), calls))
 
 
 def format_report(report: EvaluationReport) -> str:

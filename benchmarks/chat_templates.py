@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from agentft.data.chat_template import handed_over, server_messages
-from agentft.data.response_choice import choose_response, differs
+from agentft.data.response import choose_response, differs
 from tests.data.chat_families import NO_TOOLS, VALUES, conversation, template_names
 from tests.data.test_chat_template_layout import layout_of
 from tests.evaluation.test_read_back import made_steps, read

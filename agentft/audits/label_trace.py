@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from agentft.data.calls import ToolCall
 from agentft.data.conversation import Conversation
-from agentft.data.grammar import ToolCall
 from agentft.data.msagent import as_msagent
 from agentft.data.render import thought_text, with_history
 from agentft.data.text_ids import Ids, TokenText

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from agentft.data.grammar import JsonRefused, ToolCall, read_json
+from agentft.data.calls import ToolCall
+from agentft.data.literals import JsonRefused, read_json
 from agentft.data.offered_tools import OfferedTool
 
 Problem = tuple[str, str, str]

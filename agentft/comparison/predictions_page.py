@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from agentft.comparison.render import render_page
-from agentft.data.grammar import ToolCall
+from agentft.data.calls import ToolCall
 from agentft.evaluation.matching import align_calls, strictly_equal
 from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.scoring import OfferedTool, read_offered_tool

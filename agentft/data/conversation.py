@@ -13,7 +13,9 @@ from itertools import groupby
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
-from agentft.data.grammar import Call, Json, Part, ToolCall
+from agentft.data.calls import ToolCall
+from agentft.data.grammar import Call, Part
+from agentft.data.literals import Json
 from agentft.data.offered_tools import OfferedTool, declared_tools, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from agentft.data.grammar import Json
-from agentft.data.text_calls import end_of_bracket, literal
+from agentft.data.literals import Json, end_of_bracket
+from agentft.data.text_calls import literal
 from agentft.errors import FormatError
 
 Tools = tuple[dict[str, Json], ...]

@@ -12,7 +12,7 @@ one step disagree, the step is not trained. Any other value of these fields is n
 | format | how it is recognised | what it is |
 |---|---|---|
 | `openai` | a field `messages`, or turns with `role` and `content` | OpenAI's chat format and its relatives: `tool_calls`, `function_call`, Anthropic's blocks, ms-swift's `tool_call` and `tool_response`, Toucan's messages as JSON text |
-| `sharegpt` | turns with `from` and `value` from `human`, `gpt`, `function_call`, `observation`, `tool` or `function`; or a column `tools` or `system` beside them | the same with other names: LLaMA-Factory, APIGen-MT, Hermes, ToolBench |
+| `sharegpt` | turns with `from` and `value` from `human`, `gpt`, `function_call`, `observation`, `tool` or `function`; or a column `tools` or `system` beside them; or calls in other marks than MSAgent's | the same with other names: LLaMA-Factory, APIGen-MT, Hermes, ToolBench |
 | `xlam` | fields `query` and `answers` | one question and its calls |
 | `toolace` | as `sharegpt` or `openai` | the name for it: every text in brackets is a list of calls, refused where it is none |
 | `react` | it must be named, but for ToolBench's role `function` | text with lines `Thought:`, `Action:`, `Action Input:` and so on |
@@ -28,16 +28,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agentft.data.calls import ToolCall, blank, read_call, read_id
 from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
 from agentft.data.declarations import Tools, lift_tools, read_tools, tool_names
-from agentft.data.grammar import ToolCall
+from agentft.data.grammar import MARK
+from agentft.data.response import read_by_marks
 from agentft.data.text_calls import (
-    blank,
     is_react_text,
     literal,
-    read_call,
-    read_id,
     read_named_results,
     read_react,
     read_responses,
@@ -138,10 +137,15 @@ def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "shareg
                 return "sharegpt"
         elif role is None and "from" not in turn and isinstance(turn.get("role"), str) and "content" in turn:
             return "openai"
+    said = [
+        t["value"]
+        for t in turns
+        if isinstance(t, dict) and t.get("from") == "assistant" and isinstance(t.get("value"), str)
+    ]
+    if any(MARK.search(text) for text in said):
+        return "msagent"
     beside = any(record.get(column) for column in ("system", *_TOOL_COLUMNS))
-    values = (turn.get("value") for turn in turns if isinstance(turn, dict)) if beside else ()
-    calls = any(isinstance(value, str) and "<|startofthink|>" in value for value in values)
-    return "sharegpt" if beside and not calls else "msagent"
+    return "sharegpt" if beside or any(read_by_marks(text) for text in said) else "msagent"
 
 
 def unused_columns(record: Mapping[Any, Any], known: Collection[str] = _COLUMNS) -> list[Note]:
@@ -279,10 +283,7 @@ class _Messages:
 
     def calls(self, values: Sequence[object], reasoning: str | None, number: int, *, trained: bool) -> None:
         """Add calls, given as objects."""
-        unknown: list[str] = []
-        calls = [read_call(value, unknown) for value in values]
-        self._note_unknown(unknown, number)
-        self._step(None, reasoning, calls, None, number, trained=trained)
+        self._step(None, reasoning, list(map(read_call, values)), None, number, trained=trained)
 
     def reading(self) -> Reading:
         """Leave out what follows the agent's last message, and return what was read.
@@ -336,43 +337,38 @@ class _Messages:
 
     def _read_assistant(self, turn: Mapping[str, Any], content: object, name: str | None, number: int) -> None:
         trained = self._is_trained(turn, number)
-        unknown: list[str] = []
-        calls = [read_call(call, unknown) for call in self._tool_calls(turn, number)]
+        calls = list(map(read_call, self._tool_calls(turn, number)))
         thought: str | None = None
         text: str | None = None
         if isinstance(content, list):
-            thoughts, words, more = self._read_blocks(content, unknown, number)
+            thoughts, words, more = self._read_blocks(content, number)
             calls += more
             thought = "\n".join(thoughts) or None
             text = self._text(words, number) if words else None
         elif content is not None:
             text = self._text(content, number)
         if text is not None and not calls and (self._form == "react" or (self._toolbench and is_react_text(text))):
-            for kind, said, call in read_react(text, unknown):
+            for kind, said, call in read_react(text):
                 if kind == "result":
                     self._result(said, None, None)
                 else:
                     self._step(said or None, None, [call] if call else [], name, number, trained=trained)
-            self._note_unknown(unknown, number)
             return
         if text is not None and thought is None:
             thought, text = split_thought(text)
-        reasoning = self._reasoning(turn, thought, number)
         if text is not None:
-            found = read_text_calls(text, tool_names(self._tools), unknown, pythonic=self._form == "toolace")
+            found = read_text_calls(text, self._tools, pythonic=self._form == "toolace")
             if found.calls and calls:
                 raise FormatError("calls_in_text", f"message {number} has calls as a field and in its text")
             if found.words_after:
                 self._note("words_after_a_call", "its words stand before its calls now", number)
-            text, calls = found.words if found.calls else text, [*calls, *found.calls]
-        self._note_unknown(unknown, number)
+            text, calls, thought = found.words, [*calls, *found.calls], thought or found.reasoning
+        reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":
             self._note("messages_joined", "it and the message before are one step", number)
         self._step(text, reasoning, calls, name, number, trained=trained)
 
-    def _read_blocks(
-        self, content: Sequence[Any], unknown: list[str], number: int
-    ) -> tuple[list[str], list[object], list[ToolCall]]:
+    def _read_blocks(self, content: Sequence[Any], number: int) -> tuple[list[str], list[object], list[ToolCall]]:
         """Return the thoughts, the parts that are words, and the calls of a content in parts."""
         thoughts: list[str] = []
         words: list[object] = []
@@ -382,7 +378,7 @@ class _Messages:
                 _note_block(block, self._notes)
                 thoughts.append(block["thinking"])
             elif _is_block(block, "tool_use"):
-                calls.append(read_call(block, unknown))
+                calls.append(read_call(block))
             else:
                 words.append(block)
                 if calls:
@@ -432,6 +428,9 @@ class _Messages:
         trained: bool,
     ) -> None:
         """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
+        for name in dict.fromkeys(name for call in calls for name in call.extras):
+            self._note(f"field_not_carried:{key_name(name)}", f"{key_name(name)} of a call", number)
+        calls = [replace(call, extras={}) for call in calls]
         if not any(message.role == "user" for message in self._messages):
             problem = f"message {number} is the assistant's, expected the user's first"
             raise FormatError("starts_with_assistant", problem)
@@ -480,10 +479,6 @@ class _Messages:
 
     def _note(self, code: str, detail: str, number: int) -> None:
         self._notes.append((code, f"message {number}: {detail}"))
-
-    def _note_unknown(self, names: Sequence[str], number: int) -> None:
-        for name in names:
-            self._note(f"field_not_carried:{key_name(name)}", f"{key_name(name)} of a call", number)
 
     def _note_fields(self, turn: Mapping[Any, Any], role: str, number: int, understood: Sequence[str]) -> None:
         shown = understood_fields(turn, agent=role in ("assistant", "call"))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+from agentft.data.calls import ToolCall
 from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import (
     EXEC_CLOSE,
@@ -25,15 +26,11 @@ from agentft.data.grammar import (
     THINK_OPEN,
     Call,
     GrammarError,
-    Json,
-    JsonRefused,
     Observation,
     Part,
-    ToolCall,
     parse_assistant,
-    read_json,
-    strip_fence,
 )
+from agentft.data.literals import Json, JsonRefused, read_json, strip_fence
 from agentft.data.offered_tools import OfferedTool, functions_of, read_offered_tools, tool_entry, uncarried_parts
 
 
@@ -159,24 +156,22 @@ def result_message(observation: Observation, *blanks: Part) -> Message:
     return Message("tool", strip_fence(observation.body), source=(observation, *blanks))
 
 
-def turn_messages(parts: Iterable[Part], untrained: Collection[int] = ()) -> list[Message]:
+def turn_messages(parts: Iterable[Part], *, trained: bool = True) -> list[Message]:
     """Cut an assistant's turn of MSAgent text into its steps and the results between them.
 
     Args:
-        untrained: Steps, counted from 0, that the source shows and does not want trained.
+        trained: False where the source shows the turn and does not want its steps trained.
     """
     messages: list[Message] = []
     run: list[Part] = []
-    steps = 0
     for part in (*parts, None):
         if part is not None and not isinstance(part, Observation):
             run.append(part)
             continue
         if run:
-            step = step_message(tuple(run), trained=steps not in untrained)
+            step = step_message(tuple(run), trained=trained)
             if step.content or any(isinstance(each, Call) for each in run):
                 messages.append(step)
-                steps += 1
             else:  # blanks after a result: no step, and yet letters of the layout
                 last = messages[-1]
                 messages[-1] = replace(last, source=(*(last.source or ()), *run))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from agentft.data.grammar import MAX_JSON_DEPTH, json_depth
+from agentft.data.literals import MAX_JSON_DEPTH, is_encodable, json_depth
 
 MAX_TOOLS = 2_000
 """More numbered entries than any genuine prompt has; the rest of a longer list is left unread."""
@@ -165,7 +165,7 @@ def _read_entry(system: str, number: re.Match[str]) -> OfferedTool:
     if json_depth(system[start:end]) > MAX_JSON_DEPTH:
         # Whoever reads or writes it later may stand deeper in the stack than this.
         return _recover_entry(system, number, f"nested deeper than {MAX_JSON_DEPTH} levels")
-    if _SURROGATE_ESCAPE.search(system, start, end) and not _is_text(json.dumps(entry, ensure_ascii=False)):
+    if _SURROGATE_ESCAPE.search(system, start, end) and not is_encodable(json.dumps(entry, ensure_ascii=False)):
         return _recover_entry(system, number, "a lone surrogate")
     line_end = system.find("\n", end)
     trailing = system[end : line_end if line_end >= 0 else len(system)].strip()
@@ -218,11 +218,3 @@ def _from_json_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], ...] | No
     required = schema.get("required")
     names = set(map(str, required)) if isinstance(required, list) else set()
     return tuple({**value, "name": name, "required": name in names} for name, value in properties.items())
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

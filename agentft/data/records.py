@@ -2,7 +2,7 @@
 
 A record in MSAgent's format is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
 assistant: at most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant
-value blank. `conversations` may also be the text of such a list (`literal_text.py`). Records of other layouts are
+value blank. `conversations` may also be the text of such a list (`literals.py`). Records of other layouts are
 recognised, and read where `form` allows it (`formats.py`).
 
 Only assistant values are parsed. Marks in a system or user text are letters like any others: they never become a label.
@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.formats import key_name, read_messages, recognise, understood_fields, untrained_field, unused_columns
-from agentft.data.grammar import MARK, Call, GrammarError, Json, Part, Text, ToolCall, parse_assistant, strip_fence
-from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
+from agentft.data.literals import Json, JsonRefused, is_encodable, read_literal, strip_fence
 from agentft.data.msagent import turn_messages
 from agentft.data.offered_tools import OfferedTool
+from agentft.data.response import read_by_marks
 from agentft.data.text_calls import is_react_text
 from agentft.errors import FormatError
 
@@ -116,7 +118,7 @@ def _with_reasoning(
 
 def _read_id(value: object, origin: Origin, notices: list[ParseWarning]) -> str | None:
     """The id as text, or None where the content must give one."""
-    if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and _is_encodable(value):
+    if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and is_encodable(value):
         if _PART_ID.search(value) is None:
             return value
         detail = f"id {value!r} is spelt like a part of a longer conversation; made from the content instead"
@@ -176,7 +178,7 @@ def _read_turns_text(text: str) -> object:
         )
     try:
         turns = read_literal(text)
-    except LiteralError as error:
+    except JsonRefused as error:
         raise FormatError("conversations_unreadable_text", str(error)) from None
     if isinstance(turns, str):
         raise FormatError("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
@@ -198,7 +200,7 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[ParseWarning]
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
             for name in sorted(key_name(key) for key in turn if key not in known):
                 notices.append(ParseWarning(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
-        if not _is_encodable(value):
+        if not is_encodable(value):
             raise FormatError(
                 "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
             )
@@ -222,33 +224,24 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[ParseWarning]
             messages.append(Message("user", value))
             expected = "assistant"
         else:
-            parts = _parse_turn(value, number)
-            said = turn_messages(parts)
-            steps = sum(message.role == "assistant" for message in said)
-            untrained = _read_untrained(turn, number, steps, origin, notices)
-            messages += turn_messages(parts, untrained) if untrained else said
+            untrained = untrained_field(turn) if len(turn) > 2 else None
+            said = turn_messages(_parse_turn(value, number), trained=untrained is None)
+            messages += said
+            steps = [message for message in said if message.role == "assistant"] if untrained else []
+            for step in range(1, len(steps) + 1):
+                detail = f"turn {number}, step {step}: shown, not trained ({untrained})"
+                notices.append(ParseWarning(origin, "step_not_trained", detail))
             expected = "user"
     if expected == "assistant":
-        raise FormatError("ends_with_user", "the last turn is the user's: there is nothing to train")
+        messages.pop()
+        notices.append(ParseWarning(origin, "last_user_left_out", "nothing of the agent follows it"))
+        if not any(message.role == "assistant" for message in messages):
+            raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
     if messages[-1].role == "system":
         raise FormatError("no_user_turn", "only a system turn")
     if messages[0].role != "system":
         notices.append(ParseWarning(origin, "missing_system", "no system turn"))
     return tuple(messages)
-
-
-def _read_untrained(
-    turn: dict[Any, Any], number: int, steps: int, origin: Origin, notices: list[ParseWarning]
-) -> Collection[int]:
-    """Return which steps of an assistant turn are not to be trained, all or none, each noted."""
-    field = untrained_field(turn) if len(turn) > 2 else None
-    if field is None:
-        return ()
-    for step in range(1, steps + 1):
-        notices.append(
-            ParseWarning(origin, "step_not_trained", f"turn {number}, step {step}: shown, not trained ({field})")
-        )
-    return range(steps)
 
 
 def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
@@ -279,6 +272,10 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
         raise FormatError(
             "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
         )
+    for part in parts:
+        if isinstance(part, Text) and (found := read_by_marks(part.source)) is not None:
+            marks = f"those of {found[0].name}" if found[0] is not None else found[1].failures[0].detail
+            raise FormatError("calls_in_text", f"turn {number} has a call in other marks than MSAgent's: {marks}")
     return parts
 
 
@@ -345,7 +342,7 @@ def _check_texts(conversation: Conversation) -> None:
         raise FormatError("value_not_json", f"an argument or a declaration is no JSON: {error}") from None
     if len(said) > MAX_RECORD_CHARACTERS:
         raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
-    if not _is_encodable(said):
+    if not is_encodable(said):
         raise FormatError("lone_surrogate", "a message holds a lone surrogate: it cannot be written as UTF-8")
 
 
@@ -353,16 +350,6 @@ def _is_strict_json(text: str) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _is_encodable(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
         return False
     return True
 

@@ -1,50 +1,69 @@
-"""Cut what an agent says at one step into reasoning, text and calls, by a response template.
+"""Cut what an agent says at one step into reasoning, text and calls, by a response template, and find the template.
 
 Response templates are those of transformers (`tokenizer.response_template`), read by a splitter that loses nothing: what
 stands in no region is text, a call that cannot be read stays beside the others, and a close mark inside a value closes
 nothing. Those of `agentft/data/responses` know more keys of a call: `head_pattern` and `tail_pattern` stand around its
 arguments, `results` begins what only a tool can say, and the content `python` is a list of calls as Python writes them.
+
+A layout's template is the first that reads back what the layout says. A text of unknown origin is read by the template in
+whose marks a call begins in it.
 """
 
 from __future__ import annotations
 
-import ast
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
-from agentft.data.grammar import (
-    MAX_CLOSING_MARKS_TRIED,
+from agentft.data.calls import (
+    ARGUMENTS,
+    READERS,
     Attempt,
+    Bare,
     CallFailure,
-    Json,
-    JsonRefused,
     ToolCall,
-    read_json,
-    read_request,
+    Types,
+    opening_tag,
+    parameter_types,
+    read_call,
+    typed,
 )
+from agentft.data.chat_layout import ChatLayout
+from agentft.data.chat_template import ChatTemplate
+from agentft.data.conversation import Conversation, Message, Origin
+from agentft.data.grammar import MAX_CLOSING_MARKS_TRIED
+from agentft.data.literals import Json, JsonRefused, read_json, read_literal
+from agentft.data.render import LaidOut, SpanKind
+from agentft.errors import FormatError
 
-CallBody = tuple[ToolCall, ...] | CallFailure
-Types = Mapping[tuple[str, str], tuple[str, ...]]
-"""Schema types of parameters, by the names of tool and parameter."""
+log = logging.getLogger(__name__)
 
 LETTERS = "\ufdd2"
 """Stands behind the first character of letters that spell a control token, see `said_text`. A noncharacter."""
 
-_ROLES: dict[str, Literal["reasoning", "text", "call"]] = {
+Part = Literal["reasoning", "text", "call"]
+_PARTS: dict[str, Part] = {
     "reasoning_content": "reasoning",
     "thinking": "reasoning",
     "content": "text",
     "tool_calls": "call",
 }
-_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _BLANKS = re.compile(r"\s*")
+_ANY_JSON = json.JSONDecoder(strict=False)
 _PLACE = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
+_MAY_CALL = re.compile(r"<|\[T|to=")
+_UNREAD = re.compile(
+    r"<\|startof(?:think|exec)\|>\s*(?:```|[{\[])|<invoke name=[^>\n]+>\s*<|<function=[\w.-]+>\s*[{<]|\bto=functions\.\w"
+    r"|<\|python_tag\|>\s*[\w.]+\(|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>"
+)
+"""How a call begins that no response template reads, with enough behind the mark that it is no mention of it."""
 
 
 class TemplateUnknown(ValueError):  # noqa: N818
@@ -71,29 +90,40 @@ class Said:
         """The calls that can be read."""
         return tuple(call for piece in self.pieces if isinstance(piece, Attempt) for call in piece.requests)
 
+    @property
+    def failures(self) -> tuple[CallFailure, ...]:
+        """Why the others cannot."""
+        return tuple(each.failure for each in self.pieces if isinstance(each, Attempt) and each.failure is not None)
+
 
 class Region(NamedTuple):
     """A part of a step between marks, or outside of them."""
 
-    role: Literal["reasoning", "text", "call"]
+    part: Part
     body: str
     closed: bool = True
-    read: CallBody = ()
+    attempts: tuple[Attempt, ...] = ()
     marked: bool = False
     """Marks stand around it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    role: Literal["reasoning", "text", "call"]
+    part: Part
     open: re.Pattern[str]
     close: re.Pattern[str] | None
     """None: to the end of its JSON value, or of the step."""
-    read: Callable[[str, Mapping[str, str], Types], CallBody]
+    begin: re.Pattern[str]
+    """The mark with enough behind it that it is no mention of the mark."""
     head: re.Pattern[str] | None
     narrow: bool
     """A body that holds the mark of another call is none: its strings have no quotes that would tell."""
     results: re.Pattern[str] | None
+    read: Callable[[str, Mapping[str, str], Types], tuple[Attempt, ...]]
+
+    def begins_in(self, text: str) -> bool:
+        """Return whether a region of this field begins in a text, with a mark of more than a sign."""
+        return self.part != "reasoning" and any(len(found[0].strip()) > 1 for found in self.begin.finditer(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +136,17 @@ class ResponseTemplate:
     """Begins what the agent says, unless the prompt ends with it."""
 
     @classmethod
-    def of(cls, name: str, spec: Mapping[str, Any]) -> ResponseTemplate:
+    def of(cls, name: str, spec: Mapping[str, Any], *, of_datasets: bool = False) -> ResponseTemplate:
         """Read a response template.
+
+        Args:
+            of_datasets: Calls may be Python literals, and their arguments JSON text, as some datasets write them.
 
         Raises:
             TemplateUnknown: it has a field, a content or a pattern that is not known.
         """
         try:
-            read = [_field(key, field) for key, field in spec["fields"].items()]
+            read = [_field(key, field, of_datasets) for key, field in spec["fields"].items()]
             anchor = _anchor(spec, "start_anchor")
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
             raise TemplateUnknown(f"response template {name}: {error}") from None
@@ -132,17 +165,15 @@ class ResponseTemplate:
         thought: bool | None = None
         for region in self.split(text, prompt, types or {}):
             body = region.body.replace(LETTERS, "")
-            if region.role == "reasoning":
+            if region.part == "reasoning":
                 thoughts.append(body)
                 thought = region.closed and thought is not False
-            elif region.role == "text":
-                pieces.append(body)
-                if not region.marked and any(f.role == "reasoning" and _closes(f, region.body) for f in self.fields):
-                    thought = False
-            elif isinstance(region.read, CallFailure):
-                pieces.append(Attempt(body, (), region.read))
+            elif region.part == "call":
+                pieces += region.attempts
             else:
-                pieces.append(Attempt(body, region.read, None))
+                pieces.append(body)
+                if not region.marked and any(f.part == "reasoning" and _closes(f, region.body) for f in self.fields):
+                    thought = False
         if not "".join(thoughts).strip() and thought:
             thought = None
         return Said(tuple(pieces), "\n".join(each.strip() for each in thoughts if each.strip()), thought)
@@ -152,7 +183,7 @@ class ResponseTemplate:
         begun = self.anchor.match(text) if self.anchor is not None else None
         position = outside = begun.end() if begun is not None else 0
         said = called = False
-        closes = (f.close for f in self.fields if f.role == "call" and f.close is not None)
+        closes = (f.close for f in self.fields if f.part == "call" and f.close is not None)
         last = max((match.start() for close in closes for match in close.finditer(text)), default=-1)
         field = next((f for f in self.fields if _ends_with(f.open, prompt)), None)
         if field is not None:
@@ -170,7 +201,7 @@ class ResponseTemplate:
                 said = said or bool(between.strip())
                 yield Region("text", between)
             region, position = self._region(field, text, match.end(), match.groupdict(), types, last)
-            called = called or field.role == "call"
+            called = called or field.part == "call"
             yield region
             outside = position
             if position == match.start() == match.end():
@@ -187,7 +218,7 @@ class ResponseTemplate:
         begin = blanks.end() if blanks is not None else position
         found = []
         for field in self.fields:
-            if field.role != "reasoning":
+            if field.part != "reasoning":
                 match = field.open.search(text, position)
             else:
                 match = (field.open.match(text, position) or field.open.match(text, begin)) if thinks else None
@@ -199,37 +230,40 @@ class ResponseTemplate:
         self, field: _Field, text: str, start: int, captures: Mapping[str, str], types: Types, last: int
     ) -> tuple[Region, int]:
         """Read the region that begins at `start`; return it and where the text goes on. `last` is the last close of a call."""
-        if field.role != "call":
+        if field.part != "call":
             found = field.close.search(text, start) if field.close is not None else None
             stop, end = found.span() if found is not None else (len(text), len(text))
-            return Region(field.role, text[start:stop], found is not None or field.close is None, marked=True), end
+            return Region(field.part, text[start:stop], found is not None or field.close is None, marked=True), end
         if field.close is None:
             stop = _end_of_json(text, field.head.match(text, start) if field.head is not None else None, start)
-            return Region("call", text[start:stop], True, field.read(text[start:stop], captures, types), True), stop
+            attempts = field.read(text[start:stop], captures, types)
+            return Region("call", text[start:stop], True, attempts, True), stop
         again = next((m.start() for m in field.open.finditer(text, start) if m.end() > m.start()), len(text))
-        failure = None
+        first: tuple[Attempt, ...] = ()
         found_closes = field.close.finditer(text, start) if start <= last else iter(())
         closes = list(islice(found_closes, MAX_CLOSING_MARKS_TRIED))
         for close in closes:
             if field.narrow and close.start() > again:
                 break
             body = text[start : close.start()]
-            read = field.read(body, captures, types)
-            if not isinstance(read, CallFailure):
-                return Region("call", body, True, read, True), close.end()
-            failure = failure or read
-        # No close makes a call of it: it ends at the first one, or where the next call begins.
+            attempts = field.read(body, captures, types)
+            if all(attempt.failure is None for attempt in attempts):
+                return Region("call", body, True, attempts, True), close.end()
+            first = first or attempts
+        # No close makes calls of all of it: it ends at the first one, or where the next call begins.
         stop, end = closes[0].span() if closes else (len(text), len(text))
-        if again < stop or failure is None:
+        if again < stop or not first:
             stop = end = min(again, len(text))
-            failure = CallFailure("unclosed", "no mark after the call")
-        return Region("call", text[start:stop], True, failure, True), end
+            first = (_failed(text[start:stop], "call_never_closed", "no mark after the call"),)
+        return Region("call", text[start:stop], True, first, True), end
 
 
-def our_templates() -> Iterator[ResponseTemplate]:
-    """Yield the response templates of the package."""
-    for file in sorted(files("agentft.data").joinpath("responses").iterdir(), key=lambda file: file.name):
-        yield ResponseTemplate.of(file.name.removesuffix(".json"), json.loads(file.read_text(encoding="utf-8")))
+@cache
+def our_templates(*, of_datasets: bool = False) -> tuple[ResponseTemplate, ...]:
+    """Return the response templates of the package, see `ResponseTemplate.of`."""
+    folder = files("agentft.data").joinpath("responses")
+    specs = {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()}
+    return tuple(ResponseTemplate.of(name, specs[name], of_datasets=of_datasets) for name in sorted(specs))
 
 
 @cache
@@ -238,24 +272,30 @@ def thought_template() -> ResponseTemplate:
     return next(template for template in our_templates() if template.name == "text")
 
 
-def parameter_types(tools: Sequence[Mapping[str, Any]], calls: Sequence[ToolCall] = ()) -> dict[Any, tuple[str, ...]]:
-    """Return the schema types of parameters; where no schema gives one, those of the values in known calls."""
-    found: dict[Any, tuple[str, ...]] = {}
-    for call in calls:
-        for key, value in call.arguments.items():
-            known = found.get((call.name, key), ())
-            found[call.name, key] = tuple(dict.fromkeys((*known, _type_of(value))))
-    for tool in tools:
-        function = tool.get("function", tool)
-        schema = function.get("parameters") if isinstance(function, Mapping) else None
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        for key, value in properties.items() if isinstance(properties, Mapping) else ():
-            declared = _schema_types(value)
-            if declared:
-                # Of several that are declared, the one that is used comes first.
-                used = found.get((function.get("name"), key), ())
-                found[function.get("name"), key] = (*(t for t in used if t in declared), *declared)
-    return found
+def read_by_marks(
+    text: str, tools: Sequence[Mapping[str, Any]] = (), *, of_datasets: bool = False
+) -> tuple[ResponseTemplate | None, Said] | None:
+    """Read a text by the template of the package in whose marks a call begins in it; None: in none does one.
+
+    Of several templates it is the one that reads most. A call in marks that no template reads is an attempt that failed.
+
+    Args:
+        tools: Declarations, for families that write strings without quotes.
+        of_datasets: See `ResponseTemplate.of`.
+    """
+    if _MAY_CALL.search(text) is None:
+        return None
+    begun = [each for each in our_templates(of_datasets=of_datasets) if any(f.begins_in(text) for f in each.fields)]
+    if begun:
+        types = parameter_types(tools)
+        return min(((each, each.read(text, types=types)) for each in begun), key=lambda each: len(each[1].failures))
+    if (found := _UNREAD.search(text)) is None:
+        return None
+    mark = found[0].strip()[:40]
+    msagent = mark.startswith("<|startof")
+    hint = "; MSAgent text needs the names conversations, from, value, user, assistant" if msagent else ""
+    detail = f"{mark!r} begins a call in text{hint}"
+    return None, Said((_failed(text, "marks_in_text" if msagent else "calls_in_text", detail),))
 
 
 def said_text(ids: Sequence[int], tokenizer: Any, control: Mapping[int, str]) -> str:
@@ -283,9 +323,9 @@ def said_text(ids: Sequence[int], tokenizer: Any, control: Mapping[int, str]) ->
     return pattern.sub(lambda m: m[0][0] + LETTERS + m[0][1:] if next(flags, False) else m[0], text)
 
 
-def _field(key: str, spec: Mapping[str, Any]) -> _Field | None:
+def _field(key: str, spec: Mapping[str, Any], of_datasets: bool) -> _Field | None:
     """Read one field; None for the one that holds what stands in no other."""
-    role = _ROLES[key]
+    part = _PARTS[key]
     opening, closing = _anchor(spec, "open"), _anchor(spec, "close")
     if opening is None:
         return None
@@ -293,31 +333,66 @@ def _field(key: str, spec: Mapping[str, Any]) -> _Field | None:
         re.compile(spec[name], re.DOTALL) if name in spec else None
         for name in ("head_pattern", "tail_pattern", "results")
     )
-    args, transform = spec.get("content_args", {}), spec.get("transform")
-    reader = _READERS[spec.get("content", "text")] if role == "call" else None
+    args, transform, content = spec.get("content_args", {}), spec.get("transform"), spec.get("content", "text")
+    reader = READERS[content] if part == "call" else None
+    begin = opening.pattern
+    if part == "call":
+        after = {"json": r"\s*[{\[]", "python": r"\s*\["}.get(content)
+        if after is None:
+            after = f"(?:{opening_tag(args)}|{tail.pattern if tail else closing.pattern if closing else chr(92) + 'Z'})"
+        begin = f"(?:{begin})(?={head.pattern if head else ''}{after})"
 
-    def read(body: str, captures: Mapping[str, str], types: Types) -> CallBody:
+    def call(source: str, item: Json, captures: Mapping[str, str], types: Types) -> Attempt:
+        function = _function(_without_letters(item), captures, transform)
+        if not of_datasets and isinstance(function, dict) and any(isinstance(function.get(k), str) for k in ARGUMENTS):
+            return _failed(source, "arguments_not_an_object", "the arguments of a call are text")
+        try:
+            read = read_call(function)
+        except FormatError as refusal:
+            return _failed(source, refusal.reason, refusal.detail)
+        arguments = {
+            key: typed(value, types.get((read.name, key), ())) if isinstance(value, Bare) else value
+            for key, value in read.arguments.items()
+        }
+        whole = replace(read, name=read.name.strip(), arguments=arguments)
+        return Attempt(source.replace(LETTERS, ""), (whole,), None)
+
+    def read(body: str, captures: Mapping[str, str], types: Types) -> tuple[Attempt, ...]:
+        source = body
         if head is not None:
             begun = head.match(body)
             if begun is None:
-                return CallFailure("no_name", "the call does not begin as a call of this family")
+                return (_failed(source, "call_without_name", "the call does not begin as a call of this family"),)
             captures, body = {**captures, **begun.groupdict()}, body[begun.end() :]
         if tail is not None:
             ended = re.search(f"(?:{tail.pattern})\\Z", body, re.DOTALL)
             if ended is None:
-                return CallFailure("not_json", "the call does not end as a call of this family")
+                return (_failed(source, "call_not_json", "the call does not end as a call of this family"),)
             body = body[: ended.start()]
         assert reader is not None
         try:
-            found = [_call(_without_letters(item), captures, transform, types) for item in reader(body, args)]
+            items = reader(body, args, read_literal if of_datasets else read_json)
         except JsonRefused as refusal:
-            return CallFailure("not_json", str(refusal))
-        failed = next((each for each in found if isinstance(each, CallFailure)), None)
-        if failed is not None or not found:
-            return failed or CallFailure("empty", "no call between the marks")
-        return tuple(each for each in found if isinstance(each, ToolCall))
+            return (_failed(source, "call_not_json", str(refusal)),)
+        made = [each if isinstance(each, Attempt) else call(source, each, captures, types) for each in items]
+        return _joined(made) or (_failed(source, "call_not_json", "no call between the marks"),)
 
-    return _Field(role, opening, closing, read, head, spec.get("content") == "xml-inline", results)
+    return _Field(part, opening, closing, re.compile(begin, re.DOTALL), head, content == "xml-inline", results, read)
+
+
+def _failed(source: str, reason: str, detail: str) -> Attempt:
+    return Attempt(source.replace(LETTERS, ""), (), CallFailure(reason, detail))
+
+
+def _joined(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """Return attempts in which the calls that follow each other are one."""
+    joined: list[Attempt] = []
+    for attempt in attempts:
+        if joined and attempt.failure is None and joined[-1].failure is None:
+            joined[-1] = replace(joined[-1], requests=joined[-1].requests + attempt.requests)
+        else:
+            joined.append(attempt)
+    return tuple(joined)
 
 
 def _anchor(spec: Mapping[str, Any], key: str) -> re.Pattern[str] | None:
@@ -353,23 +428,18 @@ def _end_of_json(text: str, head: re.Match[str] | None, start: int) -> int:
         return len(text)
 
 
-def _call(item: Json, captures: Mapping[str, str], transform: Json, types: Types) -> ToolCall | CallFailure:
-    """Make the call that a template's `transform` makes of a value."""
+def _function(item: Json, captures: Mapping[str, str], transform: Json) -> Json:
+    """Return the function that a template's `transform` makes of a value.
+
+    An object that names its tool is one already: so no field of it is lost.
+    """
+    if not captures and isinstance(item, dict) and "name" in item:
+        return item
     scope = {**captures, **(item if isinstance(item, dict) else {}), "content": item}
     function = transform.get("function", transform) if isinstance(transform, dict) else "{content}"
-    if isinstance(function, str):
-        function = _filled(function, scope)
-        if isinstance(function, dict) and isinstance(function.get("function"), dict):
-            function = function["function"]
-    elif isinstance(function, dict):
-        function = {key: _filled(value, scope) for key, value in function.items()}
-    call = read_request(function, "name", "arguments")
-    if isinstance(call, CallFailure):
-        return call
-    typed = {
-        k: _typed(v, types.get((call.name, k), ())) if isinstance(v, _Bare) else v for k, v in call.arguments.items()
-    }
-    return ToolCall(call.name.strip(), typed)
+    if isinstance(function, dict):
+        return {key: _filled(value, scope) for key, value in function.items()}
+    return _filled(function, scope)
 
 
 def _filled(value: Json, scope: Mapping[str, Json]) -> Json:
@@ -395,152 +465,117 @@ def _without_letters(value: Json) -> Json:
     return [_without_letters(each) for each in value] if isinstance(value, list) else value
 
 
-class _Bare(str):
-    """A value that was written without quotes, so that its type must be known."""
-
-    __slots__ = ()
-
-
-def _typed(text: str, types: Sequence[str]) -> Json:
-    """Return a bare value as one of some types, in their order; as a text where none fits.
-
-    Where none is known or fits it is what JSON reads, and else a text.
-    """
-    try:
-        value = read_json(_PYTHON_WORDS.get(text.strip(), text))
-    except JsonRefused:
-        return str(text)
-    if not types:
-        return str(text) if isinstance(value, str) else value
-    kind = _type_of(value)
-    for each in types:
-        if each == "string":
-            return str(text)
-        if each == kind or (each, kind) == ("number", "integer"):
-            return value
-        if (each, kind) == ("integer", "number") and value == int(value):
-            return int(value)
-    return str(value) if kind == "string" else value
-
-
-def _type_of(value: Json) -> str:
-    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return names.get(type(value), "null")
-
-
-def _schema_types(schema: Json) -> tuple[str, ...]:
-    """Return the types that a JSON schema allows, empty where it does not say."""
-    if not isinstance(schema, dict):
-        return ()
-    declared = schema.get("type")
-    found = [declared] if isinstance(declared, str) else [t for t in declared or () if isinstance(t, str)]
-    for union in ("anyOf", "oneOf", "allOf"):
-        found += [t for choice in schema.get(union) or () for t in _schema_types(choice)]
-    if not found and isinstance(schema.get("enum"), list):
-        found += map(_type_of, schema["enum"])
-    if found and schema.get("nullable"):
-        found.append("null")
-    return tuple(dict.fromkeys(found))
-
-
-def _items(value: Json) -> list[Json]:
-    return value if isinstance(value, list) else [value]
-
-
-def _read_json_body(body: str, args: Mapping[str, Any]) -> list[Json]:
-    """Read JSON, or a dialect with other quotes or bare keys."""
-    delims = args.get("string_delims", ())
-    if delims or args.get("unquoted_keys"):
-        quoted = "|".join(f"{re.escape(start)}(.*?){re.escape(end)}" for start, end in delims) or "(?!)"
-        bare = (
-            r"""(?<=[{,])(\s*)([^\s:{}\[\],"']+)(\s*:)|\b(None|True|False)\b"""
-            if args.get("unquoted_keys")
-            else "(?!)()()()()"
-        )
-        body = re.sub(f"{quoted}|{bare}", _as_json, body, flags=re.DOTALL)
-    if not body.strip():
-        return []
-    return _items(read_json(body))
-
-
-def _as_json(found: re.Match[str]) -> str:
-    *strings, blank, key, colon, word = found.groups()
-    if word is not None:
-        return _PYTHON_WORDS[word]
-    if key is not None:
-        return f"{blank}{json.dumps(key)}{colon}"
-    return json.dumps(next(each for each in strings if each is not None))
-
-
-def _read_tags(body: str, args: Mapping[str, Any]) -> list[Json]:
-    """Read arguments between tags; a value ends at the close behind which only another argument or the end stands."""
-    pattern = args["tag_pattern"]
-    opening = pattern.split("(?P<key>")[0]
-    tag = re.compile(f"\\s*{pattern}(?=\\s*(?:\\Z|{opening}))", re.DOTALL)
-    arguments: dict[str, Json] = {}
-    position = 0
-    while body[position:].strip():
-        found = tag.match(body, position)
-        if found is None:
-            raise JsonRefused("what stands between the marks are no arguments")
-        if found["key"] in arguments:
-            raise JsonRefused(f"the key {found['key']!r} twice")
-        arguments[found["key"]] = _Bare(found["value"])
-        position = found.end()
-    return [arguments]
-
-
-def _read_python(body: str, args: Mapping[str, Any]) -> list[Json]:
-    """Read a list of calls as Python writes it: `[name(key='text', other=1)]`."""
-    string = re.compile(
-        r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""" if args.get("escapes", True) else _RAW_STRING, re.DOTALL
-    )
-    calls: list[Json] = []
-    position = _skip(body, 0, r"\s*\[\s*")
-    while (name := re.compile(r"([\w.-]+)\(\s*").match(body, position)) is not None:
-        arguments: dict[str, Json] = {}
-        position = name.end()
-        while (key := re.compile(r"(\w+)\s*=\s*").match(body, position)) is not None:
-            if key[1] in arguments:
-                raise JsonRefused(f"the key {key[1]!r} twice")
-            arguments[key[1]], position = _python_value(body, key.end(), string, escapes=args.get("escapes", True))
-            position = _skip(body, position, r"\s*(?:,\s*|(?=\)))")
-        position = _skip(body, position, r"\s*\)\s*(?:,\s*)?")
-        calls.append({"name": name[1], "arguments": arguments})
-    _skip(body, position, r"\s*\]\s*\Z")
-    return calls
-
-
-_RAW_STRING = r"""'.*?'(?=\s*(?:,\s*\w+\s*=|\)\s*(?:\]\s*\Z|,)))|"[^"]*\""""
-
-
-def _python_value(body: str, start: int, string: re.Pattern[str], *, escapes: bool) -> tuple[Json, int]:
-    if (quoted := string.match(body, start)) is not None:
-        if not escapes:
-            return quoted[0][1:-1], quoted.end()
-        try:
-            return ast.literal_eval(quoted[0].replace("\n", "\\n").replace("\r", "\\r")), quoted.end()
-        except (ValueError, SyntaxError) as error:
-            raise JsonRefused(str(error)) from None
-    if body[start : start + 1] in ("{", "["):
-        end = _end_of_json(body, None, start)
-        return read_json(body[start:end]), end
-    bare = re.compile(r"[^,()\[\]{}'\"\s]+").match(body, start)
-    if bare is None:
-        raise JsonRefused("an argument without a value")
-    return _typed(bare[0], ()), bare.end()
-
-
-def _skip(body: str, position: int, pattern: str) -> int:
-    found = re.compile(pattern).match(body, position)
-    if found is None:
-        raise JsonRefused(f"no call as Python writes it, at character {position}")
-    return found.end()
-
-
-_READERS: dict[str, Callable[[str, Mapping[str, Any]], list[Json]]] = {
-    "json": _read_json_body,
-    "xml-inline": _read_tags,
-    "python": _read_python,
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "moor",
+        "description": "Moors a boat.",
+        "parameters": {
+            "type": "object",
+            "properties": {"boat": {"type": "string"}, "hours": {"type": "integer"}},
+            "required": ["boat"],
+        },
+    },
 }
-_ANY_JSON = json.JSONDecoder(strict=False)
+_FIRST = ToolCall("moor", {"boat": "Anna \\n 'II'", "hours": 3})
+_SECOND = ToolCall("moor", {"boat": "7"})
+_chosen: WeakKeyDictionary[ChatTemplate, ResponseTemplate | None] = WeakKeyDictionary()
+
+
+class SpokenStep(NamedTuple):
+    """One step of a rendered conversation."""
+
+    number: int
+    """Among `Conversation.steps`."""
+    prompt: str
+    text: str
+    """What the agent says, without its stop."""
+
+
+def spoken_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[SpokenStep]:
+    """Yield the steps that the renderings of a conversation train; none where it cannot be said."""
+    laid_out = layout.lay_out(conversation)
+    for rendering in laid_out.renderings if isinstance(laid_out, LaidOut) else ():
+        numbers = iter(rendering.steps)
+        before = said = ""
+        for segment in rendering.segments:
+            if segment.trained and segment.kind is SpanKind.stop:
+                yield SpokenStep(next(numbers), before, said)
+            if segment.trained and segment.kind is not SpanKind.stop:
+                said += segment.text
+            else:
+                before, said = before + said + segment.text, ""
+
+
+def choose_response(layout: ChatLayout) -> ResponseTemplate | None:
+    """Return the first response template that reads back what the layout says: the tokenizer's own, else one of ours.
+
+    None where none does, which is said in one line.
+    """
+    template = layout.template
+    if template not in _chosen:
+        probes = [step for conversation in _probes(layout) for step in _with_message(layout, conversation)]
+        fitting = (each for each in _candidates(layout) if probes and all(_reads(each, *probe) for probe in probes))
+        _chosen[template] = next(fitting, None)
+        if _chosen[template] is None:
+            log.warning(
+                "no response template reads the calls of this chat template: replies that should call count as not read"
+            )
+    return _chosen[template]
+
+
+def differs(said: Said, message: Message) -> str:
+    """Name what of a message was not read back; empty where all was."""
+    if said.reasoning != (message.reasoning_content or "").strip():
+        return "reasoning"
+    if said.text != message.text.strip():
+        return "text"
+    if any(not isinstance(piece, str) and piece.failure is not None for piece in said.pieces):
+        return "calls"
+    return "" if [_plain(call) for call in said.calls] == [_plain(call) for call in message.tool_calls] else "calls"
+
+
+def _plain(call: ToolCall) -> tuple[str, str]:
+    return call.name, repr(sorted(call.arguments.items()))
+
+
+def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:
+    own = getattr(layout.template.tokenizer, "response_template", None)
+    if isinstance(own, Mapping):
+        try:
+            yield ResponseTemplate.of("of the tokenizer", own)
+        except TemplateUnknown as unknown:
+            log.info("%s", unknown)
+    calls = layout.traits.tools
+    yield from sorted(our_templates(), key=lambda each: any(f.part == "call" for f in each.fields) != calls)
+
+
+def _reads(
+    template: ResponseTemplate, step: SpokenStep, message: Message, types: Mapping[Any, tuple[str, ...]]
+) -> bool:
+    return not differs(template.read(step.text, step.prompt, types), message)
+
+
+def _with_message(layout: ChatLayout, conversation: Conversation) -> Iterator[tuple[SpokenStep, Message, Any]]:
+    types = parameter_types(conversation.tools, conversation.tool_calls)
+    for step in spoken_steps(layout, conversation):
+        yield step, conversation.messages[conversation.steps[step.number]], types
+
+
+def _probes(layout: ChatLayout) -> Iterator[Conversation]:
+    """Yield conversations of what the layout can say, each alone, so that one which it refuses takes no other with it."""
+    traits = layout.traits
+    talk = (Message("user", "Hello?"), Message("assistant", "Ahoy: {1} [2] (3)!"))
+    for thought in (None, "It asks.") if traits.reasoning else (None,):
+        yield _conversation(talk, thought)
+        for calls in ((_FIRST,), (_FIRST, _SECOND)) if traits.tools else ():
+            results = [Message("tool", "Done.", name=call.name) for call in calls]
+            asked = (talk[0], Message("assistant", tool_calls=calls), *results, talk[1])
+            yield _conversation(asked, thought, (_TOOL,) * traits.declarations)
+
+
+def _conversation(
+    messages: Sequence[Message], thought: str | None, tools: tuple[dict[str, Any], ...] = ()
+) -> Conversation:
+    thinking = [replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in messages]
+    return Conversation("probe", tuple(thinking), tools, Origin("probe", 0))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, TypeVar, get_args
 
+from agentft.data.calls import ToolCall
 from agentft.data.chat_layout import ChatLayout, ends_of
 from agentft.data.chat_template import (
     ChatTemplate,
@@ -18,7 +19,6 @@ from agentft.data.chat_template import (
     server_messages,
 )
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.grammar import ToolCall
 from agentft.data.marked_text import MarkedText, marked_message
 from agentft.data.render import LaidOut, SpanKind
 

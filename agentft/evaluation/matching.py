@@ -24,7 +24,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from agentft.data.grammar import Json, JsonRefused, ToolCall, read_json
+from agentft.data.calls import ToolCall
+from agentft.data.literals import Json, JsonRefused, read_json
 
 _BLANKS = re.compile(r"\s+")
 # The exponent is bounded so that Decimal can hold every number that matches.

@@ -28,7 +28,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agentft.data.conversation import Message
-from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, JsonRefused, Observation, read_json
+from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, Observation
+from agentft.data.literals import JsonRefused, read_json
 from agentft.data.msagent import read_system
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from agentft.data.grammar import Attempt, CallFailure, ToolCall, read_call_body, strip_fence
+from agentft.data.calls import Attempt, CallFailure, ToolCall, read_call_body
+from agentft.data.literals import strip_fence
 from agentft.data.msagent import call_text
 from agentft.data.response import Said
 

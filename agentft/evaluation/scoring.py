@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from agentft.data.grammar import ToolCall
+from agentft.data.calls import ToolCall
 from agentft.evaluation.legacy import LegacyStep, legacy_step
 from agentft.evaluation.matching import CallPair, align_calls, strictly_equal
 from agentft.evaluation.parse import ParsedReply, parse_reply, repair_call_body

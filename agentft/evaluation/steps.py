@@ -12,15 +12,15 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
+from agentft.data.calls import Attempt, CallFailure, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
 from agentft.data.examples import Rendered
-from agentft.data.grammar import Attempt, CallFailure, GrammarError
+from agentft.data.grammar import GrammarError
 from agentft.data.msagent import as_msagent, read_system
 from agentft.data.render import MsagentTemplate, with_history
-from agentft.data.response import Said, parameter_types, said_text, thought_template
-from agentft.data.response_choice import choose_response
+from agentft.data.response import Said, choose_response, said_text, thought_template
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example

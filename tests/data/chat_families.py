@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from agentft.data.calls import ToolCall
 from agentft.data.conversation import Conversation, Message, Origin
-from agentft.data.grammar import ToolCall
 
 NO_TOOLS = {
     "cohere": "roles must alternate",

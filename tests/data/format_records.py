@@ -7,7 +7,7 @@ from typing import Any
 
 from agentft.data.config import Format
 from agentft.data.conversation import Origin
-from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.literals import JsonRefused, read_literal
 from agentft.data.records import Rejection, read_record
 
 CITY = {"type": "string", "description": "where"}
@@ -237,7 +237,7 @@ def _altered(value: Any) -> Any:
 def _inside(value: Any) -> Any:
     """Return what a text of JSON or of a Python literal holds, else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(LiteralError):
+        with contextlib.suppress(JsonRefused):
             return read_literal(value)
     return value
 

@@ -12,9 +12,9 @@ from agentft.audits.findings import CODES, Findings, Level
 from agentft.audits.label_trace import trace_labels
 from agentft.audits.overlap import ConversationIndex
 from agentft.audits.tool_schemas import check_request, schema_of
+from agentft.data.calls import ToolCall
 from agentft.data.config import DatasetConfig, Split, TooLong
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.grammar import ToolCall
 from agentft.data.offered_tools import OfferedTool
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import SpanKind

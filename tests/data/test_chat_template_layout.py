@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from agentft.data.calls import ToolCall
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate, handed_over, server_messages
 from agentft.data.conversation import Conversation, Message, Origin
-from agentft.data.grammar import ToolCall
 from agentft.data.render import LaidOut
 from agentft.data.template_probe import probe
 from agentft.data.tokens import Example, SegmentEncoder

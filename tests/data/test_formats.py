@@ -413,6 +413,7 @@ JSON_CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
         ("[Tide Table(at='x', now=true)]", [("call", ("Tide Table", {"at": "x", "now": True}))]),
         ("[see (1)]", None),
         ("[weather(city=__import__('os'))]", None),
+        ("[note (x=y)]", None),
         ("The mark <tool_call> begins a call, [TOOL_CALLS] another, <|python_tag|> too.", None),
         ("<|startofthink|> and <|endofexec|> are marks.", None),
         ("</s> <|im_end|> are letters here.", None),
@@ -431,11 +432,12 @@ def test_calls_that_stand_in_text_are_calls_and_all_else_is_text(text: str, expe
         ('<tool_call>{"name": "f", "arguments": {"x": 1, "x": 2}}</tool_call>', "call_not_json"),
         ('<tool_call>{"name": "f", "kwargs": {"x": 1}}</tool_call>', "arguments_unclear"),
         ('<tool_call>{"name": "f", "arguments": {}, "parameters": {"x": 1}}</tool_call>', "arguments_unclear"),
-        ("<tool_call>\n<function=f>\n<parameter=x>1</parameter></function></tool_call>", "calls_in_text"),
-        ("<tool_call>f\n<arg_key>x</arg_key></tool_call>", "calls_in_text"),
-        ('[TOOL_CALLS][{"name": "f"}]', "calls_in_text"),
-        ('<|python_tag|>{"name": "f"}', "calls_in_text"),
-        ("<|tool_call_start|>[f(a=1)]<|tool_call_end|>", "calls_in_text"),
+        ("<tool_call>\n<function=f>\n<parameter=x>1</function></tool_call>", "call_not_json"),
+        ("<tool_call>f\n<arg_key>x</arg_key></tool_call>", "call_not_json"),
+        ('[TOOL_CALLS][{"name": "f"}, {"nme": "g"}]', "call_without_name"),
+        ("<|tool_call_start|>[f(a=1), g(b=), h(c=2)]<|tool_call_end|>", "call_not_json"),
+        ("<|channel|>commentary to=functions.f <|message|>{x<|call|>", "call_not_json"),
+        ('<|python_tag|>f.call(query="x")', "calls_in_text"),
         ("<｜tool▁calls▁begin｜>", "calls_in_text"),
         (f"{THINK_OPEN}```JSON\n{{}}\n```{THINK_CLOSE}", "marks_in_text"),
         ("Thought: so\nAction: f\nAction Input: {}", "form_react"),
@@ -444,6 +446,67 @@ def test_calls_that_stand_in_text_are_calls_and_all_else_is_text(text: str, expe
 )
 def test_calls_that_cannot_be_read_are_refused_by_name(text: str, reason: str) -> None:
     assert reason_of(answer(text)) == reason
+
+
+IN_MARKS = {
+    "function_xml": "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>",
+    "function_xml, bare": "<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>",
+    "glm4": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call>",
+    "mistral": f"[TOOL_CALLS][{JSON_CALL}]",
+    "mistral_args": '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}',
+    "llama3": f"<|python_tag|>{JSON_CALL}",
+    "pythonic": "<|tool_call_start|>[weather(city='Rome')]<|tool_call_end|>",
+    "deepseek3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+    '```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    "deepseek3_1": '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>',
+    "harmony": '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}<|call|>',
+    "gemma4": '<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|>',
+    "invoke_xml": '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome</parameter>\n</invoke>\n'
+    "</minimax:tool_call>",
+    "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    '{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|>',
+    "listed": f"<TOOLCALL>[{JSON_CALL}]</TOOLCALL>",
+    "listed, open": f"<|tool_call|>[{JSON_CALL}]",
+}
+"""One call in the marks of each family."""
+
+
+@pytest.mark.parametrize("name", IN_MARKS)
+def test_a_call_in_the_marks_of_any_family_is_read(name: str) -> None:
+    """Also where the record would be MSAgent's but for its calls; the marks alone, in a sentence, are letters."""
+    assert said(read(answer(IN_MARKS[name]))) == [ROME]
+    turns = [("user", QUESTION), ("assistant", f"I look.\n{IN_MARKS[name]}"), ("user", "thanks"), ("assistant", "!")]
+    record = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    assert said(read(record)) == [("text", "I look."), ROME, ("text", "!")]
+    assert reason_of(record, Format.msagent) == "form_sharegpt"
+    marks = IN_MARKS[name].split("weather")[0].replace(JSON_CALL[:10], "").strip("[{ \n")
+    mention = answer(f"It writes {marks} first.")
+    if "▁begin｜>" in marks or "_begin|>" in marks:  # nobody writes these in a sentence
+        assert reason_of(mention) == "calls_in_text"
+    else:
+        assert said(read(mention)) == [("text", f"It writes {marks} first.")]
+
+
+def test_thoughts_and_answers_in_channels_are_read_too() -> None:
+    before = "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant"
+    for text, words in ((before + IN_MARKS["harmony"], None), (before + "<|channel|>final<|message|>Clear.", "Clear.")):
+        step = read(answer(text)).messages[-1]
+        assert (step.reasoning_content, step.content) == ("I look.", words)
+
+
+def test_a_call_in_other_marks_beside_those_of_msagent_is_refused() -> None:
+    call = '<|startofthink|>{"api_name": "weather", "parameters": {}}<|endofthink|>'
+    turns = [("user", "q"), ("assistant", f"{IN_MARKS['listed']}\n{call}")]
+    assert reason_of({"conversations": [{"from": role, "value": value} for role, value in turns]}) == "calls_in_text"
+
+
+def test_values_without_quotes_have_the_types_of_the_record_and_ids_are_kept() -> None:
+    text = "<function=weather>\n<parameter=city>\n75001\n</parameter>\n</function>"
+    assert said(read(answer(text))) == [("call", ("weather", {"city": "75001"}))]
+    assert said(read(answer(text, tools=()))) == [("call", ("weather", {"city": 75001}))]
+    (call,) = read(answer('[TOOL_CALLS][{"name": "weather", "arguments": {}, "id": "abc"}]')).tool_calls
+    assert call.id == "abc"
+    assert "field_not_carried:url" in codes(answer('<tool_call>{"name": "f", "arguments": {}, "url": "u"}</tool_call>'))
 
 
 def test_a_call_in_text_beside_calls_as_a_field_is_refused() -> None:

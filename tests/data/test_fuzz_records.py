@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Origin, chat_messages
-from agentft.data.grammar import MARK, Call, GrammarError, Observation, Text, ToolCall
+from agentft.data.grammar import MARK, Call, GrammarError, Observation, Text
 from agentft.data.msagent import as_msagent, lift_tools
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import read_conversations, read_local

@@ -5,6 +5,7 @@ more than `suggest`, on purpose:
 
 | defect | suggest | here, and why |
 |---|---|---|
+| `ends_with_user` | skip | the steps before the last user turn load; that turn is left out, and counted as `last_user_left_out` |
 | `id_duplicate_same_content` | load | the record loads; in a stream it is dropped as `duplicate`, since repeating it would weigh it double |
 | `missing_system`, `empty_system`, `id_missing`, `id_null`, `id_number`, `tool_list_entry_not_json` | load | loads, with a notice that states the repair |
 | `messages_instead`, `from_human_gpt` | skip | the forms openai and sharegpt are read by `dataset.format=auto`; these two records hold MSAgent marks in assistant text, which no such form has: `marks_in_text` |
@@ -19,7 +20,7 @@ import pytest
 
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.literal_text import read_literal
+from agentft.data.literals import read_literal
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import DataError
@@ -39,7 +40,6 @@ REASONS = {
     "assistant_user_swapped": "two_assistant_turns",
     "two_users_in_a_row": "two_user_turns",
     "two_assistants_in_a_row": "two_assistant_turns",
-    "ends_with_user": "ends_with_user",
     "system_in_middle": "system_in_middle",
     "two_systems": "two_system_turns",
     "empty_assistant": "empty_assistant",
@@ -116,6 +116,11 @@ def malformed() -> list[dict]:
 @pytest.mark.parametrize("record", malformed(), ids=lambda record: f"{record['group']}-{record['defect']}")
 def test_a_malformed_record_has_the_outcome_that_is_suggested(record: dict) -> None:
     outcome = read_record(record, Origin("malformed.jsonl", 1))
+    if record["defect"] == "ends_with_user":
+        assert not isinstance(outcome, Rejection)
+        assert [notice.code for notice in outcome[1]] == ["last_user_left_out"]
+        assert [turn.text for turn in outcome[0].turns] == [turn["value"] for turn in record["conversations"][:-1]]
+        return
     if record["suggest"] == "skip":
         assert isinstance(outcome, Rejection), "expected a rejection"
         assert outcome.reason == REASONS[record["defect"]]
@@ -164,7 +169,7 @@ def test_the_whole_set_read_as_one_stream_counts_every_record() -> None:
     suggested = Counter(record["suggest"] for record in malformed())
     assert len(outcomes) == report.rows == sum(suggested.values()) == 110
     assert report.rejected["duplicate"] == 1
-    assert report.kept == suggested["load"] + suggested["care"] - 1
+    assert report.kept == suggested["load"] + suggested["care"] + 1 - 1, "ends_with_user more, a duplicate less"
     assert report.notices["duplicate_id_renamed"] == 1
     assert [o.origin.line for o in outcomes] == list(range(1, 111))
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from agentft.audits.tool_schemas import check_request
+from agentft.data.calls import ToolCall
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.grammar import Call, ToolCall
-from agentft.data.literal_text import LiteralError, read_literal
+from agentft.data.grammar import Call
+from agentft.data.literals import JsonRefused, read_literal
 from agentft.data.msagent import lift_tools
 from agentft.data.offered_tools import read_offered_tools
 from agentft.data.records import ParseWarning, Rejection, read_record
@@ -106,7 +107,7 @@ CODE = ["__import__('os').system('true')", "[1 + 1]", "[f'{1}']", "[b'x' for _ i
 
 @pytest.mark.parametrize("text", [*CODE, *HOSTILE_LITERALS, "'a' 'b", "[1,", "", "\\"], ids=lambda text: text[:10])
 def test_text_that_is_no_plain_literal_is_refused_and_never_run(text: str) -> None:
-    with pytest.raises(LiteralError):
+    with pytest.raises(JsonRefused):
         read_literal(text)
 
 

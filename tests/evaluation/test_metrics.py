@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentft.data.grammar import ToolCall
+from agentft.data.calls import ToolCall
 from agentft.errors import EvaluationError
 from agentft.evaluation.matching import align_calls, compare_calls, leniently_equal, strictly_equal
 from agentft.evaluation.metrics import (

@@ -156,3 +156,63 @@ def test_pieces_are_one_conversation_where_the_file_says_so(tmp_path: Path, caps
     for given, conversations in ((pieces, 2), ([each | {"piece_of": "long"} for each in pieces], 1)):
         assert main([str(write(tmp_path, *given)), "--json", "--bootstrap-samples", "20"]) == 0
         assert json.loads(capsys.readouterr().out)["counts"]["conversations"] == conversations
+
+
+MSAGENT = '<|startofthink|>{"api_name": "tide", "parameters": {"at": "Kiel"}}<|endofthink|>'
+OTHER_MARKS = [
+    '<tool_call>{"name": "tide", "arguments": {"at": "Kiel"}}</tool_call>',
+    "<tool_call>\n<function=tide>\n<parameter=at>\nKiel\n</parameter>\n</function>\n</tool_call>",
+    '[TOOL_CALLS][{"name": "tide", "arguments": {"at": "Kiel"}}]</s>',
+    "<|tool_call_start|>[tide(at='Kiel')]<|tool_call_end|><|im_end|>",
+    '<|channel|>commentary to=functions.tide <|constrain|>json<|message|>{"at": "Kiel"}<|call|>',
+    '<｜tool▁call▁begin｜>tide<｜tool▁sep｜>{"at": "Kiel"}<｜tool▁call▁end｜>',
+    '{"name": "tide", "parameters": {"at": "Kiel"}}',
+]
+
+
+def report_of(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> dict[str, Any]:
+    assert main([str(path), "--json", "--bootstrap-samples", "10", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("text", OTHER_MARKS)
+def test_calls_in_the_marks_of_any_family_are_read(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The family is that of the references, which reads answers and broken calls too."""
+    wrong, broken = text.replace("tide", "wind"), text.replace("{", "{{").replace("=", "")
+    steps = [
+        {**STEP, "step": number, "reference": reference, "prediction": prediction}
+        for number, (reference, prediction) in enumerate(
+            [(text, text), (text, wrong), (text, broken), ("High.", "High.")]
+        )
+    ]
+    metrics = report_of(capsys, write(tmp_path, *steps))["metrics"]
+    assert metrics["tool_acc"]["numerator"] == metrics["param_em"]["numerator"] == 1
+    assert metrics["tool_acc"]["denominator"] == 3
+    assert metrics["rouge_l"]["value"] == 1.0
+
+
+@pytest.mark.parametrize("text", OTHER_MARKS[:-1])
+def test_a_prediction_in_other_marks_than_the_reference_is_read(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        {**STEP, "reference": MSAGENT, "prediction": text},
+        {**STEP, "step": 1, "reference": "a", "prediction": "a"},
+    ]
+    metrics = report_of(capsys, write(tmp_path, *steps))["metrics"]
+    assert (metrics["tool_acc"]["value"], metrics["param_em"]["value"], metrics["rouge_l"]["value"]) == (1.0, 1.0, 1.0)
+    steps = [{**STEP, "reference": text, "prediction": MSAGENT}]
+    assert report_of(capsys, write(tmp_path, *steps))["metrics"]["param_em"]["value"] == 1.0
+
+
+def test_a_reference_in_marks_that_are_not_read_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unread = '<|python_tag|>tide.call(query="Kiel")'
+    path = write(tmp_path, {**STEP, "reference": unread}, {**STEP, "step": 1})
+    assert main([str(path), "--json"]) == 1
+    assert "step 0 (calls_in_text" in capsys.readouterr().err
+    path = write(tmp_path, {**STEP, "prediction": unread})
+    assert report_of(capsys, path)["metrics"]["call_wellformed_rate"]["value"] == 0.0
