@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -40,11 +40,12 @@ from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.grammar import MAX_CLOSING_MARKS_TRIED
 from agentft.data.literals import Json, JsonRefused, read_json, read_literal
-from agentft.data.render import LaidOut, SpanKind
+from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
 from agentft.errors import FormatError
 
 log = logging.getLogger(__name__)
 
+_OWN = "of the tokenizer"
 LETTERS = "\ufdd2"
 """Stands behind the first character of letters that spell a control token, see `said_text`. A noncharacter."""
 
@@ -132,6 +133,8 @@ class ResponseTemplate:
 
     name: str
     fields: tuple[_Field, ...]
+    spec: Mapping[str, Any]
+    """As it is written."""
     anchor: re.Pattern[str] | None = None
     """Begins what the agent says, unless the prompt ends with it."""
 
@@ -150,7 +153,7 @@ class ResponseTemplate:
             anchor = _anchor(spec, "start_anchor")
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
             raise TemplateUnknown(f"response template {name}: {error}") from None
-        return cls(name, tuple(field for field in read if field is not None), anchor)
+        return cls(name, tuple(field for field in read if field is not None), spec, anchor)
 
     def read(self, text: str, prompt: str = "", types: Types | None = None) -> Said:
         """Take one step apart.
@@ -479,6 +482,7 @@ _TOOL: dict[str, Any] = {
 }
 _FIRST = ToolCall("moor", {"boat": "Anna \\n 'II'", "hours": 3})
 _SECOND = ToolCall("moor", {"boat": "7"})
+_RESULT = "Done."
 _chosen: WeakKeyDictionary[ChatTemplate, ResponseTemplate | None] = WeakKeyDictionary()
 
 
@@ -524,6 +528,66 @@ def choose_response(layout: ChatLayout) -> ResponseTemplate | None:
     return _chosen[template]
 
 
+def servers_template(layout: ChatLayout | MsagentTemplate) -> dict[str, Any] | None:
+    """Return the layout's response template for `tokenizer.response_template`, by which transformers reads an answer.
+
+    None where the tokenizer has its own, where no template reads the layout, and where `parse_response` does not read back
+    what ours does.
+    """
+    if isinstance(layout, MsagentTemplate):
+        file = files("agentft.data").joinpath("templates", "msagent.response.json")
+        own: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        own["fields"]["content"]["close_pattern"] = f"\\s*{re.escape(layout.stop_token)}"
+        return own
+    response, tokenizer = choose_response(layout), layout.template.tokenizer
+    if response is None or response.name == _OWN:
+        return None
+    probes = [(talk, *step) for talk in _probes(layout) for step in _with_message(layout, talk)]
+    spec = _for_transformers(response, layout, [step.prompt for _, step, *_ in probes])
+    for talk, step, message, _ in probes:
+        text = step.text + layout.traits.stops[0]
+        try:
+            read = tokenizer.parse_response(text, spec, prefix=step.prompt, tools=list(talk.tools))
+        except (ValueError, KeyError) as error:
+            log.info("no response template for servers: %s", str(error).partition("\n")[0])
+            return None
+        calls = tuple(map(read_call, read.get("tool_calls") or ()))
+        said = Said(
+            (read.get("content") or "", Attempt("", calls, None)), (read.get("reasoning_content") or "").strip()
+        )
+        if part := differs(said, message):
+            log.info("no response template for servers: parse_response reads other %s", part)
+            return None
+    return spec
+
+
+def _for_transformers(response: ResponseTemplate, layout: ChatLayout, prompts: Sequence[str]) -> dict[str, Any]:
+    """Write a template of the package with the keys that transformers knows."""
+    headers = [manner.header for manner in layout.traits.manners if manner.header]
+    header = "".join(signs[0] for signs in takewhile(lambda signs: len(set(signs)) == 1, zip(*headers, strict=False)))
+    opened = [found.start() for f in response.fields if f.part == "reasoning" and (found := f.open.search(header))]
+    anchors = {header[: min(opened, default=None)]: None}
+    for prompt in prompts:
+        behind = prompt.rpartition(next(iter(anchors)))[2]
+        if _RESULT in behind:  # no header stands between a result and the answer
+            anchors[behind[[*layout.template.control.finditer(behind)][-1].start() :]] = None
+    stops = "|".join(map(re.escape, dict.fromkeys((*layout.traits.stops, *layout.traits.call_stops))))
+    fields: dict[str, Any] = {}
+    for key, given in response.spec["fields"].items():
+        made = {name: value for name, value in given.items() if name in ("content", "content_args", "transform_each")}
+        opening, closing = (_anchor(given, name) for name in ("open", "close"))
+        ends = [closing.pattern] if closing is not None else []
+        if _PARTS[key] == "call" and opening is not None:
+            made["open_pattern"] = f"\\s*(?:{opening.pattern}){given.get('head_pattern', '')}"
+            ends = [f"{given.get('tail_pattern', '')}(?:{end})" for end in ends]
+            made |= {"repeats": True, "transform": {"type": "function", **given.get("transform", {})}}
+        elif opening is not None:
+            made["open_pattern"] = opening.pattern
+        made["close_pattern"] = "|".join([*ends, f"\\s*(?:{stops})"])
+        fields[key] = made
+    return {"defaults": {"role": "assistant"}, "start_anchor": list(anchors), "fields": fields}
+
+
 def differs(said: Said, message: Message) -> str:
     """Name what of a message was not read back; empty where all was."""
     if said.reasoning != (message.reasoning_content or "").strip():
@@ -543,7 +607,7 @@ def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:
     own = getattr(layout.template.tokenizer, "response_template", None)
     if isinstance(own, Mapping):
         try:
-            yield ResponseTemplate.of("of the tokenizer", own)
+            yield ResponseTemplate.of(_OWN, own)
         except TemplateUnknown as unknown:
             log.info("%s", unknown)
     calls = layout.traits.tools
@@ -569,7 +633,7 @@ def _probes(layout: ChatLayout) -> Iterator[Conversation]:
     for thought in (None, "It asks.") if traits.reasoning else (None,):
         yield _conversation(talk, thought)
         for calls in ((_FIRST,), (_FIRST, _SECOND)) if traits.tools else ():
-            results = [Message("tool", "Done.", name=call.name) for call in calls]
+            results = [Message("tool", _RESULT, name=call.name) for call in calls]
             asked = (talk[0], Message("assistant", tool_calls=calls), *results, talk[1])
             yield _conversation(asked, thought, (_TOOL,) * traits.declarations)
 

@@ -17,6 +17,7 @@ import yaml
 from safetensors import SafetensorError
 
 from agentft.data.render import MsagentTemplate
+from agentft.data.response import servers_template
 from agentft.data.template_choice import Layout, exported_template, stop_tokens
 from agentft.errors import ConfigError, RunError
 from agentft.model.adapters import save_final, write_adapter
@@ -277,6 +278,8 @@ def _write_how_to_talk(layout: Layout, tokenizer: Any, folder: Path) -> None:
     stop = stop_tokens(layout)[0]
     if isinstance(layout, MsagentTemplate):
         tokenizer.eos_token = stop
+    if response := servers_template(layout):
+        tokenizer.response_template = response
     if tokenizer.pad_token is None:
         tokenizer.pad_token = stop
     tokenizer.save_pretrained(folder)

@@ -14,7 +14,7 @@ from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
 from agentft.data.render import LaidOut
-from agentft.data.response import Said, choose_response, differs, our_templates, spoken_steps
+from agentft.data.response import Said, choose_response, differs, our_templates, servers_template, spoken_steps
 from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
 from agentft.data.tokens import SegmentEncoder, tokenize
@@ -127,6 +127,32 @@ def test_a_template_is_read_by_the_response_template_of_its_family(name: str):
     response = choose_response(layout_of(name, "merging"))
     assert response is not None
     assert response.name == FAMILIES[name]
+
+
+SERVERS_DO_NOT_READ = {"lfm2_v2", "lfm2_2_5", "gemma4_v5"}
+"""`parse_response` knows no list of calls as Python writes it, and reads other reasoning of Gemma 4."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("gptoss", "deepseekv3", "lfm2_v2") else [pytest.mark.slow]) for n in FAMILIES],
+)
+def test_servers_read_answers_by_the_template_that_an_export_has(name: str):
+    layout = layout_of(name, "merging")
+    template = servers_template(layout)
+    assert (template is None) == (name in SERVERS_DO_NOT_READ)
+    if template is None:
+        return
+    tokenizer, stop = layout.template.tokenizer, layout.traits.stops[0]
+    for kind in ("plain", "reasoning") if layout.traits.reasoning else ("plain",):
+        talk = conversation(kind, declared=layout.traits.declarations)
+        for step in spoken_steps(layout, talk):
+            read = tokenizer.parse_response(step.text + stop, template, prefix=step.prompt, tools=list(talk.tools))
+            message = talk.messages[talk.steps[step.number]]
+            calls = [(call["function"]["name"], call["function"]["arguments"]) for call in read.get("tool_calls", ())]
+            assert calls == [(call.name, call.arguments) for call in message.tool_calls]
+            assert read.get("content", "") == message.text.strip()
+            assert read.get("reasoning_content", "").strip() == (message.reasoning_content or "")
 
 
 def test_gpt_oss_has_the_text_beside_a_call_as_reasoning():

@@ -92,6 +92,16 @@ def says_what_the_evaluation_said(model, folder, run, config) -> int:
     return ended
 
 
+def assert_servers_read_msagent_calls(tokenizer) -> None:
+    call = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"at": "Kiel"}}\n```<|endofthink|>'
+    read = tokenizer.parse_response(f"I look.\n{call}\n{call}<|im_end|>", prefix="<|user|>:q\n\n<|assistant|>:")
+    function = {"name": "tide", "arguments": {"at": "Kiel"}}
+    assert read["tool_calls"] == [{"type": "function", "function": function}] * 2
+    assert read["content"] == "I look."
+    prompt = f"<|user|>:q\n\n<|assistant|>:{call}\n\n<|startofexec|>high<|endofexec|>\n"
+    assert tokenizer.parse_response("High.<|im_end|>", prefix=prompt) == {"role": "assistant", "content": "High."}
+
+
 RUNS = {
     "pissa": ["sft_type.start=pissa", "sft_type.targets=[all-linear]"],
     "full": ["sft_type=full"],
@@ -121,6 +131,8 @@ def test_plain_transformers_says_what_the_evaluation_said(method: str, tmp_path,
         == AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|im_end|>")
     )
     says_what_the_evaluation_said(model, out, run, config)
+    if config.model.template != "chatml":
+        assert_servers_read_msagent_calls(AutoTokenizer.from_pretrained(out))
     text = "".join(path.read_text("utf-8", errors="replace") for path in out.iterdir())
     assert str(tmp_path) not in text
     assert "not-to-be-seen-anywhere" not in text
