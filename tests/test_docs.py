@@ -55,6 +55,7 @@ NOT_RUN = {
 
 HYDRA_PROGRAMS = {
     "train.py": ("train", TrainConfig),
+    "agentft.recipes.minimal": ("train", TrainConfig),
     "evaluate.py": ("evaluate", EvaluateConfig),
     "agentft.audit": ("audit", AuditConfig),
     "agentft.export": ("export", ExportConfig),
@@ -273,6 +274,7 @@ TINY = {
     "train.py": ["model=tiny", "training.max_steps=1", "training.epochs=1", "evaluation.max_new_tokens=4",
                  "evaluation.conversations=2", "evaluation.bootstrap_samples=100", "training.warmup=0"],
     "evaluate.py": ["evaluation=default", "evaluation.max_new_tokens=4", "evaluation.conversations=2"],
+    "agentft.recipes.minimal": [],
     "agentft.audit": ["model=tiny"],
     "agentft.export": ["out=exported"],
 }  # fmt: skip
