@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from agentft.errors import ModelError
 from agentft.model.cpu import attention as tiled
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.recipes.probe import Ways, ask_stock, probe
-from agentft.training.loss import LabelledLoss
 
 PAGE = Path(__file__).resolve().with_suffix(".md")
 

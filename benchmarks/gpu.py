@@ -39,8 +39,8 @@ from agentft.data.tokens import IGNORE_INDEX, Example, Span  # noqa: E402
 from agentft.model.adapters import prepare_for_training  # noqa: E402
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig  # noqa: E402
 from agentft.model.cuda import load_liger  # noqa: E402
+from agentft.model.labelled_loss import LabelledLoss  # noqa: E402
 from agentft.model.quantization import import_peft  # noqa: E402
-from agentft.training.loss import LabelledLoss  # noqa: E402
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, inner width, vocabulary, tied head, conversations a step, checkpointing
@@ -114,7 +114,7 @@ def measure(shape: str, method: str, variant: str, device: torch.device, steps: 
         if not full:
             model.enable_input_require_grads()
     if variant == "compiled":
-        from agentft.training.compilation import compile_blocks
+        from agentft.recipes.components import compile_blocks
 
         compile_blocks(model)
     objective = LabelledLoss(model, autocast=torch.bfloat16 if full else None, reads_head=ours)

@@ -91,10 +91,10 @@ def load(option: str, method: str, dtype: torch.dtype, folder: Path, *, mapped: 
     from agentft.distributed.engines import make_engine
     from agentft.model.adapters import prepare_for_training
     from agentft.model.config import ModelConfig
+    from agentft.model.labelled_loss import LabelledLoss
     from agentft.model.load import ModelFiles, load_model
     from agentft.runtime import Device
     from agentft.training.config import TrainingConfig
-    from agentft.training.loss import LabelledLoss
 
     sft, settings = laws.METHODS[method], ModelConfig(name="random", lora_targets=["q_proj", "v_proj"])
     device = Device(kind="cpu", name="cpu", threads=1)

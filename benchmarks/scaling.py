@@ -187,9 +187,9 @@ def _one(option: str, method: str, world: Any) -> dict[str, float]:
     from agentft.distributed.engines import make_engine
     from agentft.model.adapters import prepare_for_training
     from agentft.model.config import ModelConfig
+    from agentft.model.labelled_loss import LabelledLoss
     from agentft.model.random_weights import byte_tokenizer
     from agentft.training.config import TrainingConfig
-    from agentft.training.loss import LabelledLoss
 
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
@@ -206,7 +206,7 @@ def _one(option: str, method: str, world: Any) -> dict[str, float]:
         world.barrier()
         before = _written()
         for number in range(MICRO_BATCHES):
-            with engine.per_device_batch_size(last=number == MICRO_BATCHES - 1):
+            with engine.micro_batch(last=number == MICRO_BATCHES - 1):
                 engine.backward(engine.loss(collate([example], 0)))
         engine.clip(1.0)
         engine.step()

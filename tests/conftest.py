@@ -121,3 +121,38 @@ def template(byte_tokenizer):
     from agentft.data.render import MsagentTemplate
 
     return MsagentTemplate(byte_tokenizer.eos_token)
+
+
+@pytest.fixture(scope="session")
+def examples(golden_conversations, template, encoder):
+    from agentft.data.tokens import tokenize
+
+    return list(tokenize(golden_conversations.values(), template, encoder))
+
+
+@pytest.fixture
+def tiny_model():
+    """Return a maker of tiny Llama models with equal weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from agentft.model.random_weights import byte_tokenizer as make_tokenizer
+
+    def make(*, tied: bool = True, layers: int = 2, seed: int = 7):
+        tokenizer = make_tokenizer()
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+            use_cache=False,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return LlamaForCausalLM(config)
+
+    return make

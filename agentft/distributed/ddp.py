@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agentft.data.batches import Batch
 from agentft.model.adapters import kept_parameters
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import SingleEngine
-from agentft.training.loss import LabelledLoss
 from agentft.world import World
 
 
@@ -38,7 +38,7 @@ class DdpEngine(SingleEngine):
             init_sync=False,
         )
 
-    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._wrapped.no_sync()
 
     def loss(self, batch: Batch) -> torch.Tensor:

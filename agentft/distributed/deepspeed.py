@@ -18,11 +18,10 @@ from torch import nn
 from agentft.data.batches import Batch
 from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
 from agentft.model.adapters import kept_parameters
-from agentft.model.causal import causal_model
+from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
-from agentft.training.loss import LabelledLoss
-from agentft.training.optim import build_optimizer
+from agentft.training.engine import build_optimizer
 from agentft.world import World
 
 _STEP = "step"
@@ -73,7 +72,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._scale = LossScale(enabled=fp16)
         self._finite = True
 
-    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         # DeepSpeed multiplies the loss by it, and takes it out again when it clips; `backward` multiplies by the ranks.
         self._zero.loss_scaler.cur_scale = self._divisor()
         self._engine.set_gradient_accumulation_boundary(last)
@@ -107,12 +106,12 @@ class DeepSpeedEngine(ShardedEngine):
 
     def step(self) -> None:
         if not self._finite:
-            self.discard()
+            self.zero_grad()
             return
         self._engine.step()
         self._scale.update(finite=True)
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self._scale.update(finite=self._finite)
         self._finite = True
         self._zero.zero_grad(set_to_none=True)
@@ -121,7 +120,7 @@ class DeepSpeedEngine(ShardedEngine):
             gradients[group] = None
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         if self.stage < 3:
             yield
             return

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from agentft.distributed.config import DistributedConfig, EngineKind
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine, SingleEngine
-from agentft.training.loss import LabelledLoss
 from agentft.world import World
 
 

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from agentft.data.batches import Batch
 from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
 from agentft.model.adapters import kept_parameters
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
-from agentft.training.loss import LabelledLoss
-from agentft.training.optim import build_optimizer
+from agentft.training.engine import build_optimizer
 from agentft.world import World
 
 _FEW = 0.1
@@ -73,7 +73,7 @@ class FsdpEngine(ShardedEngine):
     def _sharded(self) -> list[Any]:
         return [module for module in self._objective.modules() if isinstance(module, FSDPModule)]
 
-    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         root: Any = self._objective
         root.set_requires_gradient_sync(last or not self._waits)
         return nullcontext()
@@ -102,15 +102,15 @@ class FsdpEngine(ShardedEngine):
     def step(self) -> None:
         if self._finite:
             self.optimizer.step()
-        self.discard()
+        self.zero_grad()
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         self._scale.update(finite=self._finite)
         self._finite = True
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         try:
             for block in self._blocks:
                 block.set_reshard_after_forward(False)

@@ -19,9 +19,8 @@ from torch import nn
 
 from agentft.errors import ConfigError
 from agentft.model.adapters import kept_parameters, require_same_parameters
-from agentft.model.causal import causal_model
+from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.training.engine import plain_groups, restore_groups, slots_by_parameter
-from agentft.training.loss import LabelledLoss
 from agentft.world import World
 
 _GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000

@@ -25,7 +25,7 @@ from torch import nn
 
 from agentft.evaluation.ragged_decoding import KVCache, Row, RowModel
 from agentft.evaluation.steps import Step
-from agentft.model.causal import causal_model
+from agentft.model.labelled_loss import causal_model
 
 _LONGEST_FIRST = (6, 4, 3, 2)
 """Lengths of the endings that are looked up."""

@@ -24,7 +24,7 @@ from agentft.data.tokens import Example
 from agentft.errors import DataError
 from agentft.evaluation.metrics import SCORING_VERSION, Metric
 from agentft.evaluation.resampling import Floats, ratio_intervals, sum_pieces
-from agentft.model.causal import last_states, output_head, stock_logits
+from agentft.model.labelled_loss import last_states, output_head, stock_logits
 
 KINDS = tuple(sorted(TRAINED_KINDS))
 """Columns of `Likelihood`: what the agent says in words, its calls, the token that ends a step, and the frame of calls."""

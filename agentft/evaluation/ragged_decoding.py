@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn import functional
 
 from agentft.errors import EvaluationError
-from agentft.model.causal import causal_model
 from agentft.model.cpu.attention import attention_set_to
+from agentft.model.labelled_loss import causal_model
 
 NAME = "agentft_rows"
 """What transformers knows the attention by."""

@@ -3,7 +3,7 @@
 transformers hands a mask of booleans to flex attention as numbers to add, which changes the scores by one instead of hiding
 a position. Generation passes such masks, so they go to the plain kernel here.
 
-For any training method: trained norms get their gradient, too. The loss stays ours (`training/loss.py`): Liger's has no
+For any training method: trained norms get their gradient, too. The loss stays ours (`labelled_loss.py`): Liger's has no
 weight for each row, keeps losses in the logits' own bf16, and asks the device for numbers in the middle of a step.
 """
 

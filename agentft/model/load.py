@@ -16,7 +16,6 @@ from agentft.data.template_choice import Layout, choose_template, stop_tokens
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ModelError
 from agentft.model import conversion, cuda
-from agentft.model.causal import causal_model
 from agentft.model.config import (
     Attention,
     Dtype,
@@ -36,6 +35,7 @@ from agentft.model.cuda import LigerKernels, load_liger
 from agentft.model.file_names import read_json
 from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
 from agentft.model.hub_clients import HuggingFace, ModelScope
+from agentft.model.labelled_loss import causal_model
 from agentft.model.quantization import import_peft, keep_weights_as_quantized, quantization_config
 from agentft.model.random_weights import random_folder
 from agentft.model.shards import holds_weights, weight_files

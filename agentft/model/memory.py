@@ -92,7 +92,7 @@ KEEP_UP_TO = 1024
 """As in `attention.py`, which cannot be read here without torch; a test holds them equal."""
 
 COMPILED_LOSS_CHUNK = 256
-"""Positions whose logits exist at once behind a frozen head in compiled code; in `training/loss.py`."""
+"""Positions whose logits exist at once behind a frozen head in compiled code; in `labelled_loss.py`."""
 
 
 class Sizes(Protocol):

@@ -19,7 +19,6 @@ from agentft.data.template_choice import Layout
 from agentft.distributed.config import DistributedConfig
 from agentft.distributed.engines import make_engine
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
-from agentft.model.causal import causal_model
 from agentft.model.config import (
     Attention,
     FullConfig,
@@ -32,13 +31,12 @@ from agentft.model.config import (
 from agentft.model.cpu.attention import attention_of
 from agentft.model.cpu.native import Kernels
 from agentft.model.cuda import LigerKernels
+from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.model.load import ChatTokenizer, Compute, ModelFiles, load_model, take_attention
 from agentft.recipes.config import deciding
 from agentft.recipes.probe import Ways, ask_stock, probe
-from agentft.training.compilation import compile_blocks
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine
-from agentft.training.loss import LabelledLoss
 from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -164,10 +162,25 @@ def set_up_engine(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if training.compile:
-        compile_blocks(model)
+        log.info("training.compile=true: %d blocks are compiled at their first use", compile_blocks(model))
     fp16 = components.dtype is torch.float16
     frozen = components.dtype if components.mapped else None
     return make_engine(distributed, components.objective, training, world, fp16=fp16, frozen=frozen)
+
+
+def compile_blocks(model: torch.nn.Module) -> int:
+    """Let torch compile every block of the decoder for rows of any length, at its first use; return how many there are.
+
+    The mathematics is that of the plain blocks; sums may be taken in another order. One compilation serves all blocks, since
+    they are alike. Layers get the forward pass back that they came with: the compiler fuses that itself, and cannot see into
+    steps of autograd written by hand.
+    """
+    decoder: Any = causal_model(model).get_decoder()
+    for module in decoder.modules():
+        vars(module).pop("forward", None)
+    for block in decoder.layers:
+        block.compile(dynamic=True)
+    return len(decoder.layers)
 
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")

@@ -44,7 +44,7 @@ def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder,
     """
     weights = engine.weights(frozen=not isinstance(sft_type, LoraConfig))
     if not engine.world.is_main:
-        weights.take_part()
+        weights.join_collective()
         return
     whole = dict(weights)
     work = run.path / f".final.{os.getpid()}"

@@ -22,12 +22,12 @@ from agentft.data.batches import Batch, StepPlan, collate, micro_batches
 from agentft.data.prepare import prepare_data
 from agentft.data.tokens import IGNORE_INDEX
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors, save_final
-from agentft.model.causal import last_states, output_head
 from agentft.model.config import FullConfig, trains_weights
+from agentft.model.labelled_loss import last_states, output_head
 from agentft.model.load import choose_compute, load_chat_tokenizer, load_model
 from agentft.recipes.config import TrainConfig
-from agentft.training.optim import build_optimizer, build_schedule
-from agentft.training.random_state import seed_masks
+from agentft.training.engine import build_optimizer, build_schedule
+from agentft.training.loop import seed_micro_batch
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> list[float]:
         weight = sum(batch.weight for batch in batches)
         total = 0.0
         for batch in batches:
-            seed_masks(config.seed, step, batch.ids)
+            seed_micro_batch(config.seed, step, batch.ids)
             with torch.autocast(device.kind, dtype=compute.dtype, enabled=autocast):
                 loss = summed_loss(model, batch.to(runtime.torch_device(device)))
             torch.autograd.backward(loss / weight)

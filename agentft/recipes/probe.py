@@ -30,10 +30,9 @@ from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
 from agentft.evaluation.ragged_decoding import KVCache, Row, RowModel
-from agentft.model.causal import causal_model, last_states, output_head
 from agentft.model.cpu.attention import attention_of
+from agentft.model.labelled_loss import LabelledLoss, causal_model, last_states, output_head, packed_arguments
 from agentft.model.load import take_attention
-from agentft.training.loss import LabelledLoss, packed_arguments
 
 log = logging.getLogger(__name__)
 

@@ -58,11 +58,10 @@ from agentft.recipes.validation import Validator
 from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals
 from agentft.tracking import Tracker
-from agentft.training.clock import describe_seconds
+from agentft.training.checkpoint import find_start
 from agentft.training.engine import Engine
 from agentft.training.guards import snapshot_on_out_of_memory
-from agentft.training.loop import Job, TrainOutput, find_start, train_model
-from agentft.training.packing import choose_row_tokens
+from agentft.training.loop import Job, TrainOutput, choose_row_tokens, describe_seconds, train_model
 from agentft.world import ALONE, MARKS_VARIABLE, World
 
 log = logging.getLogger(__name__)
@@ -237,7 +236,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             pad_id=bench.pad_id,
             device=runtime.torch_device(bench.device),
             checkpoints=run.checkpoints,
-            identity=fingerprint,
+            fingerprint=fingerprint,
             start=start,
             fp16=bench.dtype is torch.float16,
             row_tokens=choose_row_tokens(
@@ -297,7 +296,7 @@ def _examine(
 ) -> EvalResult | None:
     """Sit an exam with the models of all ranks; rank 0 gets it."""
     steps = exam_steps(bench.data, bench.template, config.conversations)
-    with engine.whole():
+    with engine.unsharded():
         candidate = own_candidate(bench, config)
 
         def sit(answerer: Generator) -> EvalResult:

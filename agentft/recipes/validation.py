@@ -42,7 +42,7 @@ class Validator:
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Return what was measured, by name; the same on every rank."""
-        with self._engine.whole():
+        with self._engine.unsharded():
             values = self._measure().losses()
             words = f"held-out loss {values['loss']:.4f}"
             if self._config.generates_during_training:
@@ -59,7 +59,7 @@ class Validator:
 
     def loss(self) -> float:
         """Return the held-out loss as it is now, and remember nothing of it."""
-        with self._engine.whole():
+        with self._engine.unsharded():
             return self._measure().loss
 
     def resume(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Write and read checkpoints: written beside their place, synced, renamed, and read only if every digest holds.
+"""Write, read and choose checkpoints: written beside their place, synced, renamed, read only if every digest holds.
 
 A safetensors file is a JSON header of names, dtypes, shapes and offsets, then the bytes; all of the header is known before
 the first tensor is made (https://github.com/huggingface/safetensors#format).
@@ -22,6 +22,11 @@ from safetensors.torch import load_file
 
 from agentft.cache import file_digest
 from agentft.errors import CheckpointError
+from agentft.training.config import Resume, TrainingConfig
+from agentft.training.run_fingerprint import require_same
+from agentft.world import World
+
+log = logging.getLogger(__name__)
 
 _CODES = {
     torch.float64: "F64",
@@ -66,7 +71,7 @@ class TensorStream:
             if tensor is not None:
                 yield name, tensor.detach().cpu()
 
-    def take_part(self) -> None:
+    def join_collective(self) -> None:
         """Make every tensor and keep none: what ranks other than 0 do while rank 0 writes."""
         for _ in self:
             pass
@@ -97,8 +102,6 @@ def write_stream(stream: TensorStream, path: Path) -> None:
                 raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced as {stream.kinds[name]}")
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-
-log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)")
 _MANIFEST = "manifest.json"
@@ -301,3 +304,31 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a training begins."""
+
+    checkpoint: Path | None
+    """Whole, and of this training; None: the first step."""
+    changes: list[str]
+    """What differs from the run that saved it, and may."""
+
+
+def find_start(checkpoints: Path, config: TrainingConfig, identity: Mapping[str, Any], world: World) -> Start:
+    """Find where a training begins, and change nothing. Rank 0 looks and checks, so that all ranks take the same.
+
+    Raises:
+        CheckpointError: `resume` cannot be honoured, or the checkpoint belongs to another training.
+    """
+    if config.resume is Resume.never:
+        if list_checkpoints(checkpoints):
+            raise CheckpointError(f"{checkpoints} has checkpoints; training.resume=auto goes on from the newest")
+        return Start(None, [])
+    path = world.broadcast(newest_whole(checkpoints, fallback=config.fallback) if world.is_main else None)
+    if path is None:
+        if config.resume is Resume.must:
+            raise CheckpointError(f"{checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
+        return Start(None, [])
+    return Start(path, require_same(path, read_state(path)["identity"], identity, allow=config.allow_changes))

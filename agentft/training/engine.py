@@ -1,6 +1,6 @@
-"""What the loop asks of whoever holds weights, gradients and optimiser: one process here, many in `agentft.distributed`.
+"""Hold the model in training, its optimiser and its schedule: on one device here, on many in `agentft.distributed`.
 
-The law that every engine keeps: after `per_device_batch_size(last=True)` the gradient is the sum over all ranks and all
+What every engine keeps to: after `micro_batch(last=True)` the gradient is the sum over all ranks and all
 micro-batches of what was given to `backward`, and a checkpoint holds whole tensors by parameter name, whatever the engine
 and the number of ranks were.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,62 @@ from torch import nn
 from agentft.data.batches import Batch
 from agentft.errors import CheckpointError
 from agentft.model.adapters import load_trained_state, trained_state
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.checkpoint import TensorStream, stream_of
-from agentft.training.config import TrainingConfig
-from agentft.training.loss import LabelledLoss
-from agentft.training.optim import build_optimizer
+from agentft.training.config import Schedule, TrainingConfig
 from agentft.world import ALONE, World
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, rate_factors: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) over the trained parameters; only matrices decay.
+
+    Args:
+        rate_factors: part of a parameter's name -> its peak rate over the others'; None: as the model itself says.
+    """
+    rate_factors = getattr(model, "rate_factors", {}) if rate_factors is None else rate_factors
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = next((f for part, f in rate_factors.items() if part in name), 1.0)
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    # Those at the plain rate first: the first group's rate is the one that is logged.
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0] != 1.0, -item[0][1]))
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr": factor * config.learning_rate}
+            for (factor, decay), parameters in ordered
+        ],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate_factor(step: int, *, total: int, config: TrainingConfig) -> float:
+    """Rate of step `step` (from 0) over the peak rate: linear warm-up, then cosine, linear or flat."""
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    floor = config.min_learning_rate_ratio
+    match config.schedule:
+        case Schedule.constant:
+            return 1.0
+        case Schedule.linear:
+            return floor + (1 - floor) * (1 - progress)
+        case Schedule.cosine:
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, total: int, config: TrainingConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule over `total` steps."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, total=total, config=config))
 
 
 class Engine(Protocol):
@@ -31,13 +83,13 @@ class Engine(Protocol):
     name: str
     world: World
     model: nn.Module
-    """The model as the recipe loaded it; its parameters are whole only inside `whole()`."""
+    """The model as the recipe loaded it; its parameters are whole only inside `unsharded()`."""
     autocast: torch.dtype | None
     """What a pass outside the loss must set to compute as the loss does."""
     optimizer: torch.optim.Optimizer
     """Its `param_groups` carry the learning rate that the schedule sets."""
 
-    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround one forward and backward pass; with `last` the gradients are then summed over ranks.
 
         Every rank makes the same number of them, since some engines exchange weights in every pass.
@@ -55,10 +107,10 @@ class Engine(Protocol):
     def step(self) -> None:
         """Update the weights and forget the gradient."""
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradient without an update, clipped or not."""
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """Inside, `model` holds whole parameters on every rank and can be run by each alone: evaluation, generation."""
 
     def weights(self, *, frozen: bool = False) -> TensorStream:
@@ -99,7 +151,7 @@ class SingleEngine:
         self._scaler = torch.amp.GradScaler(device_type, enabled=fp16)
         self._unscaled = False
 
-    def per_device_batch_size(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -117,16 +169,16 @@ class SingleEngine:
 
     def step(self) -> None:
         self._scaler.step(self.optimizer)
-        self.discard()
+        self.zero_grad()
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         if self._unscaled:  # the scaler takes one `update` for each `unscale_`
             self._scaler.update()
             self._unscaled = False
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         yield
 
     def weights(self, *, frozen: bool = False) -> TensorStream:

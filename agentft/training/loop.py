@@ -1,4 +1,4 @@
-"""The training loop, in the open: batches, loss, backward, clip, step, log, evaluate, save.
+"""Train, in the open: batches, loss, backward, clip, step, log, evaluate, save.
 
 One step's loss is the sum of its cross-entropies over the sum of its labelled tokens, whatever micro-batches and ranks
 they fell on; so 8 micro-batches of 1, 2 of 4, and 4 on each of 2 ranks are the same update. Every rank runs this loop; what
@@ -8,39 +8,37 @@ differs is the share of a step's micro-batches, and that rank 0 writes. M micro-
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty_batch, step_groups
 from agentft.data.tokens import Example
-from agentft.errors import CheckpointError
+from agentft.errors import ConfigError
 from agentft.progress import progress_bar
 from agentft.runtime import memory_in_use_bytes
 from agentft.signals import StopSignal
-from agentft.training import random_state
 from agentft.training.checkpoint import (
+    Start,
     clear_unfinished,
-    list_checkpoints,
+    find_start,
     load_checkpoint,
-    newest_whole,
     prune_checkpoints,
-    read_state,
     save_checkpoint,
 )
-from agentft.training.clock import Clock, Meter
-from agentft.training.config import Resume, TrainingConfig
-from agentft.training.engine import Engine
-from agentft.training.guards import NumberGuard, accumulate_within_memory
-from agentft.training.optim import build_schedule
-from agentft.training.run_fingerprint import require_same
-from agentft.world import World, share_out
+from agentft.training.config import TrainingConfig
+from agentft.training.engine import Engine, build_schedule
+from agentft.training.guards import is_out_of_memory, report_nonfinite, smaller_batch
+from agentft.world import share_out
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +55,8 @@ class Job:
     pad_id: int
     device: torch.device
     checkpoints: Path
-    identity: Mapping[str, Any]
-    """What decides the losses besides the loop; a checkpoint of another identity is refused."""
+    fingerprint: Mapping[str, Any]
+    """What decides the losses besides the loop; a checkpoint of another run is refused."""
     evaluate: Callable[[int], Mapping[str, float]] = lambda step: {}
     """Step -> metrics on the held-out conversations. One that raises `StopSignal` is made after the resume."""
     evaluation_steps: int = 0
@@ -77,16 +75,6 @@ class Job:
     """Tokens in a packed row; None: micro-batches are padded."""
     start: Start | None = None
     """Where `find_start` has found that it begins; None: it is asked when the loop starts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where a training begins."""
-
-    checkpoint: Path | None
-    """Whole, and of this training; None: the first step."""
-    changes: list[str]
-    """What differs from the run that saved it, and may."""
 
 
 @dataclass
@@ -124,15 +112,44 @@ class TrainOutput:
 
 
 @dataclass
-class _Window:
-    """Sums since the last logged step."""
+class Totals:
+    """Sums over micro-batches of all ranks: of one step, of the steps between two log lines, or of this process."""
 
     loss: float = 0.0
     weight: float = 0.0
     targets: int = 0
     tokens: int = 0
     positions: int = 0
-    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, other: Totals) -> None:
+        for kind in fields(self):
+            setattr(self, kind.name, getattr(self, kind.name) + getattr(other, kind.name))
+
+
+class Clock:
+    """Adds up wall seconds by phase. On CUDA the phases show launch times: kernels run on after a phase ends."""
+
+    def __init__(self, heartbeat: Callable[[str], None] = lambda phase: None) -> None:
+        """`heartbeat` is called with the name of every phase that begins."""
+        self._heartbeat = heartbeat
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the time of the body to `name`."""
+        self._heartbeat(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def describe_seconds(seconds: Mapping[str, float]) -> str:
+    """Return one line: each phase with its seconds and share, longest first."""
+    whole = sum(seconds.values()) or 1.0
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {spent:.1f} s ({spent / whole:.0%})" for name, spent in ordered)
 
 
 def train_model(job: Job) -> TrainOutput:
@@ -144,12 +161,10 @@ def train_model(job: Job) -> TrainOutput:
     """
     total = job.plan.total_steps
     schedule = build_schedule(job.engine.optimizer, total, job.config)
-    guard = NumberGuard(job.engine, job.config, fp16=job.fp16)
     counters = _resume(job, schedule)
     world = job.engine.world
     clock = Clock(lambda phase: world.mark(f"step {counters.step + 1}, {phase}"))
-    meter = Meter()
-    window = _Window()
+    of_process, window, logged_at = Totals(), Totals(), time.perf_counter()
     if counters.step and _evaluation_is_due(job, counters):
         # The run was stopped in the middle of it.
         with clock.phase("evaluation"):
@@ -161,20 +176,20 @@ def train_model(job: Job) -> TrainOutput:
     job.engine.model.train()
     with progress_bar("training", total, counters.step) as bar:
         while counters.step < end:
-            batches, size, losses_M = _accumulate(job, counters, clock)
+            batches, step, losses_M = _accumulate(job, counters, clock)
             with clock.phase("optimiser"):
-                loss_sum, grad_norm = _update(job, counters, guard, batches, size, losses_M)
+                grad_norm = _update(job, counters, batches, step, losses_M)
             rate = float(schedule.get_last_lr()[0])
             schedule.step()
-            counters.step += 1
-            _count(counters, window, size, loss_sum)
+            _count(counters, step)
+            window.add(step)
+            of_process.add(step)
             last = counters.step == total
             if counters.step % job.config.logging_steps == 0 or counters.step == end:
-                _log_window(job, counters, window, rate, grad_norm)
-                window = _Window()
-            meter.add(tokens=size.tokens, targets=size.targets, positions=size.positions)
-            memory = memory_in_use_bytes(job.device.type)
-            bar.advance(1, **meter.words(clock, loss_sum / (size.weight or math.nan), memory))
+                speed = window.tokens / (time.perf_counter() - logged_at)
+                job.log(_log_values(job, counters, window, rate, grad_norm, speed), counters.step)
+                window, logged_at = Totals(), time.perf_counter()
+            bar.advance(1, **_bar_words(of_process, clock.seconds, step, memory_in_use_bytes(job.device.type)))
             best = False
             if _evaluation_is_due(job, counters):
                 with clock.phase("evaluation"), contextlib.suppress(StopSignal):
@@ -198,6 +213,25 @@ def pause_step(total: int, pause_at_fraction: float) -> int:
     return max(1, min(total, round(pause_at_fraction * total)))
 
 
+def choose_row_tokens(config: TrainingConfig, max_length: int, leak: str | None, *, cuda: bool) -> int | None:
+    """Return the tokens of a packed row, or None for padded micro-batches, and say what `auto` took.
+
+    On a CPU, time goes with the tokens that are not padding, whatever row they are in; a longer row only costs cache.
+
+    Args:
+        leak: What packed conversations do to each other in this model, in words; None: nothing.
+
+    Raises:
+        ConfigError: packing was asked for, and packed conversations would not be computed as if each were alone.
+    """
+    packs = config.packing == "true" or (config.packing == "auto" and cuda and leak is None)
+    if config.packing == "true" and leak is not None:
+        raise ConfigError(f"training.packing=true: {leak}; training.packing=false pads instead")
+    if config.packing == "auto":
+        log.info("training.packing=auto: %s", "packed rows" if packs else "one conversation a row")
+    return max_length * config.per_device_batch_size if packs else None
+
+
 def step_batches(job: Job, number: int, per_device_batch_size: int) -> list[Batch]:
     """Return this rank's micro-batches of one step, on the device; as many as every other rank has."""
     world = job.engine.world
@@ -216,99 +250,131 @@ def _collate(job: Job, group: list[int]) -> Batch:
     return collate(examples, job.pad_id) if job.row_tokens is None else collate_packed(examples)
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
-    """What one step holds, over all ranks."""
-
-    weight: float
-    targets: int
-    tokens: int
-    positions: int
+def _measure(job: Job, batches: list[Batch]) -> Totals:
+    names = ("weight", "targets", "tokens", "positions")
+    sums = job.engine.world.totals([sum(getattr(batch, name) for batch in batches) for name in names])
+    return Totals(0.0, sums[0], *(int(each) for each in sums[1:]))
 
 
-def _measure(job: Job, batches: list[Batch]) -> _Size:
-    sums = job.engine.world.totals(
-        [
-            sum(batch.weight for batch in batches),
-            sum(batch.targets for batch in batches),
-            sum(batch.tokens for batch in batches),
-            sum(batch.positions for batch in batches),
-        ]
-    )
-    return _Size(sums[0], *(int(each) for each in sums[1:]))
+def seed_micro_batch(seed: int, step: int, ids: Sequence[str]) -> None:
+    """Let all that one micro-batch draws, such as dropout, follow from the step and its conversations.
+
+    So it is the same on any rank and after a resume, and what an evaluation draws changes nothing.
+    """
+    digest = hashlib.sha256(repr((seed, step, *ids)).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
 
 
-def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch], _Size, torch.Tensor]:
+def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch], Totals, torch.Tensor]:
     """Add up the gradients of one step: (micro-batches, sums over ranks, summed losses (M,) of this rank)."""
     engine = job.engine
 
-    def attempt(per_device_batch_size: int) -> tuple[list[Batch], _Size, torch.Tensor]:
+    def attempt(per_device_batch_size: int) -> tuple[list[Batch], Totals, torch.Tensor]:
         with clock.phase("data"):
             batches = step_batches(job, counters.step, per_device_batch_size)
-            size = _measure(job, batches)
+            step = _measure(job, batches)
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches, start=1):
-            random_state.seed_masks(job.plan.seed, counters.step, batch.ids)
-            with engine.per_device_batch_size(last=number == len(batches)):
+            seed_micro_batch(job.plan.seed, counters.step, batch.ids)
+            with engine.micro_batch(last=number == len(batches)):
                 with clock.phase("forward"):
                     loss = engine.loss(batch)
                 with clock.phase("backward"):
-                    engine.backward(loss / (size.weight or 1.0))
+                    engine.backward(loss / (step.weight or 1.0))
             losses.append(loss.detach())
-        return batches, size, torch.stack(losses)
+        return batches, step, torch.stack(losses)
 
     wanted = counters.per_device_batch_size or job.config.per_device_batch_size
     fitting, made = accumulate_within_memory(
-        attempt, wanted, engine.discard, step=counters.step + 1, alone=engine.world.size == 1
+        attempt, wanted, engine.zero_grad, step=counters.step + 1, alone=engine.world.size == 1
     )
     if fitting != wanted:
         counters.per_device_batch_size = fitting
     return made
 
 
-def _update(
-    job: Job, counters: Counters, guard: NumberGuard, batches: list[Batch], size: _Size, losses_M: torch.Tensor
-) -> tuple[float, float]:
-    """Make one optimiser step, or leave it out; return the loss over all ranks and the gradient's norm before clipping."""
+T = TypeVar("T")
+
+
+def accumulate_within_memory(
+    attempt: Callable[[int], T], size: int, zero_grad: Callable[[], None], *, step: int, alone: bool = True
+) -> tuple[int, T]:
+    """Run `attempt` on one step's micro-batches of `size`, or of half of it, and so on: (the size that fits, its result).
+
+    `attempt` makes gradients and changes nothing else; `zero_grad` drops those of a failed one.
+
+    Raises:
+        TrainingError: one conversation at a time is too much, or other ranks wait in the middle of the step.
+    """
+    while True:
+        try:
+            return size, attempt(size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+        # After the except clause: the traceback holds the tensors of the attempt.
+        zero_grad()
+        size = smaller_batch(size, words, step=step, alone=alone)
+
+
+def _update(job: Job, counters: Counters, batches: list[Batch], step: Totals, losses_M: torch.Tensor) -> float:
+    """Make one optimiser step, or leave it out; set the step's loss and return the gradient's norm before clipping."""
     engine = job.engine
     # One copy from the device for both: the only time in a step that the host waits for it.
     norm, total = engine.clip(job.config.max_grad_norm), engine.world.sum(losses_M.sum())
-    grad_norm, loss = torch.stack([norm.to(total), total]).tolist()
-    if guard.refuses(counters.step + 1, batches, losses_M, weight=size.weight, loss=loss, grad_norm=grad_norm):
-        counters.skipped += 1
-        counters.skipped_in_a_row += 1
-        guard.require_end(counters.skipped_in_a_row)
-        engine.discard()
-    else:
+    grad_norm, step.loss = torch.stack([norm.to(total), total]).tolist()
+    # Under fp16 a gradient that overflows is left to the gradient scaler, which skips the step and lowers its scale.
+    if step.weight > 0 and math.isfinite(step.loss) and (math.isfinite(grad_norm) or job.fp16):
         counters.skipped_in_a_row = 0
         engine.step()
-    return loss, grad_norm
+    else:
+        counters.skipped += 1
+        counters.skipped_in_a_row += 1
+        report_nonfinite(
+            engine, job.config, batches, losses_M, grad_norm, step=counters.step + 1, in_a_row=counters.skipped_in_a_row
+        )
+        engine.zero_grad()
+    return float(grad_norm)
 
 
-def _count(counters: Counters, window: _Window, size: _Size, loss_sum: float) -> None:
-    counters.tokens += size.tokens
-    counters.targets += size.targets
-    window.loss += loss_sum
-    window.weight += size.weight
-    window.tokens += size.tokens
-    window.targets += size.targets
-    window.positions += size.positions
+def _count(counters: Counters, step: Totals) -> None:
+    counters.step += 1
+    counters.tokens += step.tokens
+    counters.targets += step.targets
 
 
-def _log_window(job: Job, counters: Counters, window: _Window, rate: float, grad_norm: float) -> None:
+def _log_values(
+    job: Job, counters: Counters, window: Totals, rate: float, grad_norm: float, tokens_per_second: float
+) -> dict[str, float]:
     values = {
         "train/loss": window.loss / (window.weight or math.nan),
         "train/learning_rate": rate,
         "train/grad_norm": grad_norm,
         "train/epoch": job.plan.epoch(counters.step),
         "train/tokens": counters.tokens,
-        "train/tokens_per_second": window.tokens / (time.perf_counter() - window.started),
+        "train/tokens_per_second": tokens_per_second,
         "train/labelled_share": window.targets / window.tokens,
         "train/padding_share": 1 - window.tokens / window.positions,
     }
     if counters.skipped:
         values["train/skipped_steps"] = counters.skipped
-    job.log(values, counters.step)
+    return values
+
+
+def _bar_words(of_process: Totals, seconds: Mapping[str, float], step: Totals, memory_bytes: int) -> dict[str, str]:
+    """Return what stands beside the progress bar: all of this process, and the loss of the last step."""
+    training = sum(seconds.get(name, 0.0) for name in ("data", "forward", "backward", "optimiser"))
+    return {
+        "loss": f"loss {step.loss / (step.weight or math.nan):.3f}",
+        "speed": f"{of_process.tokens / max(training, 1e-9):,.0f} tokens/s",
+        "labelled": f"{of_process.targets / max(of_process.tokens, 1):.0%} labelled",
+        "padding": f"{1 - of_process.tokens / max(of_process.positions, 1):.0%} padding",
+        "memory": f"{memory_bytes / 1e9:.1f} GB",
+    }
 
 
 def _evaluation_is_due(job: Job, counters: Counters) -> bool:
@@ -319,11 +385,7 @@ def _evaluation_is_due(job: Job, counters: Counters) -> bool:
 
 def _evaluate(job: Job, counters: Counters) -> bool:
     """Measure, log, and say whether this is the best step so far."""
-    streams = random_state.torch_streams()
-    try:
-        metrics = job.evaluate(counters.step)
-    finally:  # what is drawn in an evaluation, whole or cut off, must not change the training
-        random_state.set_torch_streams(streams)
+    metrics = job.evaluate(counters.step)
     counters.evaluated = counters.step
     job.log({f"eval/{name}": value for name, value in metrics.items()}, counters.step)
     rank = job.rank(metrics)
@@ -337,30 +399,28 @@ def _evaluate(job: Job, counters: Counters) -> bool:
 def _save(job: Job, counters: Counters, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
     engine = job.engine
     weights, optimizer = engine.weights(), engine.optimizer_state()
-    random_tensors, random_plain = random_state.capture()
     plain_schedule = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
     if not engine.world.is_main:
         # In the order in which rank 0 writes them.
-        weights.take_part()
-        optimizer.take_part()
+        weights.join_collective()
+        optimizer.join_collective()
         return
     save_checkpoint(
         job.checkpoints,
         counters.step,
-        {"trained": weights, "optimizer": optimizer, "random": random_tensors},
+        {"trained": weights, "optimizer": optimizer},
         {
             "counters": asdict(counters),
-            "identity": dict(job.identity),
+            "identity": dict(job.fingerprint),
             "engine": engine.settings(),
             "schedule": plain_schedule,
-            "random": random_plain,
         },
     )
     prune_checkpoints(job.checkpoints, job.config.save_total_limit, counters.best_step)
 
 
 def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counters:
-    start = job.start or find_start(job.checkpoints, job.config, job.identity, job.engine.world)
+    start = job.start or find_start(job.checkpoints, job.config, job.fingerprint, job.engine.world)
     if start.checkpoint is None:
         if job.engine.world.is_main:
             clear_unfinished(job.checkpoints, after=0)
@@ -373,25 +433,6 @@ def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counter
     job.engine.load(checkpoint.tensors["trained"], checkpoint.tensors["optimizer"], state["engine"])
     lambdas = [None] * len(job.engine.optimizer.param_groups)
     schedule.load_state_dict(state["schedule"] | {"lr_lambdas": lambdas})
-    random_state.restore(checkpoint.tensors["random"], state["random"])
-    log.info("going on from %s", checkpoint.path)
+    log.info("resuming from %s", checkpoint.path)
     job.on_start(checkpoint.step, start.changes)
     return Counters(**state["counters"])
-
-
-def find_start(checkpoints: Path, config: TrainingConfig, identity: Mapping[str, Any], world: World) -> Start:
-    """Find where a training begins, and change nothing. Rank 0 looks and checks, so that all ranks take the same.
-
-    Raises:
-        CheckpointError: `resume` cannot be honoured, or the checkpoint belongs to another training.
-    """
-    if config.resume is Resume.never:
-        if list_checkpoints(checkpoints):
-            raise CheckpointError(f"{checkpoints} has checkpoints; training.resume=auto goes on from the newest")
-        return Start(None, [])
-    path = world.broadcast(newest_whole(checkpoints, fallback=config.fallback) if world.is_main else None)
-    if path is None:
-        if config.resume is Resume.must:
-            raise CheckpointError(f"{checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
-        return Start(None, [])
-    return Start(path, require_same(path, read_state(path)["identity"], identity, allow=config.allow_changes))

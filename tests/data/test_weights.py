@@ -14,8 +14,8 @@ from agentft.data.render import SpanKind
 from agentft.data.tokens import IGNORE_INDEX, tokenize, weigh
 from agentft.errors import ConfigError
 from agentft.model.config import RandomShape
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training import loss as loss_module
-from agentft.training.loss import LabelledLoss
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, frame=1.5, stop=0.5)
 

@@ -33,12 +33,12 @@ from agentft.evaluation.generate import GreedyGenerator
 from agentft.evaluation.steps import all_steps
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.load import ModelFiles, load_model
 from agentft.model.random_weights import byte_tokenizer
 from agentft.runtime import Device
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import Job, train_model
-from agentft.training.loss import LabelledLoss
 from agentft.world import World, join_world, leave_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -135,7 +135,7 @@ def case(
     model = prepare_for_training(base, sft, ModelConfig(name="tiny"), cast=not mapped)
     training = TrainingConfig(
         learning_rate=sft.default_learning_rate,
-        accumulation=5,
+        gradient_accumulation_steps=5,
         max_steps=STEPS,
         logging_steps=1,
         save_steps=1,
@@ -158,7 +158,7 @@ def case(
         pad_id=0,
         device=torch.device("cpu"),
         checkpoints=folder,
-        identity={"data": "x"},
+        fingerprint={"data": "x"},
         evaluate=lambda step: {"loss": 1.0},
         evaluation_steps=0,
         best_metric="loss",
@@ -172,7 +172,7 @@ def case(
 def examine(found: Case, world: World) -> dict[str, Any]:
     """Loss of every conversation and answers to every step, with the ranks together."""
     tokenizer = byte_tokenizer()
-    with found.engine.whole():
+    with found.engine.unsharded():
         model = found.engine.model.eval()
         likelihood = spread_likelihood(world, model, found.job.examples, batch=2, pad_id=0)
         stop = tokenizer.eos_token_id
@@ -210,7 +210,7 @@ def break_exams(found: Case, world: World) -> list[str]:
 
     for answerer, work in (("failing", lambda together: together.answer(steps)), ("own", fail_between)):
         try:
-            with found.engine.whole():
+            with found.engine.unsharded():
                 stop = tokenizer.eos_token_id
                 generator = GreedyGenerator(
                     found.engine.model.eval(), tokenizer, stop_ids=[stop], slots=2, max_new_tokens=2

@@ -58,7 +58,7 @@ def test_each_kind_is_the_mean_of_its_own_tokens(model, examples):
 
 def test_the_total_is_the_loss_of_training(model, examples):
     from agentft.data.batches import collate
-    from agentft.training.loss import LabelledLoss
+    from agentft.model.labelled_loss import LabelledLoss
 
     objective = LabelledLoss(model.eval())
     with torch.no_grad():

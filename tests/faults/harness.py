@@ -96,7 +96,7 @@ class Result:
 
 
 def result_of(run: Path) -> Result:
-    """Read losses as hexadecimal floats, and digests of final weights, optimiser and random streams."""
+    """Read losses as hexadecimal floats, and digests of final weights and optimiser."""
     rows = read_metrics(run / "metrics.jsonl")
     last = list_checkpoints(run / "checkpoints")[-1]
     files = [*sorted(last.glob("*.safetensors")), *sorted((run / "final").glob("*.safetensors"))]

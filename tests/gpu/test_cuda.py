@@ -10,7 +10,7 @@ from agentft.data.tokens import tokenize
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.model.cuda import load_liger
-from agentft.training.loss import LabelledLoss
+from agentft.model.labelled_loss import LabelledLoss
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,10 +15,10 @@ from agentft.model.config import FullConfig, KernelChoice, LoraConfig, ModelConf
 from agentft.model.cpu import attention, compiled
 from agentft.model.cpu.compiled import CompiledAttention
 from agentft.model.cpu.native import load_kernels
+from agentft.model.labelled_loss import FrozenHeadLoss, LabelledLoss, chunked_cross_entropy, packed_arguments
 from agentft.model.load import choose_kernels
 from agentft.runtime import Device
 from agentft.training import loss as loss_module
-from agentft.training.loss import FrozenHeadLoss, LabelledLoss, chunked_cross_entropy, packed_arguments
 
 LORA = LoraConfig(name="lora", default_learning_rate=1e-3, rank=4, dropout=0.0)
 

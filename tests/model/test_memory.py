@@ -29,6 +29,7 @@ from agentft.model.config import (
 )
 from agentft.model.cpu import attention
 from agentft.model.cpu.native import Kernels, load_kernels
+from agentft.model.labelled_loss import FrozenHeadLoss, LabelledLoss
 from agentft.model.load import ModelFiles, load_model
 from agentft.model.memory import (
     DeviceMemory,
@@ -47,7 +48,6 @@ from agentft.model.memory import (
 )
 from agentft.model.quantization import quantization_config
 from agentft.runtime import Device
-from agentft.training.loss import FrozenHeadLoss, LabelledLoss
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY_MATRIX = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

@@ -32,10 +32,10 @@ from agentft.model.config import (
     QuantKind,
     trains_weights,
 )
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.quantization import dense_weight, quantization_config, rounded_weight
 from agentft.training.config import TrainingConfig
-from agentft.training.loss import LabelledLoss
-from agentft.training.optim import build_optimizer, build_schedule
+from agentft.training.engine import build_optimizer, build_schedule
 
 MODEL = ModelConfig(name="tiny")
 IDS = torch.arange(3, 27)[None] % 50

@@ -17,9 +17,9 @@ from agentft.evaluation.generate import StockGenerator, greedy_ids
 from agentft.evaluation.likelihood import measure_likelihood
 from agentft.evaluation.steps import all_steps
 from agentft.model.cpu import attention as tiled
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.load import take_attention
 from agentft.recipes.probe import ask_stock, probe
-from agentft.training.loss import LabelledLoss
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_faulty_kernel_of_ours_is_found_and_refused(architectures, monkeypatch
     assert ways.attention == "sdpa"
     assert "changing the last token moves earlier logits" in ways.left[0]
     monkeypatch.undo()
-    monkeypatch.setattr("agentft.training.loss._summed", lambda logits, targets, weights: logits.float().sum())
+    monkeypatch.setattr("agentft.model.labelled_loss._summed", lambda logits, targets, weights: logits.float().sum())
     with pytest.raises(ModelError, match="the loss is not that of transformers' own logits"):
         probe(stock, LabelledLoss(model), tiled.NAME, pad_id=0, asked=False)
 
@@ -158,7 +158,7 @@ def test_answers_by_generate_end_where_ours_end(architectures, golden_conversati
 
 
 def test_logits_of_the_forward_pass_are_taken_where_it_cannot_be_told_which(architectures):
-    from agentft.model.causal import stock_logits
+    from agentft.model.labelled_loss import stock_logits
 
     model = architectures.small_model("llama", FP32)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from agentft.training.clock import Clock, Meter, describe_seconds
+from agentft.training.loop import Clock, Totals, _bar_words, describe_seconds
 
 
 def test_the_words_beside_the_bar_are_of_this_process_alone():
-    clock, meter = Clock(), Meter()
-    clock.seconds = {"data": 1.0, "forward": 2.0, "backward": 4.0, "optimiser": 1.0, "evaluation": 90.0, "saving": 5.0}
-    meter.add(tokens=600, targets=120, positions=800)
-    meter.add(tokens=200, targets=80, positions=200)
-    assert meter.words(clock, 1.23456, 2_500_000_000) == {
+    seconds = {"data": 1.0, "forward": 2.0, "backward": 4.0, "optimiser": 1.0, "evaluation": 90.0, "saving": 5.0}
+    of_process, step = Totals(), Totals(loss=2.46912, weight=2.0, tokens=600, targets=120, positions=800)
+    of_process.add(step)
+    of_process.add(Totals(tokens=200, targets=80, positions=200))
+    assert _bar_words(of_process, seconds, step, 2_500_000_000) == {
         "loss": "loss 1.235",
         "speed": "100 tokens/s",
         "labelled": "25% labelled",
@@ -22,7 +22,7 @@ def test_the_words_beside_the_bar_are_of_this_process_alone():
 
 
 def test_nothing_done_is_no_division_by_zero():
-    assert Meter().words(Clock(), 0.0, 0)["speed"] == "0 tokens/s"
+    assert _bar_words(Totals(), {}, Totals(), 0)["speed"] == "0 tokens/s"
 
 
 def test_every_phase_is_charged_even_when_it_fails():

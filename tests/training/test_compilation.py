@@ -12,8 +12,8 @@ from agentft.data.batches import collate, collate_packed
 from agentft.errors import ConfigError
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import LoraConfig, ModelConfig
-from agentft.training.compilation import compile_blocks
-from agentft.training.loss import LabelledLoss
+from agentft.model.labelled_loss import LabelledLoss
+from agentft.recipes.components import compile_blocks
 
 
 def test_two_compilers_for_the_same_parts_are_refused():

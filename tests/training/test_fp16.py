@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import SingleEngine
-from agentft.training.loss import LabelledLoss
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +15,11 @@ from agentft.errors import CheckpointError, TrainingError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import prepare_for_training, trained_state
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
+from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.checkpoint import list_checkpoints
 from agentft.training.config import Resume, TrainingConfig
 from agentft.training.engine import SingleEngine
 from agentft.training.loop import Job, step_batches, train_model
-from agentft.training.loss import LabelledLoss
 
 LORA = LoraConfig(name="lora", default_learning_rate=1e-2, rank=4, dropout=0.1)
 FULL = FullConfig(name="full", default_learning_rate=1e-3)
@@ -47,7 +49,7 @@ def _job(folder, model, examples, *, sft=LORA, steps=6, micro=1, accumulation=2,
         pad_id=0,
         device=torch.device("cpu"),
         checkpoints=folder / "checkpoints",
-        identity={"data": "x"},
+        fingerprint={"data": "x"},
         evaluate=lambda step: {"loss": 1.0 / step},
         evaluation_steps=0,
         best_metric="loss",
@@ -124,6 +126,37 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_model, examples
         assert torch.equal(tensor, final[name]), name
 
 
+class _Drawing(torch.nn.Module):
+    """An objective whose model's own code draws from every generator."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.inner, self.model = objective, objective.model
+
+    def forward(self, batch):
+        return self.inner(batch) * (1 + random.random() + np.random.random() + float(torch.rand(())))
+
+
+def test_what_a_models_own_code_draws_is_the_same_after_a_resume_and_whatever_an_evaluation_draws(
+    tmp_path, tiny_model, examples
+):
+    def run(name, *, until=6, **changes):
+        job, losses = _job(tmp_path / name, tiny_model(), examples, **changes)
+        job.engine.objective = _Drawing(job.engine.objective)
+        stops = iter([step == until for step in range(1, 7)])
+        train_model(dataclasses.replace(job, stop_requested=lambda: next(stops)))
+        return losses
+
+    def evaluate(step):
+        return {"loss": random.random() + np.random.random() + float(torch.rand(()))}
+
+    whole = run("whole")
+    assert whole == run("evaluated", evaluation_steps=1, evaluate=evaluate)
+    first = run("cut", until=3)
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    assert first + run("cut") == whole
+
+
 def test_resume_must_refuses_an_empty_folder(tmp_path, tiny_model, examples):
     job, _ = _job(tmp_path, tiny_model(), examples, training={"resume": Resume.must})
     with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
@@ -139,7 +172,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path, tiny_model, ex
 
 def test_a_checkpoint_of_other_data_is_refused_by_name(tmp_path, tiny_model, examples):
     train_model(_job(tmp_path, tiny_model(), examples, steps=2)[0])
-    job, _ = _job(tmp_path, tiny_model(), examples, identity={"data": "y"})
+    job, _ = _job(tmp_path, tiny_model(), examples, fingerprint={"data": "y"})
     with pytest.raises(CheckpointError, match="data was 'x', is 'y'"):
         train_model(job)
 

@@ -15,9 +15,9 @@ from agentft.data.render import SpanKind
 from agentft.data.tokens import IGNORE_INDEX, Span
 from agentft.errors import ConfigError
 from agentft.model.cpu import attention
+from agentft.model.labelled_loss import LabelledLoss, packed_arguments
 from agentft.training.config import TrainingConfig
-from agentft.training.loss import LabelledLoss, packed_arguments
-from agentft.training.packing import choose_row_tokens
+from agentft.training.loop import choose_row_tokens
 
 
 def _model(family: str = "Llama", *, tied: bool = True, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **more):

@@ -7,8 +7,8 @@ import torch
 
 from agentft.data.batches import collate, empty_batch
 from agentft.data.tokens import IGNORE_INDEX
-from agentft.training import loss as loss_module
-from agentft.training.loss import LabelledLoss
+from agentft.model import labelled_loss as loss_module
+from agentft.model.labelled_loss import LabelledLoss
 
 
 def _plain_loss(model, batch, lengths) -> torch.Tensor:
