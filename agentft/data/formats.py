@@ -428,8 +428,8 @@ class _Messages:
         trained: bool,
     ) -> None:
         """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
-        for name in dict.fromkeys(name for call in calls for name in call.extras):
-            self._note(f"field_not_carried:{key_name(name)}", f"{key_name(name)} of a call", number)
+        for field in dict.fromkeys(field for call in calls for field in call.extras):
+            self._note(f"field_not_carried:{key_name(field)}", f"{key_name(field)} of a call", number)
         calls = [replace(call, extras={}) for call in calls]
         if not any(message.role == "user" for message in self._messages):
             problem = f"message {number} is the assistant's, expected the user's first"

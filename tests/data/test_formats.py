@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentft.audits.label_trace import trace_labels
+from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Conversation, Origin
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.examples import make_examples
 from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, GrammarError
 from agentft.data.msagent import as_msagent
@@ -506,7 +507,9 @@ def test_values_without_quotes_have_the_types_of_the_record_and_ids_are_kept() -
     assert said(read(answer(text, tools=()))) == [("call", ("weather", {"city": 75001}))]
     (call,) = read(answer('[TOOL_CALLS][{"name": "weather", "arguments": {}, "id": "abc"}]')).tool_calls
     assert call.id == "abc"
-    assert "field_not_carried:url" in codes(answer('<tool_call>{"name": "f", "arguments": {}, "url": "u"}</tool_call>'))
+    record = answer('<tool_call>{"name": "f", "arguments": {}, "url": "u"}</tool_call>')
+    assert "field_not_carried:url" in codes(record)
+    assert read(record).messages[-1] == Message("assistant", tool_calls=(ToolCall("f", {}),))
 
 
 def test_a_call_in_text_beside_calls_as_a_field_is_refused() -> None:
