@@ -13,7 +13,7 @@ from typing import Any
 
 from agentft.data.calls import ToolCall
 from agentft.data.literals import JsonRefused, read_json
-from agentft.data.offered_tools import OfferedTool
+from agentft.data.tools import OfferedTool
 
 Problem = tuple[str, str, str]
 """Code of `agentft.audits.findings`, topic, detail."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from agentft.data.calls import ToolCall
 from agentft.data.grammar import Call, Part
 from agentft.data.literals import Json
-from agentft.data.offered_tools import OfferedTool, declared_tools, read_offered_tools
+from agentft.data.tools import OfferedTool, declared_tools, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 

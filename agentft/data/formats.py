@@ -31,18 +31,18 @@ from typing import Any, Literal
 from agentft.data.calls import ToolCall, blank, read_call, read_id
 from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
-from agentft.data.declarations import Tools, lift_tools, read_tools, tool_names
 from agentft.data.grammar import MARK
+from agentft.data.literals import literal
 from agentft.data.response import read_by_marks
 from agentft.data.text_calls import (
     is_react_text,
-    literal,
     read_named_results,
     read_react,
     read_responses,
     read_text_calls,
     split_thought,
 )
+from agentft.data.tools import Tools, lift_listed, read_tools, tool_names
 from agentft.errors import FormatError
 
 FIELDS = ("weight", "loss", "loss_scale", "train")
@@ -268,7 +268,7 @@ class _Messages:
                 raise FormatError("empty_user", f"message {number} (user) is blank")
             if last == "user":
                 raise FormatError("two_user_turns", f"message {number} is the user's as is the one before it")
-        elif last is None and (lifted := lift_tools(text)):
+        elif last is None and (lifted := lift_listed(text)):
             if not self._tools or tool_names(lifted.tools) == tool_names(self._tools):
                 text, self._tools = lifted.text, self._tools or lifted.tools
                 self._note("tools_lifted", "the tools are taken out of the system text", number)

@@ -14,6 +14,8 @@ import re
 import warnings
 from typing import Any
 
+from agentft.errors import FormatError
+
 Json = Any
 """A value as `json.loads` returns it."""
 
@@ -151,6 +153,18 @@ def read_literal(text: str) -> Any:
         raise
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise JsonRefused(f"neither JSON ({not_json}) nor a Python literal ({type(error).__name__})") from None
+
+
+def literal(text: str, reason: str) -> Any:
+    """Read JSON text or a Python literal.
+
+    Raises:
+        FormatError: it is neither; with that reason.
+    """
+    try:
+        return read_literal(text)
+    except JsonRefused as error:
+        raise FormatError(reason, str(error)) from None
 
 
 def _refuse_equal_keys(parsed: ast.Expression) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
 
 from agentft.data.calls import ToolCall
 from agentft.data.conversation import Conversation, Message
@@ -31,63 +29,29 @@ from agentft.data.grammar import (
     parse_assistant,
 )
 from agentft.data.literals import Json, JsonRefused, read_json, strip_fence
-from agentft.data.offered_tools import OfferedTool, functions_of, read_offered_tools, tool_entry, uncarried_parts
+from agentft.data.tools import Lifted, clauses, lift_numbered, tool_entry, uncarried_parts
 
-
-class SystemReading(StrEnum):
-    """What became of an MSAgent system text."""
-
-    none = "none"
-    """There is none."""
-    no_tools = "no_tools"
-    """It offers no tool: kept as it is."""
-    tools_native = "tools_native"
-    """The tools are in the layout's own block, and what the text said about marks is gone."""
-    tools_native_marks_kept = "tools_native_marks_kept"
-    """The tools are in the layout's own block; the text mentions marks in words that were not recognised, and keeps them."""
-    tools_unreadable = "tools_unreadable"
-    """A tool says more than a function declaration holds, or cannot be read: the whole text is kept as it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class NativeSystem:
-    """A system text for a native layout."""
-
-    text: str
-    """What is left of the text."""
-    tools: tuple[str, ...]
-    """Function declarations as JSON, one a tool."""
-    reading: SystemReading
-
-
-_JSON = json.JSONEncoder(ensure_ascii=False)
-_CLAUSE = re.compile(r".+?(?:[。；;]\s*|\.(?=\s|\Z)\s*|\n\s*|\Z)", re.DOTALL)
 _CALL_WORDS = re.compile(r"api_name|json", re.IGNORECASE)
 
 
 @lru_cache(maxsize=1536)  # more than are on their way through the tokenizer: each is asked for before and after
-def read_system(system: str) -> NativeSystem:
+def read_system(system: str) -> Lifted:
     """Take the list of tools and the words about marks out of an MSAgent system text, where both are understood."""
-    offered = read_offered_tools(system)
-    if not offered:
-        return NativeSystem(system, (), SystemReading.no_tools if system.strip() else SystemReading.none)
-    pieces: list[str] = []
-    functions: list[OfferedTool] = []
-    position = 0
-    for tool in offered:
-        found = functions_of(system, tool)
-        if found is None:
-            return NativeSystem(system, (), SystemReading.tools_unreadable)
-        functions += found[0]
-        pieces.append(system[position : tool.place[0]])
-        position = found[1]
-    pieces.append(system[position:])
-    remainder = "\n\n".join(piece.strip() for piece in pieces if piece.strip())
-    tools = tuple(dict.fromkeys(_JSON.encode(_declaration(function)) for function in functions))
-    text = _without_words_about_marks(remainder)
+    lifted = lift_numbered(system)
+    if lifted is None:
+        detail = "an entry of the tool list cannot be read as a function declaration"
+        return Lifted(system, (), problem=("tools_not_lifted", detail))
+    if not lifted.tools:
+        return Lifted(system, ())
+    text = "".join(clause for clause in clauses(lifted.text) if not _tells_how_to_call(clause))
     if MARK.search(text):
-        return NativeSystem(remainder.strip(), tools, SystemReading.tools_native_marks_kept)
-    return NativeSystem(text.strip(), tools, SystemReading.tools_native)
+        detail = "the system text names MSAgent marks in words that are not recognised"
+        return replace(lifted, text=lifted.text.strip(), problem=("system_names_marks", detail))
+    return replace(lifted, text=text.strip())
+
+
+def _tells_how_to_call(clause: str) -> bool:
+    return THINK_OPEN in clause and THINK_CLOSE in clause and _CALL_WORDS.search(clause) is not None
 
 
 def lift_tools(conversation: Conversation) -> Conversation | tuple[str, str]:
@@ -99,37 +63,10 @@ def lift_tools(conversation: Conversation) -> Conversation | tuple[str, str]:
     if conversation.tools or not any(message.source is not None for message in conversation.messages):
         return conversation
     system = read_system(conversation.system)
-    if system.reading is SystemReading.tools_unreadable:
-        return "tools_not_lifted", "an entry of the tool list cannot be read as a function declaration"
-    if system.reading is SystemReading.tools_native_marks_kept:
-        return "system_names_marks", "the system text names MSAgent marks in words that are not recognised"
-    if system.reading is not SystemReading.tools_native:
-        return conversation
+    if system.problem is not None or not system.tools:
+        return system.problem or conversation
     head = (replace(conversation.messages[0], content=system.text),) if system.text else ()
-    tools = tuple(json.loads(tool) for tool in system.tools)
-    return replace(conversation, messages=(*head, *conversation.messages[1:]), tools=tools)
-
-
-def _without_words_about_marks(text: str) -> str:
-    """Leave out each clause that tells how to write a call between the think marks."""
-    clauses = _CLAUSE.findall(text)
-    return "".join(c for c in clauses if not (THINK_OPEN in c and THINK_CLOSE in c and _CALL_WORDS.search(c)))
-
-
-def _declaration(tool: OfferedTool) -> dict[str, Any]:
-    """One tool as the function declaration that chat layouts share: a name, a description, a JSON schema."""
-    properties: dict[str, Any] = {}
-    required: list[str] = []
-    for parameter in tool.parameters or ():
-        schema = {key: value for key, value in parameter.items() if key not in ("name", "required", "required_fields")}
-        if "required_fields" in parameter:  # what the readers of other layouts call a nested object's own list
-            schema["required"] = parameter["required_fields"]
-        properties[parameter["name"]] = schema
-        if parameter.get("required") in (True, "true", "True"):
-            required.append(parameter["name"])
-    parameters = {"type": "object", "properties": properties, "required": required}
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return {"type": "function", "function": function}
+    return replace(conversation, messages=(*head, *conversation.messages[1:]), tools=system.tools)
 
 
 TOOLS_INTRODUCTION = (

@@ -23,9 +23,9 @@ from agentft.data.formats import key_name, read_messages, recognise, understood_
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literals import Json, JsonRefused, is_encodable, read_literal, strip_fence
 from agentft.data.msagent import turn_messages
-from agentft.data.offered_tools import OfferedTool
 from agentft.data.response import read_by_marks
 from agentft.data.text_calls import is_react_text
+from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024

@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from agentft.data.calls import CALL_FIELDS, Attempt, ToolCall, read_call, read_python
-from agentft.data.literals import Json, JsonRefused, read_json, read_literal
+from agentft.data.literals import Json, JsonRefused, literal, read_json
 from agentft.data.response import read_by_marks
 from agentft.errors import FormatError
 
@@ -75,18 +75,6 @@ def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bo
 def is_react_text(text: str) -> bool:
     """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
     return "Action Input" in text and _REACT.search(text) is not None
-
-
-def literal(text: str, reason: str) -> Any:
-    """Read JSON text or a Python literal.
-
-    Raises:
-        FormatError: it is neither; with that reason.
-    """
-    try:
-        return read_literal(text)
-    except JsonRefused as error:
-        raise FormatError(reason, str(error)) from None
 
 
 def split_thought(text: str) -> tuple[str | None, str]:

@@ -75,7 +75,7 @@ def chat_step(step: Step, shown: int = 0, *, as_recorded: bool = False) -> ChatS
     system = read_system(conversation.system)
     if as_recorded:
         system = dataclasses.replace(system, text=conversation.system or "", tools=())
-    tools = [json.loads(tool) for tool in system.tools]
+    tools = list(system.tools)
     called = [call.name for call in conversation.tool_calls]
     sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
     place = step_places(conversation)[shown + step.index]

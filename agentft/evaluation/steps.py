@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -177,7 +176,7 @@ class Step:
     @property
     def _types(self) -> dict[Any, tuple[str, ...]]:
         conversation = self.conversation
-        tools = conversation.tools or [json.loads(tool) for tool in read_system(conversation.system).tools]
+        tools = conversation.tools or read_system(conversation.system).tools
         return parameter_types(tools, conversation.tool_calls)
 
 

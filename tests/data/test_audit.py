@@ -15,12 +15,12 @@ from agentft.audits.tool_schemas import check_request, schema_of
 from agentft.data.calls import ToolCall
 from agentft.data.config import DatasetConfig, Split, TooLong
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.offered_tools import OfferedTool
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import SpanKind
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example, tokenize
+from agentft.data.tools import OfferedTool
 from agentft.data.truncation import fit_conversations
 
 SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'

@@ -8,10 +8,10 @@ import pytest
 
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.files import JsonTextError, parse_json_value
-from agentft.data.msagent import SystemReading, read_system
-from agentft.data.offered_tools import read_offered_tools
+from agentft.data.msagent import read_system
 from agentft.data.records import Rejection, read_record
 from agentft.data.response import our_templates
+from agentft.data.tools import read_offered_tools
 
 CALL = '<|startofthink|>{"api_name": "f", "parameters": {}}<|endofthink|>'
 
@@ -48,7 +48,10 @@ def test_a_tool_entry_nested_too_deep_costs_the_entry_only(depth: int):
     deep, other = read_offered_tools(system)
     assert (deep.name, deep.parameters, other.name, other.problem) == ("deep", None, "g", None)
     assert deep.problem is not None
-    assert read_system(system).reading is SystemReading.tools_unreadable
+    assert read_system(system).problem == (
+        "tools_not_lifted",
+        "an entry of the tool list cannot be read as a function declaration",
+    )
     conversation = read(CALL.replace('"f"', '"deep"'), system)
     assert isinstance(conversation, Conversation)
 

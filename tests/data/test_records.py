@@ -12,9 +12,9 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.grammar import Call
 from agentft.data.literals import JsonRefused, read_literal
 from agentft.data.msagent import lift_tools
-from agentft.data.offered_tools import read_offered_tools
 from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
+from agentft.data.tools import read_offered_tools
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ORIGIN = Origin("here.jsonl", 7)
@@ -205,7 +205,6 @@ def test_the_tool_list_is_read_with_tolerance() -> None:
         ("e", False),
     ]
     assert [tool.parameter_names for tool in tools] == [{"p"}, set(), None, {"q"}, None]
-    assert tools[0].url == "http://x"
     assert tools[3].parameters == ({"type": "string", "name": "q", "required": True},)
 
 
