@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentft.data.literals import Json, JsonRefused, end_of_bracket, read_json, read_literal, strip_fence
+from agentft.data.literals import Json, JsonRefused, end_of_bracket, kind_of, read_json, read_literal, strip_fence
 from agentft.errors import FormatError
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -134,23 +134,18 @@ def read_call_body(body: str) -> tuple[ToolCall, ...] | CallFailure:
 
 def _read_request(item: Json) -> ToolCall | CallFailure:
     if not isinstance(item, dict):
-        return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {_kind(item)}")
+        return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {kind_of(item)}")
     name = item.get("api_name")
     if not isinstance(name, str) or not name.strip():
-        return CallFailure("no_name", f"api_name is {_kind(name)}, expected a non-empty string")
+        return CallFailure("no_name", f"api_name is {kind_of(name)}, expected a non-empty string")
     # The runtime of the original reads a call without parameters as a call with none.
     parameters = item.get("parameters")
     if parameters is None:
         parameters = {}
     if not isinstance(parameters, dict):
-        return CallFailure("parameters_not_an_object", f"parameters is {_kind(parameters)}, expected an object")
+        return CallFailure("parameters_not_an_object", f"parameters is {kind_of(parameters)}, expected an object")
     extras = {key: value for key, value in item.items() if key not in ("api_name", "parameters")}
     return ToolCall(name, parameters, extras=extras)
-
-
-def _kind(value: Json) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null or absent"}
-    return names.get(type(value), "a number")
 
 
 def _items(value: Json) -> list[Json]:

@@ -362,6 +362,10 @@ class _Messages:
                 raise FormatError("calls_in_text", f"message {number} has calls as a field and in its text")
             if found.words_after:
                 self._note("words_after_a_call", "its words stand before its calls now", number)
+            if thought and found.reasoning:
+                raise FormatError(
+                    "two_reasonings", f"message {number} holds a thought in <think> and one in other marks"
+                )
             text, calls, thought = found.words, [*calls, *found.calls], thought or found.reasoning
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":

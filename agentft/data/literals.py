@@ -233,3 +233,9 @@ def end_of_bracket(text: str, start: int) -> int | None:
             if depth == 0:
                 return at
     return None
+
+
+def kind_of(value: Json) -> str:
+    """Return what a value is, for a message about it."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

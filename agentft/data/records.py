@@ -19,9 +19,17 @@ from typing import Any, Literal
 from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.formats import key_name, read_messages, recognise, understood_fields, untrained_field, unused_columns
+from agentft.data.formats import (
+    Note,
+    key_name,
+    read_messages,
+    recognise,
+    understood_fields,
+    untrained_field,
+    unused_columns,
+)
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
-from agentft.data.literals import Json, JsonRefused, is_encodable, read_literal, strip_fence
+from agentft.data.literals import Json, JsonRefused, is_encodable, kind_of, read_literal, strip_fence
 from agentft.data.msagent import turn_messages
 from agentft.data.response import read_by_marks
 from agentft.data.text_calls import is_react_text
@@ -64,7 +72,7 @@ class ParseWarning:
 
 
 def part_id(whole: str, number: int) -> str:
-    """The id of a part of a conversation that is split, counted from 1. No record has such an id: see `_read_id`."""
+    """Return the id of a part of a conversation that is split, counted from 1. No record has such an id: see `_read_id`."""
     return f"{whole}/part-{number}"
 
 
@@ -83,57 +91,57 @@ def read_record(
             only when named, since ordinary prose can hold its keywords.
         reasoning: What becomes of reasoning: trained, left out and counted, or shown as context.
     """
-    notices: list[ParseWarning] = []
+    notes: list[Note] = []
     record_id: str | None = None
     try:
         if not isinstance(value, dict):
-            raise FormatError("not_an_object", f"a record is an object, found {_kind(value)}")
-        record_id = _read_id(value.get("id"), origin, notices)
-        messages, tools = _read(value, form, origin, notices)
-        messages = _with_reasoning(messages, reasoning, origin, notices)
+            raise FormatError("not_an_object", f"a record is an object, found {kind_of(value)}")
+        record_id = _read_id(value.get("id"), notes)
+        messages, tools = _read(value, form, notes)
+        messages = _with_reasoning(messages, reasoning, notes)
         conversation = Conversation(record_id or "", messages, tools, origin, weight)
-        _note_quirks(conversation, notices)
+        notes += _quirks(conversation)
         _check_texts(conversation)
         if record_id is None:
             conversation = replace(conversation, id="content-" + conversation.content_hash[:16])
     except FormatError as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
-    return conversation, notices
+    return conversation, [ParseWarning(origin, code, _writable(detail)) for code, detail in notes]
 
 
-def _with_reasoning(
-    messages: tuple[Message, ...], reasoning: Reasoning, origin: Origin, notices: list[ParseWarning]
-) -> tuple[Message, ...]:
+def _with_reasoning(messages: tuple[Message, ...], reasoning: Reasoning, notes: list[Note]) -> tuple[Message, ...]:
     """Apply `dataset.reasoning` to messages, each change noted."""
     if reasoning is Reasoning.keep:
         return messages
     code = "reasoning_dropped" if reasoning is Reasoning.drop else "reasoning_not_trained"
     change: Any = {"reasoning_content": None} if reasoning is Reasoning.drop else {"reasoning_trained": False}
-    changed = [replace(m, **change) if m.reasoning_content is not None else m for m in messages]
+    changed: list[Message] = []
     for number, message in enumerate(messages, 1):
         if message.reasoning_content is not None:
-            notices.append(ParseWarning(origin, code, f"message {number}: dataset.reasoning={reasoning}"))
+            notes.append((code, f"message {number}: dataset.reasoning={reasoning}"))
+            message = replace(message, **change)
+        changed.append(message)
     return tuple(changed)
 
 
-def _read_id(value: object, origin: Origin, notices: list[ParseWarning]) -> str | None:
-    """The id as text, or None where the content must give one."""
+def _read_id(value: object, notes: list[Note]) -> str | None:
+    """Return the id as text, or None where the content must give one."""
     if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and is_encodable(value):
         if _PART_ID.search(value) is None:
             return value
         detail = f"id {value!r} is spelt like a part of a longer conversation; made from the content instead"
-        notices.append(ParseWarning(origin, "id_of_a_part", detail))
+        notes.append(("id_of_a_part", detail))
         return None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
-        notices.append(ParseWarning(origin, "id_number", f"id {value} is a number, used as text"))
+        notes.append(("id_number", f"id {value} is a number, used as text"))
         return str(value)
     code = "id_missing" if value is None or (isinstance(value, str) and not value) else "id_unusable"
-    notices.append(ParseWarning(origin, code, f"id is {_kind(value)}; made from the content instead"))
+    notes.append((code, f"id is {kind_of(value)}; made from the content instead"))
     return None
 
 
 def _read(
-    record: dict[Any, Any], form: Format, origin: Origin, notices: list[ParseWarning]
+    record: dict[Any, Any], form: Format, notes: list[Note]
 ) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
     """Return the messages of a record and the tools that it declares beside them."""
     turns = record.get("conversations")
@@ -145,18 +153,18 @@ def _read(
         if "conversations" not in record:
             raise FormatError("conversations_missing", _what_is_there(record))
         if not isinstance(turns, list):
-            raise FormatError("conversations_not_a_list", f"'conversations' is {_kind(turns)}, expected a list")
-        notices.extend(ParseWarning(origin, code, _writable(detail)) for code, detail in unused_columns(record))
-        return _read_messages(turns, origin, notices), ()
+            raise FormatError("conversations_not_a_list", f"'conversations' is {kind_of(turns)}, expected a list")
+        notes += unused_columns(record)
+        return _read_messages(turns, notes), ()
     if form not in ("auto", "react", "toolace", found):
         raise FormatError(
             f"form_{found}",
             f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
         )
     reading = read_messages(record, form if form in (Format.react, Format.toolace) else Format(found))
-    notices.extend(ParseWarning(origin, code, _writable(detail)) for code, detail in reading.notes)
+    notes += reading.notes
     if not any(message.role in ("system", "developer") for message in reading.messages):
-        notices.append(ParseWarning(origin, "missing_system", "no system message"))
+        notes.append(("missing_system", "no system message"))
     return reading.messages, reading.tools
 
 
@@ -185,7 +193,8 @@ def _read_turns_text(text: str) -> object:
     return turns
 
 
-def _read_messages(turns: list[Any], origin: Origin, notices: list[ParseWarning]) -> tuple[Message, ...]:
+def _read_messages(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
+    """Read the turns of an MSAgent record."""
     if not turns:
         raise FormatError("conversations_empty", "'conversations' is an empty list")
     messages: list[Message] = []
@@ -196,24 +205,22 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[ParseWarning]
         characters += len(value)
         if characters > MAX_RECORD_CHARACTERS:
             raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+        untrained = None
         if len(turn) > 2:
             known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
             for name in sorted(key_name(key) for key in turn if key not in known):
-                notices.append(ParseWarning(origin, f"field_not_carried:{name}", f"turn {number}: {name} not used"))
-        if not is_encodable(value):
-            raise FormatError(
-                "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
-            )
+                notes.append((f"field_not_carried:{name}", f"turn {number}: {name} not used"))
+            untrained = untrained_field(turn)
         if role == "system":
             if messages:
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
                 raise FormatError(reason, f"turn {number} is a system turn; only the first may be")
             if not value or value.isspace():
-                notices.append(ParseWarning(origin, "empty_system", "the system value is blank"))
+                notes.append(("empty_system", "the system value is blank"))
             messages.append(Message("system", value))
             continue
         if role != expected:
-            if len(messages) == 0 or messages[-1].role == "system":
+            if not messages or messages[-1].role == "system":
                 raise FormatError(
                     "starts_with_assistant", f"turn {number} is the assistant's, expected the user's first"
                 )
@@ -223,43 +230,43 @@ def _read_messages(turns: list[Any], origin: Origin, notices: list[ParseWarning]
         if role == "user":
             messages.append(Message("user", value))
             expected = "assistant"
-        else:
-            untrained = untrained_field(turn) if len(turn) > 2 else None
-            said = turn_messages(_parse_turn(value, number), trained=untrained is None)
-            messages += said
-            steps = [message for message in said if message.role == "assistant"] if untrained else []
-            for step in range(1, len(steps) + 1):
-                detail = f"turn {number}, step {step}: shown, not trained ({untrained})"
-                notices.append(ParseWarning(origin, "step_not_trained", detail))
-            expected = "user"
+            continue
+        said = turn_messages(_parse_turn(value, number), trained=untrained is None)
+        messages += said
+        expected = "user"
+        for step in range(sum(message.role == "assistant" for message in said) if untrained else 0):
+            notes.append(("step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({untrained})"))
     if expected == "assistant":
         messages.pop()
-        notices.append(ParseWarning(origin, "last_user_left_out", "nothing of the agent follows it"))
+        notes.append(("last_user_left_out", "nothing of the agent follows it"))
         if not any(message.role == "assistant" for message in messages):
             raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
     if messages[-1].role == "system":
         raise FormatError("no_user_turn", "only a system turn")
     if messages[0].role != "system":
-        notices.append(ParseWarning(origin, "missing_system", "no system turn"))
+        notes.append(("missing_system", "no system turn"))
     return tuple(messages)
 
 
 def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
     if not isinstance(turn, dict):
-        raise FormatError(
-            "turn_not_an_object", f"turn {number} is {_kind(turn)}, expected an object with from and value"
-        )
+        found = f"turn {number} is {kind_of(turn)}, expected an object with from and value"
+        raise FormatError("turn_not_an_object", found)
     if "from" not in turn:
         raise FormatError("role_missing", f"turn {number} has no field 'from'")
     role = turn["from"]
     if not isinstance(role, str) or role not in _ROLES:
-        shown = repr(role[:40]) if isinstance(role, str) else _kind(role)
+        shown = repr(role[:40]) if isinstance(role, str) else kind_of(role)
         raise FormatError("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
     if "value" not in turn:
         raise FormatError("value_missing", f"turn {number} ({role}) has no field 'value'")
     value = turn["value"]
     if not isinstance(value, str):
-        raise FormatError("value_not_text", f"the value of turn {number} ({role}) is {_kind(value)}, expected text")
+        raise FormatError("value_not_text", f"the value of turn {number} ({role}) is {kind_of(value)}, expected text")
+    if not is_encodable(value):
+        raise FormatError(
+            "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
+        )
     return role, value  # type: ignore[return-value]  # membership in _ROLES was checked
 
 
@@ -279,24 +286,21 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     return parts
 
 
-def _note_quirks(conversation: Conversation, notices: list[ParseWarning]) -> None:
-    """Notices for everything that a tool-call metric or a native chat template must cope with."""
-    offered, origin = conversation.offered_of_calls, conversation.origin
+def _quirks(conversation: Conversation) -> Iterator[Note]:
+    """Yield everything that a tool-call metric or a native chat template must cope with."""
+    offered = conversation.offered_of_calls
     tools = {tool.name: tool for tool in offered}
-    notices.extend(
-        ParseWarning(origin, "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}")
-        for tool in offered
-        if tool.problem
-    )
+    for tool in offered:
+        if tool.problem:
+            yield "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}"
     for call in conversation.tool_calls if offered or conversation.tools else ():
-        notices.extend(ParseWarning(origin, code, detail) for code, detail in _call_quirks(call, tools))
+        yield from _call_quirks(call, tools)
     for message in conversation.messages:
         for part in message.source or ():
-            for code, detail in _text_quirks(part):
-                notices.append(ParseWarning(origin, code, detail))
+            yield from _text_quirks(part)
 
 
-def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
+def _text_quirks(part: Part) -> Iterator[Note]:
     """Yield what is odd about the MSAgent text of a part."""
     source = part.source
     own = 0 if isinstance(part, Text) else 2  # of the part itself, which need no search
@@ -320,7 +324,7 @@ def _text_quirks(part: Part) -> Iterator[tuple[str, str]]:
         yield "mark_inside_observation", "a string of an observation holds a mark"
 
 
-def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[tuple[str, str]]:
+def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[Note]:
     """Yield what a call does not share with the list of tools."""
     tool = tools.get(call.name)
     if tool is None:
@@ -355,10 +359,5 @@ def _is_strict_json(text: str) -> bool:
 
 
 def _writable(detail: str) -> str:
-    """`detail` so that a report can be written as UTF-8, whatever was quoted from the record."""
+    """Return a detail that can be written as UTF-8, whatever was quoted from the record."""
     return detail.encode("utf-8", "backslashreplace").decode()
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -59,7 +59,8 @@ _PARTS: dict[str, Part] = {
 _BLANKS = re.compile(r"\s*")
 _ANY_JSON = json.JSONDecoder(strict=False)
 _PLACE = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
-_MAY_CALL = re.compile(r"<|\[T|to=")
+_MAY_CALL = re.compile(r"<(?:[|｜]|tool_call|TOOLCALL|function|invoke)|\[TOOL_CALLS\]|to=")
+"""Every mark of a call holds one of these: looked for first, since few texts do."""
 _UNREAD = re.compile(
     r"<\|startof(?:think|exec)\|>\s*(?:```|[{\[])|<invoke name=[^>\n]+>\s*<|<function=[\w.-]+>\s*[{<]|\bto=functions\.\w"
     r"|<\|python_tag\|>\s*[\w.]+\(|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>"
