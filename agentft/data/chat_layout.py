@@ -231,12 +231,16 @@ class _Work:
         """Find the step that begins at a position, and name what it lacks: reasoning, text, call or stop."""
         calls = self.messages[self.steps[step]].get("tool_calls")
         stops = _pattern(self.traits.call_stops if calls else self.traits.stops)
+        opened = not self.values[step].reasoning and self._opens_thought(text.text[:begin])
         for start, end in text.gaps(begin):
             if found := stops.search(text.text, start, end):
                 values = text.within(begin, found.start())
                 missing = self.values[step].missing(text.text, values)
                 if any(kind not in _SPOKEN for _, _, kind in values):
                     missing = missing or "stop"
+                said = values[0].start if values else found.start()
+                if opened and self.traits.thought[1].strip() not in text.text[begin:said]:
+                    missing = missing or "end of the thought"
                 return Region(step, begin, *found.span()), missing
         missing = self.values[step].missing(text.text, text.within(begin, len(text.text)))
         return Region(step, begin, begin, begin), missing or "stop"
@@ -286,7 +290,7 @@ class _Work:
                 return text, region
             if number == 0 and text.text.startswith(prompt.text):
                 lacking = lacking or self._region(text, step, len(prompt.text))[1]
-        if lacking and lacking != "stop":
+        if lacking in ("reasoning", "text", "call"):
             raise _Problem(f"template_drops_{lacking}", f"the {lacking} of this step is not written")
         raise _Problem(
             "template_cannot_continue", "what the template writes for this step does not continue its prompt"
@@ -306,20 +310,24 @@ class _Work:
             ending = MarkedText(ending.text.rstrip() + self.traits.bare_stop + stop, ending.values)
             yield ending
         # The generation prompt opens a thought that history has not: the step thinks, closes the thought and goes on.
-        opened = re.compile(r"<(\w+)>\s*\Z").search(prompt.text)
-        if opened and f"</{opened[1]}>" in self.template.source:
-            before = prompt.text[: opened.start()]
+        header, thinking = self.manner.header, prompt
+        thought = MarkedText.read(mark(self.values[step].reasoning, SpanKind.reasoning))
+        if thought is not None and self._opens_thought(prompt.text):
+            thinking = prompt + thought + MarkedText(self.traits.thought[1], ())
+            before = prompt.text[: prompt.text.rindex(self.traits.thought[0].strip())]
             if ending.text.startswith(before):
-                thought = MarkedText.read(mark(self.values[step].reasoning, SpanKind.reasoning))
-                close = MarkedText(f"\n</{opened[1]}>\n\n", ())
-                if thought is not None:
-                    yield prompt + thought + close + ending.since(len(before))
+                skipped = header if header and ending.text.startswith(header, len(before)) else ""
+                yield thinking + ending.since(len(before) + len(skipped))
         # The template drops past reasoning as soon as this step is there: its own text goes behind the prompt all the same.
         spoken = [value for value in ending.values if value.kind in _SPOKEN]
         own = spoken[-self.values[step].size :]
-        header = self.manner.header
         if own and header and (begin := ending.text.rfind(header, 0, own[0].start)) >= 0:
             yield prompt + ending.since(begin + len(header))
+            if not self.values[step].reasoning:
+                yield thinking + ending.since(begin + len(header))
+
+    def _opens_thought(self, prompt: str) -> bool:
+        return prompt.rstrip().endswith(self.traits.thought[0].strip())
 
     def _stable(self, last: int) -> tuple[Rendering, ...]:
         """Train the steps that the one rendering holds whole, and count those whose prompt is another than served."""
@@ -351,7 +359,8 @@ class _Work:
     def _rendering(self, text: MarkedText, regions: Sequence[Region], trained: Sequence[int]) -> Rendering:
         calls = {region.step: self.messages[self.steps[region.step]].get("tool_calls", ()) for region in regions}
         silent = [step for step, at in enumerate(self.steps) if not self.conversation.messages[at].reasoning_trained]
-        segments = cut_segments(text, regions, calls, trained, self.template.control, silent)
+        thought = self.traits.thought
+        segments = cut_segments(text, regions, calls, trained, self.template.control, silent, _no_thought(*thought))
         return Rendering(segments, tuple(trained), self.template.control if self.spelt else None)
 
 
@@ -401,6 +410,12 @@ def _guarded(value: Any, control: re.Pattern[str]) -> Any:
     if isinstance(value, dict):
         return {key: _guarded(each, control) for key, each in value.items()}
     return [_guarded(each, control) for each in value] if isinstance(value, list) else value
+
+
+@cache
+def _no_thought(opening: str, close: str) -> re.Pattern[str]:
+    """Return a pattern that matches how a template begins a step without a thought, its mark there or in the prompt."""
+    return re.compile(rf"\s*(?:{re.escape(opening.strip())}\s*)?{re.escape(close.strip())}\s*")
 
 
 @cache

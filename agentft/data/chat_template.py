@@ -136,6 +136,8 @@ class Traits:
     """A step of calls without text is handed over with an empty text."""
     call_ids: Literal["given", "made", "nine"] = "given"
     """As the record has them, made where it has none, or nine letters and digits."""
+    thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
+    """What stands before reasoning, from the last mark on, and between it and what is said next."""
     problem: str = ""
     """Why a conversation with tools cannot be said, in the template's words."""
 

@@ -193,10 +193,6 @@ def _strings(value: Any) -> int:
     return sum(map(_strings, value)) if isinstance(value, list) else 0
 
 
-_NO_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
-"""How templates begin a step without a thought."""
-
-
 class Region(NamedTuple):
     """Where a step stands in a rendered text."""
 
@@ -223,7 +219,8 @@ def cut_segments(
     calls: Mapping[int, Sequence[Mapping[str, Any]]],
     trained: Iterable[int],
     control: re.Pattern[str],
-    silent: Collection[int] = (),
+    silent: Collection[int],
+    no_thought: re.Pattern[str],
 ) -> tuple[Segment, ...]:
     """Cut a rendered text up to the end of its last trained step.
 
@@ -233,6 +230,7 @@ def cut_segments(
         trained: the steps that become labels.
         control: matches one control token, in a group.
         silent: the steps whose reasoning is shown and not trained.
+        no_thought: matches how a step without a thought begins.
     """
     wanted = set(trained)
     last = max(region.end for region in regions if region.step in wanted)
@@ -243,7 +241,7 @@ def cut_segments(
             break
         history = region.step not in wanted
         _add(segments, text.text, _context(text, at, region.begin), control, history=True)
-        said = _step(text, region, calls[region.step], control)
+        said = _step(text, region, calls[region.step], control, no_thought)
         _add(segments, text.text, said, control, history=history, silent=region.step in silent)
         segments.append(Segment(text.text[region.stop : region.end], SpanKind.stop, special=True, history=history))
         at = region.end
@@ -261,7 +259,11 @@ def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Piece]:
 
 
 def _step(
-    text: MarkedText, region: Region, calls: Sequence[Mapping[str, Any]], control: re.Pattern[str]
+    text: MarkedText,
+    region: Region,
+    calls: Sequence[Mapping[str, Any]],
+    control: re.Pattern[str],
+    no_thought: re.Pattern[str],
 ) -> Iterator[_Piece]:
     """Cut a step at its values and its calls' names and parameters; what lies between is of the kind of its neighbours."""
     before: SpanKind | None = None
@@ -270,11 +272,11 @@ def _step(
     places = _call_places(text, region, values, calls)
     for value in (*values, Value(region.stop, region.stop, SpanKind.frame if calls else SpanKind.text)):
         if value.start > start:
-            if before is None and (thought := _NO_THOUGHT.match(text.text, start, value.start)):
+            if before is None and (thought := no_thought.match(text.text, start, value.start)):
                 yield _Piece(start, thought.end(), SpanKind.reasoning, template=True)
                 start = thought.end()
             elif SpanKind.reasoning in (before, value.kind):
-                close = _thought_close(text.text, start, value, control)
+                close = thought_end(text.text, start, value, control)
                 yield _Piece(start, close, SpanKind.reasoning, template=True)
                 start, before = close, None
             yield from _between(text.text, start, value.start, before, value.kind, places)
@@ -301,8 +303,8 @@ def _between(
         yield _Piece(start, stop, SpanKind.frame, template=True)
 
 
-def _thought_close(text: str, start: int, after: Value, control: re.Pattern[str]) -> int:
-    """Return where what closes a thought ends: before a text it is all there is, before a call one mark and its blanks."""
+def thought_end(text: str, start: int, after: Value, control: re.Pattern[str]) -> int:
+    """Return where the close of a thought ends: before a text it is all there is, before a call one mark and its blanks."""
     if after.kind not in (SpanKind.call, SpanKind.frame):
         return after.start
     closing = re.compile(rf"\s*(?:{control.pattern}|\S*)\s*").match(text, start, after.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -19,7 +20,7 @@ from agentft.data.chat_template import (
     server_messages,
 )
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.marked_text import MarkedText, marked_message
+from agentft.data.marked_text import MarkedText, marked_message, thought_end
 from agentft.data.render import LaidOut, SpanKind
 
 T = TypeVar("T", str, Sequence[str])
@@ -75,6 +76,7 @@ def probe(template: ChatTemplate) -> Traits:
         return replace(traits, tools=False, problem=traits.problem or str(refusal))
     if not traits.stops:
         return replace(traits, tools=False, problem="no token of the tokenizer ends what the agent says")
+    traits = replace(traits, thought=_thought(template, traits))
     hopeful = replace(traits, system=True, parallel_calls=True, text_beside_call=True, reasoning=True)
     first = _TOOLS[1:] if traits.tools else _TALK
     plain = _manner(template, hopeful, first, reasoning=False)
@@ -183,6 +185,26 @@ def _tokens_after(
     stop = later[0] if later else len(text.text)
     found = list(template.control.finditer(text.text, start, stop))
     return [each.group() for each in found], text.text[start : found[0].start()] if found else ""
+
+
+def _thought(template: ChatTemplate, traits: Traits) -> tuple[str, str]:
+    """Find the marks around reasoning; where there are none of its own, those of most templates."""
+    opening = re.compile(rf".*((?:{template.control.pattern}|<\S+>).*)", re.DOTALL)
+    for messages in ((_ASK, _TELL), (_ASK, _CALL)):
+        conversation = _conversation(_thinking(messages), declared=traits.declarations)
+        try:
+            text = _marked(template, traits, server_messages(conversation, traits), conversation.tools)
+        except TemplateRefusal:
+            text = None
+        values = text.values if text else ()
+        for before, value, after in zip(values, values[1:], values[2:], strict=False):
+            if text is None or value.kind is not SpanKind.reasoning:
+                continue
+            found = opening.match(text.text, before.stop, value.start)
+            close = text.text[value.stop : thought_end(text.text, value.stop, after, template.control)]
+            if found and not close.endswith(found[1]):
+                return found[1], close
+    return traits.thought
 
 
 def _manner(template: ChatTemplate, traits: Traits, messages: Sequence[Message], *, reasoning: bool) -> Manner:

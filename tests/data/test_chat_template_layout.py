@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -13,7 +14,7 @@ from agentft.data.calls import ToolCall
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate, handed_over, server_messages
 from agentft.data.conversation import Conversation, Message, Origin
-from agentft.data.render import LaidOut
+from agentft.data.render import LaidOut, SpanKind
 from agentft.data.template_probe import probe
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.errors import ConfigError
@@ -49,7 +50,7 @@ UNSAID: dict[str, dict[str, set[str]]] = {
     "gemma4_v2": NO_REASONING,
     "gemma4_v3": CALLS_THINK,
     "gemma4_v4": CALLS_THINK,
-    "gemma4_v5": {**NO_TEXT, "reasoning_in_some": {"template_cannot_continue"}},
+    "gemma4_v5": NO_TEXT,
     "gptoss": ONE_CALL,
     "lfm2_v2": NO_REASONING,
     "llama3_1": {**NO_REASONING, **ONE_CALL, **NO_TEXT},
@@ -196,6 +197,18 @@ def test_stable_is_one_rendering_and_counts_prompts_that_differ():
     (rendering,) = stable.renderings
     assert sorted([*rendering.steps, *(each.step for each in stable.left_out)]) == [0, 1, 2, 3, 4]
     assert stable.prompts_differ > 0
+
+
+@pytest.mark.parametrize("name", ["diffusion_gemma", "gemma4_v5", "qwen3_5_think"])
+def test_a_step_without_a_thought_closes_the_one_that_its_prompt_opens(name: str):
+    layout = layout_of(name, "merging")
+    opening, close = layout.traits.thought
+    laid_out = layout.lay_out(conversation("reasoning_in_some"))
+    assert isinstance(laid_out, LaidOut)
+    for rendering in laid_out.renderings:
+        text = "".join("\0" * (segment.kind is SpanKind.stop) + segment.text for segment in rendering.segments)
+        for said in re.findall(rf"{re.escape(opening.strip())}(.*?)\0", text, re.DOTALL):
+            assert close.strip() in said, text
 
 
 def test_history_of_an_untrained_step_is_context():

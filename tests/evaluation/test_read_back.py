@@ -44,10 +44,6 @@ FAMILIES = {
 """A template of each family, and the response template that reads it."""
 
 EXCEPTIONS = {
-    (
-        "diffusion_gemma",
-        "reasoning_in_some",
-    ): "reasoning",  # its prompt opens a thought that a step without one never closes
     ("gptoss", "text_beside_call"): "reasoning",  # it writes the text beside a call as analysis
     ("llama3_1", "json"): "text",  # an answer that is spelt as a call is one: nothing marks its calls
     ("llama3_2", "json"): "text",
