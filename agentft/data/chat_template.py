@@ -21,6 +21,9 @@ DEFAULT_DATE = "2026-01-01"
 ChatMessage = dict[str, Any]
 """A message as a server hands it to a chat template."""
 
+CallIds = Literal["given", "made", "nine", "named"]
+"""Ids of calls as the record has them, made where it has none, nine letters and digits, or `functions.<name>:<number>`."""
+
 DATE = "strftime_now"
 """Template argument: the day, as YYYY-MM-DD, that a template sees which asks for the current date."""
 
@@ -134,8 +137,7 @@ class Traits:
     arguments_as_text: bool = False
     content_needed: bool = False
     """A step of calls without text is handed over with an empty text."""
-    call_ids: Literal["given", "made", "nine"] = "given"
-    """As the record has them, made where it has none, or nine letters and digits."""
+    call_ids: CallIds = "given"
     thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     """What stands before reasoning, from the last mark on, and between it and what is said next."""
     problem: str = ""
@@ -157,8 +159,11 @@ def server_messages(conversation: Conversation, traits: Traits) -> list[ChatMess
             waiting = []
         for call in message.get("tool_calls", ()):
             given = call.get("id")
-            kept = given is not None and (traits.call_ids == "made" or _NINE.fullmatch(given))
-            made = given if kept else f"call{count:05d}"
+            made = f"call{count:05d}"
+            if traits.call_ids == "named":
+                made = f"functions.{call['function']['name']}:{count}"
+            elif given is not None and (traits.call_ids == "made" or _NINE.fullmatch(given)):
+                made = given
             call["id"] = made
             if given is not None:
                 ids[given] = made

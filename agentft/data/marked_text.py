@@ -163,7 +163,7 @@ def marked_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if calls := message.get("tool_calls"):
         made["tool_calls"] = [
             {
-                **call,
+                **_marked_id(call),
                 "function": {
                     "name": mark(call["function"]["name"], SpanKind.call),
                     "arguments": marked_strings(call["function"]["arguments"], SpanKind.call),
@@ -172,6 +172,13 @@ def marked_message(message: Mapping[str, Any]) -> dict[str, Any]:
             for call in calls
         ]
     return made
+
+
+def _marked_id(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call with marks around the name in its id, which is where Kimi's template writes it."""
+    name = call["function"]["name"]
+    start, found, number = call.get("id", "").partition(f"functions.{name}:")
+    return {**call, "id": f"functions.{mark(name, SpanKind.call)}:{number}"} if found and not start else dict(call)
 
 
 def marked_strings(value: Any, kind: SpanKind) -> Any:

@@ -238,11 +238,14 @@ class ResponseTemplate:
             found = field.close.search(text, start) if field.close is not None else None
             stop, end = found.span() if found is not None else (len(text), len(text))
             return Region(field.part, text[start:stop], found is not None or field.close is None, marked=True), end
+        again = next((m.start() for m in field.open.finditer(text, start) if m.end() > m.start()), len(text))
         if field.close is None:
             stop = _end_of_json(text, field.head.match(text, start) if field.head is not None else None, start)
             attempts = field.read(text[start:stop], captures, types)
+            if all(attempt.failure is not None for attempt in attempts):
+                stop = min(stop, again)  # a broken call takes no good one behind it along
+                attempts = field.read(text[start:stop], captures, types)
             return Region("call", text[start:stop], True, attempts, True), stop
-        again = next((m.start() for m in field.open.finditer(text, start) if m.end() > m.start()), len(text))
         first: tuple[Attempt, ...] = ()
         found_closes = field.close.finditer(text, start) if start <= last else iter(())
         closes = list(islice(found_closes, MAX_CLOSING_MARKS_TRIED))

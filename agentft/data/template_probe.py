@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from agentft.data.calls import ToolCall
 from agentft.data.chat_layout import ChatLayout, ends_of
 from agentft.data.chat_template import (
+    CallIds,
     ChatTemplate,
     Manner,
     TemplateRefusal,
@@ -25,7 +26,6 @@ from agentft.data.render import LaidOut, SpanKind
 
 T = TypeVar("T", str, Sequence[str])
 
-_CallIds = Literal["given", "made", "nine"]
 _DESCRIPTION = "Tells how hard the wind blows."
 _TOOL: dict[str, Any] = {
     "type": "function",
@@ -63,7 +63,7 @@ def probe(template: ChatTemplate) -> Traits:
     """
     none = (Manner(), Manner())
     traits = Traits(False, False, False, False, False, False, none, (), ())
-    for as_text, content, ids in product((False, True), (False, True), get_args(_CallIds)):
+    for as_text, content, ids in product((False, True), (False, True), get_args(CallIds)):
         trial = replace(traits, arguments_as_text=as_text, content_needed=content, call_ids=ids)
         problem = _tool_problem(template, trial)
         if not problem:

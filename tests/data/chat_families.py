@@ -34,7 +34,7 @@ NO_TOOLS = {
 """Templates that cannot say a conversation with tools, and what the probe says of them."""
 
 _TOKEN = re.compile(
-    r"<[|｜][^\s<>{}]*?[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|</?[a-z_]+(?::[a-z_]+)?>|\[[A-Za-z_/]+\]|<\|\"\|>"
+    r"<[|｜][^\s<>{}]*?[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|</?[a-z_]+(?::[a-z_]+)?>|\[[A-Za-z_/]+\]|<\|\"\|>|\]~!?b[\]\[]|\[e~\["
 )
 
 TOOL: dict[str, Any] = {
@@ -54,6 +54,10 @@ TOOL: dict[str, Any] = {
 }
 
 
+STAND_INS = Path(__file__).parent / "stand_ins"
+"""Templates written here in the manner of families whose own no package holds, from their documented formats."""
+
+
 def folder() -> Path:
     found = importlib.util.find_spec("trl")
     if found is None or found.submodule_search_locations is None:
@@ -69,9 +73,16 @@ def template_names() -> list[str]:
     return sorted(name for name in names if not name.endswith("_training"))
 
 
+def stand_in_names() -> list[str]:
+    return sorted(path.stem for path in STAND_INS.glob("*.jinja"))
+
+
 def with_template(base: Any, name: str) -> Any:
-    """A tokenizer with a published template, whose marks are tokens of its own."""
-    source = (folder() / f"{name}.jinja").read_text(encoding="utf-8")
+    """A tokenizer with a template, whose marks are tokens of its own."""
+    own = STAND_INS / f"{name}.jinja"
+    source = (own if own.exists() else folder() / f"{name}.jinja").read_text(encoding="utf-8")
+    if "eos_token" in source and own.exists():
+        base.add_special_tokens({"eos_token": "</s>"})
     known = base.get_vocab()
     base.add_tokens([token for token in sorted(set(_TOKEN.findall(source)) - {"<s>"}) if token not in known])
     base.add_special_tokens({"bos_token": "<s>"})

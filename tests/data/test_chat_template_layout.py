@@ -19,17 +19,28 @@ from agentft.data.template_probe import probe
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.errors import ConfigError
 from agentft.model.random_weights import byte_tokenizer
-from tests.data.chat_families import NO_TOOLS, TOKENIZERS, VALUES, conversation, template_names, with_template
+from tests.data.chat_families import (
+    NO_TOOLS,
+    TOKENIZERS,
+    VALUES,
+    conversation,
+    stand_in_names,
+    template_names,
+    with_template,
+)
 
 STOPS = {
     "deepseekv3": {"<｜end▁of▁sentence｜>"},
+    "devstral": {"</s>"},
     "diffusion_gemma": {"<turn|>", "<|tool_response>"},
     "gemma4": {"<turn|>", "<|tool_response>"},
     "glm4moe": {"<|user|>", "<|observation|>"},
     "gptoss": {"<|return|>", "<|call|>"},
     "llama3_1": {"<|eot_id|>"},
     "llama3_2": {"<|eot_id|>"},
+    "minimax_m2": {"[e~["},
     "muse_glimmer": {"<|eot|>"},
+    "phi4": {"<|end|>"},
 }
 """By the beginning of a template's name; all others end a step with `<|im_end|>`."""
 
@@ -46,12 +57,14 @@ UNSAID: dict[str, dict[str, set[str]]] = {
         "rounds": {"template_cannot_continue"},
         "reasoning": {"template_cannot_continue", "template_drops_reasoning"},
     },
+    "devstral": NO_REASONING,
     "gemma4": CALLS_THINK,
     "gemma4_v2": NO_REASONING,
     "gemma4_v3": CALLS_THINK,
     "gemma4_v4": CALLS_THINK,
     "gemma4_v5": NO_TEXT,
     "gptoss": ONE_CALL,
+    "kimi_k2": NO_REASONING,
     "lfm2_v2": NO_REASONING,
     "llama3_1": {**NO_REASONING, **ONE_CALL, **NO_TEXT},
     "llama3_2": {**NO_REASONING, **ONE_CALL, **NO_TEXT},
@@ -60,7 +73,9 @@ UNSAID: dict[str, dict[str, set[str]]] = {
     "nemotron_3_nano": NEMOTRON,
     "nemotron_3_super": NEMOTRON,
     "nemotron_3_ultra": NEMOTRON,
+    "phi4": NO_REASONING,
     "qwen2_5": NO_REASONING,
+    "qwen3_coder": NO_REASONING,
     "qwen3_instruct_2507": NO_REASONING,
     "qwen3_vl": NO_REASONING,
 }
@@ -138,7 +153,7 @@ def check_all(name: str, tokenizer: str) -> None:
 @pytest.mark.parametrize(
     ("name", "tokenizer"),
     [("qwen2_5", "merging"), ("qwen3", "sentencepiece"), ("glm4moe", "merging"), ("gptoss", "sentencepiece"),
-     ("gemma4_v5", "merging"), ("deepseekv3", "merging")],
+     ("gemma4_v5", "merging"), ("deepseekv3", "merging"), *((name, "merging") for name in stand_in_names())],
 )  # fmt: skip
 def test_prompts_are_the_servers_and_steps_hold_their_messages_and_end_with_a_stop(name: str, tokenizer: str):
     check_all(name, tokenizer)
@@ -146,7 +161,7 @@ def test_prompts_are_the_servers_and_steps_hold_their_messages_and_end_with_a_st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("name", [name for name in template_names() if name not in NO_TOOLS])
+@pytest.mark.parametrize("name", [*(name for name in template_names() if name not in NO_TOOLS), *stand_in_names()])
 def test_every_template_keeps_the_laws_with_every_tokenizer(name: str, tokenizer: str):
     check_all(name, tokenizer)
 

@@ -24,22 +24,36 @@ from agentft.evaluation.parse import msagent_text, reply_of
 from agentft.evaluation.scoring import score_step
 from agentft.evaluation.steps import ReplyReader, Step, conversation_steps
 from agentft.model.random_weights import byte_tokenizer
-from tests.data.chat_families import NO_TOOLS, TOOL, VALUES, conversation, merging_tokenizer, template_names
+from tests.data.chat_families import (
+    NO_TOOLS,
+    TOOL,
+    VALUES,
+    conversation,
+    merging_tokenizer,
+    stand_in_names,
+    template_names,
+)
 from tests.data.test_chat_template_layout import encoder_of, layout_of
 
 FAMILIES = {
     "deepseekv3": "deepseek3",
+    "devstral": "mistral_args",
     "gemma4_v5": "gemma4",
     "glm4moe": "glm4",
     "gptoss": "harmony",
+    "kimi_k2": "kimi",
     "lfm2_2_5": "pythonic_unescaped",
     "lfm2_v2": "pythonic",
     "llama3_1": "llama3",
+    "minimax_m2": "invoke_xml",
     "muse_glimmer": "muse",
     "nemotron_3_nano": "function_xml",
+    "phi4": "listed",
     "qwen2_5": "hermes",
+    "qwen3_coder": "function_xml",
     "qwen3_5_think": "function_xml",
     "qwen3": "hermes",
+    "smollm3": "hermes",
 }
 """A template of each family, and the response template that reads it."""
 
@@ -107,7 +121,7 @@ def check_family(name: str) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "llama3_1", "gptoss", "lfm2_2_5"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "llama3_1", "gptoss", "lfm2_2_5", *stand_in_names()])
 def test_reading_a_step_gives_back_its_message(name: str):
     assert check_family(name) > 40
 
