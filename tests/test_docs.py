@@ -103,7 +103,7 @@ def fences(page: Path, *languages: str) -> list[str]:
 
 def commands(pages: list[Path]) -> Iterator[Command]:
     for page in pages:
-        for block in fences(page, "sh", "bash", "shell", "console"):
+        for block in fences(page, "sh", "bash", "shell"):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split(" && "):
                     words = " ".join(part.split("  #")[0].split())
@@ -234,6 +234,18 @@ def test_what_only_reads_runs(command: Command, workplace: Path, capsys: pytest.
     assert not code, capsys.readouterr().err
     written = [Path(word) for flag, word in itertools.pairwise(arguments) if flag in ("--json", "--html", "--write")]
     assert all(path.is_file() for path in written if path.suffix)
+
+
+MISTAKES = re.findall(r"^\$ python (train\.py .*)\n(.*)$", fences(GENERATED, "console")[0], re.M)
+
+
+@pytest.mark.parametrize(("command", "answer"), MISTAKES)
+def test_a_mistake_is_answered_as_the_page_shows(command: str, answer: str, tmp_path: Path):
+    program, *arguments = command.split()
+    start = [sys.executable, ROOT / program, *arguments]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr[: len(answer)]) == (2, answer)
+    assert list(tmp_path.iterdir()) == []
 
 
 BENCHMARKS = [c for c in COMMANDS if (p := of_program(c)) is not None and p[0].startswith("benchmarks")]
