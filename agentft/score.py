@@ -23,8 +23,9 @@ from agentft.data.calls import parameter_types
 from agentft.data.response import ResponseTemplate, Said, our_templates, read_by_marks
 from agentft.errors import EvaluationError
 from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
-from agentft.evaluation.metrics import EvaluationReport, Metric, StepRecord, aggregate, read_offered_tool, score_records
+from agentft.evaluation.metrics import EvaluationReport, Metric, aggregate, score_records
 from agentft.evaluation.parse import THINK_START, parse_reply, reply_of, without_end
+from agentft.evaluation.scoring import StepRecord, read_offered_tool
 from agentft.progress import outlive_console
 
 _OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scores = score_records(read_records(options.file), stop_texts=options.stop, with_jieba=options.jieba)
         report = aggregate(
             scores,
-            draws=options.bootstrap_samples,
+            bootstrap_samples=options.bootstrap_samples,
             seed=options.seed,
             allow_bad_references=options.allow_bad_references,
         )

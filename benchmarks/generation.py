@@ -112,9 +112,9 @@ def answer_ours(model: Any, tokenizer: Any, steps: list[Any], new: int, **option
     from agentft.evaluation.generate import TEXT_STOPS, GreedyGenerator
 
     generator = GreedyGenerator(
-        model, tokenizer, stop_ids=[tokenizer.eos_token_id], slots=BATCH, max_new_tokens=new, **options
+        model, tokenizer, stop_ids=[tokenizer.eos_token_id], batch=BATCH, max_new_tokens=new, **options
     )
-    answers = generator.answer(steps)
+    answers = generator.generate(steps)
     texts = [answer.text for answer in answers]
     for stop in TEXT_STOPS:
         texts = [text.split(stop)[0] for text in texts]

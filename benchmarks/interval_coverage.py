@@ -15,7 +15,8 @@ import time
 
 import numpy as np
 
-from agentft.evaluation.resampling import Floats, ratio_intervals
+from agentft.evaluation.definitions import Floats
+from agentft.evaluation.statistics import ratio_intervals
 
 TRUTH = 0.87
 CORRELATION = 0.3
@@ -52,7 +53,7 @@ def simulate(rng: np.random.Generator, conversations: int, mean_steps: float) ->
 
 
 def _covers(right_G: Floats, steps_G: Floats, *, seed: int) -> Floats:
-    found = ratio_intervals(right_G[:, None], steps_G[:, None], draws=DRAWS, seed=seed)
+    found = ratio_intervals(right_G[:, None], steps_G[:, None], bootstrap_samples=DRAWS, seed=seed)
     value = float(found.values[0])
     naive_half = 1.959964 * math.sqrt(value * (1 - value) / steps_G.sum())
     normal_half = 1.959964 * float(found.se_cr1[0])

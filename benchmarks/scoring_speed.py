@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from agentft.evaluation.metrics import StepRecord, aggregate, score_records
+from agentft.evaluation.metrics import aggregate, score_records
+from agentft.evaluation.scoring import StepRecord
 from agentft.score import read_records
 
 Result = TypeVar("Result")

@@ -32,7 +32,7 @@ SETTINGS = {
     "defaults": ["schema_train", {"sft_type": "schema_lora"}],
     "model": {"name": "tiny"},
     "sft_type": {"name": "lora", "rank": 8},
-    "dataset": {"name": "synthetic", "sample": -1},
+    "dataset": {"name": "synthetic", "max_samples": -1},
     "training": {"learning_rate": 1e-3},
     "tracking": {"mode": "disabled"},
     "seed": 42,
@@ -81,7 +81,7 @@ def make_run(
         )
         for i in range(conversations)
     ]
-    write(folder / "metrics" / "after.json", aggregate(scores, draws=200, seed=0).to_json())
+    write(folder / "metrics" / "after.json", aggregate(scores, bootstrap_samples=200, seed=0).to_json())
     write(folder / "summary.json", {"steps": 10, "tokens": 1000, "best_loss": loss, "peak_memory_bytes": 2**30})
     if predictions:
         write(folder / "predictions" / "after.jsonl", "\n".join(json.dumps({"scores": s.to_json()}) for s in scores))
@@ -99,7 +99,7 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     assert differing_settings(read_runs([tmp_path])) == {
         "sft_type.rank": "rank",
         "dataset.name": "dataset",
-        "dataset.max_samples": "sample",
+        "dataset.max_samples": "max_samples",
     }
 
 
@@ -262,7 +262,7 @@ def test_the_page_needs_no_network_and_shows_every_run_in_every_chart(tmp_path: 
     assert not re.search(r"https?://|src=|@import|url\(", page)
     assert "<b>" not in page
     for heading in (
-        *("Training loss", "arg_f1 against sample", "arg_f1 against rank", "All settings and results at once"),
+        *("Training loss", "arg_f1 against max_samples", "arg_f1 against rank", "All settings and results at once"),
         *("arg_f1 against sample size", "arg_f1 against minutes of the whole run"),
     ):
         assert f"<h3>{heading}</h3>" in page

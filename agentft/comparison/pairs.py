@@ -61,7 +61,7 @@ def names_one_exam(path: Path) -> bool:
     return path.is_file() or (path / "predictions").is_dir()
 
 
-def compare_pair(a: Path, b: Path, answers: str = ANSWERS, *, draws: int = 10_000, seed: int = 0) -> Pair:
+def compare_pair(a: Path, b: Path, answers: str = ANSWERS, *, bootstrap_samples: int = 10_000, seed: int = 0) -> Pair:
     """Compare B with the baseline A; each a run folder or a file of predictions.
 
     Raises:
@@ -71,8 +71,12 @@ def compare_pair(a: Path, b: Path, answers: str = ANSWERS, *, draws: int = 10_00
     file_a, file_b = predictions_file(a, answers), predictions_file(b, answers)
     mode_a, mode_b = _mode(file_a), _mode(file_b)
     if mode_a != mode_b:
-        raise EvaluationError(f"not the same exam: A was measured by {mode_a}, B by {mode_b}")
-    return Pair(file_a, file_b, compare_runs(read_scores(file_a), read_scores(file_b), draws=draws, seed=seed))
+        raise EvaluationError(f"not the same evaluation: A was measured by {mode_a}, B by {mode_b}")
+    return Pair(
+        file_a,
+        file_b,
+        compare_runs(read_scores(file_a), read_scores(file_b), bootstrap_samples=bootstrap_samples, seed=seed),
+    )
 
 
 def predictions_file(path: Path, answers: str = ANSWERS) -> Path:

@@ -152,7 +152,7 @@ def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[Compared
             by_overlap.append(run)
             continue
         try:
-            found = compare_runs(own, theirs, draws=DRAWS, definitions=(METRICS_BY_NAME[ranking.metric],))
+            found = compare_runs(own, theirs, bootstrap_samples=DRAWS, definitions=(METRICS_BY_NAME[ranking.metric],))
         except EvaluationError:
             ranking.marks[run.name] = "other exam"
             continue

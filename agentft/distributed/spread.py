@@ -1,7 +1,7 @@
 """Spread evaluation and generation over ranks and gather the results: everything once, in the order asked.
 
 Rank 0 leads: it holds the files, the bars and the scores, and runs the same code as a job on one process. When it asks its
-answerer for answers, the question goes to all ranks, each answers a share with the model it holds, and rank 0 gets all.
+generator for completions, the question goes to all ranks, each answers a share with the model it holds, and rank 0 gets all.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from torch import nn
 from agentft.data.tokens import Example
 from agentft.distributed.stops import BROKE_OFF
 from agentft.errors import RankError
-from agentft.evaluation.generate import Completion, Finish
+from agentft.evaluation.generate import Completion, Finish, Generator, OnCompletion
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood
-from agentft.evaluation.predictions import Generator, OnCompletion
 from agentft.evaluation.steps import Step
 from agentft.world import World, share_out
 
 T = TypeVar("T")
 
 
-def lead(world: World, answerer: Generator, work: Callable[[Generator], T]) -> T | None:
-    """Run `work` on rank 0 with an answerer behind which all ranks stand; elsewhere answer until it is done.
+def lead(world: World, generator: Generator, work: Callable[[Generator], T]) -> T | None:
+    """Run `work` on rank 0 with a generator that all ranks share; elsewhere generate until it is done.
 
     Returns the result of `work` on rank 0 and None on the others. Where `work` or somebody's answering fails, all ranks
     leave together: with the error where it was raised, with a `RankError` elsewhere.
     """
     if world.size == 1:
-        return work(answerer)
-    together = _Together(world, answerer)
+        return work(generator)
+    together = _Together(world, generator)
     if not world.is_main:
         together.follow()
         return None
@@ -69,12 +68,12 @@ class _Together:
         self._broken = False
         """All ranks have heard of a failure."""
 
-    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
-        """Answer all steps and return them in the order given; of other ranks' answers `on_answer` hears at the end."""
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete all steps and return them in the order given; `on_completion` is called with other ranks' at the end."""
         if not steps:
             return []
         self._world.broadcast(_Round(list(steps)))
-        return self._round(steps, on_answer)
+        return self._round(steps, on_completion)
 
     def follow(self) -> None:
         """Take part in rank 0's rounds until it dismisses the others."""
@@ -88,22 +87,22 @@ class _Together:
         if not self._broken:
             self._world.broadcast(_Round(None, "" if error is None else f"{type(error).__name__}: {error}"))
 
-    def _round(self, steps: Sequence[Step], on_answer: OnCompletion | None) -> list[Completion]:
+    def _round(self, steps: Sequence[Step], on_completion: OnCompletion | None) -> list[Completion]:
         shares = shares_of(steps, self._world.size)
         mine = shares[self._world.rank]
 
         def heard(answer: Completion) -> None:
             self._world.mark("answering")
-            if on_answer is not None:
-                on_answer(answer)
+            if on_completion is not None:
+                on_completion(answer)
 
-        rows_by_rank = self._together(lambda: self._own.answer([steps[order] for order in mine], heard))
+        rows_by_rank = self._together(lambda: self._own.generate([steps[order] for order in mine], heard))
         answers: dict[int, Completion] = {}
         for rank, rows in enumerate(rows_by_rank):
             for order, row in zip(shares[rank], rows, strict=True):
                 answers[order] = Completion(steps[order], *row)
-                if rank != self._world.rank and on_answer is not None:
-                    on_answer(answers[order])
+                if rank != self._world.rank and on_completion is not None:
+                    on_completion(answers[order])
         return [answers[order] for order in range(len(steps))]
 
     def _together(self, work: Callable[[], list[Completion]]) -> list[list[_Row]]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agentft.evaluation.resampling import Floats
 from agentft.evaluation.scoring import StepScore
+
+Floats = NDArray[np.float64]
 
 HEADLINE = ("tool_acc", "param_em", "arg_f1", "step_em", "plan_acc", "rouge_l")
 """The family over which Holm's correction runs when two runs are compared."""

@@ -1,133 +1,55 @@
-"""Answer every step of many conversations greedily.
-
-Calls copy names, keys and values from their context, and all calls share their frame. A guess costs nothing but a wider
-forward pass that checks it; under greedy decoding the answer is the same with and without (prompt look-up: Saxena, 2023;
-speculative decoding: Leviathan et al., 2023, arXiv 2211.17192).
+"""Generate the completion of every step greedily, and keep completions on the disk as they come.
 
 Teacher-forced steps of one conversation share their prefix: the context of step k+1 extends that of step k. So each
-conversation is computed once, whole, and each of its steps starts from a prefix of that one history; conversations that
-begin alike share their beginning too. Steps are then answered side by side; a place whose answer is finished takes the next
-step at once, so no answer waits for the longest. What an answer is likely to copy is guessed and checked several tokens at
-a time, see `agentft.evaluation.generate`.
+conversation is computed once, whole, and each of its steps starts from a prefix of that KV cache; conversations that begin
+alike share their beginning too. Steps are then decoded side by side as a ragged batch; a sequence that is finished makes
+room for the next step at once.
+
+Calls copy names, keys and values from their context, and all calls share their syntax. So tokens are drafted from earlier
+text and checked several at a time; greedy completions are the same with and without (prompt look-up: Saxena, 2023;
+speculative decoding: Leviathan et al., 2023, arXiv 2211.17192).
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import nn
 
-from agentft.evaluation.ragged_decoding import KVCache, Row, RowModel
+from agentft.errors import EvaluationError
+from agentft.evaluation.ragged_decoding import KVCache, RaggedModel, RaggedSequence
 from agentft.evaluation.steps import Step
 from agentft.model.labelled_loss import causal_model
+from agentft.secrets import redact_text
 
-_LONGEST_FIRST = (6, 4, 3, 2)
-"""Lengths of the endings that are looked up."""
-
-_MOST_ENDINGS = 200_000
-"""Of finished answers, about 40 MB; then the memory begins anew."""
-
-_FIRST_LIMIT = 4
-_SMALLEST_LIMIT = 2
-
-_Ending = tuple[int, ...]
-
-
-class SaidBefore:
-    """Endings of all finished answers of an exam, and where they stand."""
-
-    def __init__(self) -> None:
-        self._places: dict[_Ending, tuple[list[int], int]] = {}
-
-    def add(self, ids: list[int]) -> None:
-        """Remember an answer."""
-        if len(self._places) > _MOST_ENDINGS:
-            self._places.clear()
-        for at in range(len(ids)):
-            for length in _LONGEST_FIRST:
-                if at >= length:
-                    self._places[tuple(ids[at - length : at])] = (ids, at)
-
-    def after(self, ending: _Ending, limit: int) -> list[int]:
-        """Return up to `limit` tokens that followed `ending` last; none if it was never said."""
-        ids, at = self._places.get(ending, ((), 0))
-        return list(ids[at : at + limit])
-
-
-class PromptLookupDrafter:
-    """Guesses for one answer, from its own context first and then from the answers to other steps."""
-
-    def __init__(self, context: Sequence[int], said_before: SaidBefore, longest: int) -> None:
-        self._ids: list[int] = []
-        self._places: dict[_Ending, int] = {}
-        self._said_before = said_before
-        self._longest = longest
-        self._limit = min(_FIRST_LIMIT, longest)
-        if longest:
-            for token in context:
-                self.add(token)
-
-    def add(self, token: int) -> None:
-        """Take in a token of the context or of the answer."""
-        if not self._longest:
-            return
-        at = len(self._ids)
-        for length in _LONGEST_FIRST:
-            if at >= length:
-                self._places[tuple(self._ids[at - length : at])] = at
-        self._ids.append(token)
-
-    def guess(self, room: int) -> list[int]:
-        """Return the next tokens as far as earlier text suggests them, at most `room`."""
-        limit = min(self._limit, room)
-        if limit <= 0:
-            return []
-        for length in _LONGEST_FIRST:
-            if len(self._ids) < length:
-                continue
-            ending = tuple(self._ids[-length:])
-            at = self._places.get(ending)
-            found = self._said_before.after(ending, limit) if at is None else self._going_round(at, limit)
-            if found:
-                return found
-        return []
-
-    def _going_round(self, at: int, limit: int) -> list[int]:
-        """Return what stands from `at` on; where that reaches the newest token, a repetition goes on repeating."""
-        found = self._ids[at : at + limit]
-        while len(found) < limit:
-            found.append(found[at + len(found) - len(self._ids)])
-        return found
-
-    def learn(self, guessed: int, right: int) -> None:
-        """Guess further after a guess that was right to its end, less far after one that was not."""
-        if guessed:
-            further = 2 * self._limit if right == guessed else max(_SMALLEST_LIMIT, right + 1)
-            self._limit = min(self._longest, further)
-
+log = logging.getLogger(__name__)
 
 TEXT_STOPS = ("<|startofexec|>", "<|user|>", "<|system|>")
-"""Once one of these is said the agent has left its own part: what follows would be an invented tool result or user."""
+"""A completion ends here: what follows would be an invented tool result or user."""
 
 _TAIL_TOKENS = 24
 """Tokens decoded to look for a text stop; the longest stop takes fewer in any byte-level vocabulary."""
 
-_ALIKE = 256
-"""Conversations whose first tokens are these many and equal are computed one after the other, to share what is equal."""
+_SHARED_BEGINNING = 256
+"""Conversations whose first tokens, so many, are equal are computed one after the other, to share what is equal."""
 
 Finish = Literal["stop", "text_stop", "length"]
-OnCompletion = Callable[["Completion"], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a model said at one step."""
+    """What a model generated at one step."""
 
     step: Step
     text: str
@@ -136,14 +58,206 @@ class Completion:
     finish: Finish
 
 
+OnCompletion = Callable[[Completion], None]
+
+
+class Generator(Protocol):
+    """Anything that completes steps: a model here, or one behind an endpoint."""
+
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete all steps and return them in the order given; `on_completion` is called with each as it is finished."""
+
+
+class PredictionCache:
+    """A generator that keeps its completions in a file and takes from it those that are there: a context manager.
+
+    The first line of the file holds the identity of the model; every further line is one completion. Lines are handed to
+    the system whole, so SIGKILL costs at most the completions under way. Completions of another identity (other weights,
+    engine, settings) are not used.
+    """
+
+    def __init__(
+        self, path: Path, generator: Generator, identity: Mapping[str, Any], *, others: Sequence[Path] = ()
+    ) -> None:
+        """`identity` is everything beside the context that decides a completion; `others` are further files of the same
+        model's completions, which are only read."""
+        self.path = path
+        self._others = others
+        self._generator = generator
+        self._header = {"identity": json.loads(json.dumps(identity))}
+        self._known: dict[tuple[str, int, str], dict[str, Any]] = {}
+        self._handle: int | None = None
+
+    def __enter__(self) -> Self:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        kept = self._read(content)
+        for other in self._others:
+            self._read(other.read_bytes())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._handle, kept)
+            if not kept:
+                self._write(self._header)
+        except OSError as error:
+            raise EvaluationError(f"{self.path}: cannot be written: {error.strerror}") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete the steps that the file does not hold, and return all in the order given."""
+        completions: dict[int, Completion] = {}
+        for order, step in enumerate(steps):
+            row = self._known.get((step.conversation.id, step.index, step.context_hash))
+            if row is not None:
+                completions[order] = Completion(step, row["text"], row["tokens"], row["finish"])
+                if on_completion is not None:
+                    on_completion(completions[order])
+        if completions:
+            log.info("%d of %d completions are taken from %s", len(completions), len(steps), self.path)
+        missing = [order for order in range(len(steps)) if order not in completions]
+
+        def keep(completion: Completion) -> None:
+            self._write(
+                {
+                    "conversation_id": completion.step.conversation.id,
+                    "step": completion.step.index,
+                    "context_hash": completion.step.context_hash,
+                    "text": completion.text,
+                    "tokens": completion.tokens,
+                    "finish": completion.finish,
+                }
+            )
+            if on_completion is not None:
+                on_completion(completion)
+
+        fresh = self._generator.generate([steps[order] for order in missing], keep)
+        completions.update(zip(missing, fresh, strict=True))
+        return [completions[order] for order in range(len(steps))]
+
+    def _read(self, content: bytes) -> int:
+        """Take over the whole lines of this identity; return the length of that part of the file."""
+        kept = 0
+        for number, line in enumerate(content.splitlines(keepends=True)):
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                break  # cut short in writing
+            if number == 0 and row != self._header:
+                log.warning("%s: completions of another model or other settings are not used", self.path)
+                return 0
+            if number:
+                self._known[row["conversation_id"], row["step"], row["context_hash"]] = row
+            kept += len(line)
+        return kept
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        assert self._handle is not None, "used outside of `with`"
+        # ASCII, so that a lone surrogate of a served model survives and no other letter counts as the end of a line.
+        content = (redact_text(json.dumps(row)) + "\n").encode()
+        while content:
+            content = content[os.write(self._handle, content) :]
+
+
+_NGRAM_LENGTHS = (6, 4, 3, 2)
+"""Lengths of the last tokens that are looked up, longest first."""
+
+_MOST_NGRAMS = 200_000
+"""Of finished completions, about 40 MB; then the index begins anew."""
+
+_FIRST_LIMIT = 4
+_SMALLEST_LIMIT = 2
+
+_Ngram = tuple[int, ...]
+
+
+class NgramIndex:
+    """N-grams of all finished completions of an evaluation, and where they stand."""
+
+    def __init__(self) -> None:
+        self._places: dict[_Ngram, tuple[list[int], int]] = {}
+
+    def add(self, ids: list[int]) -> None:
+        """Add a completion."""
+        if len(self._places) > _MOST_NGRAMS:
+            self._places.clear()
+        for at in range(len(ids)):
+            for length in _NGRAM_LENGTHS:
+                if at >= length:
+                    self._places[tuple(ids[at - length : at])] = (ids, at)
+
+    def after(self, ngram: _Ngram, limit: int) -> list[int]:
+        """Return up to `limit` tokens that followed `ngram` last; none if it did not occur."""
+        ids, at = self._places.get(ngram, ((), 0))
+        return list(ids[at : at + limit])
+
+
+class PromptLookupDrafter:
+    """Drafts tokens of one completion, from its own context first and then from other completions."""
+
+    def __init__(self, context: Sequence[int], index: NgramIndex, longest: int) -> None:
+        self._ids: list[int] = []
+        self._places: dict[_Ngram, int] = {}
+        self._index = index
+        self._longest = longest
+        self._limit = min(_FIRST_LIMIT, longest)
+        if longest:
+            for token in context:
+                self.add(token)
+
+    def add(self, token: int) -> None:
+        """Take in a token of the context or of the completion."""
+        if not self._longest:
+            return
+        at = len(self._ids)
+        for length in _NGRAM_LENGTHS:
+            if at >= length:
+                self._places[tuple(self._ids[at - length : at])] = at
+        self._ids.append(token)
+
+    def draft(self, room: int) -> list[int]:
+        """Return the next tokens as far as earlier text suggests them, at most `room`."""
+        limit = min(self._limit, room)
+        if limit <= 0:
+            return []
+        for length in _NGRAM_LENGTHS:
+            if len(self._ids) < length:
+                continue
+            ngram = tuple(self._ids[-length:])
+            at = self._places.get(ngram)
+            found = self._index.after(ngram, limit) if at is None else self._following(at, limit)
+            if found:
+                return found
+        return []
+
+    def _following(self, at: int, limit: int) -> list[int]:
+        """Return what stands from `at` on; where that reaches the newest token, a repetition is continued."""
+        found = self._ids[at : at + limit]
+        while len(found) < limit:
+            found.append(found[at + len(found) - len(self._ids)])
+        return found
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Draft further after a draft that was accepted whole, less far after one that was not."""
+        if drafted:
+            further = 2 * self._limit if accepted == drafted else max(_SMALLEST_LIMIT, accepted + 1)
+            self._limit = min(self._longest, further)
+
+
 @dataclass(slots=True)
-class _Reply:
-    """An answer under way."""
+class _Decoding:
+    """A completion that is being generated."""
 
     order: int
     step: Step
-    history: KVCache
-    guesser: PromptLookupDrafter
+    cache: KVCache
+    drafter: PromptLookupDrafter
     ids: list[int] = field(default_factory=list)
 
     @property
@@ -157,11 +271,11 @@ class _Prefix:
     """A conversation computed up to its last step."""
 
     ids: list[int]
-    history: KVCache
+    cache: KVCache
 
 
 class GreedyGenerator:
-    """Answers steps greedily with a transformers model."""
+    """Completes steps greedily with a transformers model."""
 
     def __init__(
         self,
@@ -169,65 +283,65 @@ class GreedyGenerator:
         tokenizer: Any,
         *,
         stop_ids: Sequence[int],
-        slots: int,
+        batch: int,
         max_new_tokens: int,
         speculation: int = 16,
     ) -> None:
-        """`slots` answers are under way at once; at most `speculation` tokens are guessed ahead, none if 0."""
-        self._model = RowModel(model)
+        """`batch` sequences are decoded at once; at most `speculation` tokens are drafted ahead, none if 0."""
+        self._model = RaggedModel(model)
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
-        self._slots = slots
+        self._batch = batch
         self._max_new_tokens = max_new_tokens
         self._speculation = speculation
         self.counts: Counter[str] = Counter()
-        """Work done: `prompt_tokens` computed, `passes`, tokens `guessed`, and of these `right`."""
+        """Work done: `prompt_tokens` computed, `passes`, tokens `drafted`, and of these `accepted`."""
 
     @torch.inference_mode()
-    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
-        """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
-        answers: dict[int, Completion] = {}
-        said_before = SaidBefore()
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete all steps and return them in the order given; `on_completion` is called with each as it is finished."""
+        completions: dict[int, Completion] = {}
+        index = NgramIndex()
 
-        def finish(reply: _Reply, how: Finish) -> None:
-            said_before.add(reply.ids)
-            answers[reply.order] = _answer(reply.step, reply.ids, how, self._tokenizer)
-            if on_answer is not None:
-                on_answer(answers[reply.order])
+        def finish(decoding: _Decoding, how: Finish) -> None:
+            index.add(decoding.ids)
+            completions[decoding.order] = _completion(decoding.step, decoding.ids, how, self._tokenizer)
+            if on_completion is not None:
+                on_completion(completions[decoding.order])
 
         with self._model.attached():
-            source = self._begun(steps, said_before)
-            under_way: list[_Reply] = []
+            source = self._prefilled(steps, index)
+            running: list[_Decoding] = []
             while True:
-                while len(under_way) < self._slots and (begun := next(source, None)) is not None:
-                    reply, first_id = begun
-                    how = self._take(reply, first_id)
+                while len(running) < self._batch and (begun := next(source, None)) is not None:
+                    decoding, first_id = begun
+                    how = self._take(decoding, first_id)
                     if how is None:
-                        under_way.append(reply)
+                        running.append(decoding)
                     else:
-                        finish(reply, how)
-                if not under_way:
-                    return [answers[order] for order in range(len(steps))]
-                ends = self._go_on(under_way)
-                for reply, how in zip(under_way, ends, strict=True):
+                        finish(decoding, how)
+                if not running:
+                    return [completions[order] for order in range(len(steps))]
+                ends = self._decode(running)
+                for decoding, how in zip(running, ends, strict=True):
                     if how is not None:
-                        finish(reply, how)
-                under_way = [reply for reply, how in zip(under_way, ends, strict=True) if how is None]
+                        finish(decoding, how)
+                running = [decoding for decoding, how in zip(running, ends, strict=True) if how is None]
 
-    def _begun(self, steps: Sequence[Step], said_before: SaidBefore) -> Iterator[tuple[_Reply, int]]:
+    def _prefilled(self, steps: Sequence[Step], index: NgramIndex) -> Iterator[tuple[_Decoding, int]]:
         """Yield each step with its context computed, and its first greedy token."""
-        prefix = _Prefix([], self._model.history(0))
+        prefix = _Prefix([], self._model.kv_cache(0))
         for group in _in_order(steps):
             starts = sorted(step.start for _, step in group)
-            prefix, first_ids = self._compute(group[0][1].input_ids[: starts[-1]].tolist(), starts, prefix)
+            prefix, first_ids = self._prefill(group[0][1].input_ids[: starts[-1]].tolist(), starts, prefix)
             for order, step in group:
-                # A pass writes its guesses before it knows whether they are right.
-                history = self._model.history(step.start + self._max_new_tokens + self._speculation)
-                history.copy(prefix.history, step.start)
-                guesser = PromptLookupDrafter(prefix.ids[: step.start], said_before, self._speculation)
-                yield _Reply(order, step, history, guesser), first_ids[step.start]
+                # A pass writes its drafts before it knows whether they are right.
+                cache = self._model.kv_cache(step.start + self._max_new_tokens + self._speculation)
+                cache.copy(prefix.cache, step.start)
+                drafter = PromptLookupDrafter(prefix.ids[: step.start], index, self._speculation)
+                yield _Decoding(order, step, cache, drafter), first_ids[step.start]
 
-    def _compute(self, ids: list[int], starts: Sequence[int], last: _Prefix) -> tuple[_Prefix, dict[int, int]]:
+    def _prefill(self, ids: list[int], starts: Sequence[int], last: _Prefix) -> tuple[_Prefix, dict[int, int]]:
         """Compute a conversation up to its last step, on top of what it shares with the `last` one.
 
         Returns:
@@ -235,46 +349,49 @@ class GreedyGenerator:
         """
         # The token before the first step is asked for its next one, so it is computed in any case.
         shared = min(_common(ids, last.ids), starts[0] - 1)
-        history = self._model.history(len(ids))
-        history.copy(last.history, shared)
-        row = Row(history, shared, ids[shared:], [start - 1 - shared for start in starts])
-        (next_ids,) = self._model.next_ids([row])
-        self.counts["prompt_tokens"] += len(row.ids)
-        return _Prefix(ids, history), dict(zip(starts, next_ids, strict=True))
+        cache = self._model.kv_cache(len(ids))
+        cache.copy(last.cache, shared)
+        sequence = RaggedSequence(cache, shared, ids[shared:], [start - 1 - shared for start in starts])
+        (next_ids,) = self._model.next_ids([sequence])
+        self.counts["prompt_tokens"] += len(sequence.ids)
+        return _Prefix(ids, cache), dict(zip(starts, next_ids, strict=True))
 
-    def _go_on(self, under_way: Sequence[_Reply]) -> list[Finish | None]:
-        """Run one pass over all answers under way; say of each how it ended, None if it did not."""
-        rows = []
-        for reply in under_way:
-            guess = reply.guesser.guess(self._max_new_tokens - len(reply.ids) - 1)
-            ids = [reply.ids[-1], *guess]
-            rows.append(Row(reply.history, reply.position, ids, range(len(ids))))
+    def _decode(self, running: Sequence[_Decoding]) -> list[Finish | None]:
+        """Run one pass over all running sequences; return how each ended, None if it did not."""
+        sequences = []
+        for decoding in running:
+            draft = decoding.drafter.draft(self._max_new_tokens - len(decoding.ids) - 1)
+            ids = [decoding.ids[-1], *draft]
+            sequences.append(RaggedSequence(decoding.cache, decoding.position, ids, range(len(ids))))
         self.counts["passes"] += 1
-        found = self._model.next_ids(rows)
-        return [self._check(reply, row.ids[1:], said) for reply, row, said in zip(under_way, rows, found, strict=True)]
+        found = self._model.next_ids(sequences)
+        return [
+            self._verify(decoding, sequence.ids[1:], next_ids)
+            for decoding, sequence, next_ids in zip(running, sequences, found, strict=True)
+        ]
 
-    def _check(self, reply: _Reply, guess: Sequence[int], said: Sequence[int]) -> Finish | None:
-        """Take the tokens that the model says, as long as what they were computed from is what it said."""
-        right = next((i for i, (a, b) in enumerate(zip(guess, said, strict=False)) if a != b), len(guess))
-        reply.guesser.learn(len(guess), right)
-        self.counts["guessed"] += len(guess)
-        self.counts["right"] += right
-        for token in said[: right + 1]:
-            how = self._take(reply, token)
+    def _verify(self, decoding: _Decoding, draft: Sequence[int], next_ids: Sequence[int]) -> Finish | None:
+        """Take the model's tokens as long as the draft that they were computed from is right."""
+        accepted = _common(draft, next_ids)
+        decoding.drafter.learn(len(draft), accepted)
+        self.counts["drafted"] += len(draft)
+        self.counts["accepted"] += accepted
+        for token in next_ids[: accepted + 1]:
+            how = self._take(decoding, token)
             if how is not None:
                 return how
         return None
 
-    def _take(self, reply: _Reply, token: int) -> Finish | None:
-        """Add a token to an answer; say whether that ends it."""
-        reply.ids.append(token)
-        reply.guesser.add(token)
-        how = _end(reply.step, reply.ids, self._tokenizer, self._stop_ids)
-        return "length" if how is None and len(reply.ids) >= self._max_new_tokens else how
+    def _take(self, decoding: _Decoding, token: int) -> Finish | None:
+        """Append a token to a completion; return how that ends it, None if it does not."""
+        decoding.ids.append(token)
+        decoding.drafter.add(token)
+        how = _end(decoding.step, decoding.ids, self._tokenizer, self._stop_ids)
+        return "length" if how is None and len(decoding.ids) >= self._max_new_tokens else how
 
 
 class StockGenerator:
-    """Answers steps one by one by transformers' `generate`, for models whose layers remember more than keys and values."""
+    """Completes steps one by one by transformers' `generate`, for models whose layers keep more than keys and values."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self._model = model
@@ -283,16 +400,16 @@ class StockGenerator:
         self._max_new_tokens = max_new_tokens
 
     @torch.inference_mode()
-    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
-        """Answer all steps and return them in the order given; `on_answer` hears of each as it is finished."""
-        answers = []
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete all steps and return them in the order given; `on_completion` is called with each as it is finished."""
+        completions = []
         for step in steps:
             context = step.input_ids[: step.start].tolist()
             ids = greedy_ids(self._model, context, self._max_new_tokens, partial(self._ends, step))
-            answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
-            if on_answer is not None:
-                on_answer(answers[-1])
-        return answers
+            completions.append(read_completion(step, ids, self._tokenizer, self._stop_ids))
+            if on_completion is not None:
+                on_completion(completions[-1])
+        return completions
 
     def _ends(self, step: Step, ids: list[int]) -> bool:
         return _end(step, ids, self._tokenizer, self._stop_ids) is not None
@@ -321,22 +438,22 @@ def greedy_ids(
     return new
 
 
-def read_answer(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Completion:
-    """Return the answer in the tokens that another engine generated, cut where this one would have stopped."""
+def read_completion(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Completion:
+    """Return the completion in the tokens that another engine generated, cut where `GreedyGenerator` would have stopped."""
     for length in range(1, len(ids) + 1):
         if (how := _end(step, ids[:length], tokenizer, stop_ids)) is not None:
-            return _answer(step, ids[:length], how, tokenizer)
-    return _answer(step, ids, "length", tokenizer)
+            return _completion(step, ids[:length], how, tokenizer)
+    return _completion(step, ids, "length", tokenizer)
 
 
-def _answer(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Completion:
-    said = ids[:-1] if how == "stop" else ids
-    text = tokenizer.decode(said, skip_special_tokens=False) if step.reader is None else step.reader.decode(said)
+def _completion(step: Step, ids: Sequence[int], how: Finish, tokenizer: Any) -> Completion:
+    kept = ids[:-1] if how == "stop" else ids
+    text = tokenizer.decode(kept, skip_special_tokens=False) if step.reader is None else step.reader.decode(kept)
     return Completion(step, text, len(ids), how)
 
 
 def _end(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]) -> Finish | None:
-    """Say whether the newest token ends an answer."""
+    """Return how the newest token ends a completion, None if it does not."""
     if ids[-1] in stop_ids:
         return "stop"
     if step.reader is not None:  # a chat template's turns end with tokens: such texts are letters there
@@ -352,7 +469,7 @@ def _in_order(steps: Sequence[Step]) -> list[list[tuple[int, Step]]]:
     """
     by_length = sorted(enumerate(steps), key=lambda item: (item[1].conversation.id, item[1].start))
     groups = [list(group) for _, group in groupby(by_length, key=lambda item: item[1].conversation.id)]
-    beginnings = [group[0][1].input_ids[:_ALIKE].tobytes() for group in groups]
+    beginnings = [group[0][1].input_ids[:_SHARED_BEGINNING].tobytes() for group in groups]
     longest: dict[bytes, int] = {}
     for group, beginning in zip(groups, beginnings, strict=True):
         longest[beginning] = max(longest.get(beginning, 0), group[-1][1].start)

@@ -8,6 +8,7 @@ Axes: B batch, T positions, N labelled positions, D hidden width, G conversation
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from agentft.data.batches import collate
 from agentft.data.render import TRAINED_KINDS
 from agentft.data.tokens import Example
 from agentft.errors import DataError
-from agentft.evaluation.metrics import SCORING_VERSION, Metric
-from agentft.evaluation.resampling import Floats, ratio_intervals, sum_pieces
+from agentft.evaluation.definitions import Floats
+from agentft.evaluation.metrics import SCORING_VERSION, Metric, bootstrap_facts, interval_metrics
+from agentft.evaluation.statistics import sum_pieces
 from agentft.model.labelled_loss import last_states, output_head, stock_logits
 
 KINDS = tuple(sorted(TRAINED_KINDS))
@@ -56,35 +58,27 @@ class Likelihood:
         }
         return {"loss": self.loss} | by_kind
 
-    def to_json(self, *, draws: int, seed: int, piece_of: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def to_json(
+        self, *, bootstrap_samples: int, seed: int, piece_of: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Return losses and perplexities with 95 % intervals by bootstrap over conversations.
 
         Args:
+            bootstrap_samples: Resamples behind each interval.
+            seed: Of their draw.
             piece_of: Id of a piece of a long conversation -> id of the whole; its pieces are drawn together.
         """
-        names = ["", *(f"_{kind.name}" for kind in KINDS)]
+        names = ["loss", *(f"loss_{kind.name}" for kind in KINDS)]
         wholes = [(piece_of or {}).get(name, name) for name in self.ids]
         nats = sum_pieces(np.column_stack([self.nats_GK.sum(1), self.nats_GK]), wholes)
         tokens = sum_pieces(np.column_stack([self.tokens_GK.sum(1), self.tokens_GK]), wholes)
-        found = ratio_intervals(nats, tokens, draws=draws, seed=seed)
-        losses: dict[str, Metric] = {}
-        perplexities: dict[str, Metric] = {}
-        for m, name in enumerate(names):
-            value, low, high, se, se_cr0 = (
-                float(column[m]) if math.isfinite(column[m]) else None
-                for column in (found.values, found.low, found.high, found.se_cr1, found.se_cr0)
-            )
-            sums = (float(nats[:, m].sum()), float(tokens[:, m].sum()))
-            clusters = int(found.clusters[m])
-            losses[f"loss{name}"] = Metric(value, *sums, low, high, se, se_cr0, clusters)
-            ends = (None if each is None else math.exp(min(each, 700.0)) for each in (value, low, high))
-            shown, lowest, highest = ends
-            perplexities[f"perplexity{name}"] = Metric(shown, *sums, lowest, highest, None, None, clusters)
+        losses = interval_metrics(names, nats, tokens, bootstrap_samples=bootstrap_samples, seed=seed)
+        perplexities = {name.replace("loss", "perplexity"): _perplexity(loss) for name, loss in losses.items()}
         return {
             "signature": f"agentft-eval|{SCORING_VERSION}|likelihood|nats:token|n:{len(set(wholes))}",
             "metrics": {name: metric.to_json() for name, metric in (losses | perplexities).items()},
             "counts": {"conversations": len(set(wholes)), "labelled_tokens": int(self.tokens_GK.sum())},
-            "bootstrap": {"draws": draws, "seed": seed, "unit": "conversation", "interval": "percentile 95 %"},
+            "bootstrap": bootstrap_facts(bootstrap_samples, seed),
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -95,6 +89,13 @@ class Likelihood:
             | {f"tokens_{kind.name}": int(tokens) for kind, tokens in zip(KINDS, tokens_K, strict=True)}
             for name, nats_K, tokens_K in zip(self.ids, self.nats_GK, self.tokens_GK, strict=True)
         ]
+
+
+def _perplexity(loss: Metric) -> Metric:
+    value, low, high = (
+        None if nats is None else math.exp(min(nats, 700.0)) for nats in (loss.value, loss.low, loss.high)
+    )
+    return dataclasses.replace(loss, value=value, low=low, high=high, se=None, se_cr0=None)
 
 
 def measure_likelihood(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,32 +11,11 @@ from typing import Any
 import numpy as np
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.definitions import LEGACY_NAMES, METRICS, PAPER_NAMES, conversation_sums
+from agentft.evaluation.definitions import LEGACY_NAMES, METRICS, PAPER_NAMES, Floats, conversation_sums
 from agentft.evaluation.legacy import LegacyMetric, legacy_metrics
-from agentft.evaluation.resampling import ratio_intervals
-from agentft.evaluation.rouge import TOKENIZER_NAME, JiebaTokenizer
-from agentft.evaluation.scoring import (
-    OfferedTool,
-    StepRecord,
-    StepScore,
-    complete_records,
-    read_offered_tool,
-    score_step,
-)
-
-__all__ = [
-    "EvaluationReport",
-    "Metric",
-    "OfferedTool",
-    "StepRecord",
-    "StepScore",
-    "aggregate",
-    "complete_records",
-    "read_offered_tool",
-    "score_records",
-    "score_step",
-    "signature",
-]
+from agentft.evaluation.matching import TOKENIZER_NAME, jieba_tokenizer
+from agentft.evaluation.scoring import StepRecord, StepScore, complete_records, score_step
+from agentft.evaluation.statistics import ratio_intervals
 
 SCORING_VERSION = "v2"
 """Part of the signature; changes whenever any value changes on any input."""
@@ -68,22 +48,33 @@ class Metric:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, whole counts as integers."""
-        return {
-            "value": self.value,
-            "numerator": _tidy(self.numerator),
-            "denominator": _tidy(self.denominator),
-            "low": self.low,
-            "high": self.high,
-            "se": self.se,
-            "se_cr0": self.se_cr0,
-            "conversations": self.conversations,
-            "indicative": self.indicative,
-        }
+        counts = {"numerator": _tidy(self.numerator), "denominator": _tidy(self.denominator)}
+        return dataclasses.asdict(self) | counts | {"indicative": self.indicative}
+
+
+def interval_metrics(
+    names: Sequence[str], numerators_GM: Floats, denominators_GM: Floats, *, bootstrap_samples: int, seed: int
+) -> dict[str, Metric]:
+    """Return ratios of sums over conversations by name, with their bootstrap intervals."""
+    found = ratio_intervals(numerators_GM, denominators_GM, bootstrap_samples=bootstrap_samples, seed=seed)
+    return {
+        name: Metric(
+            value=_or_none(found.values[m]),
+            numerator=float(numerators_GM[:, m].sum()),
+            denominator=float(denominators_GM[:, m].sum()),
+            low=_or_none(found.low[m]),
+            high=_or_none(found.high[m]),
+            se=_or_none(found.se_cr1[m]),
+            se_cr0=_or_none(found.se_cr0[m]),
+            conversations=int(found.clusters[m]),
+        )
+        for m, name in enumerate(names)
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """What one run scored on one exam."""
+    """What one run scored in one evaluation."""
 
     signature: str
     """What was measured and how; values are comparable only under equal signatures."""
@@ -101,7 +92,7 @@ class EvaluationReport:
     legacy: dict[str, LegacyMetric]
     quarantined: tuple[tuple[str, int, str], ...]
     """(conversation id, step, reason) of references that cannot be read."""
-    draws: int
+    bootstrap_samples: int
     seed: int
 
     def to_json(self) -> dict[str, Any]:
@@ -111,15 +102,7 @@ class EvaluationReport:
             "metrics": _metrics_to_json(self.metrics),
             "counts": self.counts,
             "paper": {name: self.metrics[name].value for name in PAPER_NAMES},
-            "legacy": {
-                name: {
-                    "value": old.value,
-                    "numerator": old.numerator,
-                    "denominator": old.denominator,
-                    "raised": old.raised,
-                }
-                for name, old in self.legacy.items()
-            },
+            "legacy": {name: dataclasses.asdict(old) for name, old in self.legacy.items()},
             "plan_table": self.plan_table,
             "confusion": [
                 {"reference": expected, "predicted": predicted, "calls": calls}
@@ -133,13 +116,13 @@ class EvaluationReport:
             "quarantined": [
                 {"conversation_id": name, "step": step, "reason": reason} for name, step, reason in self.quarantined
             ],
-            "bootstrap": {
-                "draws": self.draws,
-                "seed": self.seed,
-                "unit": "conversation",
-                "interval": "percentile 95 %",
-            },
+            "bootstrap": bootstrap_facts(self.bootstrap_samples, self.seed),
         }
+
+
+def bootstrap_facts(bootstrap_samples: int, seed: int) -> dict[str, Any]:
+    """Return what a report says about its intervals."""
+    return {"draws": bootstrap_samples, "seed": seed, "unit": "conversation", "interval": "percentile 95 %"}
 
 
 def score_records(
@@ -152,16 +135,14 @@ def score_records(
     """
     steps = list(records)
     _refuse_duplicates((record.conversation_id, record.step) for record in steps)
-    jieba_tokenizer = JiebaTokenizer() if with_jieba else None
-    return [
-        score_step(record, stop_texts=stop_texts, jieba_tokenizer=jieba_tokenizer) for record in complete_records(steps)
-    ]
+    jieba = jieba_tokenizer() if with_jieba else None
+    return [score_step(record, stop_texts=stop_texts, jieba=jieba) for record in complete_records(steps)]
 
 
 def aggregate(
     scores: Sequence[StepScore],
     *,
-    draws: int = 10_000,
+    bootstrap_samples: int = 10_000,
     seed: int = 0,
     mode: str = "tf",
     allow_bad_references: bool = False,
@@ -170,8 +151,8 @@ def aggregate(
 
     Args:
         scores: Steps of whole conversations.
-        draws: Bootstrap draws.
-        seed: Of the draws.
+        bootstrap_samples: Resamples behind each interval.
+        seed: Of their draw.
         mode: How predictions were made, for the signature: "tf" teacher-forced, "replay".
         allow_bad_references: Leave steps with an unreadable reference out, listed and counted, instead of refusing.
 
@@ -189,7 +170,7 @@ def aggregate(
         raise EvaluationError(_bad_reference_message(quarantined))
     usable = [score for score in ordered if score.reference_failure is None]
     legacy = legacy_metrics([score.legacy for score in ordered])
-    metrics = _all_metrics(ordered, draws, seed)
+    metrics = _all_metrics(ordered, bootstrap_samples, seed)
     for name in LEGACY_NAMES:
         if legacy[name].value is None:
             metrics[name] = Metric(None, legacy[name].numerator, legacy[name].denominator, None, None, None)
@@ -197,13 +178,13 @@ def aggregate(
         signature=signature(len({score.whole_id for score in ordered}), mode=mode),
         metrics=metrics,
         counts=_counts(ordered, usable),
-        breakdowns=_breakdowns(usable, draws, seed),
+        breakdowns=_breakdowns(usable, bootstrap_samples, seed),
         plan_table=_plan_table(usable),
         confusion=_confusion(usable),
         errors=dict(sorted(Counter(kind for score in usable for kind in score.errors).items())),
         legacy=legacy,
         quarantined=quarantined,
-        draws=draws,
+        bootstrap_samples=bootstrap_samples,
         seed=seed,
     )
 
@@ -213,7 +194,9 @@ def signature(conversations: int, *, mode: str = "tf") -> str:
     return f"agentft-eval|{SCORING_VERSION}|{mode}|tok:{TOKENIZER_NAME}|rl:f1|param:strict|align:bip|n:{conversations}"
 
 
-def _all_metrics(scores: Sequence[StepScore], draws: int, seed: int, *, plain_only: bool = False) -> dict[str, Metric]:
+def _all_metrics(
+    scores: Sequence[StepScore], bootstrap_samples: int, seed: int, *, plain_only: bool = False
+) -> dict[str, Metric]:
     absent = {
         *(() if any(score.rouge_l_jieba is not None for score in scores) else ("rouge_l_jieba",)),
         *(() if any(score.thoughts for score in scores) else ("thought_wellformed_rate",)),
@@ -224,30 +207,14 @@ def _all_metrics(scores: Sequence[StepScore], draws: int, seed: int, *, plain_on
         if definition.name not in absent and not (plain_only and definition.quarantined_too)
     ]
     _, numerators_GM, denominators_GM = conversation_sums(scores, definitions)
-    found = ratio_intervals(numerators_GM, denominators_GM, draws=draws, seed=seed)
-    columns = zip(
-        found.values, numerators_GM.sum(0), denominators_GM.sum(0), found.low, found.high, found.se_cr1, found.se_cr0,
-        found.clusters, strict=True,
-    )  # fmt: skip
-    metrics = {
-        definition.name: Metric(
-            value=_or_none(value),
-            numerator=float(numerator),
-            denominator=float(denominator),
-            low=_or_none(low),
-            high=_or_none(high),
-            se=_or_none(se),
-            se_cr0=_or_none(se_cr0),
-            conversations=int(clusters),
-        )
-        for definition, (value, numerator, denominator, low, high, se, se_cr0, clusters) in zip(
-            definitions, columns, strict=True
-        )
-    }
+    names = [definition.name for definition in definitions]
+    metrics = interval_metrics(names, numerators_GM, denominators_GM, bootstrap_samples=bootstrap_samples, seed=seed)
     return metrics | {alias: metrics[name] for alias, name in PAPER_NAMES.items()}
 
 
-def _breakdowns(scores: Sequence[StepScore], draws: int, seed: int) -> dict[str, dict[str, dict[str, Metric]]]:
+def _breakdowns(
+    scores: Sequence[StepScore], bootstrap_samples: int, seed: int
+) -> dict[str, dict[str, dict[str, Metric]]]:
     kinds: dict[str, Callable[[StepScore], str | None]] = {
         "language": lambda score: score.language,
         "rounds": lambda score: None if score.rounds is None else _rounds_group(score.rounds),
@@ -262,7 +229,8 @@ def _breakdowns(scores: Sequence[StepScore], draws: int, seed: int) -> dict[str,
                 groups.setdefault(group, []).append(score)
         if groups:
             breakdowns[kind] = {
-                group: _all_metrics(members, draws, seed, plain_only=True) for group, members in sorted(groups.items())
+                group: _all_metrics(members, bootstrap_samples, seed, plain_only=True)
+                for group, members in sorted(groups.items())
             }
     return breakdowns
 

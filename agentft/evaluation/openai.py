@@ -1,8 +1,8 @@
-"""Take answers from any endpoint for chat completions in OpenAI's manner: a served model or a commercial one.
+"""Generate completions at any endpoint for OpenAI's chat completions: a served model or a commercial one.
 
 A step's history becomes messages with native tool calls; the tools that the system text lists become `tools`, and its
-words about marks go. Where the list cannot be read, everything is said in the marks of the text instead. What comes back,
-content and tool calls, becomes one text in MSAgent's layout, read and scored like any other.
+sentences about marks are left out. Where the list cannot be read, everything is sent in the marks of the text instead. The
+reply, content and tool calls, becomes one text in MSAgent form, read and scored like any other.
 
 Standard library only. The key comes from the environment, goes to the endpoint's own address and nowhere else: redirects
 are not followed, and nothing that is raised or logged holds it.
@@ -33,10 +33,11 @@ from agentft.data.literals import JsonRefused, read_json
 from agentft.data.msagent import read_system
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.evaluation.generate import Completion, Finish
-from agentft.evaluation.predictions import OnCompletion
-from agentft.evaluation.steps import Step, step_places
+from agentft.evaluation.generate import Completion, Finish, OnCompletion
+from agentft.evaluation.steps import Step
 from agentft.secrets import redact_text
+
+log = logging.getLogger(__name__)
 
 _TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
 _PYTHON_TYPES = {
@@ -54,7 +55,7 @@ _LONGEST_NAME = 64
 
 @dataclass(frozen=True, slots=True)
 class ChatStep:
-    """What is sent for one step."""
+    """The body of the request for one step."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
@@ -62,12 +63,11 @@ class ChatStep:
     """Name of a tool as it is sent -> its own: endpoints allow letters, digits, `_` and `-` only."""
 
 
-def chat_step(step: Step, shown: int = 0, *, as_recorded: bool = False) -> ChatStep:
+def chat_step(step: Step, *, as_recorded: bool = False) -> ChatStep:
     """Lay out the context of a step; its own reference is not in it.
 
     Args:
         step: What is asked.
-        shown: Steps at the start of the conversation that are context only, see `shown_steps`.
         as_recorded: Leave everything in the record's own marks, the list of tools in the system text too: for a model
             that was trained on them, such as an exported run. Results are messages of role `tool`.
     """
@@ -78,19 +78,18 @@ def chat_step(step: Step, shown: int = 0, *, as_recorded: bool = False) -> ChatS
     tools = list(system.tools)
     called = [call.name for call in conversation.tool_calls]
     sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
-    place = step_places(conversation)[shown + step.index]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system.text}] if system.text else []
-    for number, message in enumerate(conversation.messages[: place.at]):
+    for number, message in enumerate(conversation.messages[: step.at]):
         if message.role == "user":
             messages.append({"role": "user", "content": message.text})
         elif message.role == "assistant":
-            results = list(takewhile(lambda m: m.role == "tool", conversation.messages[number + 1 : place.at]))
+            results = list(takewhile(lambda m: m.role == "tool", conversation.messages[number + 1 : step.at]))
             exchange = _exchange(message, results, sent, f"{number}", native=bool(tools))
             messages += _with_tool_role(exchange) if as_recorded else exchange
     return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
 
 
-def answer_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def reply_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Return an endpoint's message as one text: its words, then its calls between marks."""
     pieces = [words] if (words := _content(message.get("content"))) else []
     calls = message.get("tool_calls")
@@ -102,19 +101,19 @@ def answer_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def _exchange(
-    said: Message, results: Sequence[Message], sent: Mapping[str, str], prefix: str, *, native: bool
+    message: Message, results: Sequence[Message], sent: Mapping[str, str], prefix: str, *, native: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield what the agent said at one step and what its tools returned.
+    """Yield the messages of one earlier step and of what its tools returned.
 
-    Without tools in the request there is no native call: then everything is said in the marks of the text.
+    Without tools in the request there is no native call: then everything is sent in the marks of the text.
     """
-    if not native or not results or not said.tool_calls or said.malformed_calls:
-        yield {"role": "assistant", "content": said.source_text.strip()}
+    if not native or not results or not message.tool_calls or message.malformed_calls:
+        yield {"role": "assistant", "content": message.source_text.strip()}
         if results:
             yield {"role": "user", "content": "\n".join(result.source_text.strip() for result in results)}
         return
-    words = "".join(part.source for part in said.source or () if not isinstance(part, Call)).strip()
-    ids = [f"call_{prefix}_{i}" for i in range(len(said.tool_calls))]
+    words = "".join(part.source for part in message.source or () if not isinstance(part, Call)).strip()
+    ids = [f"call_{prefix}_{i}" for i in range(len(message.tool_calls))]
     yield {
         "role": "assistant",
         "content": words or None,
@@ -127,7 +126,7 @@ def _exchange(
                     "arguments": json.dumps(call.arguments, ensure_ascii=False),
                 },
             }
-            for name, call in zip(ids, said.tool_calls, strict=True)
+            for name, call in zip(ids, message.tool_calls, strict=True)
         ],
     }
     # Every call must be answered once: results beyond the last call stand with it, a call without one gets an empty text.
@@ -143,7 +142,7 @@ def _result_body(result: Message) -> str:
 
 
 def _with_tool_role(turn: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Results in marks as messages of their role, which a template of the record's own layout writes in their place."""
+    """Yield results in marks as messages of their role, which a template of the record's own layout writes in their place."""
     for number, message in enumerate(turn):
         if message["role"] == "assistant":
             yield message
@@ -155,11 +154,11 @@ def _safe_names(names: Sequence[str]) -> dict[str, str]:
     safe: dict[str, str] = {}
     for name in dict.fromkeys(names):
         plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:_LONGEST_NAME] or "tool"
-        number, candidate = 2, plain
-        while candidate in safe.values():
+        number, unique = 2, plain
+        while unique in safe.values():
             suffix = f"_{number}"
-            candidate, number = plain[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
-        safe[name] = candidate
+            unique, number = plain[: _LONGEST_NAME - len(suffix)] + suffix, number + 1
+        safe[name] = unique
     return safe
 
 
@@ -170,7 +169,7 @@ def _declared(tool: Mapping[str, Any], sent: Mapping[str, str]) -> dict[str, Any
 
 
 def _valid_types(schema: Any) -> Any:
-    """A schema with the types that JSON schema knows: datasets also write Python's, which endpoints refuse."""
+    """Return a schema with the types that JSON schema knows: datasets also write Python's, which endpoints refuse."""
     if isinstance(schema, list):
         return [_valid_types(item) for item in schema]
     if not isinstance(schema, dict):
@@ -184,7 +183,7 @@ def _valid_types(schema: Any) -> Any:
 
 
 def _content(content: object) -> str:
-    """The words of a message: a text, or the text parts of a list."""
+    """Return the text of a message: its content, or the text parts of a list."""
     if isinstance(content, str):
         return content.strip()
     if isinstance(content, list):
@@ -211,14 +210,12 @@ def _between_marks(body: str) -> str:
     return f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"
 
 
-log = logging.getLogger(__name__)
-
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 _LARGEST_REPLY = 32 * 1024 * 1024
 _LAYOUT = "chat-v1"
-"""Part of an answer's identity: changes whenever a step is laid out in other messages."""
+"""Part of a completion's identity: changes whenever a step is laid out in other messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +234,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides an answer beside its step; never the key."""
+        """Return all that decides a completion beside its step; never the key."""
         return {
             "engine": "openai",
             "url": self.url,
@@ -291,19 +288,17 @@ def endpoint_of(config: EvaluationConfig) -> Endpoint:
     )
 
 
-class OpenAIEngine:
-    """Answers steps by asking an endpoint, several at once."""
+class OpenAIGenerator:
+    """Completes steps by asking an endpoint, several at once."""
 
     def __init__(
         self,
         endpoint: Endpoint,
-        shown_steps: Mapping[str, int] | None = None,
         *,
         pause: Callable[[float], object] | None = None,
     ) -> None:
-        """`shown_steps` are those that `agentft.evaluation.steps.shown_steps` gives; `pause` waits between attempts."""
+        """`pause` waits between attempts."""
         self._endpoint = endpoint
-        self._shown_steps = shown_steps or {}
         self._stop = threading.Event()
         self._pause = pause or self._stop.wait
         # Redirects are not followed: they would carry the key to another address.
@@ -312,14 +307,15 @@ class OpenAIEngine:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
-    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
-        """Answer all steps and return them in the order given; `on_answer` hears of each in this thread.
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete all steps and return them in the order given; `on_completion` is called with each in this thread.
 
         Raises:
-            EvaluationError: a request is refused, or still fails after the last attempt; answers so far have been told.
+            EvaluationError: a request is refused, or still fails after the last attempt; `on_completion` has been called
+                with the completions before it.
         """
         self._stop.clear()
-        answers: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         with ThreadPoolExecutor(self._endpoint.at_once, thread_name_prefix="chat") as pool:
             futures = {pool.submit(self._ask, step): order for order, step in enumerate(steps)}
             left = set(futures)
@@ -328,18 +324,18 @@ class OpenAIEngine:
                     done, left = wait(left, return_when=FIRST_COMPLETED)
                     # First what succeeded: a failure beside it must not cost it.
                     for future in sorted(done, key=lambda each: each.exception() is not None):
-                        answers[futures[future]] = future.result()
-                        if on_answer is not None:
-                            on_answer(answers[futures[future]])
+                        completions[futures[future]] = future.result()
+                        if on_completion is not None:
+                            on_completion(completions[futures[future]])
             finally:
                 self._stop.set()
                 for future in left:
                     future.cancel()
-        return [answers[order] for order in range(len(steps))]
+        return [completions[order] for order in range(len(steps))]
 
     def _ask(self, step: Step) -> Completion:
         as_recorded = self._endpoint.fields.get("tools", ...) is None
-        chat = chat_step(step, self._shown_steps.get(step.conversation.id, 0), as_recorded=as_recorded)
+        chat = chat_step(step, as_recorded=as_recorded)
         body = json.dumps(self._endpoint.request(chat)).encode()
         reply = self._post(body, f"{step.conversation.id} step {step.index}")
         try:
@@ -355,7 +351,7 @@ class OpenAIEngine:
         finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
         usage = reply.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return Completion(step, answer_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
+        return Completion(step, reply_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
 
     def _post(self, body: bytes, what: str) -> dict[str, Any]:
         pause = _FIRST_PAUSE
@@ -380,7 +376,7 @@ class OpenAIEngine:
             pause *= 2
         raise EvaluationError(
             f"{self._endpoint.url}: {what}: attempt {attempt + 1} of {self._endpoint.retries + 1} failed: {problem}. "
-            "Start again to go on from the answers that are there"
+            "Run the same command again to continue from the completions that are kept"
         )
 
     def _send(self, body: bytes) -> dict[str, Any]:
@@ -400,7 +396,7 @@ class OpenAIEngine:
         return value
 
     def _quoted(self, text: str) -> str:
-        """What a stranger said, short, on one line and without the key."""
+        """Return a reply of the endpoint, short, on one line and without the key."""
         if self._endpoint.key:
             text = text.replace(self._endpoint.key, "<redacted>")
         return redact_text(" ".join(text.split()))[:400]

@@ -1,12 +1,13 @@
-"""Decode rows of any length in one forward pass: their tokens lie end to end, each row attends to its own history.
+"""Decode a ragged batch: sequences of any length in one forward pass, their tokens end to end, each with its own KV cache.
 
-Nothing is padded to the longest row and no mask of a whole batch is built; a row may bring one token (decoding), a few
-(guesses to be checked) or a whole prompt. What a row says does not depend on which rows share its pass. CPU kernels round a
-matrix product of few or of oddly many rows otherwise than the same rows of a larger one, so these numbers are rounded up
-(`FEWEST`, `MULTIPLE`, `_BLOCK`): where the kernels allow it, answers are the same to the last bit, in bf16 too.
+Nothing is padded to the longest sequence and no mask of a whole batch is built; a sequence may bring one token (decoding),
+a few (drafts to be checked) or a whole prompt. What a sequence says does not depend on which others share its pass. CPU
+kernels round a matrix product of few or of oddly many rows otherwise than the same rows of a larger one, so these numbers
+are rounded up (`FEWEST`, `MULTIPLE`, `_BLOCK`): where the kernels allow it, completions are the same to the last bit, in
+bf16 too.
 
-Axes: L layers, H query heads, G key-value heads, N = H / G, M tokens of all rows, Q tokens of one row, P positions of one
-row, D head width, W tile width.
+Axes: L layers, H query heads, G key-value heads, N = H / G, M tokens of all sequences, Q tokens of one sequence, P positions
+of one sequence, D head width, W tile width.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from agentft.errors import EvaluationError
 from agentft.model.cpu.attention import attention_set_to
 from agentft.model.labelled_loss import causal_model
 
-NAME = "agentft_rows"
+NAME = "agentft_ragged"
 """What transformers knows the attention by."""
 
 FEWEST = 8
@@ -41,7 +42,7 @@ _TILE = 128
 
 
 class KVCache:
-    """Keys and values of one row, `[L, G, P, D]` each; room for `positions` is taken at the first use."""
+    """Keys and values of one sequence, `[L, G, P, D]` each; room for `positions` is taken at the first use."""
 
     def __init__(self, layers: int, positions: int) -> None:
         self._layers = layers
@@ -50,7 +51,7 @@ class KVCache:
         self.values: torch.Tensor
 
     def copy(self, other: KVCache, length: int) -> None:
-        """Begin with the first `length` positions of another row."""
+        """Begin with the first `length` positions of another cache."""
         if length == 0 or other.keys is None:
             return
         self._allocate(other.keys[0])
@@ -75,12 +76,12 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """New tokens of one row."""
+class RaggedSequence:
+    """New tokens of one sequence of the batch."""
 
-    history: KVCache
+    cache: KVCache
     position: int
-    """Of the first new token; the history is whole before it."""
+    """Of the first new token; the cache is whole before it."""
     ids: Sequence[int]
     wanted: Sequence[int]
     """Which of the new tokens are asked what follows them, as indices into `ids`."""
@@ -90,13 +91,13 @@ class Row:
 class _Pass:
     """What the attention of every layer needs to know; handed through the model as a keyword."""
 
-    rows: Sequence[Row]
+    sequences: Sequence[RaggedSequence]
     layers: set[int] = field(default_factory=set)
     """Layers whose attention came here."""
 
 
-class RowModel:
-    """A causal language model of transformers that says, row by row, which token comes next."""
+class RaggedModel:
+    """A causal language model of transformers that says, sequence by sequence, which token comes next."""
 
     def __init__(self, model: nn.Module) -> None:
         _register()
@@ -105,35 +106,35 @@ class RowModel:
         self._layers = int(self._config.num_hidden_layers)
         self._device = next(model.parameters()).device
 
-    def history(self, positions: int) -> KVCache:
-        """Return an empty history with room for so many tokens."""
+    def kv_cache(self, positions: int) -> KVCache:
+        """Return an empty cache with room for so many tokens."""
         return KVCache(self._layers, positions)
 
     def attached(self) -> AbstractContextManager[None]:
-        """Let the model's layers attend to histories; afterwards they attend as before."""
+        """Let the model's layers attend to KV caches; afterwards they attend as before."""
         return attention_set_to(NAME, self._config)
 
-    def next_ids(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Run one forward pass and return the likeliest next token after each wanted one, row by row.
+    def next_ids(self, sequences: Sequence[RaggedSequence]) -> list[list[int]]:
+        """Run one forward pass and return the likeliest next token after each wanted one, by sequence.
 
         Raises:
             EvaluationError: the model does not compute its attention through transformers' interface.
         """
-        flat = iter(self.logits(rows).argmax(-1).tolist())
-        return [[next(flat) for _ in row.wanted] for row in rows]
+        flat = iter(self.logits(sequences).argmax(-1).tolist())
+        return [[next(flat) for _ in sequence.wanted] for sequence in sequences]
 
-    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Run one forward pass and return the logits after each wanted token, one row of rows after the other, `[N, V]`.
+    def logits(self, sequences: Sequence[RaggedSequence]) -> torch.Tensor:
+        """Run one forward pass and return the logits after each wanted token, one sequence after the other, `[N, V]`.
 
         Raises:
             EvaluationError: the model does not compute its attention through transformers' interface.
         """
-        ids = [token for row in rows for token in row.ids]
-        positions = [row.position + offset for row in rows for offset in range(len(row.ids))]
-        starts = _starts(rows)
-        keep = [start + offset for start, row in zip(starts, rows, strict=True) for offset in row.wanted]
+        ids = [token for sequence in sequences for token in sequence.ids]
+        positions = [each.position + offset for each in sequences for offset in range(len(each.ids))]
+        starts = _starts(sequences)
+        keep = [start + offset for start, each in zip(starts, sequences, strict=True) for offset in each.wanted]
         filling = _up(max(len(ids), FEWEST), MULTIPLE) - len(ids)
-        at = _Pass(rows)
+        at = _Pass(sequences)
         output = self._model(
             input_ids=torch.tensor([ids + [0] * filling], device=self._device),
             position_ids=torch.tensor([positions + [0] * filling], device=self._device),
@@ -251,11 +252,11 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _starts(rows: Sequence[Row]) -> list[int]:
+def _starts(sequences: Sequence[RaggedSequence]) -> list[int]:
     starts, start = [], 0
-    for row in rows:
+    for sequence in sequences:
         starts.append(start)
-        start += len(row.ids)
+        start += len(sequence.ids)
     return starts
 
 
@@ -263,7 +264,7 @@ _REFUSED = ("softcap", "position_bias", "s_aux", "sinks")
 """Arguments of transformers that change the mathematics in ways that are not computed here."""
 
 
-def _rows_attention(
+def _ragged_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -275,7 +276,7 @@ def _rows_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it, `[1, H, M, D]` -> `[1, M, H, D]`: every row beside its own history."""
+    """Attention as transformers calls it, `[1, H, M, D]` -> `[1, M, H, D]`: every sequence beside its own KV cache."""
     odd = [name for name in _REFUSED if kwargs.get(name) is not None]
     if agentft_pass is None or odd:
         raise EvaluationError(
@@ -285,16 +286,16 @@ def _rows_attention(
     agentft_pass.layers.add(layer)
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     out_HMD = torch.zeros_like(query[0])
-    for row, start in zip(agentft_pass.rows, _starts(agentft_pass.rows), strict=True):
-        new = slice(start, start + len(row.ids))
-        row.history.put(layer, row.position, key[0, :, new], value[0, :, new])
-        assert row.history.keys is not None
+    for sequence, start in zip(agentft_pass.sequences, _starts(agentft_pass.sequences), strict=True):
+        new = slice(start, start + len(sequence.ids))
+        sequence.cache.put(layer, sequence.position, key[0, :, new], value[0, :, new])
+        assert sequence.cache.keys is not None
         out_HMD[:, new] = attend(
-            # Where the last blocks alone are trained those are fp32, and a history is of one dtype.
-            query[0, :, new].to(row.history.keys.dtype),
-            row.history.keys[layer],
-            row.history.values[layer],
-            position=row.position,
+            # Where the last blocks alone are trained those are fp32, and a cache is of one dtype.
+            query[0, :, new].to(sequence.cache.keys.dtype),
+            sequence.cache.keys[layer],
+            sequence.cache.values[layer],
+            position=sequence.position,
             scale=scale,
             window=sliding_window,
         )
@@ -305,4 +306,4 @@ def _register() -> None:
     from transformers import AttentionInterface
 
     # Without a mask function of this name transformers builds no mask.
-    AttentionInterface.register(NAME, _rows_attention)
+    AttentionInterface.register(NAME, _ragged_attention)

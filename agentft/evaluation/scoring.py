@@ -16,14 +16,19 @@ from typing import Any
 
 from agentft.data.calls import ToolCall
 from agentft.evaluation.legacy import LegacyStep, legacy_step
-from agentft.evaluation.matching import CallPair, align_calls, strictly_equal
+from agentft.evaluation.matching import (
+    CallPair,
+    Tokenize,
+    align_calls,
+    cjk_tokens,
+    detect_language,
+    rouge_l,
+    strictly_equal,
+)
 from agentft.evaluation.parse import ParsedReply, parse_reply, repair_call_body
-from agentft.evaluation.rouge import CjkTokenizer, Tokenizer, detect_language, rouge_l
 
 MALFORMED = "<malformed>"
 """Stands in the confusion list for a call without a readable name."""
-
-_CJK_TOKENIZER = CjkTokenizer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +161,13 @@ class StepScore:
         return cls(**fields)
 
 
-def score_step(
-    record: StepRecord, *, stop_texts: Sequence[str] = (), jieba_tokenizer: Tokenizer | None = None
-) -> StepScore:
+def score_step(record: StepRecord, *, stop_texts: Sequence[str] = (), jieba: Tokenize | None = None) -> StepScore:
     """Score one step. Never raises on what reference or prediction contain.
 
     Args:
         record: The step; `complete_records` fills what only the whole conversation tells.
         stop_texts: End-of-sequence texts of the model beside the common ones.
-        jieba_tokenizer: Also score ROUGE-L on jieba's words.
+        jieba: What cuts a text into jieba's words, to score ROUGE-L on these too.
     """
     reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
     prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)
@@ -184,7 +187,7 @@ def score_step(
     counts = _call_counts(record, reference, prediction)
     if not reference.has_call:
         after_call = False if record.after_call is None and record.step == 0 else record.after_call
-        counts |= _text_scores(reference.text, prediction.text, jieba_tokenizer) | {"after_call": after_call}
+        counts |= _text_scores(reference.text, prediction.text, jieba) | {"after_call": after_call}
     return StepScore(**common, **counts)
 
 
@@ -397,10 +400,8 @@ def _call_errors(
     return [kind for kind, applies in present.items() if applies]
 
 
-def _text_scores(reference: str, prediction: str, jieba_tokenizer: Tokenizer | None) -> dict[str, Any]:
-    scores: dict[str, Any] = {}
-    tokenizers: dict[str, Tokenizer | None] = {"rouge_l": _CJK_TOKENIZER, "rouge_l_jieba": jieba_tokenizer}
-    for name, tokenizer in tokenizers.items():
-        if tokenizer and (f1 := rouge_l(reference, prediction, tokenizer)) is not None:
-            scores[name] = f1
-    return scores
+def _text_scores(reference: str, prediction: str, jieba: Tokenize | None) -> dict[str, Any]:
+    tokenizers = {"rouge_l": cjk_tokens, "rouge_l_jieba": jieba}
+    return {
+        name: rouge_l(reference, prediction, tokenize) for name, tokenize in tokenizers.items() if tokenize is not None
+    }

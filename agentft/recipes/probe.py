@@ -29,7 +29,7 @@ from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
-from agentft.evaluation.ragged_decoding import KVCache, Row, RowModel
+from agentft.evaluation.ragged_decoding import KVCache, RaggedModel, RaggedSequence
 from agentft.model.cpu.attention import attention_of
 from agentft.model.labelled_loss import LabelledLoss, causal_model, last_states, output_head, packed_arguments
 from agentft.model.load import take_attention
@@ -242,26 +242,29 @@ class _Probe:
 
     def _try_rows(self) -> None:
         (first, second), cut = self.stock.examples, LENGTHS[0] - NEW
-        rows = RowModel(self.model)
-        histories = [rows.history(LENGTHS[0]) for _ in range(3)]
+        ragged = RaggedModel(self.model)
+        caches = [ragged.kv_cache(LENGTHS[0]) for _ in range(3)]
 
-        def begin(other: Sequence[int], history: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        def begin(other: Sequence[int], cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
             # What carries over a border carries forward, so that the first text lies behind the other.
-            asked = [Row(history, 0, other, range(LENGTHS[1])), Row(histories[0], 0, begun, range(cut))]
-            logits_NV = rows.logits(asked).float()
+            asked = [
+                RaggedSequence(cache, 0, other, range(LENGTHS[1])),
+                RaggedSequence(caches[0], 0, begun, range(cut)),
+            ]
+            logits_NV = ragged.logits(asked).float()
             return logits_NV[: LENGTHS[1]], logits_NV[LENGTHS[1] :]
 
         begun = first.input_ids[:cut].tolist()
-        with rows.attached():
-            _, moved = begin(self.stock.changed[1].input_ids.tolist(), histories[2])
-            other, own = begin(second.input_ids.tolist(), histories[1])
+        with ragged.attached():
+            _, moved = begin(self.stock.changed[1].input_ids.tolist(), caches[2])
+            other, own = begin(second.input_ids.tolist(), caches[1])
             self._unmoved("an answer beside it moves logits", own, moved)
-            more = rows.logits([Row(histories[0], cut, first.input_ids[cut:].tolist(), range(NEW))]).float()
+            more = ragged.logits([RaggedSequence(caches[0], cut, first.input_ids[cut:].tolist(), range(NEW))]).float()
             self._near(torch.cat([own, more]), 0)
             self._near(other, 1)
             if self.stock.generated:
                 ids = [begun[-1], *self.stock.generated[:-1]]
-                said = rows.logits([Row(histories[0], cut - 1, ids, range(len(ids)))]).float()
+                said = ragged.logits([RaggedSequence(caches[0], cut - 1, ids, range(len(ids)))]).float()
                 taken = said.gather(1, torch.tensor(self.stock.generated, device=said.device)[:, None])[:, 0]
                 if not bool((said.max(-1).values - taken <= self._tolerance * said.std(-1)).all()):
                     raise _DiffersError("another answer than transformers' generate")

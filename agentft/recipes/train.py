@@ -21,11 +21,9 @@ from agentft.data.batches import StepPlan
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.distributed.engines import loads_on_cpu
-from agentft.distributed.spread import lead
 from agentft.distributed.stops import as_stop
 from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.evaluation.predictions import Generator
 from agentft.model.adapters import count_parameters
 from agentft.model.load import choose_compute, load_chat_tokenizer
 from agentft.recipes.components import TrainingComponents, load_components, run_fingerprint, set_up_engine
@@ -33,12 +31,12 @@ from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.evaluation_run import (
     EvalModel,
     EvalResult,
-    exam_steps,
-    own_candidate,
-    own_share,
-    require_own_exam,
+    heldout_steps,
+    on_all_ranks,
+    own_model,
+    print_report,
+    require_own_model,
     run_evaluation,
-    write_exam,
 )
 from agentft.recipes.export import write_final
 from agentft.recipes.memory_check import Load, MemoryPlan, plan_memory, sharding
@@ -51,7 +49,6 @@ from agentft.recipes.ranks import (
     run_on_ranks,
     threads_of_rank,
 )
-from agentft.recipes.report import show_exams
 from agentft.recipes.resume import changed_settings
 from agentft.recipes.saved import config_from_yaml, config_to_yaml
 from agentft.recipes.validation import Validator
@@ -167,7 +164,7 @@ def _require_ranks(config: TrainConfig, ranks: int) -> None:
 
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
-    require_own_exam(config.evaluation)
+    require_own_model(config.evaluation)
     with world.heartbeat("preparing data and model"):
         memory, bench = load_for_training(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
@@ -251,7 +248,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         tracker.summary(summary)
         tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
         tracker.artifact(f"data-{run.path.name}", "dataset", run.data_manifest.parent)
-        show_exams([before, after], run, examples=config.evaluation.examples)
+        print_report([before, after], run, examples=config.evaluation.examples)
         log.info("time: %s", describe_seconds(outcome.seconds))
         log.info("run folder: %s", run.path)
     return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
@@ -294,22 +291,18 @@ def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, Tr
 def _examine(
     name: str, config: EvaluationConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
 ) -> EvalResult | None:
-    """Sit an exam with the models of all ranks; rank 0 gets it."""
-    steps = exam_steps(bench.data, bench.template, config.conversations)
+    """Evaluate the model as it is now with all ranks; rank 0 gets the result."""
+    steps = heldout_steps(bench.data, bench.template, config.conversations)
+
+    def work(model: EvalModel) -> EvalResult:
+        # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
+        return run_evaluation(name, model, steps, config, run=run, seen_tools=bench.data.train_tools, reuse=True)
+
     with engine.unsharded():
-        candidate = own_candidate(bench, config)
-
-        def sit(answerer: Generator) -> EvalResult:
-            # Known by its weights: on resume, what was measured before training is read and never taken from trained
-            # weights.
-            asked = EvalModel(answerer, candidate.identity)
-            return run_evaluation(name, asked, steps, config, run=run, seen_tools=bench.data.train_tools, reuse=True)
-
-        with own_share(name, candidate, run, engine.world) as own:
-            exam = lead(engine.world, own, sit)
-    if exam is not None:
-        tracker.log_predictions(name, write_exam(exam, run, bench.data))
-    return exam
+        result = on_all_ranks(name, own_model(bench, config), run, engine.world, work)
+    if result is not None:
+        tracker.log_predictions(name, result.rows)
+    return result
 
 
 def _fit(

@@ -1,4 +1,4 @@
-"""Validate during training: held-out loss by kind, answers where they decide, and when to stop early."""
+"""Validate during training: held-out loss by kind, metrics of completions where they decide, and early stopping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agentft.evaluation.definitions import METRICS, PAPER_NAMES, conversation_su
 from agentft.evaluation.likelihood import Likelihood
 from agentft.evaluation.metrics import score_records
 from agentft.evaluation.scoring import StepScore
-from agentft.recipes.evaluation_run import answer_all, exam_steps, own_model
+from agentft.recipes.evaluation_run import WithProgressBar, heldout_steps, own_generator
 from agentft.runs import RunFolder
 from agentft.tracking import read_metrics
 from agentft.training.engine import Engine
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Validator:
-    """Measures at every `evaluation.eval_steps`, and remembers what decides."""
+    """Measures at every `evaluation.eval_steps`, and keeps what decides on the best checkpoint."""
 
     def __init__(
         self, config: EvaluationConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, *, total_steps: int
@@ -36,34 +36,32 @@ class Validator:
         self._engine = engine
         count = config.conversations
         self._examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
-        self._steps = exam_steps(bench.data, bench.template, config.generates_during_training or 1)
+        self._steps = heldout_steps(bench.data, bench.template, config.generates_during_training or 1)
         self._ranks: list[list[float]] = []
         """Of the evaluations so far; an empty one is below every other."""
 
     def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return what was measured, by name; the same on every rank."""
+        """Return the values by name; the same on every rank."""
         with self._engine.unsharded():
             values = self._measure().losses()
             words = f"held-out loss {values['loss']:.4f}"
             if self._config.generates_during_training:
-                values |= self._answer()
+                values |= self._generate()
                 value = values.get(self._config.best_metric)
                 words += f", {self._config.best_metric} {'undefined (0/0)' if value is None else f'{value:.4f}'}"
         log.info("step %d of %d: %s", step, self._total_steps, words)
         self._ranks.append(self._config.rank(values) or [])
         if self.is_exhausted():
-            log.info(
-                "no better %s in %d evaluations: training ends early", self._config.best_metric, self._config.patience
-            )
+            log.info("early stopping: no better %s in %d evaluations", self._config.best_metric, self._config.patience)
         return values
 
     def loss(self) -> float:
-        """Return the held-out loss as it is now, and remember nothing of it."""
+        """Return the held-out loss as it is now; it does not count for `evaluation.patience`."""
         with self._engine.unsharded():
             return self._measure().loss
 
     def resume(self, step: int) -> None:
-        """Take up what was measured until `step`, which the loop goes on from."""
+        """Read what was measured until `step`, from which the loop continues."""
         rows = [row for row in read_metrics(self._run.metrics_file) if row["step"] <= step and "eval/loss" in row]
         measured = [{name.removeprefix("eval/"): row[name] for name in row if row[name] is not None} for row in rows]
         self._ranks = [(self._config.rank(each) or []) if "loss" in each else [] for each in measured]
@@ -82,13 +80,15 @@ class Validator:
             engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock
         )
 
-    def _answer(self) -> dict[str, float]:
-        bench, world = self._bench, self._engine.world
-        own = own_model(bench, self._config)
-        answers = lead(world, own, lambda answerer: answer_all("during training", answerer, self._steps))
+    def _generate(self) -> dict[str, float]:
+        world = self._engine.world
+        own = own_generator(self._bench, self._config)
+        completions = lead(
+            world, own, lambda together: WithProgressBar("during training", together).generate(self._steps)
+        )
         found = None
-        if answers is not None:
-            found = metric_values(score_records(answer.step.record(answer.text) for answer in answers))
+        if completions is not None:
+            found = metric_values(score_records(each.step.record(each.text) for each in completions))
         return world.broadcast(found) or {}
 
 

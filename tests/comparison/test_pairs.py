@@ -79,7 +79,7 @@ def test_another_exam_is_refused(tmp_path, capsys):
     for path, words in ((fewer, "only in A"), (other, "reference(s) differ"), (rollout, "replay")):
         assert main([str(a), str(path)]) == 1
         error = capsys.readouterr().err
-        assert "not the same exam" in error
+        assert "not the same evaluation" in error
         assert words in error
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{", encoding="utf-8")

@@ -19,7 +19,7 @@ from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
 from agentft.data.truncation import TruncationKind, fit_conversations
-from agentft.evaluation.steps import all_steps, shown_steps, step_places
+from agentft.evaluation.steps import all_steps
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "first guess"}'}}
 AGAIN = {"id": "2", "type": "function", "function": {"name": "look", "arguments": '{"q": "second guess"}'}}
@@ -132,13 +132,7 @@ def test_such_a_step_is_history_in_the_exam(layout, encoder):
     assert [step.index for step in steps] == [0, 1, 2]
     assert "first guess" in steps[0].reference
     assert [step.reference for step in steps[1:]] == ["It was found.", "You are welcome."]
-    places = step_places(conversation)
-    assert [place.message(conversation).content for place in places] == [
-        "Let me guess.",
-        "It was found.",
-        "You are welcome.",
-    ]
-    assert shown_steps([conversation], [example]) == {}
+    assert [step.message.content for step in steps] == ["Let me guess.", "It was found.", "You are welcome."]
 
 
 def test_the_mask_audit_follows_it(template, encoder, byte_tokenizer):

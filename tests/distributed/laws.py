@@ -176,10 +176,10 @@ def examine(found: Case, world: World) -> dict[str, Any]:
         model = found.engine.model.eval()
         likelihood = spread_likelihood(world, model, found.job.examples, batch=2, pad_id=0)
         stop = tokenizer.eos_token_id
-        generator = GreedyGenerator(model, tokenizer, stop_ids=[stop], slots=2, max_new_tokens=3)
+        generator = GreedyGenerator(model, tokenizer, stop_ids=[stop], batch=2, max_new_tokens=3)
         template = MsagentTemplate(tokenizer.eos_token)
         steps = all_steps(conversations(), found.job.examples, template)[:7]
-        answers = lead(world, generator, lambda together: together.answer(steps))
+        answers = lead(world, generator, lambda together: together.generate(steps))
         model.train()
     return {
         "nats": likelihood.nats_GK.sum(1).tolist(),
@@ -199,21 +199,21 @@ def break_exams(found: Case, world: World) -> list[str]:
     heard = []
 
     class Failing:
-        def answer(self, steps: Any, on_answer: Any = None) -> list[Any]:
+        def generate(self, steps: Any, on_completion: Any = None) -> list[Any]:
             if world.rank == 1:
                 raise ValueError("rank 1 cannot answer")
-            return generator.answer(steps, on_answer)
+            return generator.generate(steps, on_completion)
 
     def fail_between(together: Any) -> None:
-        together.answer(steps)
+        together.generate(steps)
         raise KeyError("rank 0 cannot score")
 
-    for answerer, work in (("failing", lambda together: together.answer(steps)), ("own", fail_between)):
+    for answerer, work in (("failing", lambda together: together.generate(steps)), ("own", fail_between)):
         try:
             with found.engine.unsharded():
                 stop = tokenizer.eos_token_id
                 generator = GreedyGenerator(
-                    found.engine.model.eval(), tokenizer, stop_ids=[stop], slots=2, max_new_tokens=2
+                    found.engine.model.eval(), tokenizer, stop_ids=[stop], batch=2, max_new_tokens=2
                 )
                 lead(world, Failing() if answerer == "failing" else generator, work)
         except (RankError, ValueError, KeyError) as error:

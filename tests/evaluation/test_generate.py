@@ -1,4 +1,4 @@
-"""Answers from shared prefixes and slots equal answers from plain greedy generation."""
+"""Answers from shared prefixes and batch equal answers from plain greedy generation."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def model(byte_tokenizer):
     return LlamaForCausalLM(config).eval()
 
 
-def _answers(model, byte_tokenizer, steps, slots, new=12, speculation=16):
+def _answers(model, byte_tokenizer, steps, batch, new=12, speculation=16):
     stop = byte_tokenizer.eos_token_id
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_ids=[stop], slots=slots, max_new_tokens=new, speculation=speculation
+        model, byte_tokenizer, stop_ids=[stop], batch=batch, max_new_tokens=new, speculation=speculation
     )
-    return generator.answer(steps)
+    return generator.generate(steps)
 
 
 def _assert_plain(model, byte_tokenizer, steps, answers, new):
@@ -62,7 +62,7 @@ def _assert_plain(model, byte_tokenizer, steps, answers, new):
 
 @pytest.mark.parametrize("speculation", [0, 16])
 def test_each_answer_equals_plain_greedy_generation(model, byte_tokenizer, steps, speculation):
-    answers = _answers(model, byte_tokenizer, steps, slots=4, speculation=speculation)
+    answers = _answers(model, byte_tokenizer, steps, batch=4, speculation=speculation)
     assert len(steps) > 15
     _assert_plain(model, byte_tokenizer, steps, answers, 12)
 
@@ -88,15 +88,15 @@ def test_other_families_are_answered_as_by_plain_generation(family, byte_tokeniz
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     few = steps[:6]
-    _assert_plain(model, byte_tokenizer, few, _answers(model, byte_tokenizer, few, slots=3, new=24), 24)
+    _assert_plain(model, byte_tokenizer, few, _answers(model, byte_tokenizer, few, batch=3, new=24), 24)
 
 
 def test_answers_depend_neither_on_the_number_of_slots_nor_on_guesses(model, byte_tokenizer, steps):
     """Batch 1 equals batch 8 token for token in fp32, with guesses and without."""
     ways = [(1, 0), (8, 0), (1, 16), (8, 16), (8, 3)]
     first, *others = (
-        [answer.text for answer in _answers(model, byte_tokenizer, steps, slots, new=40, speculation=speculation)]
-        for slots, speculation in ways
+        [answer.text for answer in _answers(model, byte_tokenizer, steps, batch, new=40, speculation=speculation)]
+        for batch, speculation in ways
     )
     for way, texts in zip(ways[1:], others, strict=True):
         assert texts == first, way
@@ -107,20 +107,20 @@ def test_guesses_are_checked_and_save_passes(model, byte_tokenizer, steps):
     for speculation in (0, 16):
         stop = byte_tokenizer.eos_token_id
         generator = GreedyGenerator(
-            model, byte_tokenizer, stop_ids=[stop], slots=4, max_new_tokens=40, speculation=speculation
+            model, byte_tokenizer, stop_ids=[stop], batch=4, max_new_tokens=40, speculation=speculation
         )
-        generator.answer(steps)
+        generator.generate(steps)
         work[speculation] = generator.counts
-    assert work[0]["guessed"] == 0
-    assert 0 < work[16]["right"] < work[16]["guessed"], "some guesses are wrong, and it does not matter"
+    assert work[0]["drafted"] == 0
+    assert 0 < work[16]["accepted"] < work[16]["drafted"], "some guesses are wrong, and it does not matter"
     assert work[16]["passes"] < work[0]["passes"]
 
 
 def test_what_a_conversation_shares_is_computed_once(model, byte_tokenizer, steps):
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=2, max_new_tokens=1
+        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], batch=2, max_new_tokens=1
     )
-    generator.answer(steps)
+    generator.generate(steps)
     contexts = {}
     for step in steps:
         contexts[step.conversation.id] = max(contexts.get(step.conversation.id, 0), step.start)
@@ -158,18 +158,18 @@ def test_a_model_with_attention_of_its_own_is_refused_and_no_model_is_left_chang
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 5))
 
     with pytest.raises(EvaluationError, match=r"attention in a way of its own in 2 of 2 layers.*engine=openai"):
-        _answers(Foreign(), byte_tokenizer, steps[:1], slots=1)
+        _answers(Foreign(), byte_tokenizer, steps[:1], batch=1)
     assert model.config._attn_implementation == before
-    _answers(model, byte_tokenizer, steps[:1], slots=1)
+    _answers(model, byte_tokenizer, steps[:1], batch=1)
     assert model.config._attn_implementation == before
 
 
 def test_answers_come_in_the_order_of_the_steps_and_each_is_reported_once(model, byte_tokenizer, steps):
     heard = []
     generator = GreedyGenerator(
-        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], slots=3, max_new_tokens=4
+        model, byte_tokenizer, stop_ids=[byte_tokenizer.eos_token_id], batch=3, max_new_tokens=4
     )
-    answers = generator.answer(steps, heard.append)
+    answers = generator.generate(steps, heard.append)
     assert [a.step for a in answers] == list(steps)
     assert sorted(id(a) for a in heard) == sorted(id(a) for a in answers)
 
@@ -228,9 +228,9 @@ def test_an_invented_tool_result_ends_the_answer(model, byte_tokenizer, steps):
     ids = byte_tokenizer(text).input_ids
     assert len(set(ids)) < len(ids)
     letters = byte_tokenizer("qz").input_ids
-    answers = _answers(_Scripted(model, letters), byte_tokenizer, steps[:2], slots=2, new=5)
+    answers = _answers(_Scripted(model, letters), byte_tokenizer, steps[:2], batch=2, new=5)
     assert {a.finish for a in answers} == {"length"}
     assert {a.text for a in answers} == {"qzzzz"}
     stop = byte_tokenizer.eos_token_id
-    answers = _answers(_Scripted(model, [*letters, stop]), byte_tokenizer, steps[:2], slots=2, new=5)
+    answers = _answers(_Scripted(model, [*letters, stop]), byte_tokenizer, steps[:2], batch=2, new=5)
     assert {(a.finish, a.text) for a in answers} == {("stop", "qz")}

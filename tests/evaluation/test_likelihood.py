@@ -84,7 +84,7 @@ def test_random_streams_are_left_alone(model, examples):
 
 
 def test_the_report_gives_perplexities_with_intervals_by_conversation(model, examples):
-    report = measure_likelihood(model, examples, batch=4, pad_id=0).to_json(draws=200, seed=1)
+    report = measure_likelihood(model, examples, batch=4, pad_id=0).to_json(bootstrap_samples=200, seed=1)
     loss, perplexity = report["metrics"]["loss_call"], report["metrics"]["perplexity_call"]
     assert perplexity["value"] == pytest.approx(math.exp(loss["value"]))
     assert loss["low"] < loss["value"] < loss["high"]
@@ -97,7 +97,7 @@ def test_a_kind_that_does_not_occur_is_null_and_nothing_at_all_is_refused(model,
     only_stops = Example("x", examples[0].input_ids, spans)
     found = measure_likelihood(model, [only_stops], batch=1, pad_id=0)
     assert "loss_call" not in found.losses()
-    assert found.to_json(draws=20, seed=0)["metrics"]["perplexity_call"]["value"] is None
+    assert found.to_json(bootstrap_samples=20, seed=0)["metrics"]["perplexity_call"]["value"] is None
     with pytest.raises(DataError, match="no labelled token"):
         measure_likelihood(model, [Example("x", examples[0].input_ids, ())], batch=1, pad_id=0)
 
@@ -105,7 +105,9 @@ def test_a_kind_that_does_not_occur_is_null_and_nothing_at_all_is_refused(model,
 def test_pieces_of_one_conversation_are_drawn_together(model, examples):
     found = measure_likelihood(model, examples, batch=4, pad_id=0)
     piece_of = {example.id: f"whole {at // 2}" for at, example in enumerate(examples)}
-    apart, joined = (found.to_json(draws=100, seed=1, piece_of=of)["metrics"]["loss"] for of in (None, piece_of))
+    apart, joined = (
+        found.to_json(bootstrap_samples=100, seed=1, piece_of=of)["metrics"]["loss"] for of in (None, piece_of)
+    )
     assert (joined["value"], joined["numerator"]) == pytest.approx((apart["value"], apart["numerator"]))
     assert apart["conversations"] == len(examples)
     assert joined["conversations"] == math.ceil(len(examples) / 2)

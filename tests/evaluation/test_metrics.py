@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from agentft.data.calls import ToolCall
 from agentft.errors import EvaluationError
 from agentft.evaluation.matching import align_calls, compare_calls, leniently_equal, strictly_equal
-from agentft.evaluation.metrics import (
-    EvaluationReport,
-    OfferedTool,
-    StepRecord,
-    StepScore,
-    aggregate,
-    read_offered_tool,
-    score_records,
-    score_step,
-)
+from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
+from agentft.evaluation.scoring import OfferedTool, StepRecord, StepScore, read_offered_tool, score_step
 
 
 def body(name: str, parameters: dict[str, Any] | None = None, **extras: Any) -> dict[str, Any]:
@@ -44,7 +36,7 @@ def report(*steps: tuple[str, str], **options: Any) -> EvaluationReport:
         StepRecord(conversation_id=f"c{number}", step=0, reference=reference, prediction=prediction, **options)
         for number, (reference, prediction) in enumerate(steps)
     ]
-    return aggregate(score_records(records), draws=50)
+    return aggregate(score_records(records), bootstrap_samples=50)
 
 
 def fraction(found: EvaluationReport, name: str) -> tuple[float, float]:
@@ -146,7 +138,7 @@ def test_conv_em_is_per_conversation_and_spares_answer_steps() -> None:
         for name, pairs in steps.items()
         for number, (reference, prediction) in enumerate(pairs)
     ]
-    assert fraction(aggregate(score_records(records), draws=10), "conv_em") == (1, 2)
+    assert fraction(aggregate(score_records(records), bootstrap_samples=10), "conv_em") == (1, 2)
 
 
 def test_hallucinated_tools_are_neither_offered_nor_in_the_reference() -> None:
@@ -181,7 +173,7 @@ def test_offered_tools_hold_for_the_whole_conversation() -> None:
         conversation_id="c", step=0, reference=call("a"), prediction=call("a"), offered=(OfferedTool("a"),)
     )
     later = StepRecord(conversation_id="c", step=1, reference=call("b"), prediction=call("a"))
-    found = aggregate(score_records([later, first]), draws=10)
+    found = aggregate(score_records([later, first]), bootstrap_samples=10)
     assert fraction(found, "hallucinated_tool_rate") == (0, 2)
 
 
@@ -224,13 +216,13 @@ def test_rouge_is_split_by_what_the_answer_follows() -> None:
         StepRecord(conversation_id="c", step=number, reference=reference, prediction=prediction)
         for number, (reference, prediction) in enumerate(steps)
     ]
-    found = aggregate(score_records(records), draws=10)
+    found = aggregate(score_records(records), bootstrap_samples=10)
     assert fraction(found, "rouge_l") == (1, 2)
     assert fraction(found, "rouge_l_after_call") == (1, 1)
     assert fraction(found, "rouge_l_no_call") == (0, 1)
     assert found.counts["rouge_skipped"] == 2
     alone = StepRecord(conversation_id="d", step=4, reference="晴", prediction="晴", after_call=True)
-    assert fraction(aggregate(score_records([alone]), draws=10), "rouge_l_after_call") == (1, 1)
+    assert fraction(aggregate(score_records([alone]), bootstrap_samples=10), "rouge_l_after_call") == (1, 1)
 
 
 def test_nothing_to_count_is_null_and_never_zero() -> None:
@@ -480,8 +472,8 @@ def test_unreadable_reference_is_quarantined_not_scored_as_text() -> None:
     ]
     scores = score_records(records)
     with pytest.raises(EvaluationError, match=r"'c' step 0 \(not_json"):
-        aggregate(scores, draws=10)
-    found = aggregate(scores, draws=10, allow_bad_references=True)
+        aggregate(scores, bootstrap_samples=10)
+    found = aggregate(scores, bootstrap_samples=10, allow_bad_references=True)
     assert [(name, step) for name, step, _ in found.quarantined] == [("c", 0)]
     assert found.counts["quarantined_references"] == 1
     assert fraction(found, "plan_acc") == (1, 1)
@@ -540,7 +532,9 @@ def records_of(exam: list[tuple[str, str, str]]) -> list[StepRecord]:
 def test_report_does_not_depend_on_order(exam: list[tuple[str, str, str]], rng: random.Random) -> None:
     records = records_of(exam)
     shuffled = rng.sample(records, len(records))
-    found, again = (aggregate(score_records(some), draws=40, allow_bad_references=True) for some in (records, shuffled))
+    found, again = (
+        aggregate(score_records(some), bootstrap_samples=40, allow_bad_references=True) for some in (records, shuffled)
+    )
     assert found.to_json() == again.to_json()
 
 
@@ -548,7 +542,7 @@ def test_report_does_not_depend_on_order(exam: list[tuple[str, str, str]], rng: 
 @given(EXAMS)
 def test_perfect_predictions_score_one_wherever_defined(exam: list[tuple[str, str, str]]) -> None:
     records = records_of([(name, reference, reference) for name, reference, _ in exam])
-    metrics = aggregate(score_records(records), draws=40).metrics
+    metrics = aggregate(score_records(records), bootstrap_samples=40).metrics
     for name, metric in metrics.items():
         if not name.startswith(("legacy", "hallucinated")):
             assert (metric.value, metric.low, metric.high) in ((1.0, 1.0, 1.0), (None, None, None)), name
@@ -558,7 +552,7 @@ def test_perfect_predictions_score_one_wherever_defined(exam: list[tuple[str, st
 @settings(max_examples=60, deadline=None)
 @given(EXAMS)
 def test_values_are_shares_and_never_nan(exam: list[tuple[str, str, str]]) -> None:
-    found = aggregate(score_records(records_of(exam)), draws=40)
+    found = aggregate(score_records(records_of(exam)), bootstrap_samples=40)
     json.dumps(found.to_json(), allow_nan=False)
     for metric in found.metrics.values():
         assert (metric.value is None) == (metric.denominator == 0 or metric.low is None)
@@ -588,7 +582,7 @@ def test_breakdowns_by_language_rounds_and_seen_tool() -> None:
         StepRecord(conversation_id="en", step=0, reference=call("a"), prediction=call("a"), rounds=7, seen_tool=False),
         StepRecord(conversation_id="xx", step=0, reference=call("a"), prediction="", language="de"),
     ]
-    breakdowns = aggregate(score_records(records), draws=10).breakdowns
+    breakdowns = aggregate(score_records(records), bootstrap_samples=10).breakdowns
     assert {kind: list(groups) for kind, groups in breakdowns.items()} == {
         "language": ["de", "en", "zh"], "rounds": ["1", "4+"], "seen_tool": ["seen", "unseen"],
     }  # fmt: skip

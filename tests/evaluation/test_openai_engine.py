@@ -14,10 +14,10 @@ from agentft.data.template_choice import exported_template
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.openai import Endpoint, OpenAIEngine, answer_text, chat_step, endpoint_of
+from agentft.evaluation.openai import Endpoint, OpenAIGenerator, chat_step, endpoint_of, reply_text
 from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.scoring import score_step
-from agentft.evaluation.steps import all_steps, conversation_steps, shown_steps
+from agentft.evaluation.steps import all_steps, conversation_steps
 from agentft.settings import affects
 from tests.evaluation.loopback_chat import LoopbackChat
 
@@ -37,7 +37,7 @@ def step_of(steps, name, index):
 def engine(chat, pauses=None, **settings):
     pauses = [] if pauses is None else pauses
     endpoint = Endpoint(url=chat.url, model="m", max_new_tokens=50, **{"timeout": 5.0, **settings})
-    return OpenAIEngine(endpoint, pause=pauses.append)
+    return OpenAIGenerator(endpoint, pause=pauses.append)
 
 
 def tool_call(name, arguments):
@@ -71,7 +71,7 @@ def test_a_perfect_endpoint_scores_1_everywhere_whatever_the_order_of_its_replie
 
     heard = []
     with LoopbackChat(reply) as chat:
-        answers = engine(chat, at_once=4).answer(readable, heard.append)
+        answers = engine(chat, at_once=4).generate(readable, heard.append)
         assert 1 < chat.most_at_once <= 4
     assert [answer.step for answer in answers] == readable
     assert sorted(map(id, heard)) == sorted(map(id, answers))
@@ -96,7 +96,7 @@ def test_as_recorded_the_layout_s_own_chat_template_writes_what_training_showed(
 def test_a_request_without_tools_leaves_the_step_as_it_is_recorded(steps):
     step = step_of(steps, "one_call", 1)
     with LoopbackChat(lambda body, _: {"content": "14:20"}) as chat:
-        engine(chat, fields={"tools": None}).answer([step])
+        engine(chat, fields={"tools": None}).generate([step])
     (body,) = chat.requests
     assert "tools" not in body
     assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "tool"]
@@ -136,7 +136,7 @@ def test_tools_are_declared_as_schemas_under_names_that_endpoints_take(steps):
         "properties": {"line": {"description": "line", "type": "integer"}},
         "required": ["line"],
     }
-    text = answer_text({"tool_calls": [tool_call("ferry_times", '{"line": 7}')]}, sent.names)
+    text = reply_text({"tool_calls": [tool_call("ferry_times", '{"line": 7}')]}, sent.names)
     assert text == call("ferry.times", line=7)
 
 
@@ -156,14 +156,12 @@ def test_rounds_that_are_only_shown_stand_before_the_first_step(golden_conversat
     conversation = golden_conversations["several_rounds"]
     (whole,) = tokenize([conversation], template, encoder)
     (piece,) = tokenize([conversation], template, encoder, context_rounds=1)
-    shown = shown_steps([conversation], [piece])
     every = conversation_steps(conversation, whole, template)
     asked = conversation_steps(conversation, piece, template)
-    assert shown == {conversation.id: len(every) - len(asked)}
-    assert shown_steps([conversation], [whole]) == {}
-    for step, same in zip(asked, every[shown[conversation.id] :], strict=True):
+    assert 0 < len(asked) < len(every)
+    for step, same in zip(asked, every[-len(asked) :], strict=True):
         assert step.reference == same.reference
-        assert chat_step(step, shown[conversation.id]).messages == chat_step(same).messages
+        assert chat_step(step).messages == chat_step(same).messages
 
 
 def test_types_that_json_schema_does_not_know_are_not_sent(template, encoder):
@@ -217,13 +215,13 @@ def test_a_list_of_tools_that_cannot_be_read_is_sent_as_it_stands_with_marks(tem
     ],
 )  # fmt: skip
 def test_replies_become_one_text(message, text):
-    assert answer_text(message, {}) == text
+    assert reply_text(message, {}) == text
     assert parse_reply(text).malformed == 0
 
 
 @pytest.mark.parametrize("arguments", ['{"x": ', "[1]", "7", '{"x": NaN}', '{}, "api_name": "b"'])
 def test_arguments_that_are_no_object_are_a_malformed_call(arguments):
-    reply = parse_reply(answer_text({"tool_calls": [tool_call("a", arguments)]}, {}))
+    reply = parse_reply(reply_text({"tool_calls": [tool_call("a", arguments)]}, {}))
     assert reply.malformed == 1
     assert reply.requests == ()
 
@@ -232,14 +230,14 @@ def test_trouble_is_waited_out_and_the_endpoint_is_obeyed(steps):
     script = [429, 503, (429, {"Retry-After": "3"}), "no json", "[]", {"content": "well"}]
     pauses: list[float] = []
     with LoopbackChat(lambda _, number: script[number]) as chat:
-        (answer,) = engine(chat, pauses).answer(steps[:1])
+        (answer,) = engine(chat, pauses).generate(steps[:1])
     assert answer.text == "well"
     assert pauses == [1, 2, 3, 8, 16]
 
 
 def test_silence_is_ended_by_the_timeout(steps):
     with LoopbackChat(lambda _, number: {"content": "well"} if number else 5.0) as chat:
-        (answer,) = engine(chat, timeout=0.3).answer(steps[:1])
+        (answer,) = engine(chat, timeout=0.3).generate(steps[:1])
     assert answer.text == "well"
 
 
@@ -251,7 +249,7 @@ def test_after_the_last_attempt_it_ends_in_words_and_what_was_answered_has_been_
         return {"content": "well"} if json.dumps(body["messages"]) in good else 500
 
     with LoopbackChat(reply) as chat, pytest.raises(EvaluationError, match="attempt 3 of 3 failed: HTTP 500") as caught:
-        engine(chat, retries=2, at_once=1).answer(steps[:5], heard.append)
+        engine(chat, retries=2, at_once=1).generate(steps[:5], heard.append)
     assert [answer.step for answer in heard] == steps[:3]
     assert "scripted 500" in str(caught.value)
 
@@ -259,13 +257,13 @@ def test_after_the_last_attempt_it_ends_in_words_and_what_was_answered_has_been_
 def test_a_refusal_is_not_tried_again_and_the_key_is_never_said(steps):
     with LoopbackChat(lambda _, __: 401) as chat:
         with pytest.raises(EvaluationError, match="HTTP 401") as caught:
-            engine(chat, key=KEY).answer(steps[:1])
+            engine(chat, key=KEY).generate(steps[:1])
         assert len(chat.requests) == 1
         assert chat.headers[0]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value)
     with LoopbackChat(lambda _, __: json.dumps({"you sent": KEY})) as chat:
         with pytest.raises(EvaluationError, match="no choices") as caught:
-            engine(chat, key=KEY, retries=0).answer(steps[:1])
+            engine(chat, key=KEY, retries=0).generate(steps[:1])
         assert KEY not in str(caught.value)
         assert KEY not in repr(Endpoint(url=chat.url, model="m", max_new_tokens=1, key=KEY))
 
@@ -276,7 +274,7 @@ def test_redirects_are_not_followed(steps):
             LoopbackChat(lambda _, __: (302, {"Location": f"{other.url}/chat/completions"})) as chat,
             pytest.raises(EvaluationError, match="HTTP 302"),
         ):
-            engine(chat, key=KEY).answer(steps[:1])
+            engine(chat, key=KEY).generate(steps[:1])
         assert other.requests == []
 
 
@@ -291,7 +289,7 @@ def test_requests_are_greedy_bounded_and_can_be_changed(steps, monkeypatch):
             request='{"max_tokens": null, "max_completion_tokens": 9, "seed": 1}',
         )
         endpoint = endpoint_of(config)
-        (answer,) = OpenAIEngine(endpoint).answer(steps[:1])
+        (answer,) = OpenAIGenerator(endpoint).generate(steps[:1])
     (body,) = chat.requests
     assert (body["model"], body["temperature"], body["max_completion_tokens"], body["seed"]) == ("m", 0, 9, 1)
     assert "max_tokens" not in body

@@ -18,7 +18,7 @@ from agentft.data.response import Said, choose_response, differs, our_templates,
 from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
 from agentft.data.tokens import SegmentEncoder, tokenize
-from agentft.evaluation.generate import read_answer
+from agentft.evaluation.generate import read_completion
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.parse import msagent_text, reply_of
 from agentft.evaluation.scoring import score_step
@@ -74,7 +74,7 @@ def made_steps(layout: ChatLayout, name: str, talk: Conversation) -> Iterator[tu
             ids = example.input_ids
             for (start, stop), number in zip(example.steps(), numbers, strict=True):
                 message = talk.messages[talk.steps[number]]
-                yield Step(talk, number, ids, start, stop, "", message, ReplyReader(layout)), message
+                yield Step(talk, number, talk.steps[number], ids, start, stop, "", ReplyReader(layout)), message
 
 
 def read(step: Step) -> Said:
@@ -313,11 +313,16 @@ def test_the_rate_of_wellformed_thoughts_counts_those_that_lack():
     layout = layout_of("qwen3", "merging")
     steps = [step for step, _ in made_steps(layout, "qwen3", conversation("reasoning"))]
     answers = ["<think>\nHm.\n</think>\n\nYes.", "<think>\nHm.", "Yes.", "<think>\nHm.\n</think>\n\nNo.", "Hm.</think>"]
-    report = aggregate([score_step(step.record(said)) for step, said in zip(steps, answers, strict=True)], draws=10)
+    report = aggregate(
+        [score_step(step.record(said)) for step, said in zip(steps, answers, strict=True)], bootstrap_samples=10
+    )
     rate = report.metrics["thought_wellformed_rate"]
     assert (rate.numerator, rate.denominator) == (2, 5)
     plain = [step for step, _ in made_steps(layout, "qwen3", conversation("plain"))]
-    assert "thought_wellformed_rate" not in aggregate([score_step(s.record("Yes.")) for s in plain], draws=10).metrics
+    assert (
+        "thought_wellformed_rate"
+        not in aggregate([score_step(s.record("Yes.")) for s in plain], bootstrap_samples=10).metrics
+    )
 
 
 def test_the_tokenizers_own_response_template_comes_first():
@@ -364,7 +369,7 @@ def test_a_layout_that_nothing_reads_says_so_and_its_calls_count_as_not_read(cap
     talk = conversation("plain", declared=False)
     with caplog.at_level(logging.WARNING):
         reader = ReplyReader(layout)
-        steps = [Step(talk, n, tokenizer("x", return_tensors="np").input_ids[0], 0, 1, "", talk.messages[at], reader)
+        steps = [Step(talk, n, at, tokenizer("x", return_tensors="np").input_ids[0], 0, 1, "", reader)
                  for n, at in enumerate(talk.steps)]  # fmt: skip
         scores = [score_step(step.record("CALL get_tide WITH {}<|im_end|>")) for step in steps]
     assert sum("no response template" in each.message for each in caplog.records) == 1
@@ -404,9 +409,9 @@ def test_an_answer_that_names_a_mark_goes_on_to_its_stop():
     step = replace(step, reader=ReplyReader(layout))
     ids = tokenizer("Write <|user|> first.").input_ids
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answer = read_answer(step, [*ids, stop, *ids], tokenizer, [stop])
+    answer = read_completion(step, [*ids, stop, *ids], tokenizer, [stop])
     assert (answer.text, answer.finish) == ("Write <|user|> first.", "stop")
-    assert read_answer(replace(step, reader=None), ids, tokenizer, [stop]).finish == "text_stop"
+    assert read_completion(replace(step, reader=None), ids, tokenizer, [stop]).finish == "text_stop"
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -7,12 +7,13 @@ import json
 import pytest
 
 from agentft.data.conversation import Origin
+from agentft.data.examples import make_examples
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
 from agentft.evaluation.generate import Completion
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
-from agentft.evaluation.steps import all_steps, conversation_steps, step_places
+from agentft.evaluation.steps import all_steps, conversation_steps
 
 
 class Scripted:
@@ -22,7 +23,7 @@ class Scripted:
         self.said = said or {}
         self.asked = []
 
-    def answer(self, steps, on_answer=None):
+    def generate(self, steps, on_completion=None):
         self.asked += steps
         return [
             Completion(step, self.said.get((step.conversation.id, step.index), step.reference), 1, "stop")
@@ -61,29 +62,34 @@ def replayable(golden_conversations):
 def test_a_perfect_model_sees_the_contexts_of_teacher_forcing_and_succeeds(replayable, template, encoder):
     assert len(replayable) > 5
     model = Scripted()
-    episodes = replay(replayable, template, encoder, model)
     steps = all_steps(replayable, list(tokenize(replayable, template, encoder)), template)
+    episodes = replay(steps, template, encoder, model)
     key = {(step.conversation.id, step.index): step.context_hash for step in steps}
     assert {(step.conversation.id, step.index): step.context_hash for step in model.asked} == key
     assert all(episode.diverged is None for episode in episodes)
-    report = replay_report(episodes, len(replayable), draws=50, seed=0)
+    report = replay_report(episodes, len(replayable), bootstrap_samples=50, seed=0)
     assert report["metrics"]["conv_replay_success"]["value"] == 1
     assert report["metrics"]["steps_until_divergence"]["numerator"] == len(steps) == report["counts"]["steps_asked"]
 
 
-def test_places_are_the_steps(golden_conversations, template, encoder):
+def steps_of(conversations, template, encoder):
+    """All their steps, as teacher forcing asks them."""
+    pieces = (piece for made in make_examples(conversations, template, encoder) for piece in made.pieces)
+    return [step for each in pieces for step in conversation_steps(each.conversation, each.example, template)]
+
+
+def test_a_step_knows_its_message(golden_conversations, template, encoder):
     conversations = list(golden_conversations.values())
     steps = all_steps(conversations, list(tokenize(conversations, template, encoder)), template)
     for step in steps:
-        message = step_places(step.conversation)[step.index].message(step.conversation)
-        assert message.source_text.strip() == step.reference
+        assert step.message is step.conversation.messages[step.at]
+        assert step.message.source_text.strip() == step.reference
 
 
 def test_replacing_every_step_by_itself_changes_nothing(golden_conversations, template):
     for each in golden_conversations.values():
-        places = step_places(each)
-        own = [place.message(each).source_text.strip() for place in places]
-        again = with_replies(each, places, own)
+        own = [each.messages[at].source_text.strip() for at in each.steps]
+        again = with_replies(each, each.steps, own)
         assert again.turns == each.turns
         assert template.render(again) == template.render(each)
 
@@ -95,7 +101,7 @@ def test_own_words_stay_in_the_history_and_recorded_results_follow(template, enc
         ("c", 2): "It rains, I made that up.",
     }
     model = Scripted(said)
-    (episode,) = replay([conversation()], template, encoder, model)
+    (episode,) = replay(steps_of([conversation()], template, encoder), template, encoder, model)
     assert episode.diverged is None
     assert episode.steps_until_divergence == 5
     last = model.asked[-1]
@@ -120,11 +126,11 @@ def test_own_words_stay_in_the_history_and_recorded_results_follow(template, enc
 )
 def test_an_episode_ends_where_the_record_cannot_answer(step, text, why, template, encoder):
     model = Scripted({("c", step): text})
-    (episode,) = replay([conversation()], template, encoder, model)
+    (episode,) = replay(steps_of([conversation()], template, encoder), template, encoder, model)
     assert why in episode.diverged.split()
     assert episode.steps_until_divergence == step
     assert len(model.asked) == step + 1
-    report = replay_report([episode], 1, draws=20, seed=0)
+    report = replay_report([episode], 1, bootstrap_samples=20, seed=0)
     assert report["metrics"]["conv_replay_success"]["value"] == 0
     assert report["diverged_at_step"] == {str(step): 1}
 
@@ -132,8 +138,8 @@ def test_an_episode_ends_where_the_record_cannot_answer(step, text, why, templat
 def test_conversations_are_independent_and_the_means_are_over_conversations(template, encoder):
     conversations = [conversation(name) for name in "abcd"]
     model = Scripted({("b", 1): "no", ("c", 3): "no"})
-    episodes = replay(conversations, template, encoder, model)
-    report = replay_report(episodes, 6, draws=200, seed=0)
+    episodes = replay(steps_of(conversations, template, encoder), template, encoder, model)
+    report = replay_report(episodes, 6, bootstrap_samples=200, seed=0)
     metric = report["metrics"]["steps_until_divergence"]
     assert (metric["numerator"], metric["denominator"]) == (5 + 1 + 3 + 5, 4)
     success = report["metrics"]["conv_replay_success"]
@@ -146,7 +152,8 @@ def test_conversations_are_independent_and_the_means_are_over_conversations(temp
 def test_rounds_that_are_only_shown_are_not_asked(template, encoder):
     each = conversation()
     model = Scripted()
-    (episode,) = replay([each], template, encoder, model, shown_steps={"c": 3})
+    (piece,) = tokenize([each], template, encoder, context_rounds=1)
+    (episode,) = replay(conversation_steps(each, piece, template), template, encoder, model)
     assert episode.diverged is None
     assert [(step.index, step.reference) for step in model.asked] == [(0, call("news")), (1, "Nothing new.")]
     (example,) = tokenize([each], template, encoder)
@@ -160,14 +167,14 @@ def test_a_native_layout_is_replayed_in_its_own_form(encoder, byte_tokenizer):
         ("c", 0): '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
         ("c", 2): "Models write <think> and <tool_call",
     }
-    (episode,) = replay([conversation()], template, encoder, Scripted(said))
+    (episode,) = replay(steps_of([conversation()], template, encoder), template, encoder, Scripted(said))
     assert episode.diverged is None, "letters that look like a mark are letters in the history"
     assert episode.words[0] == call("weather", city="Rome")
     assert episode.words[2] == "Models write <think> and <tool_call"
 
 
 def test_without_any_call_there_is_nothing_to_replay():
-    report = replay_report([], 3, draws=20, seed=0)
+    report = replay_report([], 3, bootstrap_samples=20, seed=0)
     assert report["metrics"]["conv_replay_success"]["value"] is None
 
 

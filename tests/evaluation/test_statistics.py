@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.metrics import StepRecord, StepScore, aggregate, score_records
-from agentft.evaluation.resampling import FlipTest, Floats
+from agentft.evaluation.definitions import Floats
+from agentft.evaluation.metrics import aggregate, score_records
+from agentft.evaluation.scoring import StepRecord, StepScore
 from agentft.evaluation.statistics import (
+    FlipTest,
     compare_runs,
     difference_intervals,
     holm,
@@ -44,7 +46,7 @@ def run(pattern: str, calls_each: int = 1) -> list[StepScore]:
 
 def test_standard_errors_by_hand() -> None:
     # ratio 3/4; residuals 1 - .75, 0 - .75, 2 - 1.5 = .25, -.75, .5
-    found = ratio_intervals(column(1, 0, 2), column(1, 1, 2), draws=200, seed=0)
+    found = ratio_intervals(column(1, 0, 2), column(1, 1, 2), bootstrap_samples=200, seed=0)
     cr0 = math.sqrt(0.25**2 + 0.75**2 + 0.5**2) / 4
     assert found.values[0] == 0.75
     assert found.se_cr0[0] == pytest.approx(cr0)
@@ -57,21 +59,23 @@ def test_interval_is_the_percentile_of_all_resamples() -> None:
         sum(numerators[i] for i in pick) / sum(denominators[i] for i in pick)
         for pick in itertools.product(range(4), repeat=4)
     ]
-    found = ratio_intervals(column(*numerators), column(*denominators), draws=40_000, seed=1)
+    found = ratio_intervals(column(*numerators), column(*denominators), bootstrap_samples=40_000, seed=1)
     assert found.low[0] == pytest.approx(np.percentile(drawn, 2.5), abs=0.02)
     assert found.high[0] == pytest.approx(np.percentile(drawn, 97.5), abs=0.02)
 
 
 def test_draws_without_denominator_are_left_out() -> None:
-    found = ratio_intervals(column(1, 0, 0, 0), column(1, 0, 0, 0), draws=500, seed=0)
+    found = ratio_intervals(column(1, 0, 0, 0), column(1, 0, 0, 0), bootstrap_samples=500, seed=0)
     assert (found.values[0], found.low[0], found.high[0]) == (1.0, 1.0, 1.0)
-    nothing = ratio_intervals(column(0, 0), column(0, 0), draws=50, seed=0)
+    nothing = ratio_intervals(column(0, 0), column(0, 0), bootstrap_samples=50, seed=0)
     assert all(np.isnan(part[0]) for part in (nothing.values, nothing.low, nothing.high, nothing.se_cr1))
 
 
 def test_same_seed_same_interval_other_seed_nearly() -> None:
     scores = run("1101011101" * 12)
-    first, again, other = (aggregate(scores, draws=2_000, seed=seed).metrics["param_em"] for seed in (0, 0, 1))
+    first, again, other = (
+        aggregate(scores, bootstrap_samples=2_000, seed=seed).metrics["param_em"] for seed in (0, 0, 1)
+    )
     assert first == again
     assert first.low is not None
     assert other.low is not None
@@ -80,7 +84,7 @@ def test_same_seed_same_interval_other_seed_nearly() -> None:
 
 
 def test_resampling_conversations_is_wider_than_steps_would_be() -> None:
-    clustered = aggregate(run("10" * 60, calls_each=5), draws=2_000).metrics["param_em"]
+    clustered = aggregate(run("10" * 60, calls_each=5), bootstrap_samples=2_000).metrics["param_em"]
     assert clustered.se is not None
     assert clustered.se == pytest.approx(math.sqrt(0.25 / 119), rel=1e-6)  # 120 conversations, not 600 steps
 
@@ -102,21 +106,21 @@ def test_sign_flip_is_exact_for_few_conversations() -> None:
         a, b = (
             np.column_stack([rng.binomial(bottom, 0.6), bottom + rng.integers(0, 2, 8)]).astype(float) for _ in "ab"
         )
-        found = sign_flip_test(a, b, draws=10, seed=0)
+        found = sign_flip_test(a, b, samples=10, seed=0)
         assert found.exact
         assert found.p == pytest.approx(_flips_by_enumeration(a, b))
 
 
 def test_sign_flip_of_a_clean_sweep() -> None:
     a, b = (np.column_stack([np.full(6, top), np.ones(6)]) for top in (0.0, 1.0))
-    assert sign_flip_test(a, b, draws=10, seed=0) == FlipTest(p=2 / 2**6, exact=True, patterns=64)
-    assert sign_flip_test(a, a, draws=10, seed=0).p == 1.0
+    assert sign_flip_test(a, b, samples=10, seed=0) == FlipTest(p=2 / 2**6, exact=True, patterns=64)
+    assert sign_flip_test(a, a, samples=10, seed=0).p == 1.0
 
 
 def test_drawn_sign_flips_agree_with_the_normal_law() -> None:
     rng = np.random.default_rng(0)
     a, b = (np.column_stack([rng.binomial(1, p, 200), np.ones(200)]).astype(float) for p in (0.6, 0.7))
-    found = sign_flip_test(a, b, draws=10_000, seed=0)
+    found = sign_flip_test(a, b, samples=10_000, seed=0)
     difference = b[:, 0] - a[:, 0]
     z = abs(difference.sum()) / math.sqrt((difference**2).sum())
     assert not found.exact
@@ -149,7 +153,7 @@ def test_needed_conversations_by_hand() -> None:
 
 
 def test_what_would_pass_alone_and_does_not_among_the_headline_metrics_is_said_so() -> None:
-    found = compare_runs(run("0" * 40), run("1" * 6 + "0" * 34), draws=2_000)
+    found = compare_runs(run("0" * 40), run("1" * 6 + "0" * 34), bootstrap_samples=2_000)
     clear = found.metrics["param_em"]
     near = dataclasses.replace(clear, p=0.02, p_holm=0.12, needed_conversations=60)
     assert near.real is False
@@ -161,7 +165,7 @@ def test_what_would_pass_alone_and_does_not_among_the_headline_metrics_is_said_s
 
 
 def test_the_verdict_names_what_is_higher_and_what_is_lower() -> None:
-    found = compare_runs(run("01" * 20), run("10" * 20), draws=200)
+    found = compare_runs(run("01" * 20), run("10" * 20), bootstrap_samples=200)
     assert found.verdict == "no difference between A and B can be claimed on these 40 conversations"
     better = dataclasses.replace(found.metrics["param_em"], difference=0.1, p_holm=0.01)
     worse = dataclasses.replace(found.metrics["plan_acc"], difference=-0.1, p_holm=0.01)
@@ -183,7 +187,7 @@ def test_paired_interval_is_narrow_where_runs_agree() -> None:
     a = rng.binomial(1, 0.5, (300, 1)).astype(float)
     b = a.copy()
     b[:10] = 1.0
-    found = difference_intervals((a, bottom), (b, bottom), draws=2_000, seed=0)
+    found = difference_intervals((a, bottom), (b, bottom), bootstrap_samples=2_000, seed=0)
     assert found.differences[0] == pytest.approx((b - a).mean())
     assert found.high[0] - found.low[0] < 0.04  # unpaired, it would be about 0.16
     assert found.se_cr1[0] == pytest.approx((b - a).std(ddof=1) / math.sqrt(300))
@@ -193,7 +197,7 @@ def test_comparison_says_a_clear_difference_is_real() -> None:
     rng = random.Random(0)
     baseline = "".join(rng.choice("0011") for _ in range(150))
     better = "".join("1" if rng.random() < 0.5 else mark for mark in baseline)
-    found = compare_runs(run(baseline), run(better), draws=2_000)
+    found = compare_runs(run(baseline), run(better), bootstrap_samples=2_000)
     metric = found.metrics["param_em"]
     assert metric.difference is not None
     assert metric.low is not None
@@ -206,7 +210,7 @@ def test_comparison_says_a_clear_difference_is_real() -> None:
 
 
 def test_comparison_of_a_run_with_itself_finds_nothing() -> None:
-    found = compare_runs(run("1011"), run("1011"), draws=200)
+    found = compare_runs(run("1011"), run("1011"), bootstrap_samples=200)
     metric = found.metrics["param_em"]
     assert (metric.difference, metric.p, metric.p_holm, metric.real) == (0.0, 1.0, 1.0, False)
     assert found.metrics["rouge_l"].difference is None
@@ -214,7 +218,7 @@ def test_comparison_of_a_run_with_itself_finds_nothing() -> None:
 
 
 def test_small_difference_asks_for_more_conversations() -> None:
-    metric = compare_runs(run("10" * 20), run("10" * 19 + "11"), draws=500).metrics["param_em"]
+    metric = compare_runs(run("10" * 20), run("10" * 19 + "11"), bootstrap_samples=500).metrics["param_em"]
     assert metric.real is False
     assert metric.p == 1.0  # one conversation differs: both of its signs are as extreme
     assert metric.needed_conversations is not None
@@ -225,7 +229,10 @@ def test_small_difference_asks_for_more_conversations() -> None:
 def test_comparison_does_not_depend_on_the_order_of_steps() -> None:
     a, b = run("1011001", calls_each=3), run("1110011", calls_each=3)
     shuffled = random.Random(0).sample(b, len(b))
-    assert compare_runs(a, b, draws=100).to_json() == compare_runs(a, shuffled, draws=100).to_json()
+    assert (
+        compare_runs(a, b, bootstrap_samples=100).to_json()
+        == compare_runs(a, shuffled, bootstrap_samples=100).to_json()
+    )
 
 
 def test_runs_on_different_exams_are_refused() -> None:
@@ -257,12 +264,12 @@ def pieces_and_wholes(seed: int) -> tuple[list[StepScore], list[StepScore]]:
 
 def test_pieces_of_one_conversation_are_one_in_every_interval() -> None:
     pieces, wholes = pieces_and_wholes(1)
-    joined, whole = (aggregate(scores, draws=500, seed=0) for scores in (pieces, wholes))
+    joined, whole = (aggregate(scores, bootstrap_samples=500, seed=0) for scores in (pieces, wholes))
     for name in ("tool_acc", "param_em", "arg_f1", "conv_em", "plan_acc"):
         assert joined.metrics[name] == whole.metrics[name]
     assert joined.counts == whole.counts
     assert joined.signature == whole.signature
-    apart = aggregate([dataclasses.replace(s, piece_of=None) for s in pieces], draws=500, seed=0)
+    apart = aggregate([dataclasses.replace(s, piece_of=None) for s in pieces], bootstrap_samples=500, seed=0)
     narrow, wide = (found.metrics["param_em"] for found in (apart, whole))
     assert apart.counts["conversations"] == 2 * whole.counts["conversations"]
     assert narrow.high - narrow.low < 0.9 * (wide.high - wide.low), "taken apart, they claim to know more than they do"
@@ -270,9 +277,9 @@ def test_pieces_of_one_conversation_are_one_in_every_interval() -> None:
 
 def test_pieces_are_one_in_paired_tests_even_where_one_run_does_not_know_them() -> None:
     (a, a_whole), (b, b_whole) = pieces_and_wholes(1), pieces_and_wholes(2)
-    expected = compare_runs(a_whole, b_whole, draws=500, seed=0)
+    expected = compare_runs(a_whole, b_whole, bootstrap_samples=500, seed=0)
     unaware = [dataclasses.replace(score, piece_of=None) for score in a]
     for left, right in ((a, b), (unaware, b)):
-        found = compare_runs(left, right, draws=500, seed=0)
+        found = compare_runs(left, right, bootstrap_samples=500, seed=0)
         assert found.metrics == expected.metrics
         assert found.conversations == 60

@@ -14,7 +14,7 @@ from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.steps import all_steps
-from agentft.evaluation.vllm import VllmEngine, VllmModel
+from agentft.evaluation.vllm import VllmGenerator, VllmModel
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_token_ids_go_in_and_answers_end_as_everywhere(vllm, steps, byte_tokeniz
         folder=tmp_path / "base", adapter=tmp_path, dtype="bfloat16", context=99, options={"tensor_parallel_size": 2}
     )
     stop = byte_tokenizer.eos_token_id
-    engine = VllmEngine(model, byte_tokenizer, stop_ids=[stop], max_new_tokens=50)
+    engine = VllmGenerator(model, byte_tokenizer, stop_ids=[stop], max_new_tokens=50)
     heard = []
-    answers = engine.answer(steps, heard.append)
+    answers = engine.generate(steps, heard.append)
     assert heard == answers
     assert [answer.step for answer in answers] == list(steps)
     assert answers[0].finish == "text_stop"
@@ -104,7 +104,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, byte_tokenizer
     monkeypatch.setitem(sys.modules, "vllm", None)
     model = VllmModel(folder=tmp_path, dtype="bfloat16", context=99)
     with pytest.raises(EvaluationError, match="pip install vllm"):
-        VllmEngine(model, byte_tokenizer, stop_ids=[0], max_new_tokens=5)
+        VllmGenerator(model, byte_tokenizer, stop_ids=[0], max_new_tokens=5)
 
 
 def test_settings_that_vllm_cannot_serve_are_refused():

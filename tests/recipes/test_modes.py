@@ -123,8 +123,8 @@ def test_a_served_model_sits_the_same_exam_without_weights_and_can_be_compared(f
 
 def test_the_best_checkpoint_is_that_of_the_metric_that_decides(tmp_path, monkeypatch):
     values = iter([0.2, 0.6, 0.4])
-    original = Validator._answer
-    monkeypatch.setattr(Validator, "_answer", lambda self: original(self) | {"arg_f1": next(values)})
+    original = Validator._generate
+    monkeypatch.setattr(Validator, "_generate", lambda self: original(self) | {"arg_f1": next(values)})
     result = train(
         config(
             tmp_path / "run",
@@ -201,7 +201,7 @@ def test_the_loss_decides_between_equal_values_and_no_value_is_below_every_value
 
 def test_a_metric_without_a_value_is_written_as_none_and_not_as_zero(tmp_path, monkeypatch):
     values = {2: {}, 4: {"tool_precision": 0.0}, 6: {}}
-    monkeypatch.setattr(Validator, "_answer", lambda self: values[len(self._ranks) * 2 + 2])
+    monkeypatch.setattr(Validator, "_generate", lambda self: values[len(self._ranks) * 2 + 2])
     result = train(config(tmp_path / "run", "evaluation.best_metric=tool_precision", "evaluation.after=false"))
     assert evaluations(result.run_dir, "eval/tool_precision") == [0.0]
     assert (result.summary["best_step"], result.summary["best_value"]) == (4, 0.0)
@@ -211,7 +211,7 @@ def test_a_metric_without_a_value_is_written_as_none_and_not_as_zero(tmp_path, m
 def test_patience_counts_again_from_the_best_when_a_training_is_started_again(tmp_path, monkeypatch):
     """Values of 0/0 in the history count as evaluations too."""
     answers = {2: {"arg_f1": 0.3}, 4: {}, 6: {"arg_f1": 0.2}}
-    monkeypatch.setattr(Validator, "_answer", lambda self: answers[len(self._ranks) * 2 + 2])
+    monkeypatch.setattr(Validator, "_generate", lambda self: answers[len(self._ranks) * 2 + 2])
     quick = config(tmp_path / "run", "evaluation.patience=1", "evaluation.after=false")
     assert train(quick).summary["steps"] == 4
     assert train(quick).summary["steps"] == 4

@@ -146,7 +146,7 @@ def test_answers_by_generate_end_where_ours_end(architectures, golden_conversati
     plain = [greedy_ids(model, step.input_ids[: step.start].tolist(), 6) for step in short]
     assert all(len(ids) == 6 for ids in plain)
     generator = StockGenerator(model, byte_tokenizer, stop_ids=[plain[0][2]], max_new_tokens=6)
-    answers = generator.answer(short, heard.append)
+    answers = generator.generate(short, heard.append)
     assert model.generation_config is before
     assert (answers[0].finish, answers[0].tokens) == ("stop", plain[0].index(plain[0][2]) + 1)
     assert heard == answers

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-import agentft.recipes.evaluation_run as exam_recipe
 import agentft.recipes.train as train_recipe
 from agentft.config import compose, register_schemas, to_train_config
-from agentft.evaluation.generate import Completion, GreedyGenerator
-from agentft.evaluation.predictions import PredictionCache
+from agentft.evaluation.generate import Completion, GreedyGenerator, PredictionCache
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
+from agentft.recipes.evaluation_run import WithProgressBar
 from agentft.recipes.train import train
 from agentft.runs import read_json
 
@@ -60,13 +59,13 @@ def whole(tmp_path_factory) -> Path:
 def asked(monkeypatch) -> list[int]:
     """How many steps the model was asked, exam by exam."""
     counts: list[int] = []
-    original = GreedyGenerator.answer
+    original = GreedyGenerator.generate
 
-    def answer(self, steps, on_answer=None):
+    def generate(self, steps, on_completion=None):
         counts.append(len(steps))
-        return original(self, steps, on_answer)
+        return original(self, steps, on_completion)
 
-    monkeypatch.setattr(GreedyGenerator, "answer", answer)
+    monkeypatch.setattr(GreedyGenerator, "generate", generate)
     return counts
 
 
@@ -116,15 +115,13 @@ class _FailsAfter:
 
 def test_an_exam_that_failed_goes_on_to_the_same_bytes_and_a_torn_line_is_asked_again(whole, tmp_path, asked):
     run = tmp_path / "run"
-    original = exam_recipe.answer_all
+    original = WithProgressBar.generate
 
-    def failing(name, answerer, steps):
-        if name == "after":
-            return answerer.answer(steps, _FailsAfter(5))
-        return original(name, answerer, steps)
+    def failing(self, steps):
+        return original(self, steps, _FailsAfter(5) if self._name == "after" else None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exam_recipe, "answer_all", failing)
+        patch.setattr(WithProgressBar, "generate", failing)
         with pytest.raises(RuntimeError, match="injected"):
             train(config(run))
     working = run / "predictions" / "after.partial.jsonl"
@@ -196,7 +193,7 @@ def to_evaluate(run: Path) -> EvaluateConfig:
 
 def test_a_working_file_of_somebody_else_is_started_afresh(tmp_path):
     class Nobody:
-        def answer(self, steps, on_answer=None):
+        def generate(self, steps, on_completion=None):
             return []
 
     path = tmp_path / "x.partial.jsonl"
