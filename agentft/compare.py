@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentft.comparison.pairs import ANSWERS, compare_pair, names_one_exam, pair_table
-from agentft.comparison.ranking import Ranking, rank
-from agentft.comparison.runs import read_runs
-from agentft.comparison.tables import csv_text, markdown, rich_table
+from agentft.comparison.ranking import Ranking, compare_pair, rank
+from agentft.comparison.runs import ANSWERS, predictions_file, read_runs
+from agentft.comparison.tables import csv_text, markdown, pair_table, rich_table
 from agentft.errors import AgentftError, RunError
 from agentft.progress import outlive_console
 from agentft.runs import RunFolder
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths = [Path(path) for path in options.paths]
         files = options.csv or options.markdown or options.html
-        if len(paths) == 2 and all(map(names_one_exam, paths)) and not files:
+        if len(paths) == 2 and all(map(_has_predictions, paths)) and not files:
             _show_pair(paths[0], paths[1], options.answers, as_json=options.json)
             return 0
         if options.json:
@@ -76,18 +75,25 @@ def _show(ranking: Ranking, console: Console) -> None:
 
 
 def _show_pair(a: Path, b: Path, answers: str, *, as_json: bool) -> None:
-    pair = compare_pair(a, b, answers)
+    found = compare_pair(a, b, answers)
+    files = [str(predictions_file(path, answers)) for path in (a, b)]
     if as_json:
-        sys.stdout.write(json.dumps(pair.to_json(), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+        values = dict(zip("ab", files, strict=True)) | found.to_json()
+        sys.stdout.write(json.dumps(values, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
         return
     from rich.console import Console
     from rich.text import Text
 
     console = _wide(Console())
-    console.print(Text(f"A  {pair.a}\nB  {pair.b}"))
-    console.print(pair_table(pair))
-    for sentence in pair.words():
+    console.print(Text("A  {}\nB  {}".format(*files)))
+    console.print(pair_table(found))
+    for sentence in found.words:
         console.print(Text(f"- {sentence}"))
+
+
+def _has_predictions(path: Path) -> bool:
+    """Return whether `path` is a file of predictions or a run folder that holds one."""
+    return path.is_file() or (path / "predictions").is_dir()
 
 
 def _wide(console: Console) -> Console:

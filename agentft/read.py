@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agentft.comparison.pairs import ANSWERS, predictions_file
-from agentft.comparison.predictions_page import predictions_page, read_steps
+from agentft.comparison.predictions_page import predictions_page
+from agentft.comparison.runs import ANSWERS, predictions_file
 from agentft.errors import AgentftError
 from agentft.evaluation.metrics import score_records
 from agentft.progress import outlive_console
@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         file = predictions_file(options.path, options.answers)
         page = options.output or file.with_suffix(".html")
-        steps = read_steps(scored_rows(file))
-        RunFolder(page.absolute().parent).write_text(page.absolute(), predictions_page(steps, _title(file)))
+        RunFolder(page.absolute().parent).write_text(page.absolute(), predictions_page(scored_rows(file), _title(file)))
     except AgentftError as error:
         sys.stderr.write(f"read: {error}\n")
         return 1

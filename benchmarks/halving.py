@@ -28,9 +28,9 @@ from pathlib import Path
 
 import few_tools
 
-from agentft.comparison.ranking import step_scores
-from agentft.comparison.runs import read_run
+from agentft.comparison.runs import predictions_file, saved_scores
 from agentft.config import compose, register_schemas, to_train_config
+from agentft.errors import AgentftError
 from agentft.evaluation.definitions import METRICS_BY_NAME
 from agentft.evaluation.statistics import compare_runs
 from agentft.recipes.train import train
@@ -120,10 +120,13 @@ def search(folder: Path, base: Path, seed: int, grid: Grid, halving: Halving) ->
 
 
 def _difference(winner: Job, found: Job) -> float:
-    scores = [step_scores(read_run(job.folder)) for job in (winner, found)]
-    if winner is found or scores[0] is None or scores[1] is None:
+    if winner is found:
         return 1.0
-    p = compare_runs(scores[0], scores[1], definitions=(METRICS_BY_NAME["arg_f1"],)).metrics["arg_f1"].p
+    try:
+        scores = [saved_scores(predictions_file(job.folder)) for job in (winner, found)]
+    except AgentftError:
+        return 1.0
+    p = compare_runs(*scores, definitions=(METRICS_BY_NAME["arg_f1"],)).metrics["arg_f1"].p
     return 1.0 if p is None else p
 
 

@@ -146,7 +146,7 @@ def test_the_best_is_marked_and_so_is_what_cannot_be_told_from_it(tmp_path: Path
     make_run(tmp_path / "3_other", {"sft_type.rank": 4}, right=lambda i: i % 3 != 0, exam="b")
     ranking = rank(read_runs([tmp_path]))
     assert [run.name for run in ranking.runs] == ["0_good", "1_nearly", "3_other", "2_bad"]
-    assert ranking.marks == {"0_good": "best", "1_nearly": "tied", "2_bad": "", "3_other": "other exam"}
+    assert ranking.marks == {"0_good": "best", "1_nearly": "tied", "2_bad": "", "3_other": "other data"}
     assert ranking.p["2_bad"] < 0.05 < ranking.p["1_nearly"]
     words = " ".join(ranking.notes)
     assert "paired test" in words

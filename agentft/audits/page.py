@@ -26,8 +26,7 @@ from agentft.audits.report import (
     source_rows,
     tally_cells,
 )
-from agentft.comparison.charts import Drawing, Plot, linear_scale
-from agentft.comparison.render import render_page
+from agentft.comparison.render import Drawing, Plot, linear_scale, render_page
 from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.text_ids import TokenText
 

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from agentft.comparison.charts import (
-    Axis,
+from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
+from agentft.comparison.render import (
     Drawing,
     Plot,
     Scale,
     category_scale,
     colour_of,
     linear_scale,
-    parallel_coordinates,
     ramp,
+    render_page,
     setting_scale,
 )
-from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
-from agentft.comparison.render import render_page
 from agentft.comparison.runs import NUMBERS, ComparedRun
 from agentft.comparison.tables import setting_text, short_names, table_cells, table_notes
 from agentft.evaluation.definitions import METRICS_BY_NAME
+
+Axis = tuple[Scale, Callable[[ComparedRun], float | None]]
+"""Where a value lies, and a run's value; a run without one has no point on the axis."""
+
+_AXIS_TOP, _AXIS_HEIGHT, _AXIS_GAP, _AXIS_LEFT = 34, 250, 150, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,3 +405,27 @@ def _between(low: float, high: float, count: int = 40) -> list[float]:
     """From `low` to `high` in equal factors, with the middle `high / 2` among them."""
     points = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
     return sorted({*points[:-1], high, high / 2})
+
+
+def parallel_coordinates(runs: Sequence[ComparedRun], axes: Sequence[Axis], colours: Mapping[str, str]) -> Drawing:
+    """Draw one vertical axis a setting or result and one line a run; `runs` come best first, the best is on top."""
+    drawing = Drawing(2 * _AXIS_LEFT + _AXIS_GAP * (len(axes) - 1), _AXIS_TOP + _AXIS_HEIGHT + 12)
+    across = [_AXIS_LEFT + i * _AXIS_GAP for i in range(len(axes))]
+
+    def height(scale: Scale, value: float) -> float:
+        return round(_AXIS_TOP + (1 - scale.place(value)) * _AXIS_HEIGHT, 1)
+
+    for x in across:
+        drawing.draw("path", class_="axis", d=f"M{x},{_AXIS_TOP}v{_AXIS_HEIGHT}")
+    for run in reversed(runs):
+        found = [(x, scale, get(run)) for x, (scale, get) in zip(across, axes, strict=True)]
+        points = " ".join(f"{x},{height(scale, value)}" for x, scale, value in found if value is not None)
+        drawing.draw("polyline", points=points, class_="line wide-line", style=colours[run.name], data_run=run.name)
+        drawing.draw("polyline", points=points, class_="hit", data_run=run.name, title=run.name)
+    for x, (scale, _) in zip(across, axes, strict=True):
+        label = scale.label.split(" (log")[0]
+        drawing.draw("text", class_="label", x=x, y=18, text_anchor="middle", text=label)
+        for value, words in scale.ticks:
+            if _AXIS_TOP - 1 <= (y := height(scale, value)) <= _AXIS_TOP + _AXIS_HEIGHT + 1:
+                drawing.draw("text", x=x - 6, y=y + 4, text_anchor="end", class_="halo", text=words[:16])
+    return drawing

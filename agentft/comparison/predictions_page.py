@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from agentft.comparison.render import render_page
 from agentft.data.calls import ToolCall
 from agentft.evaluation.matching import align_calls, strictly_equal
 from agentft.evaluation.parse import parse_reply
-from agentft.evaluation.scoring import OfferedTool, read_offered_tool
+from agentft.evaluation.scoring import read_offered_tool
 
 MOST_STEPS = 2_000
 """Steps on one page, the wrong ones first; a browser opens these at once."""
@@ -42,100 +41,79 @@ _FINISHES = {"length": "cut at the longest length", "text_stop": "went on past i
 _CALL = re.compile(r"(<\|startofthink\|>.*?(?:<\|endofthink\|>|\Z))", re.DOTALL)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ReadStep:
-    """One step as the page shows it."""
+def predictions_page(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Return the page: filters by kind of error, then the steps, those with most errors first.
 
-    conversation_id: str
-    step: int
-    reference: str
-    prediction: str
-    scores: Mapping[str, Any]
-    """The fields of `StepScore`."""
-    user: str | None = None
-    observations: Sequence[str] = ()
-    offered: Sequence[OfferedTool] = ()
-    finish: str | None = None
-
-    @property
-    def errors(self) -> list[str]:
-        """Kinds of error, each once."""
-        return list(self.scores.get("errors", ()))
-
-    @property
-    def kinds(self) -> list[str]:
-        """What this step is found under."""
-        side = "wrong" if self.errors else "right"
-        return [side, "call" if self.scores.get("is_action") else "words", *self.errors]
-
-
-def read_steps(rows: Sequence[Mapping[str, Any]]) -> list[ReadStep]:
-    """Return the steps of scored prediction rows, as `agentft.recipes.evaluation_run` makes them."""
-    return [
-        ReadStep(
-            **{name: row[name] for name in ("conversation_id", "step", "reference", "prediction", "scores")},
-            user=_text_or_none(row.get("user")),
-            observations=[each for each in row.get("observations") or () if isinstance(each, str)],
-            offered=[tool for each in row.get("offered") or () if (tool := read_offered_tool(each)) is not None],
-            finish=_text_or_none(row.get("finish")),
-        )
-        for row in rows
-    ]
-
-
-def predictions_page(steps: Sequence[ReadStep], title: str) -> str:
-    """Return the page: filters by kind of error, then the steps, those with most errors first."""
-    ordered = sorted(steps, key=_order)
-    counts = Counter(kind for step in steps for kind in step.kinds)
+    Args:
+        rows: Scored rows of a file of predictions; besides ids, texts and `scores` every field may be missing.
+        title: Of the page.
+    """
+    ordered = sorted(rows, key=_order)
+    counts = Counter(kind for row in rows for kind in _kinds(row))
     filters = {"wrong": "wrong", "right": "calls right", "call": "call steps", "words": "answer steps"} | KINDS
     cut = f"; the first {MOST_STEPS:,} are shown" if len(ordered) > MOST_STEPS else ""
-    conversations = len({step.conversation_id for step in steps})
+    conversations = len({row["conversation_id"] for row in rows})
     return render_page(
         "predictions",
         title=title,
-        summary=f"{conversations:,} conversations, {len(steps):,} steps, {counts['wrong']:,} with an error in a call{cut}.",
+        summary=f"{conversations:,} conversations, {len(rows):,} steps, {counts['wrong']:,} with an error in a call{cut}.",
         filters=[(kind, f"{label} {counts[kind]:,}") for kind, label in filters.items() if counts[kind]],
-        steps=ordered[:MOST_STEPS],
-        error_words=KINDS,
-        call_differences=call_differences,
-        facts=_facts,
-        offered=lambda step: "\n".join(map(_signature, step.offered)),
-        cut=_cut,
-        pieces=lambda text: _CALL.split(_cut(text)),
+        steps=[_shown_step(row) for row in ordered[:MOST_STEPS]],
     )
 
 
-def _order(step: ReadStep) -> tuple[float, float, str, int]:
+def _shown_step(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step as the template shows it."""
+    errors = row["scores"]["errors"]
+    offered = [tool for each in row.get("offered") or () if (tool := read_offered_tool(each)) is not None]
+    signatures = [t.name if t.parameters is None else f"{t.name}({', '.join(t.parameters)})" for t in offered]
+    user = row.get("user")
+    return {
+        "conversation_id": row["conversation_id"],
+        "step": row["step"],
+        "kinds": _kinds(row),
+        "errors": [KINDS.get(kind, kind) for kind in errors],
+        "facts": _facts(row),
+        "differences": call_differences(row["reference"], row["prediction"]) if errors else [],
+        "user": _cut(user) if isinstance(user, str) else "–",
+        "observations": [_cut(each) for each in row.get("observations") or () if isinstance(each, str)],
+        "offered": len(offered),
+        "signatures": _cut("\n".join(signatures)),
+        "reference": _CALL.split(_cut(row["reference"])),
+        "prediction": _CALL.split(_cut(row["prediction"])),
+    }
+
+
+def _kinds(row: Mapping[str, Any]) -> list[str]:
+    """Return the filters that a step is found under."""
+    scores = row["scores"]
+    side = "wrong" if scores["errors"] else "right"
+    return [side, "call" if scores["is_action"] else "words", *scores["errors"]]
+
+
+def _order(row: Mapping[str, Any]) -> tuple[float, float, str, int]:
     """Most errors first; then answers by how far they are from their reference; then what is right."""
-    rouge = step.scores.get("rouge_l")
-    return (-len(step.errors), 2.0 if rouge is None else rouge, step.conversation_id, step.step)
+    rouge = row["scores"]["rouge_l"]
+    return (-len(row["scores"]["errors"]), 2.0 if rouge is None else rouge, row["conversation_id"], row["step"])
 
 
-def _signature(tool: OfferedTool) -> str:
-    return tool.name if tool.parameters is None else f"{tool.name}({', '.join(tool.parameters)})"
-
-
-def _facts(step: ReadStep) -> str:
-    scores = step.scores
+def _facts(row: Mapping[str, Any]) -> str:
+    scores = row["scores"]
     facts = []
-    if scores.get("reference_failure"):
+    if scores["reference_failure"]:
         facts.append(f"the reference cannot be read: {scores['reference_failure']}")
-    if calls := scores.get("reference_calls"):
+    if calls := scores["reference_calls"]:
         facts.append(f"tool {scores['name_correct']}/{calls}, exact {scores['exact']}/{calls}")
         facts.append(f"argument F1 {scores['argument_f1'] / calls:.2f}")
-    if scores.get("rouge_l") is not None:
+    if scores["rouge_l"] is not None:
         facts.append(f"ROUGE-L {scores['rouge_l']:.2f}")
-    if step.finish in _FINISHES:
-        facts.append(_FINISHES[step.finish])
+    if (finish := str(row.get("finish"))) in _FINISHES:
+        facts.append(_FINISHES[finish])
     return " · ".join(facts)
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
-
-
-def _text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def call_differences(reference: str, prediction: str) -> list[str]:

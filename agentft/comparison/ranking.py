@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from agentft.comparison.runs import NUMBERS, ComparedRun
+from agentft.comparison.runs import ANSWERS, NUMBERS, ComparedRun, predictions_file, saved_scores
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
+from agentft.evaluation.metrics import score_records
 from agentft.evaluation.scoring import StepScore
-from agentft.evaluation.statistics import compare_runs, holm
+from agentft.evaluation.statistics import INDICATIVE_BELOW, SIGNIFICANT, RunComparison, compare_runs, holm
 from agentft.recipes.config import AFFECT_NOTHING
+from agentft.score import read_records
 
-Mark = Literal["", "best", "tied", "other exam"]
+Mark = Literal["", "best", "tied", "other data"]
 
-DRAWS = 2000
+BOOTSTRAP_SAMPLES = 2000
 """Of each paired test: enough to tell p = 0.05 from 0.06, and 27 runs take seconds."""
-
-SIGNIFICANT = 0.05
 
 LOWER_IS_BETTER = ("loss", "hallucinated_tool_rate", "hallucinated_param_rate", "seconds", "peak_memory_bytes")
 _TIE_BREAKERS = ("arg_f1", "tool_acc", "loss")
@@ -143,18 +143,20 @@ def _mark(ranking: Ranking) -> None:
 
 
 def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[ComparedRun]) -> None:
-    own = step_scores(best)
+    own = _scores_after(best)
     raw: dict[str, float] = {}
     by_overlap = []
     for run in others:
-        theirs = step_scores(run)
+        theirs = _scores_after(run)
         if own is None or theirs is None:
             by_overlap.append(run)
             continue
         try:
-            found = compare_runs(own, theirs, bootstrap_samples=DRAWS, definitions=(METRICS_BY_NAME[ranking.metric],))
+            found = compare_runs(
+                own, theirs, bootstrap_samples=BOOTSTRAP_SAMPLES, definitions=(METRICS_BY_NAME[ranking.metric],)
+            )
         except EvaluationError:
-            ranking.marks[run.name] = "other exam"
+            ranking.marks[run.name] = "other data"
             continue
         p = found.metrics[ranking.metric].p
         if p is not None:
@@ -175,19 +177,47 @@ def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[Compared
         ranking.notes.append(
             f"{len(by_overlap)} run(s) without predictions: tied where the 95 % intervals overlap, a weaker test"
         )
-    if "other exam" in ranking.marks.values():
+    if "other data" in ranking.marks.values():
         ranking.notes.append(
-            "other exam: these runs answered other held-out conversations, so the values do not compare"
+            "other data: these runs were evaluated on other held-out conversations, so the values do not compare"
         )
-    if 0 < (fewest := min(run.scores[ranking.metric].conversations for run in [best, *others])) < 100:
+    if 0 < (fewest := min(run.scores[ranking.metric].conversations for run in [best, *others])) < INDICATIVE_BELOW:
         ranking.notes.append(f"{fewest} conversations: the 95 % intervals are indicative")
 
 
-def step_scores(run: ComparedRun) -> list[StepScore] | None:
-    """The scored steps of the answers after training; None where there are none."""
-    path = Path(run.folder) / "predictions" / "after.jsonl"
+def _scores_after(run: ComparedRun) -> list[StepScore] | None:
+    """Return the scored steps of the evaluation after training; None where there are none."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return [StepScore.from_json(json.loads(line)["scores"]) for line in file] or None
-    except (OSError, ValueError, KeyError, TypeError):
+        return saved_scores(run.folder / "predictions" / f"{ANSWERS}.jsonl") or None
+    except EvaluationError:
         return None
+
+
+def compare_pair(a: Path, b: Path, answers: str = ANSWERS) -> RunComparison:
+    """Compare B with the baseline A, each a run folder or a file of predictions.
+
+    Both are scored anew from their texts, by the same code, unless a file holds scores only.
+
+    Raises:
+        EvaluationError: they are not of the same evaluation, or a file cannot be read.
+        RunError: a run holds no such predictions.
+    """
+    files = [predictions_file(path, answers) for path in (a, b)]
+    rows = [_first_row(file) for file in files]
+    mode_a, mode_b = (row.get("mode", "teacher_forced") for row in rows)
+    if mode_a != mode_b:
+        raise EvaluationError(f"not the same evaluation: A was measured by {mode_a}, B by {mode_b}")
+    left, right = (
+        score_records(read_records(file)) if "reference" in row or "scores" not in row else saved_scores(file)
+        for file, row in zip(files, rows, strict=True)
+    )
+    return compare_runs(left, right)
+
+
+def _first_row(file: Path) -> dict[str, Any]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            row = json.loads(next((line for line in lines if line.strip()), "{}"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{file}:1: cannot be read: {error}") from None
+    return row if isinstance(row, dict) else {}

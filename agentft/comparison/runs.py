@@ -17,8 +17,12 @@ from typing import Any
 
 import yaml
 
-from agentft.errors import RunError
-from agentft.runs import read_json
+from agentft.errors import EvaluationError, RunError
+from agentft.evaluation.scoring import StepScore
+from agentft.runs import RunFolder, read_json
+
+ANSWERS = "after"
+"""The predictions of a run that are compared: `predictions/after.jsonl`."""
 
 _MARKS_OF_A_RUN = ("config.yaml", "status.json", "job.json")
 _DEEPEST = 3
@@ -49,10 +53,6 @@ class ComparedRun:
     swept: frozenset[str] = frozenset()
     scores: dict[str, Score] = field(default_factory=dict)
     """Of the answers after training."""
-    before: dict[str, Score] = field(default_factory=dict)
-    """Of the untrained model."""
-    signature: str = ""
-    """What was measured and how; see `agentft.evaluation.metrics`."""
     errors: dict[str, int] = field(default_factory=dict)
     """Error kind -> steps that show it."""
     loss: float | None = None
@@ -138,8 +138,6 @@ def read_run(folder: Path) -> ComparedRun:
         settings=_settings(folder, job),
         swept=frozenset(str(text).lstrip("+~").partition("=")[0] for text in job.get("swept") or ()),
         scores=_scores(after),
-        before=_scores(_read(folder / "metrics" / "before.json")),
-        signature=str(after.get("signature", "")),
         errors={str(kind): int(count) for kind, count in (after.get("errors") or {}).items()},
         loss=_number(status.get("eval_loss"), summary.get("best_loss")),
         step=_whole(summary.get("steps"), status.get("step")),
@@ -245,3 +243,34 @@ def _read(path: Path) -> dict[str, Any]:
     except RunError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def predictions_file(path: Path, answers: str = ANSWERS) -> Path:
+    """Return the file of predictions that `path` names or holds.
+
+    Raises:
+        RunError: the run holds no such predictions.
+    """
+    if path.is_file():
+        return path
+    file = RunFolder(path).predictions(answers)
+    if not file.is_file():
+        there = sorted(each.stem for each in file.parent.glob("*.jsonl") if ".partial" not in each.name)
+        raise RunError(
+            f"{file}: not there; this run holds {', '.join(there) or 'no predictions'}"
+            + ("; choose with --answers" if there else "")
+        )
+    return file
+
+
+def saved_scores(file: Path) -> list[StepScore]:
+    """Return the scores that a file of predictions holds.
+
+    Raises:
+        EvaluationError: they cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [StepScore.from_json(json.loads(line)["scores"]) for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{file}: scores cannot be read: {type(error).__name__}: {error}") from None

@@ -15,13 +15,10 @@ from agentft.evaluation.definitions import LEGACY_NAMES, METRICS, PAPER_NAMES, F
 from agentft.evaluation.legacy import LegacyMetric, legacy_metrics
 from agentft.evaluation.matching import TOKENIZER_NAME, jieba_tokenizer
 from agentft.evaluation.scoring import StepRecord, StepScore, complete_records, score_step
-from agentft.evaluation.statistics import ratio_intervals
+from agentft.evaluation.statistics import INDICATIVE_BELOW, ratio_intervals
 
 SCORING_VERSION = "v2"
 """Part of the signature; changes whenever any value changes on any input."""
-
-INDICATIVE_BELOW = 100
-"""With fewer conversations the 95 % interval covers less than it says (92 % at 50), so it is marked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ from agentft.evaluation.definitions import HEADLINE, METRICS, Floats, MetricDefi
 from agentft.evaluation.scoring import StepScore
 
 SIGNIFICANT = 0.05
+
+INDICATIVE_BELOW = 100
+"""With fewer conversations the 95 % interval covers less than it says (92 % at 50), so it is marked."""
 CONFIDENCE = 0.95
 MOST_EXACT_FLIPS = 20
 """Up to 2**20 sign patterns are enumerated; beyond, they are drawn."""
@@ -327,8 +330,20 @@ class RunComparison:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """One sentence per headline metric."""
-        return tuple(self.metrics[name].words for name in HEADLINE if name in self.metrics)
+        """The verdict, one sentence per headline metric, and what to keep in mind: for people who read no tables."""
+        cross = "cross-check by McNemar's test: the same action steps are exact in A and in B"
+        if self.mcnemar_only_a or self.mcnemar_only_b:
+            cross = (
+                f"cross-check by McNemar's test on action steps exact in one run alone: {self.mcnemar_only_a} in A, "
+                f"{self.mcnemar_only_b} in B, p {p_text(self.mcnemar_p)} (it takes the steps of a conversation as independent)"
+            )
+        few = f"{self.conversations} conversations: below {INDICATIVE_BELOW} all intervals are indicative"
+        return (
+            self.verdict,
+            *(self.metrics[name].words for name in HEADLINE if name in self.metrics),
+            cross,
+            *([few] if self.conversations < INDICATIVE_BELOW else []),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; never holds NaN."""
@@ -341,9 +356,15 @@ class RunComparison:
                 name: {field: getattr(metric, field) for field in fields} | {"real": metric.real, "words": metric.words}
                 for name, metric in self.metrics.items()
             },
+            "words": list(self.words),
             "mcnemar": {"only_a": self.mcnemar_only_a, "only_b": self.mcnemar_only_b, "p": self.mcnemar_p},
             "bootstrap": {"draws": self.bootstrap_samples, "seed": self.seed, "unit": "conversation", "paired": True},
         }
+
+
+def p_text(value: float | None) -> str:
+    """Return a p value as it is printed."""
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def compare_runs(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from agentft.comparison.predictions_page import predictions_page, read_steps
+from agentft.comparison.predictions_page import predictions_page
 from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder
@@ -383,7 +383,7 @@ def _write_results(
     identity: Mapping[str, Any],
 ) -> None:
     """Write predictions, their page and metrics, then drop the working files: killed in between, nothing is lost."""
-    page = predictions_page(read_steps(rows), f"{run.path.name}: {name}")
+    page = predictions_page(rows, f"{run.path.name}: {name}")
     run.write_text(run.predictions(name).with_suffix(".html"), page)
     run.write_text(
         run.predictions(name), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

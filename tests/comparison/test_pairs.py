@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentft.compare import main
-from agentft.comparison.pairs import compare_pair
+from agentft.comparison.ranking import compare_pair
 from agentft.errors import EvaluationError, RunError
 
 
@@ -48,7 +48,7 @@ def test_a_real_difference_is_called_real_and_a_small_one_names_the_size_that_wo
     assert main([str(a), str(c)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "param_em: not shown, +1.7 points" in text
-    needed = compare_pair(a, c).found.metrics["param_em"].needed_conversations
+    needed = compare_pair(a, c).metrics["param_em"].needed_conversations
     assert needed is not None
     assert needed > 120
     assert f"about {needed:,} conversations would show a difference of this size" in text
@@ -102,5 +102,5 @@ def test_run_folders_are_compared_by_their_answers(tmp_path, capsys):
 def test_a_run_is_equal_to_itself(tmp_path):
     a = write(tmp_path / "a.jsonl", lambda i: i % 3 == 0)
     found = compare_pair(a, a)
-    assert all(metric.difference in (None, 0.0) for metric in found.found.metrics.values())
-    assert "the same action steps are exact" in " ".join(found.words())
+    assert all(metric.difference in (None, 0.0) for metric in found.metrics.values())
+    assert "the same action steps are exact" in " ".join(found.words)
