@@ -24,7 +24,7 @@ from agentft.data.response import ResponseTemplate, Said, our_templates, read_by
 from agentft.errors import EvaluationError
 from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
 from agentft.evaluation.metrics import EvaluationReport, Metric, aggregate, score_records
-from agentft.evaluation.parse import THINK_START, parse_reply, reply_of, without_end
+from agentft.evaluation.parse import THINK_START, parse_reply, with_msagent_calls, without_end
 from agentft.evaluation.scoring import StepRecord, read_offered_tool
 from agentft.progress import outlive_console
 
@@ -121,20 +121,20 @@ def _in_family(record: StepRecord, expected: Said | None, family: ResponseTempla
     said = None if THINK_START in record.prediction else _read_prediction(record, expected, family)
     return replace(
         record,
-        reference_reply=None if expected is None else reply_of(expected),
-        prediction_reply=None if said is None else reply_of(said),
+        reference_reply=None if expected is None else with_msagent_calls(expected),
+        prediction_reply=None if said is None else with_msagent_calls(said),
     )
 
 
 def _read_prediction(record: StepRecord, expected: Said | None, family: ResponseTemplate | None) -> Said | None:
     text = without_end(record.prediction)
     template, said = family, family.read(text) if family is not None else None
-    if said is None or not (said.calls or said.failures):
+    if said is None or not said.attempts:
         template, said = read_by_marks(text) or (template, said)
     if template is None:
         return said
     # What is written without quotes has the types that the reference has.
-    calls = expected.calls if expected is not None else parse_reply(record.reference).requests
+    calls = expected.calls if expected is not None else parse_reply(record.reference).calls
     return template.read(text, types=parameter_types((), calls))
 
 

@@ -118,8 +118,8 @@ def _cut(text: str) -> str:
 
 def call_differences(reference: str, prediction: str) -> list[str]:
     """Return one line for each way in which the calls of `prediction` are not those of `reference`."""
-    expected, reply = parse_reply(reference).requests, parse_reply(prediction)
-    predicted = reply.requests
+    expected, reply = parse_reply(reference).calls, parse_reply(prediction)
+    predicted = reply.calls
     pairs = align_calls(expected, predicted)
     lines: list[str] = []
     for pair in pairs:
@@ -128,7 +128,7 @@ def call_differences(reference: str, prediction: str) -> list[str]:
     missing = [call for i, call in enumerate(expected) if i not in met]
     wrong = [call for j, call in enumerate(predicted) if j not in used]
     lines += _tools(missing, wrong)
-    lines += [f"malformed: {attempt.failure.detail}" for attempt in reply.attempts if attempt.failure]
+    lines += [f"malformed: {failure.detail}" for failure in reply.failures]
     return lines
 
 

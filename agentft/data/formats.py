@@ -356,17 +356,17 @@ class _Messages:
             return
         if text is not None and thought is None:
             thought, text = split_thought(text)
-        if text is not None:
-            found = read_text_calls(text, self._tools, pythonic=self._form == "toolace")
+        found = None if text is None else read_text_calls(text, self._tools, pythonic=self._form == "toolace")
+        if found is not None:
             if found.calls and calls:
                 raise FormatError("calls_in_text", f"message {number} has calls as a field and in its text")
-            if found.words_after:
-                self._note("words_after_a_call", "its words stand before its calls now", number)
             if thought and found.reasoning:
                 raise FormatError(
                     "two_reasonings", f"message {number} holds a thought in <think> and one in other marks"
                 )
-            text, calls, thought = found.words, [*calls, *found.calls], thought or found.reasoning
+            if found.words_after_call:
+                self._note("words_after_a_call", "its words stand before its calls now", number)
+            text, calls, thought = found.text or None, [*calls, *found.calls], thought or found.reasoning
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":
             self._note("messages_joined", "it and the message before are one step", number)

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agentft.data.calls import CallFailure, ToolCall, read_call_body
-from agentft.data.literals import JsonRefused, read_json, strip_fence
+from agentft.data.literals import is_json, strip_fence
 from agentft.errors import FormatError
 
 THINK_OPEN = "<|startofthink|>"
@@ -178,7 +178,7 @@ def _read_observation(value: str, marks: list[re.Match[str]], opening: int) -> t
     closed_twice = len(closings) > 1 and closings[1] == closing + 1
     if holds_marks or closed_twice or (len(closings) > 1 and _looks_cut(value[body_start : marks[closing].start()])):
         for candidate in closings[:MAX_CLOSING_MARKS_TRIED]:
-            if _is_json(value[body_start : marks[candidate].start()]):
+            if is_json(strip_fence(value[body_start : marks[candidate].start()])):
                 return Observation(value[start : marks[candidate].end()]), candidate + 1
     if holds_marks:
         inner = marks[opening + 1]
@@ -235,14 +235,6 @@ def _refuse_look_alikes(text: str) -> None:
 
 def _not_json(reading: tuple[ToolCall, ...] | CallFailure) -> bool:
     return isinstance(reading, CallFailure) and reading.reason == "not_json"
-
-
-def _is_json(body: str) -> bool:
-    try:
-        read_json(strip_fence(body))
-    except JsonRefused:
-        return False
-    return True
 
 
 def _ends_inside_string(body: str) -> bool:

@@ -110,6 +110,15 @@ def _distinct_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return made
 
 
+def is_json(text: str) -> bool:
+    """Return whether `read_json` reads a text."""
+    try:
+        read_json(text)
+    except JsonRefused:
+        return False
+    return True
+
+
 _DECODER = json.JSONDecoder(
     strict=False, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_distinct_keys
 )

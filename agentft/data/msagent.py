@@ -28,7 +28,7 @@ from agentft.data.grammar import (
     Part,
     parse_assistant,
 )
-from agentft.data.literals import Json, JsonRefused, read_json, strip_fence
+from agentft.data.literals import Json, is_json, strip_fence
 from agentft.data.tools import Lifted, clauses, lift_numbered, tool_entry, uncarried_parts
 
 _CALL_WORDS = re.compile(r"api_name|json", re.IGNORECASE)
@@ -197,7 +197,7 @@ def _pieces(message: Message) -> list[str]:
         _refuse_marks(message.text, "the result of a tool")
         return [
             f"{EXEC_OPEN}```JSON\n{message.text}\n```{EXEC_CLOSE}"
-            if _is_json(message.text)
+            if is_json(message.text)
             else f"{EXEC_OPEN}{message.text}{EXEC_CLOSE}"
         ]
     _refuse_marks(message.text, "a text of the assistant")
@@ -216,11 +216,3 @@ def call_text(call: ToolCall) -> str:
 def _refuse_marks(text: str, what: str) -> None:
     if (found := MARK.search(text)) is not None:
         raise GrammarError("marks_in_text", f"{what} holds the mark {found[0]}: in MSAgent text it would be structure")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        read_json(text)
-    except JsonRefused:
-        return False
-    return True

@@ -88,14 +88,25 @@ class Said:
         return "\n".join(piece.strip() for piece in self.pieces if isinstance(piece, str) and piece.strip())
 
     @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """What was meant as calls, in order."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, Attempt))
+
+    @property
     def calls(self) -> tuple[ToolCall, ...]:
         """The calls that can be read."""
-        return tuple(call for piece in self.pieces if isinstance(piece, Attempt) for call in piece.requests)
+        return tuple(call for attempt in self.attempts for call in attempt.requests)
 
     @property
     def failures(self) -> tuple[CallFailure, ...]:
         """Why the others cannot."""
-        return tuple(each.failure for each in self.pieces if isinstance(each, Attempt) and each.failure is not None)
+        return tuple(attempt.failure for attempt in self.attempts if attempt.failure is not None)
+
+    @property
+    def words_after_call(self) -> bool:
+        """Whether words stand behind a call."""
+        texts = [isinstance(piece, str) for piece in self.pieces if not isinstance(piece, str) or piece.strip()]
+        return any(texts[texts.index(False) :]) if False in texts else False
 
 
 class Region(NamedTuple):

@@ -16,11 +16,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from agentft.data.calls import CALL_FIELDS, Attempt, ToolCall, read_call, read_python
 from agentft.data.literals import Json, JsonRefused, literal, read_json
-from agentft.data.response import read_by_marks
+from agentft.data.response import Said, read_by_marks
 from agentft.errors import FormatError
 
 _RESPONSE = re.compile(r"\s*<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
@@ -31,19 +31,8 @@ _REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]",
 _REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
 
 
-class TextCalls(NamedTuple):
-    """An assistant's text taken apart."""
-
-    words: str | None
-    """What is no call; None where there is nothing else."""
-    calls: tuple[ToolCall, ...]
-    words_after: bool = False
-    """Words stand behind a call; a message has its words before."""
-    reasoning: str | None = None
-
-
-def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bool = False) -> TextCalls:
-    """Read the calls that are written in a text.
+def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bool = False) -> Said | None:
+    """Read a text in which calls are written; None: there is none in it.
 
     Args:
         tools: The declarations of the record.
@@ -58,18 +47,16 @@ def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bo
             raise FormatError(said.failures[0].reason, said.failures[0].detail)
         if said.thought is False:
             raise FormatError("thought_never_closed", "a text opens a thought and never closes it")
-        first = next((at for at, piece in enumerate(said.pieces) if isinstance(piece, Attempt)), len(said.pieces))
-        after = any(isinstance(piece, str) and piece.strip() for piece in said.pieces[first:])
-        return TextCalls(said.text or None, said.calls, after, said.reasoning or None)
+        return said
     declared = {tool["function"]["name"] for tool in tools}
     if calls := _pythonic_calls(text) or _bare_calls(text, declared):
         if pythonic or any(call.name in declared or call.arguments for call in calls):
-            return TextCalls(None, calls)
+            return Said((Attempt(text, calls, None),))
     elif pythonic and _PYTHONIC.match(text):
         raise FormatError("call_not_read", "a text in brackets that is no list of calls such as [f(a=1)]")
     if is_react_text(text):
         raise FormatError("form_react", "ReAct text (Action / Action Input), which dataset.format=react reads")
-    return TextCalls(text, ())
+    return None
 
 
 def is_react_text(text: str) -> bool:

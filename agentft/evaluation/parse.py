@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 
 from agentft.data.calls import Attempt, CallFailure, ToolCall, read_call_body
@@ -37,35 +37,8 @@ _ROLE_HEADER = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedReply:
-    """A reply taken apart."""
-
-    attempts: tuple[Attempt, ...]
-    text: str
-    """What stands outside the calls, trimmed; pieces around a call are joined by a line break."""
-    reasoning: str = ""
-    thought: bool | None = None
-    """Every thought was opened and closed; None: there is none."""
-
-    @property
-    def requests(self) -> tuple[ToolCall, ...]:
-        """Every well-formed call, in order."""
-        return tuple(request for attempt in self.attempts for request in attempt.requests)
-
-    @property
-    def malformed(self) -> int:
-        """Spans that are no call."""
-        return sum(attempt.failure is not None for attempt in self.attempts)
-
-    @property
-    def has_call(self) -> bool:
-        """Whether a call was attempted, well formed or not."""
-        return bool(self.attempts)
-
-
-def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> ParsedReply:
-    """Read one assistant step: strip the role header, cut what is not the agent's, separate calls and text.
+def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> Said:
+    """Read one assistant step of MSAgent text: strip the role header, cut what is not the agent's, tell calls from text.
 
     Args:
         text: Raw text of the step, of the model or of the data.
@@ -74,14 +47,7 @@ def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> ParsedReply:
 
     Never raises: whatever a model writes is data.
     """
-    attempts: list[Attempt] = []
-    pieces: list[str] = []
-    for piece in _pieces(_ROLE_HEADER.sub("", text, count=1), tuple(stop_texts)):
-        if isinstance(piece, Attempt):
-            attempts.append(piece)
-        else:
-            pieces.append(piece)
-    return ParsedReply(tuple(attempts), "\n".join(piece.strip() for piece in pieces if piece.strip()))
+    return Said(tuple(_pieces(_ROLE_HEADER.sub("", text, count=1), tuple(stop_texts))))
 
 
 def own_words(text: str) -> str:
@@ -101,27 +67,16 @@ def without_end(text: str, ends: Sequence[str] = END_OF_SEQUENCE_TEXTS) -> str:
     return text
 
 
-def reply_of(said: Said) -> ParsedReply:
-    """Return a step that a response template took apart as a reply.
-
-    MSAgent marks in a text are read as such: a model that answers with them called all the same.
-    """
-    attempts: list[Attempt] = []
-    texts: list[str] = []
+def with_msagent_calls(said: Said) -> Said:
+    """Return a step in which MSAgent calls within its texts are calls: a model that answers with them called all the same."""
+    pieces: list[str | Attempt] = []
     for piece in said.pieces:
-        if isinstance(piece, Attempt):
-            attempts.append(piece)
-        elif THINK_START in piece:
-            inner = parse_reply(piece)
-            attempts += inner.attempts
-            texts.append(inner.text)
-        else:
-            texts.append(piece.strip())
-    return ParsedReply(tuple(attempts), "\n".join(each for each in texts if each), said.reasoning, said.thought)
+        pieces += parse_reply(piece).pieces if isinstance(piece, str) and THINK_START in piece else (piece,)
+    return replace(said, pieces=tuple(pieces))
 
 
 def msagent_text(said: Said) -> str:
-    """Write a step for people and for `agentft.score`, in MSAgent form without its reasoning; it reads as `reply_of`.
+    """Write a step for people and for `agentft.score`, in MSAgent form without its reasoning; it reads as the same.
 
     Where a text spells a mark that would cut it, a blank stands within the mark.
     """

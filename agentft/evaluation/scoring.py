@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from agentft.data.calls import ToolCall
+from agentft.data.response import Said
 from agentft.evaluation.legacy import LegacyStep, legacy_step
 from agentft.evaluation.matching import (
     CallPair,
@@ -25,7 +26,7 @@ from agentft.evaluation.matching import (
     rouge_l,
     strictly_equal,
 )
-from agentft.evaluation.parse import ParsedReply, parse_reply, repair_call_body
+from agentft.evaluation.parse import parse_reply, repair_call_body
 
 MALFORMED = "<malformed>"
 """Stands in the confusion list for a call without a readable name."""
@@ -63,9 +64,9 @@ class StepRecord:
     """Whether the tool this step calls was called in training."""
     after_call: bool | None = None
     """Whether an answer step sums up a tool result; None: whether the previous step's reference calls."""
-    reference_reply: ParsedReply | None = None
+    reference_reply: Said | None = None
     """The reference as it was read in another layout than MSAgent's; None: the text is read."""
-    prediction_reply: ParsedReply | None = None
+    prediction_reply: Said | None = None
     """The same of the prediction."""
 
 
@@ -171,7 +172,7 @@ def score_step(record: StepRecord, *, stop_texts: Sequence[str] = (), jieba: Tok
     """
     reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
     prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)
-    failure = next((attempt.failure for attempt in reference.attempts if attempt.failure), None)
+    failure = next(iter(reference.failures), None)
     common: dict[str, Any] = {
         "conversation_id": record.conversation_id,
         "piece_of": record.piece_of,
@@ -185,7 +186,7 @@ def score_step(record: StepRecord, *, stop_texts: Sequence[str] = (), jieba: Tok
     if failure is not None:
         return StepScore(**common, reference_failure=f"{failure.reason}: {failure.detail}")
     counts = _call_counts(record, reference, prediction)
-    if not reference.has_call:
+    if not reference.attempts:
         after_call = False if record.after_call is None and record.step == 0 else record.after_call
         counts |= _text_scores(reference.text, prediction.text, jieba) | {"after_call": after_call}
     return StepScore(**common, **counts)
@@ -245,7 +246,7 @@ def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
 
 def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
     replies = {number: record.reference_reply or parse_reply(record.reference) for number, record in steps.items()}
-    calls = {number: reply.has_call for number, reply in replies.items()}
+    calls = {number: bool(reply.attempts) for number, reply in replies.items()}
     known = [record.offered for record in steps.values() if record.offered is not None]
     union = _by_name(tool for offered in known for tool in offered)
     language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
@@ -280,16 +281,16 @@ def _after_call(record: StepRecord, calls: Mapping[int, bool]) -> bool | None:
     return False if record.step == 0 else calls.get(record.step - 1)
 
 
-def _call_counts(record: StepRecord, reference: ParsedReply, prediction: ParsedReply) -> dict[str, Any]:
-    expected, predicted = reference.requests, prediction.requests
+def _call_counts(record: StepRecord, reference: Said, prediction: Said) -> dict[str, Any]:
+    expected, predicted = reference.calls, prediction.calls
     pairs = align_calls(expected, predicted)
-    attempts = len(predicted) + prediction.malformed
+    attempts = len(predicted) + len(prediction.failures)
     hallucinations = _hallucinations(record.offered, expected, predicted)
     urls = [pair for pair in pairs if "url" in expected[pair.reference].extras]
-    confusions = _confusions(expected, predicted, pairs, prediction.malformed)
+    confusions = _confusions(expected, predicted, pairs, len(prediction.failures))
     counts = {
-        "is_action": reference.has_call,
-        "predicts_call": prediction.has_call,
+        "is_action": bool(reference.attempts),
+        "predicts_call": bool(prediction.attempts),
         "reference_calls": len(expected),
         "attempts": attempts,
         "wellformed": len(predicted),
@@ -342,9 +343,7 @@ def _hallucinations(
     }
 
 
-def _repaired_counts(
-    expected: Sequence[ToolCall], prediction: ParsedReply, pairs: tuple[CallPair, ...]
-) -> dict[str, float]:
+def _repaired_counts(expected: Sequence[ToolCall], prediction: Said, pairs: tuple[CallPair, ...]) -> dict[str, float]:
     calls: list[ToolCall] = []
     won_back, lost = 0, 0
     for attempt in prediction.attempts:
@@ -379,20 +378,20 @@ def _confusions(
 
 
 def _call_errors(
-    reference: ParsedReply,
-    prediction: ParsedReply,
+    reference: Said,
+    prediction: Said,
     pairs: Sequence[CallPair],
     confusions: Sequence[tuple[str | None, str | None]],
 ) -> list[str]:
-    expected, predicted = reference.requests, prediction.requests
+    expected, predicted = reference.calls, prediction.calls
     keys = [(expected[p.reference].arguments.keys(), predicted[p.prediction].arguments.keys()) for p in pairs]
     present = {
-        "missed_call": reference.has_call and not prediction.has_call,
-        "spurious_call": prediction.has_call and not reference.has_call,
-        "missing_call": prediction.has_call and any(right is None for _, right in confusions),
-        "extra_call": reference.has_call and any(left is None for left, _ in confusions),
+        "missed_call": reference.attempts and not prediction.attempts,
+        "spurious_call": prediction.attempts and not reference.attempts,
+        "missing_call": prediction.attempts and any(right is None for _, right in confusions),
+        "extra_call": reference.attempts and any(left is None for left, _ in confusions),
         "wrong_tool": any(None not in (left, right) and right != MALFORMED for left, right in confusions),
-        "malformed": prediction.malformed > 0,
+        "malformed": bool(prediction.failures),
         "missing_argument": any(wanted - given for wanted, given in keys),
         "extra_argument": any(given - wanted for wanted, given in keys),
         "wrong_value": any(pair.half_matches for pair in pairs),

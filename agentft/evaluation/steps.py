@@ -22,7 +22,14 @@ from agentft.data.response import Said, choose_response, said_text, thought_temp
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example
-from agentft.evaluation.parse import END_OF_SEQUENCE_TEXTS, USER_TAGS, msagent_text, parse_reply, reply_of, without_end
+from agentft.evaluation.parse import (
+    END_OF_SEQUENCE_TEXTS,
+    USER_TAGS,
+    msagent_text,
+    parse_reply,
+    with_msagent_calls,
+    without_end,
+)
 from agentft.evaluation.scoring import OfferedTool, StepRecord
 
 _PROMPT_END = 32
@@ -122,7 +129,7 @@ class Step:
             prompt = self.reader.prompt_end(self.input_ids[: self.start].tolist())
             said = self.reader.read(prediction, prompt, self._types, calls=bool(self.message.tool_calls))
             prediction, reference = msagent_text(said), reference or msagent_text(expected)
-            replies = {"prediction_reply": reply_of(said), "reference_reply": reply_of(expected)}
+            replies = {"prediction_reply": with_msagent_calls(said), "reference_reply": with_msagent_calls(expected)}
         elif any(message.reasoning_content for message in conversation.messages):
             said, expected = thought_template().read(prediction), _said(self.message)
             prediction = "".join(piece for piece in said.pieces if isinstance(piece, str)).strip()

@@ -56,13 +56,13 @@ def oracle(steps):
         sent = chat_step(step)
         own = {name: safe for safe, name in sent.names.items()}
         reply = parse_reply(step.reference)
-        calls = [tool_call(own.get(r.name, r.name), json.dumps(r.arguments)) for r in reply.requests]
+        calls = [tool_call(own.get(r.name, r.name), json.dumps(r.arguments)) for r in reply.calls]
         replies[json.dumps(sent.messages)] = {"content": reply.text or None, "tool_calls": calls}
     return lambda body, _: dict(replies[json.dumps(body["messages"])])
 
 
 def test_a_perfect_endpoint_scores_1_everywhere_whatever_the_order_of_its_replies(steps):
-    readable = [step for step in steps if not parse_reply(step.reference).malformed]
+    readable = [step for step in steps if not len(parse_reply(step.reference).failures)]
     script = oracle(readable)
 
     def reply(body, number):
@@ -216,14 +216,14 @@ def test_a_list_of_tools_that_cannot_be_read_is_sent_as_it_stands_with_marks(tem
 )  # fmt: skip
 def test_replies_become_one_text(message, text):
     assert reply_text(message, {}) == text
-    assert parse_reply(text).malformed == 0
+    assert len(parse_reply(text).failures) == 0
 
 
 @pytest.mark.parametrize("arguments", ['{"x": ', "[1]", "7", '{"x": NaN}', '{}, "api_name": "b"'])
 def test_arguments_that_are_no_object_are_a_malformed_call(arguments):
     reply = parse_reply(reply_text({"tool_calls": [tool_call("a", arguments)]}, {}))
-    assert reply.malformed == 1
-    assert reply.requests == ()
+    assert len(reply.failures) == 1
+    assert reply.calls == ()
 
 
 def test_trouble_is_waited_out_and_the_endpoint_is_obeyed(steps):

@@ -29,29 +29,29 @@ def test_an_end_of_sequence_is_a_stop_at_the_end_and_before_another_turn_and_a_t
     assert parse_reply(f"yes {end}\n{end}\n").text == "yes"
     assert parse_reply(f"yes{end}\n<|im_start|>assistant\n{call('invented')}").text == "yes"
     assert parse_reply(f"Write {end} at the end.{end}").text == f"Write {end} at the end."
-    assert not parse_reply(f"yes{end}\n<|assistant|>:{call('invented')}").has_call
+    assert not bool(parse_reply(f"yes{end}\n<|assistant|>:{call('invented')}").attempts)
 
 
 def test_a_stop_that_the_user_names_ends_an_answer_wherever_it_stands() -> None:
     reply = parse_reply(f"yes<END>and {call('invented')}", stop_texts=("<END>",))
-    assert (reply.text, reply.has_call) == ("yes", False)
+    assert (reply.text, bool(reply.attempts)) == ("yes", False)
 
 
 @pytest.mark.parametrize("mark", [*END_OF_SEQUENCE_TEXTS, "<|user|>:", "<|startofexec|>", "<|im_start|>user", "<END>"])
 def test_a_mark_in_a_string_of_a_readable_call_is_letters(mark: str) -> None:
     text = f"I look. {call('explain', token=f'what is {mark}?')}"
     reply = parse_reply(f"{text}</s>", stop_texts=("<END>",))
-    assert reply.requests[0].arguments == {"token": f"what is {mark}?"}
+    assert reply.calls[0].arguments == {"token": f"what is {mark}?"}
     assert reply.text == "I look."
     if mark != "<END>":
         assert own_words(text) == text
     broken = parse_reply(f"<|startofthink|>{{broken <|user|>: {mark}<|endofthink|> and more")
-    assert (broken.malformed, broken.text) == (1, "")
+    assert (len(broken.failures), broken.text) == (1, "")
 
 
 def test_invented_tool_result_and_second_call_are_cut() -> None:
     reply = parse_reply(call("weather", city="北京") + "\n\n<|startofexec|>{}<|endofexec|>\n" + call("invented"))
-    assert [request.name for request in reply.requests] == ["weather"]
+    assert [request.name for request in reply.calls] == ["weather"]
     assert reply.text == ""
 
 
@@ -62,21 +62,21 @@ def test_invented_user_turn_is_cut(tag: str) -> None:
 
 def test_spans_are_not_greedy() -> None:
     reply = parse_reply("查一下 " + call("a", x=1) + "\n\n" + call("b") + " 好")
-    assert [request.name for request in reply.requests] == ["a", "b"]
+    assert [request.name for request in reply.calls] == ["a", "b"]
     assert reply.text == "查一下\n好"
 
 
 def test_fence_is_optional_and_an_array_is_several_calls() -> None:
     bare = '<|startofthink|>[{"api_name": "a", "parameters": {}}, {"api_name": "b"}]<|endofthink|>'
     reply = parse_reply(bare)
-    assert [request.name for request in reply.requests] == ["a", "b"]
+    assert [request.name for request in reply.calls] == ["a", "b"]
     assert len(reply.attempts) == 1
-    assert reply.malformed == 0
+    assert len(reply.failures) == 0
 
 
 def test_raw_line_feed_inside_a_json_string_is_read() -> None:
     reply = parse_reply('<|startofthink|>{"api_name": "a", "parameters": {"x": "1\n2"}}<|endofthink|>')
-    assert reply.requests[0].arguments == {"x": "1\n2"}
+    assert reply.calls[0].arguments == {"x": "1\n2"}
 
 
 @pytest.mark.parametrize(
@@ -96,21 +96,21 @@ def test_raw_line_feed_inside_a_json_string_is_read() -> None:
 )
 def test_unreadable_span_is_one_malformed_attempt(body: str, reason: str) -> None:
     reply = parse_reply(f"<|startofthink|>{body}<|endofthink|>")
-    assert (reply.malformed, reply.requests, reply.has_call) == (1, (), True)
+    assert (len(reply.failures), reply.calls, bool(reply.attempts)) == (1, (), True)
     assert reply.attempts[0].failure is not None
     assert reply.attempts[0].failure.reason == reason
 
 
 def test_unclosed_span_is_one_malformed_attempt_even_if_its_json_is_whole() -> None:
     reply = parse_reply(call("a") + '<|startofthink|>{"api_name": "b", "parameters": {}}')
-    assert [request.name for request in reply.requests] == ["a"]
-    assert reply.malformed == 1
+    assert [request.name for request in reply.calls] == ["a"]
+    assert len(reply.failures) == 1
     assert reply.attempts[1].failure is not None
     assert reply.attempts[1].failure.reason == "unclosed"
 
 
 def test_a_call_may_lack_parameters() -> None:
-    assert parse_reply('<|startofthink|>{"api_name": "a"}<|endofthink|>').requests[0].arguments == {}
+    assert parse_reply('<|startofthink|>{"api_name": "a"}<|endofthink|>').calls[0].arguments == {}
 
 
 MARKS = [
@@ -134,7 +134,7 @@ MARKS = [
 @given(st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=5)), max_size=40).map("".join))
 def test_parsing_never_raises(text: str) -> None:
     reply = parse_reply(text)
-    assert reply.has_call == bool(reply.requests or reply.malformed)
+    assert bool(reply.attempts) == bool(reply.calls or len(reply.failures))
     for attempt in reply.attempts:
         repair_call_body(attempt.source)
 

@@ -20,7 +20,7 @@ from agentft.data.template_probe import probe
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.generate import read_completion
 from agentft.evaluation.metrics import aggregate
-from agentft.evaluation.parse import msagent_text, reply_of
+from agentft.evaluation.parse import msagent_text, with_msagent_calls
 from agentft.evaluation.scoring import score_step
 from agentft.evaluation.steps import ReplyReader, Step, conversation_steps
 from agentft.model.random_weights import byte_tokenizer
@@ -200,8 +200,8 @@ def test_a_malformed_call_is_an_attempt_beside_the_good_ones(name: str):
     attempts = [piece for piece in said.pieces if isinstance(piece, Attempt)]
     assert [attempt.failure is not None for attempt in attempts] == [True, False], attempts
     assert said.calls == (ToolCall("get_tide", {"harbour": "Kiel", "days": 1}),)
-    written = reply_of(said)
-    assert (written.malformed, len(written.requests)) == (1, 1)
+    written = with_msagent_calls(said)
+    assert (len(written.failures), len(written.calls)) == (1, 1)
     assert "Kiel" in msagent_text(said)
 
 
@@ -223,16 +223,16 @@ def test_a_malformed_call_of_a_list_is_an_attempt_beside_the_good_ones(name: str
     calls = ["get_tide(harbour='Kiel')", "get_tide(harbour=)", "get_tide(days=1, days=2)", "7", "get_tide(days=3)"]
     said = read_as(name, f"<|tool_call_start|>[{', '.join(calls)}]<|tool_call_end|>")
     assert said.calls == (ToolCall("get_tide", {"harbour": "Kiel"}), ToolCall("get_tide", {"days": 3}))
-    written = reply_of(said)
-    assert (written.malformed, len(written.requests)) == (3, 2)
+    written = with_msagent_calls(said)
+    assert (len(written.failures), len(written.calls)) == (3, 2)
     assert [each.source for each in written.attempts if each.failure] == calls[1:4]
-    assert reply_of(read_as(name, "<|tool_call_start|>[get_tide(harbour=]<|tool_call_end|>")).malformed == 1
+    assert len(read_as(name, "<|tool_call_start|>[get_tide(harbour=]<|tool_call_end|>").failures) == 1
 
 
 def test_arguments_under_another_name_are_read_and_unclear_ones_are_malformed():
     assert read_as("qwen3", HERMES.replace("arguments", "parameters") % '{"days": 1}').calls[0].arguments == {"days": 1}
     for body in ('{"name": "get_tide", "kwargs": {"days": 1}}', '{"name": "get_tide", "arguments": "{}"}'):
-        assert reply_of(read_as("qwen3", f"<tool_call>{body}</tool_call>")).malformed == 1
+        assert len(with_msagent_calls(read_as("qwen3", f"<tool_call>{body}</tool_call>")).failures) == 1
 
 
 HERMES = '<tool_call>\n{"name": "get_tide", "arguments": %s}\n</tool_call>'
@@ -282,7 +282,7 @@ def test_a_value_without_quotes_has_the_type_of_its_schema(key: str, value: str,
 
 def test_a_key_twice_is_malformed_in_xml_too():
     said = read_as("qwen3_5_think", XML % (PARAMETER % ("days", "1") + PARAMETER % ("days", "2")))
-    assert reply_of(said).malformed == 1
+    assert len(with_msagent_calls(said).failures) == 1
 
 
 def test_a_tool_result_that_the_model_invents_is_cut():
