@@ -1,355 +1,92 @@
-"""Check a dataset as a whole before anything is trained on it.
+"""Check one conversation: its labels against its record, its calls against the declarations of its tools, its turns.
 
-`Audit` takes conversations one at a time, keeps counts, digests and a small sample, and lets the texts go: its memory
-grows by about a kilobyte a conversation. `finish` settles what only the whole can tell: duplicates and the split.
+Labels are traced without asking `render.py` what it meant to train: the labelled runs of an example are decoded and compared
+with the words between the tool results in the record's own assistant turns; the masked runs must hold what the system, the
+users and the tools said. If both hold for every run, no label can lie on foreign text. White space is left out of the
+comparison: it is nobody's words.
+
+A declaration is data from a stranger. Only the keywords of `_KEPT` reach the validator, each with a value of the kind it
+expects: no references (they could fetch), no patterns (they could run for ever), no depth beyond `_MAX_DEPTH`.
 """
 
 from __future__ import annotations
 
-import heapq
-import re
-from array import array
+import json
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from agentft.audits.findings import Findings
-from agentft.audits.label_trace import LabelProblem, trace_labels
-from agentft.audits.overlap import ConversationIndex
-from agentft.audits.tool_schemas import check_request
-from agentft.data.config import DatasetConfig
-from agentft.data.conversation import Conversation, Message, Origin
+from agentft.data.calls import ToolCall
+from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import Call
-from agentft.data.records import Rejection
-from agentft.data.render import Segment, SpanKind
-from agentft.data.sources import ReadReport, bounded_code
-from agentft.data.text_ids import TokenText
-from agentft.data.tokens import IGNORE_INDEX, Example
-from agentft.data.truncation import TruncationKind, TruncationResult
+from agentft.data.literals import JsonRefused, read_json
+from agentft.data.msagent import as_msagent
+from agentft.data.render import thought_text, with_history
+from agentft.data.text_ids import Ids, TokenText
+from agentft.data.tokens import IGNORE_INDEX
+from agentft.data.tools import OfferedTool
 
-_MAX_SOURCES = 40
-"""Id prefixes above which they are no sources but names; files count instead."""
+_LEAST_LEAK = 16
+"""Characters of foreign text that count as a leak where a template words the agent's turns anew."""
 
-_MAX_SHOWN_TOKENS = 20_000
-"""A longer conversation is no example to look at."""
+_MAX_DEPTH = 12
+_MAX_ERRORS = 20
+"""Schema errors reported for one call."""
 
-_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[-_:/.])")
+_TYPES = {
+    **dict.fromkeys(("string", "str", "text", "date", "datetime", "time"), "string"),
+    **dict.fromkeys(("integer", "int", "long", "int32", "int64"), "integer"),
+    **dict.fromkeys(("number", "float", "double", "decimal"), "number"),
+    **dict.fromkeys(("boolean", "bool"), "boolean"),
+    **dict.fromkeys(("array", "list", "tuple", "set"), "array"),
+    **dict.fromkeys(("object", "dict", "map", "json"), "object"),
+    **dict.fromkeys(("null", "none"), "null"),
+}
+"""What declarations call a type -> its name in JSON schema; other names say nothing and are left out."""
 
-_OF_REJECTIONS = {"duplicate": "duplicate", "observation_without_call": "exec_without_call"}
-_OF_NOTICES = {"duplicate_id_renamed": "duplicate_id"}
-"""What the reader has found already -> its code here."""
-
-
-@dataclass(slots=True)
-class GroupStats:
-    """Sums over a group of conversations."""
-
-    conversations: int = 0
-    rounds: int = 0
-    calls: int = 0
-    observations: int = 0
-    tokens: int = 0
-    trained: int = 0
-    too_long: int = 0
-
-    @property
-    def share_trained(self) -> float:
-        return self.trained / self.tokens if self.tokens else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A conversation kept to be looked at, with its tokens."""
-
-    conversation: Conversation
-    segments: tuple[Segment, ...]
-    example: Example
+_KEPT: dict[str, type | tuple[type, ...]] = {
+    "enum": list,
+    "minimum": (int, float),
+    "maximum": (int, float),
+    "exclusiveMinimum": (int, float),
+    "exclusiveMaximum": (int, float),
+    "minLength": int,
+    "maxLength": int,
+    "minItems": int,
+    "maxItems": int,
+    "additionalProperties": bool,
+}
+"""Keyword -> the values it may have here; `type`, `properties`, `items`, `required` and the unions are read apart."""
 
 
-@dataclass(slots=True)
-class Statistics:
-    """What a dataset holds."""
+class Problem(NamedTuple):
+    """What is wrong with a conversation."""
 
-    whole: GroupStats = field(default_factory=GroupStats)
-    by_prefix: dict[str, GroupStats] = field(default_factory=dict)
-    by_file: dict[str, GroupStats] = field(default_factory=dict)
-    by_language: dict[str, GroupStats] = field(default_factory=dict)
-    by_rounds: dict[str, GroupStats] = field(default_factory=dict)
-    by_part: dict[str, GroupStats] = field(default_factory=dict)
-    """`train`, `heldout` and `neither`, as a training run would divide."""
-    tokens_by_kind: Counter[SpanKind] = field(default_factory=Counter)
-    lengths: array[int] = field(default_factory=lambda: array("I"))
-    """Tokens of each conversation."""
-    tools_called: Counter[str] = field(default_factory=Counter)
-    tools_offered: Counter[str] = field(default_factory=Counter)
-    offered_per_conversation: Counter[int] = field(default_factory=Counter)
-    called_per_conversation: Counter[int] = field(default_factory=Counter)
-    steps: int = 0
-    fitting: dict[str, Fitting] = field(default_factory=dict)
-    """`train` and `heldout`: what fitting to `dataset.max_length` makes of them, as a training run would."""
-    shown_by_source: dict[str, Counter[str]] = field(default_factory=dict)
-    """Source as it was given -> part -> conversations, in training as often as an epoch shows them."""
-    heldout_turns_compared: int = 0
-
-    def by_source(self) -> dict[str, GroupStats]:
-        """By id prefix where ids have few of them, else by file; commonest first."""
-        few = 1 < len(self.by_prefix) <= _MAX_SOURCES
-        return _by_size(self.by_prefix if few or len(self.by_file) == 1 else self.by_file)
-
-    def length_at(self, share: float) -> int:
-        """Tokens that `share` of the conversations do not exceed."""
-        return int(np.quantile(self.lengths, share, method="inverted_cdf")) if self.lengths else 0
+    code: str
+    """As in `agentft.audits.findings`."""
+    detail: str
+    topic: str = ""
+    """The tool or the reason that it is counted under."""
 
 
-class Audit:
-    """Collects statistics, findings and a sample of conversations to look at."""
-
-    def __init__(
-        self, config: DatasetConfig, text: TokenText, *, stop_token: str, verbatim: bool, examples: int, sample: int
-    ) -> None:
-        """Start an audit.
-
-        Args:
-            verbatim: as in `trace_labels`: the template keeps the agent's words letter by letter.
-            examples: places kept for each finding.
-            sample: conversations kept to look at, besides the first of each finding.
-        """
-        self.statistics = Statistics()
-        self.findings = Findings(examples)
-        self.rejections: Counter[str] = Counter()
-        self.layout: Counter[str] = Counter()
-        """What the layout writes otherwise than the source."""
-        self._config = config
-        self._text = text
-        self._stop_token = stop_token
-        self._verbatim = verbatim
-        self._ledger = ConversationIndex()
-        self._fits = FitAccount()
-        self.unfit: list[Rejection] = []
-        """Conversations that fitting sets aside; known when the audit is finished."""
-        self._sample_size = sample
-        self._sample: list[tuple[int, int, Seen]] = []
-        self._exemplary: dict[str, Seen] = {}
-        """Code -> the conversation of its first example."""
-
-    def reject(self, rejection: Rejection) -> None:
-        """Take note of a row that was set aside."""
-        self.rejections[rejection.reason] += 1
-        if rejection.reason in _OF_REJECTIONS:
-            self.findings.add(_OF_REJECTIONS[rejection.reason], rejection.origin, rejection.id, rejection.detail)
-
-    def add(self, seen: Seen, *, fitted: TruncationResult, as_heldout: TruncationResult, heldout: bool) -> None:
-        """Take in one conversation.
-
-        Args:
-            seen: The conversation as a whole, whatever its length.
-            fitted: What training would make of it.
-            as_heldout: What the held-out part would.
-            heldout: It comes from the held-out source of two.
-        """
-        conversation, example = seen.conversation, seen.example
-        for code in fitted.notes:
-            self.layout[bounded_code(code, self.layout)] += 1
-        trained = int((example.labels != IGNORE_INDEX).sum())
-        self._count(conversation, seen, trained)
-        self._check_turns(seen)
-        self._check_calls(seen)
-        self._check_tools(seen)
-        for number, message in enumerate(conversation.messages, 1):
-            if not message.trained:
-                self._find("untrained_step", seen, f"message {number}")
-        if (problem := self._trace(fitted, trained)) is not None:
-            self._find(problem.code, seen, problem.detail)
-        self._ledger.add(conversation, heldout=heldout)
-        self._fits.add(
-            tokens=len(example), trained=trained, steps=len(example.steps()), train=fitted, heldout=as_heldout
-        )
-        self._keep_in_sample(seen)
-        if len(example) > self._config.max_length:
-            made = {TruncationKind.spread: f"split into {len(fitted.pieces)}"}.get(fitted.outcome, str(fitted.outcome))
-            detail = f"{len(example):,} tokens, dataset.max_length is {self._config.max_length:,}; in training: {made}"
-            self._find("too_long", seen, detail, topic=made.split(" into")[0])
-
-    def _trace(self, fitted: TruncationResult, trained: int) -> LabelProblem | None:
-        """Follow the labels that training would see back to the record: those of all examples made of it."""
-        if not trained:
-            if not all(message.trained for message in fitted.original.messages):
-                return None  # as its source wants it: counted as `untrained_step`, set aside in fitting
-            return LabelProblem("no_label", "no token of this conversation has a label")
-        for piece in fitted.pieces:
-            problem = trace_labels(
-                piece.conversation,
-                piece.example.input_ids,
-                piece.example.labels,
-                self._text,
-                stop_token=self._stop_token,
-                verbatim=self._verbatim,
-                context_rounds=piece.example.context_rounds,
-            )
-            if problem is not None:
-                return problem
-        return None
-
-    def finish(self, report: ReadReport, *, separate: bool, similarity: float) -> None:
-        """Settle duplicates, split and losses; `separate`: the held-out part had a source of its own."""
-        for notice_code, code in _OF_NOTICES.items():
-            for notice in report.notices_shown.get(notice_code, []):
-                self.findings.add(code, notice.origin, None, notice.detail)
-            # The reader keeps the first few notices only, but counts all: one a conversation.
-            finding = self.findings[code]
-            finding.count = finding.conversations = report.notices[notice_code]
-        config = self._config
-        ledger = self._ledger
-        ledger.assign_parts(
-            self.findings, split=config.split, test_ratio=config.test_ratio, seed=config.seed, separate=separate
-        )
-        self._count_parts()
-        self._count_fitting(report)
-        ledger.find_duplicates(self.findings)
-        self.statistics.heldout_turns_compared = ledger.find_near_duplicates(self.findings, similarity)
-        self._check_losses(report.rows)
-
-    @property
-    def left_out(self) -> Counter[str]:
-        """Usable conversations in neither part, by reason."""
-        return self._ledger.left_out
-
-    def part_of(self, name: str) -> str:
-        """Where the split put the conversation of that id."""
-        return self._ledger.part_of(self._ledger.ids.index(name))
-
-    def shown(self) -> dict[str, tuple[Seen, list[str]]]:
-        """Conversations to look at by id, each with the codes it is an example of; sample last."""
-        kept: dict[str, tuple[Seen, list[str]]] = {}
-        for code, seen in self._exemplary.items():
-            kept.setdefault(seen.conversation.id, (seen, []))[1].append(code)
-        for _, _, seen in sorted(self._sample, key=lambda entry: -entry[0]):
-            kept.setdefault(seen.conversation.id, (seen, []))
-        return kept
-
-    def _find(self, code: str, seen: Seen, detail: str, *, topic: str = "") -> None:
-        conversation = seen.conversation
-        kept = self.findings.add(code, conversation.origin, conversation.id, detail, topic=topic)
-        if kept and code not in self._exemplary and len(seen.example) <= _MAX_SHOWN_TOKENS:
-            self._exemplary[code] = seen
-
-    def _count(self, conversation: Conversation, seen: Seen, trained: int) -> None:
-        observations = sum(message.role == "tool" for message in conversation.messages)
-        names = [call.name for call in conversation.tool_calls]
-        malformed = sum(len(message.malformed_calls) for message in conversation.messages)
-        length = len(seen.example)
-        too_long = length > self._config.max_length
-        found = _PREFIX.match(conversation.id)
-        statistics = self.statistics
-        groups = (
-            (statistics.by_prefix, found[0] if found else "(no prefix)"),
-            (statistics.by_file, conversation.origin.source),
-            (statistics.by_language, conversation.language),
-            (statistics.by_rounds, str(conversation.rounds) if conversation.rounds < 10 else "10 and more"),
-        )
-        tallies = [statistics.whole]
-        for group, key in groups:
-            if key not in group and len(group) >= 10 * _MAX_SOURCES:
-                key = "(others)"
-            tallies.append(group.setdefault(key, GroupStats()))
-        for tally in tallies:
-            tally.conversations += 1
-            tally.rounds += conversation.rounds
-            tally.calls += len(names) + malformed
-            tally.observations += observations
-            tally.tokens += length
-            tally.trained += trained
-            tally.too_long += too_long
-        statistics.lengths.append(length)
-        statistics.steps += len(seen.example.steps())
-        self._count_kinds(seen)
-        statistics.tools_called.update(names)
-        statistics.tools_offered.update({tool.name for tool in conversation.offered})
-        statistics.offered_per_conversation[len(conversation.offered)] += 1
-        statistics.called_per_conversation[len(set(names))] += 1
-
-    def _count_kinds(self, seen: Seen) -> None:
-        """Trained tokens by their spans, all others by the segment that they begin in."""
-        example = seen.example
-        kinds = self._text.kinds(example.input_ids, seen.segments)
-        for span in example.spans:
-            kinds[span.start : span.stop] = span.kind
-        counts = np.bincount(kinds, minlength=len(SpanKind)).tolist()
-        for kind in SpanKind:
-            self.statistics.tokens_by_kind[kind] += counts[kind]
-
-    def _check_turns(self, seen: Seen) -> None:
-        messages = seen.conversation.messages
-        for number, (message, after) in enumerate(zip_longest(messages, messages[1:]), 1):
-            if after is not None and after.role != "user":
-                continue
-            if message.role == "tool":
-                self._find("empty_summary", seen, f"message {number} is a tool result, and nothing is said on it")
-            elif _ends_with_call(message):
-                self._find("ends_with_call", seen, f"message {number} ends with a call")
-
-    def _check_calls(self, seen: Seen) -> None:
-        conversation = seen.conversation
-        for malformed in (call for message in conversation.messages for call in message.malformed_calls):
-            assert malformed.failure is not None
-            reason = malformed.failure.reason
-            self._find("unreadable_call", seen, f"{reason}: {malformed.failure.detail}", topic=reason)
-        for call in conversation.tool_calls:
-            for code, topic, detail in check_request(call, conversation.offered):
-                self._find(code, seen, detail, topic=topic)
-
-    def _check_tools(self, seen: Seen) -> None:
-        for tool in seen.conversation.offered:
-            if tool.problem:
-                topic = tool.problem.partition(":")[0]
-                self._find("flawed_tool_entry", seen, f"tool {tool.name[:60]!r}: {tool.problem}", topic=topic)
-
-    def _keep_in_sample(self, seen: Seen) -> None:
-        """The conversations with the smallest content hashes: a fair sample, and the same one every time."""
-        if self._sample_size == 0 or len(seen.example) > _MAX_SHOWN_TOKENS:
-            return
-        entry = (-int(seen.conversation.content_hash[:15], 16), len(self._ledger), seen)
-        if len(self._sample) < self._sample_size:
-            heapq.heappush(self._sample, entry)
-        elif entry > self._sample[0]:
-            heapq.heapreplace(self._sample, entry)
-
-    def _count_parts(self) -> None:
-        lengths = self.statistics.lengths
-        for index in range(len(self._ledger)):
-            tally = self.statistics.by_part.setdefault(self._ledger.part_of(index), GroupStats())
-            tally.conversations += 1
-            tally.tokens += lengths[index]
-            tally.too_long += lengths[index] > self._config.max_length
-
-    def _count_fitting(self, report: ReadReport) -> None:
-        """Sum up what fitting makes of each part, and list what it sets aside."""
-        ledger, statistics = self._ledger, self.statistics
-        for index in range(len(ledger)):
-            part = ledger.part_of(index)
-            times = 0 if part == "neither" else ledger.showings(index)
-            if times:
-                into = statistics.fitting.setdefault(part, Fitting())
-                self._fits.count(index, into, heldout=part == "heldout", times=times)
-            source = report.source_of(ledger.origin(index))
-            statistics.shown_by_source.setdefault(source, Counter())[part] += times
-        for index, as_heldout, (reason, detail) in self._fits.set_aside():
-            if ledger.part_of(index) == ("heldout" if as_heldout else "train"):
-                self.unfit.append(Rejection(ledger.origin(index), reason, detail, id=ledger.ids[index]))
-
-    def _check_losses(self, rows: int) -> None:
-        # As a training run counts: a repetition is no loss.
-        lost = self.rejections.total() - self.rejections["duplicate"] + len(self.unfit)
-        if rows and lost / rows > self._config.max_rejected:
-            detail = (
-                f"{lost:,} of {rows:,} rows ({lost / rows:.1%}), dataset.max_rejected={self._config.max_rejected} "
-                f"allows {self._config.max_rejected:.1%}"
-            )
-            self.findings.add("too_many_set_aside", Origin("dataset", 0), None, detail)
+def check_turns(conversation: Conversation) -> Iterator[Problem]:
+    """Yield turns that end without words to the user, and steps that are not trained."""
+    messages = conversation.messages
+    for number, (message, after) in enumerate(zip_longest(messages, messages[1:]), 1):
+        if not message.trained:
+            yield Problem("untrained_step", f"message {number}")
+        if after is not None and after.role != "user":
+            continue
+        if message.role == "tool":
+            yield Problem("empty_summary", f"message {number} is a tool result, and nothing is said on it")
+        elif _ends_with_call(message):
+            yield Problem("ends_with_call", f"message {number} ends with a call")
 
 
 def _ends_with_call(message: Message) -> bool:
@@ -357,96 +94,304 @@ def _ends_with_call(message: Message) -> bool:
     return isinstance(said[-1], Call) if said else bool(message.tool_calls)
 
 
-def _by_size(groups: dict[str, GroupStats]) -> dict[str, GroupStats]:
-    return dict(sorted(groups.items(), key=lambda item: -item[1].conversations))
+def check_calls(conversation: Conversation) -> Iterator[Problem]:
+    """Yield calls that cannot be read, or are not as the tools are declared, and flaws of the declarations."""
+    for malformed in (call for message in conversation.messages for call in message.malformed_calls):
+        assert malformed.failure is not None
+        reason = malformed.failure.reason
+        yield Problem("unreadable_call", f"{reason}: {malformed.failure.detail}", reason)
+    for call in conversation.tool_calls:
+        yield from check_request(call, conversation.offered)
+    for tool in conversation.offered:
+        if tool.problem:
+            topic = tool.problem.partition(":")[0]
+            yield Problem("flawed_tool_entry", f"tool {tool.name[:60]!r}: {tool.problem}", topic)
+
+
+def check_request(request: ToolCall, offered: Sequence[OfferedTool]) -> list[Problem]:
+    """Return what is wrong with a request, given the tools that its system text offers.
+
+    One tool can be listed several times, under several urls: the declaration that fits best counts.
+    """
+    name = request.name
+    if not offered:
+        return [Problem("call_without_tool_list", f"{_short(name)} is called, no tool is offered", name)]
+    declared = [tool for tool in offered if tool.name == name]
+    if not declared:
+        return [Problem("unknown_tool", f"{_short(name)} is called, it is not in the tool list", name)]
+    return min((_check_declared(request, tool) for tool in declared), key=len)
+
+
+def schema_of(parameters: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON schema of an MSAgent parameter list, `[{"name", "description", "required", "type"?, ...}, ...]`."""
+    properties = {parameter["name"]: _clean(parameter, _MAX_DEPTH, named=True) for parameter in parameters}
+    return {"type": "object", "properties": properties, "required": _required_names(parameters)}
+
+
+def _required_names(parameters: Sequence[dict[str, Any]]) -> list[str]:
+    return [parameter["name"] for parameter in parameters if _is_true(parameter.get("required"))]
+
+
+def _check_declared(request: ToolCall, tool: OfferedTool) -> list[Problem]:
+    if tool.parameters is None:
+        return []
+    given, known = request.arguments, {parameter["name"] for parameter in tool.parameters}
+    tool_name = _short(request.name)
+    problems = [
+        Problem("missing_parameter", f"{tool_name} needs {_short(name)}", f"{request.name}.{name}")
+        for name in _required_names(tool.parameters)
+        if name not in given
+    ]
+    problems += [
+        Problem("undeclared_parameter", f"{tool_name} does not declare {_short(name)}", f"{request.name}.{name}")
+        for name in given
+        if name not in known
+    ]
+    try:
+        problems.extend(_schema_problems(request, tool.parameters))
+    except RecursionError:
+        detail = "the arguments are nested too deeply to check"
+        problems.append(Problem("argument_breaks_schema", detail, request.name))
+    return problems
+
+
+def _schema_problems(request: ToolCall, parameters: Sequence[dict[str, Any]]) -> Iterator[Problem]:
+    validator = _validator(json.dumps(parameters, sort_keys=True, default=str))
+    if validator is None:
+        return
+    for _, error in zip(range(_MAX_ERRORS), validator.iter_errors(request.arguments), strict=False):
+        path = ".".join(map(str, error.absolute_path))
+        top = str(error.absolute_path[0]) if error.absolute_path else ""
+        code = "argument_as_text" if _is_right_as_text(error) else "argument_breaks_schema"
+        words = error.message if len(error.message) <= 160 else f"{error.message[:80]}...{error.message[-77:]}"
+        yield Problem(code, f"{_short(request.name)}: {path}: {words}", f"{request.name}.{top}")
+
+
+@lru_cache(maxsize=4096)
+def _validator(parameters_json: str) -> Any:
+    """Return the validator of a parameter list; None where its schema allows anything."""
+    from jsonschema import Draft202012Validator
+
+    schema = schema_of(json.loads(parameters_json))
+    if not any(schema["properties"].values()):
+        return None
+    # Missing parameters of the call itself have a code of their own.
+    return Draft202012Validator({**schema, "required": []})
+
+
+def _clean(declared: object, depth: int, *, named: bool = False) -> dict[str, Any]:
+    """Return the part of a declaration that is checked; `named` entries have a name and a truth value for `required`."""
+    if not isinstance(declared, dict) or depth == 0:
+        return {}
+    schema: dict[str, Any] = {
+        key: value
+        for key, value in declared.items()
+        if key in _KEPT and isinstance(value, _KEPT[key]) and (_KEPT[key] is bool or not isinstance(value, bool))
+    }
+    if not schema.get("enum", [None]):
+        del schema["enum"]  # an empty choice is a declaration without one
+    if types := _types(declared.get("type")):
+        nullable = _is_true(declared.get("nullable")) or None in schema.get("enum", ())
+        schema["type"] = [*types, "null"] if nullable and "null" not in types else types
+    if isinstance(properties := declared.get("properties"), dict):
+        schema["properties"] = {str(name): _clean(value, depth - 1) for name, value in properties.items()}
+        required = declared.get("required_fields") if named else declared.get("required")
+        names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+        names += [
+            name for name, value in properties.items() if isinstance(value, dict) and value.get("required") is True
+        ]
+        schema["required"] = names
+    if isinstance(items := declared.get("items"), dict):
+        schema["items"] = _clean(items, depth - 1)
+    for union in ("anyOf", "oneOf", "allOf"):
+        if isinstance(choices := declared.get(union), list) and choices:
+            schema[union] = [_clean(choice, depth - 1) for choice in choices]
+    return schema
+
+
+def _types(declared: object) -> list[str]:
+    """Return JSON-schema types; none where one of them is not known, since then anything might be meant."""
+    names = declared if isinstance(declared, list) else [declared]
+    types = [_TYPES.get(name.strip().lower()) if isinstance(name, str) else None for name in names]
+    return [] if None in types else [name for name in types if name is not None]
+
+
+def _is_true(value: object) -> bool:
+    return value is True or (isinstance(value, str) and value.strip().lower() in ("true", "yes", "required", "是"))
+
+
+def _is_right_as_text(error: Any) -> bool:
+    """Return whether a text stands where its own value, read as JSON, would be right: "5" for an integer."""
+    value = error.instance
+    if error.validator != "type" or not isinstance(value, str):
+        return False
+    try:
+        read = read_json(value.strip().lower() if value.strip().lower() in ("true", "false", "null") else value)
+    except JsonRefused:
+        return False
+    from jsonschema import Draft202012Validator
+
+    return not isinstance(read, str) and bool(Draft202012Validator(error.schema).is_valid(read))
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 60 else f"{name[:57]}...")
 
 
 @dataclass(slots=True)
-class Fitting:
-    """Sums over the conversations of one part."""
+class _Step:
+    """What comes before the agent speaks, and what it says."""
 
-    outcomes: Counter[str] = field(default_factory=Counter)
-    """Conversations by `agentft.data.truncation.TruncationKind`."""
-    examples: int = 0
-    tokens: int = 0
-    """Of the examples."""
-    trained: int = 0
-    """Labelled tokens of the examples."""
-    steps: int = 0
-    """What the agents say, step by step, in all conversations of the part."""
-    steps_left_out: int = 0
-    shortened_observations: int = 0
-
-    @property
-    def steps_kept(self) -> int:
-        """Steps that some example has labels for."""
-        return self.steps - self.steps_left_out
-
-    def to_json(self) -> dict[str, Any]:
-        """Every sum by its name."""
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"outcomes": dict(self.outcomes)}
+    context: list[str] = field(default_factory=list)
+    words: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Summary:
-    """A conversation that is not used whole."""
+def trace_labels(
+    conversation: Conversation,
+    input_ids: Ids,
+    labels: Ids,
+    text: TokenText,
+    *,
+    stop_token: str,
+    verbatim: bool,
+    context_rounds: int = 0,
+) -> Problem | None:
+    """Compare the labels of an example with the texts of its conversation; None where every label is right.
 
-    outcome: TruncationKind
-    examples: int
-    tokens: int
-    trained: int
-    steps_left_out: int
-    shortened_observations: int
-    problem: tuple[str, str] | None
+    Args:
+        verbatim: the template keeps the agent's words letter by letter, and ends each step with `stop_token`. Where it
+            does not, only foreign text under a label is an error; what cannot be compared is `label_untraced`.
+        context_rounds: Rounds at the start whose words have no labels here; another example of the conversation has them.
+            Steps that the record itself does not want trained have none either.
+    """
+    labelled = labels != IGNORE_INDEX
+    if not labelled.any():
+        return Problem("no_label", "no token of this conversation has a label")
+    if not np.array_equal(labels[labelled], input_ids[labelled]):
+        at = int(np.flatnonzero(labelled & (labels != input_ids))[0])
+        return Problem("label_in_context", f"the label at token {at} is another token than the one that is read")
+    if text.unknown_id is not None and (input_ids == text.unknown_id).any():
+        return Problem("label_untraced", "the tokenizer does not know some characters")
+    masked, trained = _runs(input_ids, labelled, text)
+    conversation = as_msagent(conversation)
+    steps = _steps(conversation, context_rounds)
+    if verbatim:
+        return _compare(masked, trained, steps, _squeeze(stop_token))
+    return _search(masked, trained, steps, conversation)
 
 
-class FitAccount:
-    """Takes conversations in their order; keeps a few numbers of each, and more of those that are not used whole."""
+def _runs(input_ids: Ids, labelled: np.ndarray, text: TokenText) -> tuple[list[str], list[str]]:
+    """Return masked and labelled runs in turn, squeezed: as many of the one as of the other, then the masked rest."""
+    edges = [0, *(np.flatnonzero(np.diff(labelled)) + 1).tolist(), len(input_ids)]
+    runs = [text.text(input_ids[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    if labelled[0]:
+        runs.insert(0, "")
+    if len(runs) % 2 == 0:
+        runs.append("")
+    squeezed = [_squeeze(run) for run in runs]
+    return squeezed[0::2], squeezed[1::2]
 
-    def __init__(self) -> None:
-        self._tokens = array("I")
-        self._trained = array("I")
-        self._steps = array("I")
-        self._changed: dict[int, tuple[_Summary, _Summary]] = {}
-        """Position -> what training and what the held-out part make of it."""
 
-    def add(self, *, tokens: int, trained: int, steps: int, train: TruncationResult, heldout: TruncationResult) -> None:
-        """Enter the next conversation: sums of it as a whole, and what becomes of it in either part."""
-        if train.outcome is not TruncationKind.whole:
-            self._changed[len(self._tokens)] = (_summary(train), _summary(heldout))
-        self._tokens.append(tokens)
-        self._trained.append(trained)
-        self._steps.append(steps)
+def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
+    """Return the conversation as its record has it; the last step has no words, only what comes after the last ones."""
+    steps = [_Step()]
+    words: list[str] = []
 
-    def count(self, index: int, into: Fitting, *, heldout: bool, times: int = 1) -> None:
-        """Add one conversation to the sums of its part, in training as often as an epoch shows it."""
-        if index not in self._changed:
-            summary = _Summary(TruncationKind.whole, 1, self._tokens[index], self._trained[index], 0, 0, None)
+    def context(source: str) -> None:
+        if said := _squeeze("".join(words)):
+            steps[-1].words = said
+            steps.append(_Step())
+        words.clear()
+        steps[-1].context.append(_squeeze(source))
+
+    for message, history in with_history(conversation, context_rounds):
+        if message.role != "assistant" or history:
+            context(message.source_text or message.text)
         else:
-            summary = self._changed[index][heldout]
-        into.outcomes[str(summary.outcome)] += 1
-        into.examples += times * summary.examples
-        into.tokens += times * summary.tokens
-        into.trained += times * summary.trained
-        into.steps += self._steps[index]
-        into.steps_left_out += summary.steps_left_out
-        into.shortened_observations += summary.shortened_observations
-
-    def set_aside(self) -> Iterator[tuple[int, bool, tuple[str, str]]]:
-        """(position, as held-out, reason and detail) of all that cannot be used, under either policy."""
-        for index, summaries in self._changed.items():
-            for heldout, summary in zip((False, True), summaries, strict=True):
-                if summary.problem is not None:
-                    yield index, heldout, summary.problem
+            thought = thought_text(message.reasoning_content) if message.reasoning_content else ""
+            if thought and not message.reasoning_trained:
+                context(thought)
+                thought = ""
+            words.append(thought + message.source_text)
+    context("")
+    return steps
 
 
-def _summary(fitted: TruncationResult) -> _Summary:
-    return _Summary(
-        fitted.outcome,
-        len(fitted.pieces),
-        sum(len(piece.example) for piece in fitted.pieces),
-        sum(piece.example.trained_tokens for piece in fitted.pieces),
-        len(fitted.steps_left_out),
-        fitted.shortened_observations,
-        fitted.problem,
-    )
+def _compare(masked: list[str], trained: list[str], steps: list[_Step], stop: str) -> Problem | None:
+    expected = [step.words + stop for step in steps[:-1]]
+    if trained != expected and _composed(trained) != _composed(expected):
+        return _first_difference(trained, expected)
+    for number, (run, step) in enumerate(zip(masked, steps, strict=True), 1):
+        if (missing := _first_absent(step.context, run)) is not None:
+            return Problem(
+                "label_in_context", f"before step {number}, {_shown(missing)} is not whole among the masked tokens"
+            )
+    return None
+
+
+def _first_difference(trained: list[str], expected: list[str]) -> Problem:
+    """Name labelled runs that are no step: parts of a step that is missing, or foreign text."""
+    runs, steps = Counter(_composed(trained)), Counter(_composed(expected))
+    missing = list((steps - runs).elements())
+    for run in (runs - steps).elements():
+        if not any(run in words for words in missing):
+            return Problem("label_in_context", f"labelled, though not what the agent says there: {_shown(run)}")
+    words = missing[0] if missing else expected[0]
+    return Problem("label_missing", f"words of the agent are not labelled as a whole: {_shown(words)}")
+
+
+def _search(masked: list[str], trained: list[str], steps: list[_Step], source: Conversation) -> Problem | None:
+    """Look for foreign text under the labels, and for it among the masked runs."""
+    own = "".join(step.words for step in steps)
+    own += "".join(map(_strings, source.tool_calls))
+    under_labels = "\n".join(trained)
+    foreign = [piece for step in steps for piece in step.context]
+    for piece in foreign:
+        if len(piece) >= _LEAST_LEAK and piece in under_labels and piece not in own:
+            return Problem("label_in_context", f"labelled, though not the agent's: {_shown(piece)}")
+    context = "\n".join(masked)
+    for message in source.messages:
+        if message.role == "user" and _squeeze(message.text) not in context:
+            return Problem("label_untraced", f"not found among the masked tokens: {_shown(message.text)}")
+    return None
+
+
+def _strings(call: ToolCall) -> str:
+    """Return all text values of a call's arguments, however they are nested."""
+    found: list[str] = []
+    open_values: list[object] = [call.arguments]
+    while open_values:
+        match open_values.pop():
+            case str(value):
+                found.append(_squeeze(value))
+            case dict() as values:
+                open_values.extend(values.values())
+            case list() as items:
+                open_values.extend(items)
+    return "\n".join(found)
+
+
+def _first_absent(pieces: list[str], run: str) -> str | None:
+    at = 0
+    for piece in pieces:
+        found = run.find(piece, at)
+        if found < 0:
+            run = unicodedata.normalize("NFC", run)
+            found = run.find(unicodedata.normalize("NFC", piece), at)
+        if found < 0:
+            return piece
+        at = found + len(piece)
+    return None
+
+
+def _composed(texts: list[str]) -> list[str]:
+    """Return characters with their accents in one: some tokenizers normalise what they read."""
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -1,18 +1,17 @@
-"""Print the report of an audit, with conversations and their labels, and give the same as numbers."""
+"""Report an audit: in the terminal, as numbers, and as one HTML page that needs no network."""
 
 from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentft.audits.checks import Audit, Fitting, GroupStats, Seen, Statistics
 from agentft.audits.findings import CODES, Example, Finding, Level
-from agentft.comparison.render import visible
+from agentft.comparison.render import Plot, linear_scale, render_page, visible
 from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.sources import ReadReport
 from agentft.data.text_ids import TokenText
@@ -22,6 +21,8 @@ from agentft.recipes.config import AuditConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from agentft.audits.audit import Audit, Fitting, GroupStats, Seen, Statistics
 
 _STYLES: dict[SpanKind, tuple[str, str]] = {
     SpanKind.header: ("bright_black", "bright_black"),
@@ -59,19 +60,13 @@ class Run:
 
 
 def labelled_runs(seen: Seen, text: TokenText) -> Iterator[Run]:
-    """A conversation as runs. Trained is what has a label; the kind is what the text under it is."""
-    example = seen.example
-    labelled = example.labels != IGNORE_INDEX
-    kinds = text.kinds(example.input_ids, seen.segments)
-    for span in example.spans:
-        kinds[span.start : span.stop] = span.kind
+    """Yield a conversation as runs. Trained is what has a label; the kind is what the text under it is."""
+    ids, kinds, labelled = seen.example.input_ids, seen.kinds, seen.example.labels != IGNORE_INDEX
     start = 0
-    for stop in range(1, len(example) + 1):
-        at_end = stop == len(example)
-        if not at_end and (kinds[stop], labelled[stop]) == (kinds[start], labelled[start]):
+    for stop in range(1, len(ids) + 1):
+        if stop < len(ids) and (kinds[stop], labelled[stop]) == (kinds[start], labelled[start]):
             continue
-        pieces = list(text.pieces(example.input_ids[start:stop]))
-        yield Run(SpanKind(int(kinds[start])), bool(labelled[start]), start, pieces)
+        yield Run(SpanKind(int(kinds[start])), bool(labelled[start]), start, list(text.pieces(ids[start:stop])))
         start = stop
 
 
@@ -102,11 +97,11 @@ def print_conversation(seen: Seen, text: TokenText, console: Console, *, max_len
     )
 
 
-BARS_UP_TO_LIMIT = 12
+_BARS_UP_TO_LIMIT = 12
 """Bars of the length histogram below `dataset.max_length`; as many may follow above it."""
 
 _LEVEL_STYLE = {"fails": "bold red", "broken": "bold red", "warning": "yellow", "note": "cyan"}
-PART_NAMES = {"train": "training", "heldout": "held out", "neither": "neither"}
+_PART_NAMES = {"train": "training", "heldout": "held out", "neither": "neither"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +109,13 @@ class AuditReport:
     """An audit that is finished."""
 
     config: AuditConfig
-    read: ReadReport
     audit: Audit
     output: Path
     seconds: float
+
+    @property
+    def read(self) -> ReadReport:
+        return self.audit.data.account.read
 
     @property
     def statistics(self) -> Statistics:
@@ -133,6 +131,10 @@ class AuditReport:
         """Share of the rows that a training run could use."""
         kept = self.statistics.whole.conversations - len(self.audit.unfit)
         return kept / self.read.rows if self.read.rows else 0.0
+
+    def shown_of(self, source: str) -> dict[str, int]:
+        """Return the conversations of a source by part, in training as often as an epoch shows them."""
+        return {part: counts[source] for part, counts in self.audit.data.account.by_source.items()}
 
     def level_of(self, finding: Finding) -> str:
         """`broken`, `fails` (chosen by `audit.fail_on`), `warning` or `note`."""
@@ -151,17 +153,16 @@ class AuditReport:
             "files": self.read.files,
             "blank_lines": self.read.blank_lines,
             "kept_share": self.kept_share,
-            "set_aside": dict(self.audit.rejections.most_common()),
+            "set_aside": dict(self.read.rejected.most_common()),
             "set_aside_in_fitting": dict(Counter(rejection.reason for rejection in self.audit.unfit).most_common()),
             "too_long": self.config.dataset.too_long.value,
-            "fitting": {part: made.to_json() for part, made in statistics.fitting.items()},
-            "in_neither_part": dict(self.audit.left_out),
+            "fitting": {part: dataclasses.asdict(made) for part, made in statistics.fitting.items()},
+            "in_neither_part": dict(self.audit.data.account.left_out),
             "sources_read": {
-                name: dataclasses.asdict(count) | dict(statistics.shown_by_source.get(name, {}))
-                for name, count in self.read.sources.items()
+                name: dataclasses.asdict(count) | self.shown_of(name) for name, count in self.read.sources.items()
             },
             "notices": dict(self.read.notices.most_common()),
-            "layout": dict(self.audit.layout.most_common()),
+            "layout": dict(self.audit.data.account.layout.most_common()),
             "whole": dataclasses.asdict(statistics.whole),
             **{
                 name: {key: dataclasses.asdict(tally) for key, tally in groups.items()}
@@ -202,10 +203,10 @@ class AuditReport:
         # What is a finding of its own stands below.
         quirks = {code: count for code, count in self.read.notices.most_common() if code not in CODES}
         noted = ", ".join(f"{count:,} {code}" for code, count in quirks.items())
-        otherwise = ", ".join(f"{count:,} {code}" for code, count in self.audit.layout.most_common())
+        otherwise = ", ".join(f"{count:,} {code}" for code, count in self.audit.data.account.layout.most_common())
         return (
             f"{self.read.rows:,} rows: {whole.conversations:,} conversations read, {whole.too_long:,} of them longer "
-            f"than {self.config.dataset.max_length:,} tokens; {self.audit.rejections.total():,} set aside in reading, "
+            f"than {self.config.dataset.max_length:,} tokens; {self.read.rejected.total():,} set aside in reading, "
             f"{len(self.audit.unfit):,} in fitting. "
             f"{whole.tokens:,} tokens, {whole.trained:,} trained ({whole.share_trained:.1%}), in {self.seconds:.1f} s"
             + (f". Read with a notice: {noted}" if noted else "")
@@ -227,63 +228,11 @@ def length_bars(lengths: Sequence[int], max_length: int) -> list[tuple[int, int,
     """(from, to, conversations) of a histogram with a border at `max_length`; the last bar holds all that is longer."""
     if not lengths:
         return []
-    borders = [number * max_length // BARS_UP_TO_LIMIT for number in range(2 * BARS_UP_TO_LIMIT)]
+    borders = [number * max_length // _BARS_UP_TO_LIMIT for number in range(2 * _BARS_UP_TO_LIMIT)]
     counts = Counter(bisect_left(borders, length) - 1 for length in lengths)
     last = max(counts)
     stops = [*borders[1 : last + 1], max(max(lengths), borders[last] + 1)]
     return [(borders[number] + 1, stop, counts[number]) for number, stop in enumerate(stops)]
-
-
-def most_called(statistics: Statistics, count: int) -> list[tuple[str, int, int]]:
-    """(tool, requests, conversations that offer it), most called first."""
-    return [(name, calls, statistics.tools_offered[name]) for name, calls in statistics.tools_called.most_common(count)]
-
-
-TALLY_COLUMNS = ("conversations", "rounds", "calls", "results", "tokens", "trained", "too long")
-
-
-def tally_cells(tally: GroupStats) -> list[str]:
-    """A group of conversations as the cells below `TALLY_COLUMNS`."""
-    counts = (tally.conversations, tally.rounds, tally.calls, tally.observations, tally.tokens)
-    return [*(f"{count:,}" for count in counts), f"{tally.share_trained:.1%}", f"{tally.too_long:,}"]
-
-
-SOURCE_COLUMNS = ("weight", "rows", "kept", "shown in an epoch", "held out")
-
-
-def source_rows(report: AuditReport) -> list[list[str]]:
-    """A row for each of several sources, cells below `SOURCE_COLUMNS`; none where there is one."""
-    if len(report.read.sources) < 2:
-        return []
-    rows = []
-    for name, count in report.read.sources.items():
-        shown = report.statistics.shown_by_source.get(name, Counter())
-        counts = (count.rows, count.kept, shown["train"], shown["heldout"])
-        rows.append([name, f"{count.weight:g}", *(f"{each:,}" for each in counts)])
-    return rows
-
-
-FITTING_COLUMNS = ("training", "held out")
-
-
-def fitting_rows(statistics: Statistics) -> list[list[str]]:
-    """What becomes of the conversations of each part, and what comes of them; cells below a name and `FITTING_COLUMNS`."""
-    parts = [statistics.fitting.get(part, Fitting()) for part in ("train", "heldout")]
-    rows = [
-        [outcome.value.replace("_", " "), *(f"{part.outcomes[outcome.value]:,}" for part in parts)]
-        for outcome in TruncationKind
-    ]
-    rows.append(["examples made of them", *(f"{part.examples:,}" for part in parts)])
-    rows.append(["their tokens", *(f"{part.tokens:,}" for part in parts)])
-    rows.append(["trained", *(f"{part.trained / max(part.tokens, 1):.1%}" for part in parts)])
-    rows.append(["steps kept", *(f"{part.steps_kept:,} of {part.steps:,}" for part in parts)])
-    rows.append(["results shortened", *(f"{part.shortened_observations:,}" for part in parts)])
-    return rows
-
-
-def by_rounds(statistics: Statistics) -> list[tuple[str, GroupStats]]:
-    """Groups by number of rounds, fewest first."""
-    return sorted(statistics.by_rounds.items(), key=lambda item: int(item[0].split(" ", 1)[0].strip("(") or 0))
 
 
 def extent(finding: Finding) -> str:
@@ -299,8 +248,130 @@ def place(example: Example) -> str:
     return " ".join(([str(example.origin)] if example.origin.line else []) + ([example.id] if example.id else []))
 
 
-def mean(counts: Counter[int]) -> float:
-    """Mean of values that occur `counts` times each."""
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A heading, and below it a chart, shares of all tokens, a table, a sentence: those of them that are given."""
+
+    heading: str
+    words: str = ""
+    bars: Sequence[tuple[int, int, int]] = ()
+    """As `length_bars` returns them."""
+    drawing: Plot | None = None
+    shares: Sequence[tuple[str, str]] = ()
+    """Name and width of each kind of text."""
+    header: Sequence[str] = ()
+    groups: Iterable[Sequence[Sequence[str]]] = ()
+    """Rows of the table, with a line between the groups."""
+
+
+def panels(report: AuditReport) -> Iterator[Panel]:
+    """Yield what a dataset holds, one subject after the other."""
+    statistics, account = report.statistics, report.audit.data.account
+    if statistics.lengths:
+        yield _lengths(statistics, report.config.dataset.max_length)
+    if len(report.read.sources) > 1:
+        rows = [
+            [name, f"{count.weight:g}", f"{count.rows:,}", f"{count.kept:,}"]
+            + [f"{report.shown_of(name).get(part, 0):,}" for part in ("train", "heldout")]
+            for name, count in report.read.sources.items()
+        ]
+        yield Panel("Sources", header=("", "weight", "rows", "kept", "shown in an epoch", "held out"), groups=[rows])
+    if statistics.fitting:
+        policy = report.config.dataset.too_long
+        words = f"dataset.too_long={policy.value}; held-out conversations: {policy.of_heldout.value}"
+        words += "".join(f"; in neither part: {count:,} {reason}" for reason, count in account.left_out.items())
+        rows = _fitting_rows([statistics.fitting.get(part) for part in ("train", "heldout")])
+        yield Panel("Fitting to max_length", words, header=("", "training", "held out"), groups=[rows])
+    yield _tokens(statistics)
+    by_rounds = sorted(statistics.by_rounds.items(), key=lambda item: int(item[0].split(" ", 1)[0].strip("(") or 0))
+    groups = [
+        [[name, *_cells(tally)] for name, tally in group]
+        for group in (
+            statistics.by_source().items(),
+            statistics.by_language.items(),
+            [(f"rounds: {name}", tally) for name, tally in by_rounds],
+            [("all", statistics.whole)],
+        )
+    ]
+    header = ("", "conversations", "rounds", "calls", "results", "tokens", "trained", "too long")
+    yield Panel("Sources, languages, rounds", header=header, groups=groups)
+    rows = [
+        [words, f"{tally.conversations:,}", f"{tally.tokens:,}", f"{tally.too_long:,}"]
+        for name, words in _PART_NAMES.items()
+        if (tally := statistics.by_part.get(name)) is not None
+    ]
+    words = f"{statistics.heldout_turns_compared:,} held-out user turns were compared with those of training"
+    yield Panel("Split", words, header=("part", "conversations", "tokens", "too long"), groups=[rows])
+    words = (
+        f"{len(statistics.tools_offered):,} tools offered, {len(statistics.tools_called):,} called; a conversation "
+        f"offers {_mean(statistics.offered_per_conversation):.1f} and calls {_mean(statistics.called_per_conversation):.1f}"
+    )
+    most_called = statistics.tools_called.most_common(report.config.audit.tools)
+    rows = [[name[:60], f"{calls:,}", f"{statistics.tools_offered[name]:,}"] for name, calls in most_called]
+    yield Panel("Tools", words, header=("most called", "requests", "offered in"), groups=[rows])
+    if report.read.rejected:
+        rows = [[reason, f"{count:,}"] for reason, count in report.read.rejected.most_common()]
+        yield Panel("Set aside in reading", "each of them in rejected.jsonl", header=("reason", "rows"), groups=[rows])
+
+
+def _lengths(statistics: Statistics, limit: int) -> Panel:
+    """Return a histogram of equal bars; the last stands for everything longer."""
+    bars = length_bars(statistics.lengths, limit)
+    points = ", ".join(f"{share:.0%} ≤ {statistics.length_at(share):,}" for share in (0.5, 0.9, 0.99, 1.0))
+    words = f"{points}; {statistics.whole.too_long:,} are longer than dataset.max_length={limit:,}"
+    width = limit / _BARS_UP_TO_LIMIT
+    x = linear_scale([0.0, float(len(bars) * width)], "tokens of a conversation (the last bar: and more)")
+    y = linear_scale([0.0, float(max(count for _, _, count in bars))], "conversations")
+    plot = Plot(x, y, width=560, height=280)
+    _, base = plot.at(0, 0)
+    for number, (start, stop, count) in enumerate(bars):
+        left, top = plot.at(number * width, count)
+        right, _ = plot.at((number + 1) * width, count)
+        if count:
+            kind = "bar over" if start > limit else "bar"
+            box = {"width": f"{right - left - 1:.1f}", "height": f"{max(base - top, 1):.1f}"}
+            title = f"{start:,} – {stop:,}: {count:,}"
+            plot.draw("rect", class_=kind, x=f"{left + 0.5:.1f}", y=top, **box, title=title)
+    edge, _ = plot.at(limit, 0)
+    plot.draw("path", class_="limit", d=f"M{edge},12V{base}")
+    return Panel("Length in tokens", words, bars, plot)
+
+
+def _fitting_rows(parts: Sequence[Fitting | None]) -> list[list[str]]:
+    """Return what becomes of the conversations of each part, and what comes of them: a name, and a cell for each part."""
+    rows = {
+        outcome.value.replace("_", " "): [f"{part.outcomes.get(outcome.value, 0):,}" if part else "0" for part in parts]
+        for outcome in TruncationKind
+    }
+    rows["examples made of them"] = [f"{part.examples:,}" if part else "0" for part in parts]
+    rows["their tokens"] = [f"{part.tokens:,}" if part else "0" for part in parts]
+    rows["trained"] = [f"{part.trained / max(part.tokens, 1):.1%}" if part else "0.0%" for part in parts]
+    rows["steps kept"] = [
+        f"{part.steps - part.steps_left_out:,} of {part.steps:,}" if part else "0 of 0" for part in parts
+    ]
+    rows["results shortened"] = [f"{part.shortened_observations:,}" if part else "0" for part in parts]
+    return [[name, *cells] for name, cells in rows.items()]
+
+
+def _tokens(statistics: Statistics) -> Panel:
+    whole, conversations = max(statistics.whole.tokens, 1), max(statistics.whole.conversations, 1)
+    counts = [(kind, statistics.tokens_by_kind[kind]) for kind in SpanKind]
+    rows = [
+        [kind.name, f"{tokens:,}", f"{tokens / whole:.1%}"]
+        + ["trained" if kind in TRAINED_KINDS else "masked", f"{tokens / conversations:,.1f}"]
+        for kind, tokens in counts
+    ]
+    shares = [(kind.name, f"{100 * tokens / whole:.2f}%") for kind, tokens in counts]
+    return Panel("Tokens", shares=shares, header=("kind", "tokens", "share", "", "per conversation"), groups=[rows])
+
+
+def _cells(tally: GroupStats) -> list[str]:
+    counts = (tally.conversations, tally.rounds, tally.calls, tally.observations, tally.tokens)
+    return [*(f"{count:,}" for count in counts), f"{tally.share_trained:.1%}", f"{tally.too_long:,}"]
+
+
+def _mean(counts: Counter[int]) -> float:
+    """Return the mean of values that occur `counts` times each."""
     return sum(value * times for value, times in counts.items()) / max(counts.total(), 1)
 
 
@@ -312,133 +383,106 @@ def print_report(report: AuditReport, console: Console) -> None:
     console.rule(f"audit of {config.dataset.name} for {config.model.name} ({config.model.template})")
     console.print(visible(", ".join(report.read.files[:8]) or config.dataset.name))
     console.print(report.headline())
-    _print_groups(report, console)
-    _print_sources(report, console)
-    _print_fitting(report, console)
-    _print_tokens(report, console)
-    _print_lengths(report, console)
-    _print_tools(report, console)
-    _print_set_aside(report, console)
-    _print_findings(report, console)
+    for panel in panels(report):
+        _print_panel(panel, config.dataset.max_length, console)
+    for finding in report.audit.findings.all():
+        _print_finding(finding, report.level_of(finding), console)
     console.print(Text(report.verdict(), "bold red" if report.failing else "bold green"))
     page = " · audit.html" if config.audit.page else ""
     console.print(f"{report.output}: report.txt · audit.json · rejected.jsonl{page} · {report.seconds:.1f} s")
 
 
-def _print_groups(report: AuditReport, console: Console) -> None:
-    statistics = report.statistics
-    table = _table("", *TALLY_COLUMNS)
-    rounds = [(f"rounds: {name}", tally) for name, tally in by_rounds(statistics)]
-    for group in (statistics.by_source().items(), statistics.by_language.items(), rounds, [("all", statistics.whole)]):
-        for name, tally in group:
-            table.add_row(visible(name), *tally_cells(tally))
-        table.add_section()
-    console.print(table)
-    parts = _table("split", "conversations", "tokens", "too long")
-    for name, words in PART_NAMES.items():
-        if name in statistics.by_part:
-            tally = statistics.by_part[name]
-            parts.add_row(words, f"{tally.conversations:,}", f"{tally.tokens:,}", f"{tally.too_long:,}")
-    console.print(parts)
-
-
-def _print_sources(report: AuditReport, console: Console) -> None:
-    if rows := source_rows(report):
-        table = _table("source", *SOURCE_COLUMNS)
-        for cells in rows:
-            table.add_row(*map(visible, cells))
-        console.print(table)
-
-
-def _print_fitting(report: AuditReport, console: Console) -> None:
-    dataset = report.config.dataset
-    table = _table(f"fitting to {dataset.max_length:,}", *FITTING_COLUMNS)
-    for cells in fitting_rows(report.statistics):
-        table.add_row(*cells)
-    console.print(table)
-    console.print(
-        f"dataset.too_long={dataset.too_long.value}; held-out conversations: {dataset.too_long.of_heldout.value}"
-        + "".join(f"; in neither part: {count:,} {reason}" for reason, count in report.audit.left_out.items())
-    )
-
-
-def _print_tokens(report: AuditReport, console: Console) -> None:
-    statistics = report.statistics
-    table = _table("tokens", "count", "share", "", "per conversation")
-    whole = max(statistics.whole.tokens, 1)
-    for kind in SpanKind:
-        tokens = statistics.tokens_by_kind[kind]
-        fate = "trained" if kind in TRAINED_KINDS else "masked"
-        each = tokens / max(statistics.whole.conversations, 1)
-        table.add_row(kind.name, f"{tokens:,}", f"{tokens / whole:.1%}", fate, f"{each:,.1f}")
-    console.print(table)
-
-
-def _print_lengths(report: AuditReport, console: Console) -> None:
-    limit = report.config.dataset.max_length
-    bars = length_bars(report.statistics.lengths, limit)
-    highest = max((count for _, _, count in bars), default=1)
-    table = _table("length in tokens", "conversations", "")
-    table.columns[2].justify = "left"
-    for start, stop, count in bars:
-        over = start > limit
-        bar = ("▒" if over else "█") * round(40 * count / highest) or ("▏" if count else "")
-        table.add_row(f"{start:,} – {stop:,}", f"{count:,}", bar, style="red" if over else None)
-    console.print(table)
-    points = ", ".join(f"{s:.0%} ≤ {report.statistics.length_at(s):,}" for s in (0.5, 0.9, 0.99, 1.0))
-    longer = report.statistics.whole.too_long
-    console.print(f"{points}; dataset.max_length is {limit:,}, {longer:,} conversations are longer (▒)")
-
-
-def _print_tools(report: AuditReport, console: Console) -> None:
-    statistics = report.statistics
-    offered, called = statistics.offered_per_conversation, statistics.called_per_conversation
-    console.print(
-        f"{len(statistics.tools_offered):,} tools offered, {len(statistics.tools_called):,} called; per conversation "
-        f"{mean(offered):.1f} offered (most {max(offered, default=0)}), {mean(called):.1f} called "
-        f"(most {max(called, default=0)}); {called[0]:,} conversations call none"
-    )
-    table = _table("most called", "requests", "offered in")
-    for name, calls, offers in most_called(statistics, report.config.audit.tools):
-        table.add_row(visible(name)[:60], f"{calls:,}", f"{offers:,}")
-    if table.row_count:
-        console.print(table)
-
-
-def _print_set_aside(report: AuditReport, console: Console) -> None:
-    if not report.audit.rejections:
-        return
-    table = _table("set aside", "rows")
-    for reason, count in report.audit.rejections.most_common():
-        table.add_row(reason, f"{count:,}")
-    console.print(table)
-
-
-def _print_findings(report: AuditReport, console: Console) -> None:
-    from rich.text import Text
-
-    for finding in report.audit.findings.all():
-        level = report.level_of(finding)
-        line = Text()
-        line.append(f"{level:<8}", _LEVEL_STYLE[level])
-        line.append(finding.code, "bold")
-        line.append(f"  {found}: {finding.meaning}" if (found := extent(finding)) else f"  {finding.meaning}")
-        console.print(line)
-        topics = ", ".join(f"{visible(topic)[:60]} {count:,}" for topic, count in finding.topics.most_common(5))
-        if len(finding.topics) > 1:
-            more = f", … {len(finding.topics):,} in all" if len(finding.topics) > 5 else ""
-            console.print(Text(f"        by topic: {topics}{more}", "bright_black"))
-        for example in finding.examples:
-            words = ": ".join(part for part in (place(example), example.detail) if part)
-            console.print(Text(visible(f"        {words}")), soft_wrap=True)
-
-
-def _table(first: str, *others: str) -> Any:
+def _print_panel(panel: Panel, limit: int, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+    console.print(panel.heading, style="bold")
+    if panel.header or panel.bars:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        first, *others = panel.header or ("from – to", "conversations", "")
+        table.add_column(first, overflow="fold")
+        for name in others:
+            table.add_column(name, justify="right" if name else "left")
+        for rows in panel.groups:
+            for row in rows:
+                table.add_row(*map(visible, row))
+            table.add_section()
+        highest = max((count for _, _, count in panel.bars), default=1)
+        for start, stop, count in panel.bars:
+            over = start > limit
+            bar = ("▒" if over else "█") * round(40 * count / highest) or ("▏" if count else "")
+            table.add_row(f"{start:,} – {stop:,}", f"{count:,}", bar, style="red" if over else None)
+        console.print(table)
+    if panel.words:
+        console.print(visible(panel.words))
+
+
+def _print_finding(finding: Finding, level: str, console: Console) -> None:
+    from rich.text import Text
+
+    line = Text()
+    line.append(f"{level:<8}", _LEVEL_STYLE[level])
+    line.append(finding.code, "bold")
+    line.append(f"  {found}: {finding.meaning}" if (found := extent(finding)) else f"  {finding.meaning}")
+    console.print(line)
+    topics = ", ".join(f"{visible(topic)[:60]} {count:,}" for topic, count in finding.topics.most_common(5))
+    if len(finding.topics) > 1:
+        more = f", … {len(finding.topics):,} in all" if len(finding.topics) > 5 else ""
+        console.print(Text(f"        by topic: {topics}{more}", "bright_black"))
+    for example in finding.examples:
+        words = ": ".join(part for part in (place(example), example.detail) if part)
+        console.print(Text(visible(f"        {words}")), soft_wrap=True)
+
+
+def html_page(report: AuditReport, text: TokenText) -> str:
+    """Return the page: what the terminal says, and conversations to open, token by token."""
+    config = report.config
+    shown = report.audit.shown()
+    anchors = {name: f"c{number}" for number, name in enumerate(shown)}
+    return render_page(
+        "audit",
+        title=f"Audit of {config.dataset.name} for {config.model.name}",
+        files=", ".join(report.read.files[:8]),
+        headline=report.headline(),
+        verdict=report.verdict(),
+        failed=bool(report.failing),
+        findings=[_finding(finding, report, anchors) for finding in report.audit.findings.all()],
+        panels=panels(report),
+        shown=f"{len(shown)} of {report.statistics.whole.conversations:,}",
+        conversations=(
+            {
+                "id": name,
+                "anchor": anchors[name],
+                "facts": _facts(seen),
+                "codes": " ".join(codes),
+                "runs": labelled_runs(seen, text),
+            }
+            for name, (seen, codes) in shown.items()
+        ),
+    )
+
+
+def _finding(finding: Finding, report: AuditReport, anchors: dict[str, str]) -> dict[str, Any]:
+    topics = ", ".join(f"{topic[:60]} {count:,}" for topic, count in finding.topics.most_common(8))
+    return {
+        "level": report.level_of(finding),
+        "code": finding.code,
+        "extent": extent(finding),
+        "meaning": finding.meaning,
+        "failing": finding in report.failing,
+        "topics": topics if len(finding.topics) > 1 else "",
+        "examples": [
+            {"place": place(example), "anchor": anchors.get(example.id or ""), "detail": example.detail}
+            for example in finding.examples
+        ],
+    }
+
+
+def _facts(seen: Seen) -> str:
+    conversation, example = seen.conversation, seen.example
+    share = example.trained_tokens / max(len(example), 1)
+    return (
+        f"{conversation.origin} · {conversation.language} · {conversation.rounds} rounds "
+        f"· {len(conversation.tool_calls)} calls · {len(example):,} tokens, {example.trained_tokens:,} trained ({share:.0%}) "
+        f"· {_PART_NAMES[seen.part]}"
+    )

@@ -184,16 +184,27 @@ class EveryConversation:
         return self._examples.chosen(np.array([row for use in self.used[part] for row in use.rows], dtype=np.int64))
 
 
-def prepare_every_conversation(config: DatasetConfig, template: Layout, encoder: SegmentEncoder) -> EveryConversation:
-    """Prepare a dataset without samples and limits, and keep every conversation; nothing is cached.
+def look_at_every_conversation(
+    config: DatasetConfig,
+    template: Layout,
+    encoder: SegmentEncoder,
+    look: Callable[[EveryConversation, SegmentEncoder], T],
+) -> T:
+    """Prepare a dataset without samples and limits, keep every conversation, and return what `look` makes of all of them.
+
+    Nothing is cached. `look` is given an encoder that is ready for much text; it may be asked again, from the start.
 
     Raises:
         DataError: a source cannot be read, or the disk is full. That a part is empty, or much is set aside, is no error here.
         ConfigError: the settings contradict each other.
     """
     config = replace(config, max_samples=-1, test_sample=-1)
+
+    def work(builder: _Builder) -> T:
+        return look(builder.build_every_conversation(), builder.encoder)
+
     with tempfile.TemporaryDirectory(prefix="agentft-data-") as folder:
-        return _build(config, template, encoder, Path(folder), _Builder.build_every_conversation, keeps_all=True)
+        return _build(config, template, encoder, Path(folder), work, keeps_all=True)
 
 
 def _build(
@@ -260,7 +271,7 @@ class _Builder:
         self._config = config
         self._work = RowWork(config, template, encoder, keeps_pieces=keeps_all)
         self._keeps_all = keeps_all
-        self._encoder = encoder
+        self.encoder = encoder
         self._folder = folder
         self._account = PreparationStats()
         self._examples = ExampleWriter(folder, stored_id_type(encoder.largest_id))
@@ -329,7 +340,7 @@ class _Builder:
         intake = Intake(self._account.read)
         with progress_bar("reading", None) as bar:
             # Reading alone needs no tokenizer; else processes are forked when it is loaded.
-            ready = self._encoder.settle if not waiting else lambda: True
+            ready = self.encoder.settle if not waiting else lambda: True
             for batch, results in self._on_all_cores(self._work.read, batches, ready):
                 for row, result in zip(batch.rows, results, strict=True):
                     understood = self._admit(row, result, batch, intake)
@@ -444,7 +455,7 @@ class _Builder:
             for batch in iter(lambda: list(islice(unmade, CONVERSATIONS_A_BATCH)), [])
         )
         with progress_bar(f"tokenising {part}", len(numbers)) as bar:
-            for _, made in self._on_all_cores(self._work.make, batches, self._encoder.settle):
+            for _, made in self._on_all_cores(self._work.make, batches, self.encoder.settle):
                 for each in made:
                     self._uses[next(waiting)] = self._write(each)
                 bar.advance(len(made))

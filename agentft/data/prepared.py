@@ -55,6 +55,11 @@ class PreparationStats:
         """Rows set aside, by reason, commonest first."""
         return dict(Counter(rejection.reason for rejection in self.rejections).most_common())
 
+    @property
+    def lost(self) -> int:
+        """Rows set aside; a repetition is no loss."""
+        return sum(rejection.reason != "duplicate" for rejection in self.rejections)
+
     def used(self, part: str) -> int:
         """Conversations of a part that gave at least one example."""
         outcomes = self.fitted[part]
@@ -86,12 +91,11 @@ class PreparationStats:
         Raises:
             DataError: more than `dataset.max_rejected` of the rows, duplicates not counted.
         """
-        lost = sum(rejection.reason != "duplicate" for rejection in self.rejections)
         rows = self.read.rows
-        if rows and lost / rows > config.max_rejected:
+        if rows and self.lost / rows > config.max_rejected:
             examples = "; ".join(f"{r.origin}: {r.reason}: {r.detail}" for r in self.rejections[:3])
             raise DataError(
-                f"{lost} of {rows} rows were set aside, more than dataset.max_rejected={config.max_rejected} allows: "
+                f"{self.lost} of {rows} rows were set aside, more than dataset.max_rejected={config.max_rejected} allows: "
                 f"{self.reasons()}; for example {examples}"
             )
 
@@ -270,8 +274,13 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             },
         },
     )
+    run.write_text(run.rejected_file, rejected_lines(account))
+
+
+def rejected_lines(account: PreparationStats) -> str:
+    """Return a line of JSON for every row that was set aside."""
     lines = (
         {"source": r.origin.source, "line": r.origin.line, "id": r.id, "reason": r.reason, "detail": r.detail}
         for r in account.rejections
     )
-    run.write_text(run.rejected_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -160,14 +160,6 @@ class DatasetRows:
     train: Rows
     heldout: Rows | None
     form: Format
-    reasoning: Reasoning
-
-    def conversations(self, report: ReadReport) -> Iterator[tuple[Conversation | Rejection, bool]]:
-        """Yield everything that the rows hold, and whether it comes from the held-out source."""
-        for rows, heldout in ((self.train, False), (self.heldout, True)):
-            if rows is not None:
-                for item in read_conversations(rows, form=self.form, reasoning=self.reasoning, report=report):
-                    yield item, heldout
 
 
 def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
@@ -180,7 +172,7 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
     match config:
         case SyntheticConfig():
             train: Rows = _synthetic(config, "train", config.conversations)
-            return DatasetRows(train, _synthetic(config, "heldout", config.heldout), Format.msagent, config.reasoning)
+            return DatasetRows(train, _synthetic(config, "heldout", config.heldout), Format.msagent)
         case LocalConfig():
             sources = _local_sources(config)
             own = any(heldout_files(Path(source.path)) for source in sources)
@@ -189,10 +181,10 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             test: Any = config.test_path or [replace(source, part="heldout") for source in sources]
             heldout = read_local(test, report=report) if own or config.test_path is not None else None
             train = read_local([replace(source, part="train") for source in sources], report=report)
-            return DatasetRows(train, heldout, config.format, config.reasoning)
+            return DatasetRows(train, heldout, config.format)
         case HubConfig():
             heldout = None if config.test_split is None else read_hub(config, config.test_split)
-            return DatasetRows(read_hub(config, config.train_split), heldout, config.format, config.reasoning)
+            return DatasetRows(read_hub(config, config.train_split), heldout, config.format)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 

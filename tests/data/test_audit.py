@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 
-from agentft.audits.checks import Audit, Seen
+from agentft.audits.audit import Audit
+from agentft.audits.checks import check_request, schema_of, trace_labels
 from agentft.audits.findings import CODES, Findings, Level
-from agentft.audits.label_trace import trace_labels
 from agentft.audits.overlap import ConversationIndex
-from agentft.audits.tool_schemas import check_request, schema_of
 from agentft.data.calls import ToolCall
-from agentft.data.config import DatasetConfig, Split, TooLong
+from agentft.data.config import LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
+from agentft.data.prepare import look_at_every_conversation
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import SpanKind
-from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example, tokenize
 from agentft.data.tools import OfferedTool
 from agentft.data.truncation import fit_conversations
+from agentft.recipes.config import AuditOptions
 
 SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'
 CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'
@@ -46,28 +47,19 @@ def text(byte_tokenizer) -> TokenText:
 
 
 @pytest.fixture
-def audited(encoder, template, text):
-    """Audit records as a training run would read them."""
+def audited(encoder, template, text, tmp_path, monkeypatch):
+    """Audit records, in a file `data.jsonl`, as a training run would prepare them."""
+    monkeypatch.chdir(tmp_path)
 
     def run(records: list[dict], **settings) -> Audit:
-        config = DatasetConfig(name="test", **{"test_ratio": 0.5, "max_rejected": 1.0, **settings})
-        audit = Audit(config, text, stop_token=template.stop_token, verbatim=True, examples=3, sample=4)
-        report = ReadReport()
-        rows = [RawRow(Origin("data.jsonl", line), value) for line, value in enumerate(records, 1)]
-        for item in read_conversations(rows, report=report):
-            if isinstance(item, Rejection):
-                audit.reject(item)
-            else:
-                segments = template.render(item)
-                (example,) = tokenize([item], template, encoder)
-                fitted, as_heldout = (
-                    next(fit_conversations([item], template, encoder, config.max_length, policy))
-                    for policy in (config.too_long, config.too_long.of_heldout)
-                )
-                seen = Seen(item, tuple(segments), example)
-                audit.add(seen, fitted=fitted, as_heldout=as_heldout, heldout=False)
-        audit.finish(report, separate=False, similarity=0.8)
-        return audit
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+        config = LocalConfig(name="t", path="data.jsonl", **{"test_ratio": 0.5, "max_rejected": 1.0, **settings})
+        options = AuditOptions(examples=3, sample=4)
+
+        def look(data, encoder) -> Audit:
+            return Audit(config, options, data, template, text).look(encoder)
+
+        return look_at_every_conversation(config, template, encoder, look)
 
     return run
 
@@ -230,17 +222,17 @@ def tool(*parameters: dict) -> OfferedTool:
 )
 def test_arguments_are_checked_against_their_declaration(declared: dict, value: object, expected: list[str]):
     found = check_request(ToolCall("t", {"p": value}), [tool({"name": "p", **declared})])
-    assert [code for code, _, _ in found] == expected
+    assert [each.code for each in found] == expected
 
 
 def test_what_is_required_or_unknown_has_codes_of_its_own():
     declared = tool({"name": "a", "required": True}, {"name": "b", "required": "false"})
-    assert [c for c, _, _ in check_request(ToolCall("t", {"b": 1, "c": 1}), [declared])] == [
+    assert [each.code for each in check_request(ToolCall("t", {"b": 1, "c": 1}), [declared])] == [
         "missing_parameter",
         "undeclared_parameter",
     ]
-    assert [c for c, _, _ in check_request(ToolCall("u", {}), [declared])] == ["unknown_tool"]
-    assert [c for c, _, _ in check_request(ToolCall("u", {}), [])] == ["call_without_tool_list"]
+    assert [each.code for each in check_request(ToolCall("u", {}), [declared])] == ["unknown_tool"]
+    assert [each.code for each in check_request(ToolCall("u", {}), [])] == ["call_without_tool_list"]
     assert check_request(ToolCall("t", {"x": 1}), [OfferedTool("t", "", None)]) == []
     twice = [declared, tool({"name": "x"})]
     assert check_request(ToolCall("t", {"x": 1}), twice) == [], "the declaration that fits counts"
@@ -335,41 +327,39 @@ def test_a_split_that_leaves_a_part_empty_breaks_the_audit(audited):
 # --- Who shares what ---
 
 
-def ledger_of(records: list[dict], heldout: set[int]) -> ConversationIndex:
-    ledger = ConversationIndex()
-    for line, value in enumerate(records, 1):
-        ledger.add(conversation(value, line), heldout=line - 1 in heldout)
-    return ledger
+def compared(records: list[dict], parts: list[str | None]) -> tuple[Findings, int]:
+    """Findings of conversations that are divided as given, and the held-out user turns that were compared."""
+    conversations = [conversation(value, line) for line, value in enumerate(records, 1)]
+    index, findings = ConversationIndex(), Findings(5)
+    for each in conversations:
+        index.add(each)
+    return findings, index.compare(conversations, parts, findings, 0.8)
 
 
-def assigned(ledger: ConversationIndex, *, separate: bool = True) -> Findings:
-    findings = Findings(5)
-    ledger.assign_parts(findings, split=Split.content, test_ratio=0.5, seed=1, separate=separate)
-    return findings
-
-
-def test_the_split_that_training_makes_holds(golden_conversations):
+def test_the_split_that_training_makes_holds(audited):
     records = [record(f"a-{n}", f"question {n // 2}", f"answer {n}") for n in range(40)]
-    ledger = ledger_of(records, set())
-    findings = assigned(ledger, separate=False)
-    ledger.find_duplicates(findings)
-    assert {finding.code for finding in findings.all()} == {"duplicate_user_side"}
-    assert {ledger.part_of(n) for n in range(40)} == {"train", "heldout"}
+    audit = audited(records)
+    assert set(codes(audit)) == {"duplicate_user_side"}
+    assert set(audit.data.part_of) == {"train", "heldout"}
+
+
+def test_what_the_held_out_users_say_too_is_in_neither_part(audited, tmp_path):
+    said_too = [record("a", "same words"), record("b", "other words"), record("c", "same words")]
+    held_out = [record("held", "same words", "other answer")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(each) + "\n" for each in held_out))
+    audit = audited(said_too, test_path="test.jsonl")
+    assert audit.data.part_of == [None, "train", None, "heldout"]
+    assert not {"user_side_straddles", "content_straddles"} & codes(audit).keys()
 
 
 def test_a_split_that_leaks_is_found():
+    """As if the division did not hold what it promises."""
     records = [record("a", "same words"), record("b", "same  words\n", "other answer"), record("c", "same words")]
-    ledger = ledger_of(records, {1})
-    findings = assigned(ledger)
-    assert [ledger.part_of(n) for n in range(3)] == ["neither", "heldout", "neither"], "as training leaves them out"
-    ledger.parts = np.array([0, 1, 0], dtype=np.int8)  # and if it did not
-    ledger.find_duplicates(findings)
+    findings, _ = compared(records, ["train", "heldout", "train"])
     assert findings["user_side_straddles"].count == 1
     assert findings["content_straddles"].count == 0
-    ledger.parts = np.array([1, 0, 0], dtype=np.int8)
-    leaked = Findings(5)
-    ledger.find_duplicates(leaked)
-    assert leaked["content_straddles"].examples[0].detail == "the same content as 'c' (data.jsonl:3)"
+    findings, _ = compared(records, ["heldout", "train", "train"])
+    assert findings["content_straddles"].examples[0].detail == "the same content as 'c' (data.jsonl:3)"
     assert all(CODES[code][0] is Level.broken for code in ("user_side_straddles", "content_straddles"))
 
 
@@ -384,9 +374,8 @@ def test_near_duplicates_are_found_across_the_split_only():
         record("held-short", "yes please!"),
         record("held-far", "Transfer two hundred euros from my savings account to my landlord's account now"),
     ]
-    ledger = ledger_of(records, {4, 5, 6})
-    findings = assigned(ledger)
-    assert ledger.find_near_duplicates(findings, 0.8) == 2, "short turns are not compared"
+    findings, turns = compared(records, ["train"] * 4 + ["heldout"] * 3)
+    assert turns == 2, "short turns are not compared"
     (example,) = findings["near_duplicate_across_split"].examples
     assert example.id == "held"
     assert "about 100%" in example.detail
@@ -395,21 +384,21 @@ def test_near_duplicates_are_found_across_the_split_only():
 
 def test_nothing_to_compare_is_no_error(audited):
     assert codes(audited([{"id": "a"}, {"id": "b"}])) == {"empty_part": 1}
-    short = ledger_of([record("a", "Yes"), record("b", "No")], {1})
-    findings = assigned(short)
-    assert short.find_near_duplicates(findings, 0.8) == 0
+    findings, turns = compared([record("a", "Yes"), record("b", "No")], ["train", "heldout"])
+    assert turns == 0
     assert findings.all() == []
 
 
 def test_memory_holds_no_texts(audited):
-    """What is kept of a conversation does not grow with its text."""
+    """What is kept of a conversation, beside the sample, does not grow with its text."""
 
     def kept(words: int) -> int:
-        audit = audited([record(f"a-{n}", f"{n} " + "word " * words) for n in range(20)])
-        ledger = audit._ledger
-        return sum(map(len, (ledger._users, ledger._contents, ledger._said, ledger._sketches)))
+        audit = audited([record(f"a-{n}", f"{n} " + "word " * words) for n in range(20)], max_length=20_000)
+        audit._sample.clear()
+        audit._exemplary.clear()
+        return len(pickle.dumps((audit._index, audit.statistics, audit.findings)))
 
-    assert kept(2000) == kept(200)
+    assert kept(2000) == pytest.approx(kept(200), rel=0.01)
 
 
 def test_findings_are_bounded_and_say_where(audited):

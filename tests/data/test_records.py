@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agentft.audits.tool_schemas import check_request
+from agentft.audits.checks import check_request
 from agentft.data.calls import ToolCall
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from agentft.audits.label_trace import trace_labels
+from agentft.audits.checks import trace_labels
 from agentft.data.config import Format, LocalConfig, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.examples import make_examples
