@@ -161,7 +161,7 @@ TAKES_ALL_SETTINGS = {
     **dict.fromkeys(("evaluate.evaluate", "evaluate._evaluate_as", "evaluate._evaluate"), "the recipe"),
     "export.export": "the recipe",
     "export._facts": "the model card names what a run was trained with",
-    **dict.fromkeys(("audit.audit", "audit._look_at_all", "audit._view"), "the recipe"),
+    "audit.audit": "the recipe",
 }
 """Functions that take the settings of a whole command -> why; every other takes values, or one or two nodes of them."""
 
