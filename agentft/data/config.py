@@ -103,7 +103,8 @@ class DatasetConfig(Settings, group="dataset", affects="data"):
     span_weights: SpanWeights = field(default_factory=SpanWeights)
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
     reasoning: Reasoning = Reasoning.keep
-    """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted."""
+    """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted. Held-out
+    prompts end before a thought, with context too, so the held-out loss counts it, apart as loss_reasoning."""
     max_rejected: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1, "affects": "nothing"})
     """Largest share of rows that may be set aside; above it the run stops and says why."""
     cache: bool = field(default=True, metadata={"affects": "nothing"})

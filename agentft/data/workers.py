@@ -288,7 +288,8 @@ class RowWork:
 
     def _make(self, wanted: Sequence[tuple[Conversation, str]]) -> Iterator[Made]:
         fitter = Truncator(self.template, self.encoder, self.config.max_length)
-        fitted = fitter.fit([(conversation, self._too_long(part)) for conversation, part in wanted])
+        parts = ((_to_ask(each) if part == "heldout" else each, self._too_long(part)) for each, part in wanted)
+        fitted = fitter.fit(list(parts))
         id_type = stored_id_type(self.encoder.largest_id)
         for each, (_, part) in zip(fitted, wanted, strict=True):
             shown = each.pieces if part == "heldout" or self.keeps_pieces else ()
@@ -306,6 +307,14 @@ class RowWork:
     def _too_long(self, part: str) -> TooLong:
         how = self.config.too_long
         return how if part == "train" else how.of_heldout
+
+
+def _to_ask(conversation: Conversation) -> Conversation:
+    """Return a held-out conversation whose reasoning is part of what is asked: no prompt may show the thought of its step."""
+    if all(message.reasoning_trained for message in conversation.messages):
+        return conversation
+    messages = tuple(replace(message, reasoning_trained=True) for message in conversation.messages)
+    return replace(conversation, messages=messages)
 
 
 def _change(fitted: TruncationResult, part: str) -> dict[str, Any]:

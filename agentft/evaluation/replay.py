@@ -11,7 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Episode:
     """The steps to be asked, as teacher forcing asks them."""
     words: list[str] = field(default_factory=list)
     """What stays in the history: the completions in MSAgent form, up to where the model speaks for others."""
+    thoughts: list[str] = field(default_factory=list)
+    """The reasoning of each, empty where there was none."""
     completions: list[Completion] = field(default_factory=list)
     """Of the steps that were reached, the one that left the record included."""
     scores: list[StepScore] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Episode:
     @property
     def history(self) -> Conversation:
         """The conversation with the model's own words; blanks around a step stay as they were."""
-        return with_replies(self.conversation, [step.at for step in self.steps], self.words)
+        return with_replies(self.conversation, [step.at for step in self.steps], self.words, self.thoughts)
 
     def take(self, completion: Completion, seen_tools: frozenset[str] | None) -> None:
         """Add the next step, or find that the record cannot continue."""
@@ -68,6 +70,7 @@ class Episode:
         score = score_step(record)
         self.completions.append(completion)
         self.words.append(own_words(record.prediction))
+        self.thoughts.append(record.prediction_reply.reasoning if record.prediction_reply is not None else "")
         self.scores.append(score)
         if not score.is_exact:
             self.diverged = " ".join(score.errors) or "reference_unreadable"
@@ -100,13 +103,16 @@ def is_replayable(conversation: Conversation) -> bool:
     return bool(conversation.tool_calls) and not any(message.malformed_calls for message in conversation.messages)
 
 
-def with_replies(conversation: Conversation, places: Sequence[int], replies: Sequence[str]) -> Conversation:
+def with_replies(
+    conversation: Conversation, places: Sequence[int], replies: Sequence[str], thoughts: Sequence[str] = ()
+) -> Conversation:
     """Return the conversation with the messages at the first of `places` replaced; blanks around them stay as they were."""
     messages = list(conversation.messages)
-    for at, reply in zip(places, replies, strict=False):
+    for at, reply, thought in zip_longest(places[: len(replies)], replies, thoughts):
         source = messages[at].source_text
         before, after = source[: len(source) - len(source.lstrip())], source[len(source.rstrip()) :]
-        messages[at] = step_message((*_blank(before), *_parts(reply), *_blank(after)))
+        said = step_message((*_blank(before), *_parts(reply), *_blank(after)))
+        messages[at] = dataclasses.replace(said, reasoning_content=thought or None)
     return dataclasses.replace(conversation, messages=tuple(messages))
 
 

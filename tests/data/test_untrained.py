@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agentft.audits.checks import trace_labels
-from agentft.data.config import Format, LocalConfig, TooLong
+from agentft.data.config import Format, LocalConfig, Reasoning, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.examples import make_examples
 from agentft.data.prepare import prepare_data
@@ -184,6 +184,24 @@ def test_a_conversation_of_which_nothing_is_to_be_trained_is_set_aside(tmp_path,
     assert account.reasons() == {"no_label": 10}
     assert "is to be trained" in account.rejections[0].detail
     assert account.read.notices["step_not_trained"] == 10
+
+
+def test_a_held_out_prompt_ends_before_the_thought_of_its_step(tmp_path, template, encoder, byte_tokenizer):
+    """Though the thought is shown where it is not trained."""
+    path = tmp_path / "data.jsonl"
+    said = {"role": "assistant", "content": "An answer.", "reasoning_content": "A thought."}
+    rows = [{"id": f"{n}", "messages": [{"role": "user", "content": f"q {n}"}, said]} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = LocalConfig(name="local", path=str(path), test_ratio=0.3, cache=False, reasoning=Reasoning.context)
+    data = prepare_data(config, template, encoder)
+    steps = all_steps(data.heldout, data.heldout_examples, template)
+    assert steps
+    for step in steps:
+        assert "thought" not in byte_tokenizer.decode(step.input_ids[: step.start])
+        assert byte_tokenizer.decode(step.input_ids[step.start : step.stop]).count("A thought.") == 1
+    for example in data.train:
+        assert "A thought." in byte_tokenizer.decode(example.input_ids)
+        assert byte_tokenizer.decode(example.input_ids[example.labels != IGNORE_INDEX]) == "An answer.<|im_end|>"
 
 
 def test_a_record_cannot_have_the_id_of_a_part_of_another(tmp_path, template, encoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,10 +11,12 @@ from agentft.data.conversation import Origin
 from agentft.data.examples import make_examples
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
-from agentft.data.tokens import tokenize
+from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.generate import Completion
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
 from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.model.random_weights import byte_tokenizer
+from tests.data.test_chat_template_layout import layout_of
 
 
 class Scripted:
@@ -25,9 +28,10 @@ class Scripted:
 
     def generate(self, steps, on_completion=None):
         self.asked += steps
+        names = [step.conversation.piece_of or step.conversation.id for step in steps]
         return [
-            Completion(step, self.said.get((step.conversation.id, step.index), step.reference), 1, "stop")
-            for step in steps
+            Completion(step, self.said.get((name, step.index), step.reference), 1, "stop")
+            for name, step in zip(names, steps, strict=True)
         ]
 
 
@@ -171,6 +175,27 @@ def test_a_native_layout_is_replayed_in_its_own_form(encoder, byte_tokenizer):
     assert episode.diverged is None, "letters that look like a mark are letters in the history"
     assert episode.words[0] == call("weather", city="Rome")
     assert episode.words[2] == "Models write <think> and <tool_call"
+
+
+@pytest.mark.parametrize("name", ["msagent", "qwen3"])
+def test_what_the_model_thought_stays_in_the_history_as_its_layout_writes_it(name: str):
+    """Qwen3's own keeps the thoughts since the last question."""
+    template = layout_of("qwen3", "bytes") if name == "qwen3" else choose_template("msagent", byte_tokenizer())
+    tokenizer = template.template.tokenizer if name == "qwen3" else byte_tokenizer()
+    talk = conversation()
+    messages = tuple(
+        replace(m, reasoning_content="As recorded.") if m.role == "assistant" else m for m in talk.messages
+    )
+    weather = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    said = weather if name == "qwen3" else call("weather", city="Rome")
+    model = Scripted({("c", 0): f"<think>\nRome first.\n</think>\n\n{said}"})
+    encoder = SegmentEncoder(tokenizer)
+    episode, *_ = replay(steps_of([replace(talk, messages=messages)], template, encoder), template, encoder, model)
+    assert episode.thoughts[0] == "Rome first."
+    second = next(step for step in model.asked if step.index == 1)
+    prompt = tokenizer.decode(second.input_ids[: second.start])
+    assert "<think>\nRome first.\n</think>" in prompt
+    assert "As recorded." not in prompt
 
 
 def test_without_any_call_there_is_nothing_to_replay():
