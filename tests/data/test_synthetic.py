@@ -23,8 +23,7 @@ from agentft.data import synthetic
 from agentft.data.calls import read_call_body
 from agentft.data.synthetic import generate
 from agentft.data.synthetic.catalogue import chains, heldout_families, segments, shelf, tools
-from agentft.data.synthetic.dialogues import KINDS
-from agentft.data.synthetic.generator import Author
+from agentft.data.synthetic.dialogues import KINDS, Author
 from agentft.data.synthetic.values import base_pool, read_yaml, values_of
 from agentft.errors import DataError
 
@@ -241,7 +240,7 @@ def test_every_kind_and_every_tool_occurs(language, part, unseen_tools):
     assert set(kinds) == set(KINDS)
     assert 0.28 < kinds["single_call"] / 900 < 0.44
     for tool in shelf(language, part, unseen_tools).tools:
-        assert descriptions & set(tool.wording(language).descriptions), tool.key
+        assert descriptions & set(tool.descriptions), tool.key
 
 
 def test_shares_of_the_kinds_sum_to_one():
@@ -314,29 +313,29 @@ class TestCatalogue:
         assert read_yaml("en.yaml")["booleans"]["on_off"] == ["on", "off"]
 
     def test_is_as_large_as_promised(self):
-        assert len(tools()) >= 40
-        assert sum(tool.zh is not None for tool in tools()) >= 20
-        assert len({tool.key for tool in tools()}) == len(tools())
-        assert {tool.family for tool in tools()} >= heldout_families()
+        assert len(tools("en")) >= 40
+        assert len(tools("zh")) >= 20
+        assert {tool.key for tool in tools("en")} >= {tool.key for tool in tools("zh")}
+        assert len({tool.key for tool in tools("en")}) == len(tools("en"))
+        assert {tool.family for tool in tools("en")} >= heldout_families()
 
     @pytest.mark.parametrize("language", ["en", "zh"])
     def test_every_phrasing_mentions_every_parameter_and_brackets_the_optional_ones(self, language):
         for tool in shelf(language, "train", False).tools:
-            wording = tool.wording(language)
             optional = {p.key for p in tool.parameters if not p.required}
             slots = {p.key for p in tool.parameters}
-            for ask in wording.asks:
+            for ask in tool.asks:
                 assert set().union(*(s.slots for s in segments(ask))) == slots, (tool.key, ask)
                 bare = set().union(*(s.slots for s in segments(ask) if not s.bracketed))
                 assert not bare & optional, (tool.key, ask)
-            for both in wording.both:
+            for both in tool.both:
                 required = {p.key for p in tool.parameters if p.required}
                 assert set().union(*(s.slots for s in segments(both))) == required | {f"{tool.again}2"}, both
-            for summary in wording.summaries:
+            for summary in tool.summaries:
                 mentioned = set().union(*(s.slots for s in segments(summary)))
                 assert mentioned <= (slots - optional) | set(tool.result), (tool.key, summary)
-            assert len(wording.asks) >= 2
-            assert 2 <= len(wording.summaries) <= 4
+            assert len(tool.asks) >= 2
+            assert 2 <= len(tool.summaries) <= 4
 
     @pytest.mark.parametrize("language", ["en", "zh"])
     def test_every_pool_exists_in_both_parts(self, language):
@@ -347,25 +346,26 @@ class TestCatalogue:
                 named = [source for source in tool.result.values() if isinstance(source, str)]
                 assert all(source.removesuffix("*2") in pools for source in named), tool.key
                 assert not tool.again or tool.again in {p.key for p in tool.parameters}
-                assert all((p.en if language == "en" else p.zh) for p in tool.parameters), tool.key
+                assert all(p.description for p in tool.parameters), tool.key
 
     def test_parameter_names_of_a_tool_never_clash(self):
-        for tool in tools():
+        for tool in tools("en"):
             names = [{name.replace("_", "") for name in parameter.names} for parameter in tool.parameters]
             assert sum(map(len, names)) == len(set().union(*names)), tool.key
 
-    def test_chains_link_fields_that_exist(self):
-        by_key = {tool.key: tool for tool in tools()}
-        for chain in chains():
-            first, second = by_key[chain.first], by_key[chain.second]
+    @pytest.mark.parametrize("language", ["en", "zh"])
+    def test_chains_link_fields_that_exist(self, language):
+        by_key = {tool.key: tool for tool in tools(language)}
+        for chain in chains(language):
+            first, second = (by_key[key] for key in chain.tools)
             assert set(chain.links.values()) <= set(first.result)
             needed = {p.key for p in second.parameters if p.required} - set(chain.links)
-            for language in ("en", "zh"):
-                for phrasing in chain.phrasings(language):
-                    wanted = {p.key for p in first.parameters if p.required} | needed
-                    assert set().union(*(s.slots for s in segments(phrasing))) == wanted, phrasing
-                for phrasing in chain.then_phrasings(language):
-                    assert set().union(*(s.slots for s in segments(phrasing))) == needed, phrasing
+            wanted = {p.key for p in first.parameters if p.required} | needed
+            assert chain.at_once
+            for phrasing in chain.at_once:
+                assert set().union(*(s.slots for s in segments(phrasing))) == wanted, phrasing
+            for phrasing in chain.then:
+                assert set().union(*(s.slots for s in segments(phrasing))) == needed, phrasing
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,6 @@ It needs no download, can be of any length, and is short enough to train a small
 names change from conversation to conversation, so that a model has to read the tool list to call the right one.
 """
 
-from agentft.data.synthetic.generator import generate
+from agentft.data.synthetic.dialogues import generate
 
 __all__ = ["generate"]

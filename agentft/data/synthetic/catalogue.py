@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from types import MappingProxyType
 from typing import Any
 
-from agentft.data.synthetic.values import Json, Language, Part, base_pool, plain_number, read_yaml
+from agentft.data.synthetic.values import SLOT, Json, Language, Part, base_pool, plain_number, read_yaml
 
 Derived = Callable[[Mapping[str, Json]], Json]
 """Computes a field of an observation from the parameters and the fields before it."""
@@ -24,25 +23,13 @@ class Parameter:
     pool: str
     names: Sequence[str]
     """Synonyms in snake_case."""
-    en: str
-    zh: str = ""
-    required: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Wording:
-    """How people speak about a tool in one language; the fields are explained in `tools.yaml`."""
-
-    descriptions: Sequence[str]
-    goal: str
-    asks: Sequence[str]
-    summaries: Sequence[str]
-    both: Sequence[str] = ()
+    description: str
+    required: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One concept of the catalogue, in one or both languages."""
+    """One concept of the catalogue, as people speak about it in one language; `tools.yaml` explains the fields."""
 
     key: str
     family: str
@@ -51,17 +38,13 @@ class Tool:
     parameters: Sequence[Parameter]
     result: Mapping[str, str | Derived]
     """Fields of the observation: a pool, or a function of what is known."""
-    en: Wording
-    zh: Wording | None = None
-    again: str = ""
+    again: str
     """The parameter that a follow-up question or a correction changes; empty where that would sound odd."""
-
-    def wording(self, language: Language) -> Wording:
-        """Return the phrasings in `language`; the caller has chosen a tool that speaks it."""
-        wording = self.en if language == "en" else self.zh
-        if wording is None:
-            raise KeyError(f"tool {self.key!r} has no wording in {language!r}")
-        return wording
+    descriptions: Sequence[str]
+    goal: str
+    asks: Sequence[str]
+    summaries: Sequence[str]
+    both: Sequence[str] = ()
 
     def parameter(self, key: str) -> Parameter:
         """Return the parameter filling slot `key`."""
@@ -75,69 +58,29 @@ class Chain:
     tools: Sequence[str]
     links: Mapping[str, str]
     """Parameter of the second tool -> field of the first tool's observation."""
-    en: Mapping[str, Sequence[str]]
-    zh: Mapping[str, Sequence[str]] | None = None
-
-    @property
-    def first(self) -> str:
-        """The concept that is called first."""
-        return self.tools[0]
-
-    @property
-    def second(self) -> str:
-        """The concept that is called with the result."""
-        return self.tools[1]
-
-    def phrasings(self, language: Language) -> Sequence[str]:
-        """Return requests for both tools in one turn."""
-        return ((self.en if language == "en" else self.zh) or {}).get("at_once", ())
-
-    def then_phrasings(self, language: Language) -> Sequence[str]:
-        """Return requests for the second tool in a later turn, after the first has answered."""
-        return ((self.en if language == "en" else self.zh) or {}).get("then", ())
+    at_once: Sequence[str]
+    """Requests for both in one turn."""
+    then: Sequence[str] = ()
+    """Requests for the second in a later turn, after the first has answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phrasebook:
-    """What is said in one language whatever the tool. Slots are filled by `dialogues.py`."""
-
-    instructions: Sequence[str]
-    at_once: str
-    """Added to the instruction where several calls stand in one turn without waiting for results."""
-    plugins: str
-    greetings: Sequence[str]
-    announcements: Sequence[str]
-    joints: Sequence[str]
-    """Between two requests in one turn."""
-    between_summaries: str
-    list_joint: str
-    name_joint: str
-    again: Sequence[str]
-    questions: Sequence[str]
-    replies: Sequence[str]
-    corrections: Sequence[str]
-    refusals: Sequence[str]
-    failures: Sequence[str]
-    errors: Sequence[str]
-    not_found: str
-    unknown: str
-    thanks: Sequence[Sequence[str]]
-    """Pairs of what the user says and what the assistant replies, as in the next two."""
-    abilities: Sequence[Sequence[str]]
-    small_talk: Sequence[Sequence[str]]
+def phrasebook(language: Language) -> Mapping[str, Any]:
+    """Return what is said in one language whatever the tool; `en.yaml` explains each."""
+    phrases: Mapping[str, Any] = read_yaml(f"{language}.yaml")["phrases"]
+    return phrases
 
 
 @cache
-def phrasebook(language: Language) -> Phrasebook:
-    """Return the phrases of `language`."""
-    return Phrasebook(**read_yaml(f"{language}.yaml")["phrases"])
-
-
-@cache
-def tools() -> tuple[Tool, ...]:
-    """Return all tools, in the order of the file."""
-    families = {name: group for name, group in read_yaml("tools.yaml").items() if name not in ("heldout", "shared")}
-    return tuple(_tool(key, family, **entry) for family, group in families.items() for key, entry in group.items())
+def tools(language: Language) -> tuple[Tool, ...]:
+    """Return all tools that people speak about in `language`, in the order of the file."""
+    other = ("heldout", "looked_up", "shared")
+    families = {name: group for name, group in read_yaml("tools.yaml").items() if name not in other}
+    return tuple(
+        _tool(key, family, language, entry)
+        for family, group in families.items()
+        for key, entry in group.items()
+        if language in entry
+    )
 
 
 def heldout_families() -> frozenset[str]:
@@ -146,35 +89,26 @@ def heldout_families() -> frozenset[str]:
 
 
 @cache
-def chains() -> tuple[Chain, ...]:
-    """Return all chains, in the order of the file."""
-    return tuple(Chain(**entry) for entry in read_yaml("chains.yaml"))
+def chains(language: Language) -> tuple[Chain, ...]:
+    """Return all chains that can be asked for in `language`, in the order of the file."""
+    entries = [entry for entry in read_yaml("chains.yaml") if language in entry]
+    return tuple(Chain(entry["tools"], entry["links"], **entry[language]) for entry in entries)
 
 
-def _tool(
-    key: str,
-    family: str,
-    *,
-    names: Sequence[str],
-    parameters: Mapping[str, Mapping[str, Any]],
-    returns: Mapping[str, str],
-    en: Mapping[str, Any],
-    optional: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    zh: Mapping[str, Any] | None = None,
-    again: str = "",
-) -> Tool:
-    """Return a tool from its entry in `tools.yaml`, whose keys are the arguments."""
-    listed = [(slot, fields, True) for slot, fields in parameters.items()]
-    listed += [(slot, fields, False) for slot, fields in optional.items()]
+def _tool(key: str, family: str, language: Language, entry: Mapping[str, Any]) -> Tool:
+    listed = [(*each, True) for each in entry["parameters"].items()]
+    listed += [(*each, False) for each in entry.get("optional", {}).items()]
     return Tool(
         key,
         family,
-        names,
-        [Parameter(slot, required=required, **{"pool": slot, **fields}) for slot, fields, required in listed],
-        {field: COMPUTED.get(source, source) for field, source in returns.items()},
-        Wording(**en),
-        Wording(**zh) if zh is not None else None,
-        again,
+        entry["names"],
+        [
+            Parameter(slot, of.get("pool", slot), of["names"], of.get(language, ""), needed)
+            for slot, of, needed in listed
+        ],
+        {field: COMPUTED.get(source, source) for field, source in entry["returns"].items()},
+        entry.get("again", ""),
+        **entry[language],
     )
 
 
@@ -201,12 +135,6 @@ COMPUTED: Mapping[str, Derived] = {
 }
 """Fields of a result that follow from the call, by the name that stands in `tools.yaml`."""
 
-LOOKED_UP_POOLS = frozenset(
-    {"city", "person", "room", "door", "place", "word", "dish", "email", "symbol", "host", "event"}
-    | {"order", "parcel", "flight", "account", "card", "event_id", "note_id", "song_id", "book_id", "ticket", "booking"}
-)
-"""Values that a tool may fail to find."""
-
 
 @dataclass(frozen=True)
 class Shelf:
@@ -228,19 +156,18 @@ class Shelf:
     @cached_property
     def chains(self) -> tuple[Chain, ...]:
         """Chains of which both tools are here."""
-        return tuple(
-            c for c in chains() if c.phrasings(self.language) and c.first in self.by_key and c.second in self.by_key
-        )
+        return tuple(chain for chain in chains(self.language) if self.by_key.keys() >= set(chain.tools))
 
     @cached_property
     def lookups(self) -> tuple[Tool, ...]:
         """Tools that may fail to find what they are asked for."""
-        return tuple(t for t in self.tools if t.again and base_pool(t.parameter(t.again).pool) in LOOKED_UP_POOLS)
+        pools = read_yaml("tools.yaml")["looked_up"]
+        return tuple(tool for tool in self.tools if tool.again and base_pool(tool.parameter(tool.again).pool) in pools)
 
     @cached_property
     def doubled(self) -> tuple[Tool, ...]:
         """Tools with a phrasing for two values at once."""
-        return tuple(tool for tool in self.tools if tool.wording(self.language).both)
+        return tuple(tool for tool in self.tools if tool.both)
 
     @cached_property
     def misspellable(self) -> tuple[tuple[Tool, str], ...]:
@@ -254,7 +181,7 @@ class Shelf:
         found = []
         for tool in self.tools:
             for parameter in tool.parameters:
-                asks = tuple(ask for ask in tool.wording(self.language).asks if _alone_in_brackets(ask, parameter.key))
+                asks = tuple(ask for ask in tool.asks if _alone_in_brackets(ask, parameter.key))
                 if parameter.required and asks:
                     found.append((tool, parameter.key, asks))
         return tuple(found)
@@ -267,7 +194,7 @@ def _alone_in_brackets(phrasing: str, key: str) -> bool:
 @cache
 def shelf(language: Language, part: Part, unseen_tools: bool) -> Shelf:
     """Return the tools of `language`; with `unseen_tools` only those of `part`."""
-    chosen = tuple(tool for tool in tools() if language == "en" or tool.zh is not None)
+    chosen = tools(language)
     if unseen_tools:
         chosen = tuple(tool for tool in chosen if (tool.family in heldout_families()) == (part == "heldout"))
     return Shelf(language, chosen)
@@ -283,7 +210,6 @@ class Segment:
 
 
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
-_SLOT = re.compile(r"\{(\w+)\}")
 
 
 @cache
@@ -291,7 +217,7 @@ def segments(phrasing: str) -> tuple[Segment, ...]:
     """Split a phrasing at its square brackets."""
     pieces = _BRACKETS.split(phrasing)
     return tuple(
-        Segment(text, frozenset(_SLOT.findall(text)), bracketed=index % 2 == 1)
+        Segment(text, frozenset(SLOT.findall(text)), bracketed=index % 2 == 1)
         for index, text in enumerate(pieces)
         if text
     )

@@ -1,13 +1,28 @@
-"""The kinds of dialogue: each function plays one out on a `Scene` and leaves its user and assistant turns there."""
+"""Write records by number: kinds of dialogue are drawn by their share, and each is played out on a `Scene`.
+
+The same arguments and number give the same record, whatever was generated before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import zlib
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any, cast, get_args
 
 from agentft.data.synthetic.catalogue import Chain, Tool, fill
 from agentft.data.synthetic.scene import Request, Result, Scene
-from agentft.data.synthetic.values import Value
+from agentft.data.synthetic.values import Language, Part, Value
+from agentft.errors import DataError
+
+DEFAULT_LANGUAGES: Mapping[str, float] = MappingProxyType({"en": 0.9, "zh": 0.1})
+
+_HELDOUT_ONE_IN = 4
+"""One in so many first user turns can only be held out, by its checksum; the others only be trained on."""
 
 ANNOUNCED_SHARE = 0.08
 """Single calls with text before the call."""
@@ -23,158 +38,146 @@ MORE_ROUNDS_SHARE = 0.25
 class DialogueType:
     """A kind of dialogue and its share of the records."""
 
-    play: Callable[[Scene, int], None]
-    """Takes the largest number of rounds."""
+    play: Callable[[Scene], None]
     share: float
     rounds: int = 1
     """Rounds it needs at least."""
 
 
-def _single_call(scene: Scene, max_rounds: int) -> None:
+def _asked(scene: Scene) -> Request:
+    """Have the user ask for any tool."""
     request = scene.request(scene.pick(scene.shelf.tools))
     scene.user(scene.ask(request))
+    return request
+
+
+def _single_call(scene: Scene) -> None:
+    request = _asked(scene)
     before = ""
     if scene.chance(ANNOUNCED_SHARE):
-        before = scene.pick(scene.phrases.announcements).format(goal=scene.goal(request.tool)) + "\n"
+        before = scene.pick(scene.phrases["announcements"]).format(goal=request.tool.goal) + "\n"
     answer, _ = _answer(scene, request)
     scene.assistant(before + answer)
-    scene.close_list()
 
 
-def _call_without_result(scene: Scene, max_rounds: int) -> None:
-    request = scene.request(scene.pick(scene.shelf.tools))
-    scene.user(scene.ask(request))
+def _call_without_result(scene: Scene) -> None:
+    request = _asked(scene)
     scene.assistant(scene.call(request))
     scene.at_once = scene.chance(0.5)
-    scene.close_list()
 
 
-def _result_without_summary(scene: Scene, max_rounds: int) -> None:
-    request = scene.request(scene.pick(scene.shelf.tools))
-    scene.user(scene.ask(request))
+def _result_without_summary(scene: Scene) -> None:
+    request = _asked(scene)
     scene.assistant(scene.executed(request, scene.result(request).observation).rstrip("\n"))
-    scene.close_list()
 
 
-def _several_calls(scene: Scene, max_rounds: int) -> None:
+def _several_calls(scene: Scene) -> None:
     requests = _two_requests(scene)
     results = [scene.result(request) for request in requests]
     calls = [scene.executed(request, result.observation) for request, result in zip(requests, results, strict=True)]
     summaries = [scene.summary(request.tool, result) for request, result in zip(requests, results, strict=True)]
-    scene.assistant("".join(calls) + scene.phrases.between_summaries.join(summaries))
-    scene.close_list()
+    scene.assistant("".join(calls) + scene.phrases["between_summaries"].join(summaries))
 
 
-def _several_calls_at_once(scene: Scene, max_rounds: int) -> None:
+def _several_calls_at_once(scene: Scene) -> None:
     scene.at_once = True
     scene.assistant("\n\n".join([scene.call(request) for request in _two_requests(scene)]))
-    scene.close_list()
 
 
-def _chained_calls(scene: Scene, max_rounds: int) -> None:
+def _chained_calls(scene: Scene) -> None:
     chain = scene.pick(scene.shelf.chains)
-    first = scene.request(scene.shelf.by_key[chain.first], optional=False)
+    first = scene.request(scene.shelf.by_key[chain.tools[0]], optional=False)
     result = scene.result(first)
     second = _linked(scene, chain, result)
-    scene.user(fill(scene.pick(chain.phrasings(scene.language)), {**first.spoken, **second.spoken}))
+    scene.user(fill(scene.pick(chain.at_once), {**first.spoken, **second.spoken}))
     answer, _ = _answer(scene, second, before=scene.executed(first, result.observation))
     scene.assistant(answer)
-    scene.close_list()
 
 
-def _several_rounds(scene: Scene, max_rounds: int) -> None:
-    request = scene.request(scene.pick(scene.shelf.tools))
-    scene.user(scene.ask(request))
+def _several_rounds(scene: Scene) -> None:
+    request = _asked(scene)
     answer, result = _answer(scene, request)
     scene.assistant(answer)
     rounds = 2
-    while rounds < max_rounds and scene.chance(MORE_ROUNDS_SHARE):
+    while rounds < scene.max_rounds and scene.chance(MORE_ROUNDS_SHARE):
         rounds += 1
-    tools_left = 4 - 1
+    tools_left = 3
     for _ in range(rounds - 1):
-        chains = [chain for chain in scene.shelf.chains if chain.first == request.tool.key]
+        chains = [chain for chain in scene.shelf.chains if chain.tools[0] == request.tool.key]
         choice = scene.rng.random()
         if chains and choice < 0.5 and tools_left:
             chain = scene.pick(chains)
             request = _linked(scene, chain, result)
-            scene.user(fill(scene.pick(chain.then_phrasings(scene.language)), request.spoken))
+            scene.user(fill(scene.pick(chain.then), request.spoken))
             tools_left -= 1
         elif request.tool.again and choice < 0.7:
             request = scene.changed(request, request.tool.again)
-            scene.user(scene.pick(scene.phrases.again).format(value=request.spoken[request.tool.again]))
+            scene.user(scene.pick(scene.phrases["again"]).format(value=request.spoken[request.tool.again]))
         elif choice < 0.9 and tools_left:
-            request = scene.request(scene.pick(scene.shelf.tools))
-            scene.user(scene.ask(request))
+            request = _asked(scene)
             tools_left -= 1
         else:
-            thanks, reply = scene.pick(scene.phrases.thanks)
+            thanks, reply = scene.pick(scene.phrases["thanks"])
             scene.user(thanks)
             scene.assistant(reply)
             break
         answer, result = _answer(scene, request)
         scene.assistant(answer)
-    scene.close_list()
 
 
-def _failed_call(scene: Scene, max_rounds: int) -> None:
-    request = scene.request(scene.pick(scene.shelf.tools))
-    scene.user(scene.ask(request))
-    error = scene.pick(scene.phrases.errors)
+def _failed_call(scene: Scene) -> None:
+    request = _asked(scene)
+    error = scene.pick(scene.phrases["errors"])
     if request.tool in scene.shelf.lookups and scene.chance(0.4):
         error = _not_found(scene, request)
     scene.assistant(_failure(scene, request, error))
-    scene.close_list()
 
 
-def _corrected_by_tool(scene: Scene, max_rounds: int) -> None:
+def _corrected_by_tool(scene: Scene) -> None:
     tool, key = scene.pick(scene.shelf.misspellable)
     meant = scene.request(tool)
     wrong = _misspelt(scene, meant.spoken[key])
     said = scene.changed(meant, key, (wrong, wrong))
     scene.user(scene.ask(said))
-    error = scene.phrases.unknown.format(what=scene.what(tool, key), value=wrong)
+    error = scene.phrases["unknown"].format(what=tool.parameter(key).description, value=wrong)
     refused = scene.executed(said, {"error": error, "did_you_mean": meant.values[key]})
     answer, _ = _answer(scene, meant, before=refused)
     scene.assistant(answer)
-    scene.close_list()
 
 
-def _corrected_by_user(scene: Scene, max_rounds: int) -> None:
+def _corrected_by_user(scene: Scene) -> None:
     said = scene.request(scene.pick(scene.shelf.lookups))
     meant = scene.changed(said, said.tool.again)
     scene.user(scene.ask(said))
     scene.assistant(_failure(scene, said, _not_found(scene, said)))
-    scene.user(scene.pick(scene.phrases.corrections).format(value=meant.spoken[meant.tool.again]))
+    scene.user(scene.pick(scene.phrases["corrections"]).format(value=meant.spoken[meant.tool.again]))
     answer, _ = _answer(scene, meant)
     scene.assistant(answer)
-    scene.close_list()
 
 
-def _missing_parameter(scene: Scene, max_rounds: int) -> None:
+def _missing_parameter(scene: Scene) -> None:
     tool, key, asks = scene.pick(scene.shelf.incomplete)
     request = scene.request(tool)
     said = {slot: words for slot, words in request.spoken.items() if slot != key}
     scene.user(fill(scene.pick(asks), said))
-    scene.assistant(scene.pick(scene.phrases.questions).format(what=scene.what(tool, key)))
-    scene.user(scene.pick(scene.phrases.replies).format(value=request.spoken[key]))
+    scene.assistant(scene.pick(scene.phrases["questions"]).format(what=tool.parameter(key).description))
+    scene.user(scene.pick(scene.phrases["replies"]).format(value=request.spoken[key]))
     answer, _ = _answer(scene, request)
     scene.assistant(answer)
-    scene.close_list()
 
 
-def _unserved_request(scene: Scene, max_rounds: int) -> None:
-    request = scene.request(scene.pick(scene.shelf.tools))
-    scene.user(scene.ask(request))
-    scene.assistant(scene.pick(scene.phrases.refusals).format(goal=scene.goal(request.tool)))
-    scene.close_list(beside=[request.tool.key])
+def _unserved_request(scene: Scene) -> None:
+    request = _asked(scene)
+    scene.assistant(scene.pick(scene.phrases["refusals"]).format(goal=request.tool.goal))
+    scene.close_list(beside=[request.tool.key])  # all that is offered is of no use
 
 
-def _small_talk(scene: Scene, max_rounds: int) -> None:
-    scene.close_list()
+def _small_talk(scene: Scene) -> None:
+    scene.close_list()  # whose names it may say
     if scene.chance(0.1):
-        question, reply = scene.pick(scene.phrases.abilities)
+        question, reply = scene.pick(scene.phrases["abilities"])
         scene.user(question)
-        scene.assistant(reply.format(names=scene.phrases.name_joint.join(scene.listed_names())))
+        scene.assistant(reply.format(names=scene.phrases["name_joint"].join(scene.listed_names())))
         return
     a, b = scene.rng.sample(range(2, 100), 2)
     person = scene.value("person")[1]
@@ -190,7 +193,7 @@ def _small_talk(scene: Scene, max_rounds: int) -> None:
     if scene.language == "en":
         words["title"] = scene.value("title")[1]
         words["upper_title"] = words["title"].upper()
-    remark, reply = scene.pick(scene.phrases.small_talk)
+    remark, reply = scene.pick(scene.phrases["small_talk"])
     scene.user(fill(remark, words))
     scene.assistant(fill(reply, words))
 
@@ -214,34 +217,34 @@ KINDS: dict[str, DialogueType] = {
 
 
 def _answer(scene: Scene, request: Request, before: str = "") -> tuple[str, Result]:
-    """The call, its result and the summary, after whatever the turn holds `before`."""
+    """Return the call, its result and the summary, after whatever the turn holds `before`."""
     result = scene.result(request)
     return before + scene.executed(request, result.observation) + scene.summary(request.tool, result), result
 
 
 def _failure(scene: Scene, request: Request, error: str) -> str:
-    reply = scene.pick(scene.phrases.failures).format(goal=scene.goal(request.tool), error=error)
+    reply: str = scene.pick(scene.phrases["failures"]).format(goal=request.tool.goal, error=error)
     return scene.executed(request, {"error": error}) + reply
 
 
 def _not_found(scene: Scene, request: Request) -> str:
-    key = request.tool.again
-    return scene.phrases.not_found.format(what=scene.what(request.tool, key), value=request.spoken[key])
+    key, words = request.tool.again, str(scene.phrases["not_found"])
+    return words.format(what=request.tool.parameter(key).description, value=request.spoken[key])
 
 
 def _two_requests(scene: Scene) -> tuple[Request, Request]:
-    """Two requests that the user makes in one turn."""
+    """Return two requests that the user makes in one turn."""
     if scene.chance(TWICE_THE_SAME_SHARE):
         tool = scene.pick(scene.shelf.doubled)
         first = scene.request(tool, optional=False)
         second = scene.changed(first, tool.again)
         words = {**first.spoken, f"{tool.again}2": second.spoken[tool.again]}
-        scene.user(fill(scene.pick(tool.wording(scene.language).both), words))
+        scene.user(fill(scene.pick(tool.both), words))
         return first, second
     first_tool = scene.pick(scene.shelf.tools)
     second_tool = _another(scene, first_tool)
     first, second = scene.request(first_tool), scene.request(second_tool)
-    scene.user(scene.ask(first) + scene.pick(scene.phrases.joints) + scene.ask(second))
+    scene.user(scene.ask(first) + scene.pick(scene.phrases["joints"]) + scene.ask(second))
     return first, second
 
 
@@ -253,15 +256,15 @@ def _another(scene: Scene, tool: Tool) -> Tool:
 
 
 def _linked(scene: Scene, chain: Chain, result: Result) -> Request:
-    """The request for the second tool of a chain, given what the first returned."""
+    """Return the request for the second tool of a chain, given what the first returned."""
     given: dict[str, Value] = {
         parameter: (result.observation[name], result.spoken[name]) for parameter, name in chain.links.items()
     }
-    return scene.request(scene.shelf.by_key[chain.second], given=given, optional=False)
+    return scene.request(scene.shelf.by_key[chain.tools[1]], given=given, optional=False)
 
 
 def _misspelt(scene: Scene, text: str) -> str:
-    """A slip: in Chinese the suffix for a city too many, in English two neighbouring letters swapped."""
+    """Return a slip: in Chinese the suffix for a city too many, in English two neighbouring letters swapped."""
     if scene.language == "zh":
         return text + "市"
     places = [i for i in range(1, len(text) - 1) if text[i : i + 2].isalpha() and text[i : i + 2].islower()]
@@ -270,3 +273,107 @@ def _misspelt(scene: Scene, text: str) -> str:
         return text + text[-1]
     at = scene.pick(places)
     return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A conversation with what is known about how it came about."""
+
+    kind: str
+    language: Language
+    conversation: list[dict[str, str]]
+
+
+class Author:
+    """Writes the conversations of one set of arguments, by number."""
+
+    def __init__(
+        self, *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
+    ) -> None:
+        self._part: Part = part
+        self._unseen_tools = unseen_tools
+        self._max_rounds = max_rounds
+        shares = _checked_languages(languages)
+        self._languages = list(shares)
+        self._language_bounds = list(accumulate(shares.values()))
+        kinds = {name: kind for name, kind in KINDS.items() if kind.rounds <= max_rounds}
+        self._kinds = list(kinds)
+        self._kind_bounds = list(accumulate(kind.share for kind in kinds.values()))
+        mix = ",".join(f"{language}={share!r}" for language, share in shares.items())
+        self._stream = f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}"
+
+    def draft(self, number: int) -> Draft:
+        """Return conversation `number`."""
+        rng = random.Random(f"{self._stream}/{number}")
+        language = self._languages[_drawn(rng, self._language_bounds)]
+        kind = self._kinds[_drawn(rng, self._kind_bounds)]
+        while True:
+            scene = Scene(rng, language, self._part, unseen_tools=self._unseen_tools, max_rounds=self._max_rounds)
+            KINDS[kind].play(scene)
+            scene.close_list()
+            if _part_of(scene.turns[0]) == self._part:
+                break
+        turns = [{"from": "system", "value": scene.system()}]
+        for index, text in enumerate(scene.turns):
+            turns.append({"from": "assistant" if index % 2 else "user", "value": text})
+        return Draft(kind, language, turns)
+
+
+def _part_of(first_user_turn: str) -> Part:
+    """Return the one part that a conversation beginning with this user turn can be in."""
+    return "heldout" if zlib.crc32(first_user_turn.encode()) % _HELDOUT_ONE_IN == 0 else "train"
+
+
+def generate(
+    count: int,
+    *,
+    seed: int = 0,
+    languages: Mapping[str, float] = DEFAULT_LANGUAGES,
+    part: Part = "train",
+    unseen_tools: bool = False,
+    max_rounds: int = 3,
+) -> Iterator[dict[str, Any]]:
+    """Yield `count` records in the form of MSAgent-Bench.
+
+    Record k depends on the keyword arguments and k alone, so a longer run begins with the records of a shorter one.
+
+    Args:
+        count: Number of records; memory does not depend on it.
+        seed: Another seed, other records.
+        languages: Weight of each language, `en` or `zh`.
+        part: `train` and `heldout` share no first user turn, and draw names, places, codes and dates from other values.
+        unseen_tools: Make the tools of the two parts disjoint too, whole families of similar tools at a time.
+        max_rounds: Most user turns in a conversation; most conversations have one.
+
+    Raises:
+        DataError: an argument is out of range.
+    """
+    if count < 0:
+        raise DataError(f"synthetic data: count is {count}, expected 0 or more")
+    if max_rounds < 1:
+        raise DataError(f"synthetic data: max_rounds is {max_rounds}, expected 1 or more")
+    if part not in get_args(Part):
+        raise DataError(f"synthetic data: part is {part!r}, expected one of {', '.join(get_args(Part))}")
+    author = Author(seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds)
+    return (
+        {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": author.draft(number).conversation}
+        for number in range(count)
+    )
+
+
+def _drawn(rng: random.Random, bounds: list[float]) -> int:
+    """Return an index, drawn by its share; `bounds` are the running sums of the shares."""
+    return min(bisect(bounds, rng.random() * bounds[-1]), len(bounds) - 1)
+
+
+def _checked_languages(languages: Mapping[str, float]) -> dict[Language, float]:
+    known = get_args(Language)
+    for language, share in languages.items():
+        if language not in known:
+            raise DataError(f"synthetic data: language {language!r} is unknown, expected one of {', '.join(known)}")
+        if not 0 <= share < float("inf"):
+            raise DataError(f"synthetic data: share of language {language!r} is {share}, expected 0 or more")
+    positive = {cast("Language", language): float(languages[language]) for language in known if languages.get(language)}
+    if not positive:
+        raise DataError("synthetic data: no language has a share above 0, expected for example {'en': 0.9, 'zh': 0.1}")
+    return positive

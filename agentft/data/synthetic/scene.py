@@ -96,31 +96,35 @@ class Result:
 class Scene:
     """Draws everything that one conversation needs from one random stream and collects its turns."""
 
-    def __init__(self, rng: random.Random, language: Language, part: Part, *, unseen_tools: bool) -> None:
+    def __init__(
+        self, rng: random.Random, language: Language, part: Part, *, unseen_tools: bool, max_rounds: int
+    ) -> None:
         self.rng = rng
         self.language: Language = language
         self.shelf = shelf(language, part, unseen_tools)
         self.phrases = phrasebook(language)
+        self.max_rounds = max_rounds
         self.turns: list[str] = []
         self.at_once = False
         self._values = values_of(language, part)
         self._namer = Namer(rng)
         self._names: dict[str, ToolNames] = {}
         self._tools: list[Tool] = []
+        self._is_closed = False
         self._indent = 3 if rng.random() < INDENTED_SHARE else None
 
     # Drawing
 
     def pick(self, options: Sequence[_T]) -> _T:
-        """One of `options`."""
+        """Return one of `options`."""
         return options[int(self.rng.random() * len(options))]
 
     def chance(self, share: float) -> bool:
-        """True in `share` of the cases."""
+        """Return true in `share` of the cases."""
         return self.rng.random() < share
 
     def value(self, pool: str, unlike: Iterable[str] = ()) -> Value:
-        """A value of `pool` whose words are not among `unlike`."""
+        """Draw a value of `pool` whose words are not among `unlike`."""
         taken = set(unlike)
         for _ in range(100):
             value = self._values.draw(base_pool(pool), self.rng)
@@ -153,13 +157,13 @@ class Scene:
         return Request(tool, values, spoken)
 
     def changed(self, request: Request, key: str, value: Value | None = None) -> Request:
-        """The same request with another value of `key`."""
+        """Return the same request with another value of `key`."""
         if value is None:
             value = self.value(request.tool.parameter(key).pool, request.spoken.values())
         return Request(request.tool, {**request.values, key: value[0]}, {**request.spoken, key: value[1]})
 
     def result(self, request: Request) -> Result:
-        """What the tool returns."""
+        """Return what the tool returns."""
         known = dict(request.values)
         spoken = dict(request.spoken)
         observation: dict[str, Json] = {}
@@ -168,7 +172,7 @@ class Scene:
                 value, words = self._returned(source, spoken.values())
             else:
                 value = source(known)
-                words = self.phrases.list_joint.join(value) if isinstance(value, list) else str(value)
+                words = self.phrases["list_joint"].join(value) if isinstance(value, list) else str(value)
             observation[name] = known[name] = value
             spoken[name] = words
         return Result(observation, spoken)
@@ -178,7 +182,7 @@ class Scene:
             return self.value(pool, unlike if json_type(pool) == "string" else ())
         first = self.value(pool[:-2], unlike)
         second = self.value(pool[:-2], {*unlike, first[1]})
-        return [first[0], second[0]], f"{first[1]}{self.phrases.list_joint}{second[1]}"
+        return [first[0], second[0]], f"{first[1]}{self.phrases['list_joint']}{second[1]}"
 
     # Turns
 
@@ -187,7 +191,7 @@ class Scene:
         text = self._sentence(text)
         if not self.turns and self.chance(GREETING_SHARE):
             person, city = self.value("person")[1], self.value("city")[1]
-            text = self.pick(self.phrases.greetings).format(person=person, city=city) + text
+            text = self.pick(self.phrases["greetings"]).format(person=person, city=city) + text
         self.turns.append(text)
 
     def assistant(self, text: str) -> None:
@@ -195,31 +199,22 @@ class Scene:
         self.turns.append(text)
 
     def ask(self, request: Request) -> str:
-        """The user's words for `request`."""
-        return fill(self.pick(request.tool.wording(self.language).asks), request.spoken)
+        """Return the user's words for `request`."""
+        return fill(self.pick(request.tool.asks), request.spoken)
 
     def summary(self, tool: Tool, result: Result) -> str:
-        """The assistant's words for `result`."""
-        return self._sentence(fill(self.pick(tool.wording(self.language).summaries), result.spoken))
-
-    def goal(self, tool: Tool) -> str:
-        """What `tool` is for, as it stands in "I could not ..."."""
-        return tool.wording(self.language).goal
-
-    def what(self, tool: Tool, key: str) -> str:
-        """What a parameter is called in speech; its description."""
-        parameter = tool.parameter(key)
-        return parameter.en if self.language == "en" else parameter.zh
+        """Return the assistant's words for `result`."""
+        return self._sentence(fill(self.pick(tool.summaries), result.spoken))
 
     def call(self, request: Request) -> str:
-        """The call between its marks."""
+        """Return the call between its marks."""
         names = self.names(request.tool)
         parameters = {names.parameters[key]: value for key, value in request.values.items()}
         body = self._json({"api_name": names.tool, "parameters": parameters})
         return f"<|startofthink|>```JSON\n{body}\n```<|endofthink|>"
 
     def executed(self, request: Request, observation: Mapping[str, Json]) -> str:
-        """The call and what its execution returned; text or another call may follow."""
+        """Return the call and what its execution returned; text or another call may follow."""
         return f"{self.call(request)}\n\n<|startofexec|>```JSON\n{self._json(observation)}\n```<|endofexec|>\n"
 
     def _json(self, value: Json) -> str:
@@ -233,10 +228,10 @@ class Scene:
     # The system value
 
     def names(self, tool: Tool) -> ToolNames:
-        """The names of `tool` here; from now on it is listed."""
+        """Return the names of `tool` here; from now on it is listed."""
         if tool.key not in self._names:
             taken = {names.tool for names in self._names.values()}
-            names = self._namer.name(tool, self.pick(tool.wording(self.language).descriptions))
+            names = self._namer.name(tool, self.pick(tool.descriptions))
             while names.tool in taken:
                 names = self._namer.name(tool, names.description)
             self._names[tool.key] = names
@@ -244,11 +239,14 @@ class Scene:
         return self._names[tool.key]
 
     def listed_names(self) -> list[str]:
-        """Names of the listed tools in the order of the list; only after `close_list`."""
+        """Return the names of the listed tools in the order of the list; only after `close_list`."""
         return [self._names[tool.key].tool for tool in self._tools]
 
     def close_list(self, beside: Iterable[str] = ()) -> None:
-        """Add distractors, confusable ones first, and shuffle; none of the concepts `beside`."""
+        """Add distractors, confusable ones first, and shuffle, once; none of the concepts `beside`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         size = self.rng.choices((2, 3, 4), (80, 16, 4))[0]
         barred = {*beside, *self._names}
         families = {tool.family for tool in self.shelf.tools if tool.key in barred}
@@ -267,12 +265,12 @@ class Scene:
         self.rng.shuffle(self._tools)
 
     def system(self) -> str:
-        """The system value: an instruction and the numbered list of tools."""
-        instruction = self.pick(self.phrases.instructions)
+        """Return the system value: an instruction and the numbered list of tools."""
+        instruction = self.pick(self.phrases["instructions"])
         if self.at_once:
-            instruction += self.phrases.at_once
+            instruction += self.phrases["at_once"]
         lines = [f"{number}. {self._entry(tool)}" for number, tool in enumerate(self._tools, 1)]
-        return "\n\n".join([instruction + self.phrases.plugins, *lines])
+        return "\n\n".join([instruction + self.phrases["plugins"], *lines])
 
     def _entry(self, tool: Tool) -> str:
         names = self._names[tool.key]
@@ -280,7 +278,7 @@ class Scene:
         for parameter in tool.parameters:
             entry: dict[str, Json] = {
                 "name": names.parameters[parameter.key],
-                "description": parameter.en if self.language == "en" else parameter.zh,
+                "description": parameter.description,
                 "required": parameter.required,
                 "type": json_type(parameter.pool),
             }

@@ -8,8 +8,11 @@ modulo five. Small counts and enumerations are shared: there are too few of them
 from __future__ import annotations
 
 import random
+import re
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +30,7 @@ Value = tuple[Json, str]
 
 _HELDOUT_WORD_OF = 3
 _HELDOUT_NUMBER_OF = 5
+SLOT = re.compile(r"\{(\w+)\}")
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 _COUNTS = ("minutes", "percent", "guests", "nights", "years", "days", "quantity", "principal", "height")
@@ -52,23 +56,23 @@ def base_pool(pool: str) -> str:
 
 
 def plain_number(number: float) -> float | int:
-    """`number` as an integer where it is whole: nobody says 21.0."""
+    """Return `number` as an integer where it is whole: nobody says 21.0."""
     return int(number) if number == int(number) else number
 
 
 def json_type(pool: str) -> JsonType:
-    """The JSON type of a parameter that draws from `pool`."""
+    """Return the JSON type of a parameter that draws from `pool`."""
     return _TYPES.get(base_pool(pool), "string")
 
 
 def enum_values(pool: str, language: Language) -> tuple[str, ...]:
-    """All values of an enumeration; empty for other pools."""
+    """Return all values of an enumeration; empty for other pools."""
     return tuple(read_yaml(f"{language}.yaml")["enumerations"].get(pool, ()))
 
 
 @cache
 def values_of(language: Language, part: Part) -> Values:
-    """The pools of one language and part, made once."""
+    """Return the pools of one language and part, made once."""
     return Values(language, part)
 
 
@@ -83,7 +87,7 @@ class Values:
         self._lists: dict[str, Sequence[str]] = {pool: self._share(each) for pool, each in split.items()} | words[
             "shared"
         ]
-        self._enumerations, self._booleans = words["enumerations"], words["booleans"]
+        self._enumerations, self._booleans, self._composed = words["enumerations"], words["booleans"], words["composed"]
         self._makers = self._named_makers()
 
     def draw(self, pool: str, rng: random.Random) -> Value:
@@ -94,12 +98,27 @@ class Values:
         if pool in self._booleans:
             truth = rng.random() < 0.6
             return truth, self._booleans[pool][0 if truth else 1]
-        value = self._makers[pool](rng)
+        value = self._compose(pool, rng) if pool in self._composed else self._makers[pool](rng)
         return value, str(value)
 
+    def _compose(self, pool: str, rng: random.Random) -> str:
+        """Say a value of several words; the file of the language explains how."""
+        said: dict[str, str] = {}
+        composed = self._composed[pool]
+        for part in composed.get("first", ()):
+            said[part] = self.draw(part, rng)[1]
+        text: str = composed["say"][0]
+        bounds = list(accumulate(map(float, composed.get("shares", ()))))
+        if bounds:
+            text = composed["say"][bisect(bounds, rng.random())]
+        for part in SLOT.findall(text):
+            if part not in said:
+                said[part] = self.draw(part, rng)[1]
+        return text.format_map(said)
+
     def pools(self) -> frozenset[str]:
-        """The names `draw` knows."""
-        return frozenset({*self._lists, *self._enumerations, *self._booleans, *self._makers})
+        """Return the names that `draw` knows."""
+        return frozenset({*self._lists, *self._enumerations, *self._booleans, *self._composed, *self._makers})
 
     def _share(self, words: Sequence[str]) -> tuple[str, ...]:
         return tuple(
@@ -109,7 +128,7 @@ class Values:
         )
 
     def _integer(self, rng: random.Random, low: int, high: int) -> int:
-        """An integer in [low, high] whose rest modulo five is that of this part."""
+        """Draw an integer in [low, high] whose rest modulo five is that of this part."""
         every = _HELDOUT_NUMBER_OF
         rest = every - 1 if self._heldout else rng.randrange(every - 1)
         first = low + (rest - low) % every
@@ -125,16 +144,6 @@ class Values:
 
     def _named_makers(self) -> dict[str, Callable[[random.Random], Json]]:
         return {
-            "person": self._person,
-            "sentence": self._sentence,
-            "message": self._sentence,
-            "task": self._task,
-            "event": self._event,
-            "title": self._title,
-            "product": lambda r: self._two(r, "color", "goods"),
-            "restaurant": self._restaurant,
-            "hotel": self._hotel,
-            "issue": lambda r: self._two(r, "complaint", "floor"),
             "host": lambda r: f"{r.choice(self._lists['host_role'])}-{self._integer(r, 10, 99)}",
             "email": self._email,
             "date": self._date,
@@ -184,48 +193,6 @@ class Values:
             "count": lambda r: r.randrange(2, 9),
             "delay": lambda r: r.randrange(2, 12) * 5,
         }
-
-    def _two(self, rng: random.Random, first: str, second: str) -> str:
-        blank = "" if self._zh else " "
-        return f"{rng.choice(self._lists[first])}{blank}{rng.choice(self._lists[second])}"
-
-    def _person(self, rng: random.Random) -> str:
-        return self._two(rng, "surname", "given_name") if self._zh else self._two(rng, "first_name", "last_name")
-
-    def _sentence(self, rng: random.Random) -> str:
-        subject, predicate, moment = (rng.choice(self._lists[pool]) for pool in ("subject", "predicate", "moment"))
-        return f"{moment}{subject}{predicate}" if self._zh else f"{subject} {predicate} {moment}"
-
-    def _task(self, rng: random.Random) -> str:
-        choice = rng.random()
-        if choice < 0.4:
-            return rng.choice(self._lists["chore"])
-        if self._zh:
-            person = self._person(rng)
-            return f"联系{person}" if choice < 0.7 else f"给{person}送{rng.choice(self._lists['goods'])}"
-        if choice < 0.6:
-            return f"pay the {rng.choice(self._lists['bill'])} bill"
-        return f"call {self._person(rng)}" if choice < 0.8 else f"pick up the {self._two(rng, 'color', 'goods')}"
-
-    def _event(self, rng: random.Random) -> str:
-        meeting = rng.choice(self._lists["meeting"])
-        if rng.random() < 0.5:
-            return meeting
-        return f"和{self._person(rng)}的{meeting}" if self._zh else f"{meeting} with {self._person(rng)}"
-
-    def _title(self, rng: random.Random) -> str:
-        title = self._two(rng, "adjective", "noun")
-        return f"The {title}" if rng.random() < 0.5 else title
-
-    def _restaurant(self, rng: random.Random) -> str:
-        if self._zh:
-            return rng.choice(self._lists["restaurant_word"]) + rng.choice(self._lists["restaurant_kind"])
-        return f"{rng.choice(self._lists['last_name'])}'s {rng.choice(self._lists['restaurant_kind'])}"
-
-    def _hotel(self, rng: random.Random) -> str:
-        if self._zh:
-            return rng.choice(self._lists["hotel_word"]) + rng.choice(self._lists["hotel_kind"])
-        return f"Hotel {self._two(rng, 'hotel_word', 'last_name')}"
 
     def _email(self, rng: random.Random) -> str:
         name = f"{rng.choice(self._lists['first_name'])}.{rng.choice(self._lists['last_name'])}".lower()
