@@ -29,7 +29,7 @@ from agentft.evaluation.scoring import StepScore
 REPOSITORY = Path(__file__).parent.parent
 
 SETTINGS = {
-    "defaults": ["schema_train", {"sft_type": "schema_lora"}],
+    "defaults": ["schema_train"],
     "model": {"name": "tiny"},
     "sft_type": {"name": "lora", "rank": 8},
     "dataset": {"name": "synthetic", "max_samples": -1},

@@ -37,7 +37,7 @@ from agentft.config import (
 from agentft.config.compose import without_hydra
 from agentft.config.help import help_text
 from agentft.errors import ConfigError, RunError
-from agentft.recipes.saved import ROOTS, SCHEMAS
+from agentft.recipes.saved import ROOTS, SCHEMAS, primary_config, saved_settings
 from agentft.secrets import is_secret_name
 from agentft.settings import members
 
@@ -517,48 +517,77 @@ def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
         saved_config(tmp_path)
 
 
+def test_a_default_config_writes_at_most_seventy_settings_and_help_shows_no_more() -> None:
+    tree = yaml.safe_load(config_to_yaml(composed()))
+    written = [key for group, values in tree.items() for key in (values if isinstance(values, dict) else [group])]
+    assert len(written) - 1 <= 70, "without the defaults list"
+    chosen = {"model": "smollm2-135m", "sft_type": "lora", "dataset": "synthetic"}
+    shown = [key for key, setting in settings(TrainConfig, chosen).items() if setting.is_value and not setting.advanced]
+    assert len(shown) <= 70
+    text = help_text("train.py", "train")
+    assert all(f"\n  {key} " in text for key in shown)
+    assert "training.beta1" not in text
+
+
+def test_an_advanced_setting_is_written_only_where_it_differs_and_read_back_either_way() -> None:
+    plain, changed = composed(), composed("training.beta2=0.95", "dataset.span_weights.call=2")
+    beta2, weights = "\n  beta2: ", "\n  span_weights:\n"
+    assert beta2 not in config_to_yaml(plain)
+    assert weights not in config_to_yaml(plain)
+    assert beta2 + "0.95" in config_to_yaml(changed)
+    assert weights in config_to_yaml(changed)
+    for config in (plain, changed):
+        assert config_from_yaml(config_to_yaml(config), TrainConfig) == config
+        whole, tables = primary_config(config), saved_settings(config_to_yaml(config))
+        assert {group: values for group, values in whole.items() if group != "defaults"} == tables, "compare sees all"
+
+
 # --- The documentation ---
 
 
 def setting_tables() -> str:
-    """The tables of docs/configuration.md."""
-    lines: list[str] = []
+    """Return the tables of docs/configuration.md: what most runs need first, advanced settings below."""
+    return "\n".join([*_tables(advanced=False), "## Advanced settings\n", *_tables(advanced=True)])
+
+
+def _tables(*, advanced: bool) -> Iterator[str]:
     roots = (("The run", TrainConfig), ("`evaluate.py`", EvaluateConfig), ("`python -m agentft.export`", ExportConfig))
     for title, root in roots:
         rows = {key: setting for key, setting in settings(root).items() if "." not in key and key not in SCHEMAS}
-        lines += [f"### {title}", *_table(rows)]
-        if root is TrainConfig:
-            for group, schemas in SCHEMAS.items():
-                for name, schema in schemas.items():
-                    own = " and its like" if len(schemas) > 1 else ""
-                    chosen = settings(root, {group: name})
-                    rows = {key: setting for key, setting in chosen.items() if key.startswith(f"{group}.")}
-                    lines += [f"### `{group}`: {schema.__name__}" if own else f"### `{group}`", *_table(rows)]
-    return "\n".join(lines)
+        yield from _table(f"### {title}", rows, advanced)
+        for group, schemas in SCHEMAS.items() if root is TrainConfig else ():
+            for name, schema in schemas.items():
+                title = f"### `{group}`: {schema.__name__}" if len(schemas) > 1 else f"### `{group}`"
+                rows = {
+                    key: setting
+                    for key, setting in settings(root, {group: name}).items()
+                    if key.startswith(f"{group}.")
+                }
+                yield from _table(title, rows, advanced)
 
 
-def _table(rows: dict[str, Setting]) -> list[str]:
-    lines = ["", "| setting | default | meaning |", "|---|---|---|"]
-    for key, setting in rows.items():
-        default = setting.default
-        match default:
+def _table(title: str, rows: dict[str, Setting], advanced: bool) -> list[str]:
+    lines = [title, "", "| setting | default | meaning |", "|---|---|---|"]
+    shown = {key: setting for key, setting in rows.items() if setting.is_value and setting.advanced == advanced}
+    for key, setting in shown.items():
+        match setting.default:
             case dataclasses._MISSING_TYPE():
-                shown = ""
+                default = ""
             case None:
-                shown = "null"
+                default = "null"
             case bool():
-                shown = str(default).lower()
+                default = str(setting.default).lower()
             case enum.Enum():
-                shown = default.name
+                default = setting.default.name
             case _:
-                shown = str(default)
+                default = str(setting.default)
         words = [" ".join(setting.doc.split())]
         if names := members(setting.hint):
             words.append(f"One of {', '.join(f'`{name}`' for name in names)}.")
         if setting.number is not None:
             words.append(f"Range: {setting.number}.")
-        lines.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {' '.join(words)} |")
-    return [*lines, ""]
+        lines.append(f"| `{key}` | {f'`{default}`' if default else ''} | {' '.join(words)} |")
+    return [*lines, ""] if shown else []
 
 
 def test_an_old_name_is_taken_with_one_line(root):

@@ -19,6 +19,7 @@ import yaml
 
 from agentft.errors import EvaluationError, RunError
 from agentft.evaluation.scoring import StepScore
+from agentft.recipes.saved import saved_settings
 from agentft.runs import RunFolder, read_json
 
 ANSWERS = "after"
@@ -182,15 +183,13 @@ def _is_gone(record: Mapping[str, Any]) -> bool:
 
 def _settings(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        tree = saved_settings((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         # Not started yet, or failed before it knew itself: the launcher's word.
         tree = dict(job.get("settings") or {})
         if "threads" in tree:
             tree["threads"] = job.get("threads")
-    if not isinstance(tree, dict):
-        return {}
-    return {key: value for key, value in _flat(tree, "") if key != "defaults"}
+    return dict(_flat(tree, ""))
 
 
 def _flat(value: Any, key: str) -> Iterable[tuple[str, Any]]:

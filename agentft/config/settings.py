@@ -99,18 +99,16 @@ def _schema_of(group: str, option: str | None, folders: Sequence[Path]) -> type 
     return None
 
 
-def _settings_of(schema: type, prefix: str) -> Iterator[tuple[str, Setting]]:
+def _settings_of(schema: type, prefix: str, *, advanced: bool = False) -> Iterator[tuple[str, Setting]]:
     hints, docs, ranges = typing.get_type_hints(schema), _field_docs(schema), numbers(schema)
     for field in dataclasses.fields(schema):
         name, hint = field.name, hints[field.name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        yield (
-            prefix + name,
-            Setting(hint, default, docs.get(name, ""), ranges.get(name), bool(field.metadata.get("advanced"))),
-        )
+        hidden = advanced or field.metadata.get("advanced", False)
+        yield prefix + name, Setting(hint, default, docs.get(name, ""), ranges.get(name), hidden)
         for part in (hint, *typing.get_args(hint)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
-                yield from _settings_of(part, f"{prefix}{name}.")
+                yield from _settings_of(part, f"{prefix}{name}.", advanced=hidden)
 
 
 def _field_docs(schema: type) -> dict[str, str]:

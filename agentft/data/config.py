@@ -90,7 +90,7 @@ class DatasetConfig(Settings, group="dataset", affects="data"):
     """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
     test_ratio: float = field(default=0.02, metadata={"above": 0, "below": 1})
     """Share of all conversations that is held out, chosen before sampling, so every sample sits the same exam."""
-    test_sample: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
+    test_sample: int = field(default=-1, metadata={"advanced": True, "minimum": 1, "maximum": 10**9, "also": -1})
     """Held-out conversations to use, nested like `sample`; -1: all."""
     split: Split = Split.content
     """How the held-out part is chosen."""
@@ -100,16 +100,20 @@ class DatasetConfig(Settings, group="dataset", affects="data"):
     """Tokens of one example; `too_long` says what becomes of longer conversations."""
     too_long: TooLong = TooLong.split
     """What becomes of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every question."""
-    span_weights: SpanWeights = field(default_factory=SpanWeights)
+    span_weights: SpanWeights = field(default_factory=SpanWeights, metadata={"advanced": True})
     """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
     reasoning: Reasoning = Reasoning.keep
     """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted. Held-out
     prompts end before a thought, with context too, so the held-out loss counts it, apart as loss_reasoning."""
-    max_rejected: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1, "affects": "nothing"})
+    max_rejected: float = field(
+        default=0.1, metadata={"advanced": True, "minimum": 0, "maximum": 1, "affects": "nothing"}
+    )
     """Largest share of rows that may be set aside; above it the run stops and says why."""
-    cache: bool = field(default=True, metadata={"affects": "nothing"})
+    cache: bool = field(default=True, metadata={"advanced": True, "affects": "nothing"})
     """Keep the tokenised data, and use what a run with the same data, settings, tokenizer and code has kept."""
-    cache_limit_gb: float = field(default=20.0, metadata={"above": 0, "maximum": 10**6, "affects": "nothing"})
+    cache_limit_gb: float = field(
+        default=20.0, metadata={"advanced": True, "above": 0, "maximum": 10**6, "affects": "nothing"}
+    )
     """Size of that cache, in 10^9 bytes; above it the data that was not used for longest is removed."""
     workers: int = field(default=0, metadata={"minimum": 0, "maximum": 1024, "affects": "nothing"})
     """Processes that read and tokenise where there is much to do; 0: one a core, at most 8; 1: only this one."""
@@ -123,9 +127,9 @@ class SyntheticConfig(DatasetConfig):
     """Training conversations to generate; the held-out ones are generated beside them."""
     heldout: int = field(default=60, metadata={"minimum": 1, "maximum": 10**7})
     """Held-out conversations to generate, from values (and on request tools) that training never shows."""
-    chinese: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1})
+    chinese: float = field(default=0.1, metadata={"advanced": True, "minimum": 0, "maximum": 1})
     """Share of conversations in Chinese."""
-    max_rounds: int = field(default=3, metadata={"minimum": 1, "maximum": 100})
+    max_rounds: int = field(default=3, metadata={"advanced": True, "minimum": 1, "maximum": 100})
     """Most tool calls before an answer."""
 
 
@@ -149,7 +153,7 @@ class LocalConfig(DatasetConfig):
 
     path: str | None = None
     """A file (json, jsonl, csv, parquet; gz or zst) or a folder of such files."""
-    sources: list[WeightedPath] = field(default_factory=list)
+    sources: list[WeightedPath] = field(default_factory=list, metadata={"advanced": True})
     """In place of `path`: several files or folders, each with a weight, `[{path: a.jsonl, weight: 2}, {path: b}]`."""
     test_path: str | None = None
     """A file of held-out conversations; null: held out of `path` by `split` and `test_ratio`."""
@@ -181,7 +185,7 @@ class HubConfig(DatasetConfig):
     """A split of the hub that is held out as a whole; null: held out of `train_split`."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
-    cache_dir: str | None = field(default=None, metadata={"affects": "nothing"})
+    cache_dir: str | None = field(default=None, metadata={"advanced": True, "affects": "nothing"})
     """Folder for downloads; null: the client's own."""
     format: Format = Format.auto
     """Layout of the records, as of local files."""

@@ -37,20 +37,22 @@ class DistributedConfig(Settings, group="distributed", affects="losses"):
 
     name: str
     """The option of the group `distributed`."""
-    engine: EngineKind = EngineKind.single
+    engine: EngineKind = field(default=EngineKind.single, metadata={"advanced": True})
     """What holds weights, gradients and optimiser."""
     nproc: int | None = field(default=None, metadata={"minimum": 1, "maximum": 1024})
     """Ranks on each machine; null: one for each visible GPU, without GPUs one."""
     nnodes: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
     """Machines; null: those of the launcher's or SLURM's job step (`SLURM_STEP_NUM_NODES`), else one."""
-    rdzv_endpoint: str | None = field(default=None, metadata={"affects": "nothing"})
+    rdzv_endpoint: str | None = field(default=None, metadata={"advanced": True, "affects": "nothing"})
     """`host:port` of the first machine, the same on all; null: the first host that the launcher or SLURM names."""
-    timeout: float = field(default=1800.0, metadata={"above": 0, "maximum": 10**6, "affects": "nothing"})
+    timeout: float = field(
+        default=1800.0, metadata={"advanced": True, "above": 0, "maximum": 10**6, "affects": "nothing"}
+    )
     """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named. A rank that fetches
     weights or prepares data gets somewhere as long as it computes, reads or writes."""
-    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig, metadata={"advanced": True})
     """What becomes of a job whose rank dies."""
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict, metadata={"advanced": True})
     """DeepSpeed's own configuration, key by key, for `engine=deepspeed`; `+distributed.deepspeed.<key>` adds one."""
 
     def __post_init__(self) -> None:

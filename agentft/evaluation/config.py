@@ -62,41 +62,45 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """Generate and score at the end of training."""
     conversations: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Held-out conversations that are answered, the first of the held-out order; -1: all."""
-    conversations_during: int = field(default=0, metadata={"minimum": 0, "maximum": 10**9})
+    conversations_during: int = field(default=0, metadata={"advanced": True, "minimum": 0, "maximum": 10**9})
     """Held-out conversations answered at each evaluation of a training; 0: 16, none if `best_metric=loss`."""
     batch: int = field(default=8, metadata={"minimum": 1, "maximum": 10**5, "affects": "nothing"})
     """Answers generated at once; for `engine=openai`, requests under way at once."""
     max_new_tokens: int = field(default=512, metadata={"minimum": 1, "maximum": 10**6, "affects": "answers"})
     """An answer is cut here, which is counted."""
-    speculation: int = field(default=16, metadata={"minimum": 0, "maximum": 1024, "affects": "nothing"})
+    speculation: int = field(
+        default=16, metadata={"advanced": True, "minimum": 0, "maximum": 1024, "affects": "nothing"}
+    )
     """Tokens that are guessed ahead from what was said before, and checked at once; 0: none. Answers are the same."""
     best_metric: str = "arg_f1"
     """Decides the best checkpoint: a metric of answers, generated during training, or `loss`. The loss decides ties."""
     patience: int = field(default=0, metadata={"minimum": 0, "maximum": 10**6})
     """Training ends after so many evaluations in a row that were no better; 0: never early."""
-    bootstrap_samples: int = field(default=10_000, metadata={"minimum": 1, "maximum": 10**6})
+    bootstrap_samples: int = field(default=10_000, metadata={"advanced": True, "minimum": 1, "maximum": 10**6})
     """Bootstrap draws over conversations for the 95 % intervals."""
-    seed: int = field(default=0, metadata=SEED)
+    seed: int = field(default=0, metadata={"advanced": True, **SEED})
     """Seed of the bootstrap."""
-    allow_bad_references: bool = False
+    allow_bad_references: bool = field(default=False, metadata={"advanced": True})
     """Go on when a reference call cannot be read; it is listed and left out of the scores."""
-    examples: int = field(default=2, metadata={"minimum": 0, "maximum": 1000, "affects": "nothing"})
+    examples: int = field(default=2, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Example answers shown side by side at the end."""
-    base_url: str | None = field(default=None, metadata={"affects": "answers"})
+    base_url: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
     """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
-    served_model: str | None = field(default=None, metadata={"affects": "answers"})
+    served_model: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
     """Name of the model at the endpoint."""
-    auth_variable: str = field(default="OPENAI_API_KEY", metadata={"affects": "nothing"})
+    auth_variable: str = field(default="OPENAI_API_KEY", metadata={"advanced": True, "affects": "nothing"})
     """Environment variable that holds the endpoint's key; without it, requests carry none."""
-    request: str | None = field(default=None, metadata={"affects": "answers"})
+    request: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
     """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
     Without `tools`, a step goes as it is recorded, in marks."""
-    request_timeout: float = field(default=120.0, metadata={"above": 0, "maximum": 86400, "affects": "nothing"})
+    request_timeout: float = field(
+        default=120.0, metadata={"advanced": True, "above": 0, "maximum": 86400, "affects": "nothing"}
+    )
     """Seconds without a word from the endpoint after which a request is tried again."""
-    retries: int = field(default=5, metadata={"minimum": 0, "maximum": 1000, "affects": "nothing"})
+    retries: int = field(default=5, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Further attempts of a request that met a busy, failing or silent endpoint."""
 
-    vllm_options: str | None = field(default=None, metadata={"affects": "answers"})
+    vllm_options: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
     """JSON object of further arguments of `vllm.LLM` for `engine=vllm`: `{"gpu_memory_utilization": 0.8}`."""
 
     def __post_init__(self) -> None:

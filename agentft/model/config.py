@@ -81,9 +81,9 @@ class RewrittenHistory(StrEnum):
 class TrustConfig(Settings, group="model", affects="nothing"):
     """What is read or run although it could hide code: allowed by a command line, never by a file that it names."""
 
-    allow_pickle: bool = field(default=False, metadata={"affects": "nothing"})
+    allow_pickle: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Take weights that exist as pickles only (`.bin`), by torch's restricted reader. Counts from this command line only."""
-    trust_remote_code: bool = field(default=False, metadata={"affects": "nothing"})
+    trust_remote_code: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Run Python code that comes with the weights. Counts from this command line only."""
 
     def require_typed(self, typed: TrustConfig, source: object) -> None:
@@ -110,31 +110,35 @@ class ModelConfig(TrustConfig, affects="losses"):
     """Where the weights come from."""
     id: str | None = None
     """Any model: its name on the hub of `source`, or a folder for `source=local`; goes before the names below."""
-    modelscope_id: str | None = None
+    modelscope_id: str | None = field(default=None, metadata={"advanced": True})
     """Name on the ModelScope hub, for `source=modelscope`."""
-    huggingface_id: str | None = None
+    huggingface_id: str | None = field(default=None, metadata={"advanced": True})
     """Name on the Hugging Face hub, for `source=huggingface`."""
-    revision: str | None = None
+    revision: str | None = field(default=None, metadata={"advanced": True})
     """Branch, tag or commit on the hub; null: the hub's default. The resolved one is recorded."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"advanced": True})
     """Folder of the model for `source=local`."""
-    wheel: str | None = None
+    wheel: str | None = field(default=None, metadata={"advanced": True})
     """Package that holds a GGUF file, for `source=wheel`."""
-    cache_dir: str | None = field(default=None, metadata={"affects": "nothing"})
+    cache_dir: str | None = field(default=None, metadata={"advanced": True, "affects": "nothing"})
     """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
     template: str = field(default="auto", metadata={"affects": "data"})
     """How conversations become text: auto (the model's own chat template where it can say a conversation with tools, else
     msagent), native, msagent, chatml, qwen2.5, qwen3, llama3, or a file *.jinja; see docs/templates.md."""
-    template_args: dict[str, Any] = field(default_factory=dict, metadata={"affects": "data"})
+    template_args: dict[str, Any] = field(default_factory=dict, metadata={"advanced": True, "affects": "data"})
     """Arguments of the chat template, `enable_thinking: false` for example: the same in training, evaluation and export."""
-    rewritten_history: RewrittenHistory = field(default=RewrittenHistory.exact, metadata={"affects": "data"})
+    rewritten_history: RewrittenHistory = field(
+        default=RewrittenHistory.exact, metadata={"advanced": True, "affects": "data"}
+    )
     """Where a chat template rewrites history (most drop past reasoning): `exact` trains each step on the prompt that is
     served, in several examples; `stable` makes one example, whose prompts may differ."""
-    stop_token: str | None = field(default=None, metadata={"affects": "data"})
+    stop_token: str | None = field(default=None, metadata={"advanced": True, "affects": "data"})
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"advanced": True}
+    )
     """Linear layers that LoRA adapts when `sft_type.targets` is null."""
-    learning_rate_scale: float = field(default=1.0, metadata={"above": 0, "maximum": 1000})
+    learning_rate_scale: float = field(default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1000})
     """Factor on the default learning rate of the method; small models want larger steps."""
     context: int = field(default=2048, metadata={"minimum": 16, "maximum": 10**7})
     """Positions that the model was trained for; `dataset.max_length` may not exceed it."""
@@ -142,14 +146,14 @@ class ModelConfig(TrustConfig, affects="losses"):
     """Number format of the weights that are loaded and of the computation."""
     attention: Attention = Attention.auto
     """Implementation of attention. The old script's `use_flash_attn` is `auto`: flash where it is there and fits."""
-    kernels: KernelChoice = KernelChoice.auto
+    kernels: KernelChoice = field(default=KernelChoice.auto, metadata={"advanced": True})
     """What computes norms, rotary positions and activations: torch; on a CPU our C code, built once a machine, which serves
     frozen models and computes softmax and dropout, too; on CUDA Liger's kernels. See docs/performance.md."""
-    offline: bool = field(default=False, metadata={"affects": "nothing"})
+    offline: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Use what earlier runs have downloaded, and never the network."""
-    shape: RandomShape | None = None
+    shape: RandomShape | None = field(default=None, metadata={"advanced": True})
     """Shape of the model for `source=random`."""
-    notes: str = field(default="", metadata={"affects": "nothing"})
+    notes: str = field(default="", metadata={"advanced": True, "affects": "nothing"})
     """Licence and memory, for the reader."""
 
 
@@ -159,7 +163,7 @@ class SftConfig(Settings, group="sft_type", affects="losses"):
 
     name: str
     """The option of the group `sft_type`."""
-    default_learning_rate: float = field(metadata={"above": 0, "maximum": 1})
+    default_learning_rate: float = field(metadata={"advanced": True, "above": 0, "maximum": 1})
     """What `training.learning_rate` is unless given."""
 
 
@@ -188,13 +192,13 @@ class LoraConfig(SftConfig):
     """Share of the adapters' inputs that is dropped in training."""
     targets: list[str] | None = None
     """Names of linear layers, or [all-linear] for all but the output head; null: the model's `lora_targets`."""
-    rslora: bool = False
+    rslora: bool = field(default=False, metadata={"advanced": True})
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv 2312.03732), for large ranks."""
-    dora: bool = False
+    dora: bool = field(default=False, metadata={"advanced": True})
     """Train each weight's column norms beside its direction (Liu et al., 2024, arXiv 2402.09353)."""
-    learning_rate_ratio: float = field(default=1.0, metadata={"above": 0, "maximum": 1000})
+    learning_rate_ratio: float = field(default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1000})
     """Rate of B over that of A: LoRA+ (Hayou et al., 2024, arXiv 2402.12354) advises 16; 1: the same."""
-    start: LoraStart = LoraStart.zero
+    start: LoraStart = field(default=LoraStart.zero, metadata={"advanced": True})
     """What the adapters are before the first step."""
 
     def __post_init__(self) -> None:
@@ -228,9 +232,9 @@ class QloraConfig(LoraConfig):
 
     bits: int = field(default=4, metadata={"one_of": (4, 8)})
     """4, or 8 (LLM.int8, Dettmers et al., 2022, arXiv 2208.07339)."""
-    kind: QuantKind = QuantKind.nf4
+    kind: QuantKind = field(default=QuantKind.nf4, metadata={"advanced": True})
     """The 4-bit numbers."""
-    double_quantization: bool = True
+    double_quantization: bool = field(default=True, metadata={"advanced": True})
     """Quantise the scales of the blocks too: 0.4 bits a weight less, in 4 bits only."""
 
     def __post_init__(self) -> None:

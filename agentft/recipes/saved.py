@@ -182,6 +182,24 @@ def _refusal(error: OmegaConfBaseException) -> str:
     return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
 
 
+def saved_settings(text: str) -> dict[str, Any]:
+    """Return the groups of a `config.yaml` as plain data, unchecked, and what was left out with its default.
+
+    Many runs are read for one table: this takes a tenth of the time of `config_from_yaml`.
+    """
+    groups = yaml.safe_load(text)
+    if not isinstance(groups, dict):
+        return {}
+    use_new_names(groups)
+    for entry in groups.pop("defaults", []):
+        for group, name in entry.items() if isinstance(entry, dict) else ():
+            schema, values = SCHEMAS.get(group, {}).get(name), groups.get(group)
+            if schema is not None and isinstance(values, dict):
+                left_out = [field for field in dataclasses.fields(schema) if field.metadata.get("advanced")]
+                groups[group] = {field.name: _plain(_default(field), brief=False) for field in left_out} | values
+    return groups
+
+
 def saved_config(run_dir: str | Path) -> TrainConfig:
     """Return the config of the run in `run_dir`, from its `config.yaml`.
 

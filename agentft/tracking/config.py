@@ -39,9 +39,9 @@ class TrackingConfig(Settings, group="tracking", affects="nothing"):
     """The W&B user or team that owns the project; null: the default of the account."""
     mode: TrackingMode = TrackingMode.auto
     """Online, offline or not at all; `WANDB_MODE` in the environment decides when this is `auto`."""
-    group: str | None = None
+    group: str | None = field(default=None, metadata={"advanced": True})
     """Runs that a dashboard shows together; null: the sweep, for a run that belongs to one."""
-    run_name: str | None = None
+    run_name: str | None = field(default=None, metadata={"advanced": True})
     """The name a dashboard shows; null: the choices and swept values of the run."""
     tags: list[str] = field(default_factory=list)
     """Words to filter by, besides the choices of model, sft_type, dataset and distributed."""

@@ -48,7 +48,9 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     """Passes over the sample; may be a fraction."""
     max_steps: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Stop after so many steps; -1: by `epochs`."""
-    pause_at_fraction: float = field(default=1.0, metadata={"above": 0, "maximum": 1, "affects": "nothing"})
+    pause_at_fraction: float = field(
+        default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1, "affects": "nothing"}
+    )
     """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
     per_device_batch_size: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
     """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one. Halved, with the same
@@ -64,27 +66,27 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     """How the rate falls after the warm-up."""
     warmup: float = field(default=0.1, metadata={"minimum": 0, "maximum": 1})
     """Share of all steps in which the rate rises from 0."""
-    min_learning_rate_ratio: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    min_learning_rate_ratio: float = field(default=0.0, metadata={"advanced": True, "minimum": 0, "maximum": 1})
     """Rate at the end over the peak rate."""
     weight_decay: float = field(default=0.01, metadata={"minimum": 0, "maximum": 10})
     """Decoupled; on matrices only, never on biases, norms or embeddings of LoRA."""
-    beta1: float = field(default=0.9, metadata={"minimum": 0, "below": 1})
+    beta1: float = field(default=0.9, metadata={"advanced": True, "minimum": 0, "below": 1})
     """AdamW's decay of the mean gradient."""
-    beta2: float = field(default=0.999, metadata={"minimum": 0, "below": 1})
+    beta2: float = field(default=0.999, metadata={"advanced": True, "minimum": 0, "below": 1})
     """AdamW's decay of the mean squared gradient."""
-    epsilon: float = field(default=1e-8, metadata={"above": 0, "maximum": 1})
+    epsilon: float = field(default=1e-8, metadata={"advanced": True, "above": 0, "maximum": 1})
     """AdamW's addend in the denominator."""
     max_grad_norm: float = field(default=1.0, metadata={"minimum": 0, "maximum": 10**6})
     """Gradients are scaled down to this L2 norm; 0: never."""
-    nonfinite: NonFinite = NonFinite.stop
+    nonfinite: NonFinite = field(default=NonFinite.stop, metadata={"advanced": True})
     """What a step does whose loss or gradient is NaN or infinite; it never changes the weights."""
-    nonfinite_limit: int = field(default=3, metadata={"minimum": 0, "maximum": 10**6})
+    nonfinite_limit: int = field(default=3, metadata={"advanced": True, "minimum": 0, "maximum": 10**6})
     """With `nonfinite=skip`: steps that may be left out in a row; one more ends the training."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA, where the estimated memory does not fit without it."""
-    memory_check: MemoryCheck = field(default=MemoryCheck.refuse, metadata={"affects": "nothing"})
+    memory_check: MemoryCheck = field(default=MemoryCheck.refuse, metadata={"advanced": True, "affects": "nothing"})
     """Whether a training whose estimated memory exceeds the device's is refused before its weights are fetched."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata={"advanced": True})
     """Run torch's compiler over each block. It takes a minute at the start and a C++ compiler on a CPU, Triton on CUDA; not
     together with `model.kernels=compiled`, which fuses the same parts without it."""
     logging_steps: int = field(default=20, metadata={"minimum": 1, "maximum": 10**9, "affects": "nothing"})
@@ -95,9 +97,9 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     """Checkpoints to keep besides the best one."""
     resume: Resume = field(default=Resume.auto, metadata={"affects": "nothing"})
     """What to do with the checkpoints of the run folder."""
-    fallback: bool = field(default=True, metadata={"affects": "nothing"})
+    fallback: bool = field(default=True, metadata={"advanced": True, "affects": "nothing"})
     """Go on from the checkpoint before where the newest is damaged; false: refuse."""
-    allow_changes: bool = field(default=False, metadata={"affects": "nothing"})
+    allow_changes: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Go on from a checkpoint although data, model, settings or threads differ; `run.json` names every difference."""
 
     def __post_init__(self) -> None:
