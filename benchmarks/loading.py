@@ -92,7 +92,8 @@ def load(option: str, method: str, dtype: torch.dtype, folder: Path, *, mapped: 
     from agentft.model.adapters import prepare_for_training
     from agentft.model.config import ModelConfig
     from agentft.model.labelled_loss import LabelledLoss
-    from agentft.model.load import ModelFiles, load_model
+    from agentft.model.load import load_model
+    from agentft.model.sources import ModelFiles
     from agentft.runtime import Device
     from agentft.training.config import TrainingConfig
 

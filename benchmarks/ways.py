@@ -62,7 +62,7 @@ def labels_of_one_conversation(folder: Path) -> None:
     from agentft.data.prepare import prepare_data
     from agentft.data.render import MsagentTemplate
     from agentft.data.tokens import SegmentEncoder
-    from agentft.model.random_weights import byte_tokenizer
+    from agentft.model.sources import byte_tokenizer
 
     train, heldout, *_ = (ROOT / "tests/golden/conversations.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "train.jsonl").write_text(train, encoding="utf-8")

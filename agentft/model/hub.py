@@ -1,28 +1,27 @@
 """Fetch a model from a hub and push one to it: names checked before anything is written, contents before anything is loaded.
 
-The clients resume broken downloads by themselves. What was fetched is recorded below agentft's cache, so that
-`model.offline` finds it again without the network and without a client.
+Each hub's own client is used, with its cache and its login; it resumes broken downloads by itself. What was fetched is
+recorded below agentft's cache, so that `model.offline` finds it again without the network and without a client.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from agentft.cache import cache_root
 from agentft.errors import ConfigError, ModelError
-from agentft.model.file_names import check_file_names, read_json
-from agentft.model.hub_clients import Hub, HuggingFace, Listing, ModelScope
-from agentft.model.shards import check_free_disk, pickle_refusal
+from agentft.model.shards import check_file_names, check_free_disk, pickle_refusal, read_json
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,168 @@ MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the hub says of one file."""
+
+    size: int | None
+    sha256: str | None = None
+    git_sha1: str | None = None
+    """Git's name of the file's content, where the hub gives no sha256."""
+
+    def fits(self, path: Path) -> bool:
+        """Whether the file at `path` has this size and content, as far as the hub has said."""
+        if self.size is not None and path.stat().st_size != self.size:
+            return False
+        if self.sha256:
+            return _digest(path, hashlib.sha256()) == self.sha256.lower()
+        if self.git_sha1:
+            return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size)) == self.git_sha1.lower()
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a repository at one moment."""
+
+    commit: str
+    """What was found under the asked revision: a commit, or a digest of names and contents where the hub names none."""
+    files: Mapping[str, RemoteFile]
+
+
+class Hub(Protocol):
+    """What fetching a model needs of a hub's client."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def login(self) -> str:
+        """How to give this hub a token."""
+
+    def list_files(self, model_id: str, revision: str | None) -> Listing: ...
+
+    def download(
+        self, model_id: str, revision: str | None, listing: Listing, names: list[str], cache_dir: str | None
+    ) -> Path: ...
+
+    def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
+        """Folder of an earlier download, without the network."""
+
+    def store(self, model_id: str, cache_dir: str | None) -> Path:
+        """Folder that the client keeps this repository in."""
+
+
+class ModelScope:
+    """ModelScope. `MODELSCOPE_ENDPOINT` names another server."""
+
+    name = "ModelScope"
+    login = "put a token into MODELSCOPE_API_TOKEN or run `modelscope login`"
+
+    def list_files(self, model_id: str, revision: str | None) -> Listing:
+        files = {
+            entry.path: RemoteFile(entry.size, entry.sha256 or None)
+            for entry in self._api().list_repo_files(model_id, "model", revision=revision)
+            if not entry.is_dir
+        }
+        # The listing names the last commit of each file, never the repository's: contents identify it instead.
+        lines = [f"{path}:{file.size}:{file.sha256}" for path, file in sorted(files.items())]
+        digest = hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
+        return Listing(f"{revision or 'master'}, files {digest[:16]}", files)
+
+    def download(
+        self, model_id: str, revision: str | None, listing: Listing, names: list[str], cache_dir: str | None
+    ) -> Path:
+        # The checked list is handed over, so the client does not ask the server for names again.
+        chosen = [{"Path": n, "Size": listing.files[n].size, "Sha256": listing.files[n].sha256} for n in names]
+        return Path(
+            self._api().download_repo(model_id, "model", revision=revision, cache_dir=cache_dir, file_list=chosen)
+        )
+
+    def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
+        return Path(
+            self._api().download_repo(model_id, "model", revision=revision, cache_dir=cache_dir, local_files_only=True)
+        )
+
+    def store(self, model_id: str, cache_dir: str | None) -> Path:
+        from modelscope_hub.config import get_default_config
+
+        root = Path(cache_dir or get_default_config().cache_dir).expanduser()
+        return root / "models" / model_id.replace("/", "--")
+
+    def _api(self) -> Any:
+        from modelscope_hub import HubApi
+
+        return HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT"))
+
+
+class HuggingFace:
+    """Hugging Face. `HF_ENDPOINT` names another server, such as a mirror."""
+
+    name = "Hugging Face"
+    login = "put a token into HF_TOKEN or run `hf auth login`"
+
+    def list_files(self, model_id: str, revision: str | None) -> Listing:
+        from huggingface_hub import HfApi
+
+        info = HfApi(endpoint=_hf_endpoint()).model_info(model_id, revision=revision, files_metadata=True)
+        files = {
+            entry.rfilename: RemoteFile(
+                entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id
+            )
+            for entry in info.siblings or []
+        }
+        if not info.sha:
+            raise ModelError(f"Hugging Face: {model_id}: the server names no commit for {revision or 'main'}")
+        return Listing(info.sha, files)
+
+    def download(
+        self, model_id: str, revision: str | None, listing: Listing, names: list[str], cache_dir: str | None
+    ) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                model_id,
+                revision=listing.commit,
+                cache_dir=cache_dir,
+                allow_patterns=[glob.escape(name) for name in names],
+                endpoint=_hf_endpoint(),
+            )
+        )
+
+    def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        # The client calls a snapshot incomplete that lacks any file which matches.
+        patterns = ["config.json", "tokenizer*", "model*.safetensors*"]
+        return Path(
+            snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=patterns
+            )
+        )
+
+    def store(self, model_id: str, cache_dir: str | None) -> Path:
+        from huggingface_hub import constants
+
+        root = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+        return root / f"models--{model_id.replace('/', '--')}"
+
+
+def _hf_endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+HUBS: dict[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
+
+
+@dataclass(frozen=True, slots=True)
 class FetchedModel:
     """A model of a hub on the local disk."""
 
@@ -43,37 +204,12 @@ class FetchedModel:
     """What the asked revision stood for."""
 
 
-def download_modelscope(
-    model_id: str,
-    revision: str | None,
-    cache_dir: str | None,
-    *,
-    offline: bool = False,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> FetchedModel:
-    """Fetch a model with the ModelScope client; see `fetch`."""
-    return fetch(ModelScope(), model_id, revision, cache_dir, offline, allow_pickle, trust_remote_code)
-
-
-def download_huggingface(
-    model_id: str,
-    revision: str | None,
-    cache_dir: str | None,
-    *,
-    offline: bool = False,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> FetchedModel:
-    """Fetch a model with the Hugging Face client; see `fetch`."""
-    return fetch(HuggingFace(), model_id, revision, cache_dir, offline, allow_pickle, trust_remote_code)
-
-
 def fetch(
     hub: Hub,
     model_id: str,
     revision: str | None,
     cache_dir: str | None,
+    *,
     offline: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -314,9 +450,6 @@ def _failed_files(causes: list[BaseException]) -> list[str]:
 def _status(error: BaseException) -> int | None:
     status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
-
-
-HUBS: dict[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
 
 
 def parse_target(push: str) -> tuple[str, str]:

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentft.cache import build_once, cache_root
 from agentft.data.template_choice import Layout, choose_template, stop_tokens
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ModelError
-from agentft.model import conversion, cuda
+from agentft.model import cuda
 from agentft.model.config import (
     Attention,
     Dtype,
     KernelChoice,
     LoraConfig,
     ModelConfig,
-    ModelSource,
-    RandomShape,
     RewrittenHistory,
     SftConfig,
 )
-from agentft.model.conversion import needs_conversion
 from agentft.model.cpu import attention as tiled_attention
 from agentft.model.cpu.native import Kernels, load_kernels
 from agentft.model.cuda import INSTALL as LIGER_INSTALL
 from agentft.model.cuda import LigerKernels, load_liger
-from agentft.model.file_names import read_json
-from agentft.model.hub import FetchedModel, download_huggingface, download_modelscope, fetch_settings
-from agentft.model.hub_clients import HuggingFace, ModelScope
 from agentft.model.labelled_loss import causal_model
 from agentft.model.quantization import import_peft, keep_weights_as_quantized, quantization_config
-from agentft.model.random_weights import random_folder
-from agentft.model.shards import holds_weights, weight_files
-from agentft.model.wheel import converted_folder
+from agentft.model.sources import ModelFiles, locate_model
 from agentft.runtime import Device, computes_in_bf16
 
 if TYPE_CHECKING:
@@ -47,151 +34,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTINGS_FILES = ("config.json", "tokenizer_config.json", "generation_config.json")
-"""Files whose fields can make a loader import code."""
-
-_ALWAYS = ("model_file", "custom_generate", "custom_pipelines")
-"""Fields that exist to name code."""
-
-_KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
-"""Endings of fields that choose a kernel; a name with a slash is fetched from a hub and run."""
-
-
-def check_remote_code(folder: Path, *, trusted: bool) -> None:
-    """Refuse a model that wants to bring its own Python code, unless it is `trusted`.
-
-    An `auto_map` is no reason where transformers or a conversion knows the architecture: then the code beside the
-    weights is never imported.
-
-    Raises:
-        ModelError: naming the file, the field and the setting.
-    """
-    config = folder / "config.json"
-    known = config.is_file() and _is_known(read_json(config))
-    for name in SETTINGS_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        for field, value in _fields_naming_code(read_json(path)):
-            if field == "auto_map" and known and not trusted:
-                log.info("%s: auto_map is ignored; the code beside the weights is not needed", path)
-                continue
-            if not trusted:
-                raise ModelError(
-                    f"{path}: {field} is {str(value)[:80]!r}: the model wants to run Python code that comes with it; "
-                    "refused. If you have read that code and trust it: model.trust_remote_code=true"
-                )
-            log.warning("%s: %s=%s: Python code that came with the model will run", path, field, value)
-
-
-def _is_known(config: dict[str, Any]) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return needs_conversion(config) or config.get("model_type") in CONFIG_MAPPING_NAMES
-
-
-def _fields_naming_code(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every field, however deep, that names code: without recursion, since the depth is the file's choice."""
-    waiting = [value]
-    while waiting:
-        match waiting.pop():
-            case dict() as fields:
-                for field, inner in fields.items():
-                    if _names_code(str(field), inner):
-                        yield str(field), inner
-                    waiting.append(inner)
-            case list() as items:
-                waiting.extend(items)
-
-
-def _names_code(field: str, value: Any) -> bool:
-    if field == "auto_map" or field in _ALWAYS:
-        return bool(value)
-    return field.endswith(_KERNELS) and ("/" in str(value) or "kernel_config" in field) and bool(value)
-
-
 _KERNEL_NEEDS = {
     KernelChoice.compiled: "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names)",
     KernelChoice.liger: f"model.kernels=liger needs a CUDA device and the package: {LIGER_INSTALL}",
 }
 _OURS = (tiled_attention.NAME, cuda.NAME)
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """A model on the local disk."""
-
-    folder: Path
-    fingerprint: str
-    """Digest over settings, tokenizer and the headers of the weight files."""
-    commit: str | None = None
-    """What the asked revision stood for on the hub; None where there is none."""
-    converted: bool = False
-    """Rewritten from an old layout: the source itself cannot be loaded."""
-
-
-def locate_model(config: ModelConfig) -> ModelFiles:
-    """Find or fetch the model's files.
-
-    Raises:
-        ModelError: a setting that the source needs is missing, or the source has no such model.
-    """
-    commit = None
-    match config.source:
-        case ModelSource.wheel:
-            folder = converted_folder(_needed(config, "wheel"), config.cache_dir)
-        case ModelSource.modelscope | ModelSource.huggingface:
-            fetched = _fetch(config)
-            folder, commit = fetched.folder, fetched.commit
-        case ModelSource.random:
-            folder = _random(config)
-        case ModelSource.local:
-            folder = Path(config.id or _needed(config, "path")).expanduser()
-            if not (folder / "config.json").is_file():
-                raise ModelError(f"model.path={folder}: expected a folder with config.json, weights and tokenizer")
-    check_remote_code(folder, trusted=config.trust_remote_code)
-    weight_files(folder, allow_pickle=config.allow_pickle)
-    converted = conversion.needs_conversion(read_json(folder / "config.json"))
-    if converted:
-        folder = conversion.converted_folder(
-            folder,
-            fingerprint=fingerprint(folder),
-            context=config.context,
-            cache_dir=config.cache_dir,
-            allow_pickle=config.allow_pickle,
-        )
-    return ModelFiles(folder, fingerprint(folder), commit, converted)
-
-
-def _fetch(config: ModelConfig) -> FetchedModel:
-    download, field = {
-        ModelSource.modelscope: (download_modelscope, "modelscope_id"),
-        ModelSource.huggingface: (download_huggingface, "huggingface_id"),
-    }[config.source]
-    return download(
-        config.id or _needed(config, field),
-        config.revision,
-        config.cache_dir,
-        offline=config.offline,
-        allow_pickle=config.allow_pickle,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def model_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return the contents of the model's config.json; of a model on a hub nothing else is fetched.
-
-    Raises:
-        ModelError: see `locate_model`.
-    """
-    match config.source:
-        case ModelSource.modelscope | ModelSource.huggingface:
-            hub = ModelScope() if config.source is ModelSource.modelscope else HuggingFace()
-            model_id = config.id or _needed(config, f"{config.source}_id")
-            return fetch_settings(hub, model_id, config.revision, config.cache_dir, config.offline)
-        case _:
-            return read_json(locate_model(config).folder / "config.json")
 
 
 def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
@@ -461,34 +309,3 @@ def take_attention(model: torch.nn.Module, name: str) -> str:
     finally:
         transformers_logging.set_verbosity(said)
     return tiled_attention.attention_of(causal)
-
-
-def fingerprint(folder: Path) -> str:
-    """Digest over a model folder: small files whole, weight files by name, size and safetensors header."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            digest.update(f"{path.name}:{path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, 100_000_000)))
-        elif path.suffix == ".bin":
-            digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        elif path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and path.is_file():
-            digest.update(path.name.encode() + b":" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _random(config: ModelConfig) -> Path:
-    shape = config.shape or RandomShape()
-    key = hashlib.sha256(json.dumps([vars(shape), config.context, 2]).encode()).hexdigest()[:16]
-    target = cache_root(config.cache_dir) / "models" / f"random-{key}"
-    return build_once(target, lambda folder: random_folder(shape, config.context, folder), is_whole=holds_weights)
-
-
-def _needed(config: ModelConfig, field: str) -> str:
-    value = getattr(config, field)
-    if not value:
-        either = "" if field == "wheel" else "model.id or "
-        raise ModelError(f"model.source={config.source} needs {either}model.{field}; model={config.name} has none")
-    return str(value)

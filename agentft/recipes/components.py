@@ -32,7 +32,8 @@ from agentft.model.cpu.attention import attention_of
 from agentft.model.cpu.native import Kernels
 from agentft.model.cuda import LigerKernels
 from agentft.model.labelled_loss import LabelledLoss, causal_model
-from agentft.model.load import ChatTokenizer, Compute, ModelFiles, load_model, take_attention
+from agentft.model.load import ChatTokenizer, Compute, load_model, take_attention
+from agentft.model.sources import ModelFiles
 from agentft.recipes.config import deciding
 from agentft.recipes.probe import Ways, ask_stock, probe
 from agentft.training.config import TrainingConfig

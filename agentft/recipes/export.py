@@ -23,9 +23,10 @@ from agentft.errors import ConfigError, RunError
 from agentft.model.adapters import save_final, write_adapter
 from agentft.model.config import Dtype, LoraConfig, ModelConfig, ModelSource, QloraConfig, SftConfig
 from agentft.model.hub import parse_target, push_folder
-from agentft.model.load import ModelFiles, choose_layout, load_tokenizer, locate_model, torch_dtype
+from agentft.model.load import choose_layout, load_tokenizer, torch_dtype
 from agentft.model.quantization import require_bitsandbytes
 from agentft.model.shards import write_merged
+from agentft.model.sources import ModelFiles, locate_model
 from agentft.recipes.config import ExportConfig, TrainConfig
 from agentft.recipes.evaluate import find_checkpoint
 from agentft.recipes.saved import trained_config

@@ -9,8 +9,9 @@ import os
 from agentft import runtime
 from agentft.errors import ModelError
 from agentft.model.config import Attention, Dtype, KernelChoice, ModelConfig, SftConfig
-from agentft.model.load import model_settings, resolve_dtype
+from agentft.model.load import resolve_dtype
 from agentft.model.memory import DeviceMemory, Fit, Layers, MemoryEstimate, device_memory, estimate_memory, judge
+from agentft.model.sources import model_settings
 from agentft.training.config import MemoryCheck
 
 log = logging.getLogger(__name__)

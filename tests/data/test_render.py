@@ -17,7 +17,7 @@ from agentft.data.render import TRAINED_KINDS, Rendering, SpanKind
 from agentft.data.template_choice import choose_template, exported_template
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 from agentft.errors import ConfigError
-from agentft.model.random_weights import byte_tokenizer
+from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import sentencepiece_tokenizer
 
 CASES = [

@@ -19,7 +19,7 @@ from agentft.data.splits import divide, in_showing_order
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError
-from agentft.model.random_weights import byte_tokenizer
+from agentft.model.sources import byte_tokenizer
 from agentft.runs import RunFolder
 
 

@@ -13,9 +13,9 @@ from agentft.data.config import SpanWeights
 from agentft.data.render import SpanKind
 from agentft.data.tokens import IGNORE_INDEX, tokenize, weigh
 from agentft.errors import ConfigError
+from agentft.model import labelled_loss as loss_module
 from agentft.model.config import RandomShape
 from agentft.model.labelled_loss import LabelledLoss
-from agentft.training import loss as loss_module
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, frame=1.5, stop=0.5)
 
@@ -24,7 +24,7 @@ WEIGHTS = SpanWeights(text=1.0, call=2.0, frame=1.5, stop=0.5)
 def model(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
-    from agentft.model.random_weights import random_folder
+    from agentft.model.sources import random_folder
 
     folder = tmp_path_factory.mktemp("tiny")
     random_folder(RandomShape(), 2048, folder)

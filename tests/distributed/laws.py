@@ -34,8 +34,8 @@ from agentft.evaluation.steps import all_steps
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.model.labelled_loss import LabelledLoss
-from agentft.model.load import ModelFiles, load_model
-from agentft.model.random_weights import byte_tokenizer
+from agentft.model.load import load_model
+from agentft.model.sources import ModelFiles, byte_tokenizer
 from agentft.runtime import Device
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import Job, train_model

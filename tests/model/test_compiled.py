@@ -10,15 +10,15 @@ from torch.nn import functional
 from agentft.data.batches import collate, collate_packed
 from agentft.data.tokens import tokenize
 from agentft.errors import ModelError
+from agentft.model import labelled_loss as loss_module
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, KernelChoice, LoraConfig, ModelConfig
-from agentft.model.cpu import attention, compiled
-from agentft.model.cpu.compiled import CompiledAttention
+from agentft.model.cpu import attention, fused
+from agentft.model.cpu.fused import CompiledAttention
 from agentft.model.cpu.native import load_kernels
 from agentft.model.labelled_loss import FrozenHeadLoss, LabelledLoss, chunked_cross_entropy, packed_arguments
 from agentft.model.load import choose_kernels
 from agentft.runtime import Device
-from agentft.training import loss as loss_module
 
 LORA = LoraConfig(name="lora", default_learning_rate=1e-3, rank=4, dropout=0.0)
 
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_as_near_to_fp32_as_torchs_own(kernels, examples,
 def test_a_trained_model_takes_every_compiled_part(kernels, examples, monkeypatch):
     used = []
     for name in ("CompiledRmsNorm", "CompiledGatedMlp"):
-        function = getattr(compiled, name)
+        function = getattr(fused, name)
         monkeypatch.setattr(function, "apply", lambda *a, f=function.apply, n=name: used.append(n) or f(*a))
     monkeypatch.setattr(
         CompiledAttention, "apply", lambda *a, f=CompiledAttention.apply: used.append("attention") or f(*a)
@@ -114,7 +114,7 @@ def test_no_token_of_a_packed_row_sees_its_neighbours(kernels, examples):
 @pytest.mark.parametrize("keep", [True, False], ids=["weights kept", "weights computed again"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_attention_equals_torchs(kernels, length, keep, packed, monkeypatch):
-    monkeypatch.setattr(compiled, "KEEP_UP_TO", 1024 if keep else 0)
+    monkeypatch.setattr(fused, "KEEP_UP_TO", 1024 if keep else 0)
     torch.manual_seed(length)
     query, key, value = (torch.randn(2, length, 2, *heads, 16).bfloat16() for heads in ((3,), (), ()))
     turn = torch.rand(1, length, 8) * 6

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from safetensors.torch import save
 from agentft.errors import ModelError
 from agentft.model import hub
 from agentft.model.config import ModelConfig, ModelSource
-from agentft.model.file_names import check_file_names, shard_files
-from agentft.model.hub_clients import HuggingFace, ModelScope
-from agentft.model.load import check_remote_code, locate_model
-from agentft.model.shards import weight_files
+from agentft.model.hub import HuggingFace, ModelScope
+from agentft.model.shards import check_file_names, shard_files, weight_files
+from agentft.model.sources import check_remote_code, locate_model
 from tests.model.loopback_hubs import COMMIT, Repository, serve
 
 HUBS = ["modelscope", "huggingface"]
-DOWNLOADS: dict[str, Any] = {"modelscope": hub.download_modelscope, "huggingface": hub.download_huggingface}
+DOWNLOADS: dict[str, Any] = {name: partial(hub.fetch, client()) for name, client in hub.HUBS.items()}
 ENDPOINTS = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}
 NOWHERE = "http://127.0.0.1:9"
 """A port that nothing listens on."""

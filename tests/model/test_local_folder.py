@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from agentft.errors import ModelError
 from agentft.model.config import ModelConfig, ModelSource, RandomShape
-from agentft.model.load import load_model, load_tokenizer, locate_model
-from agentft.model.random_weights import random_folder
+from agentft.model.load import load_model, load_tokenizer
+from agentft.model.sources import locate_model, random_folder
 from agentft.runtime import Device
 
 CPU = Device("cpu", "CPU", 1)

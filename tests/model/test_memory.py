@@ -30,7 +30,7 @@ from agentft.model.config import (
 from agentft.model.cpu import attention
 from agentft.model.cpu.native import Kernels, load_kernels
 from agentft.model.labelled_loss import FrozenHeadLoss, LabelledLoss
-from agentft.model.load import ModelFiles, load_model
+from agentft.model.load import load_model
 from agentft.model.memory import (
     DeviceMemory,
     Fit,
@@ -47,6 +47,7 @@ from agentft.model.memory import (
     trained_parameters,
 )
 from agentft.model.quantization import quantization_config
+from agentft.model.sources import ModelFiles
 from agentft.runtime import Device
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -275,7 +275,8 @@ def qlora(**values) -> QloraConfig:
 def quantized(sft: QloraConfig, folder, dtype: torch.dtype = torch.float32):
     """Load the tiny model with its matrices in few bits, as `load_model` does."""
     from agentft.model.config import ModelSource
-    from agentft.model.load import ModelFiles, load_model
+    from agentft.model.load import load_model
+    from agentft.model.sources import ModelFiles
     from agentft.runtime import Device
 
     if not (folder / "config.json").is_file():

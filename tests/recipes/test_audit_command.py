@@ -202,7 +202,8 @@ def prepared_by(composed: AuditConfig):
     from agentft.data.prepare import prepare_data
     from agentft.data.template_choice import choose_template
     from agentft.data.tokens import SegmentEncoder
-    from agentft.model.load import load_tokenizer, locate_model
+    from agentft.model.load import load_tokenizer
+    from agentft.model.sources import locate_model
 
     tokenizer = load_tokenizer(locate_model(composed.model), composed.model)
     template = choose_template(composed.model.template, tokenizer, composed.model.stop_token)

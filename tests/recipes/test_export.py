@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from agentft.config import ExportConfig, compose, register_schemas, to_train_config
 from agentft.errors import ConfigError, RunError
 from agentft.model.config import ModelConfig, ModelSource
-from agentft.model.load import ModelFiles
+from agentft.model.sources import ModelFiles
 from agentft.recipes.export import base_name, export
 from agentft.recipes.train import train
 from agentft.runs import read_json
@@ -49,7 +49,8 @@ def heldout(config):
     from agentft.data.prepare import prepare_data
     from agentft.data.template_choice import choose_template
     from agentft.data.tokens import SegmentEncoder
-    from agentft.model.load import load_tokenizer, locate_model
+    from agentft.model.load import load_tokenizer
+    from agentft.model.sources import locate_model
 
     tokenizer = load_tokenizer(locate_model(config.model), config.model)
     template = choose_template(config.model.template, tokenizer, config.model.stop_token)
@@ -159,7 +160,7 @@ def test_the_adapter_alone_says_what_the_evaluation_said(tmp_path):
 
 
 def test_a_converted_model_is_exported_as_what_it_became(tmp_path):
-    from tests.model.test_qwen_v1 import old_folder, old_settings, random_state
+    from tests.model.test_conversion_qwen import old_folder, old_settings, random_state
 
     settings = old_settings(seq_length=2048)
     source = old_folder(tmp_path / "old", settings, random_state(settings))

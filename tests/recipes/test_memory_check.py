@@ -13,7 +13,7 @@ from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ModelError
 from agentft.model.config import Dtype, RandomShape
 from agentft.model.memory import DeviceMemory
-from agentft.model.random_weights import random_folder
+from agentft.model.sources import random_folder
 from agentft.recipes import memory_check
 from agentft.recipes.memory_check import Load, MemoryPlan, estimate_training, plan_memory, sharding
 from agentft.recipes.train import train

@@ -48,7 +48,7 @@ from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import fit_conversations
 from agentft.errors import DataError
-from agentft.model.random_weights import byte_tokenizer as make_tokenizer
+from agentft.model.sources import byte_tokenizer as make_tokenizer
 from agentft.runs import RunFolder
 from tests.data.chat_families import with_template
 

@@ -15,7 +15,7 @@ import json, resource, sys
 from agentft.data.config import SyntheticConfig
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder
-from agentft.model.random_weights import byte_tokenizer
+from agentft.model.sources import byte_tokenizer
 from agentft.data.prepare import prepare_data
 
 config = SyntheticConfig(name="synthetic", conversations=int(sys.argv[1]), max_samples=int(sys.argv[2]), cache=False)

@@ -16,7 +16,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from agentft.errors import ModelError
-from agentft.model.qwen_v1_tokenizer import PATTERN, SPECIAL_TOKENS, fast_tokenizer, read_ranks
+from agentft.model.conversion import QWEN_PATTERN, QWEN_SPECIAL_TOKENS, qwen_tokenizer, read_ranks
 
 TEXT = [
     "I'll say it's 2023, and they've paid $1,234.50; we'd pay more, I'm told. ",
@@ -31,7 +31,7 @@ TEXT = [
 @functools.cache
 def small_ranks() -> dict[bytes, int]:
     """A ranks file of some 500 tokens: byte-pair encoding trained on the lines above, in the plainest way."""
-    cut = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    cut = pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated")
     pieces = [piece.encode() for line in TEXT for piece, _ in cut.pre_tokenize_str(line)]
     words = [[bytes([byte]) for byte in piece] for piece in pieces]
     ranks = {bytes([byte]): 255 - byte for byte in range(256)}
@@ -54,8 +54,8 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
 
 
 def reference(ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    special = {token: len(ranks) + number for number, token in enumerate(SPECIAL_TOKENS)}
-    return tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    special = {token: len(ranks) + number for number, token in enumerate(QWEN_SPECIAL_TOKENS)}
+    return tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def reference_ids(encoding: tiktoken.Encoding, text: str) -> list[int]:
@@ -97,7 +97,7 @@ ALPHABETS = [
         '{"a": 1}',
         "👩‍👩‍👧",
         "🇨🇳",
-        *SPECIAL_TOKENS[:5],
+        *QWEN_SPECIAL_TOKENS[:5],
         "<|im_start",
         "|>",
     ],
@@ -116,7 +116,7 @@ def random_text(rng: random.Random, longest: int = 24) -> str:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, tiktoken.Encoding]:
     path = write_ranks(tmp_path_factory.mktemp("ranks") / "qwen.tiktoken", small_ranks())
-    return fast_tokenizer(path), reference(small_ranks())
+    return qwen_tokenizer(path.parent), reference(small_ranks())
 
 
 def test_ids_are_tiktokens_on_random_unicode(both: tuple[Any, tiktoken.Encoding]) -> None:
@@ -197,7 +197,7 @@ def test_a_damaged_ranks_file_is_refused(content: bytes, message: str, tmp_path:
 
 def test_a_token_that_no_pair_gives_is_met_as_a_whole_piece_only(tmp_path: Path) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
-    tokenizer = fast_tokenizer(write_ranks(tmp_path / "qwen.tiktoken", ranks))
+    tokenizer = qwen_tokenizer(write_ranks(tmp_path / "qwen.tiktoken", ranks).parent)
     for text, tokens in (("abc", 1), ("abcd", 4), ("abc-abc", 5)):
         assert tokenizer.encode(text) == reference_ids(reference(ranks), text)
         assert len(tokenizer.encode(text)) == tokens

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from agentft.errors import ModelError
 from agentft.model import conversion
-from agentft.model.sentencepiece_tokenizer import fast_tokenizer, read_model
+from agentft.model.conversion import baichuan_tokenizer, read_sentencepiece
 
 PIECES = ["▁", "a", "b", "c", "天", "气", "▁a", "ab", "▁ab", "abc", "天气", "bc", "▁天气", "aa", "▁▁"]
 
@@ -53,10 +53,10 @@ def sentencepiece_file(path: Path, *, dummy_prefix: bool = False, kind: int = 2)
 
 def reference_ids(path: Path, text: str) -> list[int]:
     """SentencePiece's rule, word for word: join the neighbours whose concatenation has the best score, leftmost first."""
-    model = read_model(path)
-    ids = {piece: number for number, (piece, _, _) in enumerate(model.pieces)}
-    scores = {piece: score for piece, score, kind in model.pieces if kind == 1}
-    symbols = list(("▁" if model.adds_dummy_prefix and text else "") + text.replace(" ", "▁"))
+    model = read_sentencepiece(path)
+    ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == 1}
+    symbols = list(("▁" if model.normalizer_spec.add_dummy_prefix and text else "") + text.replace(" ", "▁"))
     while True:
         pairs = [(scores[a + b], -at) for at, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in scores]
         if not pairs:
@@ -72,7 +72,7 @@ def reference_ids(path: Path, text: str) -> list[int]:
 @pytest.mark.parametrize("dummy_prefix", [False, True])
 def test_ids_are_sentencepieces(dummy_prefix: bool, tmp_path: Path) -> None:
     path = sentencepiece_file(tmp_path / "tokenizer.model", dummy_prefix=dummy_prefix)
-    tokenizer = fast_tokenizer(path)
+    tokenizer = baichuan_tokenizer(tmp_path)
     rng = random.Random(3)
     for _ in range(2000):
         text = "".join(rng.choice("aabbcc  天气é👩\n") for _ in range(rng.randint(1, 12)))
@@ -90,7 +90,7 @@ def test_what_is_no_byte_pair_model_is_refused(content: bytes | None, tmp_path: 
     else:
         path.write_bytes(content)
     with pytest.raises(ModelError, match=r"tokenizer.model: "):
-        fast_tokenizer(path)
+        baichuan_tokenizer(tmp_path)
 
 
 def packed_checkpoint(folder: Path, **changes: Any) -> tuple[Path, LlamaForCausalLM]:

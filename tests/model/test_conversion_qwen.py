@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from agentft.errors import ModelError
 from agentft.model import conversion, shards
 from agentft.model.config import ModelConfig, ModelSource
-from agentft.model.load import load_tokenizer, locate_model
-from tests.model.test_qwen_v1_tokenizer import small_ranks, write_ranks
+from agentft.model.load import load_tokenizer
+from agentft.model.sources import locate_model
+from tests.model.test_conversion_qwen_tokenizer import small_ranks, write_ranks
 
 State = dict[str, torch.Tensor]
 
