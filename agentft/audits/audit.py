@@ -186,6 +186,25 @@ class Fitting:
 
 
 @dataclass(slots=True)
+class RewrittenHistory:
+    """Conversations that are several examples, since the chat template rewrites their history; before fitting."""
+
+    conversations: int = 0
+    examples: int = 0
+    tokens: int = 0
+    tokens_of_the_longest: int = 0
+    """Of the longest example of each: what one rendering would cost."""
+
+    def add(self, lengths: Sequence[int]) -> None:
+        """Count the examples of one conversation."""
+        if len(lengths) > 1:
+            self.conversations += 1
+            self.examples += len(lengths)
+            self.tokens += sum(lengths)
+            self.tokens_of_the_longest += max(lengths)
+
+
+@dataclass(slots=True)
 class Statistics:
     """What a dataset holds."""
 
@@ -206,6 +225,7 @@ class Statistics:
     steps: int = 0
     fitting: dict[str, Fitting] = field(default_factory=dict)
     """For `train` and `heldout`, where the part is not empty."""
+    rewritten_history: RewrittenHistory = field(default_factory=RewrittenHistory)
     heldout_turns_compared: int = 0
 
     def by_source(self) -> dict[str, GroupStats]:
@@ -248,6 +268,7 @@ class Audit:
     def look(self, encoder: SegmentEncoder) -> Audit:
         """Look at every conversation, then at all of them together."""
         for number, made in enumerate(make_examples(self.data.conversations, self._layout, encoder)):
+            self.statistics.rewritten_history.add([len(piece.example) for piece in made.pieces])
             self._look_at(number, Seen.of(made, self._text, self.data.part_of[number]))
         self._note_what_reading_found()
         for reason in self.data.empty_parts:

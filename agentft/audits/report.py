@@ -157,6 +157,7 @@ class AuditReport:
             "set_aside_in_fitting": dict(Counter(rejection.reason for rejection in self.audit.unfit).most_common()),
             "too_long": self.config.dataset.too_long.value,
             "fitting": {part: dataclasses.asdict(made) for part, made in statistics.fitting.items()},
+            "rewritten_history": dataclasses.asdict(statistics.rewritten_history),
             "in_neither_part": dict(self.audit.data.account.left_out),
             "sources_read": {
                 name: dataclasses.asdict(count) | self.shown_of(name) for name, count in self.read.sources.items()
@@ -282,6 +283,13 @@ def panels(report: AuditReport) -> Iterator[Panel]:
         words += "".join(f"; in neither part: {count:,} {reason}" for reason, count in account.left_out.items())
         rows = _fitting_rows([statistics.fitting.get(part) for part in ("train", "heldout")])
         yield Panel("Fitting to max_length", words, header=("", "training", "held out"), groups=[rows])
+    if (cost := statistics.rewritten_history).conversations:
+        words = (
+            f"The chat template rewrites history: {cost.conversations:,} conversations are {cost.examples:,} examples with "
+            f"{cost.tokens:,} tokens, {cost.tokens / cost.tokens_of_the_longest:.1f} x those of one rendering of each; "
+            "bounded by model.rewritten_history=stable or dataset.reasoning=drop"
+        )
+        yield Panel("Rewritten history", words)
     yield _tokens(statistics)
     by_rounds = sorted(statistics.by_rounds.items(), key=lambda item: int(item[0].split(" ", 1)[0].strip("(") or 0))
     groups = [

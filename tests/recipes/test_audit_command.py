@@ -252,6 +252,40 @@ def test_the_audit_says_what_a_training_run_will_make_of_every_part(too_long: st
     assert numbers["parts"]["train"]["too_long"] > 3
 
 
+FORGETS = """\
+{%- set last = namespace(user=0) -%}
+{%- for m in messages if m.role == 'user' -%}{%- set last.user = messages.index(m) -%}{%- endfor -%}
+{%- for t in tools or [] -%}{{ t | tojson }}{%- endfor -%}
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\n' -}}
+{%- if m.reasoning_content and loop.index0 > last.user -%}<think>{{ m.reasoning_content }}</think>{%- endif -%}
+{{- m.content or '' -}}{%- for c in m.tool_calls or [] -%}{{ c.function | tojson }}{%- endfor -%}{{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+def test_what_rewritten_history_costs_is_said(tmp_path: Path, capsys):
+    """Past thoughts are dropped, so each round of a conversation that thinks is an example of its own."""
+    said = {"role": "assistant", "content": "Yes.", "reasoning_content": "It asks again."}
+    for name, thinks in (("thinking", True), ("plain", False)):
+        answer = said if thinks else {**said, "reasoning_content": None}
+        rows = [[{"role": "user", "content": f"{n} {k}?"} if at == 0 else answer for k in range(3) for at in (0, 1)]
+                for n in range(20)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    (tmp_path / "forgets.jinja").write_text(FORGETS)
+    found = {}
+    for name in ("thinking", "plain"):
+        output = tmp_path / name
+        layout = f"model.template={tmp_path}/forgets.jinja"
+        audit(config("dataset=local", f"dataset.path={tmp_path}/{name}.jsonl", layout, f"output={output}"))
+        found[name] = json.loads((output / "audit.json").read_text())["rewritten_history"]
+        assert ("The chat template rewrites history" in (output / "report.txt").read_text()) == (name == "thinking")
+    assert found["plain"]["conversations"] == 0
+    cost = found["thinking"]
+    assert (cost["conversations"], cost["examples"]) == (20, 60)
+    assert cost["tokens"] > 1.5 * cost["tokens_of_the_longest"]
+
+
 def test_bars_meet_the_limit_and_lose_nobody():
     lengths = [1, 10, 99, 100, 101, 199, 200, 201, 5000]
     bars = length_bars(lengths, 100)
