@@ -18,8 +18,7 @@ from agentft.comparison.runs import ANSWERS, predictions_file, read_runs
 from agentft.comparison.tables import csv_text, markdown, pair_table, rich_table
 from agentft.errors import AgentftError, RunError
 from agentft.progress import outlive_console
-from agentft.runs import RunFolder
-from agentft.strict_json import write_out
+from agentft.runs import RunFolder, write_out
 
 if TYPE_CHECKING:
     from rich.console import Console

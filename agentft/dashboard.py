@@ -20,8 +20,8 @@ from typing import Any
 from agentft.errors import AgentftError, ConfigError, RunError
 from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
 from agentft.progress import outlive_console
+from agentft.runs import write_out
 from agentft.secrets import redact_text
-from agentft.strict_json import write_out
 from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
 
 AFTER = "after"

@@ -7,10 +7,13 @@ JSON where it is JSON, and free of the secrets of the environment.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import errno
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -23,7 +26,6 @@ from typing import Any, Literal, Self
 from agentft.errors import RunError
 from agentft.provenance import describe_surroundings
 from agentft.secrets import redact_command, redact_strings, redact_text
-from agentft.strict_json import json_text
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
 """`paused`: it reached `training.pause_at_fraction`, saved and examined, and a larger share goes on."""
@@ -41,6 +43,30 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], *, setting: str = "run_dir") -> None:
         self.path = Path(path).absolute()
         self._setting = setting
+        self.config_file = self.path / "config.yaml"
+        """The resolved configuration; it loads back and reruns."""
+        self.record_file = self.path / "run.json"
+        """Where the run comes from: command, git revision, versions, machine, sweep."""
+        self.status_file = self.path / "status.json"
+        """How far the run is, or how it ended."""
+        self.metrics_file = self.path / "metrics.jsonl"
+        """Everything that was measured, one line a time."""
+        self.summary_file = self.path / "summary.json"
+        """The numbers that runs are compared by."""
+        self.log_file = self.path / "train.log"
+        """What the run said, tracebacks included."""
+        self.checkpoints = self.path / "checkpoints"
+        """Folder of checkpoints to resume from."""
+        self.final = self.path / "final"
+        """Folder of the adapter or model at the end, with its tokenizer."""
+        self.data_manifest = self.path / "data" / "manifest.json"
+        """Fingerprint of the data: sources, counts, which conversations were held out."""
+        self.rejected_file = self.path / "data" / "rejected.jsonl"
+        """Rows that were set aside, each with file, line and reason."""
+        self.wandb_dir = self.path / "wandb"
+        """What Weights & Biases keeps on disk; in a sweep it lies in the sweep folder instead."""
+        self.lock_file = self.path / ".lock"
+        """Locked while a process trains here; holds who that is."""
         self._lock: int | None = None
         self._made_lock = False
         self.begun = False
@@ -123,66 +149,6 @@ class RunFolder:
                 raise self._in_use(lock) from None
         finally:
             os.close(lock)
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved configuration; it loads back and reruns."""
-        return self.path / "config.yaml"
-
-    @property
-    def record_file(self) -> Path:
-        """Where the run comes from: command, git revision, versions, machine, sweep."""
-        return self.path / "run.json"
-
-    @property
-    def status_file(self) -> Path:
-        """How far the run is, or how it ended."""
-        return self.path / "status.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """Everything that was measured, one line a time."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary_file(self) -> Path:
-        """The numbers that runs are compared by."""
-        return self.path / "summary.json"
-
-    @property
-    def log_file(self) -> Path:
-        """What the run said, tracebacks included."""
-        return self.path / "train.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints to resume from."""
-        return self.path / "checkpoints"
-
-    @property
-    def final(self) -> Path:
-        """Folder of the adapter or model at the end, with its tokenizer."""
-        return self.path / "final"
-
-    @property
-    def data_manifest(self) -> Path:
-        """Fingerprint of the data: sources, counts, which conversations were held out."""
-        return self.path / "data" / "manifest.json"
-
-    @property
-    def rejected_file(self) -> Path:
-        """Rows that were set aside, each with file, line and reason."""
-        return self.path / "data" / "rejected.jsonl"
-
-    @property
-    def wandb_dir(self) -> Path:
-        """What Weights & Biases keeps on disk; in a sweep it lies in the sweep folder instead."""
-        return self.path / "wandb"
-
-    @property
-    def lock_file(self) -> Path:
-        """Locked while a process trains here; holds who that is."""
-        return self.path / ".lock"
 
     def rank_log(self, rank: int) -> Path:
         """What a rank other than 0 said."""
@@ -395,3 +361,48 @@ def _umask() -> int:
 def utc_now() -> str:
     """Return the time in ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Strict JSON that any reader takes: NaN and the infinities, unknown to JSON, become the texts nan, inf, -inf."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool():
+            return value
+        case enum.Enum():
+            return _plain(value.value)
+        case str():
+            return str(value)
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else str(float(value))
+        case Mapping():
+            return {str(_plain(key)): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case set() | frozenset():
+            return sorted((_plain(item) for item in value), key=str)
+        case os.PathLike() | datetime():
+            return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if callable(scalar := getattr(value, "item", None)):  # a number of numpy or torch
+        return _plain(scalar())
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r:.80}")
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write `text` where the user said, also into a device or a pipe such as `/dev/stdout`; folders are made.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

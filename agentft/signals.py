@@ -1,7 +1,8 @@
 """What asks a process to end: SIGTERM of a scheduler, SIGUSR1 or SIGUSR2 before a time limit, SIGHUP, Ctrl-C.
 
 A training notes the request and saves after the step it is in. Everywhere else (loading, answering) the request ends the
-work at once, as Ctrl-C does; what those phases had done so far is on disk already.
+work at once, as Ctrl-C does; what those phases had done so far is on disk already. A job of SLURM that is about to lose its
+place asks to be queued again; it resumes from where it saved.
 
 SLURM and terminals signal every process of a job. The one that a person started answers; those that it started itself obey
 its word (`distributed/stops.py`, `sweeping/processes.py`), since the same request reaches them from several sides.
@@ -10,14 +11,19 @@ its word (`distributed/stops.py`, `sweeping/processes.py`), since the same reque
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, Self
+
+log = logging.getLogger(__name__)
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 STOPS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__)  # Windows has not all
@@ -153,3 +159,44 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+# --- A job of SLURM ---
+
+REQUEUED_BY_LAUNCHER = "AGENTFT_REQUEUED_WITH"
+"""Set by a sweep's launcher for its jobs: the SLURM job that the launcher itself queues again, once for all of them."""
+
+
+def slurm_job_id() -> str | None:
+    """Return what `scontrol` calls this job: `1234`, of a job array `1234_7`; None outside of SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID") or None
+
+
+def is_slurm_batch_job() -> bool:
+    """Return whether this is a job that SLURM can start again by itself: not a session of `salloc`."""
+    return slurm_job_id() is not None and os.environ.get("SLURM_JOB_NAME") != "interactive"
+
+
+def requeue_slurm_job() -> bool:
+    """Ask SLURM to queue this job again, and say whether it agreed; the log tells why not.
+
+    Only one process of a job asks: the first task, and of a sweep the launcher.
+    """
+    job = slurm_job_id()
+    if job is None or os.environ.get(REQUEUED_BY_LAUNCHER) == job or os.environ.get("SLURM_PROCID", "0") != "0":
+        return False
+    if shutil.which("scontrol") is None:
+        log.error("SLURM job %s is not queued again: there is no scontrol here; submit it again by hand", job)
+        return False
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.error("SLURM job %s is not queued again: %s; submit it again by hand", job, error)
+        return False
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip()
+        log.error("SLURM job %s is not queued again: scontrol says %r; submit it again by hand", job, words)
+        return False
+    log.warning("SLURM job %s is queued again", job)
+    return True

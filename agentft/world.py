@@ -41,7 +41,7 @@ def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 T = TypeVar("T")
 
-MARKS_VARIABLE = "AGENTFT_MARKS_DIR"
+HEARTBEAT_VARIABLE = "AGENTFT_HEARTBEAT_DIR"
 """The environment variable by which a launcher tells its ranks where to say how far they are."""
 
 
@@ -69,7 +69,7 @@ class World:
             # An object through gloo, and not `dist.barrier`, which on GPUs would make a kernel of its own.
             dist.all_gather_object([None] * self.size, None)
 
-    def first(self, work: Callable[[], T]) -> T:
+    def main_process_first(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0, then on the others: what it leaves on the disk they find."""
         if not self.is_main:
             self.barrier()
@@ -122,18 +122,18 @@ class World:
         return tensor
 
     @contextmanager
-    def heartbeat(self, where: str) -> Iterator[None]:
-        """Surround work of unknown length, of which some ranks may do all while others wait for them.
+    def keep_alive(self, where: str) -> Iterator[None]:
+        """Send heartbeats during work of unknown length, of which some ranks may do all while others wait for them.
 
-        It counts as progress on every rank as long as one of them computes, reads or writes. Ranks that only wait do none
-        of these, so a hang inside is still seen.
+        They go on, on every rank, as long as one rank computes, reads or writes. Ranks that only wait do none of these, so a
+        hang inside is still seen.
         """
-        self.mark(where)
-        if MARKS_VARIABLE not in os.environ:
+        self.heartbeat(where)
+        if HEARTBEAT_VARIABLE not in os.environ:
             yield
             return
         done = threading.Event()
-        thread = threading.Thread(target=self._watch_labour, args=(where, done), name="at-work", daemon=True)
+        thread = threading.Thread(target=self._watch_work, args=(where, done), name="heartbeat", daemon=True)
         thread.start()
         try:
             yield
@@ -141,38 +141,38 @@ class World:
             done.set()
             thread.join()
 
-    def _watch_labour(self, where: str, done: threading.Event) -> None:
-        seconds, moved = _labour()
+    def _watch_work(self, where: str, done: threading.Event) -> None:
+        seconds, moved = _work_done()
         heard = 0
         while not done.wait(1.0):
-            now_seconds, now_moved = _labour()
-            works = now_seconds - seconds > _LABOUR_SECONDS or now_moved - moved > 1 << 16
+            now_seconds, now_moved = _work_done()
+            works = now_seconds - seconds > _WORK_SECONDS or now_moved - moved > 1 << 16
             seconds, moved = now_seconds, now_moved
-            before, heard = heard, self.store.add(_LABOUR_KEY, int(works)) if self.store is not None else int(works)
+            before, heard = heard, self.store.add(_WORK_KEY, int(works)) if self.store is not None else int(works)
             if heard > before or works:
-                self.mark(where)
+                self.heartbeat(where)
 
-    def mark(self, where: str) -> None:
-        """Say how far this rank is, for whoever watches: a rank that has hung is the one whose mark is behind.
+    def heartbeat(self, where: str) -> None:
+        """Write down how far this rank is, for whoever watches: a rank that has hung is the one that stays behind.
 
         Costs one small write to a file, and nothing where nobody watches.
         """
-        folder = os.environ.get(MARKS_VARIABLE)
+        folder = os.environ.get(HEARTBEAT_VARIABLE)
         if folder:
             path = Path(folder) / f"rank-{self.rank}"
             path.write_text(f"{time.time():.3f} {os.getpid()} {where}\n", encoding="utf-8")
 
 
-_LABOUR_KEY = "agentft-labour"
+_WORK_KEY = "agentft-work"
 """How often a rank of the job has said that it works."""
 
-_LABOUR_SECONDS = 0.02
+_WORK_SECONDS = 0.02
 """CPU seconds in a second of the clock above which a process works; one that waits takes a tenth of it."""
 
 _FOR_EVER = timedelta(days=365)
 
 
-def _labour() -> tuple[float, int]:
+def _work_done() -> tuple[float, int]:
     """Return what this process, the asking thread apart, and its ended children have done so far: CPU seconds, and bytes
     read and written."""
     times = os.times()
@@ -194,7 +194,7 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
 
     Args:
         device_kind: `cuda` adds NCCL for tensors on GPUs; objects and CPU tensors go through gloo in any case.
-        timeout_seconds: An exchange that takes longer ends the process, where nobody watches the ranks' marks.
+        timeout_seconds: An exchange that takes longer ends the process, where nobody watches the heartbeats.
 
     Raises:
         ConfigError: after a restart the ranks would look for dead ones.
@@ -214,8 +214,8 @@ def join_world(device_kind: str, timeout_seconds: float) -> World:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "any"
     store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    if MARKS_VARIABLE in os.environ:
-        # Whoever watches the marks can tell a rank that waits for long work from one that has hung; an exchange cannot.
+    if HEARTBEAT_VARIABLE in os.environ:
+        # Whoever watches the heartbeats can tell a rank that waits for long work from one that has hung; an exchange cannot.
         dist.distributed_c10d._set_pg_timeout(_FOR_EVER)
     return World(rank, size, local_rank, store)
 

@@ -29,13 +29,11 @@ FLOORS = {
         "runs",
         "provenance",
         "outfile",
-        "strict_json",
         "runtime",
         "tracking",
         "progress",
         "world",
         "signals",
-        "slurm",
         "__init__",
     ),
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 PACKAGE = Path(__file__).resolve().parent.parent / "agentft"
 
@@ -77,3 +79,17 @@ def test_the_installed_library_has_the_name(name):
         pytest.skip(f"{package} is not installed, or without CUDA")
     folder = Path((found.submodule_search_locations or [""])[0])
     assert re.search(rb"\b%b\b" % name.encode(), (folder / file).read_bytes()), f"{package}/{file} has no {name}"
+
+
+def test_the_oldest_torch_that_may_be_installed_has_what_ranks_are_started_with():
+    """`LaunchConfig` of torch 2.10 and 2.11 has no `shutdown_timeout`; of its other arguments, all are older."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (allowed,) = [each.specifier for each in map(Requirement, project["dependencies"]) if each.name == "torch"]
+    assert [allowed.contains(version) for version in ("2.11.0", "2.12.0")] == [False, True]
+    launch = ast.parse((PACKAGE / "distributed" / "launch.py").read_text(encoding="utf-8"))
+    (call,) = [
+        node for node in ast.walk(launch) if isinstance(node, ast.Call) and ast.unparse(node.func) == "LaunchConfig"
+    ]
+    assert {keyword.arg for keyword in call.keywords} <= LaunchConfig.__dataclass_fields__.keys()

@@ -20,8 +20,7 @@ import pytest
 from agentft import provenance
 from agentft.errors import RunError
 from agentft.provenance import git_state
-from agentft.runs import RunFolder, read_json
-from agentft.strict_json import json_text
+from agentft.runs import RunFolder, json_text, read_json
 
 KEY = "sentinel-0123456789abcdef"
 
@@ -329,9 +328,9 @@ def test_every_path_of_a_run_folder_is_documented():
     listed = {name: path for path, name in re.findall(r"^\| `([^`]+)`[^|]* \| `([^`]+)` \|", page, re.MULTILINE)}
     run = RunFolder("/run")
     actual = {
-        name: str(getattr(run, name).relative_to("/run"))
-        for name, member in vars(RunFolder).items()
-        if isinstance(member, property)
+        name: str(path.relative_to("/run"))
+        for name, path in vars(run).items()
+        if isinstance(path, Path) and path != run.path
     }
     for name in ("predictions", "metrics"):
         actual[f"{name}(name)"] = str(getattr(run, name)("<name>").relative_to("/run"))

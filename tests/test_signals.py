@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from agentft import slurm
-from agentft.signals import STARTED_BY, StopSignal, StopSignals
+from agentft.signals import (
+    REQUEUED_BY_LAUNCHER,
+    STARTED_BY,
+    StopSignal,
+    StopSignals,
+    is_slurm_batch_job,
+    requeue_slurm_job,
+)
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
@@ -157,14 +163,14 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_job_is_queued_again_by_its_id(scontrol, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
-    assert slurm.requeue()
+    assert requeue_slurm_job()
     assert scontrol() == ["requeue 1234"]
 
 
 def test_a_task_of_an_array_is_queued_again_by_array_and_task(scontrol, monkeypatch):
     for name, value in {"JOB_ID": "1240", "ARRAY_JOB_ID": "1234", "ARRAY_TASK_ID": "7"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert slurm.requeue()
+    assert requeue_slurm_job()
     assert scontrol() == ["requeue 1234_7"]
 
 
@@ -173,25 +179,33 @@ def test_a_task_of_an_array_is_queued_again_by_array_and_task(scontrol, monkeypa
     [
         {},
         {"SLURM_JOB_ID": "1234", "SLURM_PROCID": "1"},
-        {"SLURM_JOB_ID": "1234", slurm.REQUEUED_BY_LAUNCHER: "1234"},
+        {"SLURM_JOB_ID": "1234", REQUEUED_BY_LAUNCHER: "1234"},
     ],
     ids=["not in SLURM", "second task", "job of a sweep"],
 )
 def test_one_process_of_a_job_asks(scontrol, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert not slurm.requeue()
+    assert not requeue_slurm_job()
     assert scontrol() == []
 
 
 def test_a_refusal_is_told(scontrol, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "1234")
     monkeypatch.setenv("SCONTROL_EXIT", "1")
-    assert not slurm.requeue()
+    assert not requeue_slurm_job()
     assert "submit it again by hand" in caplog.text
 
 
-def test_a_session_of_salloc_is_no_batch_job(monkeypatch):
-    assert slurm.is_batch_job({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"})
-    assert not slurm.is_batch_job({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "interactive"})
-    assert not slurm.is_batch_job({})
+@pytest.mark.parametrize(
+    ("environment", "can_start_again"),
+    [
+        ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"}, True),
+        ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "interactive"}, False),
+        ({}, False),
+    ],
+)
+def test_a_session_of_salloc_is_no_batch_job(scontrol, monkeypatch, environment, can_start_again):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_slurm_batch_job() == can_start_again

@@ -23,13 +23,13 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from agentft import slurm
 from agentft.config.errors import KEEP_IN_ENVIRONMENT, first_line, missing_value, unknown_setting
 from agentft.config.settings import conf_dir, dotted
 from agentft.errors import ConfigError
 from agentft.recipes.config import AFFECT_NOTHING, AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.recipes.saved import ROOTS, SCHEMAS, use_new_names
 from agentft.secrets import is_secret_name
+from agentft.signals import is_slurm_batch_job, slurm_job_id
 
 VERSION_BASE = "1.3"
 _SCHEME = "agentft"
@@ -115,7 +115,7 @@ def register_resolvers(swept: frozenset[str] | None) -> None:
 
 def _start_stamp(now: str) -> str:
     """Return the time of the start; in a batch job of SLURM its id, which stays when the job is queued again."""
-    return f"slurm-{slurm.job_id()}" if slurm.is_batch_job() else now
+    return f"slurm-{slurm_job_id()}" if is_slurm_batch_job() else now
 
 
 def _run_slug(*, _root_: DictConfig) -> str:

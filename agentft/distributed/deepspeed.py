@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from agentft.data.batches import Batch
-from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
+from agentft.distributed.engines import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
 from agentft.model.adapters import kept_parameters
 from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.training.checkpoint import TensorSpec, TensorStream

@@ -1,14 +1,29 @@
-"""The engines by name. Each is imported when it is chosen: DeepSpeed alone takes seconds."""
+"""Choose the engine by name: one process, `ddp`, or one with shards, of which this file has what they share.
+
+FSDP and DeepSpeed are imported when they are chosen: DeepSpeed alone takes seconds.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from agentft.data.batches import Batch
 from agentft.distributed.config import DistributedConfig, EngineKind
-from agentft.model.labelled_loss import LabelledLoss
+from agentft.errors import ConfigError
+from agentft.model.adapters import kept_parameters, require_same_parameters
+from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.training.config import TrainingConfig
-from agentft.training.engine import Engine, SingleEngine
+from agentft.training.engine import Engine, SingleEngine, plain_groups, restore_groups, slots_by_parameter
 from agentft.world import World
+
+_GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
 
 
 def loads_on_cpu(config: DistributedConfig) -> bool:
@@ -41,8 +56,6 @@ def make_engine(
         case EngineKind.single:
             return SingleEngine(objective, training, fp16=fp16, world=world)
         case EngineKind.ddp:
-            from agentft.distributed.ddp import DdpEngine
-
             return DdpEngine(objective, training, fp16=fp16, world=world)
         case EngineKind.fsdp:
             from agentft.distributed.fsdp import FsdpEngine
@@ -53,3 +66,150 @@ def make_engine(
 
             settings = config.deepspeed
             return DeepSpeedEngine(objective, training, world=world, settings=settings, fp16=fp16, frozen=frozen)
+
+
+class DdpEngine(SingleEngine):
+    """Every rank holds the whole model; gradients are summed over ranks while the backward pass still runs.
+
+    Li et al., 2020, PyTorch Distributed (arXiv 2006.15704).
+    """
+
+    name = "ddp"
+
+    def __init__(self, objective: LabelledLoss, config: TrainingConfig, *, world: World, fp16: bool = False) -> None:
+        super().__init__(objective, config, fp16=fp16, world=world)
+        device = next(objective.parameters()).device
+        # Every rank has read the same files, so only what is computed or drawn is sent: writing rank 0's frozen weights over
+        # those of a mapped file would copy it.
+        for parameter in kept_parameters(self.model).values():
+            dist.broadcast(parameter.data, src=0)
+        self._wrapped = DistributedDataParallel(
+            objective,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            init_sync=False,
+        )
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self._wrapped.no_sync()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self._wrapped(batch)
+        return loss
+
+    def backward(self, share: torch.Tensor) -> None:
+        # DDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already. Under fp16 the
+        # loss keeps its size, so that the same steps overflow as on one process.
+        super().backward(share if self._scales else share * self.world.size)
+
+    def clip(self, limit: float) -> torch.Tensor:
+        if self._scales:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.world.size)
+        return super().clip(limit)
+
+
+class LossScale:
+    """The factor of the loss in the backward pass; 1 where fp16 is not in use.
+
+    The rule and the saved form are those of torch's `GradScaler`, which knows one device: halved after a step whose gradient
+    is not finite, doubled after 2,000 that are. Whether it is finite is read off the norm over all ranks, so every rank decides
+    alike. Micikevicius et al., 2018, Mixed Precision Training (arXiv 1710.03740).
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.factor = 65536.0 if enabled else 1.0
+        self._good_steps = 0
+
+    def update(self, *, finite: bool) -> None:
+        """Take note of a step whose gradient was finite, or was not and has been left out."""
+        if not self.enabled:
+            return
+        self._good_steps = self._good_steps + 1 if finite else 0
+        if not finite:
+            self.factor *= _BACKOFF
+        elif self._good_steps == _INTERVAL:
+            self.factor, self._good_steps = self.factor * _GROWTH, 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what `torch.amp.GradScaler.state_dict` would; empty where it is not in use."""
+        if not self.enabled:
+            return {}
+        return {
+            "scale": self.factor,
+            "growth_factor": _GROWTH,
+            "backoff_factor": _BACKOFF,
+            "growth_interval": _INTERVAL,
+            "_growth_tracker": self._good_steps,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state, of `GradScaler` too."""
+        if self.enabled and state:
+            self.factor, self._good_steps = float(state["scale"]), int(state["_growth_tracker"])
+
+
+class ShardedEngine:
+    """The part of an engine with shards that does not ask who cuts the parameters.
+
+    The model is loaded with its files' own number format: its weights are then the mapped files themselves, which no rank
+    copies. They are cast once they are cut (FSDP2) or a block at a time before that (ZeRO), so a rank never holds more than
+    its shard and the block in work.
+    """
+
+    world: World
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    _scale: LossScale
+
+    def settings(self) -> dict[str, Any]:
+        return {"groups": plain_groups(self.optimizer), "scaler": self._scale.state()}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _take_up(
+        self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    ) -> tuple[dict[str, nn.Parameter], dict[str, dict[str, torch.Tensor]]]:
+        """Check what was saved and take up the settings: (kept parameters, the optimiser's slots), both by name."""
+        kept = kept_parameters(self.model)
+        require_same_parameters({name: whole_shape(p) for name, p in kept.items()}, weights)
+        states = slots_by_parameter(optimizer, set(self._trained()))
+        restore_groups(self.optimizer, settings["groups"])
+        self._scale.load(settings.get("scaler", {}))
+        return kept, states
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter before it was cut."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def blocks_of(model: nn.Module, option: str) -> list[nn.Module]:
+    """Return the decoder's blocks, in order.
+
+    Raises:
+        ConfigError: the model has no list of them; `option` is who asks.
+    """
+    layers = getattr(causal_model(model).get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"distributed={option}: {type(model).__name__} has no list of blocks to shard; choose ddp")
+    return list(layers)
+
+
+def wanted_dtype(parameter: nn.Parameter, trained: torch.dtype, frozen: torch.dtype | None) -> torch.dtype:
+    """Return what a parameter is to be kept in; `frozen` None leaves a frozen one as it was loaded."""
+    if not parameter.is_floating_point():
+        return parameter.dtype
+    return trained if parameter.requires_grad else (frozen or parameter.dtype)
+
+
+def sharded_dtype(objective: LabelledLoss) -> torch.dtype | None:
+    """Return the dtype that trained weights are cast to in shards, before they are gathered, and end the autocast.
+
+    Autocast would keep the cast copy of every gathered weight until the end of the pass, which is the whole model.
+    """
+    dtype, objective.autocast = objective.autocast, None
+    return dtype

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agentft.data.batches import Batch
-from agentft.distributed.sharded import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
+from agentft.distributed.engines import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
 from agentft.model.adapters import kept_parameters
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.checkpoint import TensorSpec, TensorStream

@@ -2,7 +2,7 @@
 
 The program composes its configuration once and stays as the agent of its machine: torch's `elastic_launch` starts the
 ranks, starts them again where `elastic.max_restarts` allows it, and ends them all when one has died. Each rank is a fresh
-process that gets the resolved configuration as text. Between machines the agents meet at `Places.endpoint`.
+process that gets the resolved configuration as text. Between machines the agents meet at `LaunchTopology.endpoint`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from agentft.distributed.config import DistributedConfig
+from agentft.distributed.config import DistributedConfig, LaunchTopology
 from agentft.distributed.forkserver import fork_server
 from agentft.distributed.stops import (
     GAVE_UP,
@@ -33,12 +31,11 @@ from agentft.distributed.stops import (
     read_failures,
     telling,
 )
-from agentft.distributed.topology import Places
 from agentft.errors import RankError
 from agentft.runtime import available_cores
 from agentft.secrets import redact_text
 from agentft.signals import STARTED_BY, StopSignal
-from agentft.world import MARKS_VARIABLE
+from agentft.world import HEARTBEAT_VARIABLE
 
 Entry = Callable[[str], Any]
 """A top-level function that runs one rank: resolved configuration -> a small result that can be pickled."""
@@ -50,14 +47,20 @@ log = logging.getLogger(__name__)
 
 
 def start_ranks(
-    entry: Entry, payload: str, places: Places, config: DistributedConfig, *, folder: Path, threads: int | None
+    entry: Entry,
+    payload: str,
+    topology: LaunchTopology,
+    config: DistributedConfig,
+    *,
+    folder: Path,
+    threads: int | None,
 ) -> Any:
     """Run `entry(payload)` on every rank of this machine and return the result of its first.
 
     Args:
         entry: What each rank runs.
         payload: The resolved configuration.
-        places: How many ranks, and where the machines meet.
+        topology: How many ranks, and where the machines meet.
         config: Time limits and restarts.
         folder: The run folder; what ranks say besides rank 0 goes into its `ranks/`.
         threads: CPU threads of a rank; null: the cores shared out evenly.
@@ -74,16 +77,16 @@ def start_ranks(
 
     logs = folder / "ranks"
     logs.mkdir(parents=True, exist_ok=True)
-    quiet = {rank: Std.ALL for rank in range(places.nproc) if rank or places.node > 0}
+    quiet = {rank: Std.ALL for rank in range(topology.nproc) if rank or topology.node > 0}
     launch = LaunchConfig(
-        min_nodes=places.nnodes,
-        max_nodes=places.nnodes,
-        nproc_per_node=places.nproc,
-        run_id=places.job,
+        min_nodes=topology.nnodes,
+        max_nodes=topology.nnodes,
+        nproc_per_node=topology.nproc,
+        run_id=topology.job,
         rdzv_backend="c10d",
-        rdzv_endpoint=places.endpoint,
-        rdzv_configs={"is_host": places.node == 0} if places.node >= 0 else {},
-        local_addr="127.0.0.1" if places.nnodes == 1 else None,
+        rdzv_endpoint=topology.endpoint,
+        rdzv_configs={"is_host": topology.node == 0} if topology.node >= 0 else {},
+        local_addr="127.0.0.1" if topology.nnodes == 1 else None,
         max_restarts=config.elastic.max_restarts,
         monitor_interval=0.2,
         start_method="forkserver",
@@ -92,28 +95,33 @@ def start_ranks(
         signals_to_handle="",  # they are heard by `telling`, and torch would end ranks in the middle of their save
     )
     _silence_elastic()
-    if places.nnodes > 1:
+    if topology.nnodes > 1:
         # A store of its own for every attempt: the agents of several machines count attempts differently.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with (
-        _marks() as marks,
-        telling(marks, machines=places.nnodes) as signals,
-        HangWatch(marks, config.timeout) as watch,
+        tempfile.TemporaryDirectory(prefix="agentft-ranks-", ignore_cleanup_errors=True) as temporary,
+        telling(heartbeats := Path(temporary), machines=topology.nnodes) as signals,
+        HangWatch(heartbeats, config.timeout) as watch,
     ):
-        share = threads or max(1, available_cores() // places.nproc)
-        environment = {**os.environ, MARKS_VARIABLE: str(marks), "OMP_NUM_THREADS": str(share), STARTED_BY: "agent"}
+        share = threads or max(1, available_cores() // topology.nproc)
+        environment = {
+            **os.environ,
+            HEARTBEAT_VARIABLE: str(heartbeats),
+            "OMP_NUM_THREADS": str(share),
+            STARTED_BY: "agent",
+        }
         try:
             with fork_server([entry.__module__], for_ranks=True):  # torch is loaded once on each machine
                 results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
         except ChildFailedError as error:
             if all(failure.exitcode == GAVE_UP for failure in error.failures.values()):
                 signals.raise_if_requested()
-            failures = read_failures(marks)
+            failures = read_failures(heartbeats)
             for rank, failure in error.failures.items():
                 failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))
             raise explain(failures, hang=watch.verdict, logs=logs) from None
         except RendezvousError as error:
-            raise RankError(f"the {places.nnodes} machines did not meet at {places.endpoint}: {error}") from error
+            raise RankError(f"the {topology.nnodes} machines did not meet at {topology.endpoint}: {error}") from error
     first = results[min(results)]
     if isinstance(first, StopSignal):
         raise first
@@ -128,7 +136,7 @@ def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent:
     The server that ranks are forked from has the environment of the first job in this program; this is the present one.
     """
     os.environ.update({name: value for name, value in environment.items() if not _ELASTIC.fullmatch(name)})
-    with obeying(agent, Path(os.environ[MARKS_VARIABLE])) as signals:
+    with obeying(agent, Path(os.environ[HEARTBEAT_VARIABLE])) as signals:
         try:
             return entry(payload)
         except BaseException as error:
@@ -140,7 +148,7 @@ def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent:
 
 
 def _write_failure(error: BaseException) -> None:
-    folder = os.environ.get(MARKS_VARIABLE)
+    folder = os.environ.get(HEARTBEAT_VARIABLE)
     if not folder:
         return
     record = {
@@ -152,16 +160,6 @@ def _write_failure(error: BaseException) -> None:
     }
     rank = os.environ.get("RANK", "0")
     (Path(folder) / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
-
-
-@contextmanager
-def _marks() -> Iterator[Path]:
-    """Make the folder where this machine's ranks say how far they are."""
-    folder = Path(tempfile.mkdtemp(prefix="agentft-ranks-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _silence_elastic() -> None:

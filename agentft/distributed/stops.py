@@ -1,11 +1,11 @@
 """Watch and stop ranks: only the agent's word counts in a rank, a job that hangs is ended, and what failed first is said.
 
-Each rank leaves a mark whenever it enters a phase (`World.mark`). Ranks that wait for another have marked the exchange they
-wait in; the one they wait for has the oldest mark.
+Each rank writes a heartbeat whenever it enters a phase (`World.heartbeat`). Ranks that wait for another have named the exchange
+they wait in; the one they wait for has the oldest heartbeat.
 
 A signal to a process group, or to a job of SLURM, reaches agent, server and ranks alike, and torch's agent passes one on. In
 the server that ranks are forked from, in them and in what they start all stop signals stay blocked. The agent writes its word
-into the folder of the marks; a thread in each rank reads it there and does as the signal would have done.
+into the folder of the heartbeats; a thread in each rank reads it there and does as the signal would have done.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from agentft.signals import STOPS, StopSignal, StopSignals, die_with
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Heartbeat:
     """How far a rank was, and when it said so."""
 
     rank: int
@@ -40,26 +40,26 @@ class Mark:
     where: str
 
 
-def read_marks(folder: Path) -> list[Mark]:
-    """Return the newest mark of each rank of this machine."""
-    marks = []
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """Return the newest heartbeat of each rank of this machine."""
+    found = []
     for path in folder.glob("rank-*"):
-        # A mark that is just being written is read the next time.
+        # One that is just being written is read the next time.
         with suppress(OSError, ValueError):
             moment, pid, where = path.read_text(encoding="utf-8").rstrip("\n").split(" ", 2)
-            marks.append(Mark(int(path.name.removeprefix("rank-")), float(moment), int(pid), where))
-    return sorted(marks, key=lambda mark: mark.rank)
+            found.append(Heartbeat(int(path.name.removeprefix("rank-")), float(moment), int(pid), where))
+    return sorted(found, key=lambda each: each.rank)
 
 
-def kill_ranks(marks: Iterable[Mark]) -> None:
-    """End the ranks that have left these marks."""
-    for mark in marks:
+def kill_ranks(heartbeats: Iterable[Heartbeat]) -> None:
+    """End the ranks that have written these."""
+    for each in heartbeats:
         with suppress(ProcessLookupError):
-            os.kill(mark.pid, signal.SIGKILL)
+            os.kill(each.pid, signal.SIGKILL)
 
 
 class HangWatch:
-    """Looks at the marks while the ranks run; a context manager. `verdict` says what it did."""
+    """Looks at the heartbeats while the ranks run; a context manager. `verdict` says what it did."""
 
     def __init__(self, folder: Path, timeout: float, *, interval: float = 0.5) -> None:
         self.verdict: str | None = None
@@ -79,23 +79,23 @@ class HangWatch:
 
     def _watch(self) -> None:
         while not self._done.wait(self._interval):
-            marks = read_marks(self._folder)
-            if marks and time.time() - max(mark.time for mark in marks) > self._timeout:
-                self._cut(marks)
+            found = read_heartbeats(self._folder)
+            if found and time.time() - max(each.time for each in found) > self._timeout:
+                self._cut(found)
 
-    def _cut(self, marks: list[Mark]) -> None:
+    def _cut(self, heartbeats: list[Heartbeat]) -> None:
         now = time.time()
-        slowest = min(marks, key=lambda mark: mark.time)
-        others = ", ".join(f"rank {mark.rank} at {mark.where!r}" for mark in marks if mark is not slowest)
+        slowest = min(heartbeats, key=lambda each: each.time)
+        others = ", ".join(f"rank {each.rank} at {each.where!r}" for each in heartbeats if each is not slowest)
         self.verdict = (
             f"no rank got anywhere for {self._timeout:g} s (distributed.timeout): the slowest is rank {slowest.rank} "
             f"(pid {slowest.pid}), at {slowest.where!r} for {now - slowest.time:.0f} s"
             + (f"; {others}" if others else "")
         )
         # The stuck rank would not hear anything gentler, and the others wait for it.
-        kill_ranks(marks)
-        for mark in marks:
-            (self._folder / f"rank-{mark.rank}").unlink(missing_ok=True)
+        kill_ranks(heartbeats)
+        for each in heartbeats:
+            (self._folder / f"rank-{each.rank}").unlink(missing_ok=True)
 
 
 BROKE_OFF = "another rank broke off"
@@ -171,7 +171,7 @@ def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path
     traceback of the rank that failed first.
     """
     if hang is not None:
-        return RankError(f"{hang}. What ranks said lies in {logs}")
+        return RankError(f"{hang}. The output of the ranks is in {logs}")
     first = min(failures.values(), key=lambda failure: (failure.is_consequence, failure.time, failure.rank))
     raised = getattr(errors, first.kind, None)
     if isinstance(raised, type) and issubclass(raised, AgentftError):
@@ -180,9 +180,9 @@ def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path
     others = sorted(rank for rank in failures if rank != first.rank)
     seen = f"; then rank {', '.join(map(str, others))} lost the connection to it" if others else ""
     what = f"{first.kind}: {first.message}" if first.kind else first.message
-    said = f"{first.traceback}\n" if first.traceback else ""
+    stack = f"{first.traceback}\n" if first.traceback else ""
     return RankError(
-        f"{said}rank {first.rank} (pid {first.pid}) failed first: {what}{seen}. What ranks said lies in {logs}"
+        f"{stack}rank {first.rank} (pid {first.pid}) failed first: {what}{seen}. The output of the ranks is in {logs}"
     )
 
 
@@ -200,7 +200,7 @@ _WORD_SECONDS = 3.0
 
 
 @contextmanager
-def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
+def telling(folder: Path, *, machines: int) -> Iterator[StopSignals]:
     """Pass a stop signal of this process on to its ranks; they end by themselves, and a second Ctrl-C ends them at once.
 
     Raises:
@@ -208,11 +208,11 @@ def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
     """
 
     def tell(number: signal.Signals, insists: bool) -> None:
-        (marks / _WORD).write_text(f"{int(number)}\n", encoding="ascii")
+        (folder / _WORD).write_text(f"{int(number)}\n", encoding="ascii")
         if insists:
-            kill_ranks(read_marks(marks))
+            kill_ranks(read_heartbeats(folder))
             raise StopSignal(number)
-        if machines > 1 and not any(marks.glob("rank-*")):
+        if machines > 1 and not any(folder.glob("rank-*")):
             raise StopSignal(number, " before the machines had met")
 
     with StopSignals.shared() as signals, signals.deferred(tell):
@@ -221,19 +221,19 @@ def telling(marks: Path, *, machines: int) -> Iterator[StopSignals]:
 
 
 @contextmanager
-def obeying(agent: int, marks: Path) -> Iterator[StopSignals]:
-    """In a rank: end with the server that it was forked from, and stop when the process `agent` says so in `marks`."""
+def obeying(agent: int, folder: Path) -> Iterator[StopSignals]:
+    """In a rank: end with the server that it was forked from, and stop when the process `agent` says so in `folder`."""
     die_with(forkserver.server_pid or os.getppid())
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     done = threading.Event()
     with StopSignals() as signals:
-        threading.Thread(target=_listen, args=(agent, marks, signals, done), name="stops", daemon=True).start()
+        threading.Thread(target=_listen, args=(agent, folder, signals, done), name="stops", daemon=True).start()
         try:
             yield signals
         finally:
             done.set()
             if signals.is_requested():
-                (marks / _LEFT).touch()
+                (folder / _LEFT).touch()
 
 
 def as_stop(error: BaseException) -> BaseException:
@@ -247,17 +247,17 @@ def as_stop(error: BaseException) -> BaseException:
         return error if signals.requested is None else StopSignal(signals.requested)
 
 
-def _listen(agent: int, marks: Path, signals: StopSignals, done: threading.Event) -> None:
+def _listen(agent: int, folder: Path, signals: StopSignals, done: threading.Event) -> None:
     """Wait for the agent's word; and for the SIGTERM by which torch's agent ends a rank when another one has failed."""
     told, end = False, float("inf")
     while True:
         if _is_ended_by(agent):
             end = min(end, time.monotonic() + (0.0 if done.is_set() else _LAST_SECONDS))
-        if told and not signals.is_requested() and end == float("inf") and (marks / _LEFT).exists():
+        if told and not signals.is_requested() and end == float("inf") and (folder / _LEFT).exists():
             end = time.monotonic() + _LAST_SECONDS
         if time.monotonic() >= end:
             os._exit(GAVE_UP)
-        number = _read(marks / _WORD)
+        number = _read(folder / _WORD)
         if number and not told and not done.is_set():
             told = True
             _thread.interrupt_main(signal.Signals(number))  # as if it had come from outside

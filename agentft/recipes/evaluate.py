@@ -156,9 +156,9 @@ def _evaluate(config: EvaluateConfig, source: RunFolder, target: RunFolder, worl
         name = "after" if config.output is not None else _name(settings, f"openai-{settings.served_model}")
         model = EvalModel(OpenAIGenerator(endpoint), endpoint.identity() | other)
         return _generate(name, model, chat, data, settings, target, world)
-    with world.heartbeat("preparing data and model"):
+    with world.keep_alive("preparing data and model"):
         compute = choose_compute(trained.model, trained.sft_type, runtime.set_up(trained.threads))
-        chat = world.first(lambda: load_chat_tokenizer(trained.model))
+        chat = world.main_process_first(lambda: load_chat_tokenizer(trained.model))
         data = prepare_data(trained.dataset, chat.template, chat.encoder)
         bench = load_components(trained.model, trained.sft_type, compute, chat, data, world, seed=trained.seed)
     path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)

@@ -21,7 +21,7 @@ from agentft.comparison.predictions_page import predictions_page
 from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder
-from agentft.distributed.spread import lead, spread_likelihood
+from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.generate import (
@@ -189,7 +189,7 @@ def on_all_ranks(name: str, model: EvalModel, run: RunFolder, world: World, work
     if not world.is_main:
         own = PredictionCache(_file_of_rank(name, run, world.rank), model.generator, model.identity)
     with own as generator:
-        return lead(world, generator, lambda together: work(EvalModel(together, model.identity)))
+        return run_on_main(world, generator, lambda together: work(EvalModel(together, model.identity)))
 
 
 def run_evaluation(
@@ -301,7 +301,9 @@ def run_likelihood(
     `piece_of` is that of `Likelihood`.
     """
     started = time.perf_counter()
-    found = spread_likelihood(world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast, stock=stock)
+    found = likelihood_on_ranks(
+        world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast, stock=stock
+    )
     report = found.to_json(bootstrap_samples=config.bootstrap_samples, seed=config.seed, piece_of=piece_of)
     report["conversations"] = found.rows()
     run.write_json(run.metrics(name), report | {**about, "seconds": round(time.perf_counter() - started, 3)})

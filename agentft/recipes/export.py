@@ -30,9 +30,8 @@ from agentft.model.sources import ModelFiles, locate_model
 from agentft.recipes.config import ExportConfig, TrainConfig
 from agentft.recipes.evaluate import find_checkpoint
 from agentft.recipes.saved import trained_config
-from agentft.runs import RunFolder, read_json
+from agentft.runs import RunFolder, json_text, read_json
 from agentft.secrets import redact_text
-from agentft.strict_json import json_text
 from agentft.training.checkpoint import load_checkpoint
 from agentft.training.engine import Engine
 

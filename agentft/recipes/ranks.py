@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentft import progress
-from agentft.distributed.config import DistributedConfig, EngineKind
+from agentft.distributed.config import DistributedConfig, EngineKind, LaunchTopology, choose_topology, require_engine
 from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.launch import Entry, start_ranks
-from agentft.distributed.topology import Places, choose_places, require_engine
 from agentft.errors import ConfigError, RankError
 from agentft.model.config import Dtype, LoraConfig, LoraStart, QloraConfig, SftConfig, trains_weights
 from agentft.runs import RunFolder, read_json
@@ -26,17 +25,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def find_places(distributed: DistributedConfig, folder: str) -> Places:
+def find_places(distributed: DistributedConfig, folder: str) -> LaunchTopology:
     """Return how many ranks there will be, and where they are.
 
     Raises:
         ConfigError: the settings, the launcher and the devices do not go together.
     """
-    return choose_places(distributed, gpus=_visible_gpus(), job=Path(folder).name)
+    return choose_topology(distributed, gpus=_visible_gpus(), job=Path(folder).name)
 
 
 def run_on_ranks(
-    entry: Entry, payload: str, places: Places, distributed: DistributedConfig, *, folder: str, threads: int | None
+    entry: Entry,
+    payload: str,
+    topology: LaunchTopology,
+    distributed: DistributedConfig,
+    *,
+    folder: str,
+    threads: int | None,
 ) -> Any:
     """Start the ranks of this machine, each with the settings in `payload`, and return what the first of all returns.
 
@@ -44,14 +49,18 @@ def run_on_ranks(
         RankError: a rank has died or hung.
     """
     progress.console().print(
-        f"starting {places.nproc} ranks ({distributed.name})"
-        + (f" on this machine, one of {places.nnodes}; they meet at {places.endpoint}" if places.nnodes > 1 else ""),
+        f"starting {topology.nproc} ranks ({distributed.name})"
+        + (
+            f" on this machine, one of {topology.nnodes}; they meet at {topology.endpoint}"
+            if topology.nnodes > 1
+            else ""
+        ),
         highlight=False,
     )
     try:
-        return start_ranks(entry, payload, places, distributed, folder=Path(folder), threads=threads)
+        return start_ranks(entry, payload, topology, distributed, folder=Path(folder), threads=threads)
     except (RankError, StopSignal) as error:
-        if places.node <= 0:
+        if topology.node <= 0:
             _note_end(Path(folder), error)
         raise
 
@@ -94,7 +103,7 @@ def rank_of(distributed: DistributedConfig, folder: str) -> Iterator[World]:
                 f"run_dir: the machines have different ones ({', '.join(sorted(set(folders)))}); give run_dir=... "
                 "alike on each, on a disk that all of them see"
             )
-        world.mark("starting")
+        world.heartbeat("starting")
         yield world
     finally:
         leave_world()

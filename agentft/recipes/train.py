@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from agentft import progress, runtime, slurm
+from agentft import progress, runtime
 from agentft.data.batches import StepPlan
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
@@ -53,13 +53,13 @@ from agentft.recipes.resume import changed_settings
 from agentft.recipes.saved import config_from_yaml, config_to_yaml
 from agentft.recipes.validation import Validator
 from agentft.runs import RunFolder, RunState
-from agentft.signals import StopSignal, StopSignals
+from agentft.signals import StopSignal, StopSignals, requeue_slurm_job
 from agentft.tracking import Tracker
 from agentft.training.checkpoint import find_start
 from agentft.training.engine import Engine
 from agentft.training.guards import snapshot_on_out_of_memory
 from agentft.training.loop import Job, TrainOutput, choose_row_tokens, describe_seconds, train_model
-from agentft.world import ALONE, MARKS_VARIABLE, World
+from agentft.world import ALONE, HEARTBEAT_VARIABLE, World
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def train_rank(payload: str) -> TrainResult:
         _require_ranks(config, world.size)
         own = dataclasses.replace(config, threads=config.threads or threads_of_rank())
         # Where they have an agent, it asks, when all have ended.
-        with _another_turn_asked_for() if world.is_main and MARKS_VARIABLE not in os.environ else nullcontext():
+        with _another_turn_asked_for() if world.is_main and HEARTBEAT_VARIABLE not in os.environ else nullcontext():
             return _train_as(own, world)
 
 
@@ -115,7 +115,7 @@ def _another_turn_asked_for() -> Iterator[None]:
         yield
     except StopSignal as stop:
         if stop.asks_for_another_turn:
-            slurm.requeue()
+            requeue_slurm_job()
         raise
 
 
@@ -165,7 +165,7 @@ def _require_ranks(config: TrainConfig, ranks: int) -> None:
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_model(config.evaluation)
-    with world.heartbeat("preparing data and model"):
+    with world.keep_alive("preparing data and model"):
         memory, bench = load_for_training(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
     checkpointing = world.broadcast(memory.checkpointing)
@@ -272,7 +272,7 @@ def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, Tr
     )
     compute = choose_compute(config.model, config.sft_type, device, compiles=config.training.compile)
     # What is fetched or converted is so once, by rank 0, and then found by the others.
-    chat = world.first(lambda: load_chat_tokenizer(config.model))
+    chat = world.main_process_first(lambda: load_chat_tokenizer(config.model))
     data = prepare_data(config.dataset, chat.template, chat.encoder)
     components = load_components(
         config.model,

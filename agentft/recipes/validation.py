@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from agentft.distributed.spread import lead, spread_likelihood
+from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.definitions import METRICS, PAPER_NAMES, conversation_sums
 from agentft.evaluation.likelihood import Likelihood
@@ -76,14 +76,14 @@ class Validator:
         bench, engine = self._bench, self._engine
         batch, pad_id, autocast = self._config.batch, bench.pad_id, engine.autocast
         stock = bench.ways.stock_logits
-        return spread_likelihood(
+        return likelihood_on_ranks(
             engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock
         )
 
     def _generate(self) -> dict[str, float]:
         world = self._engine.world
         own = own_generator(self._bench, self._config)
-        completions = lead(
+        completions = run_on_main(
             world, own, lambda together: WithProgressBar("during training", together).generate(self._steps)
         )
         found = None

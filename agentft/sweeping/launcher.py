@@ -20,10 +20,9 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globa
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from agentft import slurm
 from agentft.errors import ConfigError, RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
-from agentft.signals import StopSignals
+from agentft.signals import REQUEUED_BY_LAUNCHER, StopSignals, requeue_slurm_job, slurm_job_id
 from agentft.sweeping.display import Display
 from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import Job, config_hash, earlier_jobs, free_folder, varying
@@ -232,8 +231,8 @@ def launch(
     halving = None if options.eta is None else Halving(options.eta, options.rungs)
     sweep = Path(str(config.hydra.sweep.dir)).absolute()
     slots = options.make_slots(len(job_overrides))
-    if (own := slurm.job_id()) is not None:
-        os.environ[slurm.REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
+    if (own := slurm_job_id()) is not None:
+        os.environ[REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
     with RunFolder.create(sweep, setting="hydra.sweep.dir"):  # two launchers would start every job twice
         jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
         distinct = list({job.config_hash: job for job in jobs}.values())
@@ -259,8 +258,8 @@ def launch(
     if stopped == signal.SIGINT:
         raise KeyboardInterrupt
     if stopped == signal.SIGUSR1:  # announced by SLURM: the time is up
-        os.environ.pop(slurm.REQUEUED_BY_LAUNCHER, None)
-        slurm.requeue()
+        os.environ.pop(REQUEUED_BY_LAUNCHER, None)
+        requeue_slurm_job()
     if stopped is not None:
         raise SystemExit(128 + stopped)
     failed = [job for job in distinct if not job.is_done]

@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from agentft.errors import RunError
-from agentft.runs import RunFolder, read_json, sweep_folder
+from agentft.runs import RunFolder, json_text, read_json, sweep_folder
 from agentft.secrets import redact_command, redact_strings, redact_text
-from agentft.strict_json import json_text
 from agentft.tracking.config import TrackingConfig, WandbMode, resolve_mode
 from agentft.tracking.metrics_file import open_metrics, write_all
 

@@ -163,7 +163,7 @@ def train_model(job: Job) -> TrainOutput:
     schedule = build_schedule(job.engine.optimizer, total, job.config)
     counters = _resume(job, schedule)
     world = job.engine.world
-    clock = Clock(lambda phase: world.mark(f"step {counters.step + 1}, {phase}"))
+    clock = Clock(lambda phase: world.heartbeat(f"step {counters.step + 1}, {phase}"))
     of_process, window, logged_at = Totals(), Totals(), time.perf_counter()
     if counters.step and _evaluation_is_due(job, counters):
         # The run was stopped in the middle of it.

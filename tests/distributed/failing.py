@@ -16,9 +16,8 @@ from typing import Any
 
 import torch  # noqa: F401  # as the recipes do: loaded once, by the server that ranks are forked from
 
-from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind
+from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind, choose_topology
 from agentft.distributed.launch import start_ranks
-from agentft.distributed.topology import choose_places
 from agentft.errors import AgentftError, ConfigError
 from agentft.world import World, join_world, leave_world
 
@@ -38,12 +37,12 @@ def rank(payload: str) -> str:
     """Meet the other rank, then do as the case says; rank 1 is the one that fails."""
     case, folder = json.loads(payload)
     world = join_world("cpu", 300)
-    world.mark("together")
+    world.heartbeat("together")
     world.barrier()
     if case.startswith("prepare"):
         return prepare(case, Path(folder), world)
     if world.rank == 1 and (case != "restart" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
-        world.mark("step 3, forward")
+        world.heartbeat("step 3, forward")
         (Path(folder) / f"{case}.died").write_text(str(time.time()))
         match case:
             case "raise":
@@ -57,7 +56,7 @@ def rank(payload: str) -> str:
             case "hang":
                 time.sleep(600)
     time.sleep(0.3)
-    world.mark("step 3, optimiser")
+    world.heartbeat("step 3, optimiser")
     world.barrier()
     leave_world()
     return "well"
@@ -65,7 +64,7 @@ def rank(payload: str) -> str:
 
 def prepare(case: str, folder: Path, world: World) -> str:
     """Rank 0 works, or sleeps, for longer than the watch allows without a mark; the other waits for it."""
-    with world.heartbeat("preparing"):
+    with world.keep_alive("preparing"):
         if world.is_main:
             (folder / f"{case}.died").write_text(str(time.time()))
             end = time.time() + 5
@@ -79,9 +78,9 @@ def prepare(case: str, folder: Path, world: World) -> str:
 
 def measure(case: str, folder: Path) -> dict[str, Any]:
     config = dataclasses.replace(DistributedConfig(name="test", engine=EngineKind.ddp, nproc=2), **CASES[case])
-    places = choose_places(config, gpus=0, job=case, environ={})
+    topology = choose_topology(config, gpus=0, job=case, environ={})
     try:
-        result = start_ranks(rank, json.dumps([case, str(folder)]), places, config, folder=folder, threads=1)
+        result = start_ranks(rank, json.dumps([case, str(folder)]), topology, config, folder=folder, threads=1)
     except AgentftError as error:
         died = float((folder / f"{case}.died").read_text())
         return {"error": str(error), "kind": type(error).__name__, "seconds": time.time() - died}

@@ -23,11 +23,10 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import read_record
 from agentft.data.render import MsagentTemplate
 from agentft.data.tokens import SegmentEncoder, tokenize
-from agentft.distributed.config import DistributedConfig, EngineKind
+from agentft.distributed.config import DistributedConfig, EngineKind, choose_topology
 from agentft.distributed.engines import make_engine
+from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
 from agentft.distributed.launch import start_ranks
-from agentft.distributed.spread import lead, spread_likelihood
-from agentft.distributed.topology import choose_places
 from agentft.errors import RankError
 from agentft.evaluation.generate import GreedyGenerator
 from agentft.evaluation.steps import all_steps
@@ -174,12 +173,12 @@ def examine(found: Case, world: World) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
     with found.engine.unsharded():
         model = found.engine.model.eval()
-        likelihood = spread_likelihood(world, model, found.job.examples, batch=2, pad_id=0)
+        likelihood = likelihood_on_ranks(world, model, found.job.examples, batch=2, pad_id=0)
         stop = tokenizer.eos_token_id
         generator = GreedyGenerator(model, tokenizer, stop_ids=[stop], batch=2, max_new_tokens=3)
         template = MsagentTemplate(tokenizer.eos_token)
         steps = all_steps(conversations(), found.job.examples, template)[:7]
-        answers = lead(world, generator, lambda together: together.generate(steps))
+        answers = run_on_main(world, generator, lambda together: together.generate(steps))
         model.train()
     return {
         "nats": likelihood.nats_GK.sum(1).tolist(),
@@ -215,7 +214,7 @@ def break_exams(found: Case, world: World) -> list[str]:
                 generator = GreedyGenerator(
                     found.engine.model.eval(), tokenizer, stop_ids=[stop], batch=2, max_new_tokens=2
                 )
-                lead(world, Failing() if answerer == "failing" else generator, work)
+                run_on_main(world, Failing() if answerer == "failing" else generator, work)
         except (RankError, ValueError, KeyError) as error:
             heard.append(f"{type(error).__name__}: {error}")
     found.engine.model.train()
@@ -277,8 +276,8 @@ def rank(payload: str) -> list[dict[str, Any]]:
 
 def on_two_ranks(tasks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     config = DistributedConfig(name="test", engine=EngineKind.ddp, nproc=2)
-    places = choose_places(config, gpus=0, job="laws", environ={})
-    found: list[dict[str, Any]] = start_ranks(rank, json.dumps(tasks), places, config, folder=folder, threads=1)
+    topology = choose_topology(config, gpus=0, job="laws", environ={})
+    found: list[dict[str, Any]] = start_ranks(rank, json.dumps(tasks), topology, config, folder=folder, threads=1)
     return found
 
 

@@ -147,7 +147,7 @@ def test_a_dead_server_ends_its_jobs_and_the_next_ones_have_another(program: Pat
     os.kill(server, signal.SIGKILL)
     assert end_of(attempt) == -signal.SIGKILL
     assert attempt.lost == GONE
-    wait_for(lambda: not any(map(is_alive, pids)))
+    wait_for(lambda: not any(map(is_alive, [*pids, server])))
     job.command[-1] = "parent"
     assert end_of(executor.start(job, "$ second\n")) == 0
     assert int(Path("server").read_text()) not in (server, os.getpid()), "forked again"
@@ -166,7 +166,7 @@ def test_jobs_are_not_forked_where_a_library_has_started_threads(
     program: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A copy would have the locks of these threads, and not the threads."""
-    os.kill(server_of(program), signal.SIGKILL)
+    end_server(program)
     folder = program.parent / "libraries"
     folder.mkdir()
     (folder / "threads.py").write_text(
@@ -191,7 +191,7 @@ def test_jobs_are_not_forked_where_a_library_has_started_threads(
 
 def test_nothing_of_the_working_directory_is_imported(program: Path) -> None:
     """`multiprocessing` starts its servers by `python -c`, to which every file there is a module."""
-    os.kill(server_of(program), signal.SIGKILL)
+    end_server(program)
     for name in ("grp", "bz2", "json", "tempfile", "agentft"):
         Path(f"{name}.py").write_text("raise SystemExit('a file of the working directory was executed')")
     assert end_of(fork([sys.executable, str(program), "ok"], {"MINE": ""}, Path("log"))) == 0
@@ -236,6 +236,13 @@ def server_of(program: Path) -> int:
     """Return the process id of the server; it is started if need be."""
     assert end_of(fork([sys.executable, str(program), "parent"], {"MINE": ""}, Path("log"))) == 0
     return int(Path("server").read_text())
+
+
+def end_server(program: Path) -> None:
+    """Have the next program forked from a server of its own."""
+    server = server_of(program)
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: not is_alive(server))
 
 
 def wait_for_pids(path: Path) -> list[int]:

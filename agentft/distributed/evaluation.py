@@ -1,7 +1,8 @@
 """Spread evaluation and generation over ranks and gather the results: everything once, in the order asked.
 
-Rank 0 leads: it holds the files, the bars and the scores, and runs the same code as a job on one process. When it asks its
-generator for completions, the question goes to all ranks, each answers a share with the model it holds, and rank 0 gets all.
+Rank 0 is the main process: it holds the files, the bars and the scores, and runs the same code as a job on one process. When
+it asks its generator for completions, the question goes to all ranks, each answers a share with the model it holds, and
+rank 0 gets all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from agentft.world import World, share_out
 T = TypeVar("T")
 
 
-def lead(world: World, generator: Generator, work: Callable[[Generator], T]) -> T | None:
+def run_on_main(world: World, generator: Generator, work: Callable[[Generator], T]) -> T | None:
     """Run `work` on rank 0 with a generator that all ranks share; elsewhere generate until it is done.
 
     Returns the result of `work` on rank 0 and None on the others. Where `work` or somebody's answering fails, all ranks
@@ -33,16 +34,16 @@ def lead(world: World, generator: Generator, work: Callable[[Generator], T]) -> 
     """
     if world.size == 1:
         return work(generator)
-    together = _Together(world, generator)
+    together = _GeneratorOfRanks(world, generator)
     if not world.is_main:
-        together.follow()
+        together.serve_main()
         return None
     try:
         result = work(together)
     except Exception as error:
-        together.dismiss(error)
+        together.shutdown(error)
         raise
-    together.dismiss()
+    together.shutdown()
     return result
 
 
@@ -52,14 +53,14 @@ _Row = tuple[str, int, Finish]
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What rank 0 says to the others: what to answer next, or that it is over."""
+    """Tells the other ranks what to answer next, or that it is over."""
 
     steps: list[Step] | None
     failure: str = ""
     """Why it is over, where that is an error."""
 
 
-class _Together:
+class _GeneratorOfRanks:
     """Answers with the models of all ranks."""
 
     def __init__(self, world: World, own: Generator) -> None:
@@ -75,15 +76,15 @@ class _Together:
         self._world.broadcast(_Round(list(steps)))
         return self._round(steps, on_completion)
 
-    def follow(self) -> None:
-        """Take part in rank 0's rounds until it dismisses the others."""
-        while (said := self._world.broadcast(_Round(None))).steps is not None:
-            self._round(said.steps, None)
-        if said.failure:
-            raise RankError(f"{BROKE_OFF}: rank 0: {said.failure}")
+    def serve_main(self) -> None:
+        """Take part in rank 0's rounds until it shuts them down."""
+        while (due := self._world.broadcast(_Round(None))).steps is not None:
+            self._round(due.steps, None)
+        if due.failure:
+            raise RankError(f"{BROKE_OFF}: rank 0: {due.failure}")
 
-    def dismiss(self, error: Exception | None = None) -> None:
-        """End `follow` on the other ranks, with the error that ended the work here if there was one."""
+    def shutdown(self, error: Exception | None = None) -> None:
+        """End `serve_main` on the other ranks, with the error that ended the work here if there was one."""
         if not self._broken:
             self._world.broadcast(_Round(None, "" if error is None else f"{type(error).__name__}: {error}"))
 
@@ -92,7 +93,7 @@ class _Together:
         mine = shares[self._world.rank]
 
         def heard(answer: Completion) -> None:
-            self._world.mark("answering")
+            self._world.heartbeat("answering")
             if on_completion is not None:
                 on_completion(answer)
 
@@ -133,7 +134,7 @@ def shares_of(steps: Sequence[Step], ranks: int) -> list[list[int]]:
     return [sorted(order for at in share for order in groups[at]) for share in shares]
 
 
-def spread_likelihood(
+def likelihood_on_ranks(
     world: World,
     model: nn.Module,
     examples: Sequence[Example],
