@@ -86,7 +86,10 @@ def test_other_modes_are_spread_too_and_a_sharded_engine_is_told_to_hold_the_mod
     settings = [*SHORT, f"evaluation.mode={mode}"]
     alone = _evaluate(run, tmp_path / "alone", *settings)
     result = _evaluate(run, tmp_path / "together", *settings, "distributed=fsdp", "distributed.nproc=2")
-    assert "distributed=fsdp: answers need no gradients, so each rank holds the model whole" in capsys.readouterr().err
+    assert (
+        "distributed=fsdp: generation needs no gradients, so each rank holds the model unsharded"
+        in capsys.readouterr().err
+    )
     if mode == "replay":
         there, here = (tmp_path / folder / "predictions" / "after.jsonl" for folder in ("alone", "together"))
         assert here.read_bytes() == there.read_bytes()
