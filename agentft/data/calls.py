@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentft.data.literals import Json, JsonRefused, end_of_bracket, kind_of, read_json, read_literal, strip_fence
+from agentft.data.literals import Json, JsonRefused, end_of_bracket, read_json, read_literal
 from agentft.errors import FormatError
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -109,43 +109,6 @@ def _arguments(value: object) -> dict[str, Json]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise FormatError("arguments_not_an_object", "the arguments of a call are no object with names")
     return value
-
-
-def read_call_body(body: str) -> tuple[ToolCall, ...] | CallFailure:
-    """Read what stands between MSAgent's think marks: one request object or a list of them, fenced or not."""
-    text = strip_fence(body)
-    if not text:
-        return CallFailure("empty", "nothing between the marks")
-    try:
-        value = read_json(text)
-    except JsonRefused as error:
-        return CallFailure("not_json", str(error))
-    items = _items(value)
-    if not items:
-        return CallFailure("empty", "an empty list of calls")
-    requests: list[ToolCall] = []
-    for item in items:
-        request = _read_request(item)
-        if isinstance(request, CallFailure):
-            return request
-        requests.append(request)
-    return tuple(requests)
-
-
-def _read_request(item: Json) -> ToolCall | CallFailure:
-    if not isinstance(item, dict):
-        return CallFailure("not_an_object", f"a call is an object with api_name and parameters, found {kind_of(item)}")
-    name = item.get("api_name")
-    if not isinstance(name, str) or not name.strip():
-        return CallFailure("no_name", f"api_name is {kind_of(name)}, expected a non-empty string")
-    # The runtime of the original reads a call without parameters as a call with none.
-    parameters = item.get("parameters")
-    if parameters is None:
-        parameters = {}
-    if not isinstance(parameters, dict):
-        return CallFailure("parameters_not_an_object", f"parameters is {kind_of(parameters)}, expected an object")
-    extras = {key: value for key, value in item.items() if key not in ("api_name", "parameters")}
-    return ToolCall(name, parameters, extras=extras)
 
 
 def _items(value: Json) -> list[Json]:

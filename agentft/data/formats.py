@@ -33,9 +33,8 @@ from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
 from agentft.data.grammar import MARK
 from agentft.data.literals import literal
-from agentft.data.response import read_by_marks
+from agentft.data.response import MAY_CALL, read_by_marks
 from agentft.data.text_calls import (
-    is_react_text,
     read_named_results,
     read_react,
     read_responses,
@@ -45,6 +44,7 @@ from agentft.data.text_calls import (
 from agentft.data.tools import Tools, lift_listed, read_tools, tool_names
 from agentft.errors import FormatError
 
+_REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
 FIELDS = ("weight", "loss", "loss_scale", "train")
 
 
@@ -145,7 +145,7 @@ def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "shareg
     if any(MARK.search(text) for text in said):
         return "msagent"
     beside = any(record.get(column) for column in ("system", *_TOOL_COLUMNS))
-    return "sharegpt" if beside or any(read_by_marks(text) for text in said) else "msagent"
+    return "sharegpt" if beside or any(MAY_CALL.search(text) and read_by_marks(text) for text in said) else "msagent"
 
 
 def unused_columns(record: Mapping[Any, Any], known: Collection[str] = _COLUMNS) -> list[Note]:
@@ -167,6 +167,11 @@ def read_messages(record: Mapping[Any, Any], form: Format) -> Reading:
         return _read_xlam(record) if form == "xlam" else _read_chat(record, form)
     except RecursionError:
         raise FormatError("too_deep", "nested too deep to be read") from None
+
+
+def is_react_text(text: str) -> bool:
+    """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
+    return "Action Input" in text and _REACT.search(text) is not None
 
 
 def key_name(key: object) -> str:
@@ -367,6 +372,8 @@ class _Messages:
             if found.words_after_call:
                 self._note("words_after_a_call", "its words stand before its calls now", number)
             text, calls, thought = found.text or None, [*calls, *found.calls], thought or found.reasoning
+        elif text is not None and is_react_text(text):
+            raise FormatError("form_react", "ReAct text (Action / Action Input), which dataset.format=react reads")
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":
             self._note("messages_joined", "it and the message before are one step", number)

@@ -21,6 +21,7 @@ from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.formats import (
     Note,
+    is_react_text,
     key_name,
     read_messages,
     recognise,
@@ -31,8 +32,7 @@ from agentft.data.formats import (
 from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
 from agentft.data.literals import Json, JsonRefused, is_encodable, kind_of, read_literal, strip_fence
 from agentft.data.msagent import turn_messages
-from agentft.data.response import read_by_marks
-from agentft.data.text_calls import is_react_text
+from agentft.data.response import MAY_CALL, read_by_marks
 from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError
 
@@ -280,7 +280,9 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
             "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
         )
     for part in parts:
-        if isinstance(part, Text) and (found := read_by_marks(part.source)) is not None:
+        if not isinstance(part, Text) or MAY_CALL.search(part.source) is None:
+            continue
+        if (found := read_by_marks(part.source)) is not None:
             marks = f"those of {found[0].name}" if found[0] is not None else found[1].failures[0].detail
             raise FormatError("calls_in_text", f"turn {number} has a call in other marks than MSAgent's: {marks}")
     return parts

@@ -59,7 +59,7 @@ _PARTS: dict[str, Part] = {
 _BLANKS = re.compile(r"\s*")
 _ANY_JSON = json.JSONDecoder(strict=False)
 _PLACE = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
-_MAY_CALL = re.compile(r"<(?:[|｜]|tool_call|TOOLCALL|function|invoke)|\[TOOL_CALLS\]|to=")
+MAY_CALL = re.compile(r"<(?:[|｜]|tool_call|TOOLCALL|function|invoke)|\[TOOL_CALLS\]|to=")
 """Every mark of a call holds one of these: looked for first, since few texts do."""
 _UNREAD = re.compile(
     r"<\|startof(?:think|exec)\|>\s*(?:```|[{\[])|<invoke name=[^>\n]+>\s*<|<function=[\w.-]+>\s*[{<]|\bto=functions\.\w"
@@ -301,7 +301,7 @@ def read_by_marks(
         tools: Declarations, for families that write strings without quotes.
         of_datasets: See `ResponseTemplate.of`.
     """
-    if _MAY_CALL.search(text) is None:
+    if MAY_CALL.search(text) is None:
         return None
     begun = [each for each in our_templates(of_datasets=of_datasets) if any(f.begins_in(text) for f in each.fields)]
     if begun:

@@ -27,7 +27,6 @@ _RESPONSE = re.compile(r"\s*<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)\Z", re.DOTALL)
 _UNOPENED_THOUGHT = re.compile(r"(.*?)(?:\n\s*</think>|</think>\s*\n)(.*)\Z", re.DOTALL)
 _PYTHONIC = re.compile(r"\s*\[\s*[^\[\]\"'{}()=<>]+\(.*\)\s*\]\s*\Z", re.DOTALL)
-_REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
 _REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
 
 
@@ -54,14 +53,7 @@ def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bo
             return Said((Attempt(text, calls, None),))
     elif pythonic and _PYTHONIC.match(text):
         raise FormatError("call_not_read", "a text in brackets that is no list of calls such as [f(a=1)]")
-    if is_react_text(text):
-        raise FormatError("form_react", "ReAct text (Action / Action Input), which dataset.format=react reads")
     return None
-
-
-def is_react_text(text: str) -> bool:
-    """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
-    return "Action Input" in text and _REACT.search(text) is not None
 
 
 def split_thought(text: str) -> tuple[str | None, str]:
