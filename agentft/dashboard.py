@@ -1,7 +1,7 @@
-"""The W&B workspace of a project, from a spec in code: `python -m agentft.dashboard` prints it, `--push` saves it.
+"""Build the W&B workspace of a project: `python -m agentft.dashboard` prints it as JSON, `--push` saves it.
 
 Curves of training, the tool metrics of every run side by side, swept settings against the score, what differs between
-runs. The spec names only what `recipes/train.py` logs. Needs the extra `dashboard` (wandb-workspaces).
+runs. It names only what `recipes/train.py` logs. Needs the extra `dashboard` (wandb-workspaces).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,72 +24,49 @@ from agentft.secrets import redact_text
 from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
 
 AFTER = "after"
-"""Name of the exam after training: its scores stand in a run's summary as `after.<metric>`."""
+"""Name of the evaluation after training: its scores stand in a run's summary as `after.<metric>`."""
 
 VIEW = "agentftruns"
 """Name of the workspace in its address (`?nw=...`): pushing again replaces it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Curves:
-    """Line plots, one panel a key of the history."""
+CURVES = {
+    "Training": ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm"),
+    "Held-out loss by kind of token": ("eval/loss_call", "eval/loss_text", "eval/loss_stop", "eval/loss_frame"),
+    "Metrics during training": tuple(f"eval/{name}" for name in HEADLINE),
+    "Cost": ("train/tokens", "train/tokens_per_second", "train/padding_share"),
+}
+"""Section -> keys of the history, one line plot each."""
 
-    title: str
-    keys: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A setting, by its dotted name, as a column of the parallel coordinates."""
-
-    setting: str
-    log: bool = False
+SWEPT = {"sft_type.rank": True, "training.learning_rate": True, "dataset.max_samples": False}
+"""Setting that is a column of the parallel coordinates -> whether its axis is logarithmic."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dashboard:
-    """What the workspace shows."""
-
-    curves: tuple[Curves, ...] = (
-        Curves("Training", ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm")),
-        Curves(
-            "Held-out loss by kind of token", ("eval/loss_call", "eval/loss_text", "eval/loss_stop", "eval/loss_frame")
-        ),
-        Curves("Answers during training", tuple(f"eval/{name}" for name in HEADLINE)),
-        Curves("Cost", ("train/tokens", "train/tokens_per_second", "train/padding_share")),
-    )
-    bars: tuple[str, ...] = ("arg_f1", *(name for name in HEADLINE if name != "arg_f1"))
-    """Metrics of the exam after training, each as one bar a run."""
-    axes: tuple[Axis, ...] = (
-        Axis("sft_type.rank", log=True),
-        Axis("training.learning_rate", log=True),
-        Axis("dataset.max_samples"),
-    )
-    """Swept settings."""
-    metric: str = "arg_f1"
-    """What they are seen against, and what runs are sorted by."""
-
-
-def build_workspace(dashboard: Dashboard, project: str, entity: str = "") -> Any:
+def build_workspace(project: str, entity: str = "", metric: str = "arg_f1") -> Any:
     """Return a `wandb_workspaces` workspace; nothing is sent.
+
+    Args:
+        project: The W&B project.
+        entity: Its user or team; empty: that of the key.
+        metric: What settings are plotted against, and what runs are sorted by.
 
     Raises:
         ConfigError: the extra is not installed.
     """
     workspaces, panels = _library()
-    score = panels.SummaryMetric(f"{AFTER}.{dashboard.metric}")
     columns = [
         panels.ParallelCoordinatesPlotColumn(
-            metric=panels.Config(axis.setting), display_name=axis.setting.rpartition(".")[2], log=axis.log
+            metric=panels.Config(setting), display_name=setting.rpartition(".")[2], log=log
         )
-        for axis in dashboard.axes
+        for setting, log in SWEPT.items()
     ]
-    columns.append(panels.ParallelCoordinatesPlotColumn(metric=score, display_name=dashboard.metric))
-    scores = [panels.BarPlot(title=name, metrics=[f"{AFTER}.{name}"]) for name in dashboard.bars]
+    score = panels.SummaryMetric(f"{AFTER}.{metric}")
+    columns.append(panels.ParallelCoordinatesPlotColumn(metric=score, display_name=metric))
+    bars = dict.fromkeys((metric, *HEADLINE))
     sections = {
         "Settings against score": [panels.ParallelCoordinatesPlot(columns=columns)],
-        "After training": scores,
-        **{each.title: [panels.LinePlot(title=key, x=STEP, y=[key]) for key in each.keys] for each in dashboard.curves},
+        "After training": [panels.BarPlot(title=name, metrics=[f"{AFTER}.{name}"]) for name in bars],
+        **{title: [panels.LinePlot(title=key, x=STEP, y=[key]) for key in keys] for title, keys in CURVES.items()},
         "What differs": [panels.RunComparer(diff_only="split")],
     }
     _name_panels(sections)
@@ -101,13 +77,13 @@ def build_workspace(dashboard: Dashboard, project: str, entity: str = "") -> Any
         sections=[workspaces.Section(name=name, panels=each, is_open=True) for name, each in sections.items()],
         settings=workspaces.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=workspaces.RunsetSettings(
-            order=[workspaces.Ordering(workspaces.Summary(f"{AFTER}.{dashboard.metric}"), ascending=False)]
+            order=[workspaces.Ordering(workspaces.Summary(f"{AFTER}.{metric}"), ascending=False)]
         ),
     )
 
 
 def workspace_json(workspace: Any) -> str:
-    """Return what W&B would be sent, as JSON; the same for the same dashboard."""
+    """Return what W&B would be sent, as JSON; the same for the same arguments."""
     # The library sends this itself and has no other way to see it.
     spec = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
     named = {"name": workspace.name, "entity": workspace.entity, "project": workspace.project, "spec": spec}
@@ -147,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _refuse_without_key()
         if options.metric not in METRICS_BY_NAME:
             raise ConfigError(f"--metric {options.metric}: expected one of {', '.join(METRICS_BY_NAME)}")
-        bars = (options.metric, *(name for name in Dashboard().bars if name != options.metric))
-        workspace = build_workspace(Dashboard(metric=options.metric, bars=bars), options.project, options.entity)
+        workspace = build_workspace(options.project, options.entity, options.metric)
         if options.json:
             write_out(Path(options.json), workspace_json(workspace))
         if options.push:

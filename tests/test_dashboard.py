@@ -16,7 +16,7 @@ import yaml
 
 from agentft import dashboard
 from agentft.config import compose, register_schemas, settings, to_train_config
-from agentft.dashboard import Dashboard, build_workspace, workspace_json
+from agentft.dashboard import build_workspace, workspace_json
 from agentft.errors import RunError
 from agentft.recipes.train import train
 
@@ -158,7 +158,7 @@ def spec_of(text: str) -> list[dict[str, Any]]:
 
 @needs_library
 def test_the_workspace_shows_only_what_a_run_logs(logged):
-    panels = spec_of(workspace_json(build_workspace(Dashboard(), "agentft")))
+    panels = spec_of(workspace_json(build_workspace("agentft")))
     kinds = {panel["viewType"] for panel in panels}
     assert kinds == {"Run History Line Plot", "Bar Chart", "Parallel Coordinates Plot", "Run Comparer"}
     for panel in panels:
@@ -177,7 +177,7 @@ def test_the_workspace_shows_only_what_a_run_logs(logged):
 
 @needs_library
 def test_the_same_spec_gives_the_same_json():
-    texts = {workspace_json(build_workspace(Dashboard(), "agentft", "me")) for _ in range(2)}
+    texts = {workspace_json(build_workspace("agentft", "me")) for _ in range(2)}
     assert len(texts) == 1
     ids = [panel["__id__"] for panel in spec_of(texts.pop())]
     assert len(ids) == len(set(ids))
@@ -228,7 +228,7 @@ def test_pushing_again_replaces_the_workspace(no_key, monkeypatch):
 
     monkeypatch.setattr(internal, "execute_graphql", execute)
     for _ in range(2):
-        address = dashboard.push(build_workspace(Dashboard(), "agentft", "me"))
+        address = dashboard.push(build_workspace("agentft", "me"))
     assert address.endswith(f"/me/agentft?nw={dashboard.VIEW}")
     assert [each.get("id") for each in saved] == [None, "id-1"]
     assert {each["name"] for each in saved} == {f"nw-{dashboard.VIEW}-v"}
@@ -238,4 +238,4 @@ def test_pushing_again_replaces_the_workspace(no_key, monkeypatch):
 
     monkeypatch.setattr(internal, "execute_graphql", refuse)
     with pytest.raises(RunError, match="me/agentft: W&B did not take the workspace: no route"):
-        dashboard.push(build_workspace(Dashboard(), "agentft", "me"))
+        dashboard.push(build_workspace("agentft", "me"))

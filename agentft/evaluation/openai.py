@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile, zip_longest
 from typing import Any
 from urllib.parse import urlsplit
@@ -218,94 +218,30 @@ _LAYOUT = "chat-v1"
 """Part of a completion's identity: changes whenever a step is laid out in other messages."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """Where a model is served and how it is asked."""
-
-    url: str
-    """Up to and with `/v1`."""
-    model: str
-    max_new_tokens: int
-    fields: dict[str, Any] = field(default_factory=dict)
-    """Laid over each request; None removes a field."""
-    at_once: int = 8
-    timeout: float = 120.0
-    retries: int = 5
-    key: str | None = field(default=None, repr=False)
-
-    def identity(self) -> dict[str, Any]:
-        """Return all that decides a completion beside its step; never the key."""
-        return {
-            "engine": "openai",
-            "url": self.url,
-            "model": self.model,
-            "max_new_tokens": self.max_new_tokens,
-            "request": self.fields,
-            "layout": _LAYOUT,
-        }
-
-    def request(self, chat: ChatStep) -> dict[str, Any]:
-        """Return the body of a request."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": chat.messages,
-            "temperature": 0,
-            "max_tokens": self.max_new_tokens,
-        }
-        if chat.tools:
-            body["tools"] = chat.tools
-        body |= self.fields
-        return {name: value for name, value in body.items() if value is not None}
-
-
-def endpoint_of(config: EvaluationConfig) -> Endpoint:
-    """Return the endpoint of the settings, with its key from the environment.
-
-    Raises:
-        ConfigError: the address holds a name and password.
-    """
-    url = (config.base_url or "").rstrip("/")
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(
-            "evaluation.base_url holds a name or password; the key belongs into the environment variable "
-            f"{config.auth_variable} (evaluation.auth_variable)"
-        )
-    key = os.environ.get(config.auth_variable, "").strip() or None
-    if key and not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{config.auth_variable} holds no key: it has characters that no header may have")
-    if key and parts.scheme == "http" and not _is_this_machine(url):
-        log.warning("the key in %s goes to %s unencrypted", config.auth_variable, parts.hostname)
-    return Endpoint(
-        url=url,
-        model=config.served_model or "",
-        max_new_tokens=config.max_new_tokens,
-        fields=config.request_fields(),
-        at_once=config.batch,
-        timeout=config.request_timeout,
-        retries=config.retries,
-        key=key,
-    )
-
-
 class OpenAIGenerator:
-    """Completes steps by asking an endpoint, several at once."""
+    """Completes steps by asking the endpoint of the settings, several at once."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        pause: Callable[[float], object] | None = None,
-    ) -> None:
-        """`pause` waits between attempts."""
-        self._endpoint = endpoint
+    def __init__(self, config: EvaluationConfig, *, pause: Callable[[float], object] | None = None) -> None:
+        """`pause` waits between attempts.
+
+        Raises:
+            ConfigError: the address holds a name and password, or the environment variable no key.
+        """
+        self._config = config
+        self._url = (config.base_url or "").rstrip("/")
+        self._key = _key(config, self._url)
         self._stop = threading.Event()
         self._pause = pause or self._stop.wait
         # Redirects are not followed: they would carry the key to another address.
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if _is_this_machine(endpoint.url):
+        if _is_this_machine(self._url):
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides a completion beside its step; never the key."""
+        return self._config.decides_answers() | {"layout": _LAYOUT}
 
     def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
         """Complete all steps and return them in the order given; `on_completion` is called with each in this thread.
@@ -316,7 +252,7 @@ class OpenAIGenerator:
         """
         self._stop.clear()
         completions: dict[int, Completion] = {}
-        with ThreadPoolExecutor(self._endpoint.at_once, thread_name_prefix="chat") as pool:
+        with ThreadPoolExecutor(self._config.batch, thread_name_prefix="chat") as pool:
             futures = {pool.submit(self._ask, step): order for order, step in enumerate(steps)}
             left = set(futures)
             try:
@@ -334,9 +270,17 @@ class OpenAIGenerator:
         return [completions[order] for order in range(len(steps))]
 
     def _ask(self, step: Step) -> Completion:
-        as_recorded = self._endpoint.fields.get("tools", ...) is None
-        chat = chat_step(step, as_recorded=as_recorded)
-        body = json.dumps(self._endpoint.request(chat)).encode()
+        fields = self._config.request_fields()
+        chat = chat_step(step, as_recorded=fields.get("tools", ...) is None)
+        request: dict[str, Any] = {
+            "model": self._config.served_model,
+            "messages": chat.messages,
+            "temperature": 0,
+            "max_tokens": self._config.max_new_tokens,
+            **({"tools": chat.tools} if chat.tools else {}),
+            **fields,
+        }
+        body = json.dumps({name: value for name, value in request.items() if value is not None}).encode()
         reply = self._post(body, f"{step.conversation.id} step {step.index}")
         try:
             choice = reply["choices"][0]
@@ -345,7 +289,7 @@ class OpenAIGenerator:
                 raise TypeError("message is no object")
         except (KeyError, IndexError, TypeError) as error:
             raise EvaluationError(
-                f"{self._endpoint.url}: the reply has no choices[0].message ({type(error).__name__}: {error}): "
+                f"{self._url}: the reply has no choices[0].message ({type(error).__name__}: {error}): "
                 f"{self._quoted(json.dumps(reply))}"
             ) from None
         finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
@@ -355,38 +299,36 @@ class OpenAIGenerator:
 
     def _post(self, body: bytes, what: str) -> dict[str, Any]:
         pause = _FIRST_PAUSE
-        for attempt in range(self._endpoint.retries + 1):
+        for attempt in range(self._config.retries + 1):
             wait_for = None
             try:
                 return self._send(body)
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {self._quoted(_body(error))}"
                 if error.code not in _TRY_AGAIN:
-                    raise EvaluationError(f"{self._endpoint.url}: {what}: refused with {problem}") from None
+                    raise EvaluationError(f"{self._url}: {what}: refused with {problem}") from None
                 wait_for = _seconds(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:
                 problem = self._quoted(f"{type(error).__name__}: {error}")
             except (ValueError, RecursionError) as error:
                 problem = self._quoted(f"the reply is no JSON object: {error}")
-            if attempt == self._endpoint.retries or self._stop.is_set():
+            if attempt == self._config.retries or self._stop.is_set():
                 break
             delay = min(pause if wait_for is None else wait_for, _LONGEST_PAUSE)
-            log.warning("%s: %s: %s; again in %.0f s", self._endpoint.url, what, problem, delay)
+            log.warning("%s: %s: %s; again in %.0f s", self._url, what, problem, delay)
             self._pause(delay)
             pause *= 2
         raise EvaluationError(
-            f"{self._endpoint.url}: {what}: attempt {attempt + 1} of {self._endpoint.retries + 1} failed: {problem}. "
+            f"{self._url}: {what}: attempt {attempt + 1} of {self._config.retries + 1} failed: {problem}. "
             "Run the same command again to continue from the completions that are kept"
         )
 
     def _send(self, body: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "agentft"}
-        if self._endpoint.key:
-            headers["Authorization"] = f"Bearer {self._endpoint.key}"
-        request = urllib.request.Request(
-            f"{self._endpoint.url}/chat/completions", data=body, headers=headers, method="POST"
-        )
-        with self._opener.open(request, timeout=self._endpoint.timeout) as response:
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(f"{self._url}/chat/completions", data=body, headers=headers, method="POST")
+        with self._opener.open(request, timeout=self._config.request_timeout) as response:
             content = response.read(_LARGEST_REPLY + 1)
         if len(content) > _LARGEST_REPLY:
             raise ValueError(f"more than {_LARGEST_REPLY:,} bytes")
@@ -397,9 +339,24 @@ class OpenAIGenerator:
 
     def _quoted(self, text: str) -> str:
         """Return a reply of the endpoint, short, on one line and without the key."""
-        if self._endpoint.key:
-            text = text.replace(self._endpoint.key, "<redacted>")
+        if self._key:
+            text = text.replace(self._key, "<redacted>")
         return redact_text(" ".join(text.split()))[:400]
+
+
+def _key(config: EvaluationConfig, url: str) -> str | None:
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            "evaluation.base_url holds a name or password; the key belongs into the environment variable "
+            f"{config.auth_variable} (evaluation.auth_variable)"
+        )
+    key = os.environ.get(config.auth_variable, "").strip() or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{config.auth_variable} holds no key: it has characters that no header may have")
+    if key and parts.scheme == "http" and not _is_this_machine(url):
+        log.warning("the key in %s goes to %s unencrypted", config.auth_variable, parts.hostname)
+    return key
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

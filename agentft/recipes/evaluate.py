@@ -21,7 +21,7 @@ from agentft.data.prepared import PreparedData
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.openai import OpenAIGenerator, endpoint_of
+from agentft.evaluation.openai import OpenAIGenerator
 from agentft.evaluation.vllm import VllmGenerator, VllmModel, require_vllm
 from agentft.model.adapters import load_trained_state, save_final
 from agentft.model.config import QloraConfig, SftConfig
@@ -148,13 +148,13 @@ def _evaluate(config: EvaluateConfig, source: RunFolder, target: RunFolder, worl
     if settings.engine is Engine.vllm:
         require_vllm()  # before weights are loaded
     if settings.engine is Engine.openai:
+        generator = OpenAIGenerator(settings)
         chat = load_chat_tokenizer(trained.model)  # it decides which conversations fit
         data = prepare_data(trained.dataset, chat.template, chat.encoder)
         other = _other_data(data, source, None, allowed=config.other_data)
         begin()
-        endpoint = endpoint_of(settings)
         name = "after" if config.output is not None else _name(settings, f"openai-{settings.served_model}")
-        model = EvalModel(OpenAIGenerator(endpoint), endpoint.identity() | other)
+        model = EvalModel(generator, generator.identity | other)
         return _generate(name, model, chat, data, settings, target, world)
     with world.keep_alive("preparing data and model"):
         compute = choose_compute(trained.model, trained.sft_type, runtime.set_up(trained.threads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -18,15 +19,65 @@ from agentft.errors import RunError
 from agentft.runs import RunFolder, json_text, read_json, sweep_folder
 from agentft.secrets import redact_command, redact_strings, redact_text
 from agentft.tracking.config import TrackingConfig, WandbMode, resolve_mode
-from agentft.tracking.metrics_file import open_metrics, write_all
+
+_log = logging.getLogger(__name__)
+
+STEP = "train/global_step"
+"""The axis of every curve: steps of the optimiser. W&B's own step starts at 0 again when an offline run is resumed."""
+
+_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def lower_is_better(key: str) -> bool:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`, also of a running or killed run, with nan and inf as numbers again."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; expected the metrics of a run") from None
+    lines = text.split("\n")
+    unfinished = lines.pop()  # empty, or a line that is being written
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{path}:{number}: not JSON ({error}): {line[:60]!r}") from error
+        rows.append(
+            {key: _NUMBERS.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+        )
+    if unfinished:
+        _log.warning("%s: the last line is unfinished and left out", path)
+    return rows
+
+
+def _open_metrics(path: Path) -> int:
+    """Open the file to append to, without the half line that a full disk or a power cut may have left at its end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    size = os.fstat(handle).st_size
+    tail = os.pread(handle, 1 << 20, max(0, size - (1 << 20)))
+    unfinished = len(tail) - (tail.rfind(b"\n") + 1)
+    if unfinished:
+        _log.warning("%s: an unfinished last line of %d bytes is cut off", path, unfinished)
+        os.ftruncate(handle, size - unfinished)
+    return handle
+
+
+def _write_all(handle: int, content: bytes) -> None:
+    """Write all of `content`, however little the system takes at a time."""
+    while content:
+        content = content[os.write(handle, content) :]
+
+
+def _lower_is_better(key: str) -> bool:
     return re.search(r"loss|perplexity|error|fail|invalid|missed|false|seconds", key.rpartition("/")[2]) is not None
 
 
 def exit_code(kind: type[BaseException] | None, error: BaseException | None) -> int:
-    """What the process will end with: 0 finished, 130 by Ctrl-C, what `sys.exit` was given, else 1."""
+    """Return the exit status of the process: 0 finished, 130 by Ctrl-C, what `sys.exit` was given, else 1."""
     if kind is None:
         return 0
     if isinstance(error, SystemExit):
@@ -41,7 +92,7 @@ def cell(value: Any) -> Any:
 
 
 def cut(text: str, length: int) -> str:
-    """The longest name that the W&B server takes."""
+    """Return `text`, cut to what the W&B server takes."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -50,7 +101,7 @@ def short(error: BaseException) -> str:
 
 
 def forget_service() -> None:
-    """Ends the helper process of W&B, or what is left of it; its own clean-up at exit would stumble over that."""
+    """End the helper process of W&B, or what is left of it; its own clean-up at exit would fail on that."""
     with contextlib.suppress(Exception):
         import wandb
 
@@ -59,7 +110,7 @@ def forget_service() -> None:
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that hold inside the block: the next run of this process has its own folders."""
+    """Set environment variables inside the block: the next run of this process has its own folders."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -74,9 +125,9 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_left_alone() -> Iterator[None]:
-    """W&B records `sys.argv`, and takes over `sys.excepthook` to print each traceback once more, secrets and all.
+    """Keep W&B from recording `sys.argv` and from printing each traceback once more, secrets and all.
 
-    It can be told neither. Its hooks only learn the exit code, which `Tracker` gives it.
+    It has no setting for either. Its hooks only learn the exit code, which `Tracker` gives it.
     """
     before = sys.argv, sys.excepthook, sys.exit
     sys.argv = redact_command(sys.argv)
@@ -86,14 +137,8 @@ def process_left_alone() -> Iterator[None]:
         sys.argv, sys.excepthook, sys.exit = before
 
 
-_log = logging.getLogger(__name__)
-
-STEP = "train/global_step"
-"""The axis of every curve: steps of the optimiser. W&B's own step starts at 0 again when an offline run is resumed."""
-
-
 class Tracker:
-    """Writes `metrics.jsonl` and `summary.json`, and tells W&B the same; a context manager around the training.
+    """Writes `metrics.jsonl` and `summary.json`, and logs the same to W&B; a context manager around the training.
 
     Only rank 0 has `enabled=True`; the others call the same methods, which then do nothing.
     """
@@ -144,13 +189,13 @@ class Tracker:
 
     @property
     def wandb_folder(self) -> Path:
-        """Where W&B writes: one folder for all jobs of a sweep, so that one `wandb sync` sees them all."""
+        """The folder that W&B writes into: one folder for all jobs of a sweep, so that one `wandb sync` sees them all."""
         return self._sweep / "wandb" if self._sweep else self._run.wandb_dir
 
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
-        self._metrics = open_metrics(self._run.metrics_file)
+        self._metrics = _open_metrics(self._run.metrics_file)
         if self.mode != "disabled":
             self._start_wandb()
         return self
@@ -167,7 +212,7 @@ class Tracker:
                 self._metrics = None
 
     def log(self, values: Mapping[str, float | int | None], *, step: int) -> None:
-        """One line of `metrics.jsonl`, on disk before this returns when it holds a score (`eval/...`)."""
+        """Write one line of `metrics.jsonl`, on disk before this returns when it holds a score (`eval/...`)."""
         if not self._enabled:
             return
         if self._metrics is None:
@@ -176,7 +221,7 @@ class Tracker:
         line = json_text({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         try:
             # One write a line: a killed process leaves whole lines, and the system keeps what was written.
-            write_all(self._metrics, line.encode())
+            _write_all(self._metrics, line.encode())
             if any(key.startswith("eval/") for key in values):
                 os.fsync(self._metrics)
         except OSError as error:
@@ -186,7 +231,7 @@ class Tracker:
             self._try("log", lambda: self._log_to_wandb(known, step))
 
     def rewind(self, step: int) -> None:
-        """Takes the lines after `step` out of `metrics.jsonl`: a run resumed there measures them again.
+        """Take the lines after `step` out of `metrics.jsonl`: a run resumed there measures them again.
 
         They are kept in `metrics.jsonl.rewound`. A dashboard shows both, one over the other.
         """
@@ -203,11 +248,11 @@ class Tracker:
         self._run.write_text(
             self._run.metrics_file, "".join(line for line in lines if json.loads(line)["step"] <= step)
         )
-        self._metrics = open_metrics(self._run.metrics_file)
+        self._metrics = _open_metrics(self._run.metrics_file)
         _log.info("resumed at step %d: %d later lines of metrics.jsonl moved to %s", step, len(later), rewound.name)
 
     def log_predictions(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Shows predictions as a W&B table; the file that counts is `RunFolder.predictions(name)`."""
+        """Log predictions as a W&B table; the file that counts is `RunFolder.predictions(name)`."""
         if self._wandb is None:
             return
 
@@ -222,7 +267,7 @@ class Tracker:
         self._try("log_predictions", log)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Adds to what runs are compared and sorted by: `summary.json` and the summary of W&B."""
+        """Add to what runs are compared and sorted by: `summary.json` and the summary of W&B."""
         if not self._enabled:
             return
         file = self._run.summary_file
@@ -232,7 +277,7 @@ class Tracker:
             self._try("summary", lambda: self._wandb.summary.update(clean))
 
     def artifact(self, name: str, kind: str, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
-        """Names a file or folder (data manifest, adapter) in W&B by address and checksums; its content stays here."""
+        """Register a file or folder (data manifest, adapter) in W&B by address and checksums; its content stays here."""
         if self._wandb is None:
             return
 
@@ -269,10 +314,10 @@ class Tracker:
             forget_service()
             return
         self.mode, self.why = "offline", "the W&B server did not answer; upload later with `wandb sync`"
-        _log.warning("W&B goes on offline; upload later with: wandb sync %s", self._wandb.settings.sync_dir)
+        _log.warning("W&B logs offline from here; upload later with: wandb sync %s", self._wandb.settings.sync_dir)
 
     def _variables(self, folder: Path) -> dict[str, str]:
-        """Environment of W&B for this run. Artifacts staged in the user's own folder would stay behind on a move."""
+        """Return the environment of W&B for this run. Artifacts staged in the user's own folder would stay behind on a move."""
         own = {
             "WANDB_DATA_DIR": str(folder / "data"),
             "WANDB_CACHE_DIR": str(folder / "cache"),
@@ -337,18 +382,18 @@ class Tracker:
                 self._define_axis(prefix)
             if prefix == "eval" and key not in self._defined:
                 self._defined.add(key)
-                best = "min" if lower_is_better(key) else "max"
+                best = "min" if _lower_is_better(key) else "max"
                 self._wandb.define_metric(key, step_metric=STEP, summary=f"{best},last")
         self._wandb.log({**values, STEP: step})
 
     def _try(self, what: str, call: Callable[[], object]) -> None:
-        """W&B is company, not cargo: whatever fails there is said once, and after three failures it is left behind."""
+        """Call W&B: an error there is a warning, and after three of them W&B logging is disabled."""
         try:
             call()
         except Exception as error:
             self._failures += 1
-            _log.warning("W&B: %s failed: %s; metrics.jsonl goes on", what, short(error))
+            _log.warning("W&B: %s failed: %s; metrics.jsonl is still written", what, short(error))
             if isinstance(error, ConnectionError) or self._failures >= 3:
-                _log.warning("W&B is left alone from here on; what it has is in %s", self.wandb_folder)
+                _log.warning("W&B logging disabled; what it has is in %s", self.wandb_folder)
                 self._wandb = None
                 forget_service()

@@ -1,4 +1,4 @@
-"""A served model sits the same exam: messages in, canonical text out, trouble met with patience and then with words."""
+"""A served model is evaluated on the same steps: messages in, canonical text out, errors retried and then named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentft.data.template_choice import exported_template
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.evaluation.openai import Endpoint, OpenAIGenerator, chat_step, endpoint_of, reply_text
+from agentft.evaluation.openai import OpenAIGenerator, chat_step, reply_text
 from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.scoring import score_step
 from agentft.evaluation.steps import all_steps, conversation_steps
@@ -36,8 +36,11 @@ def step_of(steps, name, index):
 
 def engine(chat, pauses=None, **settings):
     pauses = [] if pauses is None else pauses
-    endpoint = Endpoint(url=chat.url, model="m", max_new_tokens=50, **{"timeout": 5.0, **settings})
-    return OpenAIGenerator(endpoint, pause=pauses.append)
+    return OpenAIGenerator(served(chat.url, **{"request_timeout": 5.0, **settings}), pause=pauses.append)
+
+
+def served(url="http://localhost/v1", **settings):
+    return EvaluationConfig(engine=Engine.openai, base_url=url, served_model="m", **settings)
 
 
 def tool_call(name, arguments):
@@ -71,7 +74,7 @@ def test_a_perfect_endpoint_scores_1_everywhere_whatever_the_order_of_its_replie
 
     heard = []
     with LoopbackChat(reply) as chat:
-        answers = engine(chat, at_once=4).generate(readable, heard.append)
+        answers = engine(chat, batch=4).generate(readable, heard.append)
         assert 1 < chat.most_at_once <= 4
     assert [answer.step for answer in answers] == readable
     assert sorted(map(id, heard)) == sorted(map(id, answers))
@@ -96,7 +99,7 @@ def test_as_recorded_the_layout_s_own_chat_template_writes_what_training_showed(
 def test_a_request_without_tools_leaves_the_step_as_it_is_recorded(steps):
     step = step_of(steps, "one_call", 1)
     with LoopbackChat(lambda body, _: {"content": "14:20"}) as chat:
-        engine(chat, fields={"tools": None}).generate([step])
+        engine(chat, request='{"tools": null}').generate([step])
     (body,) = chat.requests
     assert "tools" not in body
     assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "tool"]
@@ -237,7 +240,7 @@ def test_trouble_is_waited_out_and_the_endpoint_is_obeyed(steps):
 
 def test_silence_is_ended_by_the_timeout(steps):
     with LoopbackChat(lambda _, number: {"content": "well"} if number else 5.0) as chat:
-        (answer,) = engine(chat, timeout=0.3).generate(steps[:1])
+        (answer,) = engine(chat, request_timeout=0.3).generate(steps[:1])
     assert answer.text == "well"
 
 
@@ -249,32 +252,34 @@ def test_after_the_last_attempt_it_ends_in_words_and_what_was_answered_has_been_
         return {"content": "well"} if json.dumps(body["messages"]) in good else 500
 
     with LoopbackChat(reply) as chat, pytest.raises(EvaluationError, match="attempt 3 of 3 failed: HTTP 500") as caught:
-        engine(chat, retries=2, at_once=1).generate(steps[:5], heard.append)
+        engine(chat, retries=2, batch=1).generate(steps[:5], heard.append)
     assert [answer.step for answer in heard] == steps[:3]
     assert "scripted 500" in str(caught.value)
 
 
-def test_a_refusal_is_not_tried_again_and_the_key_is_never_said(steps):
+def test_a_refusal_is_not_tried_again_and_the_key_is_never_said(steps, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with LoopbackChat(lambda _, __: 401) as chat:
         with pytest.raises(EvaluationError, match="HTTP 401") as caught:
-            engine(chat, key=KEY).generate(steps[:1])
+            engine(chat).generate(steps[:1])
         assert len(chat.requests) == 1
         assert chat.headers[0]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value)
     with LoopbackChat(lambda _, __: json.dumps({"you sent": KEY})) as chat:
         with pytest.raises(EvaluationError, match="no choices") as caught:
-            engine(chat, key=KEY, retries=0).generate(steps[:1])
+            engine(chat, retries=0).generate(steps[:1])
         assert KEY not in str(caught.value)
-        assert KEY not in repr(Endpoint(url=chat.url, model="m", max_new_tokens=1, key=KEY))
+        assert KEY not in str(engine(chat).identity)
 
 
-def test_redirects_are_not_followed(steps):
+def test_redirects_are_not_followed(steps, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with LoopbackChat(lambda _, __: {"content": "stolen"}) as other:
         with (
             LoopbackChat(lambda _, __: (302, {"Location": f"{other.url}/chat/completions"})) as chat,
             pytest.raises(EvaluationError, match="HTTP 302"),
         ):
-            engine(chat, key=KEY).generate(steps[:1])
+            engine(chat).generate(steps[:1])
         assert other.requests == []
 
 
@@ -288,25 +293,25 @@ def test_requests_are_greedy_bounded_and_can_be_changed(steps, monkeypatch):
             auth_variable="MY_KEY",
             request='{"max_tokens": null, "max_completion_tokens": 9, "seed": 1}',
         )
-        endpoint = endpoint_of(config)
-        (answer,) = OpenAIGenerator(endpoint).generate(steps[:1])
+        generator = OpenAIGenerator(config)
+        (answer,) = generator.generate(steps[:1])
     (body,) = chat.requests
     assert (body["model"], body["temperature"], body["max_completion_tokens"], body["seed"]) == ("m", 0, 9, 1)
     assert "max_tokens" not in body
     assert chat.headers[0]["path"] == "/v1/chat/completions"
     assert answer.finish == "length"
-    assert KEY not in json.dumps(endpoint.identity())
+    assert KEY not in json.dumps(generator.identity)
 
 
 def test_answers_are_another_model_s_only_where_a_setting_affects_answers():
-    config = EvaluationConfig(engine=Engine.openai, base_url="http://localhost/v1", served_model="m")
+    config = served()
     others = {"max_new_tokens": 9, "base_url": "http://localhost:2/v1", "served_model": "n", "request": '{"seed": 1}'}
     others |= {"batch": 3, "bootstrap_samples": 7, "retries": 1, "request_timeout": 1.0, "conversations": 2, "seed": 5}
-    before = endpoint_of(config).identity()
+    before = OpenAIGenerator(config).identity
     changing = {
         name
         for name, value in others.items()
-        if endpoint_of(dataclasses.replace(config, **{name: value})).identity() != before
+        if OpenAIGenerator(dataclasses.replace(config, **{name: value})).identity != before
     }
     assert changing == {name for name in others if affects(EvaluationConfig)[name] == "answers"}
     assert EvaluationConfig().decides_answers() == {"engine": "transformers", "max_new_tokens": 512}
@@ -324,7 +329,7 @@ def test_settings_that_cannot_work_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="likelihood"):
         EvaluationConfig(engine=Engine.openai, base_url="http://x/v1", served_model="m", mode=Mode.likelihood)
     with pytest.raises(ConfigError, match="name or password"):
-        endpoint_of(EvaluationConfig(engine=Engine.openai, base_url="http://me:pw@x/v1", served_model="m"))
+        OpenAIGenerator(served("http://me:pw@x/v1"))
     monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY holds no key"):
-        endpoint_of(EvaluationConfig(engine=Engine.openai, base_url="http://x/v1", served_model="m"))
+        OpenAIGenerator(served("http://x/v1"))

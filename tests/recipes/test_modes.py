@@ -14,9 +14,9 @@ import pytest
 from agentft.compare import main as compare
 from agentft.comparison.runs import read_runs
 from agentft.config import compose, register_schemas, to_config, to_train_config
+from agentft.entry import with_run_settings
 from agentft.errors import ConfigError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.recipes.as_trained import with_run_settings
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.saved import config_to_yaml, saved_config
