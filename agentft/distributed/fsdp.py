@@ -65,6 +65,10 @@ class FsdpEngine(ShardedEngine):
         for block in self._blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
+        # What a backward pass gathers ahead follows from the passes before it otherwise, evaluation's too, and a rank that
+        # had nothing to evaluate would then gather other weights than the rest. The first block has none before it.
+        for before, block in zip([self._blocks[0], *self._blocks], self._blocks, strict=False):
+            block.set_modules_to_backward_prefetch([before])
         _cast_shards(objective, frozen)
         # Evaluation runs blocks before the whole has run once, which alone makes the root known publicly.
         root: Any = objective

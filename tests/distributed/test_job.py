@@ -85,7 +85,7 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goe
     assert len(ranks) == 2
     os.kill(ranks[-1], signal.SIGKILL)
     assert agent.wait() == 0, (tmp_path / "out").read_text()[-3000:]
-    assert "going on from" in (run / "train.log").read_text()
+    assert "resuming from" in (run / "train.log").read_text()
     assert json.loads((run / "status.json").read_text())["state"] == "paused"
     assert (run / "final" / "adapter_model.safetensors").is_file()
 
@@ -247,3 +247,13 @@ def test_two_nodes_of_a_slurm_sweep_train_one_model(tmp_path):
     alone = _command(whole, "sft_type.rank=4")
     subprocess.run(alone, cwd=ROOT, env=_environment(), capture_output=True, check=True)
     assert _losses(run) == pytest.approx(_losses(whole), rel=2e-6)
+
+
+def test_a_rank_with_nothing_to_evaluate_trains_on_with_the_others(tmp_path):
+    """One held-out conversation on two ranks: what FSDP gathers ahead must not follow from a rank's own evaluation."""
+    settings = ["distributed=fsdp", "distributed.nproc=2", "dataset.heldout=1", "evaluation.before=true"]
+    rest = ["training.max_steps=2", "evaluation.after=false", "distributed.timeout=60"]
+    command = _command(tmp_path / "run", *settings, *rest)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=_environment())
+    assert done.returncode == 0, done.stderr
+    assert len(_losses(tmp_path / "run")) == 2
