@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install quickstart test test-slow faults cluster gpu check format clean
+.PHONY: help install quickstart test test-fast test-slow faults cluster gpu check format clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ quickstart: install  ## Fine-tune a real model on generated conversations and sh
 # A process a core, a file of tests at a time: fixtures of a module are made once.
 test: install  ## Run the default tests.
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-fast: install  ## Run what needs no training and no second process, in under a minute: for before a commit.
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/data tests/evaluation tests/comparison tests/test_house.py
 
 faults: install  ## Run the whole fault matrix and write its table (about 25 minutes of CPU).
 	rm -f faults.jsonl

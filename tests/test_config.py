@@ -465,7 +465,14 @@ def test_an_error_of_the_recipe_is_one_line(
 # --- A config as a file ---
 
 
-@pytest.mark.parametrize("overrides", [[f"{group}={option}"] for group, option in EVERY_OPTION], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([f"{group}={option}"], marks=[] if options(group)[0] == option else [pytest.mark.slow])
+        for group, option in EVERY_OPTION
+    ],
+    ids=str,
+)
 def test_a_saved_config_is_read_back_equal(overrides: list[str], tmp_path: Path) -> None:
     config = composed(*overrides, *REQUIRED.get(overrides[0], []))
     text = config_to_yaml(config)

@@ -126,6 +126,7 @@ def test_importing_a_room_prints_nothing_and_loads_no_torch_where_none_is_needed
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_our_entry_points_hide_no_package_of_the_same_name():
     """`evaluate` and `train` are also names of packages; nothing we depend on may pick ours up when run from here."""
     code = (

@@ -297,12 +297,14 @@ def fuzz_bytes(count: int, seed: int, path: Path) -> tuple[int, int]:
     return kept, dropped
 
 
-def test_twenty_thousand_mutated_records_raise_nothing(tmp_path: Path) -> None:
-    kept, dropped = fuzz(16_000, seed=3)
-    assert kept + dropped == 16_000
-    assert min(kept, dropped) > 1_600, "the mutations must reach both outcomes"
-    kept, dropped = fuzz_bytes(4_000, 4, tmp_path / "fuzz.jsonl")
-    assert min(kept, dropped) > 400
+@pytest.mark.parametrize("count", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_records_raise_nothing(tmp_path: Path, count: int) -> None:
+    records, lines = count * 4 // 5, count // 5
+    kept, dropped = fuzz(records, seed=3)
+    assert kept + dropped == records
+    assert min(kept, dropped) > records // 10, "the mutations must reach both outcomes"
+    kept, dropped = fuzz_bytes(lines, 4, tmp_path / "fuzz.jsonl")
+    assert min(kept, dropped) > lines // 10
 
 
 def test_a_foreign_text_never_becomes_trainable() -> None:

@@ -81,7 +81,7 @@ def test_two_ranks_write_the_file_of_one_process_although_they_were_killed(run, 
     assert _scores(result) == _scores(alone)
 
 
-@pytest.mark.parametrize("mode", ["replay", "likelihood"])
+@pytest.mark.parametrize("mode", ["replay", pytest.param("likelihood", marks=pytest.mark.slow)])
 def test_other_modes_are_spread_too_and_a_sharded_engine_is_told_to_hold_the_model_whole(run, tmp_path, capsys, mode):
     settings = [*SHORT, f"evaluation.mode={mode}"]
     alone = _evaluate(run, tmp_path / "alone", *settings)

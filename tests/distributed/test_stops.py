@@ -106,7 +106,11 @@ def everything_said(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("seed", trials(10))
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGINT))],
+    ids=lambda number: number.name,
+)
 def test_a_signal_to_the_group_is_saved_by_all_ranks(job, tmp_path, number, seed):
     run, draw = tmp_path / "run", random.Random(f"{number} {seed}")
     process = job()

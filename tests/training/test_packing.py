@@ -39,7 +39,7 @@ def _gradients(model, batches):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager", attention.NAME])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow), attention.NAME])
 @pytest.mark.parametrize(("family", "tied"), [("Llama", True), ("Llama", False), ("Qwen2", True), ("Qwen3", False)])
 def test_packed_loss_and_gradients_equal_unpacked(examples, family, tied, attn):
     model = _model(family, tied=tied, attn=attn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -34,8 +33,8 @@ def test_only_one_tensor_is_alive_at_a_time(tmp_path):
     made: list[weakref.ref] = []
 
     def make(name):
-        gc.collect()
-        assert sum(each() is not None for each in made) <= 1  # the one before, still named by the loop
+        # By reference counts alone, without the collector: at most the one before, still named by the loop.
+        assert sum(each() is not None for each in made) <= 1
         tensor = torch.full((100,), float(name))
         made.append(weakref.ref(tensor))
         return tensor
