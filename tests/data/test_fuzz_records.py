@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Conversation, Origin, chat_messages
