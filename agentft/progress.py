@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,7 +91,7 @@ def _tell_of_lost_consoles() -> None:
         if console.lost is not None and _log_file is not None:
             del _consoles[name]
             reason = console.lost.strerror or str(console.lost)
-            words = f"{name} is gone ({reason}): the work goes on"
+            words = f"{name} is gone ({reason}): the work continues"
             record = logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": words})
             with suppress(OSError), _log_file.open("a", encoding="utf-8") as log:
                 log.write(_IN_FILE.format(record) + "\n")
@@ -98,29 +99,8 @@ def _tell_of_lost_consoles() -> None:
                 os.dup2(nowhere.fileno(), console.fileno())
 
 
-class _HeldFile(logging.FileHandler):
-    """Touches its file only from `write_held` on; lines before wait in memory."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8", delay=True)
-        self._waiting: list[logging.LogRecord] | None = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._waiting is None:
-            super().emit(record)
-        else:
-            self._waiting.append(record)
-
-    def write_held(self) -> None:
-        """Write what waited; the file's folder is made."""
-        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        waiting, self._waiting = self._waiting or [], None
-        for record in waiting:
-            super().emit(record)
-
-
 def _may_show() -> bool:
-    """Whether there may be a terminal: rich looks closer, but takes a fifth of a second to be imported."""
+    """Return whether there may be a terminal: rich looks closer, but takes a fifth of a second to be imported."""
     return sys.stderr.isatty() or "FORCE_COLOR" in os.environ or "ipykernel" in sys.modules
 
 
@@ -152,13 +132,15 @@ def set_up_logging(log_file: Path, *, held: bool = False) -> None:
     # Warnings of libraries are for whoever searches a fault: they go to the file.
     logging.captureWarnings(True)
     screen.addFilter(lambda record: record.name != "py.warnings" and not getattr(record, FILE_ONLY, False))
-    file = _HeldFile(log_file)
-    file.setFormatter(_IN_FILE)
+    waiting = MemoryHandler(
+        10**9, flushLevel=logging.CRITICAL + 1
+    )  # with no target, nothing is written at the exit either
+    waiting.name = str(log_file)
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
     root.addHandler(screen)
-    root.addHandler(file)
+    root.addHandler(waiting)
     if not held:
         open_log_file()
     root.setLevel(logging.WARNING)
@@ -169,11 +151,17 @@ def set_up_logging(log_file: Path, *, held: bool = False) -> None:
 def open_log_file() -> None:
     """Write the lines that were held to their file, and all later ones at once."""
     global _log_file
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, _HeldFile):
-            handler.write_held()
-            _log_file = Path(handler.baseFilename)
-            _tell_of_lost_consoles()
+    root = logging.getLogger()
+    for waiting in [each for each in root.handlers if isinstance(each, MemoryHandler)]:
+        _log_file = Path(str(waiting.name))
+        _log_file.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(_log_file, encoding="utf-8")
+        file.setFormatter(_IN_FILE)
+        waiting.setTarget(file)
+        waiting.flush()
+        root.removeHandler(waiting)
+        root.addHandler(file)
+        _tell_of_lost_consoles()
 
 
 @contextmanager

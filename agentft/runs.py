@@ -1,4 +1,4 @@
-"""A run folder: where everything of one run lies, who may write into it, and what it says about itself.
+"""Name, lock and write the files of a run folder.
 
 The only place that knows the layout, which docs/run_folder.md shows. Every file written here is whole or absent, strict
 JSON where it is JSON, and free of the secrets of the environment.
@@ -28,10 +28,10 @@ from agentft.provenance import describe_surroundings
 from agentft.secrets import redact_command, redact_strings, redact_text
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
-"""`paused`: it reached `training.pause_at_fraction`, saved and examined, and a larger share goes on."""
+"""`paused`: it reached `training.pause_at_fraction`, saved and evaluated; a larger share resumes it."""
 
 SWEEP_FOLDER_VARIABLE = "AGENTFT_SWEEP_DIR"
-"""The environment variable by which a launcher tells its jobs which sweep folder they belong to."""
+"""Environment variable by which a launcher tells its jobs which sweep folder they belong to."""
 
 _log = logging.getLogger(__name__)
 _held_locks: set[int] = set()
@@ -54,7 +54,7 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         """The numbers that runs are compared by."""
         self.log_file = self.path / "train.log"
-        """What the run said, tracebacks included."""
+        """Log lines, tracebacks included."""
         self.checkpoints = self.path / "checkpoints"
         """Folder of checkpoints to resume from."""
         self.final = self.path / "final"
@@ -93,14 +93,14 @@ class RunFolder:
 
     @classmethod
     def follow(cls, path: str | os.PathLike[str]) -> Self:
-        """The folder of a run that rank 0 of the same job writes: here everything is read and every write is left out."""
+        """Return the folder of a run that rank 0 of the same job writes: every write here is left out."""
         run = cls(path)
         run._follows = True
         return run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """The folder of a run that was started before; nothing in it changes and its lock is not taken."""
+        """Return the folder of a run that was started before; nothing in it changes and its lock is not taken."""
         run = cls(path)
         if not run.path.is_dir():
             found = "is a file" if run.path.exists() else "does not exist"
@@ -118,11 +118,11 @@ class RunFolder:
         return run
 
     def has_run(self) -> bool:
-        """Say if a run has written its record here."""
+        """Return whether a run has written its record here."""
         return self.config_file.is_file() and self.record_file.is_file()
 
     def begin(self) -> None:
-        """Say in `.lock` who has the folder: from here on its files change."""
+        """Write into `.lock` who has the folder: from here on its files change."""
         if self._lock is not None and not self.begun:
             content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}).encode()
             os.ftruncate(self._lock, 0)
@@ -151,19 +151,19 @@ class RunFolder:
             os.close(lock)
 
     def rank_log(self, rank: int) -> Path:
-        """What a rank other than 0 said."""
+        """Return the log of a rank other than 0."""
         return self.path / "ranks" / f"rank-{rank}.log"
 
     def predictions(self, name: str) -> Path:
-        """Answers with their references, one line a step of a dialogue."""
+        """Return the file of answers with their references, one line a step of a dialogue."""
         return self.path / "predictions" / f"{_file_name(name)}.jsonl"
 
     def metrics(self, name: str) -> Path:
-        """Scores of `predictions(name)`, with numerators and denominators."""
+        """Return the file of the scores of `predictions(name)`, with numerators and denominators."""
         return self.path / "metrics" / f"{_file_name(name)}.json"
 
     def write_text(self, path: Path, text: str) -> None:
-        """Replaces a file as a whole: a reader, or a crash at any moment, finds the old file or the new one."""
+        """Replace a file as a whole: a reader, or a crash at any moment, finds the old file or the new one."""
         if self._follows:
             return
         self.begin()
@@ -193,13 +193,13 @@ class RunFolder:
         _sync_folder(target.parent)
 
     def write_json(self, path: Path, value: Any) -> None:
-        """Replaces a JSON file as a whole; see `json_text` for what becomes of NaN."""
+        """Replace a JSON file as a whole; see `json_text` for what becomes of NaN."""
         self.write_text(path, json_text(value, indent=2) + "\n")
 
     def write_record(
         self, *, config_yaml: str, command: list[str], choices: Mapping[str, str] | None, extra: Mapping[str, Any]
     ) -> None:
-        """Writes `config.yaml` and `run.json`; what `run.json` said of earlier starts is kept under `earlier`.
+        """Write `config.yaml` and `run.json`; the record of earlier starts is kept under `earlier`.
 
         `extra` is what only the caller knows (devices, threads, run id) and stands beside the rest.
         """
@@ -222,16 +222,16 @@ class RunFolder:
         self.write_json(self.record_file, redact_strings(record))
 
     def was_started_before(self) -> bool:
-        """Whether `run.json` tells of an earlier start."""
+        """Return whether `run.json` tells of an earlier start."""
         return self.record_file.exists() and bool(read_json(self.record_file).get("earlier"))
 
     def add_to_record(self, **fields: Any) -> None:
-        """Adds to `run.json` what becomes known only after the start."""
+        """Add to `run.json` what becomes known only after the start."""
         self._must_be_held()
         self.write_json(self.record_file, redact_strings({**read_json(self.record_file), **fields}))
 
     def update_status(self, state: RunState, **fields: Any) -> None:
-        """Replaces `status.json`; fields of earlier updates of this process stay until they are given again."""
+        """Replace `status.json`; fields of earlier updates of this process stay until they are given again."""
         self._must_be_held()
         before: dict[str, Any] = {}
         with contextlib.suppress(RunError):
@@ -242,7 +242,7 @@ class RunFolder:
         self.write_json(self.status_file, {**before, **own, "updated": utc_now(), **fields})
 
     def release(self) -> None:
-        """Gives the folder free for another process; also happens when this one ends, however it ends."""
+        """Release the lock for another process; also happens when this one ends, however it ends."""
         if self._lock is not None:
             _held_locks.discard(self._lock)
             if self._made_lock and not self.begun:
@@ -292,7 +292,7 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any:
-    """What `RunFolder.write_json` wrote; RunError where the file is missing or damaged."""
+    """Read what `RunFolder.write_json` wrote; RunError where the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -302,7 +302,7 @@ def read_json(path: Path) -> Any:
 
 
 def sweep_folder(environ: Mapping[str, str] | None = None) -> Path | None:
-    """The folder of the sweep that this process is a job of, if it is one."""
+    """Return the folder of the sweep that this process is a job of, if it is one."""
     named = (os.environ if environ is None else environ).get(SWEEP_FOLDER_VARIABLE)
     return Path(named).absolute() if named else None
 
@@ -323,7 +323,7 @@ def _describe_holder(content: bytes) -> str:
 
 @functools.cache
 def _close_locks_in_forked_children() -> None:
-    """A data worker that outlives its killed parent must not keep the folder locked."""
+    """Close the locks in forks: a data worker that outlives its killed parent must not keep the folder locked."""
 
     def close() -> None:
         for lock in _held_locks:
@@ -342,7 +342,7 @@ def _free_bytes(folder: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut; file systems that cannot sync a folder are left alone."""
+    """Make a rename survive a power cut; file systems that cannot sync a folder are left alone."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -364,7 +364,7 @@ def utc_now() -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Strict JSON that any reader takes: NaN and the infinities, unknown to JSON, become the texts nan, inf, -inf."""
+    """Return strict JSON that any reader takes: NaN and the infinities, unknown to JSON, become the texts nan, inf, -inf."""
     return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 

@@ -1,11 +1,10 @@
-"""The machine under a run: device, threads, number formats, random streams. torch is imported inside the functions."""
+"""Set up the machine for a run: device, threads, number formats, seeds. torch is imported inside the functions."""
 
 from __future__ import annotations
 
 import os
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where tensors live and what it is called in a report."""
+    """The device that holds the tensors."""
 
     kind: str
     """`cpu`, `cuda` or `mps`: what torch understands."""
@@ -39,12 +38,12 @@ def set_up(threads: int | None) -> Device:
 
 
 def available_cores() -> int:
-    """Cores that this process may use; fewer than the machine has inside a container or a CPU set."""
+    """Return the cores that this process may use; fewer than the machine has inside a container or a CPU set."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def computes_in_bf16(device: Device) -> bool:
-    """Whether bf16 matrix products run in hardware; elsewhere they are emulated and slower than fp32."""
+    """Return whether bf16 matrix products run in hardware; elsewhere they are emulated and slower than fp32."""
     import torch
 
     if device.is_cuda:
@@ -64,7 +63,7 @@ def seed_everything(seed: int) -> None:
 
 
 def peak_memory_bytes(device: Device) -> int:
-    """Largest memory use so far: of the CUDA allocator on a GPU, else of this process's resident set."""
+    """Return the largest memory use so far: of the CUDA allocator on a GPU, else of this process's resident set."""
     if device.is_cuda:
         import torch
 
@@ -77,16 +76,14 @@ def peak_memory_bytes(device: Device) -> int:
 
 
 def memory_in_use_bytes(kind: str) -> int:
-    """Memory held now: by the CUDA allocator for `cuda`, else by this process; its peak where the system tells no more."""
+    """Return the memory held now: by the CUDA allocator for `cuda`, else by this process."""
     if kind == "cuda":
         import torch
 
         return int(torch.cuda.memory_reserved())
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return peak_memory_bytes(Device(kind, kind, 1))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def torch_device(device: Device) -> torch.device:

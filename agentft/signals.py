@@ -1,11 +1,11 @@
-"""What asks a process to end: SIGTERM of a scheduler, SIGUSR1 or SIGUSR2 before a time limit, SIGHUP, Ctrl-C.
+"""Handle the signals that ask a process to end: SIGTERM, SIGUSR1 or SIGUSR2 before a time limit, SIGHUP, Ctrl-C.
 
 A training notes the request and saves after the step it is in. Everywhere else (loading, answering) the request ends the
 work at once, as Ctrl-C does; what those phases had done so far is on disk already. A job of SLURM that is about to lose its
 place asks to be queued again; it resumes from where it saved.
 
 SLURM and terminals signal every process of a job. The one that a person started answers; those that it started itself obey
-its word (`distributed/stops.py`, `sweeping/processes.py`), since the same request reaches them from several sides.
+it (`distributed/stops.py`, `sweeping/runner.py`), since the same request reaches them from several sides.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ STOPS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.
 """The signals that ask for an end."""
 
 STARTED_BY = "AGENTFT_STARTED_BY"
-"""The environment variable by which a launcher marks the processes that it starts, and ends, itself."""
+"""Environment variable by which a launcher marks the processes that it starts, and ends, itself."""
 
 Tell = Callable[[signal.Signals, bool], None]
 """Told the signal that came first, and whether a person insists; it raises where the work is to end at once."""
 
 
 class StopSignal(KeyboardInterrupt):
-    """A signal asked this process to end. Like Ctrl-C it is no `Exception`, so that no handler of errors swallows it."""
+    """Raised where a signal asks this process to end. Like Ctrl-C it is no `Exception`: no handler of errors swallows it."""
 
     def __init__(self, number: int, words: str = "") -> None:
         self.signal, self._words = signal.Signals(number), words
@@ -48,7 +48,7 @@ class StopSignal(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """By convention 128 and the number: 143 of SIGTERM, 130 of Ctrl-C, 138 of SIGUSR1."""
+        """Return, by convention, 128 and the number: 143 of SIGTERM, 130 of Ctrl-C, 138 of SIGUSR1."""
         return 128 + self.signal
 
     @property
@@ -100,7 +100,7 @@ class StopSignals:
             yield signals
 
     def is_requested(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal has come."""
         return self.requested is not None
 
     def agree(self, heard: Iterable[signal.Signals | None]) -> None:
@@ -179,7 +179,7 @@ def is_slurm_batch_job() -> bool:
 
 
 def requeue_slurm_job() -> bool:
-    """Ask SLURM to queue this job again, and say whether it agreed; the log tells why not.
+    """Ask SLURM to queue this job again, and return whether it agreed; the log tells why not.
 
     Only one process of a job asks: the first task, and of a sweep the launcher.
     """

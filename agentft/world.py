@@ -1,4 +1,4 @@
-"""Name the processes of one job: which one this is, and the few things they tell each other.
+"""Name the processes of one job: which one this is, and the few things they exchange.
 
 A job on one process has a world of one, in which every exchange returns what it was given. Between several processes
 objects and small numbers go through gloo on the CPU, tensors through the device's own backend. Exchanges are collective:
@@ -42,7 +42,7 @@ def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
 T = TypeVar("T")
 
 HEARTBEAT_VARIABLE = "AGENTFT_HEARTBEAT_DIR"
-"""The environment variable by which a launcher tells its ranks where to say how far they are."""
+"""Environment variable by which a launcher tells its ranks where to write their heartbeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class World:
     local_rank: int = 0
     """Rank among those of this machine: the number of its GPU."""
     store: Any = field(default=None, repr=False, compare=False)
-    """Where all ranks of the job can leave a word (a `torch.distributed.Store`); None on one process."""
+    """A `torch.distributed.Store` that all ranks of the job share; None on one process."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Return whether this rank prints and writes for all."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -164,7 +164,7 @@ class World:
 
 
 _WORK_KEY = "agentft-work"
-"""How often a rank of the job has said that it works."""
+"""Counter in the store: how often a rank of the job was seen to work."""
 
 _WORK_SECONDS = 0.02
 """CPU seconds in a second of the clock above which a process works; one that waits takes a tenth of it."""
@@ -186,7 +186,7 @@ def _work_done() -> tuple[float, int]:
 
 
 ALONE = World()
-"""The world of a job on one process."""
+"""World of a job on one process."""
 
 
 def join_world(device_kind: str, timeout_seconds: float) -> World:

@@ -29,7 +29,7 @@ class EngineKind(StrEnum):
 
 @dataclass(kw_only=True)
 class ElasticConfig(Settings, group="distributed.elastic", affects="nothing"):
-    """What becomes of a job whose rank dies."""
+    """Restarts of a job whose rank dies."""
 
     max_restarts: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
     """How often all ranks start again, from the last good checkpoint, before the job fails."""
@@ -84,7 +84,7 @@ class LaunchTopology:
     endpoint: str
     """`host:port`; port 0: any that is free, which no other job can have."""
     job: str
-    """What tells this job's ranks from those of another at the same endpoint."""
+    """Name that tells this job's ranks from those of another at the same endpoint."""
 
     @property
     def ranks(self) -> int:
@@ -94,7 +94,7 @@ class LaunchTopology:
 def choose_topology(
     config: DistributedConfig, *, gpus: int, job: str, environ: Mapping[str, str] | None = None
 ) -> LaunchTopology:
-    """Say where ranks run, from the settings, the GPUs that are visible, and SLURM's variables.
+    """Return where ranks run, from the settings, the GPUs that are visible, and SLURM's variables.
 
     Raises:
         ConfigError: the machines would not find each other, or there are fewer GPUs than ranks.
@@ -126,7 +126,7 @@ def choose_topology(
 
 @dataclass(frozen=True, slots=True)
 class _Nodes:
-    """What the surroundings say of the machines of this job."""
+    """The machines of this job as the environment names them."""
 
     count: int = 1
     number: int = -1
@@ -175,21 +175,14 @@ def require_engine(config: DistributedConfig, *, gpus: int, fp16_weights: bool) 
         )
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"distributed={config.name} needs the package deepspeed: pip install deepspeed (Linux)")
-    if _compiles_ops(config) and not _can_compile():
+    compiles = "optimizer" in config.deepspeed
+    if compiles and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ConfigError(
             f"distributed={config.name}: distributed.deepspeed.optimizer makes DeepSpeed compile its own Adam at first "
             "use, and there is no C++ compiler (g++, or $CXX); install one, or leave that key out: torch's AdamW needs none"
         )
-    if gpus and not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None and _compiles_ops(config):
+    if gpus and not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None and compiles:
         raise ConfigError(
             f"distributed={config.name}: compiling DeepSpeed's operators for a GPU needs nvcc; set CUDA_HOME, or leave "
             "distributed.deepspeed.optimizer out"
         )
-
-
-def _compiles_ops(config: DistributedConfig) -> bool:
-    return "optimizer" in config.deepspeed
-
-
-def _can_compile() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None

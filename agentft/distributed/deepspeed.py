@@ -29,7 +29,7 @@ _STEP = "step"
 
 
 class DeepSpeedEngine(ShardedEngine):
-    """A DeepSpeed engine that keeps our law: sums over ranks, our micro-batches, our clipping, our checkpoints."""
+    """A DeepSpeed engine with the loop's rules: sums over ranks, its micro-batches, its clipping, its checkpoints."""
 
     name = "deepspeed"
 
@@ -92,7 +92,7 @@ class DeepSpeedEngine(ShardedEngine):
         groups = self._zero._get_norm_groups() if self.stage == 3 else None
         norm = torch.linalg.vector_norm(torch.stack(list(groups))) if groups else self._zero.scaled_global_norm()
         norm = torch.as_tensor(norm) / self._divisor()
-        # It says -1 where a gradient is not finite.
+        # It is -1 where a gradient is not finite.
         invalid = norm < 0 if groups is None else torch.stack(list(groups)).min() < 0
         norm = torch.where(invalid, torch.full_like(norm, torch.nan), norm)
         if self._scale.enabled:
@@ -100,8 +100,10 @@ class DeepSpeedEngine(ShardedEngine):
         return norm
 
     def _divisor(self) -> float:
-        """What the mean over ranks of the gradients is to be divided by. Under fp16 the loss goes through the model at the
-        size that it has on one process, so that the same steps overflow."""
+        """Return what the mean over ranks of the gradients is to be divided by.
+
+        Under fp16 the loss goes through the model at the size that it has on one process, so that the same steps overflow.
+        """
         return self._scale.factor / self.world.size if self._scale.enabled else 1.0
 
     def step(self) -> None:
@@ -214,7 +216,7 @@ class DeepSpeedEngine(ShardedEngine):
 
 
 def _configuration(settings: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the user's keys, and those that our law decides."""
+    """Return DeepSpeed's configuration: the user's keys, and those that the training loop decides."""
     return {
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

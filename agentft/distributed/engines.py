@@ -27,7 +27,7 @@ _GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
 
 
 def loads_on_cpu(config: DistributedConfig) -> bool:
-    """Whether weights go to the device in shards, so that the device never has to hold them whole."""
+    """Return whether weights go to the device in shards, so that the device never has to hold all of them."""
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     return config.engine is EngineKind.fsdp or (config.engine is EngineKind.deepspeed and int(stage) == 3)
 

@@ -23,10 +23,10 @@ from agentft.distributed.config import DistributedConfig, LaunchTopology
 from agentft.distributed.forkserver import fork_server
 from agentft.distributed.stops import (
     GAVE_UP,
-    HangWatch,
     RankFailure,
     as_stop,
     explain,
+    hang_watch,
     obeying,
     read_failures,
     telling,
@@ -62,7 +62,7 @@ def start_ranks(
         payload: The resolved configuration.
         topology: How many ranks, and where the machines meet.
         config: Time limits and restarts.
-        folder: The run folder; what ranks say besides rank 0 goes into its `ranks/`.
+        folder: The run folder; the output of ranks besides rank 0 goes into its `ranks/`.
         threads: CPU threads of a rank; null: the cores shared out evenly.
 
     Raises:
@@ -94,14 +94,16 @@ def start_ranks(
         shutdown_timeout=config.elastic.grace,
         signals_to_handle="",  # they are heard by `telling`, and torch would end ranks in the middle of their save
     )
-    _silence_elastic()
+    # `explain` says what happened; torch would print several screens of it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    sys.stdout.flush()
     if topology.nnodes > 1:
         # A store of its own for every attempt: the agents of several machines count attempts differently.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with (
         tempfile.TemporaryDirectory(prefix="agentft-ranks-", ignore_cleanup_errors=True) as temporary,
         telling(heartbeats := Path(temporary), machines=topology.nnodes) as signals,
-        HangWatch(heartbeats, config.timeout) as watch,
+        hang_watch(heartbeats, config.timeout) as hangs,
     ):
         share = threads or max(1, available_cores() // topology.nproc)
         environment = {
@@ -119,7 +121,7 @@ def start_ranks(
             failures = read_failures(heartbeats)
             for rank, failure in error.failures.items():
                 failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))
-            raise explain(failures, hang=watch.verdict, logs=logs) from None
+            raise explain(failures, hang=hangs[-1] if hangs else None, logs=logs) from None
         except RendezvousError as error:
             raise RankError(f"the {topology.nnodes} machines did not meet at {topology.endpoint}: {error}") from error
     first = results[min(results)]
@@ -143,14 +145,11 @@ def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent:
             with signals.deferred():
                 if isinstance(stop := as_stop(error), StopSignal):
                     return stop
-                _write_failure(error)
+                _write_failure(error, Path(os.environ[HEARTBEAT_VARIABLE]))
                 raise
 
 
-def _write_failure(error: BaseException) -> None:
-    folder = os.environ.get(HEARTBEAT_VARIABLE)
-    if not folder:
-        return
+def _write_failure(error: BaseException, folder: Path) -> None:
     record = {
         "time": time.time(),
         "pid": os.getpid(),
@@ -159,10 +158,4 @@ def _write_failure(error: BaseException) -> None:
         "traceback": redact_text("".join(traceback.format_exception(error))),
     }
     rank = os.environ.get("RANK", "0")
-    (Path(folder) / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
-
-
-def _silence_elastic() -> None:
-    """Leave it to `explain` to say what happened: torch would print several screens of it."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    sys.stdout.flush()
+    (folder / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")

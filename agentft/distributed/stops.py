@@ -1,10 +1,10 @@
-"""Watch and stop ranks: only the agent's word counts in a rank, a job that hangs is ended, and what failed first is said.
+"""Watch and stop ranks: a rank stops when its agent asks, a job that hangs is ended, and the first failure is reported.
 
 Each rank writes a heartbeat whenever it enters a phase (`World.heartbeat`). Ranks that wait for another have named the exchange
 they wait in; the one they wait for has the oldest heartbeat.
 
 A signal to a process group, or to a job of SLURM, reaches agent, server and ranks alike, and torch's agent passes one on. In
-the server that ranks are forked from, in them and in what they start all stop signals stay blocked. The agent writes its word
+the server that ranks are forked from, in them and in what they start all stop signals stay blocked. The agent writes a file
 into the folder of the heartbeats; a thread in each rank reads it there and does as the signal would have done.
 """
 
@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from agentft import errors
@@ -32,7 +31,7 @@ from agentft.signals import STOPS, StopSignal, StopSignals, die_with
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """How far a rank was, and when it said so."""
+    """The progress of a rank at a time."""
 
     rank: int
     time: float
@@ -58,44 +57,39 @@ def kill_ranks(heartbeats: Iterable[Heartbeat]) -> None:
             os.kill(each.pid, signal.SIGKILL)
 
 
-class HangWatch:
-    """Looks at the heartbeats while the ranks run; a context manager. `verdict` says what it did."""
+@contextmanager
+def hang_watch(folder: Path, timeout: float) -> Iterator[list[str]]:
+    """Look at the heartbeats during the body, and end ranks that hang; the list that it yields then says which was slowest."""
+    hangs: list[str] = []
+    done = threading.Event()
 
-    def __init__(self, folder: Path, timeout: float, *, interval: float = 0.5) -> None:
-        self.verdict: str | None = None
-        self._folder = folder
-        self._timeout = timeout
-        self._interval = interval
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+    def watch() -> None:
+        while not done.wait(0.5):
+            found = read_heartbeats(folder)
+            if found and time.time() - max(each.time for each in found) > timeout:
+                hangs.append(_describe_hang(found, timeout))
+                # The stuck rank would not hear anything gentler, and the others wait for it.
+                kill_ranks(found)
+                for each in found:
+                    (folder / f"rank-{each.rank}").unlink(missing_ok=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    thread = threading.Thread(target=watch, name="hang-watch", daemon=True)
+    thread.start()
+    try:
+        yield hangs
+    finally:
+        done.set()
+        thread.join()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._done.set()
-        self._thread.join()
 
-    def _watch(self) -> None:
-        while not self._done.wait(self._interval):
-            found = read_heartbeats(self._folder)
-            if found and time.time() - max(each.time for each in found) > self._timeout:
-                self._cut(found)
-
-    def _cut(self, heartbeats: list[Heartbeat]) -> None:
-        now = time.time()
-        slowest = min(heartbeats, key=lambda each: each.time)
-        others = ", ".join(f"rank {each.rank} at {each.where!r}" for each in heartbeats if each is not slowest)
-        self.verdict = (
-            f"no rank got anywhere for {self._timeout:g} s (distributed.timeout): the slowest is rank {slowest.rank} "
-            f"(pid {slowest.pid}), at {slowest.where!r} for {now - slowest.time:.0f} s"
-            + (f"; {others}" if others else "")
-        )
-        # The stuck rank would not hear anything gentler, and the others wait for it.
-        kill_ranks(heartbeats)
-        for each in heartbeats:
-            (self._folder / f"rank-{each.rank}").unlink(missing_ok=True)
+def _describe_hang(heartbeats: list[Heartbeat], timeout: float) -> str:
+    slowest = min(heartbeats, key=lambda each: each.time)
+    others = "; ".join(f"rank {each.rank} at {each.where!r}" for each in heartbeats if each is not slowest)
+    return (
+        f"no rank got anywhere for {timeout:g} s (distributed.timeout): the slowest is rank {slowest.rank} "
+        f"(pid {slowest.pid}), at {slowest.where!r} for {time.time() - slowest.time:.0f} s"
+        + (f"; {others}" if others else "")
+    )
 
 
 BROKE_OFF = "another rank broke off"
@@ -112,12 +106,12 @@ _LOST = (
     "NCCL communicator was aborted",
     "remote process exited",
 )
-"""What a rank says that has lost another: never the cause."""
+"""Parts of the errors of a rank that has lost another: never the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankFailure:
-    """How one rank ended."""
+    """The end of one rank."""
 
     rank: int
     pid: int
@@ -129,7 +123,7 @@ class RankFailure:
 
     @classmethod
     def of_exit(cls, rank: int, pid: int, code: int) -> Self:
-        """A process that ended without a word, by its exit code; negative: the signal that ended it."""
+        """Return the end of a process that raised nothing, by its exit code; negative: the signal that ended it."""
         reason = f"exit code {code}"
         if code == forkserver.SERVER_DIED:
             reason += ", or the process that ranks are forked from has died"
@@ -142,12 +136,12 @@ class RankFailure:
 
     @property
     def is_consequence(self) -> bool:
-        """Whether it says no more than that another rank was lost."""
+        """Return whether it tells no more than that another rank was lost."""
         return tells_of_a_loss(self.message)
 
 
 def tells_of_a_loss(message: str) -> bool:
-    """Say by its message whether an error is no more than the loss of another rank."""
+    """Return whether an error is no more than the loss of another rank, by its message."""
     return any(words in message for words in _LOST)
 
 
@@ -189,14 +183,15 @@ def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path
 GAVE_UP = 75
 """Exit code of a rank that could not end by itself."""
 
-_WORD = "stop"
+_STOP = "stop"
+"""File by which the agent tells its ranks the number of the signal."""
 _LEFT = "left"
-"""A rank has stopped: another one that waits for it where Python hears no signal would wait for ever."""
+"""File of a rank that has stopped: another one that waits for it where Python hears no signal would wait for ever."""
 _LISTEN_SECONDS = 0.2
 _LAST_SECONDS = 5.0
-"""What a rank has to say what it saw, once torch's agent ends it since another one has failed."""
-_WORD_SECONDS = 3.0
-"""How much later than to another rank the word may come to this one."""
+"""Time of a rank to write down its error, once torch's agent ends it since another one has failed."""
+_LATE_SECONDS = 3.0
+"""How much later than another rank this one may be told of a stop."""
 
 
 @contextmanager
@@ -208,7 +203,7 @@ def telling(folder: Path, *, machines: int) -> Iterator[StopSignals]:
     """
 
     def tell(number: signal.Signals, insists: bool) -> None:
-        (folder / _WORD).write_text(f"{int(number)}\n", encoding="ascii")
+        (folder / _STOP).write_text(f"{int(number)}\n", encoding="ascii")
         if insists:
             kill_ranks(read_heartbeats(folder))
             raise StopSignal(number)
@@ -241,14 +236,14 @@ def as_stop(error: BaseException) -> BaseException:
     if not tells_of_a_loss(str(error)):
         return error
     with StopSignals.shared() as signals, signals.deferred():
-        until = time.monotonic() + _WORD_SECONDS
+        until = time.monotonic() + _LATE_SECONDS
         while signals.requested is None and time.monotonic() < until:
             time.sleep(0.05)
         return error if signals.requested is None else StopSignal(signals.requested)
 
 
 def _listen(agent: int, folder: Path, signals: StopSignals, done: threading.Event) -> None:
-    """Wait for the agent's word; and for the SIGTERM by which torch's agent ends a rank when another one has failed."""
+    """Wait for the agent's file; and for the SIGTERM by which torch's agent ends a rank when another one has failed."""
     told, end = False, float("inf")
     while True:
         if _is_ended_by(agent):
@@ -257,7 +252,7 @@ def _listen(agent: int, folder: Path, signals: StopSignals, done: threading.Even
             end = time.monotonic() + _LAST_SECONDS
         if time.monotonic() >= end:
             os._exit(GAVE_UP)
-        number = _read(folder / _WORD)
+        number = _read(folder / _STOP)
         if number and not told and not done.is_set():
             told = True
             _thread.interrupt_main(signal.Signals(number))  # as if it had come from outside
@@ -272,9 +267,9 @@ def _is_ended_by(agent: int) -> bool:
     return info is not None and info.si_pid == agent
 
 
-def _read(word: Path) -> int:
+def _read(file: Path) -> int:
     """Return the signal's number; 0 where none came."""
     try:
-        return int(word.read_text(encoding="ascii"))
+        return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):  # none yet, or it is just being written
         return 0

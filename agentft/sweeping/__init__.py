@@ -1,1 +1,1 @@
-"""What stands behind a multirun: the jobs of a sweep, each in a process of its own, on slots that share nothing."""
+"""Run the jobs of a sweep, each in a process of its own, on slots that share nothing."""

@@ -78,7 +78,7 @@ _SLOWNESS = 15.0
 
 @dataclass(kw_only=True, frozen=True)
 class NodeJob:
-    """What a node must know to run a job: small, and nothing but text."""
+    """A job as a node needs it: small, and nothing but text."""
 
     command: list[str]
     environment: dict[str, str]
@@ -139,7 +139,7 @@ _LONGEST_NAME = 80
 
 
 class NodeTask:
-    """What each node of a job runs. The first node's log and exit code are the job's."""
+    """Runs on each node of a job. The first node's log and exit code are the job's."""
 
     def __init__(self, job: NodeJob) -> None:
         self.job = job
@@ -157,7 +157,7 @@ class NodeTask:
         return run_on_node(job, stop)
 
     def checkpoint(self) -> Any:
-        """Called by submitit, within the job's last seconds: end the job, which saves, and say what starts again."""
+        """End the job, which saves, and return what starts again; submitit calls this in the job's last seconds."""
         import submitit
 
         for child in descendants(os.getpid()):
@@ -172,10 +172,10 @@ class NodeTask:
 
 
 class Slurm(Executor):
-    """Submits jobs."""
+    """Submits jobs to SLURM's queue."""
 
     def __init__(self, parameters: Mapping[str, Any], sweep: Path, *, local: bool, grace: float) -> None:
-        """`parameters` by the names of submitit. Raises ConfigError where it or SLURM is missing, or refuses them."""
+        """Connect to SLURM; `parameters` by submitit's names. Raises ConfigError where either is missing or refuses them."""
         try:
             import submitit
         except ImportError:
@@ -257,7 +257,7 @@ class RayCluster(Executor):
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"hydra.launcher.address={address}: {error}") from error
         self._node = ray.remote(NodeAgent)
-        # Two calls at a time: the job, and the word to end it.
+        # Two calls at a time: the job, and the request to end it.
         self._needs = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
 
     def start(self, job: Job, header: str) -> QueuedAttempt:

@@ -1,4 +1,4 @@
-"""How far a sweep is: a live table on a terminal, a line per event elsewhere."""
+"""Show the progress of a sweep: a live table on a terminal, a line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Display:
             self._live = None
 
     def seen(self, job: Job) -> None:
-        """A job started or ended."""
+        """Print that a job started or ended, where there is no live table."""
         if self._live is not None:
             return
         done = sum(each.is_done or each.state in ("failed", "stopped") for each in self._jobs)
@@ -87,7 +87,7 @@ class Display:
         self.say(f"[{done}/{len(self._jobs)}] {job.name} {words}")
 
     def tick(self) -> None:
-        """Called often; a line about the running jobs once a minute where there is no live table."""
+        """Print a line about the running jobs once a minute, where there is no live table; called often."""
         if self._live is not None or time.monotonic() - self._shown < _LINE_SECONDS:
             return
         self._shown = time.monotonic()
@@ -120,7 +120,7 @@ class Display:
         return table
 
     def _left(self) -> str:
-        """Time to the end, from the jobs that have finished in this launch."""
+        """Return the time to the end, from the jobs that have finished in this launch."""
         done = [job.seconds for job in self._jobs if job.state == "finished" and job.seconds]
         todo = sum(job.state in ("waiting", "running") for job in self._jobs)
         if not done or not todo:
@@ -129,7 +129,7 @@ class Display:
 
 
 def short_override(override: str) -> str:
-    """`training.learning_rate=0.001` as `learning_rate=0.001`."""
+    """Return `training.learning_rate=0.001` as `learning_rate=0.001`."""
     key, equals, value = override.partition("=")
     return f"{key.rpartition('.')[2]}{equals}{value}"
 
@@ -138,7 +138,7 @@ _COLUMNS = ("step", "loss", "held-out", "arg_f1", "time")
 
 
 def _progress(job: Job, paces: Paces) -> list[str]:
-    """Step, losses, metric and time left, from the run's own files."""
+    """Return step, losses, metric and time left, from the run's own files."""
     status = job.status
     step, steps = status.get("step"), status.get("steps")
     where = f"{step}/{steps}" if step is not None and steps else ""
@@ -159,14 +159,14 @@ def _progress(job: Job, paces: Paces) -> list[str]:
 
 
 class Paces:
-    """How fast running jobs make steps, told from their own times: a pause of the machine does not count as work."""
+    """Estimates the time left of running jobs from their own times: a pause of the machine does not count as work."""
 
     def __init__(self) -> None:
         self._begun: dict[tuple[int, int], tuple[datetime, int]] = {}
         """Number and attempt of a job -> a time and the step it stood at."""
 
     def left(self, job: Job, status: Mapping[str, Any]) -> str:
-        """Time to its last step in words; empty until two steps are known. A later attempt begins at a checkpoint."""
+        """Return the time to its last step; empty until two steps are known. A later attempt begins at a checkpoint."""
         step, steps, started = status.get("step"), status.get("steps"), status.get("started")
         updated = status.get("updated")
         if not step or not steps or not isinstance(started, str) or not isinstance(updated, str):

@@ -1,4 +1,4 @@
-"""Successive halving: every job trains to the first rung, the best of them go on to the next, the others stay there.
+"""Successive halving: every job trains to the first rung, the best of them are promoted to the next, the others stay there.
 
 A rung is a share of a job's own steps. Up to it a job is exactly the beginning of its full training: the schedule is that
 of all steps (`training.pause_at_fraction`), and a promoted job resumes from its checkpoint. What counts at a rung is
@@ -24,17 +24,17 @@ class Halving:
     """`hydra.launcher.eta` and `hydra.launcher.rungs`."""
 
     eta: int
-    """One job in `eta` goes on from a rung."""
+    """One job in `eta` is promoted from a rung."""
     rungs: int
     """The last is the end of training."""
 
     @property
     def shares(self) -> list[float]:
-        """Share of all steps at each rung: 1/9, 1/3, 1 for `eta=3`, `rungs=3`."""
+        """Return the share of all steps at each rung: 1/9, 1/3, 1 for `eta=3`, `rungs=3`."""
         return [float(f"{self.eta ** (rung - self.rungs):.6g}") for rung in range(1, self.rungs + 1)]
 
     def survivors(self, jobs: int) -> int:
-        """How many of so many jobs are sent on."""
+        """Return how many of so many jobs are promoted."""
         return math.ceil(jobs / self.eta)
 
 
@@ -68,7 +68,7 @@ def run_halving(
             return stopped
         if number < halving.rungs:
             competing = _best(competing, share, halving.survivors(len(competing)))
-            say(f"  go on: {', '.join(job.name for job in competing) or 'none'}")
+            say(f"  promoted: {', '.join(job.name for job in competing) or 'none'}")
     say(_account(jobs, entered))
     return None
 
@@ -82,7 +82,7 @@ def _send(due: Sequence[Job], share: float, commands: dict[str, list[str]]) -> N
 
 
 def _best(competing: Sequence[Job], share: float, count: int) -> list[Job]:
-    """The best `count` of those that reached the rung; the others are marked as left there."""
+    """Return the best `count` of those that reached the rung; the others are marked as left there."""
     reached = [job for job in competing if _measured(job, share) is not None]
     reached.sort(key=lambda job: (*rank_key(_measured(job, share) or {}), job.number))
     for job in reached[count:]:
@@ -93,13 +93,13 @@ def _best(competing: Sequence[Job], share: float, count: int) -> list[Job]:
 
 
 def rank_key(measured: dict[str, Any]) -> tuple[float, float]:
-    """Sorts the best first: by objective, then by held-out loss; what was not measured comes last."""
+    """Return a key that sorts the best first: by objective, then by held-out loss; what was not measured comes last."""
     objective, loss = measured.get("objective"), measured.get("loss")
     return (math.inf if objective is None else -objective, math.inf if loss is None else loss)
 
 
 def _measured(job: Job, share: float) -> dict[str, Any] | None:
-    """What a job came to at a rung; of one that has finished and never stopped there, what it came to at its end."""
+    """Return a job's results at a rung; of one that has finished and never stopped there, those at its end."""
     if _key(share) in job.rungs:
         return job.rungs[_key(share)]
     return _read(job) if job.state == "finished" else None
@@ -110,7 +110,7 @@ def _key(share: float) -> str:
 
 
 def _read(job: Job) -> dict[str, Any]:
-    """What the run folder says of the weights as they are now."""
+    """Read the results of the weights as they are now from the run folder."""
     status = job.status
     try:
         tokens = read_json(job.folder / "summary.json").get("tokens")
@@ -130,7 +130,7 @@ def _number(value: Any) -> float | None:
 
 
 def _account(jobs: Sequence[Job], entered: Sequence[int]) -> str:
-    """How many reached each rung, and what that saved."""
+    """Describe how many reached each rung, and what that saved."""
     words = f"successive halving: {' -> '.join(map(str, entered))} jobs"
     spent, whole = budget([job.rungs for job in jobs])
     if not whole:
@@ -139,7 +139,7 @@ def _account(jobs: Sequence[Job], entered: Sequence[int]) -> str:
 
 
 def budget(rungs: Sequence[dict[str, dict[str, Any]]]) -> tuple[float, float]:
-    """Tokens that jobs were trained on, and about how many all of them would have taken to their ends."""
+    """Return the tokens that jobs were trained on, and about how many all of them would have taken to their ends."""
     spent = whole = 0.0
     for reached in rungs:
         if not reached:

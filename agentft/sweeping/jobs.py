@@ -1,7 +1,7 @@
-"""One job of a sweep: what it is, how it is started by hand, and what `job.json` keeps of it.
+"""Describe one job of a sweep: its settings, its command, and the record of it in `job.json`.
 
-`status.json` is written by the run itself. What a run cannot say of itself (that it was killed, with which exit code it
-ended, that it never started) stands in `job.json` beside it, which only the launcher writes.
+`status.json` is written by the run itself. What a run cannot know (that it was killed, its exit code, that it never started)
+is in `job.json` beside it, which only the launcher writes.
 """
 
 from __future__ import annotations
@@ -60,36 +60,36 @@ class Job:
     seconds: float | None = None
     """Of the last attempt."""
     seconds_in_all: float = 0.0
-    """Of all attempts: each goes on from the checkpoint of the one before."""
+    """Of all attempts: each resumes from the checkpoint of the one before."""
     pid: int | None = None
     rungs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Share of its steps -> what it had come to there, in successive halving."""
+    """Share of its steps -> its results there, in successive halving."""
 
     @property
     def is_done(self) -> bool:
-        """It went as far as it was sent."""
+        """Return whether it went as far as it was sent."""
         return self.state in ("finished", "paused")
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Return the name of its folder."""
         return self.folder.name
 
     @property
     def status(self) -> dict[str, Any]:
-        """What the run says of itself; empty before it says anything."""
+        """Return the run's own `status.json`; empty before there is one."""
         return _read_or_empty(self.folder / "status.json")
 
     @property
     def outcome(self) -> str:
-        """State and reason in a few words."""
+        """Return state and reason in a few words."""
         if self.reason is None or self.state == "stopped":
             return self.reason or self.state
         return f"{self.state}: {self.reason}"
 
     @property
     def objective(self) -> float | None:
-        """The number a sweeper optimises, from the run's status or summary."""
+        """Return the number a sweeper optimises, from the run's status or summary."""
         for record in (self.status, _read_or_empty(self.folder / "summary.json")):
             value = record.get("objective")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def command_line(self) -> str:
-        """The command for a shell, with its environment, that runs this job alone."""
+        """Return the command for a shell, with its environment, that runs this job alone."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
@@ -110,13 +110,13 @@ class Job:
         )
 
     def take_over(self, record: Mapping[str, Any]) -> None:
-        """Go on from what `job.json` of an earlier launch says."""
+        """Resume from the `job.json` of an earlier launch."""
         kept = ("number", "state", "attempts", "exit_code", "signal", "reason", "rungs")
         times = ("started", "ended", "seconds", "seconds_in_all")
         for name in (*kept, *times):
             setattr(self, name, record.get(name, getattr(self, name)))
         if self.attempts:
-            # A checkpoint goes on only with the same number of threads, so a job keeps the number it began with.
+            # A checkpoint is resumed only with the same number of threads, so a job keeps the number it began with.
             self.threads = record.get("threads") or self.threads
         if self.state != "finished" and self.status.get("state") == "finished":
             self.state, self.reason = "finished", None  # by the printed command, by hand
@@ -148,8 +148,8 @@ def free_folder(wanted: Path, key: str) -> Path:
     return wanted.with_name(f"{wanted.name}_{key[:6]}")
 
 
-def last_words(log: Path) -> str:
-    """Why a job ended, from the last lines of its output, for a job that says nothing of itself."""
+def last_error(log: Path) -> str:
+    """Return why a job ended, from the last lines of its output, for a job without a status."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
@@ -162,7 +162,7 @@ def last_words(log: Path) -> str:
 
 
 def varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Of each job's overrides, those that not all jobs have."""
+    """Return those of each job's overrides that not all jobs have."""
     everywhere = set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else set()
     return [[override for override in job if override not in everywhere] for job in overrides]
 

@@ -28,26 +28,18 @@ from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import Job, config_hash, earlier_jobs, free_folder, varying
 from agentft.sweeping.runner import Executor, Pool, Rules, Slot, ThisMachine, make_slots, visible_gpus
 
-_OURS = (
-    "hydra.run.dir",
-    "hydra.mode",
-    "hydra.sweep",
-    "hydra.sweeper",
-    "hydra.launcher",
-    "hydra/sweeper",
-    "hydra/launcher",
-)
-"""Overrides that speak of the sweep and not of a job."""
+_OURS = ("hydra.run.dir", "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
+"""How overrides begin that concern the sweep and not a job."""
 
 _EXPLAINED = 5
-"""Failures told at length: when all fail, they fail alike."""
+"""Failures that are explained: when all fail, they fail alike."""
 
 
-_LIBRARIES = {
-    "TrainConfig": ("agentft.config", "agentft.recipes.train", "peft", "transformers.models.auto"),
-    "EvaluateConfig": ("agentft.config", "agentft.recipes.evaluate", "peft", "transformers.models.auto"),
-}
+_RECIPES = {"TrainConfig": "agentft.recipes.train", "EvaluateConfig": "agentft.recipes.evaluate"}
 """Schema of a program's settings -> what its jobs import."""
+
+Say = Callable[[str], None]
+"""Prints a line beside the live table."""
 
 
 # --- Settings of the launchers ---
@@ -71,10 +63,8 @@ class LaunchOptions(Rules):
         """Return the slots for a sweep of so many jobs."""
         raise NotImplementedError
 
-    def make_executor(
-        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Executor:
-        """Return what starts the jobs; `modules` are those that a job imports."""
+    def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
+        """Return what starts the jobs on slots like `slot`; `modules` are those that a job imports."""
         raise NotImplementedError
 
 
@@ -92,10 +82,8 @@ class LocalOptions(LaunchOptions):
     def make_slots(self, jobs: int) -> list[Slot]:
         return make_slots(self.slots, self.gpus_per_job, self.threads_per_job, visible_gpus())
 
-    def make_executor(
-        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Executor:
-        return ThisMachine(modules if self.warm_start else (), slots[0], say)
+    def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
+        return ThisMachine(modules if self.warm_start else (), slot, say)
 
 
 @dataclass(kw_only=True)
@@ -121,9 +109,7 @@ class RayOptions(_QueueOptions):
     gpus_per_job: int = field(default=0, metadata={"minimum": 0, "maximum": 1024})
     """GPUs of one job."""
 
-    def make_executor(
-        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Executor:
+    def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
         from agentft.sweeping.backends import RayCluster
 
         return RayCluster(self.address, threads=self.threads_per_job, gpus=self.gpus_per_job, grace=self.grace)
@@ -153,9 +139,7 @@ class SlurmOptions(_QueueOptions):
     parameters: dict[str, Any] = field(default_factory=dict)
     """Further options of `sbatch` by their long names."""
 
-    def make_executor(
-        self, slots: Sequence[Slot], sweep: Path, modules: Sequence[str], say: Callable[[str], None]
-    ) -> Executor:
+    def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
         from agentft.sweeping.backends import Slurm
 
         return Slurm(self._submitit_parameters(), sweep, local=self.cluster == "local", grace=self.grace)
@@ -205,7 +189,7 @@ def read_options(values: Mapping[str, Any]) -> LaunchOptions:
 
 
 class _FailedJob(JobReturn):
-    """Raises like Hydra's own, without its line on stderr: the reasons have been printed."""
+    """Raises its error like Hydra's own, without a line on stderr: the reasons have been printed."""
 
     @property
     def return_value(self) -> Any:
@@ -241,12 +225,13 @@ def launch(
         waiting = [job for job in distinct if job.state != "finished"]
         display = Display(sweep, distinct, slots)
 
+        recipe = _RECIPES.get(getattr(OmegaConf.get_type(config), "__name__", ""))
         # For a single job, importing once is importing no less.
-        modules = _LIBRARIES.get(getattr(OmegaConf.get_type(config), "__name__", ""), ()) if len(waiting) > 1 else ()
+        modules = ("agentft.config", recipe, "peft", "transformers.models.auto") if recipe and len(waiting) > 1 else ()
         with (
             StopSignals.shared() as signals,
             signals.at_once(),  # one that came while jobs were composed, too; a repetition does not disturb the report
-            contextlib.closing(options.make_executor(slots, sweep, modules, display.say)) as executor,
+            contextlib.closing(options.make_executor(slots[0], sweep, modules, display.say)) as executor,
             display,
         ):
 
@@ -312,7 +297,7 @@ def _plan(
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
-    """Everything but Hydra's own node, resolved; that one cannot be before the job runs."""
+    """Return everything but Hydra's own node, resolved; that one cannot be before the job runs."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(composed)
     try:
@@ -328,7 +313,7 @@ def _plain(value: Any) -> Any:
 
 
 def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> list[str]:
-    """What anybody can type to run this job alone."""
+    """Return what anybody can type to run this job alone."""
     hydra = config.hydra
     flags = []
     for source in hydra.runtime.config_sources:
@@ -340,7 +325,7 @@ def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> list
 
 
 def entry_point() -> list[str]:
-    """Interpreter and program of this process: a script, or a module run with `-m`."""
+    """Return interpreter and program of this process: a script, or a module run with `-m`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         return [sys.executable, "-m", str(spec.name).removesuffix(".__main__")]
@@ -348,19 +333,19 @@ def entry_point() -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """`text` as the value of a Hydra override."""
+    """Return `text` as the value of a Hydra override."""
     if re.fullmatch(r"[A-Za-z_./][\w./-]*/[\w./-]*", text, flags=re.ASCII):
         return text
     return QuotedString(text=text, quote=Quote.double).with_quotes()
 
 
 def readable(path: Path) -> str:
-    """Relative to the working directory where it lies below it."""
+    """Return `path` relative to the working directory where it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Display) -> None:
-    """The table, printed and written; then what failed, why, and how to go on."""
+    """Print and write the table; then print what failed, why, and how to resume."""
     from agentft.compare import write_sweep_tables
 
     try:
@@ -384,7 +369,7 @@ def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Displ
 
 
 def _again(sweep: Path, config: DictConfig) -> str:
-    """The command of this sweep, with its folder named so that finished jobs are found."""
+    """Return the command of this sweep, with its folder named so that finished jobs are found."""
     words = [*entry_point(), *sys.argv[1:]]
     if not any(str(o).startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
         words.append(f"hydra.sweep.dir={quoted(readable(sweep))}")
@@ -392,7 +377,7 @@ def _again(sweep: Path, config: DictConfig) -> str:
 
 
 def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:
-    """What Hydra and its sweepers are told of a job; `failed` are all of the sweep that did not finish."""
+    """Return a job's outcome for Hydra and its sweepers; `failed` are all of the sweep that did not finish."""
     outcome = JobReturn() if job.is_done else _FailedJob()
     outcome.overrides = list(job.overrides)
     outcome.hydra_cfg = OmegaConf.create({"hydra": composed.hydra})

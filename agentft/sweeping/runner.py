@@ -27,7 +27,7 @@ from agentft.runs import utc_now
 from agentft.runtime import available_cores
 from agentft.settings import Settings
 from agentft.signals import STARTED_BY, StopSignals
-from agentft.sweeping.jobs import LOG, Job, last_words
+from agentft.sweeping.jobs import LOG, Job, last_error
 
 POLL_SECONDS = 0.1
 
@@ -44,7 +44,7 @@ class Slot:
 
     number: int
     gpus: tuple[str, ...] | None
-    """As `CUDA_VISIBLE_DEVICES` names them; none of them: no GPU; None: nothing is said to the job."""
+    """As `CUDA_VISIBLE_DEVICES` names them; none of them: no GPU; None: the variable is left as it is."""
     threads: int
 
     def environment(self, threads: int | None = None) -> dict[str, str]:
@@ -114,7 +114,7 @@ class Attempt:
     pid: int | None = None
     """Of the job's process, where it is one of this machine."""
     lost: str | None = None
-    """Why its end is not its own doing: what it ran on is gone."""
+    """The reason, where it ended because what it ran on is gone."""
 
     def __init__(self) -> None:
         self._began: float | None = None
@@ -122,12 +122,12 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Since it was seen to begin; 0 while it waits in a queue."""
+        """Return the seconds since it was seen to begin; 0 while it waits in a queue."""
         return 0.0 if self._began is None else time.monotonic() - self._began
 
     @property
     def stopping(self) -> bool:
-        """Whether it was asked to end."""
+        """Return whether it was asked to end."""
         return self._stop_began is not None
 
     def poll(self) -> int | None:
@@ -285,7 +285,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 @dataclass(kw_only=True)
 class Rules(Settings, group="hydra.launcher", affects="nothing"):
-    """What holds for every job."""
+    """Settings that hold for every job."""
 
     retry: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
     time_limit: float | None = field(default=None, metadata={"above": 0, "maximum": 10**6})
@@ -302,7 +302,7 @@ class _Running:
     slot: Slot
     attempt: Attempt
     status_before: int
-    """mtime of `status.json` at the start, which tells an earlier attempt's word from this one's."""
+    """mtime of `status.json` at the start, which tells an earlier attempt's status from this one's."""
     limit: str | None = None
     """The reason for which it was stopped by us."""
 
@@ -416,7 +416,7 @@ class Pool:
             job.reason = entry.limit
         else:
             # Of a killed job the last line of its log tells how far it was, not why it ended.
-            error = str(own.get("error") or ("" if code < 0 else last_words(job.folder / LOG)))
+            error = str(own.get("error") or ("" if code < 0 else last_error(job.folder / LOG)))
             job.state, job.reason = "failed", f"{words}: {error}" if error else words
         job.write()
         self._seen(job)

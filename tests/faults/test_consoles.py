@@ -44,7 +44,7 @@ def _status(run: Path) -> dict[str, str]:
 def _assert_finished(code: int, run: Path, reason: str) -> None:
     log = (run / "train.log").read_text()
     assert (code, _status(run)["state"]) == (0, "finished"), log[-3000:]
-    assert log.count(f"stderr is gone ({reason}): the work goes on") == 1, log
+    assert log.count(f"stderr is gone ({reason}): the work continues") == 1, log
     assert "Traceback" not in log
     assert log.rstrip().endswith(f"run folder: {run}"), "the log file must go on to the end"
     assert steps_logged(run) == STEPS
@@ -108,7 +108,7 @@ def test_f24_a_closed_terminal_stops_the_training_which_is_saved(tmp_path, ledge
     status, log = _status(run), (run / "train.log").read_text()
     assert status["state"] == "stopped"
     assert f"after step {max(whole_checkpoints(run))} of {STEPS}, which is saved" in status["error"]
-    assert "stderr is gone (Input/output error): the work goes on" in log
+    assert "stderr is gone (Input/output error): the work continues" in log
     assert "Traceback" not in log
     ledger("F24", console="terminal")
 

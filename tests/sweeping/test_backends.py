@@ -108,7 +108,7 @@ def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     Path("job.py").write_text(INTERRUPTED)
     options = read_options({"place": "slurm", "cluster": "local"})
-    executor = options.make_executor(options.make_slots(1), tmp_path, (), print)
+    executor = options.make_executor(options.make_slots(1)[0], tmp_path, (), print)
     job = Job(folder=tmp_path / "0", number=0, config_hash="", overrides=[], swept=[], settings={}, threads=1)
     job.folder.mkdir()
     job.command = [sys.executable, "job.py"]
@@ -137,7 +137,7 @@ def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     values = {"nodes": 2, "gpus_per_node": 4, "threads_per_job": 16, "memory_gb": 64.0, "minutes": 90}
     named = {"partition": "gpu", "account": "lab", "setup": ["module load cuda"], "parameters": {"mail-type": "END"}}
     options = read_options({"place": "slurm"} | values | named)
-    executor = options.make_executor(options.make_slots(3), tmp_path, (), print)
+    executor = options.make_executor(options.make_slots(3)[0], tmp_path, (), print)
     from agentft.sweeping.jobs import Job
 
     job = Job(
