@@ -17,6 +17,7 @@ from agentft.data.sources import ReadReport
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX
 from agentft.data.truncation import TruncationKind
+from agentft.data.workers import policy_of
 from agentft.recipes.config import AuditConfig
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def panels(report: AuditReport) -> Iterator[Panel]:
         yield Panel("Sources", header=("", "weight", "rows", "kept", "shown in an epoch", "held out"), groups=[rows])
     if statistics.fitting:
         policy = report.config.dataset.too_long
-        words = f"dataset.too_long={policy.value}; held-out conversations: {policy.of_heldout.value}"
+        words = f"dataset.too_long={policy.value}; held-out conversations: {policy_of('heldout', policy).value}"
         words += "".join(f"; in neither part: {count:,} {reason}" for reason, count in account.left_out.items())
         rows = _fitting_rows([statistics.fitting.get(part) for part in ("train", "heldout")])
         yield Panel("Fitting to max_length", words, header=("", "training", "held out"), groups=[rows])

@@ -11,16 +11,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from agentft.data.tokens import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
     import torch
+
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,33 +162,53 @@ def step_groups(
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Pad examples on the right to the longest of them."""
-    import torch
-
-    width = max(len(example) for example in examples)
-    ids = np.full((len(examples), width), pad_id, dtype=np.int64)
-    labels = np.full((len(examples), width), IGNORE_INDEX, dtype=np.int64)
+    shape = len(examples), max(len(example) for example in examples)
+    ids, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float32)
     for row, example in enumerate(examples):
         ids[row, : len(example)] = example.input_ids
         labels[row, : len(example)] = example.labels
+        weights[row, : len(example)] = example.loss_weights
+    return _batch(examples, ids, labels, weights)
+
+
+def collate_packed(examples: Sequence[Example]) -> Batch:
+    """Lay examples end to end in one row, without padding; nothing predicts the first token of an example."""
+    import torch
+
+    starts = np.cumsum([0] + [len(example) for example in examples], dtype=np.int32)
+    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
+    weights = np.concatenate([example.loss_weights for example in examples])
+    labels[starts[:-1]], weights[starts[:-1]] = IGNORE_INDEX, 0.0
+    positions = np.concatenate([np.arange(len(example), dtype=np.int64) for example in examples])
+    return replace(
+        _batch(examples, ids[None], labels[None], weights[None]),
+        position_ids_BT=torch.from_numpy(positions)[None],
+        boundaries=torch.from_numpy(starts),
+        longest=max(len(example) for example in examples),
+    )
+
+
+def _batch(examples: Sequence[Example], ids: Ids, labels: Ids, weights: npt.NDArray[np.float32]) -> Batch:
+    """Return the batch of arrays of shape [B, T]; without `weights` where no example has its own."""
+    import torch
+
+    weighed = any(example.span_weights is not None for example in examples)
     targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
-    weights = None
-    if any(example.span_weights is not None for example in examples):
-        weights = np.zeros((len(examples), width), dtype=np.float32)
-        for row, example in enumerate(examples):
-            weights[row, : len(example)] = example.loss_weights
     return Batch(
         ids=tuple(example.id for example in examples),
         input_ids_BT=torch.from_numpy(ids),
         labels_BT=torch.from_numpy(labels),
         tokens=sum(len(example) for example in examples),
         targets=targets,
-        weights_BT=None if weights is None else torch.from_numpy(weights),
-        weight=targets if weights is None else float(weights[:, 1:].sum(dtype=np.float64)),
+        weights_BT=torch.from_numpy(weights) if weighed else None,
+        weight=float(weights[:, 1:].sum(dtype=np.float64)) if weighed else targets,
         predicting_N=torch.from_numpy(_predicting(labels)),
     )
 
 
-def _predicting(labels: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.intp]]:
+def _predicting(labels: Ids) -> npt.NDArray[np.intp]:
     """Places in the flattened labels, shape [B, T], whose successor in the row is labelled."""
     before = np.zeros(labels.shape, dtype=bool)
     before[:, :-1] = labels[:, 1:] != IGNORE_INDEX
@@ -202,32 +226,4 @@ def empty_batch(pad_id: int) -> Batch:
         tokens=0,
         targets=0,
         weight=0,
-    )
-
-
-def collate_packed(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end in one row, without padding; nothing predicts the first token of an example."""
-    import torch
-
-    starts = np.cumsum([0] + [len(example) for example in examples], dtype=np.int32)
-    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
-    labels[starts[:-1]] = IGNORE_INDEX
-    targets = int((labels != IGNORE_INDEX).sum())
-    weights = None
-    if any(example.span_weights is not None for example in examples):
-        weights = np.concatenate([example.loss_weights for example in examples])
-        weights[starts[:-1]] = 0.0
-    return Batch(
-        ids=tuple(example.id for example in examples),
-        input_ids_BT=torch.from_numpy(ids)[None],
-        labels_BT=torch.from_numpy(labels)[None],
-        tokens=len(ids),
-        targets=targets,
-        weights_BT=None if weights is None else torch.from_numpy(weights)[None],
-        weight=targets if weights is None else float(weights.sum(dtype=np.float64)),
-        position_ids_BT=torch.from_numpy(np.concatenate([np.arange(len(e), dtype=np.int64) for e in examples]))[None],
-        boundaries=torch.from_numpy(starts),
-        longest=max(len(example) for example in examples),
-        predicting_N=torch.from_numpy(_predicting(labels[None])),
     )

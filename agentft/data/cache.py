@@ -31,6 +31,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from agentft.cache import cache_root, only_builder
 from agentft.data.config import DatasetConfig
 from agentft.data.files import block_digest
@@ -60,15 +62,16 @@ def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEnc
     sources = source_digests(config)
     if sources is None:
         return None
-    settings = {name: value for name, value in _plain(config).items() if name not in _NOT_IN_KEY}
-    return {
+    ingredients = {
         "sources": sources,
-        "settings": settings,
-        "template": _plain(template) if isinstance(template, MsagentTemplate) else _plain(template.identity),
+        "settings": {name: value for name, value in _as_json(config).items() if name not in _NOT_IN_KEY},
+        "template": template if isinstance(template, MsagentTemplate) else template.identity,
         "tokenizer": encoder.fingerprint(),
         "code": {str(path.relative_to(_PACKAGE)): hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()},
         "versions": {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(ingredients, default=_as_json))
+    return plain
 
 
 def code_is_as_loaded() -> bool:
@@ -81,16 +84,7 @@ def _code() -> Iterator[Path]:
         yield from sorted((_PACKAGE / "data").rglob(pattern))
 
 
-def _process_start() -> float:
-    """Return when this process began, in seconds of `time.time`; now where the system does not say it."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return time.time()
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-
-
-_STARTED = _process_start()
+_STARTED = psutil.Process().create_time()
 """Taken on import: a process that is forked later goes on with the code of the one that imported it."""
 
 
@@ -101,20 +95,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """Return a setting or a layout as JSON; sets in one order, classes by name."""
-    match value:
-        case Enum():
-            return value.name
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case set() | frozenset():
-            return sorted(_plain(item) for item in value)
-        case _ if dataclasses.is_dataclass(value):
-            parts = {part.name: _plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
-            return {"class": type(value).__qualname__, **parts}
-        case _:
-            return value
+def _as_json(value: Any) -> Any:
+    """Return a setting or a layout that `json` cannot write as one that it can; classes by name."""
+    if isinstance(value, Enum):
+        return value.name
+    parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+    return {"class": type(value).__qualname__, **parts}
 
 
 T = TypeVar("T")

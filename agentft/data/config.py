@@ -31,11 +31,6 @@ class TooLong(Enum):
     split = "split"
     """Its rounds are spread over several examples, each with as much of the context before as fits."""
 
-    @property
-    def of_heldout(self) -> TooLong:
-        """What the held-out part does: a round that training would leave out is still a question of the exam."""
-        return TooLong.drop if self is TooLong.drop else TooLong.split
-
 
 class Format(StrEnum):
     """How records are laid out; see `agentft.data.formats`."""

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,15 +67,14 @@ FileItem = tuple[int, Any] | tuple[int, "FileFlaw"]
 """Line or row number, and the value or why there is none."""
 
 
+@dataclass(frozen=True, slots=True)
 class FileFlaw:
-    """Why a line, a row or the rest of a file holds no value; `counted_only`: blank, no quarantine needed."""
+    """Why a line, a row or the rest of a file holds no value."""
 
-    __slots__ = ("counted_only", "detail", "reason")
-
-    def __init__(self, reason: str, detail: str, *, counted_only: bool = False) -> None:
-        self.reason = reason
-        self.detail = detail
-        self.counted_only = counted_only
+    reason: str
+    detail: str
+    counted_only: bool = False
+    """Blank: it needs no quarantine."""
 
 
 def data_suffix(path: Path) -> str | None:

@@ -122,7 +122,7 @@ def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
     with np.load(folder / ORDER) as order:
         train, heldout, pieces = (order[part] for part in ("train", "heldout", "pieces"))
     return PreparedData(
-        train=examples.chosen(train, config.span_weights),
+        train=examples.chosen(train).weighed(config.span_weights),
         heldout=StoredConversations(folder / PIECES, pieces),
         heldout_examples=examples.chosen(heldout),
         train_tools=frozenset(about["train_tools"]),

@@ -16,10 +16,11 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from copy import copy
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, Span, weigh
 
 Rows = npt.NDArray[np.int64]
+T = TypeVar("T", covariant=True)
 
 _LETTERS: dict[type, str] = {Text: "t", Call: "c", Observation: "o"}
 
@@ -113,12 +115,39 @@ class ConversationWriter:
 
 
 def index_of(path: Path) -> Path:
-    """Where the file of starts of a file of conversations lies."""
+    """Return where the file of starts of a file of conversations lies."""
     return path.with_name(path.name + ".npy")
 
 
-class StoredConversations(Sequence[Conversation]):
-    """The conversations of a file, in the order of `rows`; each is read when it is asked for."""
+class _Stored(Sequence[T]):
+    """Rows of files in an order in which a row may occur again; each is read when it is asked for."""
+
+    _rows: Rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> T | Self:
+        return self.chosen(self._rows[index]) if isinstance(index, slice) else self._read(int(self._rows[index]))
+
+    def chosen(self, rows: Rows) -> Self:
+        """Return other rows of the same files."""
+        other = copy(self)
+        other._rows = rows
+        return other
+
+    def _read(self, row: int) -> T:
+        raise NotImplementedError
+
+
+class StoredConversations(_Stored[Conversation]):
+    """The conversations of a file."""
 
     def __init__(self, path: Path, rows: Rows | None = None) -> None:
         """Open `path`, which `ConversationWriter` wrote; `rows`: which of it in which order, default all."""
@@ -126,35 +155,16 @@ class StoredConversations(Sequence[Conversation]):
         self._file = path.open("rb")  # and not mapped: pages read here and there would stay and count as memory
         self._rows = np.arange(len(self._starts) - 1) if rows is None else rows
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> StoredConversations: ...
-
-    def __getitem__(self, index: int | slice) -> Conversation | StoredConversations:
-        if isinstance(index, slice):
-            return self.chosen(self._rows[index])
-        return from_line(self.line(index))
-
     def line(self, index: int) -> bytes:
-        """A conversation as it is stored."""
-        row = self._rows[index]
+        """Return a conversation as it is stored."""
+        return self._line(int(self._rows[index]))
+
+    def _read(self, row: int) -> Conversation:
+        return from_line(self._line(row))
+
+    def _line(self, row: int) -> bytes:
         start, stop = self._starts[row : row + 2].tolist()
         return os.pread(self._file.fileno(), stop - start, start)
-
-    def __iter__(self) -> Iterator[Conversation]:
-        for index in range(len(self)):
-            yield self[index]
-
-    def chosen(self, rows: Rows) -> StoredConversations:
-        """Other rows of the same file."""
-        other = object.__new__(StoredConversations)
-        other._starts, other._file, other._rows = self._starts, self._file, rows
-        return other
 
 
 _COLUMNS = ("token", "span", "name", "context_rounds", "trained", "steps")
@@ -175,7 +185,7 @@ class PackedExample(NamedTuple):
 
 
 def stored_id_type(largest_id: int) -> type[np.uint16 | np.uint32]:
-    """In which ids are stored, of a vocabulary whose greatest id is `largest_id`."""
+    """Return in which type ids are stored, of a vocabulary whose greatest id is `largest_id`."""
     return np.uint16 if largest_id < 2**16 else np.uint32
 
 
@@ -223,57 +233,39 @@ class ExampleWriter:
         np.save(self._folder / "examples.npy", np.asarray(self._table, dtype=np.int64).reshape(-1, len(_COLUMNS)))
 
 
-class StoredExamples(Sequence[Example]):
-    """The examples of a folder in the order of `rows`, in which a row may occur again; each is read when asked for."""
+class StoredExamples(_Stored[Example]):
+    """The examples of a folder."""
 
-    def __init__(self, folder: Path, rows: Rows | None = None, weights: SpanWeights | None = None) -> None:
-        """Open what `ExampleWriter` wrote; `rows`: which of it in which order, default all; `weights` of their spans."""
+    def __init__(self, folder: Path) -> None:
+        """Open what `ExampleWriter` wrote, in the order in which it was."""
         table: npt.NDArray[np.int64] = np.load(folder / "examples.npy")
-        id_type = np.dtype(f"u{table[-1, -1]}")
         self._table = table
-        self._ids = _mapped(folder / "ids.bin", id_type)
+        self._ids = _mapped(folder / "ids.bin", np.dtype(f"u{table[-1, -1]}"))
         self._spans = _mapped(folder / "spans.bin", np.dtype(np.int32)).reshape(-1, _SPAN_NUMBERS)
         self._names = _mapped(folder / "names.bin", np.dtype(np.uint8))
-        self._rows = np.arange(len(table) - 1) if rows is None else rows
-        self._weights = weights
+        self._rows = np.arange(len(table) - 1)
+        self._weights: SpanWeights | None = None
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def weighed(self, weights: SpanWeights) -> StoredExamples:
+        """Return the same examples with their spans weighed."""
+        other = copy(self)
+        other._weights = weights
+        return other
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> StoredExamples: ...
-
-    def __getitem__(self, index: int | slice) -> Example | StoredExamples:
-        if isinstance(index, slice):
-            return self.chosen(self._rows[index])
-        row = self._rows[index]
-        token, span, _, context_rounds, _, _ = self._table[row].tolist()
-        token_end, span_end = self._table[row + 1, :2].tolist()
+    def _read(self, row: int) -> Example:
+        token, span, name, context_rounds, _, _ = self._table[row].tolist()
+        token_end, span_end, name_end = self._table[row + 1, :3].tolist()
         example = Example(
-            id=self._name(row),
+            id=self._names[name:name_end].tobytes().decode(),
             input_ids=self._ids[token:token_end].astype(np.int32),
             spans=tuple(Span(start, stop, _KINDS[kind]) for start, stop, kind in self._spans[span:span_end].tolist()),
             context_rounds=context_rounds,
         )
         return example if self._weights is None else weigh(example, self._weights)
 
-    def __iter__(self) -> Iterator[Example]:
-        for index in range(len(self)):
-            yield self[index]
-
-    def chosen(self, rows: Rows, weights: SpanWeights | None = None) -> StoredExamples:
-        """Other rows of the same files, their spans weighed by `weights` if given."""
-        other = object.__new__(StoredExamples)
-        other._table, other._ids, other._spans, other._names = self._table, self._ids, self._spans, self._names
-        other._rows, other._weights = rows, weights or self._weights
-        return other
-
     @property
     def ids(self) -> list[str]:
-        """The names of the examples, in order."""
+        """Names of the examples, in order."""
         names = self._names.tobytes()
         starts, stops = self._table[self._rows, 2].tolist(), self._table[self._rows + 1, 2].tolist()
         return [names[start:stop].decode() for start, stop in zip(starts, stops, strict=True)]
@@ -294,13 +286,10 @@ class StoredExamples(Sequence[Example]):
         """How often the agent speaks in all examples."""
         return int(self._table[self._rows, 5].sum())
 
-    def _name(self, row: Any) -> str:
-        return self._names[self._table[row, 2] : self._table[row + 1, 2]].tobytes().decode()
-
 
 _KINDS = {int(kind): kind for kind in SpanKind}
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The numbers of a file, read when they are touched; an empty file cannot be mapped."""
+    """Return the numbers of a file, read when they are touched; an empty file cannot be mapped."""
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)

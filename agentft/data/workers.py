@@ -288,7 +288,10 @@ class RowWork:
 
     def _make(self, wanted: Sequence[tuple[Conversation, str]]) -> Iterator[Made]:
         fitter = Truncator(self.template, self.encoder, self.config.max_length)
-        parts = ((_to_ask(each) if part == "heldout" else each, self._too_long(part)) for each, part in wanted)
+        parts = (
+            (_to_ask(each) if part == "heldout" else each, policy_of(part, self.config.too_long))
+            for each, part in wanted
+        )
         fitted = fitter.fit(list(parts))
         id_type = stored_id_type(self.encoder.largest_id)
         for each, (_, part) in zip(fitted, wanted, strict=True):
@@ -304,9 +307,13 @@ class RowWork:
                 each.problem and Rejection(each.original.origin, *each.problem, id=each.original.id),
             )
 
-    def _too_long(self, part: str) -> TooLong:
-        how = self.config.too_long
-        return how if part == "train" else how.of_heldout
+
+def policy_of(part: str, too_long: TooLong) -> TooLong:
+    """Return what a part does with long conversations.
+
+    A round that training would leave out is still asked in the evaluation: held-out conversations are split unless dropped.
+    """
+    return too_long if part == "train" or too_long is TooLong.drop else TooLong.split
 
 
 def _to_ask(conversation: Conversation) -> Conversation:

@@ -68,7 +68,7 @@ def test_an_example_comes_back_equal_whatever_the_width_of_its_ids(
     stored = StoredExamples(tmp_path)
     for row, example in zip(rows, examples, strict=True):
         assert_equal(stored[row], example)
-    chosen = stored.chosen(np.array([3, 1, 3]), WEIGHTS)
+    chosen = stored.chosen(np.array([3, 1, 3])).weighed(WEIGHTS)
     assert_equal(chosen[0], weigh(examples[3], WEIGHTS))
     assert [example.id for example in chosen[1:]] == chosen.ids[1:] == [examples[1].id, examples[3].id]
     assert chosen.lengths.tolist() == [len(examples[k]) for k in (3, 1, 3)]
