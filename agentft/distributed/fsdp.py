@@ -7,6 +7,7 @@ bf16 and adapters in fp32 live in one block.
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -61,13 +62,13 @@ class FsdpEngine(ShardedEngine):
         mesh = init_device_mesh(kind, (self.world.size,))
         dtype = sharded_dtype(objective)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-        self._blocks: list[Any] = blocks_of(self.model, self.name)
-        for block in self._blocks:
+        self._blocks = blocks = typing.cast("list[Any]", blocks_of(self.model, self.name))
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
         # What a backward pass gathers ahead follows from the passes before it otherwise, evaluation's too, and a rank that
         # had nothing to evaluate would then gather other weights than the rest. The first block has none before it.
-        for before, block in zip([self._blocks[0], *self._blocks], self._blocks, strict=False):
+        for before, block in zip([blocks[0], *blocks], blocks, strict=False):
             block.set_modules_to_backward_prefetch([before])
         _cast_shards(objective, frozen)
         # Evaluation runs blocks before the whole has run once, which alone makes the root known publicly.
