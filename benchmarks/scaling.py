@@ -1,9 +1,9 @@
 """Memory and communication of every engine for 7B, 14B and 72B on 1, 8 and 64 devices: the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py [--check | --measure]
+    python benchmarks/scaling.py [--measure]
 
 The parts of one device's memory come from `agentft.model.memory`; which of them an engine divides by the devices, and what it
-sends, is said below and in docs/scaling.md. `--check` counts the parameters of the same models on torch's meta device.
+sends, is said below and in docs/scaling.md.
 `--measure` runs two ranks of every engine on the CPU, a small Llama in fp32, two micro-batches a step, and sets what one of
 them holds and sends beside the formulae: bytes of weights and moments as the engine keeps them, and bytes written to sockets
 as the system counts them (`wchar` of /proc/self/io; gloo writes nothing else).
@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 
-from agentft.model.config import Dtype, FullConfig, LoraConfig  # noqa: E402
-from agentft.model.memory import MemoryEstimate, ModelShape, estimate_memory, model_shape  # noqa: E402
+from agentft.model.adapters import count_parameters  # noqa: E402
+from agentft.model.config import Dtype, FullConfig, LoraConfig, ModelConfig  # noqa: E402
+from agentft.model.memory import MemoryEstimate, Workload, estimate_memory, planned_model  # noqa: E402
 
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False}
 MODELS: dict[str, dict[str, Any]] = {
@@ -64,21 +65,14 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LENGTH = 2048
 
 
-def parts(model: str, method: str) -> tuple[ModelShape, MemoryEstimate]:
-    """Return what one device holds without any sharing: bf16, one row of 2,048 tokens, activations recomputed."""
-    estimate = estimate_memory(
-        MODELS[model],
-        LORA if method == "lora" else FULL,
-        lora_targets=TARGETS,
-        dtype=Dtype.bf16,
-        max_length=LENGTH,
-        per_device_batch_size=1,
-        checkpointing=True,
-    )
-    return model_shape(MODELS[model]), estimate
+def parts(name: str, method: str) -> tuple[Any, MemoryEstimate]:
+    """Return a model without weights and what one device holds without sharing: bf16, 2,048 tokens, activations recomputed."""
+    model = planned_model(MODELS[name])
+    config, sft = ModelConfig(name=name, lora_targets=TARGETS), LORA if method == "lora" else FULL
+    return model, estimate_memory(model, config, sft, Workload(LENGTH), dtype=Dtype.bf16, checkpointing=True)
 
 
-def memory(engine: str, shape: ModelShape, whole: MemoryEstimate, devices: int) -> float:
+def memory(engine: str, model: Any, whole: MemoryEstimate, devices: int) -> float:
     """Return the bytes of one device."""
     shared = {"ddp": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2}.get(engine, 3)
     masters = whole.trained / (devices if shared >= 1 else 1)
@@ -87,8 +81,8 @@ def memory(engine: str, shape: ModelShape, whole: MemoryEstimate, devices: int) 
     weights = whole.weights / (devices if shared >= 3 else 1)
     if shared >= 3 and (devices > 1 or engine == "zero3_offload"):
         # What is gathered at a time: a block, the one fetched ahead of it, embedding and head.
-        block = sum(a * b for a, b in shape.linear_layers.values())
-        weights += 2 * (2 * block + 2 * shape.vocab * shape.hidden)
+        block = count_parameters(model.get_decoder().layers[0]).total
+        weights += 2 * (2 * block + 2 * model.get_input_embeddings().weight.numel())
     if engine.endswith("offload"):
         optimizer = masters = 0
     if engine == "zero3_offload":
@@ -116,12 +110,12 @@ def tables() -> str:
     """Return the tables in Markdown."""
     lines = []
     for method in ("lora", "full"):
-        for model in MODELS:
-            shape, whole = parts(model, method)
+        for name in MODELS:
+            model, whole = parts(name, method)
             lines += [
                 "",
-                f"**{model}, {method}** ({shape.parameters / 1e9:.2f} billion parameters): GB of one device; GB it sends in a "
-                "step + in each micro-batch",
+                f"**{name}, {method}** ({count_parameters(model).total / 1e9:.2f} billion parameters): GB of one device; "
+                "GB it sends in a step + in each micro-batch",
                 "",
                 "| engine | " + " | ".join(f"{n} device{'s' * (n > 1)}" for n in DEVICES) + " |",
                 "|---" * (len(DEVICES) + 1) + "|",
@@ -129,24 +123,11 @@ def tables() -> str:
             for engine in ENGINES:
                 cells = []
                 for devices in DEVICES:
-                    held = memory(engine, shape, whole, devices) / 1e9
+                    held = memory(engine, model, whole, devices) / 1e9
                     end, each = (value / 1e9 for value in traffic(engine, whole, method, devices))
                     cells.append(f"{held:,.1f}" + (f"; {end:.2f} + {each:.1f}" if devices > 1 else ""))
                 lines.append(f"| {engine} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def check() -> None:
-    """Compare the parameters counted from config.json with those of the real classes on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    for name, settings in MODELS.items():
-        known = {key: value for key, value in settings.items() if key != "model_type"}
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(Qwen2Config(**known))
-        counted, real = model_shape(settings).parameters, sum(p.numel() for p in model.parameters())
-        print(f"{name}: {counted:,} counted, {real:,} on the meta device, difference {counted - real}")
 
 
 MEASURED = {
@@ -244,12 +225,9 @@ def measure() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
     parser.add_argument("--measure", action="store_true")
     given = parser.parse_args()
-    if given.check:
-        check()
-    elif given.measure:
+    if given.measure:
         measure()
     else:
         print(tables())

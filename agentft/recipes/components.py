@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from agentft import runtime
 from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
-from agentft.distributed.config import DistributedConfig
+from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import make_engine
+from agentft.errors import ModelError
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.config import (
     Attention,
@@ -32,15 +34,104 @@ from agentft.model.cpu.attention import attention_of
 from agentft.model.cpu.native import Kernels
 from agentft.model.cuda import LigerKernels
 from agentft.model.labelled_loss import LabelledLoss, causal_model
-from agentft.model.load import ChatTokenizer, Compute, load_model, take_attention
-from agentft.model.sources import ModelFiles
+from agentft.model.load import ChatTokenizer, Compute, load_model, resolve_dtype, take_attention
+from agentft.model.memory import (
+    DeviceMemory,
+    Fit,
+    MemoryEstimate,
+    Workload,
+    device_memory,
+    estimate_memory,
+    judge,
+    planned_model,
+)
+from agentft.model.sources import ModelFiles, model_settings
 from agentft.recipes.config import deciding
 from agentft.recipes.probe import Ways, ask_stock, probe
-from agentft.training.config import TrainingConfig
+from agentft.training.config import MemoryCheck, TrainingConfig
 from agentft.training.engine import Engine
 from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a training is expected to need, and whether it therefore computes activations twice."""
+
+    estimate: MemoryEstimate | None
+    """None where there is none."""
+    checkpointing: bool
+
+
+def plan_memory(
+    config: ModelConfig,
+    sft: SftConfig,
+    work: Workload,
+    device: runtime.Device,
+    *,
+    check: MemoryCheck,
+    checkpointing: bool | None,
+) -> MemoryPlan:
+    """Say what the training needs at its peak, and choose gradient checkpointing where that is left open.
+
+    It is then used on CUDA alone: where the estimate does not fit without it, or there is no estimate.
+
+    Raises:
+        ModelError: it cannot fit by far, and `check` is `refuse`; or the model has no config.json.
+    """
+    without_estimate = MemoryPlan(None, device.is_cuda if checkpointing is None else checkpointing)
+    if check is MemoryCheck.off:
+        return without_estimate
+    settings = model_settings(config)
+    dtype = resolve_dtype(config.dtype, device)
+    memory = device_memory(device)
+    if memory is not None and not device.is_cuda:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
+        memory = DeviceMemory(memory.free // here, memory.total // here)
+    try:
+        model = planned_model(settings)
+        estimates = {
+            twice: estimate_memory(model, config, sft, work, dtype=dtype, checkpointing=twice)
+            for twice in (False, True)
+        }
+    except ModelError as error:
+        log.info("%s", error)
+        return without_estimate
+    if checkpointing is None:
+        checkpointing = False  # on a CPU time is what lacks
+        if device.is_cuda:
+            fit, line = judge(estimates[False], memory, device.name)
+            checkpointing = fit is not Fit.fits
+            log.info("training.gradient_checkpointing=null: %s", f"on; without it {line}" if checkpointing else "off")
+    fit, line = judge(estimates[checkpointing], memory, device.name)
+    if fit is Fit.impossible and check is MemoryCheck.refuse:
+        raise ModelError(
+            f"{line}. The estimate is for batches of full length; training.memory_check=warn goes on anyway"
+        )
+    log.log(logging.INFO if fit is Fit.fits else logging.WARNING, "%s", line)
+    return MemoryPlan(estimates[checkpointing], checkpointing)
+
+
+def workload(
+    distributed: DistributedConfig, training: TrainingConfig, *, max_length: int, device: runtime.Device
+) -> Workload:
+    """Return what one device of a training has to hold, by the engine and the batch."""
+    zero = distributed.deepspeed.get("zero_optimization") or {}
+
+    def leaves(offload: object) -> bool:
+        return isinstance(offload, dict) and offload.get("device", "none") != "none"
+
+    return Workload(
+        max_length=max_length,
+        per_device_batch_size=training.per_device_batch_size,
+        compiles=training.compile,
+        on_cpu=not device.is_cuda,
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+        zero_stage=3 if distributed.engine is EngineKind.fsdp else int(zero.get("stage", 0)),
+        offloads_optimizer=leaves(zero.get("offload_optimizer")),
+        offloads_weights=leaves(zero.get("offload_param")),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,15 @@ from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import count_parameters
 from agentft.model.load import choose_compute, load_chat_tokenizer
-from agentft.recipes.components import TrainingComponents, load_components, run_fingerprint, set_up_engine
+from agentft.recipes.components import (
+    MemoryPlan,
+    TrainingComponents,
+    load_components,
+    plan_memory,
+    run_fingerprint,
+    set_up_engine,
+    workload,
+)
 from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.evaluation_run import (
     EvalModel,
@@ -39,7 +47,6 @@ from agentft.recipes.evaluation_run import (
     run_evaluation,
 )
 from agentft.recipes.export import write_final
-from agentft.recipes.memory_check import Load, MemoryPlan, plan_memory, sharding
 from agentft.recipes.ranks import (
     find_places,
     is_spread,
@@ -260,12 +267,7 @@ def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, Tr
     memory = plan_memory(
         config.model,
         config.sft_type,
-        Load(
-            config.dataset.max_length,
-            config.training.per_device_batch_size,
-            sharding(config.distributed),
-            config.training.compile,
-        ),
+        workload(config.distributed, config.training, max_length=config.dataset.max_length, device=device),
         device,
         check=config.training.memory_check,
         checkpointing=config.training.gradient_checkpointing,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 
@@ -10,12 +9,13 @@ import pytest
 
 from agentft import runtime
 from agentft.config import compose, register_schemas, to_train_config
+from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.errors import ModelError
 from agentft.model.config import Dtype, RandomShape
-from agentft.model.memory import DeviceMemory
+from agentft.model.memory import DeviceMemory, estimate_memory, planned_model
 from agentft.model.sources import random_folder
-from agentft.recipes import memory_check
-from agentft.recipes.memory_check import Load, MemoryPlan, estimate_training, plan_memory, sharding
+from agentft.recipes import components
+from agentft.recipes.components import MemoryPlan, plan_memory, workload
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.runtime import Device
@@ -49,11 +49,12 @@ def config(tmp_path, *overrides):
 
 def check_memory(config, device=None) -> MemoryPlan:
     """Plan the memory of a composed training as the recipe does."""
+    device = device or runtime.set_up(1)
     return plan_memory(
         config.model,
         config.sft_type,
-        Load(config.dataset.max_length, config.training.per_device_batch_size),
-        device or runtime.set_up(1),
+        workload(config.distributed, config.training, max_length=config.dataset.max_length, device=device),
+        device,
         check=config.training.memory_check,
         checkpointing=config.training.gradient_checkpointing,
     )
@@ -92,10 +93,10 @@ def test_the_check_can_be_a_warning_or_nothing(tmp_path, hub, caplog):
 
 
 def test_an_architecture_that_is_not_counted_says_so_and_goes_on(tmp_path, hub, caplog):
-    hub.files["config.json"] = b'{"model_type": "mamba"}'
+    hub.files["config.json"] = b'{"model_type": "unheard"}'
     with caplog.at_level(logging.INFO):
         assert check_memory(config(tmp_path, *FROM_HUB)).estimate is None
-    assert "no memory estimate for model_type 'mamba'" in caplog.text
+    assert "no memory estimate for model_type 'unheard'" in caplog.text
 
 
 def test_a_run_from_a_hub_records_commit_and_estimate(tmp_path, hub):
@@ -106,14 +107,6 @@ def test_a_run_from_a_hub_records_commit_and_estimate(tmp_path, hub):
     assert "memory: weights" in (run / "train.log").read_text(encoding="utf-8")
 
 
-@dataclasses.dataclass
-class _Engine:
-    """The settings of an engine that the check reads."""
-
-    engine: str
-    deepspeed: dict = dataclasses.field(default_factory=dict)
-
-
 SEVEN_BILLION = {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 3584, "num_hidden_layers": 28}
 SEVEN_BILLION |= {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18_944}
 
@@ -122,23 +115,34 @@ def _zero(stage, **offload):
     return {"zero_optimization": {"stage": stage, **{name: {"device": "cpu"} for name in offload}}}
 
 
+def _zero(stage, **offload):
+    return {"zero_optimization": {"stage": stage, **{name: {"device": "cpu"} for name in offload}}}
+
+
 @pytest.mark.parametrize(
-    ("engine", "gigabytes"),
+    ("engine", "deepspeed", "gigabytes"),
     [
-        (_Engine("ddp"), 140),
-        (_Engine("fsdp"), 24),
-        (_Engine("deepspeed", _zero(1)), 90),
-        (_Engine("deepspeed", _zero(2)), 60),
-        (_Engine("deepspeed", _zero(3)), 24),
-        (_Engine("deepspeed", _zero(3, offload_optimizer=1, offload_param=1)), 5),
+        ("ddp", {}, 140),
+        ("fsdp", {}, 24),
+        ("deepspeed", _zero(1), 90),
+        ("deepspeed", _zero(2), 60),
+        ("deepspeed", _zero(3), 24),
+        ("deepspeed", _zero(3, offload_optimizer=1, offload_param=1), 5),
     ],
     ids=["ddp", "fsdp", "zero1", "zero2", "zero3", "offload"],
 )
-def test_eight_ranks_need_what_their_engine_leaves_on_each(engine, gigabytes, tmp_path, monkeypatch):
+def test_eight_ranks_need_what_their_engine_leaves_on_each(engine, deepspeed, gigabytes, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     wanted = config(tmp_path, "sft_type=full", "model=qwen2.5-7b", "training.gradient_checkpointing=true")
-    load, card = Load(wanted.dataset.max_length, sharding=sharding(engine)), Device("cuda", "a card", 8)
-    found = estimate_training(SEVEN_BILLION, wanted.model, wanted.sft_type, load, card, checkpointing=True).total / 1e9
+    distributed, card = (
+        DistributedConfig(name="any", engine=EngineKind[engine], deepspeed=deepspeed),
+        Device("cuda", "a card", 8),
+    )
+    work = workload(distributed, wanted.training, max_length=wanted.dataset.max_length, device=card)
+    model = planned_model(SEVEN_BILLION)
+    found = (
+        estimate_memory(model, wanted.model, wanted.sft_type, work, dtype=Dtype.bf16, checkpointing=True).total / 1e9
+    )
     assert 0.6 * gigabytes < found < 1.15 * gigabytes
 
 
@@ -150,10 +154,10 @@ def test_activations_are_computed_twice_on_a_gpu_where_memory_asks_for_it(
     free, asked, wanted, tmp_path, monkeypatch, caplog
 ):
     """7B by LoRA, 2,048 tokens: 16 GB with checkpointing, above 30 without."""
-    monkeypatch.setattr(memory_check, "resolve_dtype", lambda dtype, device: Dtype.bf16)
-    monkeypatch.setattr(memory_check, "model_settings", lambda model: SEVEN_BILLION)
+    monkeypatch.setattr(components, "resolve_dtype", lambda dtype, device: Dtype.bf16)
+    monkeypatch.setattr(components, "model_settings", lambda model: SEVEN_BILLION)
     known = None if free is None else DeviceMemory(free * 10**9, 80 * 10**9)
-    monkeypatch.setattr(memory_check, "device_memory", lambda device: known)
+    monkeypatch.setattr(components, "device_memory", lambda device: known)
     seven = config(tmp_path, "model=qwen2.5-7b", "sft_type=lora", f"training.gradient_checkpointing={asked}")
     with caplog.at_level(logging.INFO):
         plan = check_memory(seven, Device("cuda", "a card", 8))
