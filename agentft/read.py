@@ -43,7 +43,7 @@ def scored_rows(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a file of predictions, scored by this version of agentft whatever scores they hold.
 
     Raises:
-        EvaluationError: the file is no exam.
+        EvaluationError: the file cannot be scored.
     """
     scores = score_records(read_records(file))
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

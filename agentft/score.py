@@ -5,7 +5,7 @@ One JSON object a line and step: `conversation_id` (a string, or an integer that
 of a family in `agentft/data/responses`; optionally `offered` (tool
 names, or objects with `name` and `parameters`), `after_call`, `language`, `rounds`, `seen_tool`, `piece_of` (id of the
 whole, where a long conversation was asked in pieces: they are drawn together for the intervals). `-` reads standard
-input. Ends with status 1 and one line `file:line: ...` where the file is no exam.
+input. Ends with status 1 and one line `file:line: ...` where the file cannot be scored.
 """
 
 from __future__ import annotations

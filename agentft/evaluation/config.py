@@ -1,4 +1,4 @@
-"""Define the settings of the group `evaluation`: what is measured, and how answers are generated.
+"""Define the settings of the group `evaluation`: what is measured, and how completions are generated.
 
 Their formulae stand in `agentft.evaluation.definitions`; a test holds the two together.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from agentft.errors import ConfigError
-from agentft.settings import SEED, Settings, affects
+from agentft.settings import SEED, Settings
 
 BEST_METRICS = (
     *("loss", "tool_acc", "tool_precision", "tool_f1", "param_em", "param_em_given_tool", "param_em_lenient"),
@@ -25,18 +25,18 @@ BEST_METRICS = (
 
 
 class Mode(StrEnum):
-    """What a model is given, and what is read off it."""
+    """How a model is measured."""
 
     teacher_forced = "teacher_forced"
-    """Each step is answered with the complete reference history before it: the headline."""
+    """Each step is completed with the complete reference history before it: the headline."""
     replay = "replay"
-    """The model's own words stay in the history; recorded tool results are fed while its calls match."""
+    """The model's own completions stay in the history; recorded tool results are fed while its calls match."""
     likelihood = "likelihood"
     """Nothing is generated: loss and perplexity of the references, by kind of token."""
 
 
 class Engine(StrEnum):
-    """Who answers."""
+    """What generates the completions."""
 
     transformers = "transformers"
     """The run's model, in this process."""
@@ -53,7 +53,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     mode: Mode = Mode.teacher_forced
     """How `evaluate.py` measures; a training measures teacher-forced before and after, and likelihood on its way."""
     engine: Engine = field(default=Engine.transformers, metadata={"affects": "answers"})
-    """Who answers in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
+    """What generates in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
     eval_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
     """Training steps between evaluations of the held-out loss; 0: never during training."""
     before: bool = True
@@ -61,29 +61,29 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     after: bool = True
     """Generate and score at the end of training."""
     conversations: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
-    """Held-out conversations that are answered, the first of the held-out order; -1: all."""
+    """Held-out conversations that are evaluated, the first of the held-out order; -1: all."""
     conversations_during: int = field(default=0, metadata={"advanced": True, "minimum": 0, "maximum": 10**9})
-    """Held-out conversations answered at each evaluation of a training; 0: 16, none if `best_metric=loss`."""
+    """Held-out conversations generated for at each evaluation of a training; 0: 16, none if `best_metric=loss`."""
     batch: int = field(default=8, metadata={"minimum": 1, "maximum": 10**5, "affects": "nothing"})
-    """Answers generated at once; for `engine=openai`, requests under way at once."""
+    """Sequences generated at once; for `engine=openai`, concurrent requests."""
     max_new_tokens: int = field(default=512, metadata={"minimum": 1, "maximum": 10**6, "affects": "answers"})
-    """An answer is cut here, which is counted."""
+    """Longest completion, in tokens; the log says how many were cut."""
     speculation: int = field(
         default=16, metadata={"advanced": True, "minimum": 0, "maximum": 1024, "affects": "nothing"}
     )
-    """Tokens that are guessed ahead from what was said before, and checked at once; 0: none. Answers are the same."""
+    """Tokens drafted ahead by prompt look-up and checked in one pass; 0: none. Completions are the same."""
     best_metric: str = "arg_f1"
-    """Decides the best checkpoint: a metric of answers, generated during training, or `loss`. The loss decides ties."""
+    """Decides the best checkpoint: a metric of completions, generated during training, or `loss`, which decides ties."""
     patience: int = field(default=0, metadata={"minimum": 0, "maximum": 10**6})
     """Training ends after so many evaluations in a row that were no better; 0: never early."""
     bootstrap_samples: int = field(default=10_000, metadata={"advanced": True, "minimum": 1, "maximum": 10**6})
-    """Bootstrap draws over conversations for the 95 % intervals."""
+    """Bootstrap resamples over conversations for the 95 % intervals."""
     seed: int = field(default=0, metadata={"advanced": True, **SEED})
     """Seed of the bootstrap."""
     allow_bad_references: bool = field(default=False, metadata={"advanced": True})
-    """Go on when a reference call cannot be read; it is listed and left out of the scores."""
+    """Continue when a reference call cannot be read; it is listed and left out of the scores."""
     examples: int = field(default=2, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
-    """Example answers shown side by side at the end."""
+    """Example completions shown side by side at the end."""
     base_url: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
     """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
     served_model: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
@@ -112,13 +112,13 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
 
     @property
     def generates_during_training(self) -> int:
-        """Held-out conversations answered at each evaluation during training."""
+        """Held-out conversations generated for at each evaluation during training."""
         if self.conversations_during or self.best_metric == "loss":
             return self.conversations_during
         return 16 if self.conversations < 0 else min(16, self.conversations)
 
     def rank(self, measured: Mapping[str, float]) -> list[float] | None:
-        """Return what evaluations during training are ordered by, the larger the better; None: of no worth.
+        """Return what evaluations during training are ordered by, the larger the better; None where the loss is NaN.
 
         First whether `best_metric` has a value (0/0 has none), then the value, then minus the loss.
         """
@@ -130,17 +130,17 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
         value = measured.get(self.best_metric)
         return [0.0, 0.0, -loss] if value is None else [1.0, value, -loss]
 
-    def decides_answers(self) -> dict[str, Any]:
-        """Return the settings that affect an answer, without those that are null."""
-        deciding = [name for name, affected in affects(type(self)).items() if affected == "answers"]
+    def decides_completions(self) -> dict[str, Any]:
+        """Return the settings that affect a completion, without those that are null."""
+        deciding = [each.name for each in fields(self) if each.metadata.get("affects") == "answers"]
         return {name: value for name in deciding if (value := getattr(self, name)) is not None}
 
     def request_fields(self) -> dict[str, object]:
-        """What `request` lays over each request."""
+        """Return what `request` lays over each request."""
         return _json_object("request", self.request)
 
     def vllm_arguments(self) -> dict[str, object]:
-        """What `vllm_options` adds."""
+        """Return what `vllm_options` adds."""
         arguments = _json_object("vllm_options", self.vllm_options)
         if "trust_remote_code" in arguments:
             raise ConfigError("evaluation.vllm_options: trust_remote_code is given as model.trust_remote_code=true")
@@ -149,12 +149,12 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
 
 def _json_object(name: str, text: str | None) -> dict[str, object]:
     try:
-        fields = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except ValueError as error:
         raise ConfigError(f"evaluation.{name}={text!r}: not JSON: {error}") from None
-    if not isinstance(fields, dict):
+    if not isinstance(value, dict):
         raise ConfigError(f"evaluation.{name}={text!r}: expected a JSON object")
-    return fields
+    return value
 
 
 def _check_best_metric(name: str) -> None:

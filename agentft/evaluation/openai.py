@@ -241,7 +241,7 @@ class OpenAIGenerator:
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides a completion beside its step; never the key."""
-        return self._config.decides_answers() | {"layout": _LAYOUT}
+        return self._config.decides_completions() | {"layout": _LAYOUT}
 
     def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
         """Complete all steps and return them in the order given; `on_completion` is called with each in this thread.

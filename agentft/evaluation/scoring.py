@@ -79,7 +79,7 @@ class StepScore:
     """Id of the whole, where this conversation is one of the pieces of a longer one."""
     step: int
     reference_hash: str
-    """First 16 hex digits of the SHA-256 of the raw reference: two runs sat the same exam if these agree."""
+    """First 16 hex digits of the SHA-256 of the raw reference: two runs are of the same evaluation if these agree."""
     reference_failure: str | None = None
     """Why the reference cannot be read; such a step is quarantined and all counts but `legacy` are 0."""
     is_action: bool = False

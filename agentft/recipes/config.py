@@ -74,7 +74,7 @@ class EvaluateConfig(Settings, affects="answers"):
     output: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder that answers and scores go to; null: the run's own. A job of a sweep gets one to itself."""
     other_data: bool = field(default=False, metadata={"affects": "nothing"})
-    """Score although the exam is not of the data that the checkpoint was trained with, and may hold what it has seen."""
+    """Score although the data is not that of the checkpoint's training, and may hold what the model has seen."""
     model: TrustConfig = field(default_factory=TrustConfig)
     """Of the run's model only what may be read or run: `model.allow_pickle`, `model.trust_remote_code`."""
 

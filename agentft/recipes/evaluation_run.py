@@ -127,21 +127,22 @@ class WithProgressBar:
 
 def own_model(bench: TrainingComponents, config: EvaluationConfig) -> EvalModel:
     """Return the loaded model with its weights as they are now."""
-    model = bench.model
+    model = bench.objective.model
     parameter = next(model.parameters())
-    identity = config.decides_answers() | {
-        "model": bench.files.fingerprint,
+    identity = config.decides_completions() | {
+        "model": bench.chat.files.fingerprint,
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
-        "stop_ids": list(bench.stop_ids),
+        "stop_ids": list(bench.chat.stop_ids),
     }
     return EvalModel(own_generator(bench, config), identity)
 
 
 def own_generator(bench: TrainingComponents, config: EvaluationConfig) -> Generator:
     """Return a generator with the loaded model in this process."""
-    model, tokenizer, stop_ids, new = bench.model, bench.tokenizer, bench.stop_ids, config.max_new_tokens
+    model, tokenizer, stop_ids = bench.objective.model, bench.chat.tokenizer, bench.chat.stop_ids
+    new = config.max_new_tokens
     if bench.ways.stock_answers:
         return _InEvalMode(model, StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new))
     generator = GreedyGenerator(
@@ -185,6 +186,8 @@ def on_all_ranks(name: str, model: EvalModel, run: RunFolder, world: World, work
     Ranks other than 0, which keeps all completions, keep theirs in files of their own until it has them: an evaluation
     that is killed continues from all of them, on any number of ranks.
     """
+    if world.size == 1:
+        return work(model)
     own: Any = nullcontext(model.generator)
     if not world.is_main:
         own = PredictionCache(_file_of_rank(name, run, world.rank), model.generator, model.identity)

@@ -294,7 +294,7 @@ def _examine(
     name: str, config: EvaluationConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
 ) -> EvalResult | None:
     """Evaluate the model as it is now with all ranks; rank 0 gets the result."""
-    steps = heldout_steps(bench.data, bench.template, config.conversations)
+    steps = heldout_steps(bench.data, bench.chat.template, config.conversations)
 
     def work(model: EvalModel) -> EvalResult:
         # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
@@ -408,9 +408,9 @@ def _summary(
         "peak_memory_bytes": runtime.peak_memory_bytes(bench.device),
         "seconds": {name: round(seconds, 3) for name, seconds in outcome.seconds.items()},
     }
-    for exam in (before, after):
-        if exam is not None:
-            summary[exam.name] = {name: metric.value for name, metric in exam.report.metrics.items()}
+    for result in (before, after):
+        if result is not None:
+            summary[result.name] = {name: metric.value for name, metric in result.report.metrics.items()}
     return summary
 
 

@@ -314,7 +314,7 @@ def test_answers_are_another_model_s_only_where_a_setting_affects_answers():
         if OpenAIGenerator(dataclasses.replace(config, **{name: value})).identity != before
     }
     assert changing == {name for name in others if affects(EvaluationConfig)[name] == "answers"}
-    assert EvaluationConfig().decides_answers() == {"engine": "transformers", "max_new_tokens": 512}
+    assert EvaluationConfig().decides_completions() == {"engine": "transformers", "max_new_tokens": 512}
 
 
 def test_settings_that_cannot_work_are_refused(monkeypatch):
