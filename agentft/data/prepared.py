@@ -189,6 +189,7 @@ def rewritten_history(prepared: PreparedData) -> dict[str, int]:
 
 
 def log_summary(prepared: PreparedData, seconds: float) -> None:
+    """Say in the log what was prepared, what was set aside and what it costs."""
     account = prepared.account
     tokens = int(prepared.train.lengths.sum())
     log.info(

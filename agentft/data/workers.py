@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from traceback import format_exc
@@ -71,11 +72,12 @@ def in_order(
         DataError: a process was killed. What `work` raises is raised here.
     """
     batches, is_ready = iter(batches), False
-    for batch in batches:
-        yield batch, work(batch)
-        is_ready = is_ready or ready()
+    for number, batch in enumerate(batches):
+        is_ready = is_ready or (number > 0 and ready())
         if is_ready and processes > 1:
-            yield from _in_processes(work, batches, processes)
+            yield from _in_processes(work, chain([batch], batches), processes)
+        else:
+            yield batch, work(batch)
 
 
 def _in_processes(work: Callable[[B], R], batches: Iterator[B], processes: int) -> Iterator[tuple[B, R]]:

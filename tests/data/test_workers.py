@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agentft.data import workers
 from agentft.data.workers import MOST_PROCESSES, in_order, process_count
 from agentft.errors import DataError
 
@@ -57,6 +58,12 @@ def test_it_forks_when_it_becomes_ready_and_asks_no_more_then():
     here = [number for number, (_, pid) in done if pid == os.getpid()]
     assert here == [0, 1, 2, 3]
     assert len(asked) == 4
+
+
+def test_a_single_batch_forks_nothing(monkeypatch):
+    """A fork shows all that its parent holds by then."""
+    monkeypatch.setattr(workers, "_in_processes", None)
+    assert [square for _, (square, _) in in_order(work, range(1), processes=2, ready=always)] == [0]
 
 
 @linux
