@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+    """Run the command line; return its exit code."""
     outlive_console()
     options = _parse_options(arguments)
     try:
@@ -96,7 +96,7 @@ def _has_predictions(path: Path) -> bool:
 
 
 def _wide(console: Console) -> Console:
-    """In a file or a pipe, a table has no terminal to fit into."""
+    """Return a console of 160 columns where the output is no terminal that a table must fit into."""
     from rich.console import Console
 
     return console if console.is_terminal else Console(file=console.file, width=160)

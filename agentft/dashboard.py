@@ -115,7 +115,7 @@ def push(workspace: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+    """Run the command line; return its exit code."""
     outlive_console()
     options = _parse_options(arguments)
     try:

@@ -190,7 +190,7 @@ class Charts:
         return value
 
     def panels(self) -> Iterator[Panel]:
-        """In the order in which they are read."""
+        """Yield the charts in the order in which they are read."""
         yield from self._learning_curves()
         yield from self._sample_size()
         yield from self._settings()
@@ -236,7 +236,7 @@ class Charts:
             yield Panel("What each setting does", f"{self._metric} against {short}", plot, " ".join(words))
 
     def _joins(self, plot: Plot, key: str, by_place: dict[float, list[ComparedRun]]) -> list[str]:
-        """Lines between runs that differ in nothing but `key`, and of the means where these compare; what to say of them."""
+        """Draw lines between runs that differ in nothing but `key`, and of the means; return what to say of them."""
         others = [other for other in self._ranking.differing if other != key]
         alike: dict[str, list[tuple[float, float, float]]] = {}
         surroundings = []
@@ -367,12 +367,12 @@ class Charts:
         return linear_scale(ends, f"{self._metric} (%)" if self._is_share else self._metric, percent=self._is_share)
 
     def _marks(self, plot: Plot, runs: Sequence[ComparedRun], x: float) -> None:
-        """Runs of one value side by side, the best left."""
+        """Draw runs of one value side by side, the best left."""
         for run, aside in zip(runs, _aside(len(runs)), strict=True):
             self._mark(plot, run, x, aside)
 
     def _mark(self, plot: Plot, run: ComparedRun, x: float, aside: float = 0.0) -> None:
-        """A run's metric with its interval, `aside` pixels beside its place."""
+        """Draw a run's metric with its interval, `aside` pixels beside its place."""
         score, colour, value = run.scores.get(self._metric), self.colours[run.name], self._value(run)
         if score is not None and score.low is not None and score.high is not None:
             plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
@@ -381,7 +381,7 @@ class Charts:
 
 
 def _aside(count: int) -> list[float]:
-    """Pixels by which so many runs of one value stand beside it."""
+    """Return the pixels by which so many runs of one value stand beside it."""
     gap = min(9.0, 60.0 / count)
     return [(i - (count - 1) / 2) * gap for i in range(count)]
 
@@ -393,7 +393,7 @@ def _ends(run: ComparedRun, metric: str) -> list[float]:
 
 
 def _setting_axis(values: Sequence[object], label: str) -> tuple[Scale, Callable[[object], float]]:
-    """An axis for a setting: by its numbers where all are numbers, else a place for each value."""
+    """Return an axis for a setting: by its numbers where all are numbers, else a place for each value."""
     numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) == len(values):
         return setting_scale(numbers, label), float  # type: ignore[return-value]
@@ -402,7 +402,7 @@ def _setting_axis(values: Sequence[object], label: str) -> tuple[Scale, Callable
 
 
 def _between(low: float, high: float, count: int = 40) -> list[float]:
-    """From `low` to `high` in equal factors, with the middle `high / 2` among them."""
+    """Return points from `low` to `high` in equal factors, with the middle `high / 2` among them."""
     points = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
     return sorted({*points[:-1], high, high / 2})
 

@@ -48,7 +48,7 @@ class Ranking:
 
     @property
     def metrics(self) -> list[str]:
-        """The columns: headline metrics, and the one that decides."""
+        """Return the columns: headline metrics, and the one that decides."""
         known = {name for run in self.runs for name in run.scores}
         columns = [name for name in HEADLINE if name in known]
         if self.metric in known and self.metric not in columns:
@@ -81,7 +81,7 @@ def rank(runs: Sequence[ComparedRun], metric: str = "arg_f1") -> Ranking:
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, str]:
-    """Settings in which runs differ -> short names; what the choice of a group implies is left out."""
+    """Return the settings in which runs differ with their short names; what the choice of a group implies is left out."""
     known = [run for run in runs if run.settings]
     swept = frozenset().union(*(run.swept for run in known))
     keys = list(dict.fromkeys(key for run in known for key in run.settings if key not in AFFECT_NOTHING))
@@ -95,7 +95,7 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, str]:
 
 
 def _follows_from_swept(key: str, differing: Sequence[str], runs: Sequence[ComparedRun]) -> bool:
-    """Whether nobody set it and a setting of its group that was swept decides it: `alpha` that follows `rank`."""
+    """Return whether nobody set it and a setting of its group that was swept decides it: `alpha` that follows `rank`."""
     if any(not run.swept or key in run.swept for run in runs):
         return False
     group = key.rpartition(".")[0]

@@ -82,7 +82,7 @@ class Scale:
 def linear_scale(
     values: Sequence[float], label: str, *, percent: bool = False, turned: bool = False, room: float = 0.05
 ) -> Scale:
-    """Evenly spaced, with a margin of a share `room` and round ticks; `turned` has the low end on top."""
+    """Return an evenly spaced scale, with a margin of a share `room` and round ticks; `turned` has the low end on top."""
     low, high = min(values), max(values)
     margin = room * (high - low) or abs(high) * 0.05 or (0.05 if percent else 0.5)
     low, high = low - margin, high + margin
@@ -95,7 +95,7 @@ def linear_scale(
 
 
 def setting_scale(values: Sequence[float], label: str) -> Scale:
-    """Ticks at the values themselves; logarithmic where they span a factor of 8 or more."""
+    """Return a scale with ticks at the values themselves; logarithmic where they span a factor of 8 or more."""
     known = sorted(set(values))
     logarithmic = known[0] > 0 and known[-1] / known[0] >= 8
     place: Callable[[float], float] = math.log if logarithmic else float
@@ -111,7 +111,7 @@ def setting_scale(values: Sequence[float], label: str) -> Scale:
 
 
 def category_scale(names: Sequence[str], label: str) -> Scale:
-    """One place for each name; its values are 0, 1, 2, ..."""
+    """Return a scale with one place for each name; its values are 0, 1, 2, ..."""
     count = len(names)
     return Scale(lambda v: (v + 0.5) / count, [(float(i), name) for i, name in enumerate(names)], label)
 
@@ -207,7 +207,7 @@ class Plot(Drawing):
 
 
 def colour_of(share: float) -> str:
-    """The style of a run's colour, from 0, worst, to 1, best: told apart in grey and by the colour-blind too.
+    """Return the style of a run's colour, from 0, worst, to 1, best: told apart in grey and by the colour-blind too.
 
     It grows away from the paper: from pale to deep blue on white (`--c`), from dim violet to yellow on black (`--d`).
     """
@@ -217,7 +217,7 @@ def colour_of(share: float) -> str:
 
 
 def ramp(steps: int = 9) -> str:
-    """The style of a legend's background: all colours, worst to best."""
+    """Return the style of a legend's background: all colours, worst to best."""
     pairs = [colour_of(i / (steps - 1)).split(";") for i in range(steps)]
     columns = [", ".join(each.partition(":")[2] for each in column) for column in zip(*pairs, strict=True)]
     return ";".join(

@@ -1,4 +1,4 @@
-"""Runs as a comparison reads them: settings, state and results of every run folder below the given ones.
+"""Read run folders for a comparison: settings, state and results of every run folder below the given ones.
 
 Reads files only, of finished and unfinished runs alike, and needs neither torch nor Hydra.
 """
@@ -53,7 +53,7 @@ class ComparedRun:
     """Every setting by its dotted name."""
     swept: frozenset[str] = frozenset()
     scores: dict[str, Score] = field(default_factory=dict)
-    """Of the answers after training."""
+    """Of the evaluation after training."""
     errors: dict[str, int] = field(default_factory=dict)
     """Error kind -> steps that show it."""
     loss: float | None = None
@@ -68,14 +68,14 @@ class ComparedRun:
     """Conversations that were trained on, after the sample was taken."""
 
     def number(self, name: str) -> float | None:
-        """A metric, `loss`, or a cost, by name."""
+        """Return a metric, `loss`, or a cost, by name."""
         if name in self.scores:
             return self.scores[name].value
         value = getattr(self, name, None) if name in NUMBERS else None
         return None if value is None else float(value)
 
     def curve(self) -> list[dict[str, float]]:
-        """The lines of `metrics.jsonl`, their finite numbers only."""
+        """Return the lines of `metrics.jsonl`, their finite numbers only."""
         rows = []
         with contextlib.suppress(OSError):
             for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -90,7 +90,7 @@ NUMBERS = ("loss", "seconds", "tokens", "peak_memory_bytes", "step")
 
 
 def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
-    """All runs in `paths`, each a run folder, a sweep folder or a folder of these.
+    """Return all runs in `paths`, each a run folder, a sweep folder or a folder of these.
 
     Raises:
         RunError: a path is not there, or no run is found.
@@ -120,13 +120,13 @@ def _run_folders(path: Path, depth: int) -> Iterable[Path]:
 
 
 def _natural(path: Path) -> tuple[int, str]:
-    """`10_rank-4` after `9_rank-64`."""
+    """Return a key that sorts `10_rank-4` after `9_rank-64`."""
     number = path.name.partition("_")[0]
     return (int(number) if number.isascii() and number.isdigit() else -1, path.name)
 
 
 def read_run(folder: Path) -> ComparedRun:
-    """One run folder; whatever is not there yet stays empty."""
+    """Read one run folder; whatever is not there yet stays empty."""
     status, job = _read(folder / "status.json"), _read(folder / "job.json")
     summary, after = _read(folder / "summary.json"), _read(folder / "metrics" / "after.json")
     state, reason = _state(status, job)

@@ -1,4 +1,4 @@
-"""A ranking as a table: for the terminal, as Markdown, as CSV."""
+"""Write a ranking, or two runs side by side, as a table: for the terminal, as Markdown, as CSV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def rich_table(ranking: Ranking, width: int = 160) -> Table:
-    """For the terminal: percentages with their 95 % intervals, the best value of each column bold.
+    """Return the table for the terminal: percentages with their 95 % intervals, the best value of each column bold.
 
     On a narrow terminal fewer metrics are shown; the files have all.
     """
@@ -43,7 +43,7 @@ def rich_table(ranking: Ranking, width: int = 160) -> Table:
 
 
 def markdown(ranking: Ranking, title: str = "") -> str:
-    """The same table as Markdown."""
+    """Return the same table as Markdown."""
     header, rows = table_cells(ranking, ranking.metrics)
     lines = [f"# {title}", ""] if title else []
     lines.append("| " + " | ".join(map(_escaped, header)) + " |")
@@ -56,7 +56,7 @@ def markdown(ranking: Ranking, title: str = "") -> str:
 
 
 def csv_text(ranking: Ranking) -> str:
-    """Every number in full, one row a run, best first."""
+    """Return every number in full, one row a run, best first."""
     metrics = list(dict.fromkeys([*ranking.metrics, *(name for run in ranking.runs for name in run.scores)]))
     header = ["run", "state", "reason", "mark", "p", *ranking.differing, "loss"]
     for name in metrics:
@@ -78,14 +78,14 @@ def csv_text(ranking: Ranking) -> str:
 
 
 def _readable(folder: Path) -> str:
-    """Relative to the working directory where it lies below it."""
+    """Return a path relative to the working directory where it lies below it."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def table_cells(
     ranking: Ranking, metrics: Sequence[str], *, short: bool = False
 ) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Header and rows; a cell is its text and whether it is the best of its column."""
+    """Return header and rows; a cell is its text and whether it is the best of its column."""
     runs = ranking.runs
     all_finished = all(run.state == "finished" for run in runs)
     columns: list[tuple[str, list[str], int | None]] = [
@@ -120,7 +120,7 @@ def _best(ranking: Ranking, name: str) -> int | None:
 
 
 def table_notes(ranking: Ranking) -> list[str]:
-    """What a reader must know to read the table."""
+    """Return what a reader must know to read the table."""
     notes = [f"in order of {ranking.metric}; metrics in percent with their 95 % intervals"] if ranking.metrics else []
     counts = Counter(run.state for run in ranking.runs)
     if counts["finished"] < len(ranking.runs):
@@ -135,7 +135,7 @@ def _state(run: ComparedRun) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A value as Hydra writes it."""
+    """Return a value as Hydra writes it."""
     match value:
         case None | bool():
             return {None: "null", True: "true", False: "false"}[value]
@@ -148,7 +148,7 @@ def setting_text(value: Any) -> str:
 
 
 def short_names(runs: Sequence[ComparedRun]) -> list[str]:
-    """The numbers of the jobs of one sweep, since their settings stand beside them; else names."""
+    """Return the numbers of the jobs of one sweep, since their settings stand beside them; else names."""
     numbers = [run.name.partition("_")[0] for run in runs]
     return numbers if all(map(str.isdigit, numbers)) and len(set(numbers)) == len(runs) else [run.name for run in runs]
 

@@ -1,4 +1,4 @@
-"""Every metric by name: what is counted above and below the line.
+"""Define every metric by name: what is counted above and below the line.
 
 Each is a ratio of sums, of steps or of conversations; 0/0 is null, never 0. What the counts mean stands at the fields
 of `StepScore`; names and formulae of the paper are those of arXiv 2309.00986, section 4.1.

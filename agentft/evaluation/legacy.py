@@ -1,4 +1,4 @@
-"""What the old script's `evaluate()` would have printed, bug for bug. For comparison only.
+"""Compute what the old script's `evaluate()` would have printed, bug for bug. For comparison only.
 
 Rewritten from its observed behaviour (`demo/tool_agent_finetune` of ModelScope-Agent) and of the package `rouge` 1.0.1
 under it. Known to be wrong, and kept wrong here:

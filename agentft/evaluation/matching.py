@@ -40,7 +40,7 @@ _DEEPEST_OPENED_STRING = 32
 
 
 def strictly_equal(left: Json, right: Json) -> bool:
-    """Whether two JSON values are equal under the strict column above."""
+    """Return whether two JSON values are equal under the strict column above."""
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, int | float) and isinstance(right, int | float):
@@ -65,7 +65,7 @@ def lenient_parameters(parameters: dict[str, Json]) -> dict[str, Any]:
 
 
 def leniently_equal(left: Json, right: Json) -> bool:
-    """Whether two parameter values are equal under the lenient column above."""
+    """Return whether two parameter values are equal under the lenient column above."""
     return lenient_parameters({"": left}) == lenient_parameters({"": right})
 
 

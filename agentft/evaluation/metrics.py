@@ -1,4 +1,4 @@
-"""Scored steps -> the report: every metric with numerator, denominator and interval, and what it breaks down into."""
+"""Add up scored steps to the report: every metric with numerator, denominator and interval, and what it breaks down into."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Metric:
 
     @property
     def indicative(self) -> bool:
-        """Whether there are too few conversations to trust the interval's 95 %."""
+        """Return whether there are too few conversations to trust the interval's 95 %."""
         return self.conversations < INDICATIVE_BELOW
 
     def to_json(self) -> dict[str, Any]:

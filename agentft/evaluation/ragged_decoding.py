@@ -27,7 +27,7 @@ from agentft.model.cpu.attention import attention_set_to
 from agentft.model.labelled_loss import causal_model
 
 NAME = "agentft_ragged"
-"""What transformers knows the attention by."""
+"""The name of the attention in transformers."""
 
 FEWEST = 8
 """Tokens a pass has at least; what fills it up counts nothing."""
@@ -84,12 +84,12 @@ class RaggedSequence:
     """Of the first new token; the cache is whole before it."""
     ids: Sequence[int]
     wanted: Sequence[int]
-    """Which of the new tokens are asked what follows them, as indices into `ids`."""
+    """New tokens whose next token is predicted, as indices into `ids`."""
 
 
 @dataclass(slots=True)
 class _Pass:
-    """What the attention of every layer needs to know; handed through the model as a keyword."""
+    """What the attention of every layer reads; handed through the model as a keyword."""
 
     sequences: Sequence[RaggedSequence]
     layers: set[int] = field(default_factory=set)
@@ -97,7 +97,7 @@ class _Pass:
 
 
 class RaggedModel:
-    """A causal language model of transformers that says, sequence by sequence, which token comes next."""
+    """A causal language model of transformers that predicts the next token of every sequence of a ragged batch."""
 
     def __init__(self, model: nn.Module) -> None:
         _register()
@@ -183,7 +183,7 @@ def _attend_fused(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """By torch's own kernels."""
+    """Attend by torch's own kernels."""
     length = query_HQD.shape[1]
     stop = position + length
     sees_all = length == 1 and window is None
@@ -206,7 +206,7 @@ def _attend_by_products(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """By plain products: torch's CPU kernel copies the keys for every query head of a group, and is slow in bf16."""
+    """Attend by plain products: torch's CPU kernel copies the keys for every query head of a group, and is slow in bf16."""
     heads, length, width = query_HQD.shape
     groups = keys_GPD.shape[0]
     query = (query_HQD * scale).view(groups, heads // groups, length, width)
@@ -231,7 +231,7 @@ def _attend_by_products(
 def _seen(
     start: int, stop: int, positions: int, window: int | None, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Which of `positions` the tokens at `start` to `stop` see, `[stop - start, positions]`."""
+    """Return which of `positions` the tokens at `start` to `stop` see, `[stop - start, positions]`."""
     own = torch.arange(start, stop, device=device)[:, None]
     other = torch.arange(positions, device=device)[None, :]
     seen = other <= own

@@ -51,7 +51,7 @@ class Episode:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a step left to ask."""
+        """Return whether there is a step left to ask."""
         return self.diverged is None and len(self.completions) < len(self.steps)
 
     @property
@@ -99,7 +99,7 @@ def replay(
 
 
 def is_replayable(conversation: Conversation) -> bool:
-    """Whether there is a call to follow, and each can be read."""
+    """Return whether there is a call to follow, and each can be read."""
     return bool(conversation.tool_calls) and not any(message.malformed_calls for message in conversation.messages)
 
 

@@ -134,7 +134,7 @@ class StepScore:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every reference call is met exactly and nothing else is called."""
+        """Return whether every reference call is met exactly and nothing else is called."""
         return self.exact == self.reference_calls == self.attempts
 
     @property

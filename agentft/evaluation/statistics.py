@@ -235,7 +235,7 @@ def _exchanged(a_sums: Floats, b_sums: Floats, moved_D2: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricComparison:
-    """One metric in two runs, and what can be said about the difference."""
+    """One metric in two runs, and whether the difference is real."""
 
     name: str
     value_a: float | None
@@ -261,7 +261,7 @@ class MetricComparison:
 
     @property
     def real(self) -> bool | None:
-        """Whether the difference is real at this size: p, corrected where it is a headline metric, below 0.05."""
+        """Return whether the difference is real at this size: p, corrected where it is a headline metric, below 0.05."""
         p = self.p if self.p_holm is None else self.p_holm
         return None if p is None else p < SIGNIFICANT
 
@@ -279,7 +279,7 @@ class MetricComparison:
         return f"{self.name}: not shown, {interval}{self._why_not(self.p)}{self._advice}"
 
     def _why_not(self, p: float) -> str:
-        """What to say where the metric alone would have passed."""
+        """Return what to add where the metric alone would have passed."""
         if self.p_holm is None or p >= SIGNIFICANT:
             return ""
         return (

@@ -67,7 +67,7 @@ class Validator:
         self._ranks = [(self._config.rank(each) or []) if "loss" in each else [] for each in measured]
 
     def is_exhausted(self) -> bool:
-        """Whether `evaluation.patience` evaluations in a row have brought nothing better."""
+        """Return whether `evaluation.patience` evaluations in a row have brought nothing better."""
         if not self._config.patience or not self._ranks:
             return False
         return len(self._ranks) - 1 - self._ranks.index(max(self._ranks)) >= self._config.patience

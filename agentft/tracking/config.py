@@ -1,4 +1,4 @@
-"""Where the numbers of a run go, and whether W&B is online: settings, environment and keys, in that order."""
+"""Choose where the numbers of a run go, and whether W&B is online: settings, environment and keys, in that order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agentft.settings import Settings
 
 
 class TrackingMode(StrEnum):
-    """Whether Weights & Biases hears of a run; `metrics.jsonl` is written in every mode."""
+    """Whether a run is logged to Weights & Biases; `metrics.jsonl` is written in every mode."""
 
     auto = "auto"
     """Online with a key (`WANDB_API_KEY` or netrc), offline without one."""
@@ -51,7 +51,7 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 
 def resolve_mode(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[WandbMode, str]:
-    """The mode that W&B runs in, and one sentence saying why.
+    """Return the mode that W&B runs in, and one sentence saying why.
 
     Refuses `online` without a key: W&B would ask for one on the terminal, and a job in a queue would wait for ever.
     """
@@ -79,7 +79,7 @@ def resolve_mode(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[Wa
 
 
 def _key_found(environ: Mapping[str, str]) -> str | None:
-    """Where the key for the W&B server is kept, never the key."""
+    """Return where the key for the W&B server is kept, never the key."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         if environ.get(name):
             return name
@@ -95,7 +95,7 @@ def _key_found(environ: Mapping[str, str]) -> str | None:
 
 
 def _base_url(environ: Mapping[str, str]) -> str:
-    """Address of the W&B server: the environment's, else what `wandb login --host` noted, else the public one."""
+    """Return the address of the W&B server: the environment's, else what `wandb login --host` noted, else the public one."""
     if environ.get("WANDB_BASE_URL"):
         return environ["WANDB_BASE_URL"]
     home = Path(environ.get("HOME") or Path.home())
