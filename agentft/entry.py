@@ -40,7 +40,7 @@ def evaluate() -> None:
 
 
 def _train(config: TrainConfig) -> float | None:
-    from agentft.recipes.resume import objective_of_finished
+    from agentft.recipes.saved import objective_of_finished
 
     if (done := objective_of_finished(config)) is not None:
         sys.stderr.write(

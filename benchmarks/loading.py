@@ -156,7 +156,9 @@ def main() -> None:
         print("| engine | method | cast first | as in the file |\n|---|---|---|---|")
         for option in given.engines.split(","):
             sharded = option in ("fsdp", "deepspeed_zero3")
-            trains_mapped = sharded or option.startswith("deepspeed")  # as `loads_mapped` of agentft.recipes.ranks says
+            trains_mapped = sharded or option.startswith(
+                "deepspeed"
+            )  # as `loads_mapped` of agentft.recipes.components says
             for method, dtype in CASES:
                 cells = []
                 for mapped in (False, True):

@@ -155,7 +155,7 @@ TAKES_ALL_SETTINGS = {
     "minimal.train": "the teaching recipe",
     "train._require_ranks": "the recipe: asked before the ranks start, and again by each",
     **dict.fromkeys(("train.run_id", "train.choices"), "names a run by all that decides it"),
-    **dict.fromkeys(("resume.objective_of_finished", "resume.changed_settings"), "compares all with a run's own"),
+    **dict.fromkeys(("saved.objective_of_finished", "saved.changed_settings"), "compares all with a run's own"),
     **dict.fromkeys(("saved.primary_config", "saved.config_to_yaml", "saved.settings_to_yaml"), "writes config.yaml"),
     **dict.fromkeys(("evaluate.evaluate", "evaluate._evaluate_as", "evaluate._evaluate"), "the recipe"),
     "export.export": "the recipe",

@@ -1,4 +1,4 @@
-"""Load a model: from its settings to a folder, a tokenizer and weights on a device, with the choices made said aloud."""
+"""Load a model: from its settings to a folder, a tokenizer and weights on a device, and log the choices made."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def take_attention(model: torch.nn.Module, name: str) -> str:
     from transformers.utils import logging as transformers_logging
 
     causal = causal_model(model)
-    said = transformers_logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of what it does not set, which the caller sees
     try:
         if name in _OURS:
@@ -307,5 +307,5 @@ def take_attention(model: torch.nn.Module, name: str) -> str:
             causal.set_attn_implementation("sdpa")
         causal.set_attn_implementation(name)
     finally:
-        transformers_logging.set_verbosity(said)
+        transformers_logging.set_verbosity(verbosity)
     return tiled_attention.attention_of(causal)

@@ -16,15 +16,16 @@ import torch
 
 from agentft import runtime
 from agentft.data.prepared import PreparedData
-from agentft.data.template_choice import Layout
 from agentft.distributed.config import DistributedConfig, EngineKind
-from agentft.distributed.engines import make_engine
+from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.errors import ModelError
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
 from agentft.model.config import (
     Attention,
     FullConfig,
     KernelChoice,
+    LoraConfig,
+    LoraStart,
     ModelConfig,
     QloraConfig,
     SftConfig,
@@ -45,7 +46,7 @@ from agentft.model.memory import (
     judge,
     planned_model,
 )
-from agentft.model.sources import ModelFiles, model_settings
+from agentft.model.sources import model_settings
 from agentft.recipes.config import deciding
 from agentft.recipes.probe import Ways, ask_stock, probe
 from agentft.training.config import MemoryCheck, TrainingConfig
@@ -107,7 +108,7 @@ def plan_memory(
     fit, line = judge(estimates[checkpointing], memory, device.name)
     if fit is Fit.impossible and check is MemoryCheck.refuse:
         raise ModelError(
-            f"{line}. The estimate is for batches of full length; training.memory_check=warn goes on anyway"
+            f"{line}. The estimate is for batches of full length; training.memory_check=warn trains anyway"
         )
     log.log(logging.INFO if fit is Fit.fits else logging.WARNING, "%s", line)
     return MemoryPlan(estimates[checkpointing], checkpointing)
@@ -160,26 +161,6 @@ class TrainingComponents:
     def model(self) -> torch.nn.Module:
         return self.objective.model
 
-    @property
-    def files(self) -> ModelFiles:
-        return self.chat.files
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.chat.tokenizer
-
-    @property
-    def template(self) -> Layout:
-        return self.chat.template
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return self.chat.stop_ids
-
-    @property
-    def pad_id(self) -> int:
-        return self.chat.pad_id
-
 
 def load_components(
     config: ModelConfig,
@@ -198,7 +179,7 @@ def load_components(
     Args:
         seed: Of the adapters' first weights.
         sharded: An engine cuts the weights into shards, so that they wait for it on the CPU.
-        mapped: Weights keep the number format of their files; see `ranks.loads_mapped`.
+        mapped: Weights keep the number format of their files; see `loads_mapped`.
 
     Raises:
         ModelError: the weights cannot be loaded, or the model does not say here what it says in transformers.
@@ -239,6 +220,18 @@ def load_components(
     take_attention(objective.model, ways.attention)
     objective.stock_logits = ways.stock_logits
     return TrainingComponents(compute, chat, data, objective, ways, mapped)
+
+
+def loads_mapped(sft: SftConfig, distributed: DistributedConfig) -> bool:
+    """Whether weights are loaded in the files' number format, as the mapped files, for the engine to cast its part of them.
+
+    Not where an adapter is computed from them: it would not be that of a job on one device.
+    """
+    if isinstance(sft, LoraConfig):
+        computed = sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig)
+        return loads_on_cpu(distributed) and not computed
+    # DeepSpeed takes fp32 masters from the weights that it computes with, whatever the stage.
+    return loads_on_cpu(distributed) or distributed.engine is EngineKind.deepspeed
 
 
 def set_up_engine(
@@ -292,8 +285,8 @@ def run_fingerprint(
     """Return everything that decides the losses of a run, by the words in which a difference is told."""
     return {
         "data": components.data.fingerprint,
-        "model": components.files.fingerprint,
-        "tokenizer": tokenizer_fingerprint(components.tokenizer),
+        "model": components.chat.files.fingerprint,
+        "tokenizer": tokenizer_fingerprint(components.chat.tokenizer),
         "sft_type": deciding(asdict(sft), "sft_type."),
         "dtype": str(components.dtype),
         "attention": attention_of(causal_model(components.model)),

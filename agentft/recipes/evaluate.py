@@ -233,7 +233,7 @@ def _likelihood(
         bench.model,
         bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count],
         settings,
-        pad_id=bench.pad_id,
+        pad_id=bench.chat.pad_id,
         autocast=bench.objective.autocast,
         stock=bench.ways.stock_logits,
         run=run,
@@ -267,12 +267,12 @@ def _in_vllm(
         )
     with tempfile.TemporaryDirectory(prefix="vllm-", dir=run.path) as name:
         folder = Path(name)
-        save_final(bench.model, sft_type, bench.tokenizer, folder)
+        save_final(bench.model, sft_type, bench.chat.tokenizer, folder)
         bench.model.to("cpu")
         torch.cuda.empty_cache()
         adapted = (folder / "adapter_config.json").is_file()
         model = VllmModel(
-            folder=bench.files.folder if adapted else folder,
+            folder=bench.chat.files.folder if adapted else folder,
             adapter=folder if adapted else None,
             dtype=str(bench.dtype).removeprefix("torch."),
             context=context,
@@ -280,7 +280,7 @@ def _in_vllm(
             options=settings.vllm_arguments(),
         )
         generator = VllmGenerator(
-            model, bench.tokenizer, stop_ids=bench.stop_ids, max_new_tokens=settings.max_new_tokens
+            model, bench.chat.tokenizer, stop_ids=bench.chat.stop_ids, max_new_tokens=settings.max_new_tokens
         )
         changes = {"version": generator.version, "options": dict(model.options)}
         yield EvalModel(generator, own.identity | changes)

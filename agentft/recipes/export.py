@@ -40,7 +40,7 @@ def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder,
     """Write `run.final`: the adapter or the whole model with its tokenizer, by rank 0 from the weights of all.
 
     Raises:
-        RunError: the disk refused; the checkpoints are intact, and the same command goes on from the last.
+        RunError: the disk refused; the checkpoints are intact, and the same command resumes from the last.
     """
     weights = engine.weights(frozen=not isinstance(sft_type, LoraConfig))
     if not engine.world.is_main:
@@ -59,7 +59,7 @@ def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder,
         shutil.rmtree(work, ignore_errors=True)
         raise RunError(
             f"{run.final}: cannot be written: {error}; the last checkpoint is intact, so with room on the disk "
-            f"run_dir={run.path} goes on from it"
+            f"run_dir={run.path} resumes from it"
         ) from error
 
 

@@ -13,7 +13,7 @@ from agentft.distributed.config import DistributedConfig, EngineKind, LaunchTopo
 from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.launch import Entry, start_ranks
 from agentft.errors import ConfigError, RankError
-from agentft.model.config import Dtype, LoraConfig, LoraStart, QloraConfig, SftConfig, trains_weights
+from agentft.model.config import Dtype, QloraConfig, SftConfig, trains_weights
 from agentft.runs import RunFolder, read_json
 from agentft.runtime import available_cores
 from agentft.signals import StopSignal
@@ -107,18 +107,6 @@ def rank_of(distributed: DistributedConfig, folder: str) -> Iterator[World]:
         yield world
     finally:
         leave_world()
-
-
-def loads_mapped(sft: SftConfig, distributed: DistributedConfig) -> bool:
-    """Whether weights are loaded in the files' number format, as the mapped files, for the engine to cast its part of them.
-
-    Not where an adapter is computed from them: it would not be that of a job on one device.
-    """
-    if isinstance(sft, LoraConfig):
-        computed = sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig)
-        return loads_on_cpu(distributed) and not computed
-    # DeepSpeed takes fp32 masters from the weights that it computes with, whatever the stage.
-    return loads_on_cpu(distributed) or distributed.engine is EngineKind.deepspeed
 
 
 def is_spread(distributed: DistributedConfig) -> bool:

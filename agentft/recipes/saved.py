@@ -1,4 +1,4 @@
-"""Write a config as a file of its run folder, and read it back without Hydra.
+"""Write a config as a file of its run folder, read it back without Hydra, and compare it with what is asked of the folder.
 
 `config.yaml` holds the resolved values below a defaults list that names the schema of each group; an advanced setting that
 has its default is left out. The list tells the reader which class each group had (`sft_type: schema_lora`), and makes the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +24,12 @@ from agentft.distributed.config import DistributedConfig
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.config import FreezeConfig, FullConfig, LoraConfig, ModelConfig, QloraConfig, TrustConfig
-from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
+from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig, deciding
+from agentft.runs import RunFolder, read_json
 from agentft.settings import accepted, numbers
 from agentft.tracking import TrackingConfig
-from agentft.training.config import TrainingConfig
+from agentft.training.config import Resume, TrainingConfig
+from agentft.training.run_fingerprint import described, differences
 
 C = TypeVar("C")
 
@@ -226,3 +229,72 @@ def trained_config(run_dir: str | Path, typed: TrustConfig) -> TrainConfig:
     config.model.require_typed(typed, Path(run_dir) / FILE)
     trust = {each.name: getattr(typed, each.name) for each in dataclasses.fields(TrustConfig)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **trust))
+
+
+_DECIDED_LATER = (
+    *("threads", "model.dtype", "model.attention", "model.kernels", "model.context", "model.learning_rate_scale"),
+    *("model.source", "model.id", "model.modelscope_id", "model.huggingface_id", "model.revision", "model.path"),
+    *(
+        "evaluation",
+        "experiment",
+        "model.wheel",
+        "dataset.path",
+        "dataset.test_path",
+        "dataset.sources",
+        "dataset.id",
+        "dataset.revision",
+    ),
+)
+"""Settings whose change may change no training: the digests of what is loaded decide."""
+
+
+def objective_of_finished(config: TrainConfig) -> tuple[float | None] | None:
+    """Return the objective of the run in `config.run_dir` if it is finished and `config` asks for nothing else.
+
+    Of another state, or where there is no run yet: None.
+
+    Raises:
+        ConfigError: the folder has checkpoints of another training; the settings that differ are named.
+        RunError: a process trains in it.
+    """
+    run = RunFolder(config.run_dir)
+    if not run.has_run():
+        return None
+    run.require_free()
+    where = f"run_dir={config.run_dir}"
+    if "evaluated" in read_json(run.record_file):
+        raise ConfigError(f"{where}: holds an evaluation, not a training; choose another run_dir")
+    changed = changed_settings(config, run)
+    if any(run.checkpoints.glob("step-*")):
+        if config.training.resume is Resume.never:
+            raise ConfigError(f"{where} has checkpoints; training.resume=auto resumes from the newest")
+        others = {name: change for name, change in changed.items() if not _is_below(name, _DECIDED_LATER)}
+        if others and not config.training.allow_changes:
+            raise ConfigError(
+                f"{where} belongs to another training: {described(others)}. Give another run_dir, or resume anyway "
+                "with training.allow_changes=true"
+            )
+    status = read_json(run.status_file) if run.status_file.is_file() else {}
+    if changed or status.get("state") != "finished" or not run.final.is_dir():
+        return None
+    return (status.get("objective"),)
+
+
+def changed_settings(config: TrainConfig, run: RunFolder) -> dict[str, str]:
+    """Name the settings in which a run's own differ from `config`, but for those that change no training and no exam."""
+    saved, now = deciding(primary_config(saved_config(run.path))), deciding(primary_config(config))
+    return differences(dict(_own(saved, now)), dict(_own(now, saved)))
+
+
+def _own(settings: dict[str, Any], others: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings, of a group that has another option only its name: the rest follows."""
+    for group, values in settings.items():
+        if group in ("defaults", "distributed"):  # it may resume elsewhere
+            continue
+        named = isinstance(values, dict) and "name" in values
+        same = not named or values["name"] == others[group]["name"]
+        yield group, values if same else values["name"]
+
+
+def _is_below(name: str, groups: Sequence[str]) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in groups)

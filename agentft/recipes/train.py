@@ -30,6 +30,7 @@ from agentft.recipes.components import (
     MemoryPlan,
     TrainingComponents,
     load_components,
+    loads_mapped,
     plan_memory,
     run_fingerprint,
     set_up_engine,
@@ -50,14 +51,12 @@ from agentft.recipes.export import write_final
 from agentft.recipes.ranks import (
     find_places,
     is_spread,
-    loads_mapped,
     rank_of,
     require_ranks,
     run_on_ranks,
     threads_of_rank,
 )
-from agentft.recipes.resume import changed_settings
-from agentft.recipes.saved import config_from_yaml, config_to_yaml
+from agentft.recipes.saved import changed_settings, config_from_yaml, config_to_yaml
 from agentft.recipes.validation import Validator
 from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals, requeue_slurm_job
@@ -66,6 +65,7 @@ from agentft.training.checkpoint import find_start
 from agentft.training.engine import Engine
 from agentft.training.guards import snapshot_on_out_of_memory
 from agentft.training.loop import Job, TrainOutput, choose_row_tokens, describe_seconds, train_model
+from agentft.training.run_fingerprint import described
 from agentft.world import ALONE, HEARTBEAT_VARIABLE, World
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         AgentftError: anything the user can act on; the run folder's status says so too, but of a start that is refused.
-        StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder goes on.
+        StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder resumes.
     """
     with _another_turn_asked_for(), StopSignals.shared() as signals, signals.at_once():
         if not is_spread(config.distributed):
@@ -197,7 +197,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         start = find_start(run.checkpoints, config.training, fingerprint, world)
     except CheckpointError as error:
         if run.has_run() and (changed := changed_settings(config, run)):
-            raise ConfigError(f"{error}. Settings that differ: {'; '.join(changed)}") from error
+            raise ConfigError(f"{error}. Settings that differ: {described(changed)}") from error
         raise
     if not run.begun:
         _begin(run)
@@ -211,8 +211,8 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             "threads": bench.device.threads,
             "dtype": str(bench.dtype).removeprefix("torch."),
             "left_to_transformers": bench.ways.left,
-            "model_fingerprint": bench.files.fingerprint,
-            "model_commit": bench.files.commit,
+            "model_fingerprint": bench.chat.files.fingerprint,
+            "model_commit": bench.chat.files.commit,
             "estimated_memory_bytes": memory.estimate and memory.estimate.total,
             "data_fingerprint": bench.data.fingerprint,
             "run_id": run_id(config),
@@ -237,7 +237,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             examples=bench.data.train,
             plan=plan,
             config=config.training,
-            pad_id=bench.pad_id,
+            pad_id=bench.chat.pad_id,
             device=runtime.torch_device(bench.device),
             checkpoints=run.checkpoints,
             fingerprint=fingerprint,
@@ -248,7 +248,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
             ),
         )
         outcome = _fit(job, config.evaluation, bench, run, tracker, signals)
-        write_final(bench.model, config.sft_type, bench.tokenizer, run, engine)
+        write_final(bench.model, config.sft_type, bench.chat.tokenizer, run, engine)
         if config.evaluation.after:
             after = _examine("after", config.evaluation, bench, engine, run, tracker)
         summary = _summary(bench, outcome, before, after)
@@ -327,14 +327,14 @@ def _fit(
     )
     watch = Validator(config, bench, engine, run, total_steps=plan.total_steps)
 
-    def start(step: int, changes: list[str]) -> None:
+    def start(step: int, changes: Mapping[str, str]) -> None:
         engine.world.broadcast(None)  # rank 0 has made the files that the others read here
         if step == 0 and run.was_started_before():
             log.warning("no checkpoint was saved before: the training starts at step 0 again")
         tracker.rewind(step)
         watch.resume(step)
         if changes:
-            run.add_to_record(allowed_changes=changes)
+            run.add_to_record(allowed_changes=[f"{name}: {change}" for name, change in changes.items()])
 
     def evaluate(step: int) -> Mapping[str, float]:
         # Ranks that leave it at different places would wait for each other.
@@ -369,9 +369,9 @@ def _fit(
         outcome = train_model(job)
         signals.agree(engine.world.gather(signals.requested))  # told at different moments, ranks leave together
     steps = f"{outcome.counters.step} of {plan.total_steps}"
-    signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} goes on from there")
+    signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} resumes from there")
     if outcome.paused:
-        # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run goes on.
+        # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run resumes.
         run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=watch.loss())
     return outcome
 
@@ -385,7 +385,7 @@ def choices(config: TrainConfig) -> dict[str, str]:
 def run_id(config: TrainConfig) -> str:
     """Return a short id that stays the same when the run is resumed in its folder."""
     settings = deciding(asdict(config))
-    del settings["distributed"], settings["threads"]  # it may go on elsewhere, equal but for its last bits
+    del settings["distributed"], settings["threads"]  # it may resume elsewhere, equal but for its last bits
     tree = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 

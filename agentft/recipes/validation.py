@@ -36,7 +36,7 @@ class Validator:
         self._engine = engine
         count = config.conversations
         self._examples = bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count]
-        self._steps = heldout_steps(bench.data, bench.template, config.generates_during_training or 1)
+        self._steps = heldout_steps(bench.data, bench.chat.template, config.generates_during_training or 1)
         self._ranks: list[list[float]] = []
         """Of the evaluations so far; an empty one is below every other."""
 
@@ -74,7 +74,7 @@ class Validator:
 
     def _measure(self) -> Likelihood:
         bench, engine = self._bench, self._engine
-        batch, pad_id, autocast = self._config.batch, bench.pad_id, engine.autocast
+        batch, pad_id, autocast = self._config.batch, bench.chat.pad_id, engine.autocast
         stock = bench.ways.stock_logits
         return likelihood_on_ranks(
             engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock

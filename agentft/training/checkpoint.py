@@ -225,7 +225,7 @@ def newest_whole(root: Path, *, fallback: bool = True) -> Path | None:
             return path
         if not fallback:
             raise CheckpointError(
-                f"{path} is damaged ({problem}); training.fallback=true goes on from the checkpoint before it"
+                f"{path} is damaged ({problem}); training.fallback=true resumes from the checkpoint before it"
             )
         log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problem)
     if paths:
@@ -246,7 +246,7 @@ def set_aside(path: Path) -> Path:
 
 
 def clear_unfinished(root: Path, after: int) -> None:
-    """Make room before a training goes on from step `after`; only the process that holds the run folder may do this.
+    """Make room before a training resumes from step `after`; only the process that holds the run folder may do this.
 
     What a killed process left half written or half deleted is removed. Checkpoints of later steps, which could not be
     used, are set aside: the retention must not count them.
@@ -312,7 +312,7 @@ class Start:
 
     checkpoint: Path | None
     """Whole, and of this training; None: the first step."""
-    changes: list[str]
+    changes: dict[str, str]
     """What differs from the run that saved it, and may."""
 
 
@@ -324,11 +324,11 @@ def find_start(checkpoints: Path, config: TrainingConfig, identity: Mapping[str,
     """
     if config.resume is Resume.never:
         if list_checkpoints(checkpoints):
-            raise CheckpointError(f"{checkpoints} has checkpoints; training.resume=auto goes on from the newest")
-        return Start(None, [])
+            raise CheckpointError(f"{checkpoints} has checkpoints; training.resume=auto resumes from the newest")
+        return Start(None, {})
     path = world.broadcast(newest_whole(checkpoints, fallback=config.fallback) if world.is_main else None)
     if path is None:
         if config.resume is Resume.must:
-            raise CheckpointError(f"{checkpoints}: no checkpoint to go on from; training.resume=auto starts afresh")
-        return Start(None, [])
+            raise CheckpointError(f"{checkpoints}: no checkpoint to resume from; training.resume=auto starts afresh")
+        return Start(None, {})
     return Start(path, require_same(path, read_state(path)["identity"], identity, allow=config.allow_changes))

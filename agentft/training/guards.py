@@ -1,4 +1,4 @@
-"""Say what is wrong with a step that is not finite or does not fit into memory, and end the training or go on."""
+"""Say what is wrong with a step that is not finite or does not fit into memory, and end the training or continue."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def report_nonfinite(
     if damaged := _joined(", ", world.gather(_damaged_parameters(engine.model))):
         raise TrainingError(
             f"step {step}: {reason}. The weights are not finite before the update: {damaged}; no later step can be "
-            "better. Look at the model's files, or go on from an earlier checkpoint"
+            "better. Look at the model's files, or resume from an earlier checkpoint"
         )
     if config.nonfinite is NonFinite.stop:
         raise TrainingError(

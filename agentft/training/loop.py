@@ -66,7 +66,7 @@ class Job:
     rank: Callable[[Mapping[str, float]], list[float] | None] = lambda metrics: None
     """What evaluations are ordered by, the larger the better; None: of no worth."""
     log: Callable[[Mapping[str, float], int], None] = lambda values, step: None
-    on_start: Callable[[int, list[str]], None] = lambda step, changes: None
+    on_start: Callable[[int, Mapping[str, str]], None] = lambda step, changes: None
     """Told the step that the loop starts from, and what differs from the run that saved it."""
     stop_requested: Callable[[], bool] = lambda: False
     """Asked after every step; when true the loop saves and returns."""
@@ -108,7 +108,7 @@ class TrainOutput:
     stopped: bool
     """The loop was asked to stop before its last step."""
     paused: bool = False
-    """It stopped at `training.pause_at_fraction`, and a larger share goes on from there."""
+    """It stopped at `training.pause_at_fraction`, and a larger share resumes from there."""
 
 
 @dataclass
@@ -424,7 +424,7 @@ def _resume(job: Job, schedule: torch.optim.lr_scheduler.LRScheduler) -> Counter
     if start.checkpoint is None:
         if job.engine.world.is_main:
             clear_unfinished(job.checkpoints, after=0)
-        job.on_start(0, [])
+        job.on_start(0, {})
         return Counters()
     checkpoint = load_checkpoint(start.checkpoint, check=False)
     state = checkpoint.state

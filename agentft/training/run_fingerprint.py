@@ -1,4 +1,4 @@
-"""Say what decides the losses of a training, and what of it differs from the run that saved a checkpoint."""
+"""Compare what decides the losses of a training with that of the run that saved a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,35 +13,43 @@ from agentft.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Name each value that two identities do not share: `training.seed was 1, is 2`."""
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Return each value that two fingerprints do not share, by its dotted name: `training.seed` -> `1 -> 2`."""
     # As a checkpoint holds it: in JSON an enumeration or a path has become text.
     before, now = dict(_flat(saved)), dict(_flat(json.loads(json.dumps(current, default=str))))
-    return [
-        f"{key} was {before.get(key, 'not recorded')}, is {now.get(key, 'not there')}"
+    return {
+        key: f"{before.get(key, 'not recorded')} -> {now.get(key, 'not there')}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-    ]
+    }
 
 
-def require_same(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: bool) -> list[str]:
-    """Return what differs where that is allowed, and say so in the log.
+def described(changes: Mapping[str, str]) -> str:
+    """Return what `differences` found in one line."""
+    return "; ".join(f"{name}: {change}" for name, change in changes.items())
 
-    A training may move to another engine or number of ranks: the law of the loop makes its next losses equal but for the
-    order in which they are summed. Then it may have other threads and devices, too.
+
+def require_same(
+    checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: bool
+) -> dict[str, str]:
+    """Return what differs where that is allowed, and log it.
+
+    A training may move to another engine or number of ranks: its next losses are then equal but for the order in which they
+    are summed. It may have other threads and devices then, too.
 
     Raises:
         CheckpointError: something differs and may not.
     """
-    changed = differences(saved, current)
-    if changed and not (allow or _only_moved(changed)):
+    changes = differences(saved, current)
+    moved = bool(changes.keys() & {"engine", "ranks"}) and changes.keys() <= {"engine", "ranks", "threads", "device"}
+    if changes and not (allow or moved):
         raise CheckpointError(
-            f"{checkpoint} belongs to another training: {'; '.join(changed)}. Use another run folder, "
-            "or go on regardless with training.allow_changes=true"
+            f"{checkpoint} belongs to another training: {described(changes)}. Use another run folder, "
+            "or resume anyway with training.allow_changes=true"
         )
-    for change in changed:
-        log.warning("going on although %s", change)
-    return changed
+    for name, change in changes.items():
+        log.warning("resuming with changed setting %s: %s", name, change)
+    return changes
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -50,8 +58,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", repr(value)
-
-
-def _only_moved(changed: list[str]) -> bool:
-    names = {change.split(" was ", 1)[0] for change in changed}
-    return bool(names & {"engine", "ranks"}) and names <= {"engine", "ranks", "threads", "device"}

@@ -93,7 +93,7 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goe
     elsewhere = _command(run, "distributed=single")
     done = subprocess.run(elsewhere, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on although ranks was 2, is 1" in (run / "train.log").read_text()
+    assert "resuming with changed setting ranks: 2 -> 1" in (run / "train.log").read_text()
     whole = tmp_path / "whole"
     done = subprocess.run(_command(whole), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

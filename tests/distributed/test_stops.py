@@ -131,7 +131,7 @@ def test_a_signal_to_the_group_is_saved_by_all_ranks(job, tmp_path, number, seed
     assert (status["state"], status["error"]) == (
         "stopped",
         f"StopSignal: stopped by {number.name} after step {step} of 100000, which is saved; "
-        f"run_dir={run} goes on from there",
+        f"run_dir={run} resumes from there",
     )
     assert "Traceback" not in everything_said(tmp_path)
     assert (tmp_path / "said").read_text().splitlines()[-1].startswith(f"train.py: stopped by {number.name} after step")

@@ -175,7 +175,7 @@ def test_f09_every_damage_is_found(broken_run, ledger, tmp_path, seed):
         if find_damage(newest) is None or newest_whole(root) == newest:
             silent.append((kind, file))
         assert newest_whole(root) == list_checkpoints(root)[-2]
-        with pytest.raises(CheckpointError, match=r"is damaged \(.*training.fallback=true goes on"):
+        with pytest.raises(CheckpointError, match=r"is damaged \(.*training.fallback=true resumes"):
             newest_whole(root, fallback=False)
         shutil.rmtree(root)
     ledger("F09", seed=seed, injected=len(kinds), detected=len(kinds) - len(silent), silent=len(silent))
@@ -190,12 +190,12 @@ def test_f09_a_damaged_newest_falls_back_by_one_and_ends_the_same(zygote, golden
     _damage(list_checkpoints(run / "checkpoints")[-1], "bit", draw)
     if seed == 0:
         assert zygote.run(run, settings=["training.fallback=false"]) == 1
-        assert "training.fallback=true goes on from the checkpoint before it" in log_of(run).read_text()
+        assert "training.fallback=true resumes from the checkpoint before it" in log_of(run).read_text()
     ledger("F09", seed=seed, injected=1, detected=1, silent=0)
     assert_equal(finish(zygote, run), golden())
     said = log_of(run).read_text()
     assert "is damaged" in said
-    assert f"going on from {run}/checkpoints/step-000006" in said
+    assert f"resuming from {run}/checkpoints/step-000006" in said
 
 
 def test_f10_with_every_checkpoint_damaged_nothing_starts_afresh(zygote, ledger, tmp_path):
@@ -226,4 +226,4 @@ def test_f20_a_clock_that_jumps_and_shuffled_file_times_choose_no_other_checkpoi
     ledger("F20", seed=seed)
     assert_equal(finish(zygote, run, sabotage=["clock_set_back:86400000"]), golden())
     # Step 10 was the best, so it was saved beside step 9: by name or by time another would come first.
-    assert f"going on from {run}/checkpoints/step-000010" in log_of(run).read_text()
+    assert f"resuming from {run}/checkpoints/step-000010" in log_of(run).read_text()

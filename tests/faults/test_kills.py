@@ -64,7 +64,7 @@ def test_f02_kills_before_each_call_of_a_save_change_nothing(zygote, golden, led
     whole = whole_checkpoints(run)
     ledger("F02", seed=seed, kills=kills, in_save=kills)
     assert_equal(finish(zygote, run, settings=settings), golden(*settings))
-    assert f"going on from {run}/checkpoints/step-{max(whole, default=0):06d}" in log_of(run).read_text() or not whole
+    assert f"resuming from {run}/checkpoints/step-{max(whole, default=0):06d}" in log_of(run).read_text() or not whole
 
 
 @pytest.mark.parametrize("seed", seeds(sample=0, full=8, start=1000))

@@ -63,7 +63,7 @@ def test_f05_a_signal_from_outside_at_a_random_moment(zygote, golden, ledger, tm
     kill(pid, signal.SIGTERM)
     code = zygote.wait()
     figures = {}
-    if code == 143 and _status(run)["error"].endswith("goes on from there"):
+    if code == 143 and _status(run)["error"].endswith("resumes from there"):
         assert before <= max(whole_checkpoints(run)) <= before + 2
         figures["saved_after_seconds"] = float(Path(f"{times}.saved").read_text()) - began
     else:

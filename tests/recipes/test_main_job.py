@@ -148,7 +148,7 @@ def test_a_run_does_not_go_on_with_another_attention_unless_allowed(finished, tm
     folder = tmp_path / "run"
     shutil.copytree(finished.run_dir, folder)
     others = [name for name in ("eager", "sdpa") if name not in (finished.run_dir / "train.log").read_text("utf-8")]
-    with pytest.raises(ConfigError, match=f"attention was '.*', is '{others[0]}'"):
+    with pytest.raises(ConfigError, match=f"attention: '.*' -> '{others[0]}'"):
         train(quick_config(folder, f"model.attention={others[0]}"))
 
 

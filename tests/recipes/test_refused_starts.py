@@ -113,21 +113,21 @@ UNCHANGED = [
         0,
         "this run is finished",
     ),
-    ("train run_dir=run sft_type.rank=4", 2, "belongs to another training: sft_type.rank was 8, is 4. Give"),
-    ("train run_dir=run sft_type=full", 2, "sft_type was 'lora', is 'full'"),
-    ("train run_dir=run model=smollm2-135m", 2, "model was 'tiny', is 'smollm2-135m'"),
-    ("train run_dir=run seed=7 training.learning_rate=0.02", 2, "seed was 42, is 7; training.learning_rate was 0.01"),
-    ("train run_dir=run dataset=synthetic", 2, "dataset was 'local', is 'synthetic'"),
-    ("train run_dir=run dataset.test_ratio=0.3", 2, "dataset.test_ratio was 0.2, is 0.3"),
-    ("train run_dir=run training=short training.max_steps=9", 2, "training.max_steps was 4, is 9"),
-    ("train run_dir=run threads=2", 2, "threads was 1, is 2"),
-    ("train run_dir=run model.dtype=bf16", 2, "model.dtype was 'fp32', is 'bf16'"),
-    ("train run_dir=run training.resume=never", 2, "has checkpoints; training.resume=auto goes on"),
+    ("train run_dir=run sft_type.rank=4", 2, "belongs to another training: sft_type.rank: 8 -> 4. Give"),
+    ("train run_dir=run sft_type=full", 2, "sft_type: 'lora' -> 'full'"),
+    ("train run_dir=run model=smollm2-135m", 2, "model: 'tiny' -> 'smollm2-135m'"),
+    ("train run_dir=run seed=7 training.learning_rate=0.02", 2, "seed: 42 -> 7; training.learning_rate: 0.01"),
+    ("train run_dir=run dataset=synthetic", 2, "dataset: 'local' -> 'synthetic'"),
+    ("train run_dir=run dataset.test_ratio=0.3", 2, "dataset.test_ratio: 0.2 -> 0.3"),
+    ("train run_dir=run training=short training.max_steps=9", 2, "training.max_steps: 4 -> 9"),
+    ("train run_dir=run threads=2", 2, "threads: 1 -> 2"),
+    ("train run_dir=run model.dtype=bf16", 2, "model.dtype: 'fp32' -> 'bf16'"),
+    ("train run_dir=run training.resume=never", 2, "has checkpoints; training.resume=auto resumes"),
     ("train run_dir=run experiment=msagent_7b_lora", 2, "the run in run is of experiment=null"),
     ("train run_dir=run hydra.run.dir=other", 2, "two folders for one run"),
     ("train run_dir=run sft_type.rnak=4", 2, "did you mean sft_type.rank?"),
     ("train -m run_dir=run seed=1,2", 2, "names one folder, a sweep has many"),
-    ("train hydra.run.dir=run model=tiny", 2, "belongs to another training: dataset was 'local', is 'synthetic'"),
+    ("train hydra.run.dir=run model=tiny", 2, "belongs to another training: dataset: 'local' -> 'synthetic'"),
     ("evaluate run=run model.dtype=fp32", 2, "model.dtype: is the run's, which stays as it was trained"),
     ("evaluate run=run dataset=synthetic", 2, "dataset: is the run's, which stays as it was trained"),
     ("evaluate run=run evaluation.batch=0", 2, "evaluation.batch=0: expected a whole number from 1"),
@@ -237,7 +237,7 @@ def test_other_data_is_refused_by_training_and_evaluation(changed_data, command)
     before = digest(changed_data)
     code, said = command("train run_dir=run evaluation.max_new_tokens=5")
     assert (code, digest(changed_data)) == (2, before)
-    assert "data was " in said
+    assert "data: " in said
     code, said = command("evaluate run=run")
     assert (code, digest(changed_data)) == (1, before)
     assert "held-out conversations" in said
@@ -285,8 +285,8 @@ def received(request, run) -> str:
     """A run folder that allows it by itself; the setting's name."""
     file = run / "config.yaml"
     text = file.read_text(encoding="utf-8")
-    assert f"  {request.param}: false\n" in text
-    file.write_text(text.replace(f"  {request.param}: false\n", f"  {request.param}: true\n"), encoding="utf-8")
+    assert text.count("\nmodel:\n") == 1
+    file.write_text(text.replace("\nmodel:\n", f"\nmodel:\n  {request.param}: true\n"), encoding="utf-8")
     options = run / "model"
     options.mkdir()
     (options / "theirs.yaml").write_text(f"defaults: [tiny, _self_]\n{request.param}: true\n", encoding="utf-8")
