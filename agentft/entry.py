@@ -1,6 +1,6 @@
-"""The entry points that compose a config: `train.py` and `evaluate.py`, installed `agentft-train` and `agentft-evaluate`.
+"""Start `train.py` and `evaluate.py`, installed as `agentft-train` and `agentft-evaluate`.
 
-Signals are heard before anything is imported, which takes seconds; the work itself then ends at once, or saves.
+Signals are handled before anything is imported, which takes seconds; the work itself then ends at once, or saves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Everything agentft raises on purpose, as one small tree.
+"""Define every error that agentft raises on purpose.
 
-A message says where, what was found, what was expected and what to do; the entry points print it as one line and keep the
+A message names the place, what was found, what was expected and what to do; the entry points print it as one line and keep the
 traceback for the log. Anything else that escapes is a defect of agentft.
 """
 
@@ -31,7 +31,7 @@ class ModelError(AgentftError, RuntimeError):
 
 
 class TrainingError(AgentftError, RuntimeError):
-    """Training cannot go on (a loss that is not finite, for example)."""
+    """Training cannot continue (a loss that is not finite, for example)."""
 
 
 class CheckpointError(AgentftError, RuntimeError):
@@ -39,7 +39,7 @@ class CheckpointError(AgentftError, RuntimeError):
 
 
 class EvaluationError(AgentftError, ValueError):
-    """Predictions and references do not form one exam."""
+    """Predictions and references are not of one test set."""
 
 
 class RunError(AgentftError, RuntimeError):

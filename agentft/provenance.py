@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import re
 import socket
 import subprocess
 from pathlib import Path
@@ -29,7 +28,7 @@ _ENVIRONMENT = (
 
 
 def describe_surroundings() -> dict[str, Any]:
-    """What `run.json` says of code, versions, machine and environment."""
+    """Return what `run.json` records of code, versions, machine and environment."""
     return {
         "git": git_state(),
         "python": platform.python_version(),
@@ -71,18 +70,6 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
-
-
-def other_agentft() -> str | None:
-    """Return a line on another project's package `agentft`, where it is installed: it writes over files of this one."""
-    for package in importlib.metadata.distributions(name="agentft"):
-        # Only a wheel's record counts: this project's own package had the name too, installed as a link to a checkout.
-        if re.search(r"^agentft/", package.read_text("RECORD") or "", flags=re.MULTILINE):
-            return (
-                f"the package agentft {package.version} of another project is installed and has the same import name: "
-                f"pip uninstall agentft, then install {DISTRIBUTION} again"
-            )
-    return None
 
 
 def _cpu_model() -> str:

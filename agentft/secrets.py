@@ -1,4 +1,4 @@
-"""Keeps keys and tokens out of every file, log and traceback: by the name of a setting, by a value in the environment.
+"""Keep keys and tokens out of every file, log and traceback: by the name of a setting, by a value in the environment.
 
 A secret enters agentft through the environment (or netrc) only, so each one has a name there and a value to look for.
 """
@@ -24,100 +24,37 @@ HIDDEN = "<redacted>"
 MIN_SECRET_LENGTH = 8
 """Shorter values are not looked for: `1` or `true` would blank out half of a log."""
 
-_ALWAYS = {
-    *("password", "passwd", "passphrase", "passcode", "secret", "secrets", "credential", "credentials"),
-    *(
-        "apikey",
-        "accesskey",
-        "secretkey",
-        "privatekey",
-        "apitoken",
-        "accesstoken",
-        "authtoken",
-        "authorization",
-        "bearer",
-    ),
-}
-_QUALIFIERS = {
-    *(
-        "api",
-        "access",
-        "auth",
-        "secret",
-        "private",
-        "refresh",
-        "session",
-        "bearer",
-        "hub",
-        "hf",
-        "sdk",
-        "ssh",
-        "signing",
-    ),
-    *("encryption", "service", "account", "license", "wandb", "openai", "huggingface", "modelscope", "github"),
-}
-_PLAIN_KEYS = {
-    *(
-        "sort",
-        "group",
-        "cache",
-        "primary",
-        "foreign",
-        "public",
-        "metric",
-        "step",
-        "column",
-        "row",
-        "dict",
-        "json",
-        "index",
-    ),
-    *(
-        "map",
-        "lookup",
-        "partition",
-        "hot",
-        "unique",
-        "merge",
-        "join",
-        "partial",
-        "num",
-        "input",
-        "label",
-        "text",
-        "source",
-    ),
-}
-_PLAIN_TOKENS = {
-    *(
-        "stop",
-        "pad",
-        "padding",
-        "eos",
-        "bos",
-        "unk",
-        "sep",
-        "cls",
-        "mask",
-        "start",
-        "end",
-        "first",
-        "last",
-        "next",
-        "new",
-    ),
-    *("special", "image", "video", "audio", "think", "tool", "per", "each", "text", "prompt", "role", "fill", "prefix"),
-    *("suffix", "middle", "ignore", "boundary", "begin", "blank", "decoder", "forced", "response", "observation"),
-}
-_ABOUT = {
-    *("file", "path", "dir", "directory", "folder", "sock", "socket", "host", "url", "length", "len", "size", "count"),
-    *("limit", "timeout", "expiry", "name", "type", "accuracy", "rate", "loss", "ids", "enabled", "required"),
-}
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ALWAYS = _words("""
+    password passwd passphrase passcode secret secrets credential credentials apikey accesskey secretkey
+    privatekey apitoken accesstoken authtoken authorization bearer
+""")
+_QUALIFIERS = _words("""
+    api access auth secret private refresh session bearer hub hf sdk ssh signing encryption service account
+    license wandb openai huggingface modelscope github
+""")
+_PLAIN_KEYS = _words("""
+    sort group cache primary foreign public metric step column row dict json index map lookup partition hot
+    unique merge join partial num input label text source
+""")
+_PLAIN_TOKENS = _words("""
+    stop pad padding eos bos unk sep cls mask start end first last next new special image video audio think tool
+    per each text prompt role fill prefix suffix middle ignore boundary begin blank decoder forced response
+    observation
+""")
+_ABOUT = _words("""
+    file path dir directory folder sock socket host url length len size count limit timeout expiry name type
+    accuracy rate loss ids enabled required
+""")
 
 
 @functools.lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name holds a secret: `WANDB_API_KEY`, `hub.token`; not `stop_token`, `sort_key`."""
+    """Return whether a setting of this name holds a secret: `WANDB_API_KEY`, `hub.token`; not `stop_token`, `sort_key`."""
     words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
     while words and words[-1].isdigit():  # OPENAI_KEY_2
         words.pop()
@@ -133,7 +70,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact_tree(tree: Any) -> Any:
-    """A copy of nested mappings and lists in which every value under a secret name is hidden."""
+    """Return a copy of nested mappings and lists in which every value under a secret name is hidden."""
     if isinstance(tree, Mapping):
         return {key: _hide(value) if is_secret_name(str(key)) else redact_tree(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -150,7 +87,7 @@ def _hide(value: Any) -> Any:
 
 
 def redact_text(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """`text` with every value of a secret-named environment variable replaced by `<redacted:NAME>`.
+    """Return `text` with every value of a secret-named environment variable replaced by `<redacted:NAME>`.
 
     Also found: the value as it stands inside JSON, YAML, a Python repr and an address (percent-encoded).
     """
@@ -161,7 +98,7 @@ def redact_text(text: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def redact_strings(tree: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """`redact_tree`, and `redact_text` on every text in it, keys included."""
+    """Apply `redact_tree`, and `redact_text` to every text in it, keys included."""
     return _redact_strings(redact_tree(tree), os.environ if environ is None else environ)
 
 
@@ -176,7 +113,7 @@ def _redact_strings(tree: Any, environ: Mapping[str, str]) -> Any:
 
 
 def redact_command(command: Sequence[str], environ: Mapping[str, str] | None = None) -> list[str]:
-    """A command line to show: the values of `api_key=...` and `--api-key ...` and of the environment are hidden."""
+    """Return a command line to show: the values of `api_key=...` and `--api-key ...` and of the environment are hidden."""
     shown = []
     hide_next = False
     for argument in command:
@@ -192,7 +129,7 @@ def redact_command(command: Sequence[str], environ: Mapping[str, str] | None = N
 
 
 def _secrets(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(spelling of a value, name of its variable), longest first, so that no secret is cut in two by a shorter one."""
+    """Return (spelling of a value, name of its variable), longest first, so that no secret is cut in two by a shorter one."""
     found: dict[str, str] = {}
     for name in sorted(environ):
         if is_secret_name(name):
@@ -218,10 +155,10 @@ def _spellings(value: str) -> tuple[str, ...]:
 
 
 class RedactingFilter(logging.Filter):
-    """Takes secrets out of a log record: its message, its arguments and its traceback. It lets every record pass."""
+    """Take secrets out of a log record: its message, its arguments and its traceback. It lets every record pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Changes only a record that holds a secret."""
+        """Change only a record that holds a secret."""
         try:
             message = record.getMessage()
         except Exception:  # a wrong format string is reported by logging itself; its arguments are shown there
@@ -245,7 +182,7 @@ _installed = False
 
 
 def install_log_redaction() -> None:
-    """From here on no log record and no traceback of this process shows a secret, whoever adds handlers afterwards.
+    """Hide secrets in every log record and traceback of this process, whoever adds handlers afterwards.
 
     Records are cleaned where they are made, because a filter on a logger misses what its children pass up.
     Also covered: uncaught exceptions, of threads too, and the warnings of `Exception ignored in`.
@@ -281,7 +218,7 @@ def install_log_redaction() -> None:
 
 
 def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
-    """Prints the traceback if it holds a secret; False where the usual way of printing it is safe."""
+    """Print the traceback if it holds a secret; return False where the usual way of printing it is safe."""
     shown = "".join(traceback.format_exception(kind, error, trace))
     clean = redact_text(shown)
     if clean == shown:

@@ -1,4 +1,4 @@
-"""The base of every dataclass of settings: a number has its range on its field, and one outside of it is refused.
+"""Define the base of every dataclass of settings: a number has its range on its field, and one outside of it is refused.
 
     rank: int = field(default=8, metadata={"minimum": 1, "maximum": 16384})
 
@@ -9,7 +9,7 @@ ever taken.
 `advanced` settings are left out of `--help`, and out of a run's `config.yaml` where they have their default.
 
 `affects` is the first of these that another value changes: `data` (the examples), `losses` (of a training step), `answers`
-(of a model to a step), `results` (scores, reports, exported files); or `nothing` of them. A class says it for its fields,
+(of a model to a step), `results` (scores, reports, exported files); or `nothing` of them. A class sets it for its fields,
 `class X(Settings, affects="losses")`, and a field for itself, `metadata={"affects": "nothing"}`. The name of an option
 affects what the option does.
 """

@@ -563,14 +563,22 @@ def _tables(*, advanced: bool) -> Iterator[str]:
         rows = {key: setting for key, setting in settings(root).items() if "." not in key and key not in SCHEMAS}
         yield from _table(f"### {title}", rows, advanced)
         for group, schemas in SCHEMAS.items() if root is TrainConfig else ():
-            for name, schema in schemas.items():
-                title = f"### `{group}`: {schema.__name__}" if len(schemas) > 1 else f"### `{group}`"
-                rows = {
+            of_each = {
+                name: {
                     key: setting
                     for key, setting in settings(root, {group: name}).items()
                     if key.startswith(f"{group}.")
                 }
-                yield from _table(title, rows, advanced)
+                for name in schemas
+            }
+            first, *others = of_each.values()
+            common = {
+                key: setting for key, setting in first.items() if all(each.get(key) == setting for each in others)
+            }
+            yield from _table(f"### `{group}`", common, advanced)
+            for name, rows in of_each.items():
+                own = {key: setting for key, setting in rows.items() if key not in common}
+                yield from _table(f"### `{group}`: {schemas[name].__name__}", own, advanced)
 
 
 def _table(title: str, rows: dict[str, Setting], advanced: bool) -> list[str]:

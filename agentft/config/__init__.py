@@ -1,14 +1,13 @@
-"""Composition of a run: the only room that knows Hydra and OmegaConf.
+"""Compose a run's settings with Hydra and check them.
 
-`compose_and_run` is what `train.py` and `evaluate.py` call. It composes `conf/` and the command line, checks the whole
-against the dataclasses of the rooms, and only then calls the recipe, with plain dataclasses. Whatever is wrong with the
-configuration is said in one line, before torch is imported and before a run folder is made; `HYDRA_FULL_ERROR=1` gives
-the traceback instead.
+`train.py` and `evaluate.py` call `compose_and_run`. It composes `conf/` and the command line, checks the result against the
+dataclasses of the packages, and only then calls the recipe, with plain dataclasses. A configuration that cannot run is refused
+in one line, before torch is imported and before a run folder is made; `HYDRA_FULL_ERROR=1` gives the traceback instead.
 """
 
-from agentft.config.compose import compose, register_schemas, to_config, to_train_config
+from agentft.config.compose import compose, conf_dir, options, register_schemas, to_config, to_train_config
 from agentft.config.main import compose_and_run
-from agentft.config.settings import OLD_OPTIONS, Setting, conf_dir, options, settings
+from agentft.config.settings import OLD_OPTIONS, Setting, settings
 from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
 

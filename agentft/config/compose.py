@@ -23,8 +23,6 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from agentft.config.errors import KEEP_IN_ENVIRONMENT, first_line, missing_value, unknown_setting
-from agentft.config.settings import conf_dir, dotted
 from agentft.errors import ConfigError
 from agentft.recipes.config import AFFECT_NOTHING, AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
 from agentft.recipes.saved import ROOTS, SCHEMAS, use_new_names
@@ -32,8 +30,29 @@ from agentft.secrets import is_secret_name
 from agentft.signals import is_slurm_batch_job, slurm_job_id
 
 VERSION_BASE = "1.3"
+KEEP_IN_ENVIRONMENT = (
+    "configs are saved: put it into the environment instead (WANDB_API_KEY, MODELSCOPE_API_TOKEN, HF_TOKEN)"
+)
 _SCHEME = "agentft"
 """Of the folder of `--config-dir` in Hydra's search path."""
+
+
+def conf_dir() -> Path:
+    """Return the folder of the config groups: inside an installed package, else beside it in the repository."""
+    here = Path(__file__).resolve().parent.parent
+    return next(folder for folder in (here / "conf", here.parent / "conf") if folder.is_dir())
+
+
+def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """Return the options of a group, the files of `conf/<group>/`; none if there is no such group."""
+    if not group:
+        return []
+    return sorted({path.stem for folder in folders or [conf_dir()] for path in (folder / group).glob("*.yaml")})
+
+
+def dotted(parent: str, name: str) -> str:
+    """Return the full name of `name` below `parent`, which is empty at the top."""
+    return f"{parent}.{name}" if parent else name
 
 
 def register_schemas() -> None:
@@ -187,7 +206,7 @@ C = TypeVar("C", TrainConfig, EvaluateConfig, AuditConfig, ExportConfig)
 
 
 def to_train_config(composed: DictConfig) -> TrainConfig:
-    """Return the composed settings of a training run as checked dataclasses; `ConfigError` says what is wrong."""
+    """Return the composed settings of a training run as checked dataclasses; `ConfigError` names what is wrong."""
     return to_config(composed, TrainConfig)
 
 
@@ -195,16 +214,18 @@ def to_config(composed: DictConfig, root: type[C]) -> C:
     """Return the composed settings as `root`: no unknown key, no missing value, every value allowed by its schema.
 
     Raises:
-        ConfigError: says what is wrong in one line.
+        ConfigError: names what is wrong in one line.
     """
     settings_only = without_hydra(composed)
     if missing := check_keys(settings_only, root):
+        from agentft.config.errors import missing_value  # which imports this module
+
         raise ConfigError(missing_value(missing, root))
     try:
         config = OmegaConf.to_object(settings_only)
     except OmegaConfBaseException as error:
-        # What it says of an interpolation: `Interpolation key 'sft_type.lr' not found`.
-        raise ConfigError(f"{error.full_key!s}: {first_line(error)}") from error
+        # OmegaConf's words of an interpolation: `Interpolation key 'sft_type.lr' not found`.
+        raise ConfigError(f"{error.full_key!s}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, root):
         raise ConfigError(f"--config-name: names a {type(config).__name__}, this program takes a {root.__name__}")
     return config
@@ -224,6 +245,8 @@ def check_keys(settings_only: DictConfig, root: type) -> list[str]:
         for name in map(str, node):
             key = dotted(parent, name)
             if name not in known and schema is not dict:  # a dict holds another program's settings
+                from agentft.config.errors import unknown_setting  # which imports this module
+
                 raise ConfigError(unknown_setting(key, root, _schemas_of(settings_only)))
             refers = OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
             if not refers and isinstance(node[name], DictConfig):

@@ -12,13 +12,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from omegaconf.errors import ValidationError
 
-from agentft.config.settings import OLD_OPTIONS, Setting, dotted, options, settings
+from agentft.config.compose import dotted, options
+from agentft.config.settings import OLD_OPTIONS, Setting, settings
 from agentft.recipes.saved import RENAMED, SCHEMAS
 from agentft.settings import accepted, members
-
-KEEP_IN_ENVIRONMENT = (
-    "configs are saved: put it into the environment instead (WANDB_API_KEY, MODELSCOPE_API_TOKEN, HF_TOKEN)"
-)
 
 
 def first_line(error: BaseException) -> str:

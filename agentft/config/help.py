@@ -13,8 +13,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from agentft.config.compose import compose
-from agentft.config.settings import conf_dir, options, settings
+from agentft.config.compose import compose, conf_dir, options
+from agentft.config.settings import settings
 from agentft.recipes.saved import ROOTS, SCHEMAS
 
 _EXAMPLES = {
@@ -94,7 +94,9 @@ def help_text(program: str, config_name: str, config_dir: str | None = None, *, 
         for name in names:
             begin = f"  {name:<38} {_shown(_value(composed, name, listed[name].default)):<16} "
             sentence = re.split(r"(?<=[.!?])\s", " ".join(listed[name].doc.split()), maxsplit=1)[0]
-            lines.append(begin + textwrap.shorten(sentence, 120 - len(begin), placeholder=" ..."))
+            lines.append(
+                begin + textwrap.shorten(sentence, 120 - len(begin), placeholder=" ...", break_on_hyphens=False)
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
 import os
 import re
 import sys
@@ -25,23 +26,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agentft.config.compose import (
+    KEEP_IN_ENVIRONMENT,
     VERSION_BASE,
     C,
     check_keys,
     compose,
+    conf_dir,
     old_names,
+    options,
     register_resolvers,
     register_schemas,
     searching,
     to_config,
     without_hydra,
 )
-from agentft.config.errors import KEEP_IN_ENVIRONMENT, explain, first_line, unknown_option
-from agentft.config.settings import OLD_OPTIONS, conf_dir, options, settings
+from agentft.config.errors import explain, first_line, unknown_option
+from agentft.config.settings import OLD_OPTIONS, settings
 from agentft.errors import AgentftError, ConfigError, DataError
 from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
-from agentft.provenance import other_agentft
+from agentft.provenance import DISTRIBUTION
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.saved import RENAMED, SCHEMAS, primary_config, saved_config
 from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
@@ -168,7 +172,7 @@ class Command:
         return [conf_dir()] + ([Path(self.config_dir)] if self.config_dir is not None else [])
 
     def compose(self, lines: Sequence[str]) -> DictConfig:
-        """Compose, Hydra's own node included; `ConfigError` says what was refused."""
+        """Compose, Hydra's own node included; `ConfigError` names what was refused."""
         try:
             return compose(self.config_name, lines, self.config_dir, with_hydra=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, TypeError) as error:
@@ -394,7 +398,7 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
     outlive_console()
     program = Path(sys.argv[0]).name
     full_error = os.environ.get(_FULL_ERROR) == "1"
-    if clash := other_agentft():
+    if clash := _other_agentft():
         sys.stderr.write(f"{program}: {clash}\n")
     register_schemas()
     old_names.clear()
@@ -447,6 +451,18 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         leave(program, error, 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt as error:
         leave(program, str(error) or "interrupted", getattr(error, "exit_code", 130))
+
+
+def _other_agentft() -> str | None:
+    """Return a line on another project's package `agentft`, where it is installed: it writes over files of this one."""
+    for package in importlib.metadata.distributions(name="agentft"):
+        # Only a wheel's record counts: this project's own package had the name too, installed as a link to a checkout.
+        if re.search(r"^agentft/", package.read_text("RECORD") or "", flags=re.MULTILINE):
+            return (
+                f"the package agentft {package.version} of another project is installed and has the same import name: "
+                f"pip uninstall agentft, then install {DISTRIBUTION} again"
+            )
+    return None
 
 
 def leave(program: str, message: object, code: int) -> NoReturn:

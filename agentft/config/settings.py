@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from agentft.config.compose import conf_dir
 from agentft.model.config import TrustConfig
 from agentft.recipes.config import TrainConfig
 from agentft.recipes.saved import SCHEMAS
@@ -40,19 +41,6 @@ OLD_OPTIONS = {
     "use_flash_attn": "model.attention",
 }
 """Options of the script `llm_sft.py` that agentft replaces, and where each now is."""
-
-
-def conf_dir() -> Path:
-    """Return the folder of the config groups: inside an installed package, else beside it in the repository."""
-    here = Path(__file__).resolve().parent.parent
-    return next(folder for folder in (here / "conf", here.parent / "conf") if folder.is_dir())
-
-
-def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Return the options of a group, the files of `conf/<group>/`; none if there is no such group."""
-    if not group:
-        return []
-    return sorted({path.stem for folder in folders or [conf_dir()] for path in (folder / group).glob("*.yaml")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +113,3 @@ def _field_docs(schema: type) -> dict[str, str]:
                     case ast.Expr(value=ast.Constant(value=str(text))):
                         docs[statement.target.id] = inspect.cleandoc(text)
     return docs
-
-
-def dotted(parent: str, name: str) -> str:
-    """Return the full name of `name` below `parent`, which is empty at the top."""
-    return f"{parent}.{name}" if parent else name

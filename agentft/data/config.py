@@ -22,7 +22,7 @@ class Split(StrEnum):
 
 
 class TooLong(Enum):
-    """What becomes of a conversation of more than `max_length` tokens."""
+    """Handling of a conversation of more than `max_length` tokens."""
 
     fit = "fit"
     """Long tool results are shortened, visibly; where that is not enough the oldest rounds are left out."""
@@ -46,7 +46,7 @@ class Format(StrEnum):
 
 
 class Reasoning(StrEnum):
-    """What becomes of the reasoning in records."""
+    """Handling of the reasoning in records."""
 
     keep = "keep"
     """It is trained, before the words it leads to."""
@@ -64,7 +64,7 @@ class SpanWeights(Settings, group="dataset.span_weights", affects="data"):
     """
 
     reasoning: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
-    """What the agent thinks before it speaks."""
+    """Reasoning of the agent."""
     text: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """Text before a call, answers and summaries."""
     call: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
@@ -79,39 +79,39 @@ class SpanWeights(Settings, group="dataset.span_weights", affects="data"):
 class DatasetConfig(Settings, group="dataset", affects="data"):
     """Settings that every dataset has."""
 
-    name: str
+    name: str = field(metadata={"advanced": True})
     """The option of the group `dataset`; part of the run folder's name."""
     max_samples: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
     test_ratio: float = field(default=0.02, metadata={"above": 0, "below": 1})
-    """Share of all conversations that is held out, chosen before sampling, so every sample sits the same exam."""
+    """Share of all conversations that is held out, before `max_samples` applies: every sample has the same test set."""
     test_sample: int = field(default=-1, metadata={"advanced": True, "minimum": 1, "maximum": 10**9, "also": -1})
-    """Held-out conversations to use, nested like `sample`; -1: all."""
+    """Held-out conversations to use, nested like `max_samples`; -1: all."""
     split: Split = Split.content
     """How the held-out part is chosen."""
     seed: int = field(default=42, metadata=SEED)
-    """Decides the split and the order of the sample; separate from the seed of the training."""
+    """Seed of the split and of the order of samples; separate from the seed of the training."""
     max_length: int = field(default=2048, metadata={"minimum": 16, "maximum": 10**7})
-    """Tokens of one example; `too_long` says what becomes of longer conversations."""
+    """Maximum tokens of one example; `too_long` handles longer conversations."""
     too_long: TooLong = TooLong.split
-    """What becomes of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every question."""
+    """Handling of longer conversations; each is counted. Held-out ones are split unless dropped, to keep every step."""
     span_weights: SpanWeights = field(default_factory=SpanWeights, metadata={"advanced": True})
-    """How much a labelled token counts in the training loss, by what it is; the held-out loss weighs all alike."""
+    """Weights of the kinds of labelled tokens in the training loss; the held-out loss weighs all alike."""
     reasoning: Reasoning = Reasoning.keep
-    """What becomes of reasoning: keep trains it, drop leaves it out, context shows it untrained; both are counted. Held-out
-    prompts end before a thought, with context too, so the held-out loss counts it, apart as loss_reasoning."""
+    """Handling of reasoning: keep trains it, drop leaves it out, context shows it untrained. The held-out loss counts it with
+    context too, apart as loss_reasoning."""
     max_rejected: float = field(
         default=0.1, metadata={"advanced": True, "minimum": 0, "maximum": 1, "affects": "nothing"}
     )
-    """Largest share of rows that may be set aside; above it the run stops and says why."""
+    """Largest share of rows that may be set aside; above it the run stops and names the reasons."""
     cache: bool = field(default=True, metadata={"advanced": True, "affects": "nothing"})
     """Keep the tokenised data, and use what a run with the same data, settings, tokenizer and code has kept."""
     cache_limit_gb: float = field(
         default=20.0, metadata={"advanced": True, "above": 0, "maximum": 10**6, "affects": "nothing"}
     )
-    """Size of that cache, in 10^9 bytes; above it the data that was not used for longest is removed."""
+    """Size limit of that cache in 10^9 bytes; above it the data that was not used for longest is removed."""
     workers: int = field(default=0, metadata={"minimum": 0, "maximum": 1024, "affects": "nothing"})
-    """Processes that read and tokenise where there is much to do; 0: one a core, at most 8; 1: only this one."""
+    """Processes that read and tokenise large data; 0: one a core, at most 8; 1: only this one."""
 
 
 @dataclass(kw_only=True)

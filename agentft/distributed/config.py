@@ -32,19 +32,19 @@ class ElasticConfig(Settings, group="distributed.elastic", affects="nothing"):
     """Restarts of a job whose rank dies."""
 
     max_restarts: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
-    """How often all ranks start again, from the last good checkpoint, before the job fails."""
+    """Restarts of all ranks, from the last good checkpoint, before the job fails."""
     grace: int = field(default=30, metadata={"minimum": 1, "maximum": 86400})
-    """Seconds that the other ranks have to end by themselves before they are killed."""
+    """Seconds that the other ranks have to end before they are killed."""
 
 
 @dataclass(kw_only=True)
 class DistributedConfig(Settings, group="distributed", affects="losses"):
     """Ranks, where they are, and what divides the work. The training is the same with every engine."""
 
-    name: str
+    name: str = field(metadata={"advanced": True})
     """The option of the group `distributed`."""
     engine: EngineKind = field(default=EngineKind.single, metadata={"advanced": True})
-    """What holds weights, gradients and optimiser."""
+    """Division of weights, gradients and optimiser state among the ranks."""
     nproc: int | None = field(default=None, metadata={"minimum": 1, "maximum": 1024})
     """Ranks on each machine; null: one for each visible GPU, without GPUs one."""
     nnodes: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
@@ -54,10 +54,10 @@ class DistributedConfig(Settings, group="distributed", affects="losses"):
     timeout: float = field(
         default=1800.0, metadata={"advanced": True, "above": 0, "maximum": 10**6, "affects": "nothing"}
     )
-    """Seconds in which no rank gets anywhere, after which the job is ended and the slowest rank is named. A rank that fetches
-    weights or prepares data gets somewhere as long as it computes, reads or writes."""
+    """Seconds without progress of any rank after which the job is ended and the slowest rank is named. A rank that fetches
+    weights or prepares data makes progress as long as it computes, reads or writes."""
     elastic: ElasticConfig = field(default_factory=ElasticConfig, metadata={"advanced": True})
-    """What becomes of a job whose rank dies."""
+    """Restarts of a job whose rank dies."""
     deepspeed: dict[str, Any] = field(default_factory=dict, metadata={"advanced": True})
     """DeepSpeed's own configuration, key by key, for `engine=deepspeed`; `+distributed.deepspeed.<key>` adds one."""
 

@@ -51,7 +51,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """Greedy evaluation of the steps of the held-out conversations."""
 
     mode: Mode = Mode.teacher_forced
-    """How `evaluate.py` measures; a training measures teacher-forced before and after, and likelihood on its way."""
+    """Protocol of `evaluate.py`; a training measures teacher-forced before and after, and likelihood in between."""
     engine: Engine = field(default=Engine.transformers, metadata={"affects": "answers"})
     """What generates in `evaluate.py`: the run's model here, or a served one, with the same steps and scores."""
     eval_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9})
@@ -75,7 +75,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     best_metric: str = "arg_f1"
     """Decides the best checkpoint: a metric of completions, generated during training, or `loss`, which decides ties."""
     patience: int = field(default=0, metadata={"minimum": 0, "maximum": 10**6})
-    """Training ends after so many evaluations in a row that were no better; 0: never early."""
+    """Evaluations in a row without an improvement after which training stops; 0: never early."""
     bootstrap_samples: int = field(default=10_000, metadata={"advanced": True, "minimum": 1, "maximum": 10**6})
     """Bootstrap resamples over conversations for the 95 % intervals."""
     seed: int = field(default=0, metadata={"advanced": True, **SEED})
@@ -85,23 +85,23 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     examples: int = field(default=2, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Example completions shown side by side at the end."""
     base_url: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
-    """Address of the endpoint for `engine=openai`, up to and with `/v1`."""
+    """Address of the endpoint for `engine=openai`, including `/v1`."""
     served_model: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
     """Name of the model at the endpoint."""
     auth_variable: str = field(default="OPENAI_API_KEY", metadata={"advanced": True, "affects": "nothing"})
     """Environment variable that holds the endpoint's key; without it, requests carry none."""
     request: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
-    """JSON object laid over each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
-    Without `tools`, a step goes as it is recorded, in marks."""
+    """JSON object merged into each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
+    Without `tools`, a step is sent as marked text."""
     request_timeout: float = field(
         default=120.0, metadata={"advanced": True, "above": 0, "maximum": 86400, "affects": "nothing"}
     )
-    """Seconds without a word from the endpoint after which a request is tried again."""
+    """Seconds without data from the endpoint after which a request is repeated."""
     retries: int = field(default=5, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
-    """Further attempts of a request that met a busy, failing or silent endpoint."""
+    """Further attempts of a request that failed or got no answer."""
 
     vllm_options: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
-    """JSON object of further arguments of `vllm.LLM` for `engine=vllm`: `{"gpu_memory_utilization": 0.8}`."""
+    """JSON object of further arguments of `vllm.LLM` for `engine=vllm`, such as `{"gpu_memory_utilization": 0.8}`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

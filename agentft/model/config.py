@@ -71,7 +71,7 @@ class RandomShape(Settings, group="model.shape", affects="losses"):
 
 
 class RewrittenHistory(StrEnum):
-    """What is made of a conversation whose history the chat template rewrites."""
+    """Examples of a conversation whose history the chat template rewrites."""
 
     exact = "exact"
     stable = "stable"
@@ -79,10 +79,10 @@ class RewrittenHistory(StrEnum):
 
 @dataclass(kw_only=True)
 class TrustConfig(Settings, group="model", affects="nothing"):
-    """What is read or run although it could hide code: allowed by a command line, never by a file that it names."""
+    """Permissions to load pickles and run remote code: given by a command line, never by a file that it names."""
 
     allow_pickle: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
-    """Take weights that exist as pickles only (`.bin`), by torch's restricted reader. Counts from this command line only."""
+    """Load weights that exist as pickles only (`.bin`), by torch's restricted reader. Counts from this command line only."""
     trust_remote_code: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Run Python code that comes with the weights. Counts from this command line only."""
 
@@ -102,14 +102,14 @@ class TrustConfig(Settings, group="model", affects="nothing"):
 
 @dataclass(kw_only=True)
 class ModelConfig(TrustConfig, affects="losses"):
-    """One model: where it is, how it talks, how it is loaded."""
+    """One model: where it is, its chat template, and how it is loaded."""
 
-    name: str
+    name: str = field(metadata={"advanced": True})
     """The option of the group `model`; part of the run folder's name."""
     source: ModelSource = ModelSource.modelscope
     """Where the weights come from."""
     id: str | None = None
-    """Any model: its name on the hub of `source`, or a folder for `source=local`; goes before the names below."""
+    """Name of the model on the hub of `source`, or a folder for `source=local`; takes precedence over the three names below."""
     modelscope_id: str | None = field(default=None, metadata={"advanced": True})
     """Name on the ModelScope hub, for `source=modelscope`."""
     huggingface_id: str | None = field(default=None, metadata={"advanced": True})
@@ -123,15 +123,15 @@ class ModelConfig(TrustConfig, affects="losses"):
     cache_dir: str | None = field(default=None, metadata={"advanced": True, "affects": "nothing"})
     """Folder for downloads and conversions; null: `$AGENTFT_CACHE`, else `~/.cache/agentft`."""
     template: str = field(default="auto", metadata={"affects": "data"})
-    """How conversations become text: auto (the model's own chat template where it can say a conversation with tools, else
-    msagent), native, msagent, chatml, qwen2.5, qwen3, llama3, or a file *.jinja; see docs/templates.md."""
+    """Chat template: auto, native, msagent, chatml, qwen2.5, qwen3, llama3, or a file *.jinja. auto takes the model's own where
+    it can express a conversation with tools, else msagent; see docs/templates.md."""
     template_args: dict[str, Any] = field(default_factory=dict, metadata={"advanced": True, "affects": "data"})
-    """Arguments of the chat template, `enable_thinking: false` for example: the same in training, evaluation and export."""
+    """Arguments of the chat template, such as `enable_thinking: false`, in training, evaluation and export alike."""
     rewritten_history: RewrittenHistory = field(
         default=RewrittenHistory.exact, metadata={"advanced": True, "affects": "data"}
     )
-    """Where a chat template rewrites history (most drop past reasoning): `exact` trains each step on the prompt that is
-    served, in several examples; `stable` makes one example, whose prompts may differ."""
+    """Examples of a conversation whose history the chat template rewrites (most drop past reasoning): `exact` trains each step
+    on the prompt that is served, in several examples; `stable` makes one example, whose prompts may differ."""
     stop_token: str | None = field(default=None, metadata={"advanced": True, "affects": "data"})
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(
@@ -141,30 +141,30 @@ class ModelConfig(TrustConfig, affects="losses"):
     learning_rate_scale: float = field(default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1000})
     """Factor on the default learning rate of the method; small models want larger steps."""
     context: int = field(default=2048, metadata={"minimum": 16, "maximum": 10**7})
-    """Positions that the model was trained for; `dataset.max_length` may not exceed it."""
+    """Maximum positions of the model; `dataset.max_length` may not exceed it."""
     dtype: Dtype = Dtype.auto
     """Number format of the weights that are loaded and of the computation."""
     attention: Attention = Attention.auto
-    """Implementation of attention. The old script's `use_flash_attn` is `auto`: flash where it is there and fits."""
+    """Implementation of attention; auto takes the fastest that is installed and fits the device."""
     kernels: KernelChoice = field(default=KernelChoice.auto, metadata={"advanced": True})
-    """What computes norms, rotary positions and activations: torch; on a CPU our C code, built once a machine, which serves
-    frozen models and computes softmax and dropout, too; on CUDA Liger's kernels. See docs/performance.md."""
+    """Implementation of norms, rotary positions and activations: torch, compiled C code on a CPU, or Liger's kernels on CUDA.
+    auto chooses by device and model; see docs/performance.md."""
     offline: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
-    """Use what earlier runs have downloaded, and never the network."""
+    """Use what earlier runs have downloaded, never the network."""
     shape: RandomShape | None = field(default=None, metadata={"advanced": True})
     """Shape of the model for `source=random`."""
     notes: str = field(default="", metadata={"advanced": True, "affects": "nothing"})
-    """Licence and memory, for the reader."""
+    """Licence and memory needs, for the reader."""
 
 
 @dataclass(kw_only=True)
 class SftConfig(Settings, group="sft_type", affects="losses"):
-    """Settings that every way of supervised fine-tuning has."""
+    """Settings that every method of supervised fine-tuning has."""
 
-    name: str
+    name: str = field(metadata={"advanced": True})
     """The option of the group `sft_type`."""
     default_learning_rate: float = field(metadata={"advanced": True, "above": 0, "maximum": 1})
-    """What `training.learning_rate` is unless given."""
+    """Value of `training.learning_rate` unless that is given."""
 
 
 ALL_LINEAR = "all-linear"
@@ -172,7 +172,7 @@ ALL_LINEAR = "all-linear"
 
 
 class LoraStart(StrEnum):
-    """What the adapters are before the first step; with either the model begins as it came."""
+    """Initial values of the adapters; with either the model starts as it was loaded."""
 
     zero = "zero"
     """B is zero and A random."""
@@ -199,7 +199,7 @@ class LoraConfig(SftConfig):
     learning_rate_ratio: float = field(default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1000})
     """Rate of B over that of A: LoRA+ (Hayou et al., 2024, arXiv 2402.12354) advises 16; 1: the same."""
     start: LoraStart = field(default=LoraStart.zero, metadata={"advanced": True})
-    """What the adapters are before the first step."""
+    """Initial values of the adapters; with either the model starts as it was loaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,7 +219,7 @@ class LoraConfig(SftConfig):
 
 
 class QuantKind(StrEnum):
-    """Which 4-bit numbers stand for a weight."""
+    """Format of the 4-bit numbers that stand for a weight."""
 
     nf4 = "nf4"
     """Quantiles of a normal distribution."""
@@ -231,9 +231,9 @@ class QloraConfig(LoraConfig):
     """Adapters on a base in 4 or 8 bits (Dettmers et al., 2023, arXiv 2305.14314); needs the extra `quantization`."""
 
     bits: int = field(default=4, metadata={"one_of": (4, 8)})
-    """4, or 8 (LLM.int8, Dettmers et al., 2022, arXiv 2208.07339)."""
+    """Bits of a weight: 4, or 8 (LLM.int8, Dettmers et al., 2022, arXiv 2208.07339)."""
     kind: QuantKind = field(default=QuantKind.nf4, metadata={"advanced": True})
-    """The 4-bit numbers."""
+    """Format of the 4-bit numbers."""
     double_quantization: bool = field(default=True, metadata={"advanced": True})
     """Quantise the scales of the blocks too: 0.4 bits a weight less, in 4 bits only."""
 

@@ -1,4 +1,4 @@
-"""The settings of a whole run: one field per config group, and nothing that a room does not own."""
+"""Define the settings of each program: one field per config group, and what belongs to none."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class EvaluateConfig(Settings, affects="answers"):
     checkpoint: str = "final"
     """`final`, `best`, `last`, a step number, or `base` for the untrained model."""
     evaluation: EvaluationConfig | None = None
-    """null: as the run was trained with; else choose `evaluation=default` or another and override its values."""
+    """null: as the run was trained with; else `evaluation=default` or another option, with its values overridden."""
     tracking: TrackingConfig
     distributed: DistributedConfig = field(default_factory=lambda: DistributedConfig(name="single"))
-    """Ranks that share the conversations out among them. Each holds the model whole, whatever the engine."""
+    """Ranks among which the conversations are divided; each holds the whole model, whatever the engine."""
     threads: int | None = field(default=None, metadata=THREADS)
     """CPU threads for torch; null: as the run was trained with."""
     output: str | None = field(default=None, metadata={"affects": "nothing"})
-    """Folder that answers and scores go to; null: the run's own. A job of a sweep gets one to itself."""
+    """Folder of answers and scores; null: the run's own. A job of a sweep has one to itself."""
     other_data: bool = field(default=False, metadata={"affects": "nothing"})
     """Score although the data is not that of the checkpoint's training, and may hold what the model has seen."""
     model: TrustConfig = field(default_factory=TrustConfig)
@@ -86,7 +86,7 @@ class AuditOptions(Settings, group="audit", affects="results"):
     fail_on: list[str] = field(default_factory=list)
     """Codes of findings that make the audit fail, besides broken invariants; docs/audit.md lists them."""
     examples: int = field(default=5, metadata={"minimum": 0, "maximum": 10**6})
-    """Places that are named for each kind of finding."""
+    """Places named for each kind of finding."""
     sample: int = field(default=24, metadata={"minimum": 0, "maximum": 10**6})
     """Conversations in the page, chosen by content hash; the first example of each finding comes on top."""
     tools: int = field(default=15, metadata={"minimum": 0, "maximum": 10**6})
@@ -134,15 +134,15 @@ class ExportConfig(Settings, affects="results"):
     checkpoint: str = "final"
     """`final`, `best`, `last` or a step number."""
     merge: bool = True
-    """Join the adapter with its base into a whole model; false: the adapter alone."""
+    """Merge the adapter into its base, as a whole model; false: the adapter alone."""
     dtype: Dtype = Dtype.auto
     """Number format of the weights of a whole model; auto: that which the run computed in."""
     out: str | None = field(default=None, metadata={"affects": "nothing"})
     """Folder to write; null: `export` or `adapter` in the run folder."""
     push: str | None = None
-    """`modelscope:owner/name` or `huggingface:owner/name`: upload the folder there, by the hub's own login."""
+    """`modelscope:owner/name` or `huggingface:owner/name`: upload the folder there, with the hub's own login."""
     private: bool = True
-    """A repository that the upload has to create is private."""
+    """Make a repository that the upload creates private."""
     model: TrustConfig = field(default_factory=TrustConfig)
     """Of the run's model only what may be read or run: `model.allow_pickle`, `model.trust_remote_code`."""
 

@@ -29,10 +29,10 @@ class TrackingMode(StrEnum):
 
 @dataclass(kw_only=True)
 class TrackingConfig(Settings, group="tracking", affects="nothing"):
-    """Where the numbers of a run go besides its own folder."""
+    """Logging to Weights & Biases, besides the run's own folder."""
 
-    name: str = "wandb"
-    """The option of the group `tracking` that was chosen."""
+    name: str = field(default="wandb", metadata={"advanced": True})
+    """The option of the group `tracking`."""
     project: str = "agentft"
     """The W&B project that collects the runs."""
     entity: str | None = None
@@ -42,7 +42,7 @@ class TrackingConfig(Settings, group="tracking", affects="nothing"):
     group: str | None = field(default=None, metadata={"advanced": True})
     """Runs that a dashboard shows together; null: the sweep, for a run that belongs to one."""
     run_name: str | None = field(default=None, metadata={"advanced": True})
-    """The name a dashboard shows; null: the choices and swept values of the run."""
+    """Name of the run in a dashboard; null: its choices and swept values."""
     tags: list[str] = field(default_factory=list)
     """Words to filter by, besides the choices of model, sft_type, dataset and distributed."""
 

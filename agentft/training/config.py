@@ -1,4 +1,4 @@
-"""How the model is trained: the settings of the group `training`."""
+"""Define the settings of the group `training`: how the model is trained."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Schedule(StrEnum):
 
 class Resume(StrEnum):
     auto = "auto"
-    """Go on from the newest valid checkpoint of the run folder; start afresh where there is none."""
+    """Resume from the newest valid checkpoint of the run folder; start afresh where there is none."""
     never = "never"
     """Start afresh; refuse a run folder that has checkpoints."""
     must = "must"
-    """Go on from a checkpoint or refuse."""
+    """Resume from a checkpoint or refuse."""
 
 
 class MemoryCheck(StrEnum):
     refuse = "refuse"
-    """Say what is needed, and refuse what cannot fit by far."""
+    """Log what is needed, and refuse what cannot fit by far."""
     warn = "warn"
-    """Say it, and go on."""
+    """Log it, and continue."""
     off = "off"
 
 
@@ -51,15 +51,15 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     pause_at_fraction: float = field(
         default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1, "affects": "nothing"}
     )
-    """Pause at this share of all steps: save, examine, end. The schedule stays that of all steps; a larger share goes on."""
+    """Save, evaluate and end at this share of all steps. The schedule stays that of all steps; a larger share resumes."""
     per_device_batch_size: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
-    """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens in one. Halved, with the same
-    conversations in a step, where memory runs out."""
+    """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens. Halved, with the same conversations in a
+    step, where memory runs out."""
     packing: str = "auto"
-    """Lay several conversations end to end in a row, each seeing itself alone: true, false, or auto, which packs on CUDA,
-    where it saves time, and not on the CPU, where it costs some. The update is the same; the choice is printed."""
+    """Put several conversations into one row, each attending to itself alone: true, false, or auto, which packs on CUDA only.
+    The update is the same; the choice is printed."""
     gradient_accumulation_steps: int = field(default=16, metadata={"minimum": 1, "maximum": 10**5})
-    """Forward passes in one step, shared out among the ranks. The loss is weighed by supervised tokens over all of them."""
+    """Forward passes of one step, over all ranks together. The loss is weighted by supervised tokens over all of them."""
     learning_rate: float = field(metadata={"above": 0, "maximum": 1})
     """Peak rate, reached after the warm-up."""
     schedule: Schedule = Schedule.cosine
@@ -79,16 +79,16 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     max_grad_norm: float = field(default=1.0, metadata={"minimum": 0, "maximum": 10**6})
     """Gradients are scaled down to this L2 norm; 0: never."""
     nonfinite: NonFinite = field(default=NonFinite.stop, metadata={"advanced": True})
-    """What a step does whose loss or gradient is NaN or infinite; it never changes the weights."""
+    """Handling of a step whose loss or gradient is NaN or infinite; it never changes the weights."""
     nonfinite_limit: int = field(default=3, metadata={"advanced": True, "minimum": 0, "maximum": 10**6})
-    """With `nonfinite=skip`: steps that may be left out in a row; one more ends the training."""
+    """With `nonfinite=skip`: steps in a row that may be skipped; one more ends the training."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; null: on CUDA, where the estimated memory does not fit without it."""
     memory_check: MemoryCheck = field(default=MemoryCheck.refuse, metadata={"advanced": True, "affects": "nothing"})
-    """Whether a training whose estimated memory exceeds the device's is refused before its weights are fetched."""
+    """Refuse a training whose estimated memory exceeds the device's, before its weights are fetched, or only warn."""
     compile: bool = field(default=False, metadata={"advanced": True})
-    """Run torch's compiler over each block. It takes a minute at the start and a C++ compiler on a CPU, Triton on CUDA; not
-    together with `model.kernels=compiled`, which fuses the same parts without it."""
+    """Compile each block with torch's compiler: takes a minute at the start, and needs a C++ compiler on a CPU, Triton on CUDA.
+    Not together with `model.kernels=compiled`, which fuses the same parts without it."""
     logging_steps: int = field(default=20, metadata={"minimum": 1, "maximum": 10**9, "affects": "nothing"})
     """Steps between lines of `metrics.jsonl` and of the log."""
     save_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9, "affects": "nothing"})
@@ -96,11 +96,11 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     save_total_limit: int = field(default=2, metadata={"minimum": 1, "maximum": 10**6, "affects": "nothing"})
     """Checkpoints to keep besides the best one."""
     resume: Resume = field(default=Resume.auto, metadata={"affects": "nothing"})
-    """What to do with the checkpoints of the run folder."""
+    """Use of the checkpoints in the run folder."""
     fallback: bool = field(default=True, metadata={"advanced": True, "affects": "nothing"})
-    """Go on from the checkpoint before where the newest is damaged; false: refuse."""
+    """Resume from the previous checkpoint where the newest is damaged; false: refuse."""
     allow_changes: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
-    """Go on from a checkpoint although data, model, settings or threads differ; `run.json` names every difference."""
+    """Resume although data, model, settings or threads differ from the checkpoint's; `run.json` names every difference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
