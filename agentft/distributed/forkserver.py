@@ -176,15 +176,33 @@ def _serve(modules: Sequence[str], agent: int | None, environment: Mapping[str, 
     _set_variables(environment)
     if agent is not None:
         die_with(agent)
-    for name in modules:
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
+    with _silence():
+        for name in modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
     threads = len(list(Path("/proc/self/task").iterdir())) if agent is None else 1
     if threads > 1:
         sys.stderr.write(f"jobs are not forked: {threads} threads run after importing {', '.join(modules)}\n")
         raise SystemExit(1)
     gc.collect()
     gc.freeze()  # a collection in a fork would touch, and so copy, every shared page
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Discard what libraries print while they are imported, by descriptor: some keep `sys.stderr` for later."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in kept:
+        os.dup2(nowhere, number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, descriptor in kept.items():
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(nowhere)
 
 
 _search_path = list(sys.path)

@@ -43,7 +43,13 @@ Entry = Callable[[str], Any]
 _ELASTIC = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*")
 """Variables by which torch tells a rank who it is."""
 
-log = logging.getLogger(__name__)
+_LOUD = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",  # these have levels of their own
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "torch.multiprocessing.spawn",
+)
+"""Loggers of torch's agent."""
 
 
 def start_ranks(
@@ -94,8 +100,8 @@ def start_ranks(
         shutdown_timeout=config.elastic.grace,
         signals_to_handle="",  # they are heard by `telling`, and torch would end ranks in the middle of their save
     )
-    # `explain` says what happened; torch would print several screens of it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in _LOUD:  # `explain` says what happened; torch would print several screens of it
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.stdout.flush()
     if topology.nnodes > 1:
         # A store of its own for every attempt: the agents of several machines count attempts differently.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def failures(tmp_path_factory):
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
 
 def test_the_traceback_of_the_rank_that_failed_comes_first(failures):
@@ -80,3 +81,7 @@ def test_the_death_of_the_process_that_ranks_are_forked_from_is_noticed(failures
     assert found["kind"] == "RankError"
     assert "the process that ranks are forked from has died" in found["error"]
     assert found["seconds"] < 60
+
+
+def test_torch_prints_no_pages_of_its_own_about_it(failures):
+    assert re.findall(r"^[A-Z]\d{4} .*", failures["stderr"], re.MULTILINE) == []

@@ -189,6 +189,20 @@ def test_jobs_are_not_forked_where_a_library_has_started_threads(
     assert end_of(fork([sys.executable, str(program), "ok"], {"MINE": ""}, Path("log"), modules=("broken",))) == 0
 
 
+def test_what_libraries_print_while_they_are_imported_is_not_shown_and_what_they_print_later_is_the_programs(
+    program: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    end_server(program)
+    (program.parent / "noisy.py").write_text(
+        "import logging, os\nprint('noise')\nos.write(2, b'noise')\nhandler = logging.StreamHandler()"
+    )
+    program.write_text("import logging, noisy\nlogging.getLogger().addHandler(noisy.handler)\nlogging.warning('heard')")
+    monkeypatch.setenv("PYTHONPATH", str(program.parent))
+    assert end_of(fork([sys.executable, str(program)], {}, Path("noisy.log"), modules=("noisy",))) == 0
+    assert Path("noisy.log").read_text() == "heard\n"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_nothing_of_the_working_directory_is_imported(program: Path) -> None:
     """`multiprocessing` starts its servers by `python -c`, to which every file there is a module."""
     end_server(program)
