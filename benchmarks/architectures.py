@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from agentft.errors import ModelError
 from agentft.model.cpu import attention as tiled
 from agentft.model.labelled_loss import LabelledLoss
-from agentft.recipes.probe import Ways, ask_stock, probe
+from agentft.recipes.probe import ProbeResult, ask_stock, probe
 
 PAGE = Path(__file__).resolve().with_suffix(".md")
 
@@ -132,7 +132,7 @@ def _build(whole: Any, small: Any, dtype: torch.dtype) -> Any:
         return MODEL_FOR_CAUSAL_LM_MAPPING[whole]._from_config(small, attn_implementation="eager", dtype=dtype)
 
 
-def try_one(kind: str, dtype: torch.dtype) -> Ways | str:
+def try_one(kind: str, dtype: torch.dtype) -> ProbeResult | str:
     """Return how an architecture is computed, or why it is refused or cannot be made small."""
     try:
         model = small_model(kind, dtype)
@@ -145,8 +145,8 @@ def try_one(kind: str, dtype: torch.dtype) -> Ways | str:
         return str(error)
 
 
-def verdict(ways: Ways | str) -> str:
-    if isinstance(ways, Ways):
+def verdict(ways: ProbeResult | str) -> str:
+    if isinstance(ways, ProbeResult):
         return "fell back" if ways.left else "held"
     return "not small" if ways.startswith("not small") else "refused"
 
@@ -158,12 +158,12 @@ def row(kind: str) -> tuple[str, str]:
     worst = min(map(verdict, found), key=order.index)
     if isinstance(found[0], str):
         return worst, f"| {kind} | {worst} | {found[0].removeprefix('not small: ').replace('|', '/')} | | | |"
-    cells = [_cells(ways) if isinstance(ways, Ways) else [ways] for ways in found]
+    cells = [_cells(ways) if isinstance(ways, ProbeResult) else [ways] for ways in found]
     merged = [one if one == other else f"{one}; fp32: {other}" for one, other in zip(*cells, strict=False)]
     return worst, f"| {kind} | {worst} | " + " | ".join(merged) + " |"
 
 
-def _cells(ways: Ways) -> list[str]:
+def _cells(ways: ProbeResult) -> list[str]:
     asked = ways.attention if any(w.startswith("attention") for w in ways.left) else "as asked"
     leak = "no" if ways.leak else "yes"
     return [asked, "forward pass" if ways.stock_logits else "head", leak, "generate" if ways.stock_answers else "rows"]

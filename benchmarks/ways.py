@@ -84,7 +84,7 @@ WAYS = {
     "command line -> `train(config)`": Way(train_in, "entry.py:train", f"{RUN}:train", on_entry=True),
     "one conversation, file -> labels": Way(labels_of_one_conversation, DATA, "data/tokens.py:Example.labels"),
     "one training step": Way(train_in, f"{LOOP}:_accumulate", f"{LOOP}:_count", on_entry=True),
-    "one evaluation": Way(train_in, f"{RUN}:_examine", f"{RUN}:_examine"),
+    "one evaluation": Way(train_in, f"{RUN}:_evaluate", f"{RUN}:_evaluate"),
     "a sweep, the launcher alone": Way(sweep_in, "entry.py:train", "entry.py:train"),
 }
 

@@ -147,7 +147,7 @@ log = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig, kernels: Kernels | None = None) -> Any:
+def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
     """Freeze `model` and put adapters beside the layers that `sft.targets` names.
 
     Raises:
@@ -166,8 +166,6 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig, kernels:
             parameter.data = parameter.data.float()
     if sft.start is not LoraStart.pissa:
         _draw(adapted)
-    fuse_layers(adapted, kernels)
-    _say_what_is_not_fused(adapted)
     return adapted
 
 
@@ -226,7 +224,7 @@ def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list
     return sorted(set(targets))
 
 
-def _say_what_is_not_fused(model: Any) -> None:
+def _log_unfused(model: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
     plain = [module for module in model.modules() if isinstance(module, LoraLayer) and "forward" not in vars(module)]
@@ -239,20 +237,7 @@ def _say_what_is_not_fused(model: Any) -> None:
         reasons.append("a PiSSA start")
     if any(type(module.get_base_layer()).__module__.startswith("bitsandbytes") for module in plain):
         reasons.append("a quantised base")
-    log.info("%d adapted layers run as peft wrote them: %s", len(plain), " and ".join(reasons) or "of another shape")
-
-
-def save_adapter(model: Any, sft: LoraConfig, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the adapter as peft reads it beside the model as it came; a PiSSA start is folded into twice the rank.
-
-    `weights` are its parameters by name; null: as the model has them.
-    """
-    if START not in model.peft_config:
-        model.save_pretrained(folder, state_dict=weights)
-        return
-    held = dict(model.named_parameters()) if weights is None else weights
-    state = {name: tensor.detach().cpu() for name, tensor in held.items() if ".lora_" in name}
-    write_adapter(state, sft, folder, base=model.peft_config["default"].base_model_name_or_path)
+    log.info("%d LoRA layers use PEFT's forward (%s)", len(plain), ", ".join(reasons) or "unsupported shape")
 
 
 def write_adapter(
@@ -263,7 +248,7 @@ def write_adapter(
     base: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Write a checkpoint's adapter as plain peft reads it.
+    """Write an adapter as plain peft reads it beside the model as it came; a PiSSA start is folded into twice the rank.
 
     Args:
         state: tensors by their names in training.
@@ -322,8 +307,7 @@ def prepare_for_training(
     """
     match sft:
         case LoraConfig():
-            trainable = attach_lora(model, sft, model_config, kernels if isinstance(kernels, Kernels) else None)
-            _say_reach(trainable)
+            trainable = attach_lora(model, sft, model_config)
         case FullConfig():
             trainable = model.float() if cast else model
             trainable.requires_grad_(True)
@@ -331,13 +315,23 @@ def prepare_for_training(
             trainable = train_last_blocks(model, sft)
         case _:
             raise ConfigError(f"sft_type={sft.name}: unknown")
-    if isinstance(kernels, LigerKernels):
-        take_liger_layers(trainable, kernels)
+    speed_up(trainable, sft, kernels)
+    if isinstance(sft, LoraConfig):
+        _log_reach(trainable)
     module: torch.nn.Module = trainable
     return module
 
 
-def _say_reach(adapted: Any) -> None:
+def speed_up(model: Any, sft: SftConfig, kernels: Kernels | LigerKernels | None) -> None:
+    """Give layers a leaner forward pass with the same mathematics: ours beside adapters, Liger's on CUDA."""
+    if isinstance(sft, LoraConfig):
+        fuse_layers(model, kernels if isinstance(kernels, Kernels) else None)
+        _log_unfused(model)
+    if isinstance(kernels, LigerKernels):
+        take_liger_layers(model, kernels)
+
+
+def _log_reach(adapted: Any) -> None:
     """Log how many decoder layers have an adapter, and warn of what the others are made of."""
     import torch
     from peft.tuners.lora import LoraLayer
@@ -428,7 +422,8 @@ def save_final(
     does not have them whole.
     """
     if isinstance(sft, LoraConfig):
-        save_adapter(model, sft, folder, weights)
+        state = {name: t.cpu() for name, t in (trained_state(model) if weights is None else weights).items()}
+        write_adapter(state, sft, folder, base=model.peft_config["default"].base_model_name_or_path)
     else:
         model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -48,7 +48,7 @@ from agentft.model.memory import (
 )
 from agentft.model.sources import model_settings
 from agentft.recipes.config import deciding
-from agentft.recipes.probe import Ways, ask_stock, probe
+from agentft.recipes.probe import ProbeResult, ask_stock, probe
 from agentft.training.config import MemoryCheck, TrainingConfig
 from agentft.training.engine import Engine
 from agentft.world import ALONE, World
@@ -144,7 +144,7 @@ class TrainingComponents:
     data: PreparedData
     objective: LabelledLoss
     """The model as it is trained, and its loss."""
-    ways: Ways
+    probed: ProbeResult
     """What of it is computed in ways of our own, and what as transformers does."""
     mapped: bool = False
     """Weights are in the number format of their files, for the engine to cast."""
@@ -209,17 +209,17 @@ def load_components(
         reads_head=not sharded,
     )
     log.info("model: %s on %s, %s; %s", config.name, device.name, dtype, count_parameters(objective.model))
-    ways = None
+    probed = None
     if stock is not None:
         # Weights that wait on the CPU for their shards cannot try what runs on a GPU alone.
         tried, asked = (compute.attention, config.attention) if place == device else ("sdpa", Attention.auto)
-        ways = probe(stock, objective, tried, pad_id=chat.pad_id, asked=asked is not Attention.auto)
-        ways = ways if place == device else dataclasses.replace(ways, attention=compute.attention)
-    ways = world.broadcast(ways)
-    assert ways is not None
-    take_attention(objective.model, ways.attention)
-    objective.stock_logits = ways.stock_logits
-    return TrainingComponents(compute, chat, data, objective, ways, mapped)
+        probed = probe(stock, objective, tried, pad_id=chat.pad_id, asked=asked is not Attention.auto)
+        probed = probed if place == device else dataclasses.replace(probed, attention=compute.attention)
+    probed = world.broadcast(probed)
+    assert probed is not None
+    take_attention(objective.model, probed.attention)
+    objective.stock_logits = probed.stock_logits
+    return TrainingComponents(compute, chat, data, objective, probed, mapped)
 
 
 def loads_mapped(sft: SftConfig, distributed: DistributedConfig) -> bool:

@@ -235,7 +235,7 @@ def _likelihood(
         settings,
         pad_id=bench.chat.pad_id,
         autocast=bench.objective.autocast,
-        stock=bench.ways.stock_logits,
+        stock=bench.probed.stock_logits,
         run=run,
         world=world,
         piece_of={each.id: each.piece_of for each in bench.data.heldout if each.piece_of is not None},

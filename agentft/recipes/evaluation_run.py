@@ -143,7 +143,7 @@ def own_generator(bench: TrainingComponents, config: EvaluationConfig) -> Genera
     """Return a generator with the loaded model in this process."""
     model, tokenizer, stop_ids = bench.objective.model, bench.chat.tokenizer, bench.chat.stop_ids
     new = config.max_new_tokens
-    if bench.ways.stock_answers:
+    if bench.probed.stock_answers:
         return _InEvalMode(model, StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new))
     generator = GreedyGenerator(
         model, tokenizer, stop_ids=stop_ids, batch=config.batch, max_new_tokens=new, speculation=config.speculation

@@ -59,7 +59,7 @@ experts, whose products are rounded by who shares them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class ProbeResult:
     """How a model is computed: by agentft's ways where they say what transformers' own say."""
 
     attention: str
@@ -129,7 +129,7 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
     return Stock((first, second), changed, ending, logits, generated, noise)
 
 
-def probe(stock: Stock, objective: LabelledLoss, attention: str, *, pad_id: int, asked: bool) -> Ways:
+def probe(stock: Stock, objective: LabelledLoss, attention: str, *, pad_id: int, asked: bool) -> ProbeResult:
     """Try agentft's ways with the model as it will be trained, say in one line which do not hold, and return those to take.
 
     Args:
@@ -141,7 +141,7 @@ def probe(stock: Stock, objective: LabelledLoss, attention: str, *, pad_id: int,
     Raises:
         ModelError: the model differs from transformers' own whatever is taken, or an attention that was asked for does.
     """
-    return _Probe(stock, objective, pad_id).ways(attention, asked)
+    return _Probe(stock, objective, pad_id).result(attention, asked)
 
 
 @dataclass
@@ -157,7 +157,7 @@ class _Probe:
     def model(self) -> nn.Module:
         return self.objective.model
 
-    def ways(self, attention: str, asked: bool) -> Ways:
+    def result(self, attention: str, asked: bool) -> ProbeResult:
         started = time.perf_counter()
         name = _name(self.model)
         with _reading(self.model, self.objective.autocast):
@@ -174,7 +174,7 @@ class _Probe:
         held = "all as transformers' own" if not self.left else f"left to transformers: {'; '.join(self.left)}"
         log.info("probe of %s in %.1f s: attention %s, %s", name, time.perf_counter() - started, attention, held)
         leak = None if leak is None else f"{name} cannot be packed: {leak}"
-        return Ways(attention, head is not None, leak, rows is not None, tuple(self.left))
+        return ProbeResult(attention, head is not None, leak, rows is not None, tuple(self.left))
 
     def _fault(self, what: str, trial: Callable[..., None], *arguments: str) -> str | None:
         """Return what is wrong with a way, and note that it is left to transformers; None: it holds."""

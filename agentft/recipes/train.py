@@ -173,12 +173,12 @@ def _require_ranks(config: TrainConfig, ranks: int) -> None:
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
     require_own_model(config.evaluation)
     with world.keep_alive("preparing data and model"):
-        memory, bench = load_for_training(config, world)
+        memory, components = load_for_training(config, world)
     # One choice for all ranks: those that shard exchange weights in every pass, the second one too.
     checkpointing = world.broadcast(memory.checkpointing)
-    engine = set_up_engine(config.distributed, config.training, bench, world, checkpointing=checkpointing)
+    engine = set_up_engine(config.distributed, config.training, components, world, checkpointing=checkpointing)
     plan = StepPlan(
-        examples=len(bench.data.train),
+        examples=len(components.data.train),
         examples_per_step=config.training.per_device_batch_size * config.training.gradient_accumulation_steps,
         epochs=config.training.epochs,
         max_steps=config.training.max_steps,
@@ -187,7 +187,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     fingerprint = run_fingerprint(
         config.sft_type,
         config.training,
-        bench,
+        components,
         seed=config.seed,
         total_steps=plan.total_steps,
         engine=config.distributed.name,
@@ -201,20 +201,20 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         raise
     if not run.begun:
         _begin(run)
-    write_manifest(bench.data, run)
+    write_manifest(components.data, run)
     run.write_record(
         config_yaml=config_to_yaml(config),
         command=[sys.executable, *sys.argv],
         choices=choices(config),
         extra={
-            "device": bench.device.name,
-            "threads": bench.device.threads,
-            "dtype": str(bench.dtype).removeprefix("torch."),
-            "left_to_transformers": bench.ways.left,
-            "model_fingerprint": bench.chat.files.fingerprint,
-            "model_commit": bench.chat.files.commit,
+            "device": components.device.name,
+            "threads": components.device.threads,
+            "dtype": str(components.dtype).removeprefix("torch."),
+            "left_to_transformers": components.probed.left,
+            "model_fingerprint": components.chat.files.fingerprint,
+            "model_commit": components.chat.files.commit,
             "estimated_memory_bytes": memory.estimate and memory.estimate.total,
-            "data_fingerprint": bench.data.fingerprint,
+            "data_fingerprint": components.data.fingerprint,
             "run_id": run_id(config),
         },
     )
@@ -231,27 +231,27 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     before = after = None
     with tracker:
         if config.evaluation.before:  # adapters start at zero, so this is the model as it came
-            before = _examine("before", config.evaluation, bench, engine, run, tracker)
+            before = _evaluate("before", config.evaluation, components, engine, run, tracker)
         job = Job(
             engine=engine,
-            examples=bench.data.train,
+            examples=components.data.train,
             plan=plan,
             config=config.training,
-            pad_id=bench.chat.pad_id,
-            device=runtime.torch_device(bench.device),
+            pad_id=components.chat.pad_id,
+            device=runtime.torch_device(components.device),
             checkpoints=run.checkpoints,
             fingerprint=fingerprint,
             start=start,
-            fp16=bench.dtype is torch.float16,
+            fp16=components.dtype is torch.float16,
             row_tokens=choose_row_tokens(
-                config.training, config.dataset.max_length, bench.ways.leak, cuda=bench.device.is_cuda
+                config.training, config.dataset.max_length, components.probed.leak, cuda=components.device.is_cuda
             ),
         )
-        outcome = _fit(job, config.evaluation, bench, run, tracker, signals)
-        write_final(bench.model, config.sft_type, bench.chat.tokenizer, run, engine)
+        outcome = _fit(job, config.evaluation, components, run, tracker, signals)
+        write_final(components.model, config.sft_type, components.chat.tokenizer, run, engine)
         if config.evaluation.after:
-            after = _examine("after", config.evaluation, bench, engine, run, tracker)
-        summary = _summary(bench, outcome, before, after)
+            after = _evaluate("after", config.evaluation, components, engine, run, tracker)
+        summary = _summary(components, outcome, before, after)
         tracker.summary(summary)
         tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
         tracker.artifact(f"data-{run.path.name}", "dataset", run.data_manifest.parent)
@@ -290,18 +290,23 @@ def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, Tr
     return memory, components
 
 
-def _examine(
-    name: str, config: EvaluationConfig, bench: TrainingComponents, engine: Engine, run: RunFolder, tracker: Tracker
+def _evaluate(
+    name: str,
+    config: EvaluationConfig,
+    components: TrainingComponents,
+    engine: Engine,
+    run: RunFolder,
+    tracker: Tracker,
 ) -> EvalResult | None:
     """Evaluate the model as it is now with all ranks; rank 0 gets the result."""
-    steps = heldout_steps(bench.data, bench.chat.template, config.conversations)
+    steps = heldout_steps(components.data, components.chat.template, config.conversations)
 
     def work(model: EvalModel) -> EvalResult:
         # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
-        return run_evaluation(name, model, steps, config, run=run, seen_tools=bench.data.train_tools, reuse=True)
+        return run_evaluation(name, model, steps, config, run=run, seen_tools=components.data.train_tools, reuse=True)
 
     with engine.unsharded():
-        result = on_all_ranks(name, own_model(bench, config), run, engine.world, work)
+        result = on_all_ranks(name, own_model(components, config), run, engine.world, work)
     if result is not None:
         tracker.log_predictions(name, result.rows)
     return result
@@ -310,14 +315,14 @@ def _examine(
 def _fit(
     job: Job,
     config: EvaluationConfig,
-    bench: TrainingComponents,
+    components: TrainingComponents,
     run: RunFolder,
     tracker: Tracker,
     signals: StopSignals,
 ) -> TrainOutput:
     """Train: `job` with what is measured, logged and asked for on the way."""
     plan, engine = job.plan, job.engine
-    if bench.device.is_cuda:
+    if components.device.is_cuda:
         snapshot_on_out_of_memory(run.path)
     log.info(
         "training: %d steps of %d conversations, learning rate %g",
@@ -325,21 +330,21 @@ def _fit(
         plan.examples_per_step,
         job.config.learning_rate,
     )
-    watch = Validator(config, bench, engine, run, total_steps=plan.total_steps)
+    validator = Validator(config, components, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: Mapping[str, str]) -> None:
         engine.world.broadcast(None)  # rank 0 has made the files that the others read here
         if step == 0 and run.was_started_before():
             log.warning("no checkpoint was saved before: the training starts at step 0 again")
         tracker.rewind(step)
-        watch.resume(step)
+        validator.resume(step)
         if changes:
             run.add_to_record(allowed_changes=[f"{name}: {change}" for name, change in changes.items()])
 
     def evaluate(step: int) -> Mapping[str, float]:
         # Ranks that leave it at different places would wait for each other.
         with signals.at_once() if engine.world.size == 1 else nullcontext():
-            return watch.evaluate(step)
+            return validator.evaluate(step)
 
     def record(values: Mapping[str, float], step: int) -> None:
         tracker.log(values, step=step)
@@ -361,7 +366,7 @@ def _fit(
         rank=config.rank,
         log=record,
         on_start=start,
-        stop_requested=lambda: signals.is_requested() or watch.is_exhausted(),
+        stop_requested=lambda: signals.is_requested() or validator.is_exhausted(),
     )
     # Dropout draws from here on: what was measured before must not change the training.
     runtime.seed_everything(plan.seed)
@@ -372,7 +377,7 @@ def _fit(
     signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} resumes from there")
     if outcome.paused:
         # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run resumes.
-        run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=watch.loss())
+        run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=validator.loss())
     return outcome
 
 
@@ -391,10 +396,10 @@ def run_id(config: TrainConfig) -> str:
 
 
 def _summary(
-    bench: TrainingComponents, outcome: TrainOutput, before: EvalResult | None, after: EvalResult | None
+    components: TrainingComponents, outcome: TrainOutput, before: EvalResult | None, after: EvalResult | None
 ) -> dict[str, Any]:
     counters = outcome.counters
-    parameters = count_parameters(bench.model)
+    parameters = count_parameters(components.model)
     summary: dict[str, Any] = {
         "steps": counters.step,
         "tokens": counters.tokens,
@@ -405,7 +410,7 @@ def _summary(
         "skipped_steps": counters.skipped,
         "trained_parameters": parameters.trained,
         "parameters": parameters.total,
-        "peak_memory_bytes": runtime.peak_memory_bytes(bench.device),
+        "peak_memory_bytes": runtime.peak_memory_bytes(components.device),
         "seconds": {name: round(seconds, 3) for name, seconds in outcome.seconds.items()},
     }
     for result in (before, after):

@@ -75,7 +75,7 @@ class Validator:
     def _measure(self) -> Likelihood:
         bench, engine = self._bench, self._engine
         batch, pad_id, autocast = self._config.batch, bench.chat.pad_id, engine.autocast
-        stock = bench.ways.stock_logits
+        stock = bench.probed.stock_logits
         return likelihood_on_ranks(
             engine.world, bench.model, self._examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock
         )
