@@ -290,6 +290,9 @@ _JOINERS = str.maketrans("", "", "\u200c\u200d")
 
 Tokenize = Callable[[str], list[str]]
 
+LARGEST_TABLE = 4_000_000
+"""Cells of the table that the package `rouge-score` makes of two texts, 8 bytes each. Longer texts take `lcs_length`."""
+
 _MASKS = 1024
 """Tokens whose places are kept as integers at once: 13 MB for a text of 100,000 tokens."""
 
@@ -328,11 +331,26 @@ def jieba_tokenizer() -> Tokenize:
     return tokens
 
 
+class _Tokenizer:
+    """A tokenizer as `rouge_score` asks for it."""
+
+    def __init__(self, tokenize: Tokenize) -> None:
+        self.tokenize = tokenize
+
+
 def rouge_l(reference: str, prediction: str, tokenize: Tokenize = cjk_tokens) -> float | None:
-    """Return the F1 of ROUGE-L, between 0 and 1; None where the reference has no token."""
+    """Return the F1 of ROUGE-L by the package `rouge-score`, between 0 and 1; None where the reference has no token."""
     expected, predicted = tokenize(reference), tokenize(prediction)
     if not expected:
         return None
+    if len(expected) * len(predicted) <= LARGEST_TABLE:
+        # Imports nltk, a second: only where a text is scored.
+        from rouge_score.rouge_scorer import RougeScorer
+
+        f1: float = (
+            RougeScorer(["rougeL"], tokenizer=_Tokenizer(tokenize)).score(reference, prediction)["rougeL"].fmeasure
+        )
+        return f1
     common = lcs_length(expected, predicted)
     if common == 0:
         return 0.0
