@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from agentft.model.random_weights import byte_tokenizer
 
 from agentft.data.conversation import Origin
 from agentft.data.examples import make_examples
@@ -16,6 +15,7 @@ from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.generate import Completion
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
 from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.model.sources import byte_tokenizer
 from tests.data.test_chat_template_layout import layout_of
 
 
