@@ -3,9 +3,9 @@
     python benchmarks/ways.py [--list]
 
 Each way runs on the tiny model in a process of its own, with nothing cached. A file counts if a function that is written in it
-is entered between two named calls; a move is an entry into another file than the entry before. Left out are import time and the
-methods that `dataclass` and `NamedTuple` generate. Files are comparable between machines and data; moves grow with the
-conversations and, for the launcher, which looks after its jobs every so often, with their time.
+is entered between two named calls; a move is an entry into another file than the entry before. Left out are import time,
+templates of pages, and the methods that `dataclass` and `NamedTuple` generate. Files are comparable between machines and data;
+moves grow with the conversations and, for the launcher, which looks after its jobs every so often, with their time.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def entries(way: Way, folder: Path) -> list[str]:
             return
         if code.co_name == "<module>":
             importing[thread] += 1 if event == "call" else -1
-        elif code.co_filename.startswith(f"{PACKAGE}/") and not importing[thread]:
+        elif code.co_filename.startswith(f"{PACKAGE}/") and code.co_filename.endswith(".py") and not importing[thread]:
             file = code.co_filename.removeprefix(f"{PACKAGE}/")
             name = f"{file}:{code.co_qualname}"
             started = started or name == way.start
