@@ -66,14 +66,15 @@ class Segment(NamedTuple):
     @property
     def trained(self) -> bool:
         """Whether these tokens become labels."""
-        return self.spoken and not self.history
+        return not self.history and self.kind in TRAINED_KINDS
 
     @property
     def encoded_with(self) -> SpanKind | None:
         """Neighbours of which this is the same are one piece for the tokenizer: all context, None here, or a text or call."""
-        if self.kind not in TRAINED_KINDS:
-            return None
-        return SpanKind.call if self.kind in CALL_KINDS else self.kind
+        return _ENCODED_WITH[self.kind]
+
+
+_ENCODED_WITH = {k: None if k not in TRAINED_KINDS else SpanKind.call if k in CALL_KINDS else k for k in SpanKind}
 
 
 class Rendering(NamedTuple):

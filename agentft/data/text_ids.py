@@ -117,7 +117,7 @@ class TokenizerJson:
         )
 
     @property
-    def looks_at_no_more(self) -> bool:
+    def cuts_anywhere(self) -> bool:
         """Whether a border between two tokens cuts a text in two that have the same ids alone: no pattern looks ahead."""
         return all(part["type"] == "Metaspace" for part in _parts(self.head["pre_tokenizer"], "pretokenizers"))
 

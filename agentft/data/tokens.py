@@ -16,7 +16,7 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -158,8 +158,8 @@ class _Encoded(NamedTuple):
     """Shape [T]: where in the text each token begins, in bytes or characters."""
     ends: Places
     """Shape [T]: where it ends."""
-    borders: Places
-    """Shape [S + 1]: where each segment begins and the last ends, in the same unit."""
+    borders: list[int]
+    """Where each segment begins and where the last ends, in the same unit."""
 
 
 class SegmentEncoder:
@@ -169,6 +169,8 @@ class SegmentEncoder:
         """Take the Rust tokenizer out of `tokenizer`, a fast tokenizer of transformers."""
         self._tokenizer = tokenizer
         self._json = TokenizerJson.of(tokenizer.backend_tokenizer)
+        self._counts_bytes = self._json.keeps_every_byte
+        self._cuts_anywhere = self._json.cuts_anywhere
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.largest_id = max(self._vocabulary.values())
         """The greatest id of the vocabulary, added tokens included."""
@@ -207,7 +209,7 @@ class SegmentEncoder:
             raise ConfigError(
                 f"{token!r} is not in the tokenizer's vocabulary; model.stop_token or model.template asks for it"
             )
-        if not self._json.keeps_every_byte and not self._marks.fullmatch(token):
+        if not self._counts_bytes and not self._marks.fullmatch(token):
             raise ConfigError(
                 f"{token!r} is a word of the tokenizer's vocabulary; model.stop_token has to be a special token"
             )
@@ -225,10 +227,9 @@ class SegmentEncoder:
         jobs = [_Job(at, _Text(rendering)) for at, (_, rendering) in enumerate(renderings)]
         again: list[_Job] = []
         for job, encoded in zip(jobs, self._encode(jobs, {} if known is None else known), strict=True):
-            own = set(range(len(job.text.steps)))
-            crossed = [at for at in sorted(own) if not self._begins_alone(job.text, at, encoded)]
+            crossed = [] if self._by_chunks(job.text) else self._crossed(job.text, encoded)
             if crossed:
-                own -= set(crossed)
+                own = set(range(len(job.text.steps))) - set(crossed)
                 # The steps before the last border have no border in their prompts yet, so they may share its example.
                 before = own if own and max(own) < crossed[-1] else set()
                 for at in crossed:
@@ -244,7 +245,7 @@ class SegmentEncoder:
     def _encode(self, jobs: Sequence[_Job], known: KnownIds) -> Iterator[_Encoded]:
         """Yield the ids of each job's text and where its tokens begin."""
         units = [self._chunks(job.text) if self._by_chunks(job.text) else self._units(job) for job in jobs]
-        if not self._json.keeps_every_byte:
+        if not self._counts_bytes:
             yield from map(self._by_offsets, jobs, units)
             return
         new = dict.fromkeys(unit for own in units for unit in own if unit not in known)
@@ -252,7 +253,7 @@ class SegmentEncoder:
             members = [unit for unit in new if unit.letters == letters]
             known.update(zip(members, self._ids(letters, [unit.text for unit in members]), strict=True))
         for job, own in zip(jobs, units, strict=True):
-            yield self._by_bytes(job, own, [known[unit] for unit in own]) or self._by_offsets(job, own)
+            yield self._by_bytes(job, [known[unit] for unit in own]) or self._by_offsets(job, own)
 
     def _ids(self, letters: Letters, texts: Sequence[str]) -> Sequence[Ids]:
         if letters == "named":
@@ -280,7 +281,7 @@ class SegmentEncoder:
             return self._copies[letters]
 
     def _by_chunks(self, text: _Text) -> bool:
-        return text.rendering.by_chunks and self._json.keeps_every_byte
+        return text.rendering.by_chunks and self._counts_bytes
 
     def _chunks(self, text: _Text) -> list[_Unit]:
         """Join neighbours that are encoded together: all context, or a text or call of the agent; named tokens stand alone.
@@ -331,20 +332,17 @@ class SegmentEncoder:
     def _lengths(self) -> Places:
         return byte_level_lengths(self._tokenizer)
 
-    def _by_bytes(self, job: _Job, units: Sequence[_Unit], parts: Sequence[Ids]) -> _Encoded | None:
+    def _by_bytes(self, job: _Job, parts: Sequence[Ids]) -> _Encoded | None:
         """Place tokens by counting their bytes; None where the tokenizer changed the text."""
-        text = job.text.text
-        is_ascii = text.isascii()
-        if not is_ascii and not unicodedata.is_normalized("NFC", text):
-            return None
+        text = job.text
+        borders = text.borders()
+        size = borders[-1] if job.steps is None else borders[text.steps[max(job.steps)].last + 1]
         ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        ends = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(self._lengths[ids], out=ends[1:])
-        counts = np.cumsum([len(part) for part in parts])
-        sizes = np.cumsum([len(unit.text) if is_ascii else len(unit.text.encode()) for unit in units])
-        if not (ends[counts] == sizes).all():
+        lengths = self._lengths[ids]
+        if lengths.sum() != size or not (text.text.isascii() or unicodedata.is_normalized("NFC", text.text)):
             return None
-        return _Encoded(ids, ends[:-1], ends[1:], job.text.borders(of_bytes=not is_ascii))
+        ends = lengths.cumsum()
+        return _Encoded(ids, ends - lengths, ends, borders)
 
     def _by_offsets(self, job: _Job, units: Sequence[_Unit]) -> _Encoded:
         """Place tokens by the offsets that the tokenizer gives, in characters."""
@@ -361,12 +359,12 @@ class SegmentEncoder:
             begin += len(unit.text)
         starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
         # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
-        return _Encoded(np.array(ids, dtype=np.int32), starts, np.maximum(ends, starts + 1), job.text.borders())
+        return _Encoded(np.array(ids, dtype=np.int32), starts, np.maximum(ends, starts + 1), job.text.starts)
 
     def _continuing(self, unit: _Unit) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode a text, one that continues another behind a lead, which is taken off again."""
         tokenizer = self._copy(unit.letters)
-        for lead in (*(() if self._json.keeps_every_byte else unit.leads), ""):
+        for lead in (*(() if self._counts_bytes else unit.leads), ""):
             encoding = tokenizer.encode(lead + unit.text, add_special_tokens=False)
             before = tokenizer.encode(lead, add_special_tokens=False).ids if lead else []
             if encoding.ids[: len(before)] == before:
@@ -374,14 +372,14 @@ class SegmentEncoder:
         offsets = encoding.offsets[len(before) :]
         return encoding.ids[len(before) :], [(max(a - len(lead), 0), max(b - len(lead), 0)) for a, b in offsets]
 
-    def _begins_alone(self, text: _Text, at: int, encoded: _Encoded) -> bool:
-        """Say whether the ids before a step are those of its prompt alone."""
-        if self._by_chunks(text):
-            return True
-        step = text.steps[at]
+    def _crossed(self, text: _Text, encoded: _Encoded) -> list[int]:
+        """Return the steps, by their position, before which the ids are not those of their prompt alone."""
+        return [at for at, step in enumerate(text.steps) if not self._begins_alone(text, step, encoded)]
+
+    def _begins_alone(self, text: _Text, step: _Step, encoded: _Encoded) -> bool:
         ids, starts, _, borders = encoded
         first = int(np.searchsorted(starts, borders[step.first]))
-        if self._json.looks_at_no_more:
+        if self._cuts_anywhere:
             return first < len(starts) and bool(starts[first] == borders[step.first])
         # What decides is the text since the last control token: nothing before it changes the ids behind it.
         section = text.text[text.starts[step.section] : text.starts[step.first]]
@@ -414,62 +412,68 @@ class _Text:
 
     def __init__(self, rendering: Rendering) -> None:
         self.rendering = rendering
-        segments = rendering.segments
-        self.text = "".join([segment.text for segment in segments])
-        self.starts = list(accumulate([len(segment.text) for segment in segments], initial=0))
+        texts = [segment.text for segment in rendering.segments]
+        self.text = "".join(texts)
+        self.starts = [0, *accumulate(map(len, texts))]
         """In characters; and where the last segment ends."""
-        self.steps: list[_Step] = []
-        self.kinds = np.array([segment.kind for segment in segments], dtype=np.int8)
-        trained: list[bool] = []
-        step_of: list[int] = []
+
+    @cached_property
+    def steps(self) -> list[_Step]:
+        """The trained steps, in order."""
+        steps: list[_Step] = []
         section = 0
         first: int | None = None
-        for at, segment in enumerate(segments):
-            trained.append(segment.trained)
-            step_of.append(len(self.steps))
-            if trained[-1]:
+        for at, segment in enumerate(self.rendering.segments):
+            if segment.trained:
                 first = at if first is None else first
                 if segment.kind is SpanKind.stop:
-                    self.steps.append(_Step(section, first, at))
+                    steps.append(_Step(section, first, at))
                     first = None
             elif segment.special and first is None:
                 section = at
-        self.trained, self.step_of = np.array(trained, dtype=bool), np.array(step_of, dtype=np.int64)
+        return steps
 
-    def borders(self, *, of_bytes: bool = False) -> Places:
-        """Return where each segment begins, and where the last ends; shape [S + 1]."""
-        if not of_bytes:
-            return np.array(self.starts, dtype=np.int64)
-        sizes = [len(segment.text.encode()) for segment in self.rendering.segments]
-        return np.array([0, *accumulate(sizes)], dtype=np.int64)
+    def borders(self) -> list[int]:
+        """Return `starts` in bytes."""
+        if self.text.isascii():
+            return self.starts
+        return [0, *accumulate(len(segment.text.encode()) for segment in self.rendering.segments)]
 
-    def spans(self, encoded: _Encoded, wanted: npt.NDArray[np.bool_]) -> tuple[Span, ...]:
-        """Return the labelled runs of tokens, by kind; `wanted`: which segments are labels, shape [S]."""
-        ids, starts, ends, borders = encoded
-        if not len(ids):
-            return ()
-        first = np.minimum(np.searchsorted(borders[1:], starts, side="right"), len(wanted) - 1)
-        kinds = np.where(wanted, self.kinds, -1)[first]
-        frames = np.flatnonzero(kinds == SpanKind.frame)
-        if len(frames):
-            calls = np.concatenate([[0], np.cumsum(self.kinds == SpanKind.call)])
-            last = np.searchsorted(borders[:-1], ends[frames])
-            kinds[frames[calls[last] > calls[first[frames]]]] = SpanKind.call
-        runs = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
-        found = zip(runs, runs[1:], kinds[runs[:-1]].tolist(), strict=False)
-        return tuple([Span(start, stop, SpanKind(kind)) for start, stop, kind in found if kind >= 0])
+    def spans(self, encoded: _Encoded, steps: Collection[int] | None = None) -> tuple[Span, ...]:
+        """Return the labelled runs of tokens, by kind; of some steps alone where they are given."""
+        _, starts, ends, borders = encoded
+        begins = np.searchsorted(starts, borders).tolist()
+        reaches = np.searchsorted(ends, borders, side="right").tolist()
+        chosen = (
+            None if steps is None else {n for at in steps for n in range(self.steps[at].first, self.steps[at].last + 1)}
+        )
+        spans: list[Span] = []
+        for at, segment in enumerate(self.rendering.segments):
+            if not segment.trained or (chosen is not None and at not in chosen):
+                continue
+            first, stop, kind = begins[at], begins[at + 1], segment.kind
+            before = spans[-1] if spans and spans[-1].stop == first else None
+            if kind is SpanKind.call and reaches[at] < first and before and before.kind is SpanKind.frame:
+                # The token that carries the last letters of the frame carries some of the call.
+                first -= 1
+                spans[-1:] = [before._replace(stop=first)] if before.start < first else []
+                before = spans[-1] if spans and spans[-1].stop == first else None
+            if before and before.kind is kind:
+                spans[-1] = before._replace(stop=stop)
+            elif first < stop:
+                spans.append(Span(first, stop, kind))
+        return tuple(spans)
 
 
 def _example(named: tuple[str, Rendering], job: _Job, encoded: _Encoded) -> EncodedRendering:
     """Make an example of an encoded text; of some of its steps alone, up to the end of the last."""
     (name, rendering), text = named, job.text
     if job.steps is None:
-        return EncodedRendering(Example(name, encoded.ids, text.spans(encoded, text.trained)), rendering.steps)
+        return EncodedRendering(Example(name, encoded.ids, text.spans(encoded)), rendering.steps)
     end = encoded.borders[text.steps[max(job.steps)].last + 1]
-    count = int(np.searchsorted(encoded.starts, end))
-    encoded = encoded._replace(ids=encoded.ids[:count], starts=encoded.starts[:count], ends=encoded.ends[:count])
-    spans = text.spans(encoded, text.trained & np.isin(text.step_of, list(job.steps)))
-    return EncodedRendering(Example(name, encoded.ids, spans), tuple(rendering.steps[at] for at in sorted(job.steps)))
+    ids = encoded.ids[: int(np.searchsorted(encoded.starts, end))]
+    steps = tuple(rendering.steps[at] for at in sorted(job.steps))
+    return EncodedRendering(Example(name, ids, text.spans(encoded, job.steps)), steps)
 
 
 def weigh(example: Example, weights: SpanWeights) -> Example:

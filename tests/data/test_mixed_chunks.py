@@ -35,11 +35,11 @@ def spans_by_both(rendering: Rendering) -> tuple[tuple[Span, ...], tuple[Span, .
     encoder = SegmentEncoder(tokenizer())
     text = _Text(rendering)
     job, units = _Job(0, text), encoder._chunks(text)
-    counted = encoder._by_bytes(job, units, [encoder._ids(unit.letters, [unit.text])[0] for unit in units])
+    counted = encoder._by_bytes(job, [encoder._ids(unit.letters, [unit.text])[0] for unit in units])
     asked = encoder._by_offsets(job, units)
     assert counted is not None
     assert counted.ids.tolist() == asked.ids.tolist()
-    return text.spans(counted, text.trained), text.spans(asked, text.trained)
+    return text.spans(counted), text.spans(asked)
 
 
 PART = st.text(st.sampled_from('ab"{}:, \n查天气你好🙂é'), max_size=10)
@@ -71,7 +71,7 @@ def test_bytes_and_offsets_tell_the_same_of_real_calls(shared_data):
 def test_bytes_are_not_counted_where_the_tokenizer_may_write_another_text(written: str, encoded: str, counted: bool):
     encoder = SegmentEncoder(tokenizer())
     text = _Text(Rendering((Segment(written, SpanKind.user),), by_chunks=True))
-    found = encoder._by_bytes(_Job(0, text), encoder._chunks(text), encoder._ids("marks", [encoded]))
+    found = encoder._by_bytes(_Job(0, text), encoder._ids("marks", [encoded]))
     assert (found is not None) is counted
 
 
