@@ -162,7 +162,7 @@ class _Work:
         everything = json.dumps([self.messages, self.conversation.tools], ensure_ascii=False)
         if not everything.isascii() and (found := MARK.search(everything)):
             raise _Problem("text_holds_a_noncharacter", f"U+{ord(found.group()):04X}, which no text should hold")
-        tested = self.template.tested.search(everything) is not None
+        tested = any(text in everything for text in self.template.tested)
         if not any(token in everything for token in self.template.spellings):
             return False, tested
         for where, name in _names(self.messages, list(self.conversation.tools)):

@@ -64,8 +64,8 @@ class ChatTemplate:
         self.spellings = tuple({*self.control_tokens, *(json.dumps(token)[1:-1] for token in self.control_tokens)})
         """Control tokens as values spell them, in JSON too."""
         self.control = re.compile(f"({any_of(self.control_tokens)})")
-        self.tested = re.compile(any_of({json.dumps(text)[1:-1] for text in _tested_texts(source)}))
-        """What the template looks for in values."""
+        self.tested = tuple({json.dumps(text)[1:-1] for text in _tested_texts(source)})
+        """What the template looks for in values, as JSON."""
 
     def render(
         self,

@@ -82,10 +82,6 @@ class MarkedText:
             last += 1
         return self.values[first:last]
 
-    def cut(self, stop: int) -> MarkedText:
-        """Return the text up to a position."""
-        return MarkedText(self.text[:stop], tuple(self.within(0, stop)))
-
     def __add__(self, other: MarkedText) -> MarkedText:
         """Return both texts as one."""
         offset = len(self.text)
@@ -241,18 +237,39 @@ def cut_segments(
     """
     wanted = set(trained)
     last = max(region.end for region in regions if region.step in wanted)
-    segments: list[Segment] = []
+    pieces: list[tuple[_Piece, bool]] = []
     at = 0
     for region in regions:
         if region.end > last:
             break
+        pieces += [(piece, True) for piece in _context(text, at, region.begin)]
         history = region.step not in wanted
-        _add(segments, text.text, _context(text, at, region.begin), control, history=True)
-        said = _step(text, region, calls[region.step], control, no_thought)
-        _add(segments, text.text, said, control, history=history, silent=region.step in silent)
-        segments.append(Segment(text.text[region.stop : region.end], SpanKind.stop, special=True, history=history))
+        for piece in _step(text, region, calls[region.step], control, no_thought):
+            pieces.append((piece, history or (piece.kind is SpanKind.reasoning and region.step in silent)))
+        pieces.append((_Piece(region.stop, region.end, SpanKind.stop, template=True), history))
         at = region.end
-    return tuple(segments)
+    return tuple(_join(text.text, pieces, control))
+
+
+def _join(text: str, pieces: Iterable[tuple[_Piece, bool]], control: re.Pattern[str]) -> Iterator[Segment]:
+    """Yield pieces, each with whether it is history, as segments: control tokens alone, neighbours of one fate as one."""
+    run: list[str] = []
+    fate = (SpanKind.header, False)
+    for (start, stop, kind, template), history in pieces:
+        own = (kind, history)
+        words = control.split(text[start:stop]) if template else (text[start:stop],)
+        for number, word in enumerate(words):
+            special = number % 2 == 1
+            if run and (special or (word and own != fate)):
+                yield Segment("".join(run), fate[0], history=fate[1])
+                run = []
+            if special:
+                yield Segment(word, kind, special=True, history=history)
+            elif word:
+                run.append(word)
+                fate = own
+    if run:
+        yield Segment("".join(run), fate[0], history=fate[1])
 
 
 def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Piece]:
@@ -359,27 +376,3 @@ def _word(text: MarkedText, word: str, start: int, stop: int) -> tuple[int, int]
         if found := pattern.search(text.text, first, last):
             return found.span()
     return None
-
-
-def _add(
-    segments: list[Segment],
-    text: str,
-    pieces: Iterable[_Piece],
-    control: re.Pattern[str],
-    *,
-    history: bool,
-    silent: bool = False,
-) -> None:
-    """Add pieces as segments: control tokens of the template each by itself, neighbours of one fate as one."""
-    for start, stop, kind, template in pieces:
-        shown = Segment("", kind).spoken and (history or (silent and kind is SpanKind.reasoning))
-        words = control.split(text[start:stop]) if template else [text[start:stop]]
-        for number, word in enumerate(words):
-            if not word:
-                continue
-            special = number % 2 == 1
-            last = segments[-1] if segments else None
-            if last and not special and not last.special and last.kind is kind and last.history is shown:
-                segments[-1] = last._replace(text=last.text + word)
-            else:
-                segments.append(Segment(word, kind, special, shown))

@@ -153,13 +153,20 @@ class _Job(NamedTuple):
 
 
 class _Encoded(NamedTuple):
+    """Ids of a text, shape [T], and which of them stand around its borders: before each segment, and behind the last."""
+
     ids: Ids
-    starts: Places
-    """Shape [T]: where in the text each token begins, in bytes or characters."""
-    ends: Places
-    """Shape [T]: where it ends."""
-    borders: list[int]
-    """Where each segment begins and where the last ends, in the same unit."""
+    begin: list[int]
+    """The first token that begins at a border or behind it."""
+    reach: list[int]
+    """The first token that ends behind it: another one where a token stands across the border."""
+
+    @classmethod
+    def of(cls, ids: Ids, starts: Places, ends: Places, borders: Sequence[int]) -> _Encoded:
+        """Place tokens, each from `starts` to `ends`, in the unit of the borders."""
+        return cls(
+            ids, np.searchsorted(starts, borders).tolist(), np.searchsorted(ends, borders, side="right").tolist()
+        )
 
 
 class SegmentEncoder:
@@ -342,7 +349,7 @@ class SegmentEncoder:
         if lengths.sum() != size or not (text.text.isascii() or unicodedata.is_normalized("NFC", text.text)):
             return None
         ends = lengths.cumsum()
-        return _Encoded(ids, ends - lengths, ends, borders)
+        return _Encoded.of(ids, ends - lengths, ends, borders)
 
     def _by_offsets(self, job: _Job, units: Sequence[_Unit]) -> _Encoded:
         """Place tokens by the offsets that the tokenizer gives, in characters."""
@@ -359,7 +366,7 @@ class SegmentEncoder:
             begin += len(unit.text)
         starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
         # A token without width stands for something that the tokenizer trimmed: it is what stands at its place.
-        return _Encoded(np.array(ids, dtype=np.int32), starts, np.maximum(ends, starts + 1), job.text.starts)
+        return _Encoded.of(np.array(ids, dtype=np.int32), starts, np.maximum(ends, starts + 1), job.text.starts)
 
     def _continuing(self, unit: _Unit) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode a text, one that continues another behind a lead, which is taken off again."""
@@ -377,10 +384,9 @@ class SegmentEncoder:
         return [at for at, step in enumerate(text.steps) if not self._begins_alone(text, step, encoded)]
 
     def _begins_alone(self, text: _Text, step: _Step, encoded: _Encoded) -> bool:
-        ids, starts, _, borders = encoded
-        first = int(np.searchsorted(starts, borders[step.first]))
+        first = encoded.begin[step.first]
         if self._cuts_anywhere:
-            return first < len(starts) and bool(starts[first] == borders[step.first])
+            return encoded.reach[step.first] == first
         # What decides is the text since the last control token: nothing before it changes the ids behind it.
         section = text.text[text.starts[step.section] : text.starts[step.first]]
         expected = self._prompt_ends.get((section, step.section == 0))
@@ -390,7 +396,7 @@ class SegmentEncoder:
             expected = alone.ids.tolist()
             if len(section) < 100 and not text.rendering.as_letters:
                 self._prompt_ends[section, step.section == 0] = expected
-        before: list[int] = ids[max(first - len(expected), 0) : first].tolist()
+        before: list[int] = encoded.ids[max(first - len(expected), 0) : first].tolist()
         return before == expected
 
 
@@ -441,9 +447,6 @@ class _Text:
 
     def spans(self, encoded: _Encoded, steps: Collection[int] | None = None) -> tuple[Span, ...]:
         """Return the labelled runs of tokens, by kind; of some steps alone where they are given."""
-        _, starts, ends, borders = encoded
-        begins = np.searchsorted(starts, borders).tolist()
-        reaches = np.searchsorted(ends, borders, side="right").tolist()
         chosen = (
             None if steps is None else {n for at in steps for n in range(self.steps[at].first, self.steps[at].last + 1)}
         )
@@ -451,9 +454,9 @@ class _Text:
         for at, segment in enumerate(self.rendering.segments):
             if not segment.trained or (chosen is not None and at not in chosen):
                 continue
-            first, stop, kind = begins[at], begins[at + 1], segment.kind
+            first, stop, kind = encoded.begin[at], encoded.begin[at + 1], segment.kind
             before = spans[-1] if spans and spans[-1].stop == first else None
-            if kind is SpanKind.call and reaches[at] < first and before and before.kind is SpanKind.frame:
+            if kind is SpanKind.call and encoded.reach[at] < first and before and before.kind is SpanKind.frame:
                 # The token that carries the last letters of the frame carries some of the call.
                 first -= 1
                 spans[-1:] = [before._replace(stop=first)] if before.start < first else []
@@ -470,8 +473,7 @@ def _example(named: tuple[str, Rendering], job: _Job, encoded: _Encoded) -> Enco
     (name, rendering), text = named, job.text
     if job.steps is None:
         return EncodedRendering(Example(name, encoded.ids, text.spans(encoded)), rendering.steps)
-    end = encoded.borders[text.steps[max(job.steps)].last + 1]
-    ids = encoded.ids[: int(np.searchsorted(encoded.starts, end))]
+    ids = encoded.ids[: encoded.begin[text.steps[max(job.steps)].last + 1]]
     steps = tuple(rendering.steps[at] for at in sorted(job.steps))
     return EncodedRendering(Example(name, ids, text.spans(encoded, job.steps)), steps)
 
