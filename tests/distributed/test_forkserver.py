@@ -80,7 +80,7 @@ def end_of(attempt: Attempt) -> int:
     return code
 
 
-def said(log: Path) -> str:
+def printed(log: Path) -> str:
     """Its output without the frames of a traceback that lie above the program, and without its file's place."""
     lines = log.read_text().splitlines()
     kept = [line for line in lines if not line.startswith((" ", "Traceback"))]
@@ -93,8 +93,8 @@ def test_a_forked_job_ends_and_prints_as_a_fresh_one(program: Path, act: str) ->
     fresh = end_of(start_afresh(command, environment, Path("fresh.log")))
     forked = end_of(fork(command, environment, Path("forked.log")))
     assert forked == fresh
-    assert said(Path("forked.log")) == said(Path("fresh.log"))
-    assert "ran __main__" in said(Path("fresh.log"))
+    assert printed(Path("forked.log")) == printed(Path("fresh.log"))
+    assert "ran __main__" in printed(Path("fresh.log"))
 
 
 def test_a_module_is_run_as_by_its_option(program: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_module_is_run_as_by_its_option(program: Path) -> None:
         end_of(fork(command, {"MINE": "yes"}, Path("forked.log"))),
     ]
     assert codes == [3, 3]
-    assert said(Path("forked.log")) == said(Path("fresh.log"))
+    assert printed(Path("forked.log")) == printed(Path("fresh.log"))
 
 
 def test_signals_to_every_process_of_a_batch_job_leave_the_server_alone(program: Path) -> None:
@@ -115,7 +115,7 @@ def test_signals_to_every_process_of_a_batch_job_leave_the_server_alone(program:
         os.kill(server, number)
     assert end_of(fork([sys.executable, str(program), "parent"], {"MINE": ""}, Path("after.log"))) == 0
     assert int(Path("server").read_text()) == server
-    assert "SIG_IGN" not in said(Path("after.log"))  # to the jobs signals are what they are to a fresh one
+    assert "SIG_IGN" not in printed(Path("after.log"))  # to the jobs signals are what they are to a fresh one
 
 
 def test_jobs_run_beside_each_other_and_each_end_is_its_own(program: Path) -> None:

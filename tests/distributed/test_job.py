@@ -176,8 +176,10 @@ def _all_end_well(commands: list[list[str]]) -> None:
         )
         for each in commands
     ]
-    said = [process.communicate()[1] for process in running]
-    assert [process.returncode for process in running] == [0] * len(commands), "\n".join(text[-2000:] for text in said)
+    printed = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0] * len(commands), "\n".join(
+        text[-2000:] for text in printed
+    )
 
 
 @pytest.fixture(scope="module")

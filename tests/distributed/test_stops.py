@@ -42,16 +42,16 @@ def trials(full: int) -> list:
 
 @pytest.fixture
 def job(tmp_path: Path):
-    """`start(settings)` starts the job, in a session of its own, with its output in `said`; what is left is killed."""
+    """`start(settings)` starts the job, in a session of its own, with its output in `train_output`; what is left is killed."""
     jobs: list[subprocess.Popen] = []
 
     def start(*settings: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-        with (tmp_path / "said").open("w") as said:
+        with (tmp_path / "train_output").open("w") as log:
             jobs.append(
                 subprocess.Popen(
                     [sys.executable, "train.py", *JOB, f"run_dir={tmp_path / 'run'}", *settings],
                     cwd=ROOT,
-                    stdout=said,
+                    stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {}),
@@ -79,9 +79,9 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, said: Path) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log_path: Path) -> None:
     while not condition():
-        assert process.poll() is None, said.read_text()[-3000:]
+        assert process.poll() is None, log_path.read_text()[-3000:]
         time.sleep(0.02)
 
 
@@ -100,9 +100,9 @@ def assert_gone(process: subprocess.Popen) -> None:
     assert not processes_of(process.pid)
 
 
-def everything_said(folder: Path) -> str:
+def all_output(folder: Path) -> str:
     """Return the output of the agent and of rank 0, and what the other ranks left in files."""
-    return "\n".join(path.read_text() for path in [folder / "said", *(folder / "run").rglob("*.log")])
+    return "\n".join(path.read_text() for path in [folder / "train_output", *(folder / "run").rglob("*.log")])
 
 
 @pytest.mark.parametrize("seed", trials(10))
@@ -115,14 +115,14 @@ def test_a_signal_to_the_group_is_saved_by_all_ranks(job, tmp_path, number, seed
     run, draw = tmp_path / "run", random.Random(f"{number} {seed}")
     process = job()
     lines = draw.randrange(1, 12)
-    wait_until(lambda: steps_logged(run) >= lines, process, tmp_path / "said")
+    wait_until(lambda: steps_logged(run) >= lines, process, tmp_path / "train_output")
     time.sleep(draw.uniform(0, 0.3))
     before = steps_logged(run)
     os.killpg(process.pid, number)
     if seed % 3 == 2:  # as schedulers do
         time.sleep(draw.uniform(0, 0.3))
         os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() == CODES[number], everything_said(tmp_path)[-3000:]
+    assert process.wait() == CODES[number], all_output(tmp_path)[-3000:]
     status = json.loads((run / "status.json").read_text())
     (saved,) = list_checkpoints(run / "checkpoints")
     assert find_damage(saved) is None
@@ -133,8 +133,13 @@ def test_a_signal_to_the_group_is_saved_by_all_ranks(job, tmp_path, number, seed
         f"StopSignal: stopped by {number.name} after step {step} of 100000, which is saved; "
         f"run_dir={run} resumes from there",
     )
-    assert "Traceback" not in everything_said(tmp_path)
-    assert (tmp_path / "said").read_text().splitlines()[-1].startswith(f"train.py: stopped by {number.name} after step")
+    assert "Traceback" not in all_output(tmp_path)
+    assert (
+        (tmp_path / "train_output")
+        .read_text()
+        .splitlines()[-1]
+        .startswith(f"train.py: stopped by {number.name} after step")
+    )
     assert_gone(process)
 
 
@@ -150,12 +155,12 @@ def test_a_signal_in_the_first_seconds_is_a_clean_stop(job, tmp_path, number, se
     else:
         until = lambda: (tmp_path / "run").exists()  # noqa: E731
     process = job()
-    wait_until(until, process, tmp_path / "said")
+    wait_until(until, process, tmp_path / "train_output")
     time.sleep(random.Random(f"{number} {seed}").uniform(0, 1.0))
     os.killpg(process.pid, number)
-    assert process.wait() == CODES[number], everything_said(tmp_path)[-3000:]
-    assert "Traceback" not in everything_said(tmp_path)
-    assert f"stopped by {number.name}" in (tmp_path / "said").read_text().splitlines()[-1]
+    assert process.wait() == CODES[number], all_output(tmp_path)[-3000:]
+    assert "Traceback" not in all_output(tmp_path)
+    assert f"stopped by {number.name}" in (tmp_path / "train_output").read_text().splitlines()[-1]
     assert_gone(process)
 
 
@@ -163,7 +168,9 @@ def test_a_signal_in_the_first_seconds_is_a_clean_stop(job, tmp_path, number, se
 def test_ranks_die_with_the_agent(job, tmp_path, seed):
     process = job()
     ranks = lambda: len(processes_of(process.pid)) >= 5  # noqa: E731  # beside agent, server and resource tracker
-    wait_until(lambda: ranks() and (seed % 2 or steps_logged(tmp_path / "run") >= 1 + seed), process, tmp_path / "said")
+    wait_until(
+        lambda: ranks() and (seed % 2 or steps_logged(tmp_path / "run") >= 1 + seed), process, tmp_path / "train_output"
+    )
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
@@ -176,12 +183,12 @@ def test_ranks_die_with_the_agent(job, tmp_path, seed):
 def test_ctrl_c_twice_does_not_wait_for_a_save(job, tmp_path):
     """The agent is the process that the person started; its ranks are in the middle of a step when they are ended."""
     process = job()
-    wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process, tmp_path / "said")
+    wait_until(lambda: steps_logged(tmp_path / "run") >= 2, process, tmp_path / "train_output")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     os.kill(status["pid"], signal.SIGSTOP)  # rank 0, which would never save
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 130, everything_said(tmp_path)[-3000:]
+    assert process.wait() == 130, all_output(tmp_path)[-3000:]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
     assert_gone(process)

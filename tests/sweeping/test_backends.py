@@ -56,8 +56,8 @@ def test_stopping_the_launcher_ends_what_it_has_in_a_queue(sweep: Any, launcher:
     pids = sweep.folder / "out/0/pids"
     wait_for(lambda: pids.exists() and pids.read_text().count(" "), 240)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 143, output
     assert not any(is_alive(int(pid)) for pid in pids.read_text().split())
     assert (sweep.folder / "out/0/asked").exists(), "asked as by Ctrl-C first"
     jobs = sweep.jobs()

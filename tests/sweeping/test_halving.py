@@ -114,7 +114,7 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
         TrainingConfig(learning_rate=1.0, pause_at_fraction=share)
 
 
-# --- Who goes on ---
+# --- Which jobs are promoted ---
 
 
 def test_rungs_are_shares_with_a_constant_factor() -> None:
@@ -135,7 +135,7 @@ class Play:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
         self.ran: list[list[int]] = []
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.dies: set[int] = set()
         self.interrupted_at: int | None = None
 
@@ -172,7 +172,7 @@ class Play:
     def launch(self) -> tuple[list[Job], signal.Signals | None]:
         jobs = self.jobs()
         self.ran.clear()
-        return jobs, run_halving(jobs, Halving(3, 3), self.run, self.said.append)
+        return jobs, run_halving(jobs, Halving(3, 3), self.run, self.lines.append)
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_the_best_third_goes_on_from_each_rung_and_nothing_runs_twice(play: Play
         *[["0.111111", "0.333333"]] * 2,
         ["0.111111", "0.333333", "1"],
     ]
-    assert play.said[-1] == "successive halving: 9 -> 3 -> 1 jobs; 2,100 tokens, 26% of about 8,100 for all to the end"
+    assert play.lines[-1] == "successive halving: 9 -> 3 -> 1 jobs; 2,100 tokens, 26% of about 8,100 for all to the end"
     jobs, _ = play.launch()
     assert play.ran == [[], [], []]
     assert states(jobs) == {"paused": list(range(8)), "finished": [8]}

@@ -119,13 +119,13 @@ def test_stopping_the_launcher_leaves_no_child_alive(sweep: Any, number: signal.
     pids = [sweep.folder / f"out/{i}/pids" for i in range(2)]
     wait_for(lambda: all(path.exists() and path.read_text().count(" ") for path in pids))
     launcher.send_signal(number)
-    _, said = launcher.communicate(timeout=30)
+    _, output = launcher.communicate(timeout=30)
     assert launcher.returncode == code if code is not None else launcher.returncode != 0
     assert not any(is_alive(int(pid)) for path in pids for pid in path.read_text().split())
     jobs = sweep.jobs()
     assert [jobs[i]["state"] for i in range(3)] == ["stopped", "stopped", "waiting"]
     assert jobs[0]["reason"] == f"stopped by {number.name}"
-    assert "3 of 3 jobs are not finished" in said
+    assert "3 of 3 jobs are not finished" in output
 
 
 @pytest.mark.parametrize(("number", "saved"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
@@ -283,7 +283,7 @@ def test_a_sweeper_gets_the_objective_of_a_finished_job_and_the_error_of_a_faile
         _ = outcome.return_value
 
 
-def test_identity_is_what_a_job_computes_and_not_where() -> None:
+def test_the_config_hash_is_of_what_a_job_computes_and_not_where() -> None:
     settings = {
         "rank": 4,
         "run_dir": "runs/a",

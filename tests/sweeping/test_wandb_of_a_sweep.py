@@ -46,8 +46,8 @@ def test_a_sweep_is_one_group_in_one_folder_that_one_line_uploads(tmp_path: Path
 
     folders = sorted((tmp_path / "grid" / "wandb").glob("offline-run-*"))
     words = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, folders)]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
-    assert "Would sync 2 run(s)" in said.stdout + said.stderr
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr
 
     jobs = {path.parent.name: path.parent for path in (tmp_path / "grid").glob("*/job.json")}
     seen = [read_back(next(folder.glob("*.wandb"))) for folder in folders]
