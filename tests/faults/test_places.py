@@ -56,10 +56,10 @@ def test_f11_a_nan_in_a_step_is_told_and_reproducible(zygote, ledger, tmp_path, 
 
 CHANGES = {
     "seed": (["seed=43"], "seed: 42 -> 43"),
-    "data": (["dataset.test_ratio=0.4"], "data was"),
+    "data": (["dataset.test_ratio=0.4"], "data: '"),
     "settings": (["training.learning_rate=0.02"], "training.learning_rate: '0.01' -> '0.02'"),
     "adapter": (["sft_type.rank=4"], "sft_type.rank: 8 -> 4"),
-    "model": (["model.shape.hidden=32"], "model was"),
+    "model": (["model.shape.hidden=32"], "model.shape.hidden: 16 -> 32"),
     "threads": (["threads=2"], "threads: 1 -> 2"),
 }
 
