@@ -117,9 +117,9 @@ class Findings:
         return self._by_code.get(code) or Finding(code)
 
     def all(self) -> list[Finding]:
-        """What was found, in the order of `CODES`."""
+        """Return what was found, in the order of `CODES`."""
         return [self._by_code[code] for code in CODES if code in self._by_code]
 
     def failing(self, fail_on: list[str]) -> list[Finding]:
-        """What makes the audit fail: broken invariants, and the codes that the user chose."""
+        """Return what makes the audit fail: broken invariants, and the codes that the user chose."""
         return [finding for finding in self.all() if finding.level is Level.broken or finding.code in fail_on]

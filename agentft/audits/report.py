@@ -200,7 +200,7 @@ class AuditReport:
         }
 
     def headline(self) -> str:
-        """Where the rows went, in one line."""
+        """Return where the rows went, in one line."""
         whole = self.statistics.whole
         # What is a finding of its own stands below.
         quirks = {code: count for code, count in self.read.notices.most_common() if code not in CODES}
@@ -238,7 +238,7 @@ def length_bars(lengths: Sequence[int], max_length: int) -> list[tuple[int, int,
 
 
 def extent(finding: Finding) -> str:
-    """How often and in how many conversations; nothing for what concerns the dataset as a whole."""
+    """Return how often and in how many conversations; nothing for what concerns the dataset as a whole."""
     if finding.last is not None and finding.last.line == 0 and finding.count == 1:
         return ""
     each = f"{finding.conversations:,} conversation{'s' if finding.conversations != 1 else ''}"

@@ -54,7 +54,7 @@ class Rendered(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        """Whether any token is a label."""
+        """Return whether any token is a label."""
         return any(piece.example.spans for piece in self.pieces)
 
 

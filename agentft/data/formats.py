@@ -57,7 +57,7 @@ def untrained_field(turn: Mapping[Any, Any]) -> str | None:
 
 
 def understood_fields(turn: Mapping[Any, Any], *, agent: bool) -> frozenset[str]:
-    """Which of `FIELDS` mean something here; on a turn that is not the agent's only that it is not trained."""
+    """Return which of `FIELDS` mean something here; on a turn that is not the agent's only that it is not trained."""
     return frozenset(f for f in FIELDS if turn.get(f) is None or (_is_flag(turn[f]) and (agent or not turn[f])))
 
 

@@ -1,4 +1,4 @@
-"""What preparation gives: examples, the exam, and the account of every row; and how a run tells of it."""
+"""Hold prepared data: examples, held-out conversations, the account of every row; and write what a run tells of it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from agentft.errors import DataError
 from agentft.runs import RunFolder
 
 PIECES = "heldout.jsonl"
-"""Conversations of the exam; where everything is looked at, those of all examples."""
+"""The held-out conversations; where everything is looked at, those of all examples."""
 ORDER = "order.npz"
-"""Rows of the examples of both parts, and of the exam's conversations, each in its order."""
+"""Rows of the examples of both parts, and of the held-out conversations, each in its order."""
 ABOUT = "about.json"
 ACCOUNT = "account.json"
 
@@ -149,7 +149,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """What `_fields` made plain, as the type that its place declares."""
+    """Return what `_fields` made plain, as the type that its place declares."""
     if hint is Any or hint in (str, int, float) or value is None:
         return value
     kind = typing.get_origin(hint) or hint
@@ -231,7 +231,7 @@ def _of_files(files: list[str]) -> str:
 
 
 def _sources(account: PreparationStats) -> list[dict[str, Any]]:
-    """What each source gave and how much of it is used; `train` counts a conversation as often as an epoch shows it."""
+    """Return what each source gave and how much of it is used; `train` counts a conversation as often as an epoch shows it."""
     return [
         {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}
         | {part: used[name] for part, used in account.by_source.items()}

@@ -60,12 +60,12 @@ class Segment(NamedTuple):
 
     @property
     def spoken(self) -> bool:
-        """Whether the agent says this."""
+        """Return whether the agent says this."""
         return self.kind in TRAINED_KINDS
 
     @property
     def trained(self) -> bool:
-        """Whether these tokens become labels."""
+        """Return whether these tokens become labels."""
         return not self.history and self.kind in TRAINED_KINDS
 
     @property

@@ -89,7 +89,7 @@ class Said:
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """What was meant as calls, in order."""
+        """Return what was meant as calls, in order."""
         return tuple(piece for piece in self.pieces if isinstance(piece, Attempt))
 
     @property
@@ -99,12 +99,12 @@ class Said:
 
     @property
     def failures(self) -> tuple[CallFailure, ...]:
-        """Why the others cannot."""
+        """Return why the others cannot."""
         return tuple(attempt.failure for attempt in self.attempts if attempt.failure is not None)
 
     @property
     def words_after_call(self) -> bool:
-        """Whether words stand behind a call."""
+        """Return whether words stand behind a call."""
         texts = [isinstance(piece, str) for piece in self.pieces if not isinstance(piece, str) or piece.strip()]
         return any(texts[texts.index(False) :]) if False in texts else False
 

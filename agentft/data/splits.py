@@ -1,7 +1,7 @@
 """Divide conversations: which are trained on, which are held out, in which order and how often.
 
 All of it comes from hashes of content, so nothing depends on the order of a file, on the sample size or on what else is in
-it. The held-out set is fixed before sampling: every sample size sits the same exam, and so does every mixture of sources.
+it. The held-out set is fixed before sampling: every sample size has the same evaluation, and so has every mixture of sources.
 
 A weight is a number of showings: 0.5 keeps half of a source's conversations, 2 shows each twice, 2.5 each twice and half of
 them a third time. Both samples and weights are nested: a smaller sample is the beginning of a larger one, and a greater

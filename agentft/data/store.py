@@ -283,7 +283,7 @@ class StoredExamples(_Stored[Example]):
 
     @property
     def steps(self) -> int:
-        """How often the agent speaks in all examples."""
+        """Return how often the agent speaks in all examples."""
         return int(self._table[self._rows, 5].sum())
 
 

@@ -106,7 +106,7 @@ class TokenizerJson:
 
     @property
     def keeps_every_byte(self) -> bool:
-        """Whether the ids of a text in NFC spell its bytes: byte-level BPE, nothing put before, stripped or replaced."""
+        """Return whether the ids of a text in NFC spell its bytes: byte-level BPE, nothing put before, stripped or replaced."""
         normalizers = {part["type"] for part in _parts(self.head["normalizer"], "normalizers")}
         splitters = list(_parts(self.head["pre_tokenizer"], "pretokenizers"))
         return (
@@ -118,7 +118,7 @@ class TokenizerJson:
 
     @property
     def cuts_anywhere(self) -> bool:
-        """Whether a border between two tokens cuts a text in two that have the same ids alone: no pattern looks ahead."""
+        """Return whether a border between two tokens cuts a text in two with the same ids alone: no pattern looks ahead."""
         return all(part["type"] == "Metaspace" for part in _parts(self.head["pre_tokenizer"], "pretokenizers"))
 
 

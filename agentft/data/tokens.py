@@ -108,7 +108,7 @@ class Example:
         return sum(span.stop - span.start for span in self.spans)
 
     def steps(self) -> list[tuple[int, int]]:
-        """Where the agent speaks: (first position, position after its stop token) of every step."""
+        """Return where the agent speaks: (first position, position after its stop token) of every step."""
         steps: list[tuple[int, int]] = []
         for span in self.spans:
             if steps and steps[-1][1] == span.start:

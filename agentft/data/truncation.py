@@ -12,7 +12,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TypeVar
 
 from agentft.data.config import TooLong
@@ -57,11 +57,11 @@ class Rounds:
         return replace(self._conversation, id=name, messages=(*self._head, *turns), piece_of=piece_of)
 
     def steps_before(self, first: int) -> int:
-        """How many steps the rounds before `first` hold."""
+        """Return how many steps the rounds before `first` hold."""
         return sum(self._steps[:first])
 
     def ends_with_result(self) -> bool:
-        """Whether a round before the last ends with a tool's result, on which the agent says nothing."""
+        """Return whether a round before the last ends with a tool's result, on which the agent says nothing."""
         return any(messages[-1].role == "tool" for messages in self._rounds[:-1])
 
 
@@ -142,20 +142,6 @@ class TruncationResult:
     """Reason and detail where it is set aside."""
     notes: tuple[str, ...] = ()
     """Codes of what the layout writes otherwise than the source."""
-
-
-def fit_conversations(
-    conversations: Iterable[Conversation],
-    template: Layout,
-    encoder: SegmentEncoder,
-    max_length: int,
-    too_long: TooLong,
-) -> Iterator[TruncationResult]:
-    """Render, tokenise and fit conversations, a batch at a time, in order."""
-    fitter = Truncator(template, encoder, max_length)
-    items = ((conversation, too_long) for conversation in conversations)
-    while batch := list(islice(items, _BATCH)):
-        yield from fitter.fit(batch)
 
 
 _Way = Generator[list[Attempt], list[Rendered], T]

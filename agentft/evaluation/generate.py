@@ -262,7 +262,7 @@ class _Decoding:
 
     @property
     def position(self) -> int:
-        """Where its newest token stands, which no forward pass has seen yet."""
+        """Return where its newest token stands, which no forward pass has seen yet."""
         return self.step.start + len(self.ids) - 1
 
 

@@ -64,11 +64,6 @@ def lenient_parameters(parameters: dict[str, Json]) -> dict[str, Any]:
     return {key: form for key, form in forms.items() if form not in (_NULL, _EMPTY_TEXT)}
 
 
-def leniently_equal(left: Json, right: Json) -> bool:
-    """Return whether two parameter values are equal under the lenient column above."""
-    return lenient_parameters({"": left}) == lenient_parameters({"": right})
-
-
 def _numbers_equal(left: float, right: float) -> bool:
     if type(left) is type(right):
         return left == right

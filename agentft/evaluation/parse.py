@@ -129,7 +129,7 @@ _MARKS = re.compile(
 
 @cache
 def _cutting(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
-    """What ends the agent's own words: a mark of somebody else, a stop of its own, an end of sequence before another turn."""
+    """Return what finds the end of the agent's own words: another's mark, its own stop, an end of sequence before a turn."""
     marks = "|".join(re.escape(mark) for mark in (EXEC_START, *USER_TAGS, *stop_texts) if mark)
     ends = "|".join(map(re.escape, END_OF_SEQUENCE_TEXTS))
     return re.compile(rf"{marks}|(?:{ends})\s*(?={_HEADERS})")

@@ -109,7 +109,7 @@ class Step:
 
     @property
     def observations(self) -> list[str]:
-        """What tools returned just before this step."""
+        """Return what tools returned just before this step."""
         results = list(takewhile(lambda m: m.role == "tool", reversed(self.conversation.messages[: self.at])))
         return [each.source_text.strip() or each.text for each in reversed(results)]
 

@@ -78,7 +78,7 @@ _SEED = 20240403
 
 
 def is_start(name: str) -> bool:
-    """Whether a parameter of this name belongs to the frozen adapter."""
+    """Return whether a parameter of this name belongs to the frozen adapter."""
     return f".{START}." in name
 
 

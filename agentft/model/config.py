@@ -266,5 +266,5 @@ class FreezeConfig(SftConfig):
 
 
 def trains_weights(sft: SftConfig) -> bool:
-    """Whether weights of the model itself are trained: they are fp32, and matrix products run in `model.dtype`."""
+    """Return whether weights of the model itself are trained: they are fp32, and matrix products run in `model.dtype`."""
     return isinstance(sft, FullConfig | FreezeConfig)

@@ -51,7 +51,7 @@ RECORD = "agentft_conversion.json"
 
 
 def needs_conversion(settings: Mapping[str, Any]) -> bool:
-    """Whether a model with this config.json has to be rewritten before transformers can load it."""
+    """Return whether a model with this config.json has to be rewritten before transformers can load it."""
     return settings.get("model_type") in LAYOUTS
 
 

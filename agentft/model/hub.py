@@ -43,7 +43,7 @@ class RemoteFile:
     """Git's name of the file's content, where the hub gives no sha256."""
 
     def fits(self, path: Path) -> bool:
-        """Whether the file at `path` has this size and content, as far as the hub has said."""
+        """Return whether the file at `path` has this size and content, as far as the hub has said."""
         if self.size is not None and path.stat().st_size != self.size:
             return False
         if self.sha256:
@@ -70,7 +70,7 @@ class Hub(Protocol):
 
     @property
     def login(self) -> str:
-        """How to give this hub a token."""
+        """Return how to give this hub a token."""
 
     def list_files(self, model_id: str, revision: str | None) -> Listing: ...
 
@@ -317,7 +317,7 @@ def _state(path: Path) -> list[int]:
 
 
 def _recorded(record: Path, commit: str | None, names: list[str] | None) -> FetchedModel | None:
-    """What the record says, if every file is as it was, at that commit; None as any commit or any files."""
+    """Return what the record says, if every file is as it was, at that commit; None as any commit or any files."""
     if not record.is_file():
         return None
     content = read_json(record)

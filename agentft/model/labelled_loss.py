@@ -135,7 +135,7 @@ def predicting_positions(labels_BT: torch.Tensor) -> torch.Tensor:
 
 
 def packed_arguments(batch: Batch) -> dict[str, Any]:
-    """What tells a transformers model where the conversations of a packed row begin; nothing for a padded batch.
+    """Return what tells a transformers model where the conversations of a packed row begin; nothing for a padded batch.
 
     Positions that start again give torch's kernels a block-diagonal mask; flash attention and our own tiles read the
     boundaries and leave out what the mask would hide.

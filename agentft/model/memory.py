@@ -289,13 +289,13 @@ def _sizes(model: Any) -> tuple[int, int, int]:
 
 
 def _is_lean(model: Any, sft: LoraConfig, work: Workload) -> bool:
-    """Whether plain adapters stand beside layers that `fused.py` knows."""
+    """Return whether plain adapters stand beside layers that `fused.py` knows."""
     plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
     return plain and any(type(module).__name__ in RMS_NORMS for module in model.modules())
 
 
 def _is_compiled(config: ModelConfig, sft: SftConfig, work: Workload, b: int) -> bool:
-    """Whether our C code computes the loss and draws dropout, as far as that is known before anything is loaded."""
+    """Return whether our C code computes the loss and draws dropout, as far as that is known before anything is loaded."""
     fits = work.on_cpu and b == 2 and isinstance(sft, LoraConfig) and work.zero_stage < 3 and not work.compiles
     return fits and config.kernels is not KernelChoice.torch
 

@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _storage(folder: Path) -> Path:
-    """Where a model's files may lie: its folder; in the Hugging Face cache also the store that snapshots link into."""
+    """Return where a model's files may lie: its folder; in the Hugging Face cache also the store that snapshots link into."""
     real = folder.resolve()
     if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir():
         return real.parent.parent

@@ -270,7 +270,6 @@ SEED = 20260101
 """Seed of the weights, fixed so that every machine makes the same model."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MARKS = ("<|startofthink|>", "<|endofthink|>", "<|startofexec|>", "<|endofexec|>")
 
 
 def byte_tokenizer() -> Any:

@@ -223,7 +223,7 @@ def load_components(
 
 
 def loads_mapped(sft: SftConfig, distributed: DistributedConfig) -> bool:
-    """Whether weights are loaded in the files' number format, as the mapped files, for the engine to cast its part of them.
+    """Return whether weights are loaded as the mapped files, in their number format, for the engine to cast its part.
 
     Not where an adapter is computed from them: it would not be that of a job on one device.
     """

@@ -115,7 +115,7 @@ def _usage(template: str, adapter_alone: bool) -> list[str]:
 
 
 def _measured(run: RunFolder, step: int) -> list[str]:
-    """What the run measured at its end; nothing for a checkpoint of another step."""
+    """Return what the run measured at its end; nothing for a checkpoint of another step."""
     try:
         metrics = read_json(run.metrics("after"))["metrics"]
         if read_json(run.summary_file)["steps"] != step:

@@ -110,7 +110,7 @@ def rank_of(distributed: DistributedConfig, folder: str) -> Iterator[World]:
 
 
 def is_spread(distributed: DistributedConfig) -> bool:
-    """Whether a job runs on ranks that must be started."""
+    """Return whether a job runs on ranks that must be started."""
     return distributed.engine is not EngineKind.single
 
 

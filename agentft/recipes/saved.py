@@ -281,7 +281,7 @@ def objective_of_finished(config: TrainConfig) -> tuple[float | None] | None:
 
 
 def changed_settings(config: TrainConfig, run: RunFolder) -> dict[str, str]:
-    """Name the settings in which a run's own differ from `config`, but for those that change no training and no exam."""
+    """Name the settings in which a run's own differ from `config`, but for those that change no training and no evaluation."""
     saved, now = deciding(primary_config(saved_config(run.path))), deciding(primary_config(config))
     return differences(dict(_own(saved, now)), dict(_own(now, saved)))
 

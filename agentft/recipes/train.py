@@ -420,7 +420,7 @@ def _summary(
 
 
 def _objective(outcome: TrainOutput, after: EvalResult | None, best_metric: str) -> float | None:
-    """What a sweep ranks by, or None where nothing was measured: that is no score of 0."""
+    """Return what a sweep ranks by, or None where nothing was measured: that is no score of 0."""
     if after is not None:
         return after.value("arg_f1")
     if best_metric != "loss":

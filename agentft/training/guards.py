@@ -53,7 +53,7 @@ _CPU_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ca
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch says it on a CPU in a plain RuntimeError."""
+    """Return whether an error says that memory ran out: torch says it on a CPU in a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)

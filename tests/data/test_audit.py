@@ -21,7 +21,7 @@ from agentft.data.render import SpanKind
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, Example, tokenize
 from agentft.data.tools import OfferedTool
-from agentft.data.truncation import fit_conversations
+from agentft.data.truncation import Truncator
 from agentft.recipes.config import AuditOptions
 
 SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'
@@ -166,7 +166,7 @@ def test_the_labels_of_pieces_are_traced_and_a_round_that_is_only_shown_has_none
         said = f"{CALL}\n\n{RESULT}\nAt 14:2{n}."
         turns += [{"from": "user", "value": f"question {n}"}, {"from": "assistant", "value": said}]
     value = conversation({"id": "long", "conversations": turns})
-    (fitted,) = fit_conversations([value], template, encoder, 1000, TooLong.split)
+    (fitted,) = Truncator(template, encoder, 1000).fit([(value, TooLong.split)])
     assert any(piece.example.context_rounds for piece in fitted.pieces)
     for piece in fitted.pieces:
         example, shown = piece.example, piece.example.context_rounds

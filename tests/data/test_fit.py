@@ -21,7 +21,7 @@ from agentft.data.truncation import (
     Rounds,
     TruncationKind,
     TruncationResult,
-    fit_conversations,
+    Truncator,
     shorten_observations,
 )
 from agentft.errors import DataError
@@ -51,7 +51,7 @@ def made(*rounds: tuple[str, list[int], str]) -> Conversation:
 
 
 def fit(conversation, template, encoder, max_length, mode) -> TruncationResult:
-    (fitted,) = fit_conversations([conversation], template, encoder, max_length, mode)
+    (fitted,) = Truncator(template, encoder, max_length).fit([(conversation, mode)])
     return fitted
 
 
@@ -191,7 +191,7 @@ def test_laws_hold_for_long_real_conversations(mode, shared_data: Path, template
     talks = [c for c in read_conversations(read_local(shared_data / "dev.jsonl")) if isinstance(c, Conversation)]
     talks = sorted(talks, key=lambda talk: -sum(len(turn.text) for turn in talk.turns))[5:50]
     outcomes = []
-    for fitted in fit_conversations(talks, template, encoder, 6000, mode):
+    for fitted in Truncator(template, encoder, 6000).fit([(each, mode) for each in talks]):
         check_laws(fitted, byte_tokenizer, template, 6000, mode)
         outcomes.append(fitted.outcome)
     assert len(outcomes) == len(talks)

@@ -18,7 +18,7 @@ from agentft.data.store import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
-from agentft.data.truncation import TruncationKind, fit_conversations
+from agentft.data.truncation import TruncationKind, Truncator
 from agentft.evaluation.steps import all_steps
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "first guess"}'}}
@@ -165,7 +165,7 @@ def test_fitting_keeps_it(how, layout, encoder):
     conversation = read(record)[0]
     (made,) = make_examples([conversation], layout, encoder)
     example = made.pieces[0].example
-    (fitted,) = fit_conversations([conversation], layout, encoder, len(example) - 200, how)
+    (fitted,) = Truncator(layout, encoder, len(example) - 200).fit([(conversation, how)])
     assert fitted.outcome is (TruncationKind.spread if how is TooLong.split else TruncationKind.rounds_left_out)
     trained = [step.reference for p in fitted.pieces for step in all_steps([p.conversation], [p.example], layout)]
     assert not any("second guess" in words for words in trained)
@@ -215,7 +215,7 @@ def test_a_record_cannot_have_the_id_of_a_part_of_another(tmp_path, template, en
     assert report.notices["id_of_a_part"] == 1
     assert [c.id for c in conversations] == ["x", conversations[1].id, "x/1", "x/part-", "x/part-1b"]
     assert conversations[1].id.startswith("content-")
-    fitted = list(fit_conversations(conversations, template, encoder, 800, TooLong.split))
+    fitted = list(Truncator(template, encoder, 800).fit([(each, TooLong.split) for each in conversations]))
     names = [piece.example.id for each in fitted for piece in each.pieces]
     assert {"x/part-1", "x/part-2"} < set(names)
     assert len(set(names)) == len(names)

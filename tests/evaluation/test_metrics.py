@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agentft.data.calls import ToolCall
 from agentft.errors import EvaluationError
-from agentft.evaluation.matching import align_calls, compare_calls, leniently_equal, strictly_equal
+from agentft.evaluation.matching import align_calls, compare_calls, lenient_parameters, strictly_equal
 from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
 from agentft.evaluation.scoring import OfferedTool, StepRecord, StepScore, read_offered_tool, score_step
 
@@ -25,6 +25,11 @@ def body(name: str, parameters: dict[str, Any] | None = None, **extras: Any) -> 
 def call(name: str, parameters: dict[str, Any] | None = None, **extras: Any) -> str:
     text = json.dumps(body(name, parameters, **extras), ensure_ascii=False)
     return f"<|startofthink|>```JSON\n{text}\n```<|endofthink|>"
+
+
+def leniently_equal(left: Any, right: Any) -> bool:
+    """Compare two values as parameters are compared under the lenient column of `matching`."""
+    return lenient_parameters({"": left}) == lenient_parameters({"": right})
 
 
 MALFORMED = "<|startofthink|>```JSON\n{oops\n```<|endofthink|>"

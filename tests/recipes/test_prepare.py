@@ -46,7 +46,7 @@ from agentft.data.sources import is_large, read_conversations, read_local
 from agentft.data.splits import divide, keep_apart
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
-from agentft.data.truncation import fit_conversations
+from agentft.data.truncation import Truncator
 from agentft.errors import DataError
 from agentft.model.sources import byte_tokenizer as make_tokenizer
 from agentft.runs import RunFolder
@@ -225,7 +225,7 @@ def in_memory(config, template, encoder):
         ),
     ):
         pieces, used, counted = [], 0, Counter()
-        for fitted in fit_conversations(pool, template, encoder, config.max_length, too_long):
+        for fitted in Truncator(template, encoder, config.max_length).fit([(each, too_long) for each in pool]):
             if used == sample:
                 break
             counted[str(fitted.outcome)] += 1

@@ -37,11 +37,6 @@ _STEPS = 256
 """Dropout probabilities are rounded to this many steps, since a mask is drawn from bytes."""
 
 
-def rounded_dropout(probability: float) -> float:
-    """Return the probability that `fuse_layers` realises: the nearest multiple of 1/256."""
-    return round(probability * _STEPS) / _STEPS
-
-
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
     """Return `count` uniform bytes from torch's generator, shape `[count]`, four of them from each draw."""
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(0, 1 << 32)
@@ -129,7 +124,7 @@ class _Mask:
         return self.kernels.dropout(x_MI, self.probability, self.seed, x_MI)
 
     def without_tensor(self) -> _Mask:
-        """What autograd may keep beside its saved tensors."""
+        """Return what autograd may keep beside its saved tensors."""
         return replace(self, keep_MI=None)
 
 
@@ -397,7 +392,7 @@ def _norm_forward(module: Any, kernels: Kernels | None) -> Any:
 
 
 def is_gated_silu_mlp(module: nn.Module) -> bool:
-    """Whether the layer is `down(silu(gate(x)) * up(x))`."""
+    """Return whether the layer is `down(silu(gate(x)) * up(x))`."""
     if type(module).__name__ not in _GATED_MLPS:
         return False
     return type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
