@@ -388,7 +388,7 @@ class _Builder:
         return shared
 
     def _write(self, made: Made) -> Use:
-        """Write the examples of a conversation down; for the exam also the conversations that they render."""
+        """Write the examples of a conversation down; for held-out ones also the conversations that they render."""
         rows = [self._examples.append(example) for example in made.examples]
         pieces = [self._pieces.append(line) for line in made.pieces]
         self._hashes += made.content_hashes
