@@ -27,6 +27,13 @@ OURS = ("chatml", "qwen2.5", "qwen3", "llama3")
 NAMES = ("auto", "native", "msagent", *OURS)
 """Values of `model.template`; a path that ends in `.jinja` is another."""
 
+_CHATML = {
+    "chatml": ("", ""),
+    "qwen2.5": ("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", ""),
+    "qwen3": ("", "<think>\\n\\n</think>\\n\\n"),
+}
+"""Layouts that share `chatml.jinja`: the system text where a conversation has none, and how an answer opens."""
+
 Layout = MsagentTemplate | ChatLayout
 
 log = logging.getLogger(__name__)
@@ -78,6 +85,13 @@ def choose_template(
 
 def template_text(name: str) -> str:
     """Return one of our own chat templates."""
+    if name not in _CHATML:
+        return _template_file(name)
+    system, opening = _CHATML[name]
+    return f"{{%- set SYSTEM = '{system}' -%}}\n{{%- set OPENING = '{opening}' -%}}\n{_template_file('chatml')}"
+
+
+def _template_file(name: str) -> str:
     return files("agentft.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -93,7 +107,7 @@ def exported_template(layout: Layout) -> str:
     if isinstance(layout, ChatLayout):
         return layout.template.source
     beginning = f"{{{{- '{layout.beginning}' -}}}}\n" if layout.beginning else ""
-    return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{beginning}{template_text('msagent')}"
+    return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{beginning}{_template_file('msagent')}"
 
 
 def _chat_layout(
