@@ -41,6 +41,7 @@ from agentft.model.conversion import LAYOUTS, needs_conversion
 from agentft.model.cpu.attention import KEEP_UP_TO, TILE
 from agentft.model.cpu.fused import RMS_NORMS
 from agentft.model.labelled_loss import CHUNK, FrozenHeadLoss
+from agentft.model.quantization import import_peft
 from agentft.model.shards import empty_model
 from agentft.runtime import Device
 
@@ -155,6 +156,7 @@ def planned_model(settings: Mapping[str, Any]) -> Any:
     Raises:
         ModelError: transformers has no such architecture, or a setting is missing.
     """
+    import_peft()  # before transformers' own models, which look for kernels of a hub as well
     import transformers
 
     kind = settings.get("model_type")

@@ -71,7 +71,7 @@ def import_bitsandbytes() -> Any:
 
 
 def import_peft() -> None:
-    """Import peft, and bitsandbytes with it where that is installed, without kernels from a hub."""
+    """Import peft, with it parts of transformers and, where installed, bitsandbytes, without kernels from a hub."""
     with _without_hub_kernels():
         importlib.import_module("peft")
 
