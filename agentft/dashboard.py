@@ -32,7 +32,7 @@ VIEW = "agentftruns"
 
 CURVES = {
     "Training": ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm"),
-    "Held-out loss by kind of token": ("eval/loss_call", "eval/loss_text", "eval/loss_stop", "eval/loss_frame"),
+    "Held-out loss by kind of token": ("eval/loss_call", "eval/loss_text", "eval/loss_stop", "eval/loss_call_syntax"),
     "Metrics during training": tuple(f"eval/{name}" for name in HEADLINE),
     "Cost": ("train/tokens", "train/tokens_per_second", "train/padding_share"),
 }

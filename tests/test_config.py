@@ -621,7 +621,8 @@ def test_old_names_in_files_are_taken_and_all_of_a_command_are_said_in_one_line(
         "hydra: {mode: MULTIRUN, launcher: {_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher}, "
         "sweeper: {params: {evaluation.draws: '7,9'}}}\n",
         "experiment/old.yaml": "# @package _global_\ntraining: {accumulation: 3}\n",
-        "dataset/rows.yaml": "defaults: [schema_local, _self_]\nname: rows\npath: x.jsonl\nform: openai\n",
+        "dataset/rows.yaml": "defaults: [schema_local, _self_]\nname: rows\npath: x.jsonl\nform: openai\n"
+        "span_weights: {frame: 2}\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -630,7 +631,8 @@ def test_old_names_in_files_are_taken_and_all_of_a_command_are_said_in_one_line(
     typed = ("--config-dir", ".", "--config-name", "mine", "experiment=old", "dataset=rows", "evaluation.steps=4")
     first, second = run(monkeypatch, *typed, "hydra/launcher=basic")
     assert (first.training.per_device_batch_size, first.training.gradient_accumulation_steps) == (2, 3)
-    assert (first.dataset.format, first.evaluation.eval_steps) == ("openai", 4)
+    assert (first.dataset.format, first.dataset.span_weights.call_syntax) == ("openai", 2)
+    assert first.evaluation.eval_steps == 4
     assert [config.evaluation.bootstrap_samples for config in (first, second)] == [7, 9]
     assert [Path(config.run_dir).name for config in (first, second)] == [
         "0_bootstrap_samples-7",
@@ -638,6 +640,7 @@ def test_old_names_in_files_are_taken_and_all_of_a_command_are_said_in_one_line(
     ]
     (line,) = capsys.readouterr().err.splitlines()
     old = ["evaluation.steps", "training.micro_batch", "evaluation.draws", "dataset.form", "training.accumulation"]
+    old += ["dataset.span_weights.frame"]
     assert sorted(re.findall(r"([a-z_.]+) is [a-z_.]+ now", line)) == sorted(old)
 
 

@@ -27,7 +27,7 @@ from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import Call
 from agentft.data.literals import JsonRefused, read_json
 from agentft.data.msagent import as_msagent
-from agentft.data.render import thought_text, with_history
+from agentft.data.render import thought_text, with_context_only
 from agentft.data.text_ids import Ids, TokenText
 from agentft.data.tokens import IGNORE_INDEX
 from agentft.data.tools import OfferedTool
@@ -304,8 +304,8 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
         words.clear()
         steps[-1].context.append(_squeeze(source))
 
-    for message, history in with_history(conversation, context_rounds):
-        if message.role != "assistant" or history:
+    for message, context_only in with_context_only(conversation, context_rounds):
+        if message.role != "assistant" or context_only:
             context(message.source_text or message.text)
         else:
             thought = thought_text(message.reasoning_content) if message.reasoning_content else ""

@@ -33,7 +33,7 @@ _STYLES: dict[SpanKind, tuple[str, str]] = {
     SpanKind.reasoning: ("black on #d9c2f0", "black on #eadff7"),
     SpanKind.text: ("black on #8fc7ff", "black on #c4e2ff"),
     SpanKind.call: ("black on #7fd88f", "black on #b5ecc0"),
-    SpanKind.frame: ("black on #d5e8d8", "black on #e6f3e8"),
+    SpanKind.call_syntax: ("black on #d5e8d8", "black on #e6f3e8"),
     SpanKind.stop: ("white on #c04040", "white on #c04040"),
 }
 """Kind -> styles of its tokens, in turn, so that the borders of trained tokens can be seen."""

@@ -69,7 +69,7 @@ class SpanWeights(Settings, group="dataset.span_weights", affects="data"):
     """Text before a call, answers and summaries."""
     call: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """Names and parameters of calls. The paper of ModelScope-Agent weighs them 2."""
-    frame: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
+    call_syntax: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """The rest of a call: marks, fence, braces, field names and other fields."""
     stop: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """The token that ends a step."""

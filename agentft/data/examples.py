@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from agentft.data.conversation import Conversation
 from agentft.data.records import part_id
-from agentft.data.render import LaidOut, Segment, with_history
+from agentft.data.render import LaidOut, Segment, with_context_only
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import EncodedRendering, Example, KnownIds, SegmentEncoder
 
@@ -98,8 +98,8 @@ def _pieces(
 ) -> Iterator[Piece]:
     """Yield the examples of a conversation, each with a conversation that marks the steps that it trains."""
     conversation = laid_out.conversation
-    shown = [history for m, history in with_history(conversation, attempt.context_rounds) if m.role == "assistant"]
-    if len(found) == 1 and found[0][0].steps == tuple(step for step, history in enumerate(shown) if not history):
+    agent = [shown for m, shown in with_context_only(conversation, attempt.context_rounds) if m.role == "assistant"]
+    if len(found) == 1 and found[0][0].steps == tuple(step for step, shown in enumerate(agent) if not shown):
         (((example, _), segments),) = found
         example = replace(example, context_rounds=attempt.context_rounds) if attempt.context_rounds else example
         yield Piece(conversation, example, segments)

@@ -243,33 +243,33 @@ def cut_segments(
         if region.end > last:
             break
         pieces += [(piece, True) for piece in _context(text, at, region.begin)]
-        history = region.step not in wanted
+        context_only = region.step not in wanted
         for piece in _step(text, region, calls[region.step], control, no_thought):
-            pieces.append((piece, history or (piece.kind is SpanKind.reasoning and region.step in silent)))
-        pieces.append((_Piece(region.stop, region.end, SpanKind.stop, template=True), history))
+            pieces.append((piece, context_only or (piece.kind is SpanKind.reasoning and region.step in silent)))
+        pieces.append((_Piece(region.stop, region.end, SpanKind.stop, template=True), context_only))
         at = region.end
     return tuple(_join(text.text, pieces, control))
 
 
 def _join(text: str, pieces: Iterable[tuple[_Piece, bool]], control: re.Pattern[str]) -> Iterator[Segment]:
-    """Yield pieces, each with whether it is history, as segments: control tokens alone, neighbours of one fate as one."""
+    """Yield pieces and whether each is context alone as segments: neighbours of one fate joined, control tokens apart."""
     run: list[str] = []
     fate = (SpanKind.header, False)
-    for (start, stop, kind, template), history in pieces:
-        own = (kind, history)
+    for (start, stop, kind, template), context_only in pieces:
+        own = (kind, context_only)
         words = control.split(text[start:stop]) if template else (text[start:stop],)
         for number, word in enumerate(words):
             special = number % 2 == 1
             if run and (special or (word and own != fate)):
-                yield Segment("".join(run), fate[0], history=fate[1])
+                yield Segment("".join(run), fate[0], context_only=fate[1])
                 run = []
             if special:
-                yield Segment(word, kind, special=True, history=history)
+                yield Segment(word, kind, special=True, context_only=context_only)
             elif word:
                 run.append(word)
                 fate = own
     if run:
-        yield Segment("".join(run), fate[0], history=fate[1])
+        yield Segment("".join(run), fate[0], context_only=fate[1])
 
 
 def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Piece]:
@@ -294,7 +294,7 @@ def _step(
     start = region.begin
     values = text.within(region.begin, region.stop)
     places = _call_places(text, region, values, calls)
-    for value in (*values, Value(region.stop, region.stop, SpanKind.frame if calls else SpanKind.text)):
+    for value in (*values, Value(region.stop, region.stop, SpanKind.call_syntax if calls else SpanKind.text)):
         if value.start > start:
             if before is None and (thought := no_thought.match(text.text, start, value.start)):
                 yield _Piece(start, thought.end(), SpanKind.reasoning, template=True)
@@ -312,7 +312,7 @@ def _step(
 def _between(
     text: str, start: int, stop: int, before: SpanKind | None, after: SpanKind, places: Sequence[tuple[int, int]]
 ) -> Iterator[_Piece]:
-    if before is not SpanKind.call and after not in (SpanKind.call, SpanKind.frame):
+    if before is not SpanKind.call and after not in (SpanKind.call, SpanKind.call_syntax):
         if start < stop:
             yield _Piece(start, stop, SpanKind.text, template=True)
         return
@@ -320,16 +320,16 @@ def _between(
         if last <= start or first >= stop:
             continue
         if first > start:
-            yield _Piece(start, first, SpanKind.frame, template=True)
+            yield _Piece(start, first, SpanKind.call_syntax, template=True)
         yield _Piece(max(first, start), min(last, stop), SpanKind.call, template=True)
         start = min(last, stop)
     if start < stop:
-        yield _Piece(start, stop, SpanKind.frame, template=True)
+        yield _Piece(start, stop, SpanKind.call_syntax, template=True)
 
 
 def thought_end(text: str, start: int, after: Value, control: re.Pattern[str]) -> int:
     """Return where the close of a thought ends: before a text it is all there is, before a call one mark and its blanks."""
-    if after.kind not in (SpanKind.call, SpanKind.frame):
+    if after.kind not in (SpanKind.call, SpanKind.call_syntax):
         return after.start
     closing = re.compile(rf"\s*(?:{control.pattern}|\S*)\s*").match(text, start, after.start)
     return closing.end() if closing else start

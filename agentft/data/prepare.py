@@ -503,6 +503,6 @@ class _Builder:
 
 
 def _written(weights: SpanWeights) -> str:
-    """Return the weights as text; that of reasoning only where it counts otherwise, so that older fingerprints stay."""
-    text = f"text={weights.text!r}, call={weights.call!r}, frame={weights.frame!r}, stop={weights.stop!r}"
+    """Return the weights as text; by the names and with the values that older fingerprints have."""
+    text = f"text={weights.text!r}, call={weights.call!r}, frame={weights.call_syntax!r}, stop={weights.stop!r}"
     return f"SpanWeights({text}{'' if weights.reasoning == 1 else f', reasoning={weights.reasoning!r}'})"

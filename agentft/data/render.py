@@ -35,16 +35,16 @@ class SpanKind(IntEnum):
     """Names and parameters of calls."""
     stop = 6
     """The token that ends a step."""
-    frame = 7
+    call_syntax = 7
     """The rest of a call: its marks, fence, braces, field names and other fields."""
     reasoning = 8
     """What the agent thinks before it speaks, with the marks around it."""
 
 
-TRAINED_KINDS = frozenset({SpanKind.text, SpanKind.call, SpanKind.stop, SpanKind.frame, SpanKind.reasoning})
+TRAINED_KINDS = frozenset({SpanKind.text, SpanKind.call, SpanKind.stop, SpanKind.call_syntax, SpanKind.reasoning})
 """The mask law of agentft. Everything else is context and gets `IGNORE_INDEX`."""
 
-CALL_KINDS = frozenset({SpanKind.call, SpanKind.frame})
+CALL_KINDS = frozenset({SpanKind.call, SpanKind.call_syntax})
 """What a call is made of: one piece for the tokenizer, so that telling them apart changes no token."""
 
 
@@ -55,18 +55,18 @@ class Segment(NamedTuple):
     kind: SpanKind
     special: bool = False
     """The text names one special token. All other text is encoded as plain text, whatever marks it contains."""
-    history: bool = False
-    """Shown as context only: another example of the conversation trains it, or its source does not want it trained."""
+    context_only: bool = False
+    """Another example of the conversation trains it, or its source does not want it trained."""
 
     @property
-    def spoken(self) -> bool:
+    def is_assistant(self) -> bool:
         """Return whether the agent says this."""
         return self.kind in TRAINED_KINDS
 
     @property
     def trained(self) -> bool:
         """Return whether these tokens become labels."""
-        return not self.history and self.kind in TRAINED_KINDS
+        return not self.context_only and self.kind in TRAINED_KINDS
 
     @property
     def encoded_with(self) -> SpanKind | None:
@@ -134,7 +134,7 @@ class MsagentTemplate:
         """Lay the whole conversation out; joined texts without stops are the original text."""
         segments = [Segment(self.beginning, SpanKind.header, special=True)] if self.beginning else []
         agent_speaks = False
-        for message, history in with_history(as_msagent(conversation), context_rounds):
+        for message, context_only in with_context_only(as_msagent(conversation), context_rounds):
             if message.source is None or not agent_speaks:
                 separator = "\n\n" if len(segments) > bool(self.beginning) else ""
                 role = message.role if message.source is None else "assistant"
@@ -145,8 +145,8 @@ class MsagentTemplate:
                 if message.reasoning_content:
                     first = step[0].kind is SpanKind.header  # white space before the step
                     thought = self._thought(message.reasoning_content)
-                    step[first:first] = shown_as(thought, history=not message.reasoning_trained)
-                segments += shown_as(step, history=history)
+                    step[first:first] = mask_history(thought, context_only=not message.reasoning_trained)
+                segments += mask_history(step, context_only=context_only)
             elif message.source is not None:
                 segments += _result_segments(message.source)
             else:
@@ -172,9 +172,11 @@ class MsagentTemplate:
         except GrammarError as error:
             return error.reason, error.detail
         agent = (
-            history for message, history in with_history(conversation, context_rounds) if message.role == "assistant"
+            context_only
+            for message, context_only in with_context_only(conversation, context_rounds)
+            if message.role == "assistant"
         )
-        steps = tuple(number for number, history in enumerate(agent) if not history)
+        steps = tuple(number for number, context_only in enumerate(agent) if not context_only)
         rendering = Rendering(tuple(segments), steps, by_chunks=True)
         return LaidOut(conversation, (rendering,), not_written=not_written(conversation))
 
@@ -184,7 +186,7 @@ def thought_text(reasoning: str) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n"
 
 
-def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
+def with_context_only(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
     """Yield the messages, each with whether it is context alone.
 
     That are the messages of the first `context_rounds` rounds, and steps that their source does not want trained.
@@ -195,9 +197,9 @@ def with_history(conversation: Conversation, context_rounds: int) -> Iterator[tu
         yield message, 0 < rounds <= context_rounds or not message.trained
 
 
-def shown_as(segments: Iterable[Segment], *, history: bool) -> Iterable[Segment]:
-    """Return the segments of a message, what the agent says as context alone where it is `history`."""
-    return [segment._replace(history=segment.spoken) for segment in segments] if history else segments
+def mask_history(segments: Iterable[Segment], *, context_only: bool) -> Iterable[Segment]:
+    """Return the segments of a message, what the agent says as context alone where it is `context_only`."""
+    return [segment._replace(context_only=segment.is_assistant) for segment in segments] if context_only else segments
 
 
 def _result_segments(parts: Sequence[Part]) -> Iterator[Segment]:
@@ -238,15 +240,15 @@ def _clip(parts: Iterable[Part], start: int, stop: int, segments: list[Segment])
 
 
 def call_segments(text: str, places: Iterable[CharSpan]) -> list[Segment]:
-    """Cut the text of a call into its names and parameters, which stand at `places`, and its frame."""
+    """Cut the text of a call into its names and parameters, which stand at `places`, and its syntax."""
     segments: list[Segment] = []
     end = 0
     for start, stop in places:
         if start > end:
-            segments.append(Segment(text[end:start], SpanKind.frame))
+            segments.append(Segment(text[end:start], SpanKind.call_syntax))
         if stop > start:
             segments.append(Segment(text[start:stop], SpanKind.call))
         end = stop
     if end < len(text):
-        segments.append(Segment(text[end:], SpanKind.frame))
+        segments.append(Segment(text[end:], SpanKind.call_syntax))
     return segments

@@ -456,8 +456,8 @@ class _Text:
                 continue
             first, stop, kind = encoded.begin[at], encoded.begin[at + 1], segment.kind
             before = spans[-1] if spans and spans[-1].stop == first else None
-            if kind is SpanKind.call and encoded.reach[at] < first and before and before.kind is SpanKind.frame:
-                # The token that carries the last letters of the frame carries some of the call.
+            if kind is SpanKind.call and encoded.reach[at] < first and before and before.kind is SpanKind.call_syntax:
+                # The token that carries the last letters of the syntax carries some of the call.
                 first -= 1
                 spans[-1:] = [before._replace(stop=first)] if before.start < first else []
                 before = spans[-1] if spans and spans[-1].stop == first else None
@@ -484,7 +484,7 @@ def weigh(example: Example, weights: SpanWeights) -> Example:
         SpanKind.reasoning: weights.reasoning,
         SpanKind.text: weights.text,
         SpanKind.call: weights.call,
-        SpanKind.frame: weights.frame,
+        SpanKind.call_syntax: weights.call_syntax,
         SpanKind.stop: weights.stop,
     }
     if set(by_kind.values()) == {1.0}:

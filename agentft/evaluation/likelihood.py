@@ -29,7 +29,7 @@ from agentft.evaluation.statistics import sum_pieces
 from agentft.model.labelled_loss import last_states, output_head, stock_logits
 
 KINDS = tuple(sorted(TRAINED_KINDS))
-"""Columns of `Likelihood`: what the agent says in words, its calls, the token that ends a step, and the frame of calls."""
+"""Columns of `Likelihood`: what the agent says in words, its calls, the token that ends a step, and the syntax of calls."""
 
 _CHUNK = 1024
 """Labelled positions whose logits exist at once."""
@@ -49,7 +49,7 @@ class Likelihood:
         return float(self.nats_GK.sum() / self.tokens_GK.sum())
 
     def losses(self) -> dict[str, float]:
-        """Return `loss` and `loss_text`, `loss_call`, `loss_stop`, `loss_frame`; a kind that does not occur is left out."""
+        """Return `loss` and the loss of each kind that occurs: `loss_text`, `loss_call`, `loss_call_syntax`, `loss_stop` ..."""
         nats_K, tokens_K = self.nats_GK.sum(0), self.tokens_GK.sum(0)
         by_kind = {
             f"loss_{kind.name}": float(nats / tokens)

@@ -17,7 +17,7 @@ from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
 from agentft.data.grammar import GrammarError
 from agentft.data.msagent import as_msagent, read_system
-from agentft.data.render import MsagentTemplate, with_history
+from agentft.data.render import MsagentTemplate, with_context_only
 from agentft.data.response import Said, choose_response, said_text, thought_template
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
@@ -162,8 +162,8 @@ def conversation_steps(conversation: Conversation, example: Example, template: L
     # A chat template also says what MSAgent text cannot.
     with suppress(GrammarError) if reader is not None else nullcontext():
         conversation = as_msagent(conversation)
-    messages = enumerate(with_history(conversation, example.context_rounds))
-    asked = [at for at, (message, history) in messages if message.role == "assistant" and not history]
+    messages = enumerate(with_context_only(conversation, example.context_rounds))
+    asked = [at for at, (message, context_only) in messages if message.role == "assistant" and not context_only]
     return [
         Step(
             conversation, index, at, example.input_ids, start, stop,

@@ -74,6 +74,7 @@ _HEADER = """\
 RENAMED = {
     "dataset.form": "dataset.format",
     "dataset.sample": "dataset.max_samples",
+    "dataset.span_weights.frame": "dataset.span_weights.call_syntax",
     "training.micro_batch": "training.per_device_batch_size",
     "training.accumulation": "training.gradient_accumulation_steps",
     "training.stop_at": "training.pause_at_fraction",
@@ -89,8 +90,11 @@ def use_new_names(config: dict[str, Any]) -> list[str]:
     swept = (hydra.get("sweeper") or {}).get("params")
     notices = []
     for old, new in RENAMED.items():
-        group, _, name = old.partition(".")
-        for node, before, now in ((config.get(group), name, new.partition(".")[2]), (swept, old, new)):
+        *groups, name = old.split(".")
+        owner: Any = config
+        for group in groups:
+            owner = owner.get(group) if isinstance(owner, dict) else None
+        for node, before, now in ((owner, name, new.rpartition(".")[2]), (swept, old, new)):
             if isinstance(node, dict) and before in node:
                 value = node.pop(before)
                 node.setdefault(now, value)

@@ -301,7 +301,7 @@ def test_statistics_add_up(audited, golden_conversations, encoder, template):
     assert (whole.conversations, whole.calls, whole.observations, whole.rounds) == (7, 7, 7, 7)
     assert sum(statistics.tokens_by_kind.values()) == whole.tokens == sum(statistics.lengths)
     assert whole.trained == sum(
-        statistics.tokens_by_kind[kind] for kind in (SpanKind.text, SpanKind.call, SpanKind.frame, SpanKind.stop)
+        statistics.tokens_by_kind[kind] for kind in (SpanKind.text, SpanKind.call, SpanKind.call_syntax, SpanKind.stop)
     )
     assert statistics.tokens_by_kind[SpanKind.stop] == statistics.steps == 14
     assert statistics.tokens_by_kind[SpanKind.system] == 7 * len(SYSTEM)

@@ -57,7 +57,7 @@ def test_padding_stands_on_the_right_and_is_not_labelled(golden_conversations, t
         assert batch.input_ids_BT[row, : len(example)].tolist() == example.input_ids.tolist()
 
 
-WEIGHTS = SpanWeights(text=1.0, call=2.0, frame=1.5, stop=0.5)
+WEIGHTS = SpanWeights(text=1.0, call=2.0, call_syntax=1.5, stop=0.5)
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "span weights"])

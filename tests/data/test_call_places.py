@@ -84,15 +84,15 @@ def pieces(value: str) -> list[tuple[str, str]]:
     return [(segment.kind.name, segment.text) for segment in step_segments(parse_assistant(value), "<|im_end|>")]
 
 
-def test_a_call_is_cut_into_frame_and_call():
+def test_a_call_is_cut_into_syntax_and_call():
     said = 'Wait.<|startofthink|>```JSON\n{"api_name": "a", "parameters": {"x": 1}}\n```<|endofthink|>'
     assert pieces(said) == [
         ("text", "Wait."),
-        ("frame", '<|startofthink|>```JSON\n{"api_name": "'),
+        ("call_syntax", '<|startofthink|>```JSON\n{"api_name": "'),
         ("call", "a"),
-        ("frame", '", "parameters": '),
+        ("call_syntax", '", "parameters": '),
         ("call", '{"x": 1}'),
-        ("frame", "}\n```<|endofthink|>"),
+        ("call_syntax", "}\n```<|endofthink|>"),
         ("stop", "<|im_end|>"),
     ]
 
@@ -135,9 +135,9 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
     assert straddling >= 3, "the tokenizer was made to merge across the borders"
 
 
-def test_telling_frame_and_call_apart_changes_no_token(merging_tokenizer):
+def test_telling_syntax_and_call_apart_changes_no_token(merging_tokenizer):
     segments = list(step_segments(parse_assistant(SAID), "<|im_end|>"))
-    coarse = [s._replace(kind=SpanKind.frame) if s.kind in CALL_KINDS else s for s in segments]
+    coarse = [s._replace(kind=SpanKind.call_syntax) if s.kind in CALL_KINDS else s for s in segments]
     fine, whole = encoded(merging_tokenizer, segments, coarse)
     assert fine.input_ids.tolist() == whole.input_ids.tolist()
     assert fine.labels.tolist() == whole.labels.tolist()

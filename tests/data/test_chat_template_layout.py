@@ -234,7 +234,7 @@ def test_history_of_an_untrained_step_is_context():
     assert isinstance(laid_out, LaidOut)
     (rendering,) = laid_out.renderings
     assert rendering.steps == (1, 2)
-    shown = [segment.text for segment in rendering.segments if segment.spoken and segment.history]
+    shown = [segment.text for segment in rendering.segments if segment.is_assistant and segment.context_only]
     assert "get_tide" in "".join(shown)
     assert "get_tide" not in "".join(segment.text for segment in rendering.segments if segment.trained)
 

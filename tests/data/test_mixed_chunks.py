@@ -43,7 +43,7 @@ def spans_by_both(rendering: Rendering) -> tuple[tuple[Span, ...], tuple[Span, .
 
 
 PART = st.text(st.sampled_from('ab"{}:, \n查天气你好🙂é'), max_size=10)
-CHUNKS = st.lists(st.tuples(st.sampled_from([SpanKind.frame, SpanKind.call]), PART), min_size=1, max_size=6)
+CHUNKS = st.lists(st.tuples(st.sampled_from([SpanKind.call_syntax, SpanKind.call]), PART), min_size=1, max_size=6)
 
 
 @settings(max_examples=300, deadline=None)

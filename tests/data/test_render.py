@@ -170,7 +170,10 @@ def test_the_law_is_stated_once():
     makers = [path for path in sources if path.parts[0] in ("data", "training", "model") and path != home]
     assert len(makers) > 40
     assert [path for path in makers if "TRAINED_KINDS" in sources[path]] == []
-    assert frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call, SpanKind.frame, SpanKind.stop}) == TRAINED_KINDS
+    assert (
+        frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call, SpanKind.call_syntax, SpanKind.stop})
+        == TRAINED_KINDS
+    )
 
 
 def test_real_conversations_keep_every_byte_and_train_no_observation(shared_data: Path, template, encoder):

@@ -17,7 +17,7 @@ from agentft.model import labelled_loss as loss_module
 from agentft.model.config import RandomShape
 from agentft.model.labelled_loss import LabelledLoss
 
-WEIGHTS = SpanWeights(text=1.0, call=2.0, frame=1.5, stop=0.5)
+WEIGHTS = SpanWeights(text=1.0, call=2.0, call_syntax=1.5, stop=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def examples(golden_conversations, template, encoder):
 def test_every_kind_gets_its_weight_and_context_none(examples):
     for example in examples:
         weighed = weigh(example, WEIGHTS)
-        expected = {SpanKind.text: 1.0, SpanKind.call: 2.0, SpanKind.frame: 1.5, SpanKind.stop: 0.5}
+        expected = {SpanKind.text: 1.0, SpanKind.call: 2.0, SpanKind.call_syntax: 1.5, SpanKind.stop: 0.5}
         assert weighed.span_weights == tuple(expected[span.kind] for span in example.spans)
         assert ((weighed.loss_weights > 0) == (example.labels != IGNORE_INDEX)).all()
 

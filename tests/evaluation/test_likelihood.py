@@ -50,7 +50,7 @@ def test_each_kind_is_the_mean_of_its_own_tokens(model, examples):
         for span in example.spans:
             nats[span.kind] += [-float(logs[at - 1, ids[0, at]]) for at in range(span.start, span.stop)]
     losses = found.losses()
-    assert set(losses) == {"loss", "loss_text", "loss_call", "loss_frame", "loss_stop"}
+    assert set(losses) == {"loss", "loss_text", "loss_call", "loss_call_syntax", "loss_stop"}
     for kind, values in ((kind, values) for kind, values in nats.items() if values):
         assert losses[f"loss_{kind.name}"] == pytest.approx(np.mean(values), rel=1e-5)
     assert losses["loss"] == pytest.approx(np.mean([each for values in nats.values() for each in values]), rel=1e-5)

@@ -142,7 +142,19 @@ def test_the_view_shows_what_is_trained_without_colours_too(data: Path, tmp_path
     said = capsys.readouterr().out
     order = re.findall(r"^ *([+-]\w+) \d+", said, flags=re.MULTILINE)
     assert [name for name in order if name != "-header"] == [
-        *("-system", "-user", "+frame", "+call", "+frame", "+call", "+frame", "+stop", "-observation", "+text", "+stop")
+        *(
+            "-system",
+            "-user",
+            "+call_syntax",
+            "+call",
+            "+call_syntax",
+            "+call",
+            "+call_syntax",
+            "+stop",
+            "-observation",
+            "+text",
+            "+stop",
+        )
     ]
     assert "[red]" not in said
     assert list(tmp_path.glob("runs")) == []

@@ -68,7 +68,7 @@ def evaluations(run: Path, name: str) -> list[float]:
 
 
 def test_each_evaluation_during_training_logs_the_loss_of_each_kind(finished):
-    for name in ("loss", "loss_text", "loss_call", "loss_frame", "loss_stop"):
+    for name in ("loss", "loss_text", "loss_call", "loss_call_syntax", "loss_stop"):
         assert len(evaluations(finished, f"eval/{name}")) == 3
     assert len(evaluations(finished, "eval/arg_f1")) == 3, "answered too: they decide which checkpoint is the best"
 
