@@ -22,10 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agentft.data.calls import ToolCall
-from agentft.data.conversation import Conversation, Message
-from agentft.data.grammar import Call
-from agentft.data.literals import JsonRefused, read_json
+from agentft.data.calls import JsonRefused, ToolCall, read_json
+from agentft.data.conversation import Call, Conversation, Message
 from agentft.data.msagent import as_msagent
 from agentft.data.render import thought_text, with_context_only
 from agentft.data.text_ids import Ids, TokenText

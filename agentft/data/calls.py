@@ -1,29 +1,48 @@
-"""Read calls: as objects of JSON or of a dialect of it, between tags, and as Python writes them.
+"""Read values and calls that arrive as text: JSON, Python literals, and calls as families of models write them.
 
-One reader serves training data, predictions and references, so all agree on what a well-formed call is.
+Nothing is ever evaluated. A Python literal goes to `ast.literal_eval` only when it is short enough, flat enough and made of
+literal tokens alone. One reader serves training data, predictions and references, so all agree on what a well-formed call is.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentft.data.literals import Json, JsonRefused, end_of_bracket, read_json, read_literal
 from agentft.errors import FormatError
 
-ARGUMENTS = ("arguments", "parameters", "args", "input")
-"""What formats call the arguments of a call; more than one of them would be a guess."""
-CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", *ARGUMENTS})
+Json = Any
+"""A value as `json.loads` returns it."""
 
-Types = Mapping[tuple[str, str], tuple[str, ...]]
-"""Schema types of parameters, by the names of tool and parameter."""
+MAX_JSON_DEPTH = 200
+"""Deeper nesting is refused before parsing: the stock parser raises RecursionError near 1,000 levels."""
 
-_CALL_TYPES = (None, "function", "tool_use", "tool_call")
-_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+MAX_LITERAL_CHARACTERS = 4 * 1024 * 1024
+"""Longer Python literals are refused: parsing takes about thirty times their size in memory."""
+
+MAX_LITERAL_DEPTH = 40
+MAX_PYTHON_CALL_CHARACTERS = 100_000
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_BRACKET_OR_STRING = re.compile(r"""[(\[{)\]}]|"[^"\\]*(?:\\.[^"\\]*)*"?|'[^'\\]*(?:\\.[^'\\]*)*'?""", re.DOTALL)
+"""A string may be open: a pattern that must find the end would look for it again from every quote."""
+_STRING = r"""(?:'[^'\\\n]*(?:\\.[^'\\\n]*)*'|"[^"\\\n]*(?:\\.[^"\\\n]*)*")"""
+_LITERAL_TOKENS = re.compile(
+    rf"(?:{_STRING}|[\[\]{{}}(),:\s]|(?:None|True|False)\b|-?\d[\d.]*(?:[eE][+-]?\d+)?(?![\w.]))*+", re.DOTALL
+)
+_TURN = re.compile(r"\{'from': ('[^'\\\n]*'), 'value': (" + _STRING + r")\}(, |\]\Z)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+
+
+class JsonRefused(ValueError):  # noqa: N818
+    """The text is no JSON document, nor a Python literal where one may stand, under the limits of this module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +76,189 @@ class Attempt:
     failure: CallFailure | None
 
 
+def strip_fence(text: str) -> str:
+    """Return `text` without a surrounding Markdown code fence; the fence may be absent or lack its end."""
+    text = text.strip()
+    if not text.startswith("```"):
+        return text
+    inner = text[3:].removesuffix("```").lstrip(" \t")
+    return inner[4 if inner[:4].lower() == "json" else 0 :].strip()
+
+
+def read_json(text: str) -> Json:
+    """Parse one JSON document, allowing raw control characters inside strings (genuine references hold them).
+
+    Raises:
+        JsonRefused: not JSON, NaN, Infinity or a number beyond it, deeper than `MAX_JSON_DEPTH`, a number too long to
+            hold, a key given twice, or half of a surrogate pair (escaped, it is legal JSON and yet no text).
+    """
+    if json_depth(text) > MAX_JSON_DEPTH:
+        raise JsonRefused(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    try:
+        value = _DECODER.decode(text)
+    except JsonRefused:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise JsonRefused(str(error)) from None
+    if _SURROGATE_ESCAPE.search(text) and not is_encodable(json.dumps(value, ensure_ascii=False)):
+        raise JsonRefused("a lone surrogate: cannot be written as UTF-8")
+    return value
+
+
+def is_json(text: str) -> bool:
+    """Return whether `read_json` reads a text."""
+    try:
+        read_json(text)
+    except JsonRefused:
+        return False
+    return True
+
+
+def json_depth(text: str) -> int:
+    """Return how deeply the brackets of a text are nested; 0 where there are too few of them for `MAX_JSON_DEPTH`."""
+    if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:
+        return 0
+    return max((depth for depth, _ in _brackets(text, 0)), default=0)
+
+
+def end_of_bracket(text: str, start: int) -> int | None:
+    """Return the position behind the bracket that closes the one at `start`, strings passed over; None: it is not closed."""
+    return next((end for depth, end in _brackets(text, start) if depth == 0), None)
+
+
+def _brackets(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """Yield the depth after each bracket outside of strings, and the position behind it."""
+    depth = 0
+    for found in _BRACKET_OR_STRING.finditer(text, start):
+        if found[0] in ("(", "[", "{"):
+            depth += 1
+        elif found[0] in (")", "]", "}"):
+            depth -= 1
+        else:
+            continue
+        yield depth, found.end()
+
+
+def _refuse_constant(name: str) -> Json:
+    raise JsonRefused(f"{name} is no JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise JsonRefused(f"{digits[:40]} is beyond the numbers that can be held")
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        _refuse_key_twice([key for key, _ in pairs])
+    return made
+
+
+def _refuse_key_twice(keys: Sequence[object]) -> None:
+    raise JsonRefused(f"the key {str(max(keys, key=keys.count))[:40]!r} is given twice")
+
+
+_DECODER = json.JSONDecoder(
+    strict=False, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_distinct_keys
+)
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def read_literal(text: str) -> Any:
+    """Read JSON text, or else the text of a Python literal.
+
+    Raises:
+        JsonRefused: neither of both, or over a limit; the message says which.
+    """
+    if (turns := _read_turns_repr(text)) is not None:
+        return turns
+    try:
+        return read_json(text)
+    except JsonRefused as error:
+        not_json = str(error)
+    if len(text) > MAX_LITERAL_CHARACTERS:
+        raise JsonRefused(f"no JSON ({not_json}), and {len(text):,} characters are too many for a Python literal")
+    # Names, operators, prefixes and deep nesting never reach the parser: it can exhaust the C stack.
+    tokens = _LITERAL_TOKENS.match(text)
+    end = tokens.end() if tokens is not None else 0
+    if end < len(text):
+        raise JsonRefused(f"neither JSON ({not_json}) nor a literal: {text[end : end + 40]!r} at character {end}")
+    if any(depth > MAX_LITERAL_DEPTH for depth, _ in _brackets(text, 0)):
+        raise JsonRefused(f"nested deeper than {MAX_LITERAL_DEPTH} levels")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a `\d` in a string is a SyntaxWarning, not worth a line per record
+            parsed = ast.parse(text.strip(), mode="eval")
+            for node in ast.walk(parsed):
+                keys = (
+                    [key.value for key in node.keys if isinstance(key, ast.Constant)]
+                    if isinstance(node, ast.Dict)
+                    else []
+                )
+                if len(set(keys)) < len(keys):
+                    _refuse_key_twice(keys)
+            # As JSON: a tuple is a list, and a number as a key is its digits.
+            return json.loads(json.dumps(ast.literal_eval(parsed), allow_nan=False))
+    except JsonRefused:
+        raise
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise JsonRefused(f"neither JSON ({not_json}) nor a Python literal ({type(error).__name__})") from None
+
+
+def literal(text: str, reason: str) -> Any:
+    """Read JSON text or a Python literal.
+
+    Raises:
+        FormatError: it is neither; with that reason.
+    """
+    try:
+        return read_literal(text)
+    except JsonRefused as error:
+        raise FormatError(reason, str(error)) from None
+
+
+def _read_turns_repr(text: str) -> list[dict[str, str]] | None:
+    """Return the list of turns written by `repr`, five times as fast as by its syntax tree; None: it is written otherwise."""
+    if not text.startswith("[{'from': "):
+        return None
+    turns: list[dict[str, str]] = []
+    position = 1
+    while (match := _TURN.match(text, position)) is not None:
+        try:
+            value = _ESCAPE.sub(lambda found: _ESCAPES[found[1]], match[2][1:-1])
+        except KeyError:  # an escape that `repr` rarely writes
+            return None
+        turns.append({"from": match[1][1:-1], "value": value})
+        position = match.end()
+    return turns if position == len(text) and text.endswith("]") else None
+
+
+def kind_of(value: Json) -> str:
+    """Return what a value is, for a message about it."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""What formats call the arguments of a call; more than one of them would be a guess."""
+CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", *ARGUMENTS})
+
+Types = Mapping[tuple[str, str], tuple[str, ...]]
+"""Schema types of parameters, by the names of tool and parameter."""
+
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
 def blank(value: object) -> bool:
     """Return whether a field says nothing."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)
@@ -79,7 +281,7 @@ def read_call(call: object) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict):
         raise FormatError("call_not_an_object", "a call is no object with name and arguments")
-    if call.get("type") not in _CALL_TYPES:
+    if call.get("type") not in (None, "function", "tool_use", "tool_call"):
         raise FormatError("call_not_an_object", f"a call is of the type {str(call['type'])[:40]!r}, which is not known")
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
@@ -111,10 +313,6 @@ def _arguments(value: object) -> dict[str, Json]:
     return value
 
 
-def _items(value: Json) -> list[Json]:
-    return value if isinstance(value, list) else [value]
-
-
 class Bare(str):
     """A value that was written without quotes, so that its type must be known."""
 
@@ -122,18 +320,13 @@ class Bare(str):
 
 
 def typed(text: str, types: Sequence[str]) -> Json:
-    """Return a bare value as one of some types, in their order.
-
-    Where none is known or fits it is what JSON reads, and else a text.
-    """
+    """Return a bare value as the first of some types that it can be, else as what JSON reads in it, else as text."""
     try:
         value = read_json(_PYTHON_WORDS.get(text.strip(), text))
     except JsonRefused:
         return str(text)
-    if not types:
-        return str(text) if isinstance(value, str) else value
     kind = _type_of(value)
-    for each in types:
+    for each in types or (kind,):
         if each == "string":
             return str(text)
         if each == kind or (each, kind) == ("number", "integer"):
@@ -201,7 +394,8 @@ def _read_json_body(body: str, args: Mapping[str, Any], read_value: Callable[[st
             else "(?!)()()()()"
         )
         body = re.sub(f"{quoted}|{bare}", _as_json, body, flags=re.DOTALL)
-    return _items(read_value(body)) if body.strip() else []
+    value = read_value(body) if body.strip() else []
+    return value if isinstance(value, list) else [value]
 
 
 def _as_json(found: re.Match[str]) -> str:
@@ -243,7 +437,6 @@ _END_OF_CALL = re.compile(rf"(?<=\))\s*,\s*|,\s*(?={_NAME}\s*\()|\s*(?=\]\s*\Z)"
 _BARE = re.compile(r"[^,()\[\]{}'\"\s]+")
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _RAW = re.compile(r"""'.*?'(?=\s*(?:,\s*\w+\s*=|\)\s*(?:\]\s*\Z|,)))|"[^"]*\"""", re.DOTALL)
-_MAX_PYTHON_CHARACTERS = 100_000
 
 
 def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Json | Attempt]:
@@ -254,7 +447,7 @@ def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Js
     Raises:
         JsonRefused: it is no list, or one too long to be read.
     """
-    if len(body) > _MAX_PYTHON_CHARACTERS:
+    if len(body) > MAX_PYTHON_CALL_CHARACTERS:
         raise JsonRefused(f"a list of calls of {len(body):,} characters")
     calls: list[Json | Attempt] = []
     position = _skip(body, 0, r"\s*\[\s*")
@@ -288,9 +481,10 @@ def _python_call(body: str, start: int, *, escapes: bool) -> tuple[Json, int]:
 
 
 def _python_value(body: str, start: int, *, escapes: bool) -> tuple[Json, int]:
-    if (quoted := (_QUOTED if escapes else _RAW).match(body, start)) is not None:
-        if not escapes:
-            return quoted[0][1:-1], quoted.end()
+    quoted = (_QUOTED if escapes else _RAW).match(body, start)
+    if quoted is not None and not escapes:
+        return quoted[0][1:-1], quoted.end()
+    if quoted is not None:
         try:
             return ast.literal_eval(quoted[0].replace("\n", "\\n").replace("\r", "\\r")), quoted.end()
         except (ValueError, SyntaxError) as error:

@@ -13,14 +13,55 @@ from itertools import groupby
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
-from agentft.data.calls import ToolCall
-from agentft.data.grammar import Call, Part
-from agentft.data.literals import Json
+from agentft.data.calls import CallFailure, Json, ToolCall
 from agentft.data.tools import OfferedTool, declared_tools, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
+THINK_OPEN = "<|startofthink|>"
+THINK_CLOSE = "<|endofthink|>"
+EXEC_OPEN = "<|startofexec|>"
+EXEC_CLOSE = "<|endofexec|>"
+
 _CJK = re.compile("[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Free text in an assistant's turn of MSAgent text, white space included."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call in MSAgent text: one request, several (a JSON list), or a body that cannot be read."""
+
+    source: str
+    """The exact text, marks included."""
+    requests: tuple[ToolCall, ...]
+    failure: CallFailure | None
+
+    @property
+    def body(self) -> str:
+        """The text between the marks."""
+        return self.source[len(THINK_OPEN) : -len(THINK_CLOSE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A tool's result in MSAgent text: context, never trained. Any text is allowed; JSON is usual."""
+
+    source: str
+    """The exact text, marks included."""
+
+    @property
+    def body(self) -> str:
+        """The text between the marks."""
+        return self.source[len(EXEC_OPEN) : -len(EXEC_CLOSE)]
+
+
+Part = Text | Call | Observation
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +136,11 @@ class Conversation:
     """Id of the conversation that this is a part of, where one too long was split; None: it is whole."""
 
     @property
+    def is_msagent(self) -> bool:
+        """Return whether it was read from MSAgent text, or written as such."""
+        return any(message.source is not None for message in self.messages)
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """Positions of the assistant's messages."""
         return tuple(at for at, message in enumerate(self.messages) if message.role == "assistant")
@@ -147,16 +193,14 @@ class Conversation:
 
         An MSAgent record is hashed by its own turns, so its hash does not depend on how it is taken apart.
         """
-        if any(message.source is not None for message in self.messages):
-            said = ",".join(
-                [
-                    f'["{turn.role}",{encode_basestring(turn.text)}]'
-                    if not turn.untrained
-                    else json.dumps(turn, ensure_ascii=False)
-                    for turn in self.turns
-                ]
-            )
-            return hashlib.sha256(f"[{said}]".encode()).hexdigest()
+        if self.is_msagent:
+            turns = [
+                json.dumps(turn, ensure_ascii=False)
+                if turn.untrained
+                else f'["{turn.role}",{encode_basestring(turn.text)}]'
+                for turn in self.turns
+            ]
+            return hashlib.sha256(f"[{','.join(turns)}]".encode()).hexdigest()
         everything = {"messages": [_hashed(message) for message in self.messages], "tools": self.tools}
         return hashlib.sha256(json.dumps(everything, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
@@ -164,7 +208,7 @@ class Conversation:
     def turns(self) -> list[Turn]:
         """The turns of an MSAgent record: the steps and results between two users are one."""
         turns: list[Turn] = []
-        for is_agent, group in groupby(self.messages, _has_source):
+        for is_agent, group in groupby(self.messages, lambda message: message.source is not None):
             if not is_agent:
                 turns += [Turn(message.role, message.text) for message in group]
                 continue
@@ -174,10 +218,6 @@ class Conversation:
             untrained = () if all(steps) else tuple(at for at, trained in enumerate(steps) if not trained)
             turns.append(Turn("assistant", text, untrained))
         return turns
-
-
-def _has_source(message: Message) -> bool:
-    return message.source is not None
 
 
 def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

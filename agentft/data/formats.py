@@ -28,11 +28,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data.calls import ToolCall, blank, read_call, read_id
+from agentft.data.calls import ToolCall, blank, literal, read_call, read_id
 from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
-from agentft.data.grammar import MARK
-from agentft.data.literals import literal
+from agentft.data.msagent import MARK
 from agentft.data.response import MAY_CALL, read_by_marks
 from agentft.data.text_calls import (
     read_named_results,

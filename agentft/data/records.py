@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data.calls import ToolCall
+from agentft.data.calls import Json, JsonRefused, ToolCall, is_encodable, kind_of, read_literal, strip_fence
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Conversation, Message, Origin, chat_messages
+from agentft.data.conversation import Call, Conversation, Message, Origin, Part, Text, chat_messages
 from agentft.data.formats import (
     Note,
     is_react_text,
@@ -29,9 +29,7 @@ from agentft.data.formats import (
     untrained_field,
     unused_columns,
 )
-from agentft.data.grammar import MARK, Call, GrammarError, Part, Text, parse_assistant
-from agentft.data.literals import Json, JsonRefused, is_encodable, kind_of, read_literal, strip_fence
-from agentft.data.msagent import turn_messages
+from agentft.data.msagent import MARK, GrammarError, parse_assistant, turn_messages
 from agentft.data.response import MAY_CALL, read_by_marks
 from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from agentft.data.conversation import Conversation, Message
-from agentft.data.grammar import Call, CharSpan, GrammarError, Observation, Part, call_places
-from agentft.data.msagent import as_msagent, not_written
+from agentft.data.conversation import Call, Conversation, Message, Observation, Part
+from agentft.data.msagent import CharSpan, GrammarError, as_msagent, call_places, not_written
 
 
 class SpanKind(IntEnum):

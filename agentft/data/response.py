@@ -28,18 +28,21 @@ from agentft.data.calls import (
     Attempt,
     Bare,
     CallFailure,
+    Json,
+    JsonRefused,
     ToolCall,
     Types,
     opening_tag,
     parameter_types,
     read_call,
+    read_json,
+    read_literal,
     typed,
 )
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
-from agentft.data.grammar import MAX_CLOSING_MARKS_TRIED
-from agentft.data.literals import Json, JsonRefused, read_json, read_literal
+from agentft.data.msagent import MAX_CLOSING_MARKS_TRIED
 from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
 from agentft.errors import FormatError
 

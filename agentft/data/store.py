@@ -27,9 +27,18 @@ import numpy.typing as npt
 
 from agentft.data.calls import CallFailure, ToolCall
 from agentft.data.config import SpanWeights
-from agentft.data.conversation import Conversation, Message, Origin
-from agentft.data.grammar import THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text, read_call_body
-from agentft.data.msagent import result_message, step_message
+from agentft.data.conversation import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Call,
+    Conversation,
+    Message,
+    Observation,
+    Origin,
+    Part,
+    Text,
+)
+from agentft.data.msagent import read_call_body, result_message, step_message
 from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, Span, weigh
 

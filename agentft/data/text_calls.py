@@ -18,8 +18,17 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
-from agentft.data.calls import CALL_FIELDS, Attempt, ToolCall, read_call, read_python
-from agentft.data.literals import Json, JsonRefused, literal, read_json
+from agentft.data.calls import (
+    CALL_FIELDS,
+    Attempt,
+    Json,
+    JsonRefused,
+    ToolCall,
+    literal,
+    read_call,
+    read_json,
+    read_python,
+)
 from agentft.data.response import Said, read_by_marks
 from agentft.errors import FormatError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from agentft.data.literals import MAX_JSON_DEPTH, Json, end_of_bracket, is_encodable, json_depth, literal
+from agentft.data.calls import MAX_JSON_DEPTH, Json, end_of_bracket, is_encodable, json_depth, literal
 from agentft.errors import FormatError
 
 Tools = tuple[dict[str, Json], ...]

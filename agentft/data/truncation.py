@@ -16,9 +16,8 @@ from itertools import pairwise
 from typing import TypeVar
 
 from agentft.data.config import TooLong
-from agentft.data.conversation import Conversation, Message
+from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, Conversation, Message, Observation
 from agentft.data.examples import Attempt, Piece, Rendered, render_all
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, Observation
 from agentft.data.msagent import result_message
 from agentft.data.records import part_id
 from agentft.data.template_choice import Layout

@@ -27,8 +27,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from agentft.data.calls import ToolCall
-from agentft.data.literals import Json, JsonRefused, read_json
+from agentft.data.calls import Json, JsonRefused, ToolCall, read_json
 from agentft.errors import EvaluationError
 
 _BLANKS = re.compile(r"\s+")

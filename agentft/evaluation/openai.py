@@ -27,10 +27,9 @@ from itertools import takewhile, zip_longest
 from typing import Any
 from urllib.parse import urlsplit
 
-from agentft.data.conversation import Message
-from agentft.data.grammar import MARK, THINK_CLOSE, THINK_OPEN, Call, Observation
-from agentft.data.literals import JsonRefused, read_json
-from agentft.data.msagent import read_system
+from agentft.data.calls import JsonRefused, read_json
+from agentft.data.conversation import THINK_CLOSE, THINK_OPEN, Call, Message, Observation
+from agentft.data.msagent import MARK, read_system
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.generate import Completion, Finish, OnCompletion

@@ -15,10 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from agentft.data.calls import Attempt, CallFailure, ToolCall
-from agentft.data.grammar import read_call_body
-from agentft.data.literals import strip_fence
-from agentft.data.msagent import call_text
+from agentft.data.calls import Attempt, CallFailure, ToolCall, strip_fence
+from agentft.data.msagent import call_text, read_call_body
 from agentft.data.response import Said
 
 THINK_START = "<|startofthink|>"

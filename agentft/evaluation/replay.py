@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from agentft.data.conversation import Conversation
+from agentft.data.conversation import Conversation, Part, Text
 from agentft.data.examples import make_examples
-from agentft.data.grammar import GrammarError, Part, Text, parse_assistant
-from agentft.data.msagent import as_msagent, step_message
+from agentft.data.msagent import GrammarError, as_msagent, parse_assistant, step_message
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.evaluation.generate import Completion, Generator

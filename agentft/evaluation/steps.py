@@ -15,8 +15,7 @@ from agentft.data.calls import Attempt, CallFailure, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
-from agentft.data.grammar import GrammarError
-from agentft.data.msagent import as_msagent, read_system
+from agentft.data.msagent import GrammarError, as_msagent, read_system
 from agentft.data.render import MsagentTemplate, with_context_only
 from agentft.data.response import Said, choose_response, said_text, thought_template
 from agentft.data.template_choice import Layout

@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from agentft.data.calls import JsonRefused, read_literal
 from agentft.data.config import Format
 from agentft.data.conversation import Origin
-from agentft.data.literals import JsonRefused, read_literal
 from agentft.data.records import Rejection, read_record
 
 CITY = {"type": "string", "description": "where"}

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from agentft.audits.checks import trace_labels
 from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Conversation, Message, Origin
+from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Conversation, Message, Origin
 from agentft.data.examples import make_examples
-from agentft.data.grammar import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, GrammarError
-from agentft.data.msagent import as_msagent
+from agentft.data.msagent import GrammarError, as_msagent
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import Segment, SpanKind
 from agentft.data.store import from_line, to_line

@@ -10,9 +10,8 @@ import pytest
 
 from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Conversation, Origin, chat_messages
-from agentft.data.grammar import MARK, Call, GrammarError, Observation, Text
-from agentft.data.msagent import as_msagent, lift_tools
+from agentft.data.conversation import Call, Conversation, Observation, Origin, Text, chat_messages
+from agentft.data.msagent import MARK, GrammarError, as_msagent, lift_tools
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import read_conversations, read_local
 from agentft.data.store import from_line, to_line

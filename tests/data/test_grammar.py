@@ -7,19 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agentft.data.grammar import (
-    EXEC_CLOSE,
-    EXEC_OPEN,
-    THINK_CLOSE,
-    THINK_OPEN,
-    Call,
-    GrammarError,
-    Observation,
-    Part,
-    Text,
-    parse_assistant,
-)
-from agentft.data.msagent import turn_messages
+from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text
+from agentft.data.msagent import GrammarError, parse_assistant, turn_messages
 
 CALL = THINK_OPEN + '```JSON\n{"api_name": "f", "parameters": {"x": "1"}}\n```' + THINK_CLOSE
 OBSERVATION = EXEC_OPEN + '```JSON\n{"r": 1}\n```' + EXEC_CLOSE

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from agentft.data.calls import read_literal
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.literals import read_literal
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
 from agentft.errors import DataError

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.conversation import Conversation, Message, Origin, chat_messages
+from agentft.data.conversation import Call, Conversation, Message, Observation, Origin, Text, chat_messages
 from agentft.data.examples import make_examples
-from agentft.data.grammar import Call, Observation, Text
 from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Rendering, SpanKind
 from agentft.data.template_choice import choose_template, exported_template

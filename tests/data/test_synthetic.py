@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from agentft.data import synthetic
-from agentft.data.grammar import read_call_body
+from agentft.data.msagent import read_call_body
 from agentft.data.synthetic import generate
 from agentft.data.synthetic.catalogue import chains, heldout_families, segments, shelf, tools
 from agentft.data.synthetic.dialogues import KINDS, Author
