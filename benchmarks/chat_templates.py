@@ -31,7 +31,7 @@ from agentft.data.conversation import Conversation, Origin, chat_messages
 from agentft.data.msagent import lift_tools
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import LaidOut
-from agentft.data.response import choose_response, differs
+from agentft.data.response_choice import choose_response, differs
 from tests.data.chat_families import NO_TOOLS, VALUES, conversation, template_names
 from tests.data.test_chat_template_layout import layout_of
 from tests.evaluation.test_read_back import made_steps, read

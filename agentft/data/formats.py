@@ -1,39 +1,29 @@
 """Read records of the formats people have into messages, without a detour through any text of ours.
 
-| field | known from |
-|---|---|
-| `weight`: 0 or 1 | OpenAI's fine-tuning format, on assistant messages |
-| `loss`: true or false, `loss_scale`: 0 or 1 | ms-swift, on assistant messages |
-| `train`: true or false | axolotl's `message_field_training`, on turns with `from` and `value` |
-
-What the agent says is trained unless its turn says otherwise. A whole step is the unit, since its stop is one: where turns of
-one step disagree, the step is not trained. Any other value of these fields is not understood, and noted as a field that is not used.
-
 | format | how it is recognised | what it is |
 |---|---|---|
-| `openai` | a field `messages`, or turns with `role` and `content` | OpenAI's chat format and its relatives: `tool_calls`, `function_call`, Anthropic's blocks, ms-swift's `tool_call` and `tool_response`, Toucan's messages as JSON text |
-| `sharegpt` | turns with `from` and `value` from `human`, `gpt`, `function_call`, `observation`, `tool` or `function`; or a column `tools` or `system` beside them; or calls in other marks than MSAgent's | the same with other names: LLaMA-Factory, APIGen-MT, Hermes, ToolBench |
+| `openai` | a field `messages`, or turns with `role` and `content` | OpenAI's chat format and its relatives: Anthropic, ms-swift, Toucan |
+| `sharegpt` | roles `human`, `gpt`, `function_call` ...; or a column `tools` or `system`; or calls in other marks | LLaMA-Factory, APIGen-MT, Hermes, ToolBench |
 | `xlam` | fields `query` and `answers` | one question and its calls |
 | `toolace` | as `sharegpt` or `openai` | the name for it: every text in brackets is a list of calls, refused where it is none |
 | `react` | it must be named, but for ToolBench's role `function` | text with lines `Thought:`, `Action:`, `Action Input:` and so on |
 
-Names, arguments, texts and declarations come through unchanged; `text_calls` reads what is written into text. Results
-belong to calls by id or name where the record has them, else by their order. What has no meaning here is noted by name.
+Names, arguments, texts and declarations come through unchanged; what has no meaning here is noted by name. Results belong to
+calls by id or name where the record has them, else by their order.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from agentft.data.calls import ToolCall, blank, literal, read_call, read_id
 from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
-from agentft.data.msagent import MARK
-from agentft.data.response import MAY_CALL, read_by_marks
-from agentft.data.text_calls import (
+from agentft.data.response import (
+    is_react_text,
     read_named_results,
     read_react,
     read_responses,
@@ -43,30 +33,17 @@ from agentft.data.text_calls import (
 from agentft.data.tools import Tools, lift_listed, read_tools, tool_names
 from agentft.errors import FormatError
 
-_REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
-FIELDS = ("weight", "loss", "loss_scale", "train")
+KNOWN = (
+    "openai (messages with role and content), sharegpt (conversations with from and value), msagent (the same, calls between "
+    "<|startofthink|> marks), xlam (query, tools, answers), toolace, react"
+)
+"""What a refusal says of the formats."""
 
+_FLAGS = ("weight", "loss", "loss_scale", "train")
+"""By 0 or false a turn is shown and not trained, in OpenAI's fine-tuning format, ms-swift (two) and axolotl.
 
-def untrained_field(turn: Mapping[Any, Any]) -> str | None:
-    """`field value`, as the turn has it, by which a turn says that it is not to be trained; None where it does not."""
-    for field in FIELDS:
-        if _is_flag(turn.get(field)) and not turn[field]:
-            return f"{field} {str(turn[field]).lower()}"
-    return None
-
-
-def understood_fields(turn: Mapping[Any, Any], *, agent: bool) -> frozenset[str]:
-    """Return which of `FIELDS` mean something here; on a turn that is not the agent's only that it is not trained."""
-    return frozenset(f for f in FIELDS if turn.get(f) is None or (_is_flag(turn[f]) and (agent or not turn[f])))
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, (bool, int, float)) and value in (0, 1)
-
-
-Note = tuple[str, str]
-"""Code and detail of what was understood in a way that a reader should know of."""
-
+A step is trained as a whole, since its stop is one. Any other value is not understood, and noted as a field not used.
+"""
 _ROLES: dict[str, str] = {
     "system": "system",
     "developer": "developer",
@@ -83,7 +60,7 @@ _ROLES: dict[str, str] = {
     "function_response": "result",
     "ipython": "result",
 }
-_SHAREGPT_ROLES = frozenset(_ROLES) - {"system", "developer", "user", "assistant"}
+SHAREGPT_ROLES = frozenset(_ROLES) - {"system", "developer", "user", "assistant"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _FIELDS: dict[str, tuple[str, ...]] = {
     "assistant": ("name", "tool_calls", "function_call", *_REASONING),
@@ -99,78 +76,29 @@ _BLOCKS: dict[str, frozenset[str]] = {
     "tool_result": frozenset({"tool_use_id", "content"}),
 }
 """Types of the parts of a content, with their fields."""
-_TOOL_COLUMNS = ("tools", "functions", "available_tools")
-_COLUMNS = frozenset({"id", "messages", "conversations", "system", *_TOOL_COLUMNS})
+TOOL_COLUMNS = ("tools", "functions", "available_tools")
+COLUMNS = frozenset({"id", "messages", "conversations", "system", *TOOL_COLUMNS})
+XLAM_COLUMNS = frozenset({"id", "query", "tools", "answers"})
 
-KNOWN = (
-    "openai (messages with role and content), sharegpt (conversations with from and value), msagent (the same, calls between "
-    "<|startofthink|> marks), xlam (query, tools, answers), toolace, react"
-)
-"""What a refusal says of the formats."""
+Note = tuple[str, str]
+"""Code and detail of what was understood in a way that a reader should know of."""
 
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a record says."""
-
-    messages: tuple[Message, ...]
-    tools: Tools
-    notes: tuple[Note, ...]
+Read = tuple[tuple[Message, ...], Tools]
+"""The messages of a record and the tools that it declares beside them."""
 
 
-def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "sharegpt", "xlam"]:
-    """Return the format that the fields and the first roles of a record show; `msagent` where they show no other."""
-    turns = record.get("conversations")
-    if turns is None:
-        if record.get("messages") is not None:
-            return "openai"
-        return "xlam" if {"query", "answers"} <= record.keys() else "msagent"
-    if not isinstance(turns, list):
-        return "msagent"
-    for turn in turns[:4]:
-        if not isinstance(turn, dict):
-            break
-        role = turn.get("from")
-        if isinstance(role, str):
-            if role in _SHAREGPT_ROLES:
-                return "sharegpt"
-        elif role is None and "from" not in turn and isinstance(turn.get("role"), str) and "content" in turn:
-            return "openai"
-    said = [
-        t["value"]
-        for t in turns
-        if isinstance(t, dict) and t.get("from") == "assistant" and isinstance(t.get("value"), str)
-    ]
-    if any(MARK.search(text) for text in said):
-        return "msagent"
-    beside = any(record.get(column) for column in ("system", *_TOOL_COLUMNS))
-    return "sharegpt" if beside or any(MAY_CALL.search(text) and read_by_marks(text) for text in said) else "msagent"
+def untrained_flag(turn: Mapping[Any, Any]) -> str | None:
+    """Return `field value`, as the turn has it, by which a turn says that it is not trained; None where it does not."""
+    return next((f"{f} {str(turn[f]).lower()}" for f in _FLAGS if _is_flag(turn.get(f)) and not turn[f]), None)
 
 
-def unused_columns(record: Mapping[Any, Any], known: Collection[str] = _COLUMNS) -> list[Note]:
-    """Return a note for each column that has a value and no meaning."""
-    names = [key_name(key) for key, value in record.items() if key not in known and not blank(value)]
-    return [(f"column_not_used:{name}", f"column {name!r}") for name in names]
+def understood_flags(turn: Mapping[Any, Any], *, agent: bool) -> frozenset[str]:
+    """Return which of `_FLAGS` mean something here; on a turn that is not the agent's only that it is not trained."""
+    return frozenset(f for f in _FLAGS if turn.get(f) is None or (_is_flag(turn[f]) and (agent or not turn[f])))
 
 
-def read_messages(record: Mapping[Any, Any], form: Format) -> Reading:
-    """Read a record of any format but MSAgent's.
-
-    Args:
-        form: `react` and `toolace` name how calls stand in text; the others are found out.
-
-    Raises:
-        FormatError: the record does not follow the format.
-    """
-    try:
-        return _read_xlam(record) if form == "xlam" else _read_chat(record, form)
-    except RecursionError:
-        raise FormatError("too_deep", "nested too deep to be read") from None
-
-
-def is_react_text(text: str) -> bool:
-    """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
-    return "Action Input" in text and _REACT.search(text) is not None
+def _is_flag(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 
 def key_name(key: object) -> str:
@@ -178,56 +106,48 @@ def key_name(key: object) -> str:
     return re.sub(r"[^\w$.-]", "_", key)[:40] if isinstance(key, str) else type(key).__name__
 
 
-def _read_chat(record: Mapping[Any, Any], form: Format) -> Reading:
-    notes = unused_columns(record)
-    turns = _turns(record)
-    first = turns[0] if isinstance(turns[0], dict) else {}
-    begins_with_system = _ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer")
-    column = next((column for column in _TOOL_COLUMNS if not blank(record.get(column))), None)
-    of_system = column is None and begins_with_system  # some keep the tools in the system message
-    tools = read_tools(first.get("tools") if of_system else record.get(column or ""))
-    if column == "available_tools":
-        notes.append((f"tools_from_column:{column}", f"column {column!r} holds the tools"))
-    system = _text(record["system"], 0, notes) if not blank(record.get("system")) else ""
-    made = _Messages(notes, tools, form, toolbench=_is_toolbench(turns))
-    if system.strip():
-        if not begins_with_system:
-            made.plain("system", system, None, 0)
-        elif first.get("content", first.get("value")) != system:
-            raise FormatError("two_system_turns", "a column 'system' and a system message")
-    for number, turn in enumerate(turns, 1):
-        made.read(turn, number, understood=("tools",) if of_system and number == 1 else ())
-    return made.reading()
-
-
-def _read_xlam(record: Mapping[Any, Any]) -> Reading:
-    """Read a row of xLAM's data: a question, the tools, and the calls that answer it."""
-    notes = unused_columns(record, ("id", "query", "tools", "answers"))
-    made = _Messages(notes, read_tools(record.get("tools")), Format.xlam)
-    made.plain("user", _text(record.get("query"), 1, notes), None, 1)
+def read_xlam(record: Mapping[Any, Any], notes: list[Note]) -> Read:
+    chat = _Chat(notes, read_tools(record.get("tools")), Format.xlam)
+    chat.add_plain("user", _text(record.get("query"), 1, notes), None, 1)
     answers = record.get("answers")
     answers = literal(answers, "call_not_json") if isinstance(answers, str) else answers
     if not isinstance(answers, list):
         raise FormatError("call_not_json", "'answers' is no list of calls")
-    made.calls(answers, None, 2, trained=True)
-    return made.reading()
+    chat.add_step(None, None, list(map(read_call, answers)), None, 2, trained=True)
+    return chat.finish()
 
 
-def _is_toolbench(turns: Sequence[Any]) -> bool:
-    return any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns)
-
-
-def _turns(record: Mapping[Any, Any]) -> list[Any]:
+def read_chat(record: Mapping[Any, Any], form: Format, notes: list[Note]) -> Read:
+    """Read a record of messages, by whatever names; `form` says how calls stand in text where it is react or toolace."""
     field = "messages" if record.get("conversations") is None else "conversations"
     turns = record.get(field)
     if isinstance(turns, str):
         turns = literal(turns, f"{field}_unreadable_text")
     if not isinstance(turns, list) or not turns:
         raise FormatError(f"{field}_not_a_list", f"{field!r} is no list with at least one message")
-    return turns
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    begins_with_system = _ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer")
+    column = next((column for column in TOOL_COLUMNS if not blank(record.get(column))), None)
+    of_system = column is None and begins_with_system  # some keep the tools in the system message
+    tools = read_tools(first.get("tools") if of_system else record.get(column or ""))
+    if column == "available_tools":
+        notes.append((f"tools_from_column:{column}", f"column {column!r} holds the tools"))
+    system = _text(record["system"], 0, notes) if not blank(record.get("system")) else ""
+    if form is not Format.react and any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns):
+        chat = _Chat(notes, tools, form, toolbench=True)
+    else:
+        chat = _Chat(notes, tools, form)
+    if system.strip():
+        if not begins_with_system:
+            chat.add_plain("system", system, None, 0)
+        elif first.get("content", first.get("value")) != system:
+            raise FormatError("two_system_turns", "a column 'system' and a system message")
+    for number, turn in enumerate(turns, 1):
+        chat.read(turn, number, known=("tools",) if of_system and number == 1 else ())
+    return chat.finish()
 
 
-class _Messages:
+class _Chat:
     """Reads messages one by one; the words and calls of one step, wherever they stand, become one message."""
 
     def __init__(self, notes: list[Note], tools: Tools, form: Format, *, toolbench: bool = False) -> None:
@@ -239,8 +159,8 @@ class _Messages:
         self._open: list[ToolCall | None] = []
         """The calls of the last step; None once they have their result."""
 
-    def read(self, turn: Any, number: int, *, understood: Sequence[str] = ()) -> None:
-        """Read one message of a record."""
+    def read(self, turn: Any, number: int, *, known: Sequence[str] = ()) -> None:
+        """Read one message of a record; `known` are further fields with a meaning."""
         if not isinstance(turn, dict):
             raise FormatError("turn_not_an_object", f"message {number} is no object")
         given = turn.get("role", turn.get("from"))
@@ -248,9 +168,9 @@ class _Messages:
             raise FormatError("role_missing", f"message {number} has no role")
         role = _ROLES.get(given)
         if role is None:
-            known = ", ".join(_ROLES)
-            raise FormatError("unknown_role", f"message {number} has the role {given[:40]!r}; known are {known}")
-        self._note_fields(turn, role, number, understood)
+            detail = f"message {number} has the role {given[:40]!r}; known are {', '.join(_ROLES)}"
+            raise FormatError("unknown_role", detail)
+        self._note_fields(turn, role, number, known)
         content = turn.get("content", turn.get("value"))
         name = turn["name"] if isinstance(turn.get("name"), str) and turn["name"] else None
         if role == "call":
@@ -262,9 +182,9 @@ class _Messages:
         elif role == "user":
             self._read_user(content, name, number)
         else:
-            self.plain("developer" if role == "developer" else "system", self._text(content, number), name, number)
+            self.add_plain("developer" if role == "developer" else "system", self._text(content, number), name, number)
 
-    def plain(self, role: Role, text: str, name: str | None, number: int) -> None:
+    def add_plain(self, role: Role, text: str, name: str | None, number: int) -> None:
         """Add a system's or a user's message."""
         last = self._messages[-1].role if self._messages else None
         if role == "user":
@@ -282,53 +202,88 @@ class _Messages:
                     return
             else:
                 self._note("tools_in_system_too", "the system text lists other tools than the record", number)
-        self._close()
+        self._end_step()
         self._messages.append(Message(role, text, name=name))
 
-    def calls(self, values: Sequence[object], reasoning: str | None, number: int, *, trained: bool) -> None:
-        """Add calls, given as objects."""
-        self._step(None, reasoning, list(map(read_call, values)), None, number, trained=trained)
+    def add_step(
+        self,
+        text: str | None,
+        reasoning: str | None,
+        calls: Sequence[ToolCall],
+        name: str | None,
+        number: int,
+        *,
+        trained: bool,
+    ) -> None:
+        """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
+        for field in dict.fromkeys(key_name(field) for call in calls for field in call.extras):
+            self._note(f"field_not_carried:{field}", f"{field} of a call", number)
+        calls = [replace(call, extras={}) for call in calls]
+        if not any(message.role == "user" for message in self._messages):
+            raise FormatError(
+                "starts_with_assistant", f"message {number} is the assistant's, expected the user's first"
+            )
+        if not (text or "").strip() and not calls:
+            raise FormatError("empty_assistant", f"message {number} has neither text nor calls")
+        last = self._messages[-1]
+        if last.role == "assistant":
+            if text or (reasoning and last.reasoning_content) or not calls:
+                raise FormatError("two_assistant_turns", f"message {number} is the assistant's as is the one before it")
+            self._messages[-1] = replace(
+                last,
+                tool_calls=(*last.tool_calls, *calls),
+                reasoning_content=last.reasoning_content or reasoning,
+                trained=last.trained and trained,
+            )
+        else:
+            self._end_step()
+            self._messages.append(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained))
+        self._open += calls
+        ids = [call.id for call in self._messages[-1].tool_calls if call.id is not None]
+        if len(set(ids)) < len(ids):
+            raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
 
-    def reading(self) -> Reading:
+    def finish(self) -> Read:
         """Leave out what follows the agent's last message, and return what was read.
 
         Raises:
             FormatError: the agent says nothing.
         """
-        self._close()
+        self._end_step()
         while self._messages and self._messages[-1].role not in ("assistant", "tool"):
             left_out = self._messages.pop()
             self._notes.append((f"last_{left_out.role}_left_out", "nothing of the agent follows it"))
         if not any(message.role == "assistant" for message in self._messages):
             raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
-        return Reading(tuple(self._messages), self._tools, tuple(self._notes))
+        return tuple(self._messages), self._tools
 
     def _read_user(self, content: object, name: str | None, number: int) -> None:
-        if isinstance(content, list) and any(_is_block(block, "tool_result") for block in content):
-            for block in content:
-                if _is_block(block, "tool_result"):
-                    _note_block(block, self._notes)
-                    text = self._text(block.get("content") or "", number)
-                    self._result(text, read_id(block.get("tool_use_id")), None)
+        if isinstance(content, list):
+            results = [block for block in content if _is_block(block, "tool_result")]
+            for block in results:
+                _note_block(block, self._notes)
+                self._add_result(
+                    self._text(block.get("content") or "", number), read_id(block.get("tool_use_id")), None
+                )
             content = [block for block in content if not _is_block(block, "tool_result")]
-            if not content:
+            if results and not content:
                 return
         text = self._text(content, number)
         responses = read_responses(text) if any(self._open) else []
         for response in responses:
-            self._result(response, None, None)
+            self._add_result(response, None, None)
         if not responses:
-            self.plain("user", text, name, number)
+            self.add_plain("user", text, name, number)
 
     def _read_result(self, content: object, call_id: str | None, name: str | None, number: int) -> None:
         text = self._text(content, number)
         waiting = [call for call in self._open if call is not None]
         if call_id is None and name is None and len(waiting) > 1 and (named := read_named_results(text, waiting)):
             for call, response in zip(waiting, named, strict=True):
-                self._result(response, call.id, call.name)
+                self._add_result(response, call.id, call.name)
             return
         for response in read_responses(text) or [text]:
-            self._result(response, call_id, name)
+            self._add_result(response, call_id, name)
 
     def _read_calls(self, turn: Mapping[str, Any], content: object, number: int) -> None:
         """Read a message that is one call or several, perhaps behind a thought."""
@@ -336,8 +291,9 @@ class _Messages:
         if not isinstance(content, dict):
             thought, text = split_thought(self._text(content, number))
             content = literal(text, "call_not_json")
-        values = content if isinstance(content, list) else [content]
-        self.calls(values, self._reasoning(turn, thought, number), number, trained=self._is_trained(turn, number))
+        calls = list(map(read_call, content if isinstance(content, list) else [content]))
+        reasoning = self._reasoning(turn, thought, number)
+        self.add_step(None, reasoning, calls, None, number, trained=self._is_trained(turn, number))
 
     def _read_assistant(self, turn: Mapping[str, Any], content: object, name: str | None, number: int) -> None:
         trained = self._is_trained(turn, number)
@@ -345,18 +301,16 @@ class _Messages:
         thought: str | None = None
         text: str | None = None
         if isinstance(content, list):
-            thoughts, words, more = self._read_blocks(content, number)
+            thought, text, more = self._read_blocks(content, number)
             calls += more
-            thought = "\n".join(thoughts) or None
-            text = self._text(words, number) if words else None
         elif content is not None:
             text = self._text(content, number)
         if text is not None and not calls and (self._form == "react" or (self._toolbench and is_react_text(text))):
             for kind, said, call in read_react(text):
                 if kind == "result":
-                    self._result(said, None, None)
+                    self._add_result(said, None, None)
                 else:
-                    self._step(said or None, None, [call] if call else [], name, number, trained=trained)
+                    self.add_step(said or None, None, [call] if call else [], name, number, trained=trained)
             return
         if text is not None and thought is None:
             thought, text = split_thought(text)
@@ -365,9 +319,8 @@ class _Messages:
             if found.calls and calls:
                 raise FormatError("calls_in_text", f"message {number} has calls as a field and in its text")
             if thought and found.reasoning:
-                raise FormatError(
-                    "two_reasonings", f"message {number} holds a thought in <think> and one in other marks"
-                )
+                detail = f"message {number} holds a thought in <think> and one in other marks"
+                raise FormatError("two_reasonings", detail)
             if found.words_after_call:
                 self._note("words_after_a_call", "its words stand before its calls now", number)
             text, calls, thought = found.text or None, [*calls, *found.calls], thought or found.reasoning
@@ -376,10 +329,10 @@ class _Messages:
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":
             self._note("messages_joined", "it and the message before are one step", number)
-        self._step(text, reasoning, calls, name, number, trained=trained)
+        self.add_step(text, reasoning, calls, name, number, trained=trained)
 
-    def _read_blocks(self, content: Sequence[Any], number: int) -> tuple[list[str], list[object], list[ToolCall]]:
-        """Return the thoughts, the parts that are words, and the calls of a content in parts."""
+    def _read_blocks(self, content: Sequence[Any], number: int) -> tuple[str | None, str | None, list[ToolCall]]:
+        """Return the thoughts, the words and the calls of a content in parts."""
         thoughts: list[str] = []
         words: list[object] = []
         calls: list[ToolCall] = []
@@ -393,7 +346,7 @@ class _Messages:
                 words.append(block)
                 if calls:
                     self._note("words_after_a_call", "its words stand before its calls now", number)
-        return thoughts, words, calls
+        return "\n".join(thoughts) or None, self._text(words, number) if words else None, calls
 
     def _tool_calls(self, turn: Mapping[str, Any], number: int) -> list[Any]:
         calls = turn.get("tool_calls") or []
@@ -415,88 +368,48 @@ class _Messages:
             given["<think>"] = thought
         if len({text.strip() for text in given.values()}) > 1:
             raise FormatError("two_reasonings", f"message {number}: {' and '.join(given)} say different things")
-        field = next(iter(given), None)
-        if field is None:
-            return None
-        self._note(f"reasoning_from:{field.strip('<>')}", "its reasoning is read", number)
-        return str(given[field])
+        for field, text in given.items():
+            self._note(f"reasoning_from:{field.strip('<>')}", "its reasoning is read", number)
+            return str(text)
+        return None
 
     def _is_trained(self, turn: Mapping[Any, Any], number: int) -> bool:
-        field = untrained_field(turn)
-        if field is not None:
-            self._note("step_not_trained", f"shown, not trained ({field})", number)
-        return field is None
+        flag = untrained_flag(turn)
+        if flag is not None:
+            self._note("step_not_trained", f"shown, not trained ({flag})", number)
+        return flag is None
 
-    def _step(
-        self,
-        text: str | None,
-        reasoning: str | None,
-        calls: Sequence[ToolCall],
-        name: str | None,
-        number: int,
-        *,
-        trained: bool,
-    ) -> None:
-        """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
-        for field in dict.fromkeys(field for call in calls for field in call.extras):
-            self._note(f"field_not_carried:{key_name(field)}", f"{key_name(field)} of a call", number)
-        calls = [replace(call, extras={}) for call in calls]
-        if not any(message.role == "user" for message in self._messages):
-            problem = f"message {number} is the assistant's, expected the user's first"
-            raise FormatError("starts_with_assistant", problem)
-        if not (text or "").strip() and not calls:
-            raise FormatError("empty_assistant", f"message {number} has neither text nor calls")
-        last = self._messages[-1]
-        if last.role == "assistant":
-            if text or (reasoning and last.reasoning_content) or not calls:
-                raise FormatError("two_assistant_turns", f"message {number} is the assistant's as is the one before it")
-            both = (*last.tool_calls, *calls)
-            reasoning = last.reasoning_content or reasoning
-            self._messages[-1] = replace(
-                last, tool_calls=both, reasoning_content=reasoning, trained=last.trained and trained
-            )
-        else:
-            self._close()
-            self._messages.append(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained))
-        self._open += calls
-        ids = [call.id for call in self._messages[-1].tool_calls if call.id is not None]
-        if len(set(ids)) < len(ids):
-            raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
-
-    def _result(self, text: str, call_id: str | None, name: str | None) -> None:
+    def _add_result(self, text: str, call_id: str | None, name: str | None) -> None:
         """Add a tool's result: to the call of its id, else to the first of its name, else to the first without one."""
         waiting = [(at, call) for at, call in enumerate(self._open) if call is not None]
         if call_id is not None and any(call.id is not None for _, call in waiting):
-            fitting = [at for at, call in waiting if call.id == call_id]
+            waiting = [(at, call) for at, call in waiting if call.id == call_id]
         elif name is not None:
-            fitting = [at for at, call in waiting if call.name == name]
-        else:
-            fitting = [at for at, _ in waiting]
-        if not fitting:
-            named = f"with id {call_id!r}" if call_id is not None else f"of {name!r}" if name else ""
-            raise FormatError("observation_without_call", f"no call awaits the tool result {named}".rstrip())
-        call = self._open[fitting[0]]
-        assert call is not None
-        self._open[fitting[0]] = None
+            waiting = [(at, call) for at, call in waiting if call.name == name]
+        if not waiting:
+            named = f" with id {call_id!r}" if call_id is not None else f" of {name!r}" if name else ""
+            raise FormatError("observation_without_call", f"no call awaits the tool result{named}")
+        at, call = waiting[0]
+        self._open[at] = None
         self._messages.append(Message("tool", text, tool_call_id=call.id, name=name))
 
-    def _close(self) -> None:
+    def _end_step(self) -> None:
         """End the step: of parallel calls all have results, or none after the first that lacks one."""
         answered = [call is None for call in self._open]
-        if True in answered and False in answered[: len(answered) - answered[::-1].index(True)]:
+        if answered != sorted(answered, reverse=True):
             raise FormatError("result_missing", "a call has no result, while a parallel call after it has one")
         self._open = []
 
     def _note(self, code: str, detail: str, number: int) -> None:
         self._notes.append((code, f"message {number}: {detail}"))
 
-    def _note_fields(self, turn: Mapping[Any, Any], role: str, number: int, understood: Sequence[str]) -> None:
-        shown = understood_fields(turn, agent=role in ("assistant", "call"))
-        texts = [field for field in _REASONING if isinstance(turn.get(field), str)]
-        known = {"role" if "role" in turn else "from", "content" if "content" in turn else "value", *understood}
-        known.update(field for field in _FIELDS.get(role, ("name",)) if field not in _REASONING or field in texts)
+    def _note_fields(self, turn: Mapping[Any, Any], role: str, number: int, others: Sequence[str]) -> None:
+        known = {"role" if "role" in turn else "from", "content" if "content" in turn else "value", *others}
+        known |= understood_flags(turn, agent=role in ("assistant", "call"))
+        fields = _FIELDS.get(role, ("name",))
+        known.update(field for field in fields if field not in _REASONING or isinstance(turn.get(field), str))
         for key, value in turn.items():
-            if key not in known and key not in shown and not blank(value):
+            if key not in known and not blank(value):
                 self._note(f"field_not_carried:{key_name(key)}", key_name(key), number)
 
     def _text(self, content: object, number: int) -> str:
@@ -509,18 +422,18 @@ def _text(content: object, number: int, notes: list[Note]) -> str:
         return content
     kind = "null" if content is None else type(content).__name__
     if isinstance(content, list):
-        other = [
-            part
-            for part in content
-            if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXTS)
-        ]
-        if not other:
+        other = next((part for part in content if not _is_text_block(part)), None)
+        if all(map(_is_text_block, content)):
             for part in content:
                 _note_block(part, notes)
             return "\n".join(part["text"] for part in content)
-        kind = f"a part {key_name(other[0].get('type'))!r}" if isinstance(other[0], dict) else "a part without type"
+        kind = f"a part {key_name(other.get('type'))!r}" if isinstance(other, dict) else "a part without type"
     where = f"message {number}" if number else "the column 'system'"
     raise FormatError("value_not_text", f"the content of {where} is {kind}, expected text or a list of text parts")
+
+
+def _is_text_block(block: Any) -> bool:
+    return isinstance(block, dict) and isinstance(block.get("text"), str) and block.get("type", "text") in _TEXTS
 
 
 def _is_block(block: Any, kind: str) -> bool:

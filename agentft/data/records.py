@@ -1,52 +1,51 @@
-"""One raw value -> a `Conversation`, or a `Rejection` with its reason. Strict: what is not understood is not trained.
+"""Read one raw record -> a `Conversation`, or a `Rejection` with its reason. What is not understood is not trained.
 
-A record in MSAgent's format is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`, roles system, user and
-assistant: at most one system turn, first; then user and assistant in turn; the assistant last; no user or assistant
-value blank. `conversations` may also be the text of such a list (`literals.py`). Records of other layouts are
-recognised, and read where `form` allows it (`formats.py`).
-
-Only assistant values are parsed. Marks in a system or user text are letters like any others: they never become a label.
+A record of MSAgent's format is `{"id": ..., "conversations": [{"from": role, "value": text}, ...]}`: at most one system turn,
+first; then user and assistant in turn; none of these blank. `conversations` may also be the text of such a list. Only
+assistant values are parsed: marks in a system or user text are letters like any others. Others are read by `formats`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data.calls import Json, JsonRefused, ToolCall, is_encodable, kind_of, read_literal, strip_fence
+from agentft.data.calls import ToolCall, blank, is_encodable, kind_of, literal, strip_fence
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Call, Conversation, Message, Origin, Part, Text, chat_messages
 from agentft.data.formats import (
+    COLUMNS,
+    SHAREGPT_ROLES,
+    TOOL_COLUMNS,
+    XLAM_COLUMNS,
     Note,
-    is_react_text,
+    Read,
     key_name,
-    read_messages,
-    recognise,
-    understood_fields,
-    untrained_field,
-    unused_columns,
+    read_chat,
+    read_xlam,
+    understood_flags,
+    untrained_flag,
 )
 from agentft.data.msagent import MARK, GrammarError, parse_assistant, turn_messages
-from agentft.data.response import MAY_CALL, read_by_marks
+from agentft.data.response import MAY_CALL, is_react_text, read_by_marks
 from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 """A larger record is set aside: the longest genuine conversation has a thousandth of it."""
 
-_Role = Literal["system", "user", "assistant"]
-_ROLES = ("system", "user", "assistant")
+_MAX_ID_CHARACTERS = 200
+_PART_ID = re.compile(r"/part-[0-9]+\Z")
 _QUESTION_AND_ANSWER = (
     ("query", "response"),
     ("instruction", "output"),
     ("prompt", "completion"),
     ("question", "answer"),
 )
-_MAX_ID_CHARACTERS = 200
-_PART_ID = re.compile(r"/part-[0-9]+\Z")
+_MSAGENT_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class ParseWarning:
-    """A quirk that was understood: the conversation is kept, and the quirk is counted."""
+    """Something odd that was understood: the conversation is kept, and the code is counted."""
 
     origin: Origin
     code: str
@@ -98,28 +97,67 @@ def read_record(
         messages, tools = _read(value, form, notes)
         messages = _with_reasoning(messages, reasoning, notes)
         conversation = Conversation(record_id or "", messages, tools, origin, weight)
-        notes += _quirks(conversation)
+        notes += _oddities(conversation)
         _check_texts(conversation)
         if record_id is None:
             conversation = replace(conversation, id="content-" + conversation.content_hash[:16])
+    except RecursionError:
+        return Rejection(origin, "too_deep", "nested too deep to be read", record_id)
     except FormatError as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
     return conversation, [ParseWarning(origin, code, _writable(detail)) for code, detail in notes]
 
 
-def _with_reasoning(messages: tuple[Message, ...], reasoning: Reasoning, notes: list[Note]) -> tuple[Message, ...]:
-    """Apply `dataset.reasoning` to messages, each change noted."""
-    if reasoning is Reasoning.keep:
-        return messages
-    code = "reasoning_dropped" if reasoning is Reasoning.drop else "reasoning_not_trained"
-    change: Any = {"reasoning_content": None} if reasoning is Reasoning.drop else {"reasoning_trained": False}
-    changed: list[Message] = []
-    for number, message in enumerate(messages, 1):
-        if message.reasoning_content is not None:
-            notes.append((code, f"message {number}: dataset.reasoning={reasoning}"))
-            message = replace(message, **change)
-        changed.append(message)
-    return tuple(changed)
+def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "sharegpt", "xlam"]:
+    """Return the format that the fields and the first roles of a record show; `msagent` where they show no other."""
+    turns = record.get("conversations")
+    if turns is None:
+        if record.get("messages") is not None:
+            return "openai"
+        return "xlam" if {"query", "answers"} <= record.keys() else "msagent"
+    if not isinstance(turns, list):
+        return "msagent"
+    for turn in turns[:4]:
+        if not isinstance(turn, dict):
+            break
+        role = turn.get("from")
+        if isinstance(role, str):
+            if role in SHAREGPT_ROLES:
+                return "sharegpt"
+        elif role is None and "from" not in turn and isinstance(turn.get("role"), str) and "content" in turn:
+            return "openai"
+    agent = (turn for turn in turns if isinstance(turn, dict) and turn.get("from") == "assistant")
+    said = [turn["value"] for turn in agent if isinstance(turn.get("value"), str)]
+    if any(MARK.search(text) for text in said):
+        return "msagent"
+    beside = any(record.get(column) for column in ("system", *TOOL_COLUMNS))
+    return "sharegpt" if beside or any(MAY_CALL.search(text) and read_by_marks(text) for text in said) else "msagent"
+
+
+def _read(record: dict[Any, Any], form: Format, notes: list[Note]) -> Read:
+    turns = record.get("conversations")
+    if isinstance(turns, str):
+        turns = _read_turns_text(turns)
+        record = {**record, "conversations": turns}
+    found = recognise(record)
+    if found == "msagent" and form in ("auto", "msagent"):
+        if "conversations" not in record:
+            raise FormatError("conversations_missing", _what_is_there(record))
+        if not isinstance(turns, list):
+            raise FormatError("conversations_not_a_list", f"'conversations' is {kind_of(turns)}, expected a list")
+        notes += _unused_columns(record, COLUMNS)
+        return _read_msagent(turns, notes), ()
+    if form not in ("auto", "react", "toolace", found):
+        raise FormatError(
+            f"form_{found}",
+            f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
+        )
+    xlam = found == "xlam" and form not in (Format.react, Format.toolace)
+    notes += _unused_columns(record, XLAM_COLUMNS if xlam else COLUMNS)
+    messages, tools = read_xlam(record, notes) if xlam else read_chat(record, form, notes)
+    if not any(message.role in ("system", "developer") for message in messages):
+        notes.append(("missing_system", "no system message"))
+    return messages, tools
 
 
 def _read_id(value: object, notes: list[Note]) -> str | None:
@@ -138,32 +176,15 @@ def _read_id(value: object, notes: list[Note]) -> str | None:
     return None
 
 
-def _read(
-    record: dict[Any, Any], form: Format, notes: list[Note]
-) -> tuple[tuple[Message, ...], tuple[dict[str, Json], ...]]:
-    """Return the messages of a record and the tools that it declares beside them."""
-    turns = record.get("conversations")
-    if isinstance(turns, str):
-        turns = _read_turns_text(turns)
-        record = {**record, "conversations": turns}
-    found = recognise(record)
-    if found == "msagent" and form in ("auto", "msagent"):
-        if "conversations" not in record:
-            raise FormatError("conversations_missing", _what_is_there(record))
-        if not isinstance(turns, list):
-            raise FormatError("conversations_not_a_list", f"'conversations' is {kind_of(turns)}, expected a list")
-        notes += unused_columns(record)
-        return _read_messages(turns, notes), ()
-    if form not in ("auto", "react", "toolace", found):
-        raise FormatError(
-            f"form_{found}",
-            f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
-        )
-    reading = read_messages(record, form if form in (Format.react, Format.toolace) else Format(found))
-    notes += reading.notes
-    if not any(message.role in ("system", "developer") for message in reading.messages):
-        notes.append(("missing_system", "no system message"))
-    return reading.messages, reading.tools
+def _with_reasoning(messages: tuple[Message, ...], reasoning: Reasoning, notes: list[Note]) -> tuple[Message, ...]:
+    """Apply `dataset.reasoning` to messages, each change noted."""
+    if reasoning is Reasoning.keep:
+        return messages
+    code = "reasoning_dropped" if reasoning is Reasoning.drop else "reasoning_not_trained"
+    change: Any = {"reasoning_content": None} if reasoning is Reasoning.drop else {"reasoning_trained": False}
+    thinking = [number for number, message in enumerate(messages, 1) if message.reasoning_content is not None]
+    notes += [(code, f"message {number}: dataset.reasoning={reasoning}") for number in thinking]
+    return tuple(m if m.reasoning_content is None else replace(m, **change) for m in messages)
 
 
 def _what_is_there(record: dict[Any, Any]) -> str:
@@ -178,62 +199,66 @@ def _what_is_there(record: dict[Any, Any]) -> str:
 
 
 def _read_turns_text(text: str) -> object:
-    if len(text) > MAX_RECORD_CHARACTERS:
-        raise FormatError(
-            "too_long", f"'conversations' is a text of {len(text):,} characters, at most {MAX_RECORD_CHARACTERS:,}"
-        )
-    try:
-        turns = read_literal(text)
-    except JsonRefused as error:
-        raise FormatError("conversations_unreadable_text", str(error)) from None
+    _check_size(len(text))
+    turns = literal(text, "conversations_unreadable_text")
     if isinstance(turns, str):
         raise FormatError("conversations_text_twice", "'conversations' is the text of a text of a list: encoded twice")
     return turns
 
 
-def _read_messages(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
-    """Read the turns of an MSAgent record."""
+def _check_size(characters: int) -> None:
+    if characters > MAX_RECORD_CHARACTERS:
+        raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
+
+
+def _unused_columns(record: Mapping[Any, Any], known: Collection[str]) -> list[Note]:
+    """Return a note for each column that has a value and no meaning."""
+    names = [key_name(key) for key, value in record.items() if key not in known and not blank(value)]
+    return [(f"column_not_used:{name}", f"column {name!r}") for name in names]
+
+
+def _read_msagent(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
+    """Read the turns of an MSAgent record: at most one system turn, first; then user and assistant in turn."""
     if not turns:
         raise FormatError("conversations_empty", "'conversations' is an empty list")
     messages: list[Message] = []
     characters = 0
-    expected: _Role = "user"
+    expected = "user"
     for number, turn in enumerate(turns, 1):
         role, value = _read_turn(turn, number)
         characters += len(value)
-        if characters > MAX_RECORD_CHARACTERS:
-            raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
-        untrained = None
+        _check_size(characters)
+        flag = None
         if len(turn) > 2:
-            known = ("from", "value", *understood_fields(turn, agent=role == "assistant"))
+            known = ("from", "value", *understood_flags(turn, agent=role == "assistant"))
             for name in sorted(key_name(key) for key in turn if key not in known):
                 notes.append((f"field_not_carried:{name}", f"turn {number}: {name} not used"))
-            untrained = untrained_field(turn)
+            flag = untrained_flag(turn)
+        empty = not value or value.isspace()
         if role == "system":
             if messages:
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
                 raise FormatError(reason, f"turn {number} is a system turn; only the first may be")
-            if not value or value.isspace():
+            if empty:
                 notes.append(("empty_system", "the system value is blank"))
             messages.append(Message("system", value))
             continue
         if role != expected:
             if not messages or messages[-1].role == "system":
-                raise FormatError(
-                    "starts_with_assistant", f"turn {number} is the assistant's, expected the user's first"
-                )
+                detail = f"turn {number} is the assistant's, expected the user's first"
+                raise FormatError("starts_with_assistant", detail)
             raise FormatError(f"two_{role}_turns", f"turn {number} is the {role}'s as is the turn before it")
-        if not value or value.isspace():
+        if empty:
             raise FormatError(f"empty_{role}", f"turn {number} ({role}) is blank")
         if role == "user":
             messages.append(Message("user", value))
             expected = "assistant"
             continue
-        said = turn_messages(_parse_turn(value, number), trained=untrained is None)
+        said = turn_messages(_parse_turn(value, number), trained=flag is None)
         messages += said
         expected = "user"
-        for step in range(sum(message.role == "assistant" for message in said) if untrained else 0):
-            notes.append(("step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({untrained})"))
+        for step in range(sum(message.role == "assistant" for message in said) if flag else 0):
+            notes.append(("step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({flag})"))
     if expected == "assistant":
         messages.pop()
         notes.append(("last_user_left_out", "nothing of the agent follows it"))
@@ -246,14 +271,14 @@ def _read_messages(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
+def _read_turn(turn: object, number: int) -> tuple[str, str]:
     if not isinstance(turn, dict):
-        found = f"turn {number} is {kind_of(turn)}, expected an object with from and value"
-        raise FormatError("turn_not_an_object", found)
+        detail = f"turn {number} is {kind_of(turn)}, expected an object with from and value"
+        raise FormatError("turn_not_an_object", detail)
     if "from" not in turn:
         raise FormatError("role_missing", f"turn {number} has no field 'from'")
     role = turn["from"]
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role not in _MSAGENT_ROLES:
         shown = repr(role[:40]) if isinstance(role, str) else kind_of(role)
         raise FormatError("unknown_role", f"turn {number} is from {shown}, expected exactly system, user or assistant")
     if "value" not in turn:
@@ -262,10 +287,9 @@ def _read_turn(turn: object, number: int) -> tuple[_Role, str]:
     if not isinstance(value, str):
         raise FormatError("value_not_text", f"the value of turn {number} ({role}) is {kind_of(value)}, expected text")
     if not is_encodable(value):
-        raise FormatError(
-            "lone_surrogate", f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
-        )
-    return role, value  # type: ignore[return-value]  # membership in _ROLES was checked
+        detail = f"turn {number} ({role}) holds a lone surrogate: it cannot be written as UTF-8"
+        raise FormatError("lone_surrogate", detail)
+    return role, value
 
 
 def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
@@ -274,9 +298,8 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     except GrammarError as error:
         raise FormatError(error.reason, f"turn {number}: {error.detail}") from None
     if len(parts) == 1 and isinstance(parts[0], Text) and is_react_text(value):
-        raise FormatError(
-            "form_react", f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
-        )
+        detail = f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
+        raise FormatError("form_react", detail)
     for part in parts:
         if not isinstance(part, Text) or MAY_CALL.search(part.source) is None:
             continue
@@ -286,7 +309,7 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     return parts
 
 
-def _quirks(conversation: Conversation) -> Iterator[Note]:
+def _oddities(conversation: Conversation) -> Iterator[Note]:
     """Yield everything that a tool-call metric or a native chat template must cope with."""
     offered = conversation.offered_of_calls
     tools = {tool.name: tool for tool in offered}
@@ -294,39 +317,14 @@ def _quirks(conversation: Conversation) -> Iterator[Note]:
         if tool.problem:
             yield "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}"
     for call in conversation.tool_calls if offered or conversation.tools else ():
-        yield from _call_quirks(call, tools)
+        yield from _call_oddities(call, tools.get(call.name))
     for message in conversation.messages:
         for part in message.source or ():
-            yield from _text_quirks(part)
+            yield from _text_oddities(part)
 
 
-def _text_quirks(part: Part) -> Iterator[Note]:
-    """Yield what is odd about the MSAgent text of a part."""
-    source = part.source
-    own = 0 if isinstance(part, Text) else 2  # of the part itself, which need no search
-    marks = len(MARK.findall(source)) if source.count("<|") > own else own
-    if isinstance(part, Call):
-        if marks > 2:
-            yield "mark_inside_call", "a JSON string of a call holds a mark"
-        if part.failure is not None:
-            yield f"call_{part.failure.reason}", part.failure.detail
-            return
-        if 0 <= source.find("[") < source.find("{"):
-            yield "call_is_a_list", f"{len(part.requests)} requests between one pair of marks"
-        if source.count("\n") > 2 and not _is_strict_json(strip_fence(part.body)):  # two belong to the fence
-            yield "raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"
-        for call in part.requests:
-            if not call.arguments and '"parameters"' not in source:
-                yield "call_without_parameters", f"call to {call.name[:80]!r} has no field 'parameters'"
-    elif isinstance(part, Text) and marks:
-        yield "marks_quoted_in_text", "a text of the assistant quotes marks"
-    elif marks > 2:
-        yield "mark_inside_observation", "a string of an observation holds a mark"
-
-
-def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[Note]:
+def _call_oddities(call: ToolCall, tool: OfferedTool | None) -> Iterator[Note]:
     """Yield what a call does not share with the list of tools."""
-    tool = tools.get(call.name)
     if tool is None:
         yield "unknown_tool", f"{call.name[:80]!r} is not in the tool list"
     elif (declared := tool.parameter_names) is not None and not declared.issuperset(call.arguments):
@@ -334,19 +332,42 @@ def _call_quirks(call: ToolCall, tools: dict[str, OfferedTool]) -> Iterator[Note
         yield "undeclared_parameter", f"{call.name[:80]!r} does not declare {extra[:80]}"
 
 
+def _text_oddities(part: Part) -> Iterator[Note]:
+    """Yield what is odd about the MSAgent text of a part."""
+    source = part.source
+    own = 0 if isinstance(part, Text) else 2  # marks of the part itself, which need no search
+    if source.count("<|") > own and len(MARK.findall(source)) > own:
+        if isinstance(part, Call):
+            yield "mark_inside_call", "a JSON string of a call holds a mark"
+        elif isinstance(part, Text):
+            yield "marks_quoted_in_text", "a text of the assistant quotes marks"
+        else:
+            yield "mark_inside_observation", "a string of an observation holds a mark"
+    if not isinstance(part, Call):
+        return
+    if part.failure is not None:
+        yield f"call_{part.failure.reason}", part.failure.detail
+        return
+    if 0 <= source.find("[") < source.find("{"):
+        yield "call_is_a_list", f"{len(part.requests)} requests between one pair of marks"
+    if source.count("\n") > 2 and not _is_strict_json(strip_fence(part.body)):  # two belong to the fence
+        yield "raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"
+    for call in part.requests:
+        if not call.arguments and '"parameters"' not in source:
+            yield "call_without_parameters", f"call to {call.name[:80]!r} has no field 'parameters'"
+
+
 def _check_texts(conversation: Conversation) -> None:
     """Refuse what is too large or cannot be written; MSAgent turns are checked one by one as they are read."""
-    if any(message.source is not None for message in conversation.messages):
+    if conversation.is_msagent:
         return
     try:
-        said = json.dumps(
-            [chat_messages(conversation.messages), conversation.tools], ensure_ascii=False, allow_nan=False
-        )
+        said = [chat_messages(conversation.messages), conversation.tools]
+        text = json.dumps(said, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise FormatError("value_not_json", f"an argument or a declaration is no JSON: {error}") from None
-    if len(said) > MAX_RECORD_CHARACTERS:
-        raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
-    if not is_encodable(said):
+    _check_size(len(text))
+    if not is_encodable(text):
         raise FormatError("lone_surrogate", "a message holds a lone surrogate: it cannot be written as UTF-8")
 
 

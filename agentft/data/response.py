@@ -1,59 +1,61 @@
-"""Cut what an agent says at one step into reasoning, text and calls, by a response template, and find the template.
+"""Cut what an agent says at one step into reasoning, text and calls, in training data and in predictions alike.
 
 Response templates are those of transformers (`tokenizer.response_template`), read by a splitter that loses nothing: what
 stands in no region is text, a call that cannot be read stays beside the others, and a close mark inside a value closes
 nothing. Those of `agentft/data/responses` know more keys of a call: `head_pattern` and `tail_pattern` stand around its
 arguments, `results` begins what only a tool can say, and the content `python` is a list of calls as Python writes them.
 
-A layout's template is the first that reads back what the layout says. A text of unknown origin is read by the template in
-whose marks a call begins in it.
+A text of unknown origin is read by the template in whose marks a call begins in it. Records write calls, results and
+thoughts into text in further ways, read here or refused by name, never trained as prose:
+
+| what | written by |
+|---|---|
+| results in `<tool_response>`, thoughts in `<think>...</think>` before the text | Hermes, Qwen, and so on |
+| `[f(a=1), g(b="x")]` | ToolACE |
+| `{"name": ..., "parameters": ...}` alone, of a tool that is declared | Llama 3 |
+| lines `Thought:`, `Action:`, `Action Input:`, `Observation:`, `Final Answer:` | ReAct, ToolBench |
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from itertools import groupby, islice, takewhile
+from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 from agentft.data.calls import (
     ARGUMENTS,
+    CALL_FIELDS,
     READERS,
     Attempt,
     Bare,
     CallFailure,
     Json,
     JsonRefused,
+    Reader,
     ToolCall,
     Types,
+    literal,
     opening_tag,
     parameter_types,
     read_call,
     read_json,
     read_literal,
+    read_python,
     typed,
 )
-from agentft.data.chat_layout import ChatLayout
-from agentft.data.chat_template import ChatTemplate
-from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.msagent import MAX_CLOSING_MARKS_TRIED
-from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
 from agentft.errors import FormatError
 
-log = logging.getLogger(__name__)
-
-_OWN = "of the tokenizer"
 LETTERS = "\ufdd2"
 """Stands behind the first character of letters that spell a control token, see `said_text`. A noncharacter."""
 
 Part = Literal["reasoning", "text", "call"]
-_PARTS: dict[str, Part] = {
+PARTS: dict[str, Part] = {
     "reasoning_content": "reasoning",
     "thinking": "reasoning",
     "content": "text",
@@ -69,6 +71,12 @@ _UNREAD = re.compile(
     r"|<\|python_tag\|>\s*[\w.]+\(|<｜tool▁calls?▁begin｜>|<\|tool_calls?(?:_section)?_begin\|>"
 )
 """How a call begins that no response template reads, with enough behind the mark that it is no mention of it."""
+_RESPONSE = re.compile(r"\s*<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)\Z", re.DOTALL)
+_UNOPENED_THOUGHT = re.compile(r"(.*?)(?:\n\s*</think>|</think>\s*\n)(.*)\Z", re.DOTALL)
+_PYTHONIC = re.compile(r"\s*\[\s*[^\[\]\"'{}()=<>]+\(.*\)\s*\]\s*\Z", re.DOTALL)
+_REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
+_REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
 
 
 class TemplateUnknown(ValueError):  # noqa: N818
@@ -109,22 +117,23 @@ class Said:
     def words_after_call(self) -> bool:
         """Return whether words stand behind a call."""
         texts = [isinstance(piece, str) for piece in self.pieces if not isinstance(piece, str) or piece.strip()]
-        return any(texts[texts.index(False) :]) if False in texts else False
+        return False in texts and any(texts[texts.index(False) :])
 
 
-class Region(NamedTuple):
+class _Region(NamedTuple):
     """A part of a step between marks, or outside of them."""
 
     part: Part
     body: str
     closed: bool = True
     attempts: tuple[Attempt, ...] = ()
-    marked: bool = False
-    """Marks stand around it."""
+    marked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
+    """One entry of a response template's `fields`."""
+
     part: Part
     open: re.Pattern[str]
     close: re.Pattern[str] | None
@@ -132,14 +141,96 @@ class _Field:
     begin: re.Pattern[str]
     """The mark with enough behind it that it is no mention of the mark."""
     head: re.Pattern[str] | None
+    tail: re.Pattern[str] | None
+    results: re.Pattern[str] | None
+    read_body: Reader
+    content_args: Mapping[str, Any]
+    transform: Json
     narrow: bool
     """A body that holds the mark of another call is none: its strings have no quotes that would tell."""
-    results: re.Pattern[str] | None
-    read: Callable[[str, Mapping[str, str], Types], tuple[Attempt, ...]]
+    of_datasets: bool
+
+    @classmethod
+    def of(cls, key: str, spec: Mapping[str, Any], *, of_datasets: bool) -> _Field | None:
+        """Read one field; None for the one that holds what stands in no other."""
+        part = PARTS[key]
+        opening, closing = mark_pattern(spec, "open"), mark_pattern(spec, "close")
+        if opening is None:
+            return None
+        head, tail, results = (
+            re.compile(spec[name], re.DOTALL) if name in spec else None
+            for name in ("head_pattern", "tail_pattern", "results")
+        )
+        args, content = spec.get("content_args", {}), spec.get("content", "text")
+        begin = opening.pattern
+        if part == "call":
+            after = {"json": r"\s*[{\[]", "python": r"\s*\["}.get(content)
+            if after is None:
+                end = tail or closing
+                after = f"(?:{opening_tag(args)}|{end.pattern if end is not None else chr(92) + 'Z'})"
+            begin = f"(?:{begin})(?={head.pattern if head else ''}{after})"
+        return cls(
+            part,
+            opening,
+            closing,
+            re.compile(begin, re.DOTALL),
+            head,
+            tail,
+            results,
+            READERS[content if part == "call" else "json"],
+            args,
+            spec.get("transform"),
+            narrow=content == "xml-inline",
+            of_datasets=of_datasets,
+        )
 
     def begins_in(self, text: str) -> bool:
         """Return whether a region of this field begins in a text, with a mark of more than a sign."""
         return self.part != "reasoning" and any(len(found[0].strip()) > 1 for found in self.begin.finditer(text))
+
+    def read(self, source: str, captures: Mapping[str, str], types: Types) -> tuple[Attempt, ...]:
+        """Read the body of a call's region; `captures` are the named groups of its mark."""
+        body = source
+        if self.head is not None:
+            begun = self.head.match(body)
+            if begun is None:
+                return (_failed(source, "call_without_name", "the call does not begin as a call of this family"),)
+            captures, body = {**captures, **begun.groupdict()}, body[begun.end() :]
+        if self.tail is not None:
+            ended = re.search(f"(?:{self.tail.pattern})\\Z", body, re.DOTALL)
+            if ended is None:
+                return (_failed(source, "call_not_json", "the call does not end as a call of this family"),)
+            body = body[: ended.start()]
+        try:
+            items = self.read_body(body, self.content_args, read_literal if self.of_datasets else read_json)
+        except JsonRefused as refusal:
+            return (_failed(source, "call_not_json", str(refusal)),)
+        joined: list[Attempt] = []
+        for item in items:
+            attempt = item if isinstance(item, Attempt) else self._attempt(source, item, captures, types)
+            if (
+                joined and attempt.failure is None and joined[-1].failure is None
+            ):  # calls that follow each other are one
+                joined[-1] = replace(joined[-1], requests=joined[-1].requests + attempt.requests)
+            else:
+                joined.append(attempt)
+        return tuple(joined) or (_failed(source, "call_not_json", "no call between the marks"),)
+
+    def _attempt(self, source: str, item: Json, captures: Mapping[str, str], types: Types) -> Attempt:
+        function = _function(_without_letters(item), captures, self.transform)
+        as_text = isinstance(function, dict) and any(isinstance(function.get(key), str) for key in ARGUMENTS)
+        if as_text and not self.of_datasets:
+            return _failed(source, "arguments_not_an_object", "the arguments of a call are text")
+        try:
+            call = read_call(function)
+        except FormatError as refusal:
+            return _failed(source, refusal.reason, refusal.detail)
+        arguments = {
+            key: typed(value, types.get((call.name, key), ())) if isinstance(value, Bare) else value
+            for key, value in call.arguments.items()
+        }
+        whole = replace(call, name=call.name.strip(), arguments=arguments)
+        return Attempt(source.replace(LETTERS, ""), (whole,), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +255,8 @@ class ResponseTemplate:
             TemplateUnknown: it has a field, a content or a pattern that is not known.
         """
         try:
-            read = [_field(key, field, of_datasets) for key, field in spec["fields"].items()]
-            anchor = _anchor(spec, "start_anchor")
+            read = [_Field.of(key, field, of_datasets=of_datasets) for key, field in spec["fields"].items()]
+            anchor = mark_pattern(spec, "start_anchor")
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
             raise TemplateUnknown(f"response template {name}: {error}") from None
         return cls(name, tuple(field for field in read if field is not None), spec, anchor)
@@ -181,7 +272,7 @@ class ResponseTemplate:
         pieces: list[str | Attempt] = []
         thoughts: list[str] = []
         thought: bool | None = None
-        for region in self.split(text, prompt, types or {}):
+        for region in self._split(text, prompt, types or {}):
             body = region.body.replace(LETTERS, "")
             if region.part == "reasoning":
                 thoughts.append(body)
@@ -196,7 +287,7 @@ class ResponseTemplate:
             thought = None
         return Said(tuple(pieces), "\n".join(each.strip() for each in thoughts if each.strip()), thought)
 
-    def split(self, text: str, prompt: str, types: Types) -> Iterator[Region]:
+    def _split(self, text: str, prompt: str, types: Types) -> Iterator[_Region]:
         """Cut a step into its regions, in order; with the marks between them they are the text."""
         begun = self.anchor.match(text) if self.anchor is not None else None
         position = outside = begun.end() if begun is not None else 0
@@ -213,11 +304,11 @@ class ResponseTemplate:
             field, match = found
             between = text[outside : match.start()]
             if called and (invented := _results(self.fields, between)) is not None:
-                yield Region("text", between[:invented])
+                yield _Region("text", between[:invented], marked=False)
                 return
             if between:
                 said = said or bool(between.strip())
-                yield Region("text", between)
+                yield _Region("text", between, marked=False)
             region, position = self._region(field, text, match.end(), match.groupdict(), types, last)
             called = called or field.part == "call"
             yield region
@@ -228,7 +319,7 @@ class ResponseTemplate:
         if called and (invented := _results(self.fields, rest)) is not None:
             rest = rest[:invented]
         if rest:
-            yield Region("text", rest)
+            yield _Region("text", rest, marked=False)
 
     def _next(self, text: str, position: int, *, thinks: bool) -> tuple[_Field, re.Match[str]] | None:
         """Find the next region. A thought comes before all text, so that a text may name its mark."""
@@ -246,12 +337,12 @@ class ResponseTemplate:
 
     def _region(
         self, field: _Field, text: str, start: int, captures: Mapping[str, str], types: Types, last: int
-    ) -> tuple[Region, int]:
+    ) -> tuple[_Region, int]:
         """Read the region that begins at `start`; return it and where the text goes on. `last` is the last close of a call."""
         if field.part != "call":
             found = field.close.search(text, start) if field.close is not None else None
             stop, end = found.span() if found is not None else (len(text), len(text))
-            return Region(field.part, text[start:stop], found is not None or field.close is None, marked=True), end
+            return _Region(field.part, text[start:stop], found is not None or field.close is None), end
         again = next((m.start() for m in field.open.finditer(text, start) if m.end() > m.start()), len(text))
         if field.close is None:
             stop = _end_of_json(text, field.head.match(text, start) if field.head is not None else None, start)
@@ -259,7 +350,7 @@ class ResponseTemplate:
             if all(attempt.failure is not None for attempt in attempts):
                 stop = min(stop, again)  # a broken call takes no good one behind it along
                 attempts = field.read(text[start:stop], captures, types)
-            return Region("call", text[start:stop], True, attempts, True), stop
+            return _Region("call", text[start:stop], True, attempts), stop
         first: tuple[Attempt, ...] = ()
         found_closes = field.close.finditer(text, start) if start <= last else iter(())
         closes = list(islice(found_closes, MAX_CLOSING_MARKS_TRIED))
@@ -269,14 +360,14 @@ class ResponseTemplate:
             body = text[start : close.start()]
             attempts = field.read(body, captures, types)
             if all(attempt.failure is None for attempt in attempts):
-                return Region("call", body, True, attempts, True), close.end()
+                return _Region("call", body, True, attempts), close.end()
             first = first or attempts
         # No close makes calls of all of it: it ends at the first one, or where the next call begins.
         stop, end = closes[0].span() if closes else (len(text), len(text))
         if again < stop or not first:
             stop = end = min(again, len(text))
             first = (_failed(text[start:stop], "call_never_closed", "no mark after the call"),)
-        return Region("call", text[start:stop], True, first, True), end
+        return _Region("call", text[start:stop], True, first), end
 
 
 @cache
@@ -344,79 +435,11 @@ def said_text(ids: Sequence[int], tokenizer: Any, control: Mapping[int, str]) ->
     return pattern.sub(lambda m: m[0][0] + LETTERS + m[0][1:] if next(flags, False) else m[0], text)
 
 
-def _field(key: str, spec: Mapping[str, Any], of_datasets: bool) -> _Field | None:
-    """Read one field; None for the one that holds what stands in no other."""
-    part = _PARTS[key]
-    opening, closing = _anchor(spec, "open"), _anchor(spec, "close")
-    if opening is None:
-        return None
-    head, tail, results = (
-        re.compile(spec[name], re.DOTALL) if name in spec else None
-        for name in ("head_pattern", "tail_pattern", "results")
-    )
-    args, transform, content = spec.get("content_args", {}), spec.get("transform"), spec.get("content", "text")
-    reader = READERS[content] if part == "call" else None
-    begin = opening.pattern
-    if part == "call":
-        after = {"json": r"\s*[{\[]", "python": r"\s*\["}.get(content)
-        if after is None:
-            after = f"(?:{opening_tag(args)}|{tail.pattern if tail else closing.pattern if closing else chr(92) + 'Z'})"
-        begin = f"(?:{begin})(?={head.pattern if head else ''}{after})"
-
-    def call(source: str, item: Json, captures: Mapping[str, str], types: Types) -> Attempt:
-        function = _function(_without_letters(item), captures, transform)
-        if not of_datasets and isinstance(function, dict) and any(isinstance(function.get(k), str) for k in ARGUMENTS):
-            return _failed(source, "arguments_not_an_object", "the arguments of a call are text")
-        try:
-            read = read_call(function)
-        except FormatError as refusal:
-            return _failed(source, refusal.reason, refusal.detail)
-        arguments = {
-            key: typed(value, types.get((read.name, key), ())) if isinstance(value, Bare) else value
-            for key, value in read.arguments.items()
-        }
-        whole = replace(read, name=read.name.strip(), arguments=arguments)
-        return Attempt(source.replace(LETTERS, ""), (whole,), None)
-
-    def read(body: str, captures: Mapping[str, str], types: Types) -> tuple[Attempt, ...]:
-        source = body
-        if head is not None:
-            begun = head.match(body)
-            if begun is None:
-                return (_failed(source, "call_without_name", "the call does not begin as a call of this family"),)
-            captures, body = {**captures, **begun.groupdict()}, body[begun.end() :]
-        if tail is not None:
-            ended = re.search(f"(?:{tail.pattern})\\Z", body, re.DOTALL)
-            if ended is None:
-                return (_failed(source, "call_not_json", "the call does not end as a call of this family"),)
-            body = body[: ended.start()]
-        assert reader is not None
-        try:
-            items = reader(body, args, read_literal if of_datasets else read_json)
-        except JsonRefused as refusal:
-            return (_failed(source, "call_not_json", str(refusal)),)
-        made = [each if isinstance(each, Attempt) else call(source, each, captures, types) for each in items]
-        return _joined(made) or (_failed(source, "call_not_json", "no call between the marks"),)
-
-    return _Field(part, opening, closing, re.compile(begin, re.DOTALL), head, content == "xml-inline", results, read)
-
-
 def _failed(source: str, reason: str, detail: str) -> Attempt:
     return Attempt(source.replace(LETTERS, ""), (), CallFailure(reason, detail))
 
 
-def _joined(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
-    """Return attempts in which the calls that follow each other are one."""
-    joined: list[Attempt] = []
-    for attempt in attempts:
-        if joined and attempt.failure is None and joined[-1].failure is None:
-            joined[-1] = replace(joined[-1], requests=joined[-1].requests + attempt.requests)
-        else:
-            joined.append(attempt)
-    return tuple(joined)
-
-
-def _anchor(spec: Mapping[str, Any], key: str) -> re.Pattern[str] | None:
+def mark_pattern(spec: Mapping[str, Any], key: str) -> re.Pattern[str] | None:
     if f"{key}_pattern" in spec:
         return re.compile(spec[f"{key}_pattern"], re.DOTALL)
     if key not in spec:
@@ -486,178 +509,134 @@ def _without_letters(value: Json) -> Json:
     return [_without_letters(each) for each in value] if isinstance(value, list) else value
 
 
-_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "moor",
-        "description": "Moors a boat.",
-        "parameters": {
-            "type": "object",
-            "properties": {"boat": {"type": "string"}, "hours": {"type": "integer"}},
-            "required": ["boat"],
-        },
-    },
-}
-_FIRST = ToolCall("moor", {"boat": "Anna \\n 'II'", "hours": 3})
-_SECOND = ToolCall("moor", {"boat": "7"})
-_RESULT = "Done."
-_chosen: WeakKeyDictionary[ChatTemplate, ResponseTemplate | None] = WeakKeyDictionary()
+def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bool = False) -> Said | None:
+    """Read a text in which calls are written; None: there is none in it.
 
+    Args:
+        tools: The declarations of the record.
+        pythonic: A text such as `[f(a=1)]` is a list of calls whatever its names, and refused where it is none.
 
-class SpokenStep(NamedTuple):
-    """One step of a rendered conversation."""
-
-    number: int
-    """Among `Conversation.steps`."""
-    prompt: str
-    text: str
-    """What the agent says, without its stop."""
-
-
-def spoken_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[SpokenStep]:
-    """Yield the steps that the renderings of a conversation train; none where it cannot be said."""
-    laid_out = layout.lay_out(conversation)
-    for rendering in laid_out.renderings if isinstance(laid_out, LaidOut) else ():
-        numbers = iter(rendering.steps)
-        before = said = ""
-        for segment in rendering.segments:
-            if segment.trained and segment.kind is SpanKind.stop:
-                yield SpokenStep(next(numbers), before, said)
-            if segment.trained and segment.kind is not SpanKind.stop:
-                said += segment.text
-            else:
-                before, said = before + said + segment.text, ""
-
-
-def choose_response(layout: ChatLayout) -> ResponseTemplate | None:
-    """Return the first response template that reads back what the layout says: the tokenizer's own, else one of ours.
-
-    None where none does, which is said in one line.
+    Raises:
+        FormatError: it holds calls that cannot be read.
     """
-    template = layout.template
-    if template not in _chosen:
-        probes = [step for conversation in _probes(layout) for step in _with_message(layout, conversation)]
-        fitting = (each for each in _candidates(layout) if probes and all(_reads(each, *probe) for probe in probes))
-        _chosen[template] = next(fitting, None)
-        if _chosen[template] is None:
-            log.warning(
-                "no response template reads the calls of this chat template: replies that should call count as not read"
-            )
-    return _chosen[template]
+    if (found := read_by_marks(text, tools, of_datasets=True)) is not None:
+        said = found[1]
+        if said.failures:
+            raise FormatError(said.failures[0].reason, said.failures[0].detail)
+        if said.thought is False:
+            raise FormatError("thought_never_closed", "a text opens a thought and never closes it")
+        return said
+    declared = {tool["function"]["name"] for tool in tools}
+    if calls := _pythonic_calls(text) or _bare_calls(text, declared):
+        if pythonic or any(call.name in declared or call.arguments for call in calls):
+            return Said((Attempt(text, calls, None),))
+    elif pythonic and _PYTHONIC.match(text):
+        raise FormatError("call_not_read", "a text in brackets that is no list of calls such as [f(a=1)]")
+    return None
 
 
-def servers_template(layout: ChatLayout | MsagentTemplate) -> dict[str, Any] | None:
-    """Return the layout's response template for `tokenizer.response_template`, by which transformers reads an answer.
+def split_thought(text: str) -> tuple[str | None, str]:
+    """Return the thought that a text begins with, and the text after it.
 
-    None where the tokenizer has its own, where no template reads the layout, and where `parse_response` does not read back
-    what ours does.
+    Raises:
+        FormatError: the thought has no end.
     """
-    if isinstance(layout, MsagentTemplate):
-        file = files("agentft.data").joinpath("templates", "msagent.response.json")
-        own: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        own["fields"]["content"]["close_pattern"] = f"\\s*{re.escape(layout.stop_token)}"
-        return own
-    response, tokenizer = choose_response(layout), layout.template.tokenizer
-    if response is None or response.name == _OWN:
-        return None
-    probes = [(talk, *step) for talk in _probes(layout) for step in _with_message(layout, talk)]
-    spec = _for_transformers(response, layout, [step.prompt for _, step, *_ in probes])
-    for talk, step, message, _ in probes:
-        text = step.text + layout.traits.stops[0]
-        try:
-            read = tokenizer.parse_response(text, spec, prefix=step.prompt, tools=list(talk.tools))
-        except (ValueError, KeyError) as error:
-            log.info("no response template for servers: %s", str(error).partition("\n")[0])
-            return None
-        calls = tuple(map(read_call, read.get("tool_calls") or ()))
-        said = Said(
-            (read.get("content") or "", Attempt("", calls, None)), (read.get("reasoning_content") or "").strip()
-        )
-        if part := differs(said, message):
-            log.info("no response template for servers: parse_response reads other %s", part)
-            return None
-    return spec
+    if "</think>" not in text:
+        if text.lstrip().startswith("<think>"):
+            raise FormatError("thought_never_closed", "a text opens <think> and never closes it")
+        return None, text
+    # Where the generation prompt opens the thought, the text has its end alone; inside a sentence the mark is letters.
+    found = _THOUGHT.match(text) or (None if "<think>" in text else _UNOPENED_THOUGHT.match(text))
+    return (None, text) if found is None else (found[1].strip("\n") or None, found[2].lstrip("\n"))
 
 
-def _for_transformers(response: ResponseTemplate, layout: ChatLayout, prompts: Sequence[str]) -> dict[str, Any]:
-    """Write a template of the package with the keys that transformers knows."""
-    headers = [manner.header for manner in layout.traits.manners if manner.header]
-    header = "".join(signs[0] for signs in takewhile(lambda signs: len(set(signs)) == 1, zip(*headers, strict=False)))
-    opened = [found.start() for f in response.fields if f.part == "reasoning" and (found := f.open.search(header))]
-    anchors = {header[: min(opened, default=None)]: None}
-    for prompt in prompts:
-        behind = prompt.rpartition(next(iter(anchors)))[2]
-        if _RESULT in behind:  # no header stands between a result and the answer
-            anchors[behind[[*layout.template.control.finditer(behind)][-1].start() :]] = None
-    stops = "|".join(map(re.escape, dict.fromkeys((*layout.traits.stops, *layout.traits.call_stops))))
-    fields: dict[str, Any] = {}
-    for key, given in response.spec["fields"].items():
-        made = {name: value for name, value in given.items() if name in ("content", "content_args", "transform_each")}
-        opening, closing = (_anchor(given, name) for name in ("open", "close"))
-        ends = [closing.pattern] if closing is not None else []
-        if _PARTS[key] == "call" and opening is not None:
-            made["open_pattern"] = f"\\s*(?:{opening.pattern}){given.get('head_pattern', '')}"
-            ends = [f"{given.get('tail_pattern', '')}(?:{end})" for end in ends]
-            made |= {"repeats": True, "transform": {"type": "function", **given.get("transform", {})}}
-        elif opening is not None:
-            made["open_pattern"] = opening.pattern
-        made["close_pattern"] = "|".join([*ends, f"\\s*(?:{stops})"])
-        fields[key] = made
-    return {"defaults": {"role": "assistant"}, "start_anchor": list(anchors), "fields": fields}
+def read_responses(text: str) -> list[str]:
+    """Return the results in a text that is made of `<tool_response>` blocks alone, none where it is not."""
+    if not text.lstrip().startswith("<tool_response>") or _RESPONSE.sub("", text):
+        return []
+    return [body.strip("\n") for body in _RESPONSE.findall(text)]
 
 
-def differs(said: Said, message: Message) -> str:
-    """Name what of a message was not read back; empty where all was."""
-    if said.reasoning != (message.reasoning_content or "").strip():
-        return "reasoning"
-    if said.text != message.text.strip():
-        return "text"
-    if any(not isinstance(piece, str) and piece.failure is not None for piece in said.pieces):
-        return "calls"
-    return "" if [_plain(call) for call in said.calls] == [_plain(call) for call in message.tool_calls] else "calls"
+def read_named_results(text: str, calls: Sequence[ToolCall]) -> list[str]:
+    """Return the results of several calls that are written as one list of objects with their names, as ToolACE does."""
+    if not text.lstrip().startswith("["):
+        return []
+    try:
+        values: Json = read_json(text.strip())
+    except JsonRefused:
+        return []
+    names = [value.get("name") if isinstance(value, dict) else None for value in values]
+    if names != [call.name for call in calls]:
+        return []
+    return [json.dumps(value, ensure_ascii=False) for value in values]
 
 
-def _plain(call: ToolCall) -> tuple[str, str]:
-    return call.name, repr(sorted(call.arguments.items()))
+def is_react_text(text: str) -> bool:
+    """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
+    return "Action Input" in text and _REACT.search(text) is not None
 
 
-def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:
-    own = getattr(layout.template.tokenizer, "response_template", None)
-    if isinstance(own, Mapping):
-        try:
-            yield ResponseTemplate.of(_OWN, own)
-        except TemplateUnknown as unknown:
-            log.info("%s", unknown)
-    calls = layout.traits.tools
-    yield from sorted(our_templates(), key=lambda each: any(f.part == "call" for f in each.fields) != calls)
+def read_react(text: str) -> Iterator[tuple[Literal["step", "result"], str, ToolCall | None]]:
+    """Yield the steps and results of ReAct text: an observation follows its action, the final answer ends.
+
+    Raises:
+        FormatError: the lines are in another order, or an action cannot be read.
+    """
+    labels = list(_REACT_LABEL.finditer(text))
+    ends = [label.start() for label in labels[1:]] + [len(text)] * bool(labels)
+    words = [text[: labels[0].start()].strip() if labels else text.strip()]
+    action: str | None = None
+    before = ""
+    for label, end in zip(labels, ends, strict=True):
+        kind, content = label[1], text[label.end() : end].strip()
+        needed = {"Action Input": "Action", "Observation": "Action Input"}.get(kind)
+        if before == "Action" and kind != "Action Input":
+            raise FormatError("react_order", "Action without Action Input")
+        if before == "Final Answer" or (needed is not None and before != needed):
+            raise FormatError("react_order", f"{kind} after {before or 'nothing'}")
+        if kind in ("Thought", "Final Answer"):
+            words.append(content)
+        elif kind == "Action":
+            action = content
+        elif kind == "Action Input":
+            call = read_call({"name": action, "arguments": literal(content, "arguments_not_json")})
+            yield "step", "\n".join(filter(None, words)), call
+            words = []
+        else:
+            yield "result", content, None
+        before = kind
+    if before == "Action":
+        raise FormatError("react_order", "Action without Action Input")
+    if any(words):
+        yield "step", "\n".join(filter(None, words)), None
 
 
-def _reads(
-    template: ResponseTemplate, step: SpokenStep, message: Message, types: Mapping[Any, tuple[str, ...]]
-) -> bool:
-    return not differs(template.read(step.text, step.prompt, types), message)
+def _pythonic_calls(text: str) -> tuple[ToolCall, ...]:
+    """Read a text that is nothing but a list of calls as Python writes it; () where it is anything else."""
+    if _PYTHONIC.match(text) is None:
+        return ()
+    try:
+        calls = read_python(text, {})
+    except JsonRefused:
+        return ()
+    return () if any(isinstance(call, Attempt) for call in calls) else tuple(map(read_call, calls))
 
 
-def _with_message(layout: ChatLayout, conversation: Conversation) -> Iterator[tuple[SpokenStep, Message, Any]]:
-    types = parameter_types(conversation.tools, conversation.tool_calls)
-    for step in spoken_steps(layout, conversation):
-        yield step, conversation.messages[conversation.steps[step.number]], types
-
-
-def _probes(layout: ChatLayout) -> Iterator[Conversation]:
-    """Yield conversations of what the layout can say, each alone, so that one which it refuses takes no other with it."""
-    traits = layout.traits
-    talk = (Message("user", "Hello?"), Message("assistant", "Ahoy: {1} [2] (3)!"))
-    for thought in (None, "It asks.") if traits.reasoning else (None,):
-        yield _conversation(talk, thought)
-        for calls in ((_FIRST,), (_FIRST, _SECOND)) if traits.tools else ():
-            results = [Message("tool", _RESULT, name=call.name) for call in calls]
-            asked = (talk[0], Message("assistant", tool_calls=calls), *results, talk[1])
-            yield _conversation(asked, thought, (_TOOL,) * traits.declarations)
-
-
-def _conversation(
-    messages: Sequence[Message], thought: str | None, tools: tuple[dict[str, Any], ...] = ()
-) -> Conversation:
-    thinking = [replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in messages]
-    return Conversation("probe", tuple(thinking), tools, Origin("probe", 0))
+def _bare_calls(text: str, declared: Collection[str]) -> tuple[ToolCall, ...]:
+    """Read a text that is nothing but JSON of calls of declared tools; () where it is anything else."""
+    if not declared or text.lstrip()[:1] not in ("{", "["):
+        return ()
+    try:
+        value = read_json(text.strip())
+    except JsonRefused:
+        return ()
+    items = value if isinstance(value, list) else [value]
+    if not all(
+        isinstance(item, dict)
+        and item.get("name") in declared
+        and item.keys() <= CALL_FIELDS
+        and not {"arguments", "parameters"}.isdisjoint(item)
+        for item in items
+    ):
+        return ()
+    return tuple(map(read_call, items))

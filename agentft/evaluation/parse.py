@@ -1,7 +1,7 @@
 """Read the text of a model: calls and answer, or the reason why a call is none.
 
 A reply is read in the same way whether it is a prediction or a reference, so a perfect prediction scores 1 by
-construction. What stands between the marks is read by `agentft.data.grammar`, as in training.
+construction. What stands between the marks is read by `agentft.data.msagent`, as in training.
 
 Mended: trailing commas, Python dicts (single quotes, True, False, None), full-width or curly quotes and full-width
 punctuation, missing closing quotes and brackets at the end, raw text around the object. Whatever else is wrong stays

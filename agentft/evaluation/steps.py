@@ -17,7 +17,8 @@ from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
 from agentft.data.msagent import GrammarError, as_msagent, read_system
 from agentft.data.render import MsagentTemplate, with_context_only
-from agentft.data.response import Said, choose_response, said_text, thought_template
+from agentft.data.response import Said, said_text, thought_template
+from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
 from agentft.data.text_ids import Ids
 from agentft.data.tokens import Example

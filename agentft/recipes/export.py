@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 
 from agentft.data.render import MsagentTemplate
-from agentft.data.response import servers_template
+from agentft.data.response_choice import servers_template
 from agentft.data.template_choice import Layout, exported_template, stop_tokens
 from agentft.errors import ConfigError, RunError
 from agentft.model.adapters import save_final, write_adapter

@@ -14,7 +14,8 @@ from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
 from agentft.data.render import LaidOut
-from agentft.data.response import Said, choose_response, differs, our_templates, servers_template, spoken_steps
+from agentft.data.response import Said, our_templates
+from agentft.data.response_choice import choose_response, differs, servers_template, spoken_steps
 from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
 from agentft.data.tokens import SegmentEncoder, tokenize
