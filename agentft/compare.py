@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentft.comparison.ranking import Ranking, compare_pair, rank
+from agentft.comparison.pairs import compare_pair, pair_table
+from agentft.comparison.ranking import Ranking, rank
 from agentft.comparison.runs import ANSWERS, predictions_file, read_runs
-from agentft.comparison.tables import csv_text, markdown, pair_table, rich_table
+from agentft.comparison.tables import csv_text, markdown, rich_table
 from agentft.errors import AgentftError, RunError
 from agentft.progress import outlive_console
 from agentft.runs import RunFolder, write_out

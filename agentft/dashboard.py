@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agentft.errors import AgentftError, ConfigError, RunError
-from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
+from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
 from agentft.progress import outlive_console
 from agentft.runs import write_out
 from agentft.secrets import redact_text

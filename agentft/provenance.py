@@ -18,7 +18,7 @@ DISTRIBUTION = "agentft-hydra"
 
 _PACKAGES = (
     *(DISTRIBUTION, "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
-    *("flash-attn", "bitsandbytes", "vllm", "modelscope", "datasets", "pyarrow", "numpy", "jieba", "rouge-score"),
+    *("flash-attn", "bitsandbytes", "modelscope", "datasets", "pyarrow", "numpy", "rouge-score"),
     *("hydra-core", "omegaconf", "wandb", "rich", "liger-kernel"),
 )
 _ENVIRONMENT = (

@@ -22,8 +22,15 @@ from typing import Any
 from agentft.data.calls import parameter_types
 from agentft.data.response import ResponseTemplate, Said, our_templates, read_by_marks
 from agentft.errors import EvaluationError
-from agentft.evaluation.definitions import LEGACY_NAMES, METRICS_BY_NAME, PAPER_NAMES
-from agentft.evaluation.metrics import EvaluationReport, Metric, aggregate, score_records
+from agentft.evaluation.metrics import (
+    LEGACY_NAMES,
+    METRICS_BY_NAME,
+    PAPER_NAMES,
+    EvaluationReport,
+    Metric,
+    aggregate,
+    score_records,
+)
 from agentft.evaluation.parse import THINK_START, parse_reply, with_msagent_calls, without_end
 from agentft.evaluation.scoring import StepRecord, read_offered_tool
 from agentft.progress import outlive_console
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlive_console()
     options = _parse_options(arguments)
     try:
-        scores = score_records(read_records(options.file), stop_texts=options.stop, with_jieba=options.jieba)
+        scores = score_records(read_records(options.file), stop_texts=options.stop)
         report = aggregate(
             scores,
             bootstrap_samples=options.bootstrap_samples,
@@ -277,7 +284,6 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a further end-of-sequence text")
-    parser.add_argument("--jieba", action="store_true", help="also report rouge_l_jieba (needs the package jieba)")
     parser.add_argument(
         "--allow-bad-references", action="store_true", help="leave out and count steps whose reference cannot be read"
     )

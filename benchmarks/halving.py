@@ -28,11 +28,11 @@ from pathlib import Path
 
 import few_tools
 
+from agentft.comparison.pairs import compare_runs
 from agentft.comparison.runs import predictions_file, saved_scores
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import AgentftError
-from agentft.evaluation.definitions import METRICS_BY_NAME
-from agentft.evaluation.statistics import compare_runs
+from agentft.evaluation.metrics import METRICS_BY_NAME
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.sweeping.halving import Halving, budget, rank_key, run_halving

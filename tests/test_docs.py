@@ -40,7 +40,7 @@ MOST_WORDS, MOST_WORDS_OF_ALL, MOST_LINES_OF_README = 700, 14_000, 100
 NOT_OUR_WORDS = re.compile(r"\b(houses?|rooms?|floors?|laws?|exams?)\b", re.IGNORECASE)
 
 NOT_RUN = {
-    "vllm serve": "vLLM is not installed here; tests/evaluation/test_vllm_engine.py runs where it is",
+    "vllm serve": "vLLM is not installed here; tests/evaluation/test_openai_engine.py asks a server of our own",
     "wandb sync": "needs W&B's server and a key",
     "wandb leet": "an interactive terminal program",
     "wandb sweep": "needs W&B's server and a key",

@@ -109,7 +109,7 @@ def test_the_extras_are_there_and_name_each_other_rightly(wheel: Path):
     (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
     lines = zipfile.ZipFile(wheel).read(name).decode().splitlines()
     extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra")}
-    assert {"gpu", "quantization", "slurm", "ray", "optuna", "vllm", "deepspeed"} <= extras
+    assert {"gpu", "quantization", "slurm", "ray", "optuna", "deepspeed"} <= extras
     for line in lines:
         if line.startswith("Requires-Dist: agentft-hydra["):
             assert set(line.partition("[")[2].partition("]")[0].split(",")) <= extras, line

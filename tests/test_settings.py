@@ -130,7 +130,7 @@ def test_every_setting_says_what_it_affects() -> None:
         assert {name for name, what in affects(root).items() if what != "nothing"}.isdisjoint(AFFECT_NOTHING), root
     assert set(affects(LocalOptions).values()) | set(affects(SlurmOptions).values()) == {"nothing"}
     answers = {name for name, what in affects(EvaluationConfig).items() if what == "answers"}
-    assert answers == {"engine", "max_new_tokens", "base_url", "served_model", "request", "vllm_options"}
+    assert answers == {"engine", "max_new_tokens", "base_url", "served_model", "request"}
     assert set(affects(DatasetConfig).values()) == {"data", "nothing"}
 
 

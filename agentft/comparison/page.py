@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -24,12 +24,7 @@ from agentft.comparison.render import (
 )
 from agentft.comparison.runs import NUMBERS, ComparedRun
 from agentft.comparison.tables import setting_text, short_names, table_cells, table_notes
-from agentft.evaluation.definitions import METRICS_BY_NAME
-
-Axis = tuple[Scale, Callable[[ComparedRun], float | None]]
-"""Where a value lies, and a run's value; a run without one has no point on the axis."""
-
-_AXIS_TOP, _AXIS_HEIGHT, _AXIS_GAP, _AXIS_LEFT = 34, 250, 150, 80
+from agentft.evaluation.metrics import METRICS_BY_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +146,8 @@ class Panel:
     heading: str
     drawing: Drawing | None
     words: str = ""
-    wide: bool = False
-    """It takes the whole width of the page."""
     errors: dict[str, Any] | None = None
-    """In place of a drawing: kinds of error and their counts by run."""
+    """In place of a drawing: kinds of error and their counts by run, over the whole width of the page."""
 
 
 CURVES = (
@@ -194,7 +187,6 @@ class Charts:
         yield from self._learning_curves()
         yield from self._sample_size()
         yield from self._settings()
-        yield from self._parallel()
         yield from self._costs()
         yield from self._errors()
 
@@ -256,33 +248,6 @@ class Charts:
         else:
             words.append("No means: not every value has been run with the same other settings.")
         return words
-
-    def _parallel(self) -> Iterator[Panel]:
-        settings = list(self._ranking.differing.items())
-        if len(self._scored) < 2 or not settings:
-            return
-        axes: list[Axis] = []
-        for key, short in settings:
-            scale, place = _setting_axis([run.settings.get(key) for run in self._scored], short)
-            axes.append((scale, lambda run, key=key, place=place: place(run.settings.get(key))))  # type: ignore[misc]
-        names = [
-            name for name in dict.fromkeys((self._metric, "arg_f1", "tool_acc", "rouge_l")) if name in METRICS_BY_NAME
-        ]
-        for name in (name for name in names if all(name in run.scores for run in self._scored)):
-            values = [run.scores[name].value for run in self._scored]
-            if name != self._metric and len(set(values)) == 1:
-                continue
-            axes.append((linear_scale(values, f"{name} (%)", percent=True), lambda run, name=name: run.number(name)))  # type: ignore[misc]
-        losses = [run.loss for run in self._scored if run.loss is not None]
-        if len(losses) == len(self._scored):
-            axes.append((linear_scale(losses, "loss (low is up)", turned=True), lambda run: run.loss))
-        yield Panel(
-            "What each setting does",
-            "All settings and results at once",
-            parallel_coordinates(self._scored, axes, self.colours),
-            "One line a run, the best on top: settings to the left, results to the right, each result with its good end up.",
-            wide=True,
-        )
 
     def _sample_size(self) -> Iterator[Panel]:
         sized = [run for run in self._scored if run.train_examples]
@@ -360,7 +325,7 @@ class Charts:
         ]
         errors = {"kinds": [kind.replace("_", " ") for kind in kinds], "rows": rows}
         words = "Steps of the held-out conversations that show each kind of error; the deeper, the more."
-        yield Panel("What goes wrong", "Errors by kind", None, words, wide=True, errors=errors)
+        yield Panel("What goes wrong", "Errors by kind", None, words, errors)
 
     def _metric_scale(self, runs: Sequence[ComparedRun]) -> Scale:
         ends = [value for run in runs for value in _ends(run, self._metric)]
@@ -405,27 +370,3 @@ def _between(low: float, high: float, count: int = 40) -> list[float]:
     """Return points from `low` to `high` in equal factors, with the middle `high / 2` among them."""
     points = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
     return sorted({*points[:-1], high, high / 2})
-
-
-def parallel_coordinates(runs: Sequence[ComparedRun], axes: Sequence[Axis], colours: Mapping[str, str]) -> Drawing:
-    """Draw one vertical axis a setting or result and one line a run; `runs` come best first, the best is on top."""
-    drawing = Drawing(2 * _AXIS_LEFT + _AXIS_GAP * (len(axes) - 1), _AXIS_TOP + _AXIS_HEIGHT + 12)
-    across = [_AXIS_LEFT + i * _AXIS_GAP for i in range(len(axes))]
-
-    def height(scale: Scale, value: float) -> float:
-        return round(_AXIS_TOP + (1 - scale.place(value)) * _AXIS_HEIGHT, 1)
-
-    for x in across:
-        drawing.draw("path", class_="axis", d=f"M{x},{_AXIS_TOP}v{_AXIS_HEIGHT}")
-    for run in reversed(runs):
-        found = [(x, scale, get(run)) for x, (scale, get) in zip(across, axes, strict=True)]
-        points = " ".join(f"{x},{height(scale, value)}" for x, scale, value in found if value is not None)
-        drawing.draw("polyline", points=points, class_="line wide-line", style=colours[run.name], data_run=run.name)
-        drawing.draw("polyline", points=points, class_="hit", data_run=run.name, title=run.name)
-    for x, (scale, _) in zip(across, axes, strict=True):
-        label = scale.label.split(" (log")[0]
-        drawing.draw("text", class_="label", x=x, y=18, text_anchor="middle", text=label)
-        for value, words in scale.ticks:
-            if _AXIS_TOP - 1 <= (y := height(scale, value)) <= _AXIS_TOP + _AXIS_HEIGHT + 1:
-                drawing.draw("text", x=x - 6, y=y + 4, text_anchor="end", class_="halo", text=words[:16])
-    return drawing

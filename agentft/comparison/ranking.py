@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from agentft.comparison.runs import ANSWERS, NUMBERS, ComparedRun, predictions_file, saved_scores
+from agentft.comparison.pairs import compare_runs
+from agentft.comparison.runs import ANSWERS, NUMBERS, ComparedRun, saved_scores
 from agentft.errors import ConfigError, EvaluationError
-from agentft.evaluation.definitions import HEADLINE, METRICS_BY_NAME
-from agentft.evaluation.metrics import score_records
+from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
 from agentft.evaluation.scoring import StepScore
-from agentft.evaluation.statistics import INDICATIVE_BELOW, SIGNIFICANT, RunComparison, compare_runs, holm
+from agentft.evaluation.statistics import INDICATIVE_BELOW, SIGNIFICANT, holm
 from agentft.recipes.config import AFFECT_NOTHING
-from agentft.score import read_records
 
 Mark = Literal["", "best", "tied", "other data"]
 
@@ -191,33 +189,3 @@ def _scores_after(run: ComparedRun) -> list[StepScore] | None:
         return saved_scores(run.folder / "predictions" / f"{ANSWERS}.jsonl") or None
     except EvaluationError:
         return None
-
-
-def compare_pair(a: Path, b: Path, answers: str = ANSWERS) -> RunComparison:
-    """Compare B with the baseline A, each a run folder or a file of predictions.
-
-    Both are scored anew from their texts, by the same code, unless a file holds scores only.
-
-    Raises:
-        EvaluationError: they are not of the same evaluation, or a file cannot be read.
-        RunError: a run holds no such predictions.
-    """
-    files = [predictions_file(path, answers) for path in (a, b)]
-    rows = [_first_row(file) for file in files]
-    mode_a, mode_b = (row.get("mode", "teacher_forced") for row in rows)
-    if mode_a != mode_b:
-        raise EvaluationError(f"not the same evaluation: A was measured by {mode_a}, B by {mode_b}")
-    left, right = (
-        score_records(read_records(file)) if "reference" in row or "scores" not in row else saved_scores(file)
-        for file, row in zip(files, rows, strict=True)
-    )
-    return compare_runs(left, right)
-
-
-def _first_row(file: Path) -> dict[str, Any]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            row = json.loads(next((line for line in lines if line.strip()), "{}"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{file}:1: cannot be read: {error}") from None
-    return row if isinstance(row, dict) else {}

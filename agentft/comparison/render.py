@@ -79,19 +79,14 @@ class Scale:
     label: str
 
 
-def linear_scale(
-    values: Sequence[float], label: str, *, percent: bool = False, turned: bool = False, room: float = 0.05
-) -> Scale:
-    """Return an evenly spaced scale, with a margin of a share `room` and round ticks; `turned` has the low end on top."""
+def linear_scale(values: Sequence[float], label: str, *, percent: bool = False, room: float = 0.05) -> Scale:
+    """Return an evenly spaced scale, with a margin of a share `room` and round ticks."""
     low, high = min(values), max(values)
     margin = room * (high - low) or abs(high) * 0.05 or (0.05 if percent else 0.5)
     low, high = low - margin, high + margin
     ticks = [tick for tick in _round_ticks(low, high) if not percent or 0 <= tick <= 1]
     words = [f"{100 * t:g}" if percent else _short_number(t) for t in ticks]
-    named = list(zip(ticks, words, strict=True))
-    if turned:
-        return Scale(lambda v: (high - v) / (high - low), named, label)
-    return Scale(lambda v: (v - low) / (high - low), named, label)
+    return Scale(lambda v: (v - low) / (high - low), list(zip(ticks, words, strict=True)), label)
 
 
 def setting_scale(values: Sequence[float], label: str) -> Scale:

@@ -1,4 +1,4 @@
-"""Write a ranking, or two runs side by side, as a table: for the terminal, as Markdown, as CSV."""
+"""Write a ranking as a table: for the terminal, as Markdown, as CSV."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
 from agentft.comparison.runs import ComparedRun
-from agentft.evaluation.definitions import HEADLINE
-from agentft.evaluation.statistics import MetricComparison, RunComparison, p_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,34 +178,3 @@ def _memory(count: int | None) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def pair_table(found: RunComparison) -> Table:
-    """Return the headline metrics side by side."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"B against A on {found.conversations} conversations",
-        caption="difference in points with its paired 95 % interval by conversations; p: sign flips; Holm over these metrics",
-    )
-    for name in ("metric", "A", "B", "B - A", "95 % interval", "p", "p (Holm)", "real?"):
-        table.add_column(name, justify="left" if name in ("metric", "real?") else "right")
-    for name in HEADLINE:
-        table.add_row(*_pair_row(found.metrics[name]))
-    return table
-
-
-def _pair_row(metric: MetricComparison) -> tuple[str, ...]:
-    interval = "–"
-    if metric.low is not None and metric.high is not None:
-        interval = f"{100 * metric.low:+.1f} to {100 * metric.high:+.1f}"
-    verdict = {True: "yes", False: "not shown", None: "–"}[metric.real]
-    difference = "–" if metric.difference is None else f"{100 * metric.difference:+.1f}"
-    values = (_percent(metric.value_a), _percent(metric.value_b))
-    return (metric.name, *values, difference, interval, p_text(metric.p), p_text(metric.p_holm), verdict)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"

@@ -1,6 +1,6 @@
 """Define the settings of the group `evaluation`: what is measured, and how completions are generated.
 
-Their formulae stand in `agentft.evaluation.definitions`; a test holds the two together.
+Metrics are defined in `agentft.evaluation.metrics`; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agentft.settings import SEED, Settings
 BEST_METRICS = (
     *("loss", "tool_acc", "tool_precision", "tool_f1", "param_em", "param_em_given_tool", "param_em_lenient"),
     *("arg_f1", "arg_f1_micro", "step_em", "conv_em", "plan_acc", "call_wellformed_rate", "thought_wellformed_rate"),
-    *("url_match", "rouge_l", "rouge_l_after_call", "rouge_l_no_call", "rouge_l_jieba"),
+    *("url_match", "rouge_l", "rouge_l_after_call", "rouge_l_no_call"),
     *("tool_acc_repaired", "param_em_repaired", "arg_f1_repaired", "step_em_repaired"),
     *("legacy_action_em", "legacy_input_em", "legacy_rouge_l", "action_em", "argument_f1"),
 )
@@ -40,8 +40,6 @@ class Engine(StrEnum):
 
     transformers = "transformers"
     """The run's model, in this process."""
-    vllm = "vllm"
-    """The run's model, by the package vllm."""
     openai = "openai"
     """A model behind an endpoint for chat completions, at `base_url`."""
 
@@ -100,14 +98,12 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     retries: int = field(default=5, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Further attempts of a request that failed or got no answer."""
 
-    vllm_options: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
-    """JSON object of further arguments of `vllm.LLM` for `engine=vllm`, such as `{"gpu_memory_utilization": 0.8}`."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.patience and not self.eval_steps:
             raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.eval_steps=0")
-        _check_best_metric(self.best_metric)
+        if self.best_metric not in BEST_METRICS:
+            raise ConfigError(f"evaluation.best_metric={self.best_metric}: expected one of {', '.join(BEST_METRICS)}")
         _check_engine(self)
 
     @property
@@ -137,29 +133,13 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
 
     def request_fields(self) -> dict[str, object]:
         """Return what `request` lays over each request."""
-        return _json_object("request", self.request)
-
-    def vllm_arguments(self) -> dict[str, object]:
-        """Return what `vllm_options` adds."""
-        arguments = _json_object("vllm_options", self.vllm_options)
-        if "trust_remote_code" in arguments:
-            raise ConfigError("evaluation.vllm_options: trust_remote_code is given as model.trust_remote_code=true")
-        return arguments
-
-
-def _json_object(name: str, text: str | None) -> dict[str, object]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError as error:
-        raise ConfigError(f"evaluation.{name}={text!r}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"evaluation.{name}={text!r}: expected a JSON object")
-    return value
-
-
-def _check_best_metric(name: str) -> None:
-    if name not in BEST_METRICS:
-        raise ConfigError(f"evaluation.best_metric={name}: expected one of {', '.join(BEST_METRICS)}")
+        try:
+            value = json.loads(self.request or "{}")
+        except ValueError as error:
+            raise ConfigError(f"evaluation.request={self.request!r}: not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"evaluation.request={self.request!r}: expected a JSON object")
+        return value
 
 
 def _check_engine(config: EvaluationConfig) -> None:
@@ -178,4 +158,3 @@ def _check_engine(config: EvaluationConfig) -> None:
     if config.engine is not Engine.transformers and config.mode is Mode.likelihood:
         raise ConfigError("evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers")
     config.request_fields()
-    config.vllm_arguments()

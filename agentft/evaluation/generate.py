@@ -16,7 +16,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -77,15 +78,28 @@ class PredictionCache:
     """
 
     def __init__(
-        self, path: Path, generator: Generator, identity: Mapping[str, Any], *, others: Sequence[Path] = ()
+        self,
+        path: Path,
+        generator: Generator,
+        identity: Mapping[str, Any],
+        *,
+        others: Sequence[Path] = (),
+        known: Iterable[Mapping[str, Any]] = (),
     ) -> None:
-        """`identity` is everything beside the context that decides a completion; `others` are further files of the same
-        model's completions, which are only read."""
+        """Keep the completions of `generator` in `path`.
+
+        Args:
+            path: The working file.
+            generator: What completes the steps that are not there.
+            identity: Everything beside the context that decides a completion.
+            others: Further files of the same model's completions, which are only read.
+            known: Rows of such completions.
+        """
         self.path = path
         self._others = others
         self._generator = generator
         self._header = {"identity": json.loads(json.dumps(identity))}
-        self._known: dict[tuple[str, int, str], dict[str, Any]] = {}
+        self._known = {_key(row): row for row in known}
         self._handle: int | None = None
 
     def __enter__(self) -> Self:
@@ -118,7 +132,7 @@ class PredictionCache:
                 if on_completion is not None:
                     on_completion(completions[order])
         if completions:
-            log.info("%d of %d completions are taken from %s", len(completions), len(steps), self.path)
+            log.info("%d of %d completions were kept by this run", len(completions), len(steps))
         missing = [order for order in range(len(steps)) if order not in completions]
 
         def keep(completion: Completion) -> None:
@@ -135,8 +149,9 @@ class PredictionCache:
             if on_completion is not None:
                 on_completion(completion)
 
-        fresh = self._generator.generate([steps[order] for order in missing], keep)
-        completions.update(zip(missing, fresh, strict=True))
+        if missing:
+            fresh = self._generator.generate([steps[order] for order in missing], keep)
+            completions.update(zip(missing, fresh, strict=True))
         return [completions[order] for order in range(len(steps))]
 
     def _read(self, content: bytes) -> int:
@@ -153,7 +168,7 @@ class PredictionCache:
                 log.warning("%s: completions of another model or other settings are not used", self.path)
                 return 0
             if number:
-                self._known[row["conversation_id"], row["step"], row["context_hash"]] = row
+                self._known[_key(row)] = row
             kept += len(line)
         return kept
 
@@ -165,6 +180,21 @@ class PredictionCache:
             content = content[os.write(self._handle, content) :]
 
 
+def _key(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    return row["conversation_id"], row["step"], row["context_hash"]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 _NGRAM_LENGTHS = (6, 4, 3, 2)
 """Lengths of the last tokens that are looked up, longest first."""
 
@@ -174,74 +204,52 @@ _MOST_NGRAMS = 200_000
 _FIRST_LIMIT = 4
 _SMALLEST_LIMIT = 2
 
-_Ngram = tuple[int, ...]
+NgramIndex = dict[tuple[int, ...], tuple[list[int], int]]
+"""N-gram -> the text in which it occurred last, and the position after it."""
 
 
-class NgramIndex:
-    """N-grams of all finished completions of an evaluation, and where they stand."""
-
-    def __init__(self) -> None:
-        self._places: dict[_Ngram, tuple[list[int], int]] = {}
-
-    def add(self, ids: list[int]) -> None:
-        """Add a completion."""
-        if len(self._places) > _MOST_NGRAMS:
-            self._places.clear()
-        for at in range(len(ids)):
-            for length in _NGRAM_LENGTHS:
-                if at >= length:
-                    self._places[tuple(ids[at - length : at])] = (ids, at)
-
-    def after(self, ngram: _Ngram, limit: int) -> list[int]:
-        """Return up to `limit` tokens that followed `ngram` last; none if it did not occur."""
-        ids, at = self._places.get(ngram, ((), 0))
-        return list(ids[at : at + limit])
+def index_ngrams(index: NgramIndex, ids: list[int], start: int = 0) -> None:
+    """Add the n-grams of `ids` that something follows, from position `start` on; a whole text empties a full index."""
+    if start == 0 and len(index) > _MOST_NGRAMS:
+        index.clear()
+    for at in range(start, len(ids)):
+        for length in _NGRAM_LENGTHS:
+            if at >= length:
+                index[tuple(ids[at - length : at])] = ids, at
 
 
 class PromptLookupDrafter:
     """Drafts tokens of one completion, from its own context first and then from other completions."""
 
-    def __init__(self, context: Sequence[int], index: NgramIndex, longest: int) -> None:
-        self._ids: list[int] = []
-        self._places: dict[_Ngram, int] = {}
-        self._index = index
+    def __init__(self, context: Sequence[int], others: NgramIndex, longest: int) -> None:
+        """`others` is the index of finished completions; at most `longest` tokens are drafted, none if 0."""
+        self._ids = list(context)
+        self._own: NgramIndex = {}
+        self._others = others
         self._longest = longest
         self._limit = min(_FIRST_LIMIT, longest)
         if longest:
-            for token in context:
-                self.add(token)
+            index_ngrams(self._own, self._ids)
 
     def add(self, token: int) -> None:
-        """Take in a token of the context or of the completion."""
-        if not self._longest:
-            return
-        at = len(self._ids)
-        for length in _NGRAM_LENGTHS:
-            if at >= length:
-                self._places[tuple(self._ids[at - length : at])] = at
+        """Take in a token of the completion."""
         self._ids.append(token)
+        if self._longest:
+            index_ngrams(self._own, self._ids, len(self._ids) - 1)
 
     def draft(self, room: int) -> list[int]:
         """Return the next tokens as far as earlier text suggests them, at most `room`."""
         limit = min(self._limit, room)
-        if limit <= 0:
-            return []
-        for length in _NGRAM_LENGTHS:
-            if len(self._ids) < length:
-                continue
+        for length in _NGRAM_LENGTHS if limit > 0 else ():
             ngram = tuple(self._ids[-length:])
-            at = self._places.get(ngram)
-            found = self._index.after(ngram, limit) if at is None else self._following(at, limit)
-            if found:
-                return found
+            if (place := self._own.get(ngram) or self._others.get(ngram)) is None:
+                continue
+            ids, at = place
+            found = ids[at : at + limit]
+            while ids is self._ids and len(found) < limit:  # it reaches the newest token: a repetition goes on
+                found.append(found[at + len(found) - len(ids)])
+            return found
         return []
-
-    def _following(self, at: int, limit: int) -> list[int]:
-        """Return what stands from `at` on; where that reaches the newest token, a repetition is continued."""
-        found = self._ids[at : at + limit]
-        while len(found) < limit:
-            found.append(found[at + len(found) - len(self._ids)])
-        return found
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Draft further after a draft that was accepted whole, less far after one that was not."""
@@ -288,6 +296,7 @@ class GreedyGenerator:
         speculation: int = 16,
     ) -> None:
         """`batch` sequences are decoded at once; at most `speculation` tokens are drafted ahead, none if 0."""
+        self._module = model
         self._model = RaggedModel(model)
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
@@ -301,15 +310,15 @@ class GreedyGenerator:
     def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
         """Complete all steps and return them in the order given; `on_completion` is called with each as it is finished."""
         completions: dict[int, Completion] = {}
-        index = NgramIndex()
+        index: NgramIndex = {}
 
         def finish(decoding: _Decoding, how: Finish) -> None:
-            index.add(decoding.ids)
+            index_ngrams(index, decoding.ids)
             completions[decoding.order] = _completion(decoding.step, decoding.ids, how, self._tokenizer)
             if on_completion is not None:
                 on_completion(completions[decoding.order])
 
-        with self._model.attached():
+        with eval_mode(self._module), self._model.attached():
             source = self._prefilled(steps, index)
             running: list[_Decoding] = []
             while True:
@@ -403,12 +412,13 @@ class StockGenerator:
     def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
         """Complete all steps and return them in the order given; `on_completion` is called with each as it is finished."""
         completions = []
-        for step in steps:
-            context = step.input_ids[: step.start].tolist()
-            ids = greedy_ids(self._model, context, self._max_new_tokens, partial(self._ends, step))
-            completions.append(read_completion(step, ids, self._tokenizer, self._stop_ids))
-            if on_completion is not None:
-                on_completion(completions[-1])
+        with eval_mode(self._model):
+            for step in steps:
+                context = step.input_ids[: step.start].tolist()
+                ids = greedy_ids(self._model, context, self._max_new_tokens, partial(self._ends, step))
+                completions.append(read_completion(step, ids, self._tokenizer, self._stop_ids))
+                if on_completion is not None:
+                    on_completion(completions[-1])
         return completions
 
     def _ends(self, step: Step, ids: list[int]) -> bool:

@@ -23,9 +23,9 @@ from agentft.data.batches import collate
 from agentft.data.render import TRAINED_KINDS
 from agentft.data.tokens import Example
 from agentft.errors import DataError
-from agentft.evaluation.definitions import Floats
+from agentft.evaluation.generate import eval_mode
 from agentft.evaluation.metrics import SCORING_VERSION, Metric, bootstrap_facts, interval_metrics
-from agentft.evaluation.statistics import sum_pieces
+from agentft.evaluation.statistics import Floats
 from agentft.model.labelled_loss import last_states, output_head, stock_logits
 
 KINDS = tuple(sorted(TRAINED_KINDS))
@@ -70,9 +70,8 @@ class Likelihood:
         """
         names = ["loss", *(f"loss_{kind.name}" for kind in KINDS)]
         wholes = [(piece_of or {}).get(name, name) for name in self.ids]
-        nats = sum_pieces(np.column_stack([self.nats_GK.sum(1), self.nats_GK]), wholes)
-        tokens = sum_pieces(np.column_stack([self.tokens_GK.sum(1), self.tokens_GK]), wholes)
-        losses = interval_metrics(names, nats, tokens, bootstrap_samples=bootstrap_samples, seed=seed)
+        nats, tokens = (np.column_stack([part.sum(1), part]) for part in (self.nats_GK, self.tokens_GK))
+        losses = interval_metrics(names, nats, tokens, bootstrap_samples=bootstrap_samples, seed=seed, wholes=wholes)
         perplexities = {name.replace("loss", "perplexity"): _perplexity(loss) for name, loss in losses.items()}
         return {
             "signature": f"agentft-eval|{SCORING_VERSION}|likelihood|nats:token|n:{len(set(wholes))}",
@@ -125,16 +124,11 @@ def measure_likelihood(
     by_length = sorted(range(len(examples)), key=lambda order: -len(examples[order]))
     nats_GK = np.zeros((len(examples), len(KINDS)))
     tokens_GK = np.zeros_like(nats_GK)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for at in range(0, len(by_length), batch):
-                orders = by_length[at : at + batch]
-                nats, tokens = _measure([examples[order] for order in orders], model, pad_id, autocast, stock)
-                nats_GK[orders], tokens_GK[orders] = nats, tokens
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.inference_mode():
+        for at in range(0, len(by_length), batch):
+            orders = by_length[at : at + batch]
+            nats, tokens = _measure([examples[order] for order in orders], model, pad_id, autocast, stock)
+            nats_GK[orders], tokens_GK[orders] = nats, tokens
     return Likelihood(tuple(example.id for example in examples), nats_GK, tokens_GK)
 
 

@@ -16,11 +16,9 @@ value), of leniently equal parameters, and the likeness of the order. The optimu
 
 from __future__ import annotations
 
-import importlib
 import re
-import tempfile
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -28,7 +26,6 @@ from functools import lru_cache
 from typing import Any
 
 from agentft.data.calls import Json, JsonRefused, ToolCall, read_json
-from agentft.errors import EvaluationError
 
 _BLANKS = re.compile(r"\s+")
 # The exponent is bounded so that Decimal can hold every number that matches.
@@ -282,8 +279,6 @@ _LETTER = f"[^\\W_{_HAN}{_KANA}{_HANGUL}]"
 _TOKEN = re.compile(f"[{_HAN}{_KANA}{_HANGUL}]|{_LETTER}(?:{_LETTER}|[{_MARKS}])*")
 _JOINERS = str.maketrans("", "", "\u200c\u200d")
 
-Tokenize = Callable[[str], list[str]]
-
 LARGEST_TABLE = 4_000_000
 """Cells of the table that the package `rouge-score` makes of two texts, 8 bytes each. Longer texts take `lcs_length`."""
 
@@ -301,50 +296,23 @@ def cjk_tokens(text: str) -> list[str]:
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).lower().translate(_JOINERS))
 
 
-def jieba_tokenizer() -> Tokenize:
-    """Return a function that cuts a text into Chinese words by jieba's dictionary, punctuation dropped.
-
-    Raises:
-        EvaluationError: jieba is not installed.
-    """
-    try:
-        jieba = importlib.import_module("jieba")
-    except ModuleNotFoundError:
-        raise EvaluationError("rouge_l_jieba needs the package jieba: pip install jieba") from None
-    jieba.setLogLevel("WARNING")
-    tokenizer = jieba.Tokenizer()
-    # jieba would read its dictionary from a file in the machine's shared temporary folder, whoever wrote that.
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.tmp_dir = folder
-        tokenizer.initialize()
-
-    def tokens(text: str) -> list[str]:
-        words = tokenizer.lcut(unicodedata.normalize("NFKC", text).lower())
-        return [word for word in words if _TOKEN.search(word)]
-
-    return tokens
-
-
 class _Tokenizer:
-    """A tokenizer as `rouge_score` asks for it."""
+    """Our tokens, as `rouge_score` asks for them."""
 
-    def __init__(self, tokenize: Tokenize) -> None:
-        self.tokenize = tokenize
+    tokenize = staticmethod(cjk_tokens)
 
 
-def rouge_l(reference: str, prediction: str, tokenize: Tokenize = cjk_tokens) -> float | None:
+def rouge_l(reference: str, prediction: str) -> float | None:
     """Return the F1 of ROUGE-L by the package `rouge-score`, between 0 and 1; None where the reference has no token."""
-    expected, predicted = tokenize(reference), tokenize(prediction)
+    expected, predicted = cjk_tokens(reference), cjk_tokens(prediction)
     if not expected:
         return None
     if len(expected) * len(predicted) <= LARGEST_TABLE:
         # Imports nltk, a second: only where a text is scored.
         from rouge_score.rouge_scorer import RougeScorer
 
-        f1: float = (
-            RougeScorer(["rougeL"], tokenizer=_Tokenizer(tokenize)).score(reference, prediction)["rougeL"].fmeasure
-        )
-        return f1
+        scores = RougeScorer(["rougeL"], tokenizer=_Tokenizer()).score(reference, prediction)
+        return float(scores["rougeL"].fmeasure)
     common = lcs_length(expected, predicted)
     if common == 0:
         return 0.0

@@ -1,4 +1,8 @@
-"""Add up scored steps to the report: every metric with numerator, denominator and interval, and what it breaks down into."""
+"""Define every metric as a ratio of counts, and add up scored steps to a report with intervals.
+
+A metric is a ratio of sums, of steps or of conversations; 0/0 is null, never 0. The counts are the fields of `StepScore`;
+names and formulae of the paper are those of arXiv 2309.00986, section 4.1.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,153 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.definitions import LEGACY_NAMES, METRICS, PAPER_NAMES, Floats, conversation_sums
 from agentft.evaluation.legacy import LegacyMetric, legacy_metrics
-from agentft.evaluation.matching import TOKENIZER_NAME, jieba_tokenizer
+from agentft.evaluation.matching import TOKENIZER_NAME
 from agentft.evaluation.scoring import StepRecord, StepScore, complete_records, score_step
-from agentft.evaluation.statistics import INDICATIVE_BELOW, ratio_intervals
+from agentft.evaluation.statistics import INDICATIVE_BELOW, Floats, ratio_intervals
 
 SCORING_VERSION = "v2"
 """Part of the signature; changes whenever any value changes on any input."""
+
+HEADLINE = ("tool_acc", "param_em", "arg_f1", "step_em", "plan_acc", "rouge_l")
+"""The family over which Holm's correction runs when two runs are compared."""
+
+PAPER_NAMES = {"rouge_l": "rouge_l", "action_em": "tool_acc", "argument_f1": "arg_f1"}
+"""Column of the paper's table 3 -> metric."""
+
+LEGACY_NAMES = ("legacy_action_em", "legacy_input_em", "legacy_rouge_l")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricDefinition:
+    """A ratio of sums over steps."""
+
+    name: str
+    meaning: str
+    counts: Callable[[StepScore], tuple[float, float]]
+    """What a step adds to numerator and denominator."""
+    quarantined_too: bool = False
+    """Counts steps with a bad reference as well, as the old script did."""
+    per_conversation: bool = False
+    """A conversation counts 1, or 0 if its numerator falls short of its denominator."""
+
+
+def _rouge(score: StepScore, *, counts: bool = True) -> tuple[float, float]:
+    return (0, 0) if score.rouge_l is None or not counts else (score.rouge_l, 1)
+
+
+_define = MetricDefinition
+METRICS: tuple[MetricDefinition, ...] = (
+    _define("tool_acc", "right tool / reference calls", lambda s: (s.name_correct, s.reference_calls)),
+    _define("tool_precision", "right tool / attempted calls", lambda s: (s.name_correct, s.attempts)),
+    _define(
+        "tool_f1",
+        "2 right tool / (reference + attempted calls)",
+        lambda s: (2 * s.name_correct, s.reference_calls + s.attempts),
+    ),
+    _define("param_em", "right tool, equal parameters / reference calls", lambda s: (s.exact, s.reference_calls)),
+    _define("param_em_given_tool", "the same / right-tool calls", lambda s: (s.exact, s.name_correct)),
+    _define("param_em_lenient", "param_em, lenient equality", lambda s: (s.lenient, s.reference_calls)),
+    _define("arg_f1", "mean argument F1 of reference calls", lambda s: (s.argument_f1, s.reference_calls)),
+    _define(
+        "arg_f1_micro",
+        "2 equal arguments / (reference + predicted arguments)",
+        # Every predicted argument counts, those of wrong and spurious calls too: inventing a call costs precision.
+        lambda s: (2 * s.full_matches, s.reference_arguments + s.predicted_arguments),
+    ),
+    _define("step_em", "exact action steps / action steps", lambda s: (s.is_action and s.is_exact, s.is_action)),
+    _define(
+        "conv_em",
+        "conversations with all action steps exact / with one",
+        lambda s: (s.is_action and s.is_exact, s.is_action),
+        per_conversation=True,
+    ),
+    _define("plan_acc", "call or no call, as in the reference / steps", lambda s: (s.predicts_call == s.is_action, 1)),
+    _define("call_wellformed_rate", "readable / attempted calls", lambda s: (s.wellformed, s.attempts)),
+    _define(
+        "thought_wellformed_rate",
+        "thoughts opened and closed / steps that think",
+        lambda s: (s.wellformed_thoughts, s.thoughts),
+    ),
+    _define(
+        "hallucinated_tool_rate",
+        "tools not offered / attempted calls",
+        lambda s: (s.hallucinated_tools, s.offered_attempts),
+    ),
+    _define(
+        "hallucinated_param_rate",
+        "arguments not in the schema / predicted arguments",
+        lambda s: (s.hallucinated_arguments, s.schema_arguments),
+    ),
+    _define("url_match", "equal url / right-tool calls with one", lambda s: (s.url_matches, s.url_references)),
+    _define("rouge_l", "mean ROUGE-L F1 of answer steps", _rouge),
+    _define(
+        "rouge_l_after_call",
+        "the same, summaries of tool results",
+        lambda s: _rouge(s, counts=s.after_call is True),
+    ),
+    _define("rouge_l_no_call", "the same, answers without a tool", lambda s: _rouge(s, counts=s.after_call is False)),
+    _define("tool_acc_repaired", "tool_acc, JSON mended", lambda s: (s.name_correct_repaired, s.reference_calls)),
+    _define("param_em_repaired", "param_em, JSON mended", lambda s: (s.exact_repaired, s.reference_calls)),
+    _define("arg_f1_repaired", "arg_f1, JSON mended", lambda s: (s.argument_f1_repaired, s.reference_calls)),
+    _define(
+        "step_em_repaired",
+        "step_em, JSON mended",
+        lambda s: (s.is_action and s.is_exact_repaired, s.is_action),
+    ),
+    _define(
+        "legacy_action_em",
+        "the old script's action_em, bugs and all",
+        lambda s: (sum(s.legacy.actions), len(s.legacy.actions)),
+        quarantined_too=True,
+    ),
+    _define(
+        "legacy_input_em",
+        "the old script's input_em",
+        lambda s: (sum(s.legacy.inputs), len(s.legacy.inputs)),
+        quarantined_too=True,
+    ),
+    _define(
+        "legacy_rouge_l",
+        "the old script's rouge",
+        lambda s: (s.legacy.rouge_l or 0.0, s.legacy.is_text),
+        quarantined_too=True,
+    ),
+)
+
+METRICS_BY_NAME = {definition.name: definition for definition in METRICS}
+
+
+def conversation_sums(
+    scores: Iterable[StepScore], definitions: Sequence[MetricDefinition] = METRICS
+) -> tuple[list[str], Floats, Floats]:
+    """Add up steps by conversation, the pieces of one together.
+
+    Steps and conversations are put in order of their ids first, so every later sum is the same whatever the order of
+    `scores`.
+
+    Returns:
+        Conversation ids, numerators [G, M] and denominators [G, M].
+    """
+    ordered = sorted(scores, key=lambda score: (score.whole_id, score.conversation_id, score.step))
+    groups = {name: list(steps) for name, steps in groupby(ordered, key=lambda score: score.whole_id)}
+    rows = [[_sums(steps, definition) for definition in definitions] for steps in groups.values()]
+    sums_GM2 = np.array(rows, dtype=np.float64).reshape(len(groups), len(definitions), 2)
+    return list(groups), sums_GM2[:, :, 0], sums_GM2[:, :, 1]
+
+
+def _sums(steps: Sequence[StepScore], definition: MetricDefinition) -> tuple[float, float]:
+    counts = [definition.counts(s) for s in steps if definition.quarantined_too or s.reference_failure is None]
+    numerator, denominator = (float(sum(count[side] for count in counts)) for side in (0, 1))
+    if definition.per_conversation:
+        return float(denominator > 0 and numerator == denominator), float(denominator > 0)
+    return numerator, denominator
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +188,34 @@ class Metric:
 
 
 def interval_metrics(
-    names: Sequence[str], numerators_GM: Floats, denominators_GM: Floats, *, bootstrap_samples: int, seed: int
+    names: Sequence[str],
+    numerators_GM: Floats,
+    denominators_GM: Floats,
+    *,
+    bootstrap_samples: int,
+    seed: int,
+    wholes: Sequence[str] = (),
 ) -> dict[str, Metric]:
-    """Return ratios of sums over conversations by name, with their bootstrap intervals."""
+    """Return ratios of sums over conversations by name, with their bootstrap intervals.
+
+    `wholes` names the conversation of each row; rows of one are pieces of it, and are drawn together.
+    """
+    if wholes:
+        _, group_G = np.unique(np.array(wholes, dtype=np.str_), return_inverse=True)
+        pieces, sums = (numerators_GM, denominators_GM), np.zeros((2, int(group_G.max()) + 1, len(names)))
+        for part, total in zip(pieces, sums, strict=True):
+            np.add.at(total, group_G, part)
+        numerators_GM, denominators_GM = sums
     found = ratio_intervals(numerators_GM, denominators_GM, bootstrap_samples=bootstrap_samples, seed=seed)
     return {
         name: Metric(
-            value=_or_none(found.values[m]),
+            value=finite_or_none(found.values[m]),
             numerator=float(numerators_GM[:, m].sum()),
             denominator=float(denominators_GM[:, m].sum()),
-            low=_or_none(found.low[m]),
-            high=_or_none(found.high[m]),
-            se=_or_none(found.se_cr1[m]),
-            se_cr0=_or_none(found.se_cr0[m]),
+            low=finite_or_none(found.low[m]),
+            high=finite_or_none(found.high[m]),
+            se=finite_or_none(found.se_cr1[m]),
+            se_cr0=finite_or_none(found.se_cr0[m]),
             conversations=int(found.clusters[m]),
         )
         for m, name in enumerate(names)
@@ -122,18 +275,15 @@ def bootstrap_facts(bootstrap_samples: int, seed: int) -> dict[str, Any]:
     return {"draws": bootstrap_samples, "seed": seed, "unit": "conversation", "interval": "percentile 95 %"}
 
 
-def score_records(
-    records: Iterable[StepRecord], *, stop_texts: Sequence[str] = (), with_jieba: bool = False
-) -> list[StepScore]:
+def score_records(records: Iterable[StepRecord], *, stop_texts: Sequence[str] = ()) -> list[StepScore]:
     """Complete records by their conversations and score each, in order.
 
     Raises:
-        EvaluationError: two records are the same step, or jieba is asked for and missing.
+        EvaluationError: two records are the same step.
     """
     steps = list(records)
     _refuse_duplicates((record.conversation_id, record.step) for record in steps)
-    jieba = jieba_tokenizer() if with_jieba else None
-    return [score_step(record, stop_texts=stop_texts, jieba=jieba) for record in complete_records(steps)]
+    return [score_step(record, stop_texts=stop_texts) for record in complete_records(steps)]
 
 
 def aggregate(
@@ -141,7 +291,6 @@ def aggregate(
     *,
     bootstrap_samples: int = 10_000,
     seed: int = 0,
-    mode: str = "tf",
     allow_bad_references: bool = False,
 ) -> EvaluationReport:
     """Add up scored steps; the result does not depend on their order.
@@ -150,7 +299,6 @@ def aggregate(
         scores: Steps of whole conversations.
         bootstrap_samples: Resamples behind each interval.
         seed: Of their draw.
-        mode: How predictions were made, for the signature: "tf" teacher-forced, "replay".
         allow_bad_references: Leave steps with an unreadable reference out, listed and counted, instead of refusing.
 
     Raises:
@@ -158,8 +306,8 @@ def aggregate(
     """
     if not scores:
         raise EvaluationError("no step to score: the set of predictions is empty")
-    _refuse_duplicates((score.conversation_id, score.step) for score in scores)
-    ordered = sorted(scores, key=lambda score: (score.conversation_id, score.step))
+    _refuse_duplicates(score.key for score in scores)
+    ordered = sorted(scores, key=lambda score: score.key)
     quarantined = tuple(
         (score.conversation_id, score.step, score.reference_failure) for score in ordered if score.reference_failure
     )
@@ -172,7 +320,7 @@ def aggregate(
         if legacy[name].value is None:
             metrics[name] = Metric(None, legacy[name].numerator, legacy[name].denominator, None, None, None)
     return EvaluationReport(
-        signature=signature(len({score.whole_id for score in ordered}), mode=mode),
+        signature=signature(len({score.whole_id for score in ordered})),
         metrics=metrics,
         counts=_counts(ordered, usable),
         breakdowns=_breakdowns(usable, bootstrap_samples, seed),
@@ -194,14 +342,11 @@ def signature(conversations: int, *, mode: str = "tf") -> str:
 def _all_metrics(
     scores: Sequence[StepScore], bootstrap_samples: int, seed: int, *, plain_only: bool = False
 ) -> dict[str, Metric]:
-    absent = {
-        *(() if any(score.rouge_l_jieba is not None for score in scores) else ("rouge_l_jieba",)),
-        *(() if any(score.thoughts for score in scores) else ("thought_wellformed_rate",)),
-    }
+    thinks = any(score.thoughts for score in scores)
     definitions = [
         definition
         for definition in METRICS
-        if definition.name not in absent and not (plain_only and definition.quarantined_too)
+        if (thinks or definition.name != "thought_wellformed_rate") and not (plain_only and definition.quarantined_too)
     ]
     _, numerators_GM, denominators_GM = conversation_sums(scores, definitions)
     names = [definition.name for definition in definitions]
@@ -214,15 +359,14 @@ def _breakdowns(
 ) -> dict[str, dict[str, dict[str, Metric]]]:
     kinds: dict[str, Callable[[StepScore], str | None]] = {
         "language": lambda score: score.language,
-        "rounds": lambda score: None if score.rounds is None else _rounds_group(score.rounds),
+        "rounds": lambda score: None if score.rounds is None else str(score.rounds) if score.rounds <= 3 else "4+",
         "seen_tool": lambda score: None if score.seen_tool is None else ("seen" if score.seen_tool else "unseen"),
     }
     breakdowns: dict[str, dict[str, dict[str, Metric]]] = {}
     for kind, group_of in kinds.items():
         groups: dict[str, list[StepScore]] = {}
         for score in scores:
-            group = group_of(score)
-            if group is not None:
+            if (group := group_of(score)) is not None:
                 groups.setdefault(group, []).append(score)
         if groups:
             breakdowns[kind] = {
@@ -230,10 +374,6 @@ def _breakdowns(
                 for group, members in sorted(groups.items())
             }
     return breakdowns
-
-
-def _rounds_group(rounds: int) -> str:
-    return str(rounds) if rounds <= 3 else "4+"
 
 
 def _counts(scores: Sequence[StepScore], usable: Sequence[StepScore]) -> dict[str, int]:
@@ -265,10 +405,7 @@ def _counts(scores: Sequence[StepScore], usable: Sequence[StepScore]) -> dict[st
 def _plan_table(scores: Sequence[StepScore]) -> dict[str, dict[str, int]]:
     cells = Counter((score.is_action, score.predicts_call) for score in scores)
     names = {"call": True, "no_call": False}
-    return {
-        row: {column: cells[is_action, predicts] for column, predicts in names.items()}
-        for row, is_action in names.items()
-    }
+    return {row: {column: cells[names[row], names[column]] for column in names} for row in names}
 
 
 def _confusion(scores: Sequence[StepScore]) -> tuple[tuple[str | None, str | None, int], ...]:
@@ -302,5 +439,6 @@ def _tidy(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
-def _or_none(number: np.float64) -> float | None:
+def finite_or_none(number: float) -> float | None:
+    """Return a number as JSON can hold it."""
     return float(number) if np.isfinite(number) else None

@@ -25,7 +25,6 @@ from agentft.evaluation.generate import Completion, Generator
 from agentft.evaluation.metrics import Metric, bootstrap_facts, interval_metrics, signature
 from agentft.evaluation.parse import own_words
 from agentft.evaluation.scoring import StepScore, score_step
-from agentft.evaluation.statistics import sum_pieces
 from agentft.evaluation.steps import Step, conversation_steps
 
 METRICS = ("steps_until_divergence", "conv_replay_success")
@@ -124,8 +123,10 @@ def replay_report(
         # Pieces of one conversation are replayed each on its own and drawn together.
         wholes = [episode.conversation.piece_of or episode.conversation.id for episode in episodes]
         sums_E2 = np.array([[e.steps_until_divergence, e.diverged is None] for e in episodes], dtype=np.float64)
-        sums_G2, counts_G2 = sum_pieces(sums_E2, wholes), sum_pieces(np.ones_like(sums_E2), wholes)
-        metrics = interval_metrics(METRICS, sums_G2, counts_G2, bootstrap_samples=bootstrap_samples, seed=seed)
+        ones_E2 = np.ones_like(sums_E2)
+        metrics = interval_metrics(
+            METRICS, sums_E2, ones_E2, bootstrap_samples=bootstrap_samples, seed=seed, wholes=wholes
+        )
     diverged = [episode for episode in episodes if episode.diverged is not None]
     return {
         "signature": signature(len(episodes), mode="replay"),

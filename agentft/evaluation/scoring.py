@@ -19,9 +19,7 @@ from agentft.data.response import Said
 from agentft.evaluation.legacy import LegacyStep, legacy_step
 from agentft.evaluation.matching import (
     CallPair,
-    Tokenize,
     align_calls,
-    cjk_tokens,
     detect_language,
     rouge_l,
     strictly_equal,
@@ -119,7 +117,6 @@ class StepScore:
     """1 where the prediction does, and opens and closes its thoughts as the chat template asks."""
     rouge_l: float | None = None
     """F1 of an answer step; None on action steps and where the reference has no token."""
-    rouge_l_jieba: float | None = None
     after_call: bool | None = None
     """Answer steps only; None: not known."""
     language: str = "en"
@@ -143,6 +140,11 @@ class StepScore:
         return self.exact_repaired == self.reference_calls == self.attempts_repaired
 
     @property
+    def key(self) -> tuple[str, int]:
+        """Return conversation and step."""
+        return self.conversation_id, self.step
+
+    @property
     def whole_id(self) -> str:
         """The conversation that was recorded as one: what is drawn, and counted, as one."""
         return self.conversation_id if self.piece_of is None else self.piece_of
@@ -154,7 +156,7 @@ class StepScore:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StepScore:
         """Restore a score written by `to_json`; unknown fields raise TypeError."""
-        fields = dict(value)
+        fields = {name: each for name, each in value.items() if name != "rouge_l_jieba"}  # of earlier versions
         legacy = dict(fields["legacy"])
         fields["legacy"] = LegacyStep(**legacy | {name: tuple(legacy[name]) for name in ("actions", "inputs")})
         fields["confusions"] = tuple((reference, predicted) for reference, predicted in fields["confusions"])
@@ -162,13 +164,12 @@ class StepScore:
         return cls(**fields)
 
 
-def score_step(record: StepRecord, *, stop_texts: Sequence[str] = (), jieba: Tokenize | None = None) -> StepScore:
+def score_step(record: StepRecord, *, stop_texts: Sequence[str] = ()) -> StepScore:
     """Score one step. Never raises on what reference or prediction contain.
 
     Args:
         record: The step; `complete_records` fills what only the whole conversation tells.
         stop_texts: End-of-sequence texts of the model beside the common ones.
-        jieba: What cuts a text into jieba's words, to score ROUGE-L on these too.
     """
     reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
     prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)
@@ -188,7 +189,7 @@ def score_step(record: StepRecord, *, stop_texts: Sequence[str] = (), jieba: Tok
     counts = _call_counts(record, reference, prediction)
     if not reference.attempts:
         after_call = False if record.after_call is None and record.step == 0 else record.after_call
-        counts |= _text_scores(reference.text, prediction.text, jieba) | {"after_call": after_call}
+        counts |= {"rouge_l": rouge_l(reference.text, prediction.text), "after_call": after_call}
     return StepScore(**common, **counts)
 
 
@@ -397,10 +398,3 @@ def _call_errors(
         "wrong_value": any(pair.half_matches for pair in pairs),
     }
     return [kind for kind, applies in present.items() if applies]
-
-
-def _text_scores(reference: str, prediction: str, jieba: Tokenize | None) -> dict[str, Any]:
-    tokenizers = {"rouge_l": cjk_tokens, "rouge_l_jieba": jieba}
-    return {
-        name: rouge_l(reference, prediction, tokenize) for name, tokenize in tokenizers.items() if tokenize is not None
-    }

@@ -6,38 +6,22 @@ import dataclasses
 import logging
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from agentft import progress, runtime
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import PreparedData
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.errors import CheckpointError, ConfigError, RunError
-from agentft.evaluation.config import Engine, EvaluationConfig, Mode
+from agentft.evaluation.config import Engine, Mode
 from agentft.evaluation.openai import OpenAIGenerator
-from agentft.evaluation.vllm import VllmGenerator, VllmModel, require_vllm
-from agentft.model.adapters import load_trained_state, save_final
-from agentft.model.config import QloraConfig, SftConfig
-from agentft.model.load import ChatTokenizer, choose_compute, load_chat_tokenizer
-from agentft.recipes.components import TrainingComponents, load_components
+from agentft.model.adapters import load_trained_state
+from agentft.model.load import choose_compute, load_chat_tokenizer
+from agentft.recipes.components import load_components
 from agentft.recipes.config import EvaluateConfig
-from agentft.recipes.evaluation_run import (
-    EvalModel,
-    heldout_steps,
-    on_all_ranks,
-    own_model,
-    print_report,
-    run_evaluation,
-    run_likelihood,
-    run_replay,
-)
+from agentft.recipes.evaluation_run import EvalModel, Evaluation, own_model, print_report, write_pages
 from agentft.recipes.ranks import find_places, is_spread, rank_of, run_on_ranks, threads_of_rank
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, settings_to_yaml, trained_config
 from agentft.runs import RunFolder, RunState, read_json
@@ -66,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         ConfigError: ranks are asked for where another program generates.
         RunError: no such run, or its data is no longer what it was trained on.
         CheckpointError: no such checkpoint, or it is damaged.
-        EvaluationError: the endpoint fails, or vllm is asked for and not installed.
+        EvaluationError: the endpoint fails.
     """
     if not is_spread(config.distributed):
         return _evaluate_as(config, ALONE)
@@ -145,145 +129,53 @@ def _evaluate(config: EvaluateConfig, source: RunFolder, target: RunFolder, worl
             )
             target.update_status("running")
 
-    if settings.engine is Engine.vllm:
-        require_vllm()  # before weights are loaded
     if settings.engine is Engine.openai:
-        generator = OpenAIGenerator(settings)
+        served = OpenAIGenerator(settings)
         chat = load_chat_tokenizer(trained.model)  # it decides which conversations fit
         data = prepare_data(trained.dataset, chat.template, chat.encoder)
         other = _other_data(data, source, None, allowed=config.other_data)
-        begin()
-        name = "after" if config.output is not None else _name(settings, f"openai-{settings.served_model}")
-        model = EvalModel(generator, generator.identity | other)
-        return _generate(name, model, chat, data, settings, target, world)
-    with world.keep_alive("preparing data and model"):
-        compute = choose_compute(trained.model, trained.sft_type, runtime.set_up(trained.threads))
-        chat = world.main_process_first(lambda: load_chat_tokenizer(trained.model))
-        data = prepare_data(trained.dataset, chat.template, chat.encoder)
-        bench = load_components(trained.model, trained.sft_type, compute, chat, data, world, seed=trained.seed)
-    path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)
-    other = _other_data(data, source, path, allowed=config.other_data)
-    if path is not None:
-        load_trained_state(bench.model, load_checkpoint(path).tensors["trained"])
-        log.info("weights: %s", path)
+        components, model = None, partial(EvalModel, served, served.identity)
+        asked = f"openai-{settings.served_model}"
+    else:
+        with world.keep_alive("preparing data and model"):
+            compute = choose_compute(trained.model, trained.sft_type, runtime.set_up(trained.threads))
+            chat = world.main_process_first(lambda: load_chat_tokenizer(trained.model))
+            data = prepare_data(trained.dataset, chat.template, chat.encoder)
+            components = load_components(trained.model, trained.sft_type, compute, chat, data, world, seed=trained.seed)
+        path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)
+        other = _other_data(data, source, path, allowed=config.other_data)
+        if path is not None:
+            load_trained_state(components.model, load_checkpoint(path).tensors["trained"])
+            log.info("weights: %s", path)
+        model, asked = partial(own_model, components, settings), checkpoint
     begin()
-    name = "after" if config.output is not None else _name(settings, checkpoint)
-    if settings.mode is Mode.likelihood:
-        return _likelihood(name, bench, settings, target, world, other)
-    model = own_model(bench, settings)
-    model = EvalModel(model.generator, model.identity | other)
-    if settings.engine is Engine.vllm:
-        context = min(trained.model.context, trained.dataset.max_length + settings.max_new_tokens)
-        remote = trained.model.trust_remote_code
-        with _in_vllm(model, bench, trained.sft_type, settings, target, context=context, remote=remote) as model:
-            return _generate(name, model, chat, data, settings, target, world)
-    return _generate(name, model, chat, data, settings, target, world)
+    name = "after" if config.output is not None else _name(settings.mode, asked)
+    evaluation = Evaluation(name, settings, data, chat, target, world)
+    if components is not None and settings.mode is Mode.likelihood:
+        objective = -evaluation.by_likelihood(components, other)["metrics"]["loss"]["value"]
+    else:
+        objective = _measure(evaluation, model(), other)
+    log.info("metrics: %s", target.metrics(name))
+    return EvaluateResult(objective, target.metrics(name))
 
 
-def _name(settings: EvaluationConfig, model: str) -> str:
+def _measure(evaluation: Evaluation, model: EvalModel, other: dict[str, str]) -> float | None:
+    """Evaluate by completions and write what people read; return what a sweep ranks by, on rank 0."""
+    settings = evaluation.config
+    result = evaluation.by_completions(EvalModel(model.generator, model.identity | other))
+    write_pages([result], evaluation.run)
+    if result is None:
+        return None
+    if settings.mode is Mode.replay:
+        return result.value("conv_replay_success")
+    print_report([result], evaluation.run, examples=settings.examples, file=f"report-{evaluation.name}.txt")
+    return result.value("arg_f1")
+
+
+def _name(mode: Mode, model: str) -> str:
     """Return what the files of an evaluation are called in the run folder."""
-    prefix = "evaluate" if settings.mode is Mode.teacher_forced else settings.mode.value
-    suffix = "-vllm" if settings.engine is Engine.vllm else ""
-    plain = re.sub(r"[^\w.-]+", "-", model + suffix)
-    return f"{prefix}-{plain}"
-
-
-def _generate(
-    name: str,
-    model: EvalModel,
-    chat: ChatTokenizer,
-    data: PreparedData,
-    settings: EvaluationConfig,
-    run: RunFolder,
-    world: World,
-) -> EvaluateResult:
-    """Evaluate by completions, teacher-forced or in replay; rank 0 scores those of all ranks and writes the files."""
-    steps = heldout_steps(data, chat.template, settings.conversations)
-
-    def replayed(together: EvalModel) -> float | None:
-        report = run_replay(
-            name, together, steps, settings,
-            template=chat.template, encoder=chat.encoder, run=run, seen_tools=data.train_tools,
-        )  # fmt: skip
-        value: float | None = report["metrics"]["conv_replay_success"]["value"]
-        return value
-
-    def teacher_forced(together: EvalModel) -> float | None:
-        result = run_evaluation(name, together, steps, settings, run=run, seen_tools=data.train_tools)
-        print_report([result], run, examples=settings.examples, file=f"report-{name}.txt")
-        return result.value("arg_f1")
-
-    work: Callable[[EvalModel], float | None] = replayed if settings.mode is Mode.replay else teacher_forced
-    objective = on_all_ranks(name, model, run, world, work)
-    log.info("metrics: %s", run.metrics(name))
-    return EvaluateResult(objective, run.metrics(name))
-
-
-def _likelihood(
-    name: str,
-    bench: TrainingComponents,
-    settings: EvaluationConfig,
-    run: RunFolder,
-    world: World,
-    other: dict[str, str],
-) -> EvaluateResult:
-    count = settings.conversations
-    report: dict[str, Any] = run_likelihood(
-        name,
-        bench.model,
-        bench.data.heldout_examples if count < 0 else bench.data.heldout_examples[:count],
-        settings,
-        pad_id=bench.chat.pad_id,
-        autocast=bench.objective.autocast,
-        stock=bench.probed.stock_logits,
-        run=run,
-        world=world,
-        piece_of={each.id: each.piece_of for each in bench.data.heldout if each.piece_of is not None},
-        about=other,
-    )
-    log.info("metrics: %s", run.metrics(name))
-    return EvaluateResult(-report["metrics"]["loss"]["value"], run.metrics(name))
-
-
-@contextmanager
-def _in_vllm(
-    own: EvalModel,
-    bench: TrainingComponents,
-    sft_type: SftConfig,
-    settings: EvaluationConfig,
-    run: RunFolder,
-    *,
-    context: int,
-    remote: bool,
-) -> Iterator[EvalModel]:
-    """Write the weights for vLLM into a folder, and free the device for it.
-
-    `context` is in tokens; `remote` is whether code of the model's repository may run.
-    """
-    if isinstance(sft_type, QloraConfig):
-        log.warning(
-            "the run's base was in %d bits, vLLM loads it unquantized: completions differ from evaluation.engine=transformers",
-            sft_type.bits,
-        )
-    with tempfile.TemporaryDirectory(prefix="vllm-", dir=run.path) as name:
-        folder = Path(name)
-        save_final(bench.model, sft_type, bench.chat.tokenizer, folder)
-        bench.model.to("cpu")
-        torch.cuda.empty_cache()
-        adapted = (folder / "adapter_config.json").is_file()
-        model = VllmModel(
-            folder=bench.chat.files.folder if adapted else folder,
-            adapter=folder if adapted else None,
-            dtype=str(bench.dtype).removeprefix("torch."),
-            context=context,
-            trust_remote_code=remote,
-            options=settings.vllm_arguments(),
-        )
-        generator = VllmGenerator(
-            model, bench.chat.tokenizer, stop_ids=bench.chat.stop_ids, max_new_tokens=settings.max_new_tokens
-        )
-        changes = {"version": generator.version, "options": dict(model.options)}
-        yield EvalModel(generator, own.identity | changes)
+    plain = re.sub(r"[^\w.-]+", "-", model)
+    return f"{'evaluate' if mode is Mode.teacher_forced else mode.value}-{plain}"
 
 
 def _other_data(data: PreparedData, run: RunFolder, checkpoint: Path | None, *, allowed: bool) -> dict[str, str]:

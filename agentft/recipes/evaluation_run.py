@@ -1,4 +1,4 @@
-"""Run an evaluation: every step of the held-out conversations completed, scored, and written down."""
+"""Evaluate a model on the held-out conversations: at the start and end of a training, during it, and by `evaluate.py`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from agentft.comparison.predictions_page import predictions_page
 from agentft.data.prepared import PreparedData
 from agentft.data.template_choice import Layout
-from agentft.data.tokens import Example, SegmentEncoder
 from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
@@ -32,14 +30,18 @@ from agentft.evaluation.generate import (
     PredictionCache,
     StockGenerator,
 )
-from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
-from agentft.evaluation.replay import replay, replay_report
+from agentft.evaluation.likelihood import Likelihood
+from agentft.evaluation.metrics import METRICS, PAPER_NAMES, aggregate, conversation_sums, score_records
+from agentft.evaluation.replay import Episode, replay, replay_report
 from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.steps import Step, all_steps
 from agentft.model.adapters import trained_state
+from agentft.model.load import ChatTokenizer
 from agentft.progress import console, progress_bar
 from agentft.runs import RunFolder, read_json
-from agentft.world import ALONE, World
+from agentft.tracking import read_metrics
+from agentft.training.engine import Engine as TrainingEngine
+from agentft.world import World
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +50,6 @@ if TYPE_CHECKING:
     from agentft.recipes.components import TrainingComponents
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 HEADLINE = {
     "tool_acc": "tool-name accuracy",
@@ -76,30 +76,16 @@ class EvalResult:
     """The completions of one model for the held-out steps, and their scores."""
 
     name: str
+    report: dict[str, Any]
+    """As in `metrics/<name>.json`."""
     completions: list[Completion]
-    report: EvaluationReport
     rows: list[dict[str, Any]]
-    """What the file of predictions holds, one plain object a step."""
+    """As in `predictions/<name>.jsonl`, one plain object a step."""
 
     def value(self, metric: str) -> float | None:
-        """Return a headline value, None where it is not defined."""
-        return self.report.metrics[metric].value
-
-
-class _InEvalMode:
-    """Generates with a model in this process; its mode is put back afterwards."""
-
-    def __init__(self, model: nn.Module, generator: Generator) -> None:
-        self._model = model
-        self._generator = generator
-
-    def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            return self._generator.generate(steps, on_completion)
-        finally:
-            self._model.train(was_training)
+        """Return a value of the report, None where it is not defined."""
+        value: float | None = self.report["metrics"][metric]["value"]
+        return value
 
 
 class WithProgressBar:
@@ -125,30 +111,28 @@ class WithProgressBar:
             return self._generator.generate(steps, show)
 
 
-def own_model(bench: TrainingComponents, config: EvaluationConfig) -> EvalModel:
+def own_model(components: TrainingComponents, config: EvaluationConfig) -> EvalModel:
     """Return the loaded model with its weights as they are now."""
-    model = bench.objective.model
-    parameter = next(model.parameters())
+    parameter = next(components.model.parameters())
     identity = config.decides_completions() | {
-        "model": bench.chat.files.fingerprint,
-        "weights": weights_digest(model),
+        "model": components.chat.files.fingerprint,
+        "weights": weights_digest(components.model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
-        "stop_ids": list(bench.chat.stop_ids),
+        "stop_ids": list(components.chat.stop_ids),
     }
-    return EvalModel(own_generator(bench, config), identity)
+    return EvalModel(own_generator(components, config), identity)
 
 
-def own_generator(bench: TrainingComponents, config: EvaluationConfig) -> Generator:
+def own_generator(components: TrainingComponents, config: EvaluationConfig) -> Generator:
     """Return a generator with the loaded model in this process."""
-    model, tokenizer, stop_ids = bench.objective.model, bench.chat.tokenizer, bench.chat.stop_ids
+    model, tokenizer, stop_ids = components.model, components.chat.tokenizer, components.chat.stop_ids
     new = config.max_new_tokens
-    if bench.probed.stock_answers:
-        return _InEvalMode(model, StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new))
-    generator = GreedyGenerator(
+    if components.probed.stock_answers:
+        return StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new)
+    return GreedyGenerator(
         model, tokenizer, stop_ids=stop_ids, batch=config.batch, max_new_tokens=new, speculation=config.speculation
     )
-    return _InEvalMode(model, generator)
 
 
 def require_own_model(config: EvaluationConfig) -> None:
@@ -180,171 +164,153 @@ def heldout_steps(data: PreparedData, template: Layout, conversations: int) -> l
     return all_steps(chosen, data.heldout_examples, template)
 
 
-def on_all_ranks(name: str, model: EvalModel, run: RunFolder, world: World, work: Callable[[EvalModel], T]) -> T | None:
-    """Run `work` on rank 0 with a model that all ranks generate with; return its result there, None elsewhere.
-
-    Ranks other than 0, which keeps all completions, keep theirs in files of their own until it has them: an evaluation
-    that is killed continues from all of them, on any number of ranks.
-    """
-    if world.size == 1:
-        return work(model)
-    own: Any = nullcontext(model.generator)
-    if not world.is_main:
-        own = PredictionCache(_file_of_rank(name, run, world.rank), model.generator, model.identity)
-    with own as generator:
-        return run_on_main(world, generator, lambda together: work(EvalModel(together, model.identity)))
-
-
-def run_evaluation(
-    name: str,
-    model: EvalModel,
-    steps: Sequence[Step],
-    config: EvaluationConfig,
-    *,
-    run: RunFolder,
-    seen_tools: frozenset[str],
-    reuse: bool = False,
-) -> EvalResult:
-    """Complete `steps`, continuing a killed evaluation of the same model, score them and write the files.
-
-    Args:
-        name: Of the evaluation; its files in the run folder are called so.
-        model: The model, and what its completions depend on.
-        steps: What is asked.
-        config: How it is scored.
-        run: Where completions are kept while they come, and the results.
-        seen_tools: Tools that training called.
-        reuse: A finished evaluation of the same model and steps is read instead of repeated.
-
-    Raises:
-        EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
-    """
-    started = time.perf_counter()
-    found = _finished(name, model.identity, steps, run) if reuse else None
-    if found is not None:
-        completions, seconds = found
-        log.info("%s: already evaluated by this run, read from %s", name, run.predictions(name))
-    else:
-        with _cache(name, model, run) as cache:
-            completions = WithProgressBar(name, cache).generate(steps)
-        seconds = time.perf_counter() - started
-    scores = score_records(each.step.record(each.text, seen_tools) for each in completions)
-    report = aggregate(
-        scores,
-        bootstrap_samples=config.bootstrap_samples,
-        seed=config.seed,
-        allow_bad_references=config.allow_bad_references,
+def heldout_likelihood(components: TrainingComponents, config: EvaluationConfig, world: World) -> Likelihood:
+    """Measure the references of the held-out conversations with the loaded model, each on one rank."""
+    examples, count = components.data.heldout_examples, config.conversations
+    return likelihood_on_ranks(
+        world,
+        components.model,
+        examples if count < 0 else examples[:count],
+        batch=config.batch,
+        pad_id=components.chat.pad_id,
+        autocast=components.objective.autocast,
+        stock=components.probed.stock_logits,
     )
-    finishes = Counter(each.finish for each in completions)
-    log.info(
-        "%s: %d steps in %.1f s (%d new tokens); finish reason: stop %d, length %d (max_new_tokens=%d), tool result %d",
-        *(name, len(steps), seconds, sum(each.tokens for each in completions), finishes["stop"], finishes["length"]),
-        *(config.max_new_tokens, finishes["text_stop"]),
-    )
-    if report.quarantined:
-        log.warning(
-            "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation of the held-out conversations, with its files in a run folder."""
+
+    name: str
+    config: EvaluationConfig
+    data: PreparedData
+    chat: ChatTokenizer
+    run: RunFolder
+    world: World
+
+    def by_completions(self, model: EvalModel, *, reuse: bool = False) -> EvalResult | None:
+        """Complete the held-out steps, teacher-forced or in replay, score them and write the files.
+
+        All ranks generate, and rank 0 gets the result. Completions are kept as they come, on other ranks in files of their
+        own until rank 0 has them: an evaluation that is killed continues from all of them, on any number of ranks.
+
+        Args:
+            model: The model, and what its completions depend on.
+            reuse: Completions of a finished evaluation of the same model are read instead of generated again.
+
+        Raises:
+            EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
+        """
+        if self.world.is_main:
+            return run_on_main(self.world, model.generator, lambda all_ranks: self._write(all_ranks, model, reuse))
+        with PredictionCache(self._file_of_rank(self.world.rank), model.generator, model.identity) as kept:
+            return run_on_main(self.world, kept, lambda _: None)
+
+    def by_likelihood(self, components: TrainingComponents, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure the loss of the references, write it with `about` into the file of metrics, and return the report."""
+        started = time.perf_counter()
+        found = heldout_likelihood(components, self.config, self.world)
+        report = found.to_json(
+            bootstrap_samples=self.config.bootstrap_samples,
+            seed=self.config.seed,
+            piece_of={each.id: each.piece_of for each in self.data.heldout if each.piece_of is not None},
         )
-    rows = _prediction_rows(completions, scores, seen_tools)
-    _write_results(name, rows, report.to_json(), run, seconds=seconds, identity=model.identity)
-    return EvalResult(name, completions, report, rows)
+        seconds = round(time.perf_counter() - started, 3)
+        self.run.write_json(
+            self.run.metrics(self.name), {**report, "conversations": found.rows(), **about, "seconds": seconds}
+        )
+        for metric, value in report["metrics"].items():
+            if value["value"] is not None:
+                log.info("%s: %s %s", self.name, metric, _shown(value))
+        return report
+
+    def _write(self, generator: Generator, model: EvalModel, reuse: bool) -> EvalResult:
+        """Complete and score the steps, write predictions and metrics, then drop the working files."""
+        started = time.perf_counter()
+        steps = heldout_steps(self.data, self.chat.template, self.config.conversations)
+        known, seconds = self._finished(model) if reuse else ([], 0.0)
+        working = [self._partial(""), *self._files_of_ranks()]
+        with PredictionCache(working[0], generator, model.identity, others=working[1:], known=known) as kept:
+            asked = WithProgressBar(self.name, kept)
+            result = self._replayed(asked, steps) if self.config.mode is Mode.replay else self._scored(asked, steps)
+        seconds += time.perf_counter() - started
+        log.info("%s: %d steps in %.1f s", self.name, len(result.completions), seconds)
+        file = self.run.predictions(self.name)
+        self.run.write_text(file, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in result.rows))
+        about = {
+            "seconds": round(seconds, 3),
+            "identity": model.identity,
+            # Of the file as it was written, secrets taken out.
+            "predictions_sha256": _digest(file.read_text(encoding="utf-8")),
+        }
+        self.run.write_json(self.run.metrics(self.name), {**result.report, **about})
+        for partial in working:
+            partial.unlink(missing_ok=True)
+        return result
+
+    def _scored(self, generator: Generator, steps: Sequence[Step]) -> EvalResult:
+        config, seen_tools = self.config, self.data.train_tools
+        completions = generator.generate(steps)
+        scores = score_records(each.step.record(each.text, seen_tools) for each in completions)
+        report = aggregate(
+            scores,
+            bootstrap_samples=config.bootstrap_samples,
+            seed=config.seed,
+            allow_bad_references=config.allow_bad_references,
+        )
+        finishes = Counter(each.finish for each in completions)
+        log.info(
+            "%s: %d new tokens; finish reason: stop %d, length %d (max_new_tokens=%d), tool result %d",
+            *(self.name, sum(each.tokens for each in completions), finishes["stop"], finishes["length"]),
+            *(config.max_new_tokens, finishes["text_stop"]),
+        )
+        if report.quarantined:
+            log.warning(
+                "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
+            )
+        return EvalResult(self.name, report.to_json(), completions, _rows(completions, scores, seen_tools))
+
+    def _replayed(self, generator: Generator, steps: Sequence[Step]) -> EvalResult:
+        config, seen_tools = self.config, self.data.train_tools
+        episodes = replay(steps, self.chat.template, self.chat.encoder, generator, seen_tools=seen_tools)
+        conversations = len({step.conversation.id for step in steps})
+        report = replay_report(episodes, conversations, bootstrap_samples=config.bootstrap_samples, seed=config.seed)
+        counts, metrics = report["counts"], report["metrics"]
+        log.info(
+            "%s: %d of %d conversations replayed to their end (%s), %s steps until divergence of %.1f",
+            *(self.name, counts["conversations"] - counts["diverged"], counts["conversations"]),
+            *(_shown(metrics["conv_replay_success"]), _shown(metrics["steps_until_divergence"])),
+            counts["steps"] / max(counts["conversations"], 1),
+        )
+        completions = [each for episode in episodes for each in episode.completions]
+        rows = [row for episode in episodes for row in _rows_of_episode(episode, seen_tools)]
+        return EvalResult(self.name, report, completions, rows)
+
+    def _finished(self, model: EvalModel) -> tuple[list[dict[str, Any]], float]:
+        """Return the rows of a finished evaluation of this model, and its seconds; none of another model or if edited."""
+        try:
+            report = read_json(self.run.metrics(self.name))
+            text = self.run.predictions(self.name).read_text(encoding="utf-8")
+        except (RunError, OSError):
+            return [], 0.0
+        if report.get("identity") != model.identity or report.get("predictions_sha256") != _digest(text):
+            return [], 0.0
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        return [row | {"text": row.get("raw", row["prediction"])} for row in rows], float(report["seconds"])
+
+    def _partial(self, suffix: str) -> Path:
+        return self.run.predictions(f"{self.name}.partial{suffix}")
+
+    def _file_of_rank(self, rank: int) -> Path:
+        return self._partial(f"-rank-{rank}")
+
+    def _files_of_ranks(self) -> list[Path]:
+        first = self._file_of_rank(1)
+        return sorted(first.parent.glob(glob.escape(first.stem.removesuffix("1")) + "*.jsonl"))
 
 
-def run_replay(
-    name: str,
-    model: EvalModel,
-    steps: Sequence[Step],
-    config: EvaluationConfig,
-    *,
-    template: Layout,
-    encoder: SegmentEncoder,
-    run: RunFolder,
-    seen_tools: frozenset[str],
-) -> dict[str, Any]:
-    """Replay the conversations of `steps`, continuing a killed replay, write the files and return the report."""
-    started = time.perf_counter()
-    with _cache(name, model, run) as cache:
-        episodes = replay(steps, template, encoder, WithProgressBar(name, cache), seen_tools=seen_tools)
-    conversations = len({step.conversation.id for step in steps})
-    report = replay_report(episodes, conversations, bootstrap_samples=config.bootstrap_samples, seed=config.seed)
-    rows = []
-    for episode in episodes:
-        own = _prediction_rows(episode.completions, episode.scores, seen_tools)
-        rows += [row | {"mode": "replay", "diverged": None} for row in own]
-        if own:
-            rows[-1]["diverged"] = episode.diverged
-    seconds = time.perf_counter() - started
-    _write_results(name, rows, report, run, seconds=seconds, identity=model.identity)
-    counts, metrics = report["counts"], report["metrics"]
-    log.info(
-        "%s: %d of %d conversations replayed to their end (%s), %s steps until divergence of %.1f (%.1f s)",
-        *(name, counts["conversations"] - counts["diverged"], counts["conversations"]),
-        *(_shown(metrics["conv_replay_success"]), _shown(metrics["steps_until_divergence"])),
-        *(counts["steps"] / max(counts["conversations"], 1), seconds),
-    )
-    return report
-
-
-def run_likelihood(
-    name: str,
-    model: nn.Module,
-    examples: Sequence[Example],
-    config: EvaluationConfig,
-    *,
-    pad_id: int,
-    autocast: torch.dtype | None,
-    stock: bool,
-    run: RunFolder,
-    piece_of: Mapping[str, str],
-    world: World = ALONE,
-    about: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Measure the loss of the references, write the files, `about` among them, and return the report.
-
-    `piece_of` is that of `Likelihood`.
-    """
-    started = time.perf_counter()
-    found = likelihood_on_ranks(
-        world, model, examples, batch=config.batch, pad_id=pad_id, autocast=autocast, stock=stock
-    )
-    report = found.to_json(bootstrap_samples=config.bootstrap_samples, seed=config.seed, piece_of=piece_of)
-    report["conversations"] = found.rows()
-    run.write_json(run.metrics(name), report | {**about, "seconds": round(time.perf_counter() - started, 3)})
-    for metric, value in report["metrics"].items():
-        if value["value"] is not None:
-            log.info("%s: %s %s", name, metric, _shown(value))
-    return report
-
-
-def _cache(name: str, model: EvalModel, run: RunFolder) -> PredictionCache:
-    """Return the model with a working file in the run folder, which `_write_results` removes."""
-    return PredictionCache(_working_file(name, run), model.generator, model.identity, others=_files_of_ranks(name, run))
-
-
-def _finished(
-    name: str, identity: Mapping[str, Any], steps: Sequence[Step], run: RunFolder
-) -> tuple[list[Completion], float] | None:
-    """Return the completions of a finished evaluation and its seconds; None unless it was this model on these steps."""
-    try:
-        report = read_json(run.metrics(name))
-        text = run.predictions(name).read_text(encoding="utf-8")
-    except (RunError, OSError):
-        return None
-    if report.get("identity") != identity or report.get("predictions_sha256") != _digest(text):
-        return None
-    rows = [json.loads(line) for line in text.split("\n") if line]
-    if [(row["conversation_id"], row["step"], row["context_hash"]) for row in rows] != [
-        (step.conversation.id, step.index, step.context_hash) for step in steps
-    ]:
-        return None
-    completions = [
-        Completion(step, row.get("raw", row["prediction"]), row["tokens"], row["finish"])
-        for step, row in zip(steps, rows, strict=True)
-    ]
-    return completions, float(report["seconds"])
-
-
-def _prediction_rows(
+def _rows(
     completions: Sequence[Completion], scores: Sequence[StepScore], seen_tools: frozenset[str]
 ) -> list[dict[str, Any]]:
     """Return one plain object a step: ids, what was asked, reference, prediction, scores.
@@ -372,62 +338,107 @@ def _prediction_rows(
                 "seen_tool": record.seen_tool,
                 "finish": completion.finish,
                 "tokens": completion.tokens,
-                "scores": dataclasses.asdict(score),
+                "scores": score.to_json(),
             }
         )
     return rows
 
 
-def _write_results(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    report: Mapping[str, Any],
-    run: RunFolder,
-    *,
-    seconds: float,
-    identity: Mapping[str, Any],
-) -> None:
-    """Write predictions, their page and metrics, then drop the working files: killed in between, nothing is lost."""
-    page = predictions_page(rows, f"{run.path.name}: {name}")
-    run.write_text(run.predictions(name).with_suffix(".html"), page)
-    run.write_text(
-        run.predictions(name), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    )
-    run.write_json(
-        run.metrics(name),
-        {
-            **report,
-            "seconds": round(seconds, 3),
-            "identity": identity,
-            # Of the file as it was written, secrets taken out.
-            "predictions_sha256": _digest(run.predictions(name).read_text(encoding="utf-8")),
-        },
-    )
-    for file in [_working_file(name, run), *_files_of_ranks(name, run)]:
-        file.unlink(missing_ok=True)
-
-
-def _working_file(name: str, run: RunFolder) -> Path:
-    return run.predictions(f"{name}.partial")
-
-
-def _file_of_rank(name: str, run: RunFolder, rank: int) -> Path:
-    return run.predictions(f"{name}.partial-rank-{rank}")
-
-
-def _files_of_ranks(name: str, run: RunFolder) -> list[Path]:
-    first = _file_of_rank(name, run, 1)
-    return sorted(first.parent.glob(glob.escape(first.stem.removesuffix("1")) + "*.jsonl"))
+def _rows_of_episode(episode: Episode, seen_tools: frozenset[str]) -> list[dict[str, Any]]:
+    rows = _rows(episode.completions, episode.scores, seen_tools)
+    rows = [row | {"mode": "replay", "diverged": None} for row in rows]
+    if rows:
+        rows[-1]["diverged"] = episode.diverged
+    return rows
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _shown(metric: dict[str, Any]) -> str:
-    if metric["value"] is None:
-        return "–"
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+class Validator:
+    """Measures at every `evaluation.eval_steps`, and keeps what decides on the best checkpoint."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        components: TrainingComponents,
+        engine: TrainingEngine,
+        run: RunFolder,
+        *,
+        total_steps: int,
+    ) -> None:
+        self._config = config
+        self._components = components
+        self._run = run
+        self._total_steps = total_steps
+        self._engine = engine
+        self._steps = heldout_steps(components.data, components.chat.template, config.generates_during_training or 1)
+        self._ranks: list[list[float]] = []
+        """Of the evaluations so far; an empty one is below every other."""
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Return the values by name; the same on every rank."""
+        with self._engine.unsharded():
+            values = self._measure().losses()
+            words = f"held-out loss {values['loss']:.4f}"
+            if self._config.generates_during_training:
+                values |= self._generate()
+                value = values.get(self._config.best_metric)
+                words += f", {self._config.best_metric} {'undefined (0/0)' if value is None else f'{value:.4f}'}"
+        log.info("step %d of %d: %s", step, self._total_steps, words)
+        self._ranks.append(self._config.rank(values) or [])
+        if self.is_exhausted():
+            log.info("early stopping: no better %s in %d evaluations", self._config.best_metric, self._config.patience)
+        return values
+
+    def loss(self) -> float:
+        """Return the held-out loss as it is now; it does not count for `evaluation.patience`."""
+        with self._engine.unsharded():
+            return self._measure().loss
+
+    def resume(self, step: int) -> None:
+        """Read what was measured until `step`, from which the loop continues."""
+        rows = [row for row in read_metrics(self._run.metrics_file) if row["step"] <= step and "eval/loss" in row]
+        measured = [{name.removeprefix("eval/"): row[name] for name in row if row[name] is not None} for row in rows]
+        self._ranks = [(self._config.rank(each) or []) if "loss" in each else [] for each in measured]
+
+    def is_exhausted(self) -> bool:
+        """Return whether `evaluation.patience` evaluations in a row have brought nothing better."""
+        if not self._config.patience or not self._ranks:
+            return False
+        return len(self._ranks) - 1 - self._ranks.index(max(self._ranks)) >= self._config.patience
+
+    def _measure(self) -> Likelihood:
+        return heldout_likelihood(self._components, self._config, self._engine.world)
+
+    def _generate(self) -> dict[str, float]:
+        world = self._engine.world
+        completions = run_on_main(
+            world,
+            own_generator(self._components, self._config),
+            lambda all_ranks: WithProgressBar("during training", all_ranks).generate(self._steps),
+        )
+        found = None
+        if completions is not None:
+            found = metric_values(score_records(each.step.record(each.text) for each in completions))
+        return world.broadcast(found) or {}
+
+
+def metric_values(scores: Sequence[StepScore]) -> dict[str, float]:
+    """Return every defined metric of scored steps by name, without intervals and without those of the old script."""
+    _, numerators_GM, denominators_GM = conversation_sums(scores)
+    sums = zip(METRICS, numerators_GM.sum(0), denominators_GM.sum(0), strict=True)
+    values = {each.name: float(top / bottom) for each, top, bottom in sums if bottom and not each.quarantined_too}
+    return values | {alias: values[name] for alias, name in PAPER_NAMES.items() if name in values}
+
+
+def write_pages(results: Sequence[EvalResult | None], run: RunFolder) -> None:
+    """Write the predictions of each as a page beside their file."""
+    for result in results:
+        if result is not None:
+            page = predictions_page(result.rows, f"{run.path.name}: {result.name}")
+            run.write_text(run.predictions(result.name).with_suffix(".html"), page)
 
 
 def print_report(
@@ -451,7 +462,7 @@ def _metrics_table(results: Sequence[EvalResult]) -> Table:
     """Return one row a metric, one column an evaluation, each value with its 95 % interval and its denominator."""
     from rich.table import Table
 
-    counts = results[0].report.counts
+    counts = results[0].report["counts"]
     table = Table(
         title=f"held-out: {counts['conversations']} conversations, {counts['steps']} steps",
         caption="value [95 % interval by conversations] of denominator; – where there is nothing to measure",
@@ -460,16 +471,16 @@ def _metrics_table(results: Sequence[EvalResult]) -> Table:
     for result in results:
         table.add_column(result.name, justify="right")
     for name, words in HEADLINE.items():
-        table.add_row(words, *(_cell(result, name) for result in results))
+        metrics = [result.report["metrics"][name] for result in results]
+        table.add_row(words, *(_shown(each, f" of {each['denominator']:g}") for each in metrics))
     return table
 
 
-def _cell(result: EvalResult, name: str) -> str:
-    metric = result.report.metrics[name]
-    if metric.value is None:
+def _shown(metric: Mapping[str, Any], denominator: str = "") -> str:
+    if metric["value"] is None:
         return "–"
-    interval = "" if metric.low is None else f" [{metric.low:.3f}, {metric.high:.3f}]"
-    return f"{metric.value:.3f}{interval} of {metric.denominator:g}"
+    interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
+    return f"{metric['value']:.3f}{interval}{denominator}"
 
 
 def _examples(results: Sequence[EvalResult], count: int) -> list[tuple[Completion, ...]]:

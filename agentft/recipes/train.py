@@ -38,14 +38,13 @@ from agentft.recipes.components import (
 )
 from agentft.recipes.config import TrainConfig, deciding
 from agentft.recipes.evaluation_run import (
-    EvalModel,
     EvalResult,
-    heldout_steps,
-    on_all_ranks,
+    Evaluation,
+    Validator,
     own_model,
     print_report,
     require_own_model,
-    run_evaluation,
+    write_pages,
 )
 from agentft.recipes.export import write_final
 from agentft.recipes.ranks import (
@@ -57,7 +56,6 @@ from agentft.recipes.ranks import (
     threads_of_rank,
 )
 from agentft.recipes.saved import changed_settings, config_from_yaml, config_to_yaml
-from agentft.recipes.validation import Validator
 from agentft.runs import RunFolder, RunState
 from agentft.signals import StopSignal, StopSignals, requeue_slurm_job
 from agentft.tracking import Tracker
@@ -231,7 +229,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     before = after = None
     with tracker:
         if config.evaluation.before:  # adapters start at zero, so this is the model as it came
-            before = _evaluate("before", config.evaluation, components, engine, run, tracker)
+            before = _evaluate("before", config.evaluation, components, engine, run)
         job = Job(
             engine=engine,
             examples=components.data.train,
@@ -250,11 +248,15 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         outcome = _fit(job, config.evaluation, components, run, tracker, signals)
         write_final(components.model, config.sft_type, components.chat.tokenizer, run, engine)
         if config.evaluation.after:
-            after = _evaluate("after", config.evaluation, components, engine, run, tracker)
+            after = _evaluate("after", config.evaluation, components, engine, run)
         summary = _summary(components, outcome, before, after)
         tracker.summary(summary)
         tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
         tracker.artifact(f"data-{run.path.name}", "dataset", run.data_manifest.parent)
+        for result in (before, after):
+            if result is not None:
+                tracker.log_predictions(result.name, result.rows)
+        write_pages([before, after], run)
         print_report([before, after], run, examples=config.evaluation.examples)
         log.info("time: %s", describe_seconds(outcome.seconds))
         log.info("run folder: %s", run.path)
@@ -291,25 +293,13 @@ def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, Tr
 
 
 def _evaluate(
-    name: str,
-    config: EvaluationConfig,
-    components: TrainingComponents,
-    engine: Engine,
-    run: RunFolder,
-    tracker: Tracker,
+    name: str, config: EvaluationConfig, components: TrainingComponents, engine: Engine, run: RunFolder
 ) -> EvalResult | None:
     """Evaluate the model as it is now with all ranks; rank 0 gets the result."""
-    steps = heldout_steps(components.data, components.chat.template, config.conversations)
-
-    def work(model: EvalModel) -> EvalResult:
-        # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
-        return run_evaluation(name, model, steps, config, run=run, seen_tools=components.data.train_tools, reuse=True)
-
+    evaluation = Evaluation(name, config, components.data, components.chat, run, engine.world)
     with engine.unsharded():
-        result = on_all_ranks(name, own_model(components, config), run, engine.world, work)
-    if result is not None:
-        tracker.log_predictions(name, result.rows)
-    return result
+        # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
+        return evaluation.by_completions(own_model(components, config), reuse=True)
 
 
 def _fit(
@@ -415,7 +405,7 @@ def _summary(
     }
     for result in (before, after):
         if result is not None:
-            summary[result.name] = {name: metric.value for name, metric in result.report.metrics.items()}
+            summary[result.name] = {name: each["value"] for name, each in result.report["metrics"].items()}
     return summary
 
 

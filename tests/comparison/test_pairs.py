@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentft.compare import main
-from agentft.comparison.ranking import compare_pair
+from agentft.comparison.pairs import compare_pair
 from agentft.errors import EvaluationError, RunError
 
 

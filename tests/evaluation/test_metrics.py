@@ -603,7 +603,7 @@ def test_few_conversations_are_marked_as_indicative() -> None:
 
 def test_every_metric_with_a_better_direction_can_choose_the_best_checkpoint():
     from agentft.evaluation.config import BEST_METRICS
-    from agentft.evaluation.definitions import METRICS_BY_NAME, PAPER_NAMES
+    from agentft.evaluation.metrics import METRICS_BY_NAME, PAPER_NAMES
 
     # Less of what is hallucinated is better, so those cannot be ranked upwards.
     upwards = {name for name in (*METRICS_BY_NAME, *PAPER_NAMES) if not name.startswith("hallucinated")}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 import tracemalloc
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,10 +11,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from agentft import score
-from agentft.errors import EvaluationError
 from agentft.evaluation import matching
-from agentft.evaluation.matching import cjk_tokens, detect_language, jieba_tokenizer, rouge_l
+from agentft.evaluation.matching import cjk_tokens, detect_language, rouge_l
 
 
 def f1(prediction: str, reference: str) -> float | None:
@@ -145,36 +140,6 @@ def test_texts_of_100_000_characters_take_memory_of_their_lengths_and_not_of_the
         tracemalloc.stop()
     assert found == 2 * 0.9 / 1.9
     assert peak < 64 * 2**20, "a table would hold 9 * 10**9 numbers"
-
-
-def test_jieba_is_an_extra_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(EvaluationError, match="pip install jieba"):
-        jieba_tokenizer()
-
-
-def test_jieba_counts_words_where_the_headline_counts_characters(tmp_path: Path) -> None:
-    pytest.importorskip("jieba", reason="jieba is not installed")
-    assert jieba_tokenizer()("今天，ＡＰＩ天气很好。") == ["今天", "api", "天气", "很", "好"]
-    # 今天天气 / 很 / 好 against 今天天气 / 不错: one word of three and two; characters: 4 of 6 each
-    steps = [{"conversation_id": "c", "step": 0, "reference": "今天天气不错", "prediction": "今天天气很好"}]
-    path = tmp_path / "p.jsonl"
-    path.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
-    output = tmp_path / "report.json"
-    assert score.main([str(path), "--jieba", "--bootstrap-samples", "10", "--output", str(output)]) == 0
-    metrics = json.loads(output.read_text(encoding="utf-8"))["metrics"]
-    assert metrics["rouge_l_jieba"]["value"] == pytest.approx(2 * 1 / (3 + 2))
-    assert metrics["rouge_l"]["value"] == pytest.approx(4 / 6)
-
-
-def test_the_dictionary_is_not_read_from_the_shared_temporary_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pytest.importorskip("jieba", reason="jieba is not installed")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "jieba.cache").write_bytes(b"planted")
-    assert "".join(jieba_tokenizer()("今天")) == "今天"
-    assert [path.name for path in tmp_path.iterdir()] == ["jieba.cache"]
 
 
 def test_language_by_script() -> None:

@@ -11,13 +11,13 @@ import random
 import numpy as np
 import pytest
 
+from agentft.comparison.pairs import compare_runs
 from agentft.errors import EvaluationError
-from agentft.evaluation.definitions import Floats
 from agentft.evaluation.metrics import aggregate, score_records
 from agentft.evaluation.scoring import StepRecord, StepScore
 from agentft.evaluation.statistics import (
     FlipTest,
-    compare_runs,
+    Floats,
     difference_intervals,
     holm,
     mcnemar_exact,
@@ -188,7 +188,7 @@ def test_paired_interval_is_narrow_where_runs_agree() -> None:
     b = a.copy()
     b[:10] = 1.0
     found = difference_intervals((a, bottom), (b, bottom), bootstrap_samples=2_000, seed=0)
-    assert found.differences[0] == pytest.approx((b - a).mean())
+    assert found.values[0] == pytest.approx((b - a).mean())
     assert found.high[0] - found.low[0] < 0.04  # unpaired, it would be about 0.16
     assert found.se_cr1[0] == pytest.approx((b - a).std(ddof=1) / math.sqrt(300))
 

@@ -119,7 +119,7 @@ def signal_in_save(name: str) -> None:
 
 
 def _in_evaluation(act: Callable[[], None]) -> None:
-    from agentft.recipes.validation import Validator
+    from agentft.recipes.evaluation_run import Validator
 
     original = Validator._measure
 

@@ -19,9 +19,9 @@ from agentft.errors import ConfigError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
+from agentft.recipes.evaluation_run import Validator
 from agentft.recipes.saved import config_to_yaml, saved_config
 from agentft.recipes.train import train
-from agentft.recipes.validation import Validator
 from agentft.runs import read_json
 from agentft.tracking import read_metrics
 from tests.evaluation.loopback_chat import LoopbackChat

@@ -18,7 +18,7 @@ import agentft.audit
 import agentft.export
 import agentft.worker
 from agentft import entry
-from agentft.errors import AgentftError, ConfigError
+from agentft.errors import ConfigError
 from agentft.model.config import TrustConfig
 from agentft.recipes.saved import saved_config, trained_config
 from agentft.runs import RunFolder, read_json
@@ -330,10 +330,3 @@ def test_a_rank_that_is_started_by_hand_takes_no_permission_from_its_file(receiv
     with pytest.raises(ConfigError, match="settings belong to --write"):
         agentft.worker.main(["--config", str(run / "config.yaml"), f"model.{received}=true", "seed=1"])
     assert digest(run) == before
-
-
-def test_vllm_is_trusted_by_the_same_setting():
-    from agentft.evaluation.config import EvaluationConfig
-
-    with pytest.raises(AgentftError, match=r"given as model\.trust_remote_code=true"):
-        EvaluationConfig(vllm_options='{"trust_remote_code": true}')
