@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentft.comparison.pairs import compare_pair, pair_table
-from agentft.comparison.ranking import Ranking, rank
+from agentft.comparison.ranking import Ranking, csv_text, markdown, rank, rich_table
 from agentft.comparison.runs import ANSWERS, predictions_file, read_runs
-from agentft.comparison.tables import csv_text, markdown, rich_table
 from agentft.errors import AgentftError, RunError
 from agentft.progress import outlive_console
 from agentft.runs import RunFolder, write_out

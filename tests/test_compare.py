@@ -19,9 +19,8 @@ import yaml
 
 from agentft.compare import main, write_sweep_tables
 from agentft.comparison.page import fit_sample_curve
-from agentft.comparison.ranking import differing_settings, rank
+from agentft.comparison.ranking import csv_text, differing_settings, markdown, rank
 from agentft.comparison.runs import read_run, read_runs
-from agentft.comparison.tables import csv_text, markdown
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.scoring import StepScore
@@ -133,9 +132,7 @@ def test_a_page_by_loss_shows_the_loss_and_calls_the_least_the_best(tmp_path: Pa
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h3>loss against rank</h3>" in page
     assert "<h3>loss against minutes of the whole run</h3>" in page
-    colours = dict(
-        re.findall(r'<polyline[^>]*class="line wide-line" style="--c:(rgb[^";]*);--d:rgb[^"]*" data-run="(\d)"', page)
-    )
+    colours = dict(re.findall(r'<circle[^>]*class="dot" style="--c:(rgb[^";]*);--d:rgb[^"]*" data-run="(\d)"', page))
     assert {run: colour for colour, run in colours.items()}["1"] == "rgb(68,1,84)", "the deepest"
 
 
@@ -262,7 +259,7 @@ def test_the_page_needs_no_network_and_shows_every_run_in_every_chart(tmp_path: 
     assert not re.search(r"https?://|src=|@import|url\(", page)
     assert "<b>" not in page
     for heading in (
-        *("Training loss", "arg_f1 against max_samples", "arg_f1 against rank", "All settings and results at once"),
+        *("Training loss", "arg_f1 against max_samples", "arg_f1 against rank"),
         *("arg_f1 against sample size", "arg_f1 against minutes of the whole run"),
     ):
         assert f"<h3>{heading}</h3>" in page

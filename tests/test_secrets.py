@@ -93,14 +93,14 @@ def test_no_setting_of_agentft_has_a_secret_name():
     import agentft.data.config
     import agentft.evaluation.config
     import agentft.model.config
-    import agentft.tracking.config
+    import agentft.tracking
     import agentft.training.config
 
     modules = [
         agentft.data.config,
         agentft.evaluation.config,
         agentft.model.config,
-        agentft.tracking.config,
+        agentft.tracking,
         agentft.training.config,
     ]
     kinds = [kind for module in modules for kind in vars(module).values() if dataclasses.is_dataclass(kind)]

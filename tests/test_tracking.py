@@ -18,8 +18,7 @@ import pytest
 
 from agentft.errors import ConfigError, RunError
 from agentft.runs import RunFolder, read_json
-from agentft.tracking import STEP, Tracker, TrackingConfig, TrackingMode, read_metrics, resolve_mode
-from agentft.tracking.tracker import exit_code
+from agentft.tracking import STEP, Tracker, TrackingConfig, TrackingMode, exit_code, read_metrics, resolve_mode
 
 KEY = "sentinel0123456789abcdef0123456789abcdef"
 TOKEN = "sentinel-ms'token\"7654321"

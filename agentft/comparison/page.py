@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from agentft.comparison.ranking import LOWER_IS_BETTER, Ranking
+from agentft.comparison.ranking import (
+    LOWER_IS_BETTER,
+    Ranking,
+    setting_text,
+    short_names,
+    table_cells,
+    table_notes,
+)
 from agentft.comparison.render import (
-    Drawing,
     Plot,
     Scale,
     category_scale,
@@ -22,9 +29,11 @@ from agentft.comparison.render import (
     render_page,
     setting_scale,
 )
-from agentft.comparison.runs import NUMBERS, ComparedRun
-from agentft.comparison.tables import setting_text, short_names, table_cells, table_notes
+from agentft.comparison.runs import NUMBERS, ComparedRun, Score
 from agentft.evaluation.metrics import METRICS_BY_NAME
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +56,25 @@ def fit_sample_curve(sizes: Sequence[float], values: Sequence[float]) -> SampleF
     if distinct < 3:
         return None
     n, y = np.asarray(sizes, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    best: SampleFit | None = None
-    if distinct >= 4:
-        for k in np.arange(0.1, 2.01, 0.05):
-            ceiling, drop, residual = _least_squares(-(n**-k), y)
-            # A metric is a share: a law that climbs beyond 1 or falls with more data says nothing.
-            if drop >= 0 and ceiling <= 1 and (best is None or residual < best.residual):
-                best = SampleFit(
-                    _power(ceiling, drop, float(k)),
-                    f"{100 * ceiling:.1f} − {100 * drop:.3g} · n^−{k:.2f}",
-                    residual,
-                )
-    if best is not None:
-        return best
+    # A metric is a share: a law that climbs beyond 1 or falls with more data says nothing.
+    exponents = [float(k) for k in np.arange(0.1, 2.01, 0.05)] if distinct >= 4 else []
+    laws = [(*_least_squares(-(n**-k), y), k) for k in exponents]
+    laws = [law for law in laws if law[1] >= 0 and law[0] <= 1]
+    if laws:
+        ceiling, drop, residual, k = min(laws, key=lambda law: law[2])
+        words = f"{100 * ceiling:.1f} − {100 * drop:.3g} · n^−{k:.2f}"
+        return SampleFit(lambda size: ceiling - drop * float(size) ** -k, words, residual)
     start, slope, residual = _least_squares(np.log2(n), y)
-    return SampleFit(
-        lambda size: min(1.0, max(0.0, start + slope * float(np.log2(size)))),
-        f"{100 * slope:+.1f} points with each doubling",
-        residual,
-    )
-
-
-def _power(ceiling: float, drop: float, k: float) -> Callable[[float], float]:
-    return lambda size: ceiling - drop * float(size) ** -k
+    words = f"{100 * slope:+.1f} points with each doubling"
+    return SampleFit(lambda size: min(1.0, max(0.0, start + slope * math.log2(size))), words, residual)
 
 
 def _least_squares(feature: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Return offset, slope and root mean square of what they miss."""
     columns = np.column_stack([np.ones_like(feature), feature])
-    (first, second), *_ = np.linalg.lstsq(columns, y, rcond=None)
-    residual = float(np.sqrt(np.mean((columns @ np.array([first, second]) - y) ** 2)))
-    return float(first), float(second), residual
+    solution = np.linalg.lstsq(columns, y, rcond=None)[0]
+    residual = float(np.sqrt(np.mean((columns @ solution - y) ** 2)))
+    return float(solution[0]), float(solution[1]), residual
 
 
 def html_page(ranking: Ranking, title: str) -> str:
@@ -144,7 +142,7 @@ class Panel:
 
     section: str
     heading: str
-    drawing: Drawing | None
+    drawing: Plot | None
     words: str = ""
     errors: dict[str, Any] | None = None
     """In place of a drawing: kinds of error and their counts by run, over the whole width of the page."""
@@ -159,6 +157,13 @@ CURVES = (
     ("train/loss", "Training loss", "Of the steps between two lines of the log. The dot is where the run stands."),
 )
 """Key of `metrics.jsonl`, heading, and what to look for."""
+
+COSTS = (
+    ("seconds", "minutes of the whole run", 60.0),
+    ("tokens", "tokens trained on", 1.0),
+    ("peak_memory_bytes", "peak memory, GiB", 2.0**30),
+)
+"""Number of a run, its label, and its unit."""
 
 
 class Charts:
@@ -210,102 +215,79 @@ class Charts:
             yield Panel("How they learn", heading, plot, words)
 
     def _settings(self) -> Iterator[Panel]:
-        if len(self._scored) < 2:
-            return
         for key, short in self._ranking.differing.items():
             values = [run.settings.get(key) for run in self._scored]
-            if len({setting_text(value) for value in values}) < 2:
+            if len(set(map(setting_text, values))) < 2:
                 continue  # of an unfinished sweep: it will differ
             scale, place = _setting_axis(values, short)
-            plot = Plot(scale, self._metric_scale(self._scored))
-            by_place: dict[float, list[ComparedRun]] = {}
-            for run in self._scored:
-                by_place.setdefault(place(run.settings.get(key)), []).append(run)
+            plot = Plot(scale, self._metric_scale())
+            points = [(run, place(value)) for run, value in zip(self._scored, values, strict=True)]
             words = ["Bars: 95 % intervals."] if self._is_share else []
-            words += self._joins(plot, key, by_place)
-            for x, runs in by_place.items():
-                self._marks(plot, runs, x)
+            words += self._joins(plot, key, points)
+            self._marks(plot, points)
             yield Panel("What each setting does", f"{self._metric} against {short}", plot, " ".join(words))
 
-    def _joins(self, plot: Plot, key: str, by_place: dict[float, list[ComparedRun]]) -> list[str]:
+    def _joins(self, plot: Plot, key: str, points: Sequence[tuple[ComparedRun, float]]) -> list[str]:
         """Draw lines between runs that differ in nothing but `key`, and of the means; return what to say of them."""
         others = [other for other in self._ranking.differing if other != key]
+        by_place = sorted(_grouped(points, lambda point: point[1]).items())
         alike: dict[str, list[tuple[float, float, float]]] = {}
         surroundings = []
-        for x, runs in sorted(by_place.items()):
-            rest = [repr([run.settings.get(other) for other in others]) for run in runs]
+        for x, group in by_place:
+            rest = [repr([run.settings.get(other) for other in others]) for run, _ in group]
             surroundings.append(sorted(rest))
-            for run, same, aside in zip(runs, rest, _aside(len(runs)), strict=True):
+            for (run, _), same, aside in zip(group, rest, _aside(len(group)), strict=True):
                 alike.setdefault(same, []).append((x, self._value(run), aside))
-        joined = [points for points in alike.values() if len(points) > 1]
-        for points in joined:
-            plot.line([(x, y) for x, y, _ in points], kind="join", aside=[aside for *_, aside in points])
+        joined = [line for line in alike.values() if len(line) > 1]
+        for line in joined:
+            plot.line([(x, y) for x, y, _ in line], kind="join", aside=[aside for *_, aside in line])
         words = ["Thin lines join runs that differ in nothing else."] if joined and others else []
-        if all(each == surroundings[0] for each in surroundings):
-            means = [(x, sum(map(self._value, runs)) / len(runs)) for x, runs in sorted(by_place.items())]
-            plot.line(means, kind="mean")
-            words.append("Thick line: means.")
-        else:
-            words.append("No means: not every value has been run with the same other settings.")
-        return words
+        if any(each != surroundings[0] for each in surroundings):
+            return [*words, "No means: not every value has been run with the same other settings."]
+        plot.line([(x, sum(self._value(run) for run, _ in group) / len(group)) for x, group in by_place], kind="mean")
+        return [*words, "Thick line: means."]
 
     def _sample_size(self) -> Iterator[Panel]:
-        sized = [run for run in self._scored if run.train_examples]
-        sizes = sorted({run.train_examples or 0 for run in sized})
-        if len(sizes) < 3 or not self._is_share:
+        points = sorted(((run, float(run.train_examples or 0)) for run in self._scored), key=lambda point: point[1])
+        points = [(run, size) for run, size in points if size]
+        best = {
+            size: max(self._value(run) for run, _ in group)
+            for size, group in _grouped(points, lambda point: point[1]).items()
+        }
+        fit = fit_sample_curve(list(best), list(best.values())) if self._is_share else None
+        if fit is None:
             return
-        best = {size: max(self._value(r) for r in sized if r.train_examples == size) for size in sizes}
-        fit = fit_sample_curve(list(best), list(best.values()))
-        assert fit is not None
-        ahead = 2 * sizes[-1]
-        curve = [(n, fit.value(n)) for n in _between(sizes[0], ahead)]
-        intervals = [value for run in sized for value in _ends(run, self._metric)]
-        plot = Plot(
-            setting_scale([*sizes, ahead], "training conversations"),
-            linear_scale([*intervals, *(y for _, y in curve)], f"{self._metric} (%)", percent=True),
-        )
-        plot.line([point for point in curve if point[0] <= sizes[-1]], kind="mean")
-        plot.line([point for point in curve if point[0] >= sizes[-1]], kind="mean ahead")
-        for size in sizes:
-            self._marks(plot, [run for run in sized if run.train_examples == size], float(size))
+        smallest, largest, ahead = min(best), max(best), 2 * max(best)
+        curve = [(n, fit.value(n)) for n in _between(smallest, ahead)]
+        plot = Plot(setting_scale([*best, ahead], "training conversations"), self._metric_scale([y for _, y in curve]))
+        plot.line([point for point in curve if point[0] <= largest], kind="mean")
+        plot.line([point for point in curve if point[0] >= largest], kind="mean ahead")
+        self._marks(plot, points)
         yield Panel(
             "How they learn",
             f"{self._metric} against sample size",
             plot,
             f"Fit through the best run of each size: {fit.words} (misses by {100 * fit.residual:.1f} points). Dashed, as a "
-            f"guess: {100 * fit.value(ahead):.1f} with {ahead:,} conversations.",
+            f"guess: {100 * fit.value(ahead):.1f} with {ahead:,.0f} conversations.",
         )
 
     def _costs(self) -> Iterator[Panel]:
-        costs: tuple[tuple[str, str, float], ...] = (
-            ("seconds", "minutes of the whole run", 60.0),
-            ("tokens", "tokens trained on", 1.0),
-            ("peak_memory_bytes", "peak memory, GiB", 2.0**30),
-        )
-        for name, label, unit in costs:
-            if name == self._metric:
+        sign = 1 if self._least_is_best else -1
+        for name, label, unit in COSTS:
+            points = [(run, cost / unit) for run in self._scored if (cost := run.number(name)) is not None]
+            if name == self._metric or len({round(cost, 3) for _, cost in points}) < 2:
                 continue
-            worth = 1 if self._least_is_best else -1
-            known = [(run, cost / unit) for run in self._scored if (cost := run.number(name)) is not None]
-            if len({round(cost, 3) for _, cost in known}) < 2:
-                continue
-            across = linear_scale([cost for _, cost in known], label, room=0.1)  # for equal costs side by side
-            plot = Plot(across, self._metric_scale([run for run, _ in known]))
+            across = linear_scale([cost for _, cost in points], label, room=0.1)  # for equal costs side by side
+            plot = Plot(across, self._metric_scale())
             frontier: list[tuple[float, float]] = []
-            for cost, value in sorted(((c, self._value(r)) for r, c in known), key=lambda p: (p[0], worth * p[1])):
-                if not frontier or worth * value < worth * frontier[-1][1]:
-                    frontier += [(cost, frontier[-1][1])] if frontier else []
-                    frontier.append((cost, value))
+            for cost, worse in sorted((cost, sign * self._value(run)) for run, cost in points):
+                value = sign * worse
+                if not frontier or worse < sign * frontier[-1][1]:
+                    frontier += [(cost, height) for _, height in frontier[-1:]] + [(cost, value)]
             plot.line(frontier, kind="mean")
-            by_cost: dict[str, list[tuple[ComparedRun, float]]] = {}
-            for run, cost in known:
-                by_cost.setdefault(f"{cost:.3g}", []).append((run, cost))  # equal costs would hide each other
-            for alike in by_cost.values():
-                for (run, cost), aside in zip(alike, _aside(len(alike)), strict=True):
-                    self._mark(plot, run, cost, aside)
-            yield Panel(
-                "What it costs", f"{self._metric} against {label}", plot, "Grey line: nothing is better for less."
-            )
+            self._marks(plot, points)
+            words = "Grey line: nothing is better for less."
+            yield Panel("What it costs", f"{self._metric} against {label}", plot, words)
 
     def _errors(self) -> Iterator[Panel]:
         runs = [run for run in self._ranking.runs if run.errors]
@@ -327,22 +309,21 @@ class Charts:
         words = "Steps of the held-out conversations that show each kind of error; the deeper, the more."
         yield Panel("What goes wrong", "Errors by kind", None, words, errors)
 
-    def _metric_scale(self, runs: Sequence[ComparedRun]) -> Scale:
-        ends = [value for run in runs for value in _ends(run, self._metric)]
-        return linear_scale(ends, f"{self._metric} (%)" if self._is_share else self._metric, percent=self._is_share)
+    def _metric_scale(self, further: Sequence[float] = ()) -> Scale:
+        scores = [run.scores.get(self._metric) or Score(self._value(run)) for run in self._scored]
+        ends = [end for score in scores for end in (score.low, score.value, score.high) if end is not None]
+        label = f"{self._metric} (%)" if self._is_share else self._metric
+        return linear_scale([*ends, *further], label, percent=self._is_share)
 
-    def _marks(self, plot: Plot, runs: Sequence[ComparedRun], x: float) -> None:
-        """Draw runs of one value side by side, the best left."""
-        for run, aside in zip(runs, _aside(len(runs)), strict=True):
-            self._mark(plot, run, x, aside)
-
-    def _mark(self, plot: Plot, run: ComparedRun, x: float, aside: float = 0.0) -> None:
-        """Draw a run's metric with its interval, `aside` pixels beside its place."""
-        score, colour, value = run.scores.get(self._metric), self.colours[run.name], self._value(run)
-        if score is not None and score.low is not None and score.high is not None:
-            plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
-        words = f"{100 * value:.1f}" if self._is_share else f"{value:.4g}"
-        plot.dot(x, value, f"{run.name}: {words}", colour=colour, run=run.name, aside=aside)
+    def _marks(self, plot: Plot, points: Sequence[tuple[ComparedRun, float]]) -> None:
+        """Draw each run's metric with its interval; runs of one place, which would hide each other, side by side."""
+        for group in _grouped(points, lambda point: f"{point[1]:.3g}").values():
+            for (run, x), aside in zip(group, _aside(len(group)), strict=True):
+                score, colour, value = run.scores.get(self._metric), self.colours[run.name], self._value(run)
+                if score is not None and score.low is not None and score.high is not None:
+                    plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
+                words = f"{100 * value:.1f}" if self._is_share else f"{value:.4g}"
+                plot.dot(x, value, f"{run.name}: {words}", colour=colour, run=run.name, aside=aside)
 
 
 def _aside(count: int) -> list[float]:
@@ -351,10 +332,11 @@ def _aside(count: int) -> list[float]:
     return [(i - (count - 1) / 2) * gap for i in range(count)]
 
 
-def _ends(run: ComparedRun, metric: str) -> list[float]:
-    score = run.scores.get(metric)
-    ends = [run.number(metric)] if score is None else [score.low, score.value, score.high]
-    return [value for value in ends if value is not None]
+def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def _setting_axis(values: Sequence[object], label: str) -> tuple[Scale, Callable[[object], float]]:

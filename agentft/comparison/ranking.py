@@ -1,4 +1,4 @@
-"""Rank runs: say which settings differ, which run is best, and which cannot be told from it.
+"""Rank runs: say which settings differ, which run is best, and which cannot be told from it; write that as a table.
 
 "Tied" means that a paired test on the same held-out conversations finds no difference to the best run at 5 %, with
 Holm's correction over all runs of the table. Where predictions are missing, overlapping 95 % intervals stand in for the
@@ -7,10 +7,14 @@ test, and the table says so.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from agentft.comparison.pairs import compare_runs
 from agentft.comparison.runs import ANSWERS, NUMBERS, ComparedRun, saved_scores
@@ -19,6 +23,9 @@ from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
 from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.statistics import INDICATIVE_BELOW, SIGNIFICANT, holm
 from agentft.recipes.config import AFFECT_NOTHING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Mark = Literal["", "best", "tied", "other data"]
 
@@ -127,60 +134,51 @@ def _hashable(value: Any) -> str:
 
 
 def _mark(ranking: Ranking) -> None:
-    ranked = [run for run in ranking.runs if run.number(ranking.metric) is not None]
+    metric = ranking.metric
+    ranked = [run for run in ranking.runs if run.number(metric) is not None]
     if not ranked:
         return
     best, others = ranked[0], ranked[1:]
     ranking.marks[best.name] = "best"
-    if ranking.metric not in METRICS_BY_NAME:
-        for run in others:
-            if run.number(ranking.metric) == best.number(ranking.metric):
-                ranking.marks[run.name] = "tied"
-        return
-    _mark_by_test(ranking, best, others)
+    if metric in METRICS_BY_NAME:
+        _mark_by_test(ranking, best, others)
+    else:
+        ranking.marks |= {run.name: "tied" for run in others if run.number(metric) == best.number(metric)}
 
 
 def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[ComparedRun]) -> None:
-    own = _scores_after(best)
+    metric, own = ranking.metric, _scores_after(best)
     raw: dict[str, float] = {}
-    by_overlap = []
+    untested = 0
     for run in others:
         theirs = _scores_after(run)
         if own is None or theirs is None:
-            by_overlap.append(run)
+            untested += 1
+            low, high = best.scores[metric].low, run.scores[metric].high
+            if low is not None and high is not None and high >= low:
+                ranking.marks[run.name] = "tied"
             continue
+        definitions = (METRICS_BY_NAME[metric],)
         try:
-            found = compare_runs(
-                own, theirs, bootstrap_samples=BOOTSTRAP_SAMPLES, definitions=(METRICS_BY_NAME[ranking.metric],)
-            )
+            found = compare_runs(own, theirs, bootstrap_samples=BOOTSTRAP_SAMPLES, definitions=definitions)
         except EvaluationError:
             ranking.marks[run.name] = "other data"
             continue
-        p = found.metrics[ranking.metric].p
-        if p is not None:
+        if (p := found.metrics[metric].p) is not None:
             raw[run.name] = p
     ranking.p = holm(raw)
-    for name, p in ranking.p.items():
-        ranking.marks[name] = "tied" if p >= SIGNIFICANT else ""
-    for run in by_overlap:
-        mine, theirs_score = best.scores[ranking.metric], run.scores[ranking.metric]
-        if mine.low is not None and theirs_score.high is not None and theirs_score.high >= mine.low:
-            ranking.marks[run.name] = "tied"
-    if ranking.p:
-        ranking.notes.append(
-            f"tied: a paired test on {ranking.metric} over the held-out conversations finds no difference to the best run "
-            f"(5 %, Holm's correction over {len(ranking.p)} comparisons)"
-        )
-    if by_overlap:
-        ranking.notes.append(
-            f"{len(by_overlap)} run(s) without predictions: tied where the 95 % intervals overlap, a weaker test"
-        )
-    if "other data" in ranking.marks.values():
-        ranking.notes.append(
-            "other data: these runs were evaluated on other held-out conversations, so the values do not compare"
-        )
-    if 0 < (fewest := min(run.scores[ranking.metric].conversations for run in [best, *others])) < INDICATIVE_BELOW:
-        ranking.notes.append(f"{fewest} conversations: the 95 % intervals are indicative")
+    ranking.marks |= {name: "tied" if p >= SIGNIFICANT else "" for name, p in ranking.p.items()}
+    fewest = min(run.scores[metric].conversations for run in [best, *others])
+    notes = {
+        f"tied: a paired test on {metric} over the held-out conversations finds no difference to the best run "
+        f"(5 %, Holm's correction over {len(ranking.p)} comparisons)": ranking.p,
+        f"{untested} run(s) without predictions: tied where the 95 % intervals overlap, a weaker test": untested,
+        "other data: these runs were evaluated on other held-out conversations, so the values do not compare": (
+            "other data" in ranking.marks.values()
+        ),
+        f"{fewest} conversations: the 95 % intervals are indicative": 0 < fewest < INDICATIVE_BELOW,
+    }
+    ranking.notes += [note for note, applies in notes.items() if applies]
 
 
 def _scores_after(run: ComparedRun) -> list[StepScore] | None:
@@ -189,3 +187,144 @@ def _scores_after(run: ComparedRun) -> list[StepScore] | None:
         return saved_scores(run.folder / "predictions" / f"{ANSWERS}.jsonl") or None
     except EvaluationError:
         return None
+
+
+def rich_table(ranking: Ranking, width: int = 160) -> Table:
+    """Return the table for the terminal: percentages with their 95 % intervals, the best value of each column bold.
+
+    On a narrow terminal fewer metrics are shown; the files have all.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = 6 if width >= 150 else 4 if width >= 120 else 2 if width >= 96 else 1
+    wanted = sorted(ranking.metrics, key=lambda name: name != ranking.metric)[:shown]
+    header, rows = table_cells(ranking, [name for name in ranking.metrics if name in wanted], short=True)
+    caption = "\n".join(table_notes(ranking))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    words = {"", "run", "state", *ranking.differing.values()}
+    for name in header:
+        alignment: Literal["left", "right"] = "left" if name in words else "right"
+        least = len(name) if name in ranking.differing.values() else None  # a setting's name is not broken
+        table.add_column(name, justify=alignment, overflow="fold", no_wrap=name not in words, min_width=least)
+    for row in rows:
+        table.add_row(*(Text(text, "bold" if is_best else "") for text, is_best in row))
+    return table
+
+
+def markdown(ranking: Ranking, title: str = "") -> str:
+    """Return the same table as Markdown."""
+    header, rows = table_cells(ranking, ranking.metrics)
+
+    def line(cells: Sequence[tuple[str, bool]]) -> str:
+        escaped = [(text.replace("|", "\\|").replace("\n", " "), bold) for text, bold in cells]
+        return "| " + " | ".join(f"**{text}**" if bold and text else text for text, bold in escaped) + " |"
+
+    lines = [f"# {title}", ""] if title else []
+    lines += [line([(name, False) for name in header]), "|" + "---|" * len(header), *map(line, rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in table_notes(ranking))]) + "\n"
+
+
+def csv_text(ranking: Ranking) -> str:
+    """Return every number in full, one row a run, best first."""
+    metrics = list(dict.fromkeys([*ranking.metrics, *(name for run in ranking.runs for name in run.scores)]))
+    costs = ("step", "tokens", "seconds", "peak_memory_bytes", "train_examples")
+    bounds = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high")]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "state", "reason", "mark", "p", *ranking.differing, "loss", *bounds, *costs, "folder"])
+    for run in ranking.runs:
+        row: list[Any] = [run.name, run.state, run.reason, ranking.marks.get(run.name, ""), ranking.p.get(run.name)]
+        row += [*(setting_text(run.settings.get(key)) for key in ranking.differing), run.loss]
+        for name in metrics:
+            score = run.scores.get(name)
+            row += [None, None, None] if score is None else [score.value, score.low, score.high]
+        here = Path.cwd()
+        folder = run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder
+        writer.writerow([*row, *(getattr(run, cost) for cost in costs), folder])
+    return out.getvalue()
+
+
+def table_cells(
+    ranking: Ranking, metrics: Sequence[str], *, short: bool = False
+) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Return header and rows; a cell is its text and whether it is the best of its column."""
+    runs = ranking.runs
+    columns: list[tuple[str, list[str], int | None]] = [
+        ("", [ranking.marks.get(run.name, "") for run in runs], None),
+        ("run", short_names(runs) if short else [run.name for run in runs], None),
+    ]
+    if not all(run.state == "finished" for run in runs):
+        columns.append(("state", [_state(run) for run in runs], None))
+    for key, name in ranking.differing.items():
+        columns.append((name, [setting_text(run.settings.get(key)) for run in runs], None))
+    for name in metrics:
+        columns.append((name, [_score(run, name, 0 if short else 1) for run in runs], _best(runs, name)))
+    losses = ["" if run.loss is None else f"{run.loss:.4f}" for run in runs]
+    columns.append(("loss" if short else "held-out loss", losses, _best(runs, "loss")))
+    columns.append(("time", [_duration(run.seconds) for run in runs], None))
+    sizes = ["" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 2**30:.2f} GiB" for run in runs]
+    if any(sizes) and not short:
+        columns.append(("memory", sizes, None))
+    header = [name for name, _, _ in columns]
+    return header, [[(cells[i], i == best) for _, cells, best in columns] for i in range(len(runs))]
+
+
+def _best(runs: Sequence[ComparedRun], name: str) -> int | None:
+    known = [(value, i) for i, run in enumerate(runs) if (value := run.number(name)) is not None]
+    if len(known) < 2:
+        return None
+    sign = 1 if name in LOWER_IS_BETTER else -1
+    return min(known, key=lambda item: (sign * item[0], item[1]))[1]
+
+
+def table_notes(ranking: Ranking) -> list[str]:
+    """Return what a reader must know to read the table."""
+    notes = [f"in order of {ranking.metric}; metrics in percent with their 95 % intervals"] if ranking.metrics else []
+    counts = Counter(run.state for run in ranking.runs)
+    if counts["finished"] < len(ranking.runs):
+        notes.append(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+    return notes + ranking.notes
+
+
+def _state(run: ComparedRun) -> str:
+    if run.state in ("running", "paused") and run.step is not None and run.steps:
+        return f"{run.state} {run.step}/{run.steps}"
+    return run.state
+
+
+def setting_text(value: Any) -> str:
+    """Return a value as Hydra writes it."""
+    match value:
+        case None | bool():
+            return {None: "null", True: "true", False: "false"}[value]
+        case float():
+            return f"{value:g}"
+        case list():
+            return "[" + ",".join(map(setting_text, value)) + "]"
+        case _:
+            return str(value)
+
+
+def short_names(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the numbers of the jobs of one sweep, since their settings stand beside them; else names."""
+    numbers = [run.name.partition("_")[0] for run in runs]
+    return numbers if all(map(str.isdigit, numbers)) and len(set(numbers)) == len(runs) else [run.name for run in runs]
+
+
+def _score(run: ComparedRun, name: str, digits: int) -> str:
+    score = run.scores.get(name)
+    if score is None:
+        return ""
+    if score.low is None or score.high is None:
+        return f"{100 * score.value:.1f}"
+    return f"{100 * score.value:.1f} [{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

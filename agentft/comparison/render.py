@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,28 +123,21 @@ class Mark:
     """Its tooltip."""
 
 
-@dataclass
-class Drawing:
-    """A picture of so many pixels; `templates/drawing.j2` makes SVG of it."""
+class Plot:
+    """A chart of two scales, so many pixels wide and high; `templates/drawing.j2` makes SVG of it.
 
-    width: int
-    height: int
-    marks: list[Mark] = field(default_factory=list)
-    """What is drawn later covers what was drawn before."""
+    What is drawn later covers what was drawn before.
+    """
+
+    def __init__(self, x: Scale, y: Scale, width: int = 420, height: int = 270) -> None:
+        self.x, self.y, self.width, self.height = x, y, width, height
+        self.marks: list[Mark] = []
+        self._axes()
 
     def draw(self, tag: str, *, text: str = "", title: str = "", **attributes: object) -> None:
         """Add an element: `data_run` is its attribute `data-run`, `class_` its class; empty attributes are left out."""
         named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value != ""}
         self.marks.append(Mark(tag, named, text, title))
-
-
-class Plot(Drawing):
-    """A chart of two scales, with marks in data coordinates."""
-
-    def __init__(self, x: Scale, y: Scale, width: int = 420, height: int = 270) -> None:
-        super().__init__(width, height)
-        self.x, self.y = x, y
-        self._axes()
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return the pixels of a point."""

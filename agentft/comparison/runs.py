@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from agentft.errors import EvaluationError, RunError
@@ -130,15 +131,29 @@ def read_run(folder: Path) -> ComparedRun:
     status, job = _read(folder / "status.json"), _read(folder / "job.json")
     summary, after = _read(folder / "summary.json"), _read(folder / "metrics" / "after.json")
     state, reason = _state(status, job)
+    train = _read(folder / "data" / "manifest.json").get("train")
     seconds = None if job.get("seconds") is None else _number(job.get("seconds_in_all"), job["seconds"])
-    run = ComparedRun(
+    if seconds is None:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            started, updated = (datetime.fromisoformat(status[name]) for name in ("started", "updated"))
+            seconds = (updated - started).total_seconds()
+    return ComparedRun(
         folder=folder,
         name=folder.name,
         state=state,
         reason=reason,
         settings=_settings(folder, job),
         swept=frozenset(str(text).lstrip("+~").partition("=")[0] for text in job.get("swept") or ()),
-        scores=_scores(after),
+        scores={
+            str(name): Score(
+                float(metric["value"]),
+                _number(metric.get("low")),
+                _number(metric.get("high")),
+                int(metric.get("conversations") or 0),
+            )
+            for name, metric in (after.get("metrics") or {}).items()
+            if _is_number(metric.get("value"))
+        },
         errors={str(kind): int(count) for kind, count in (after.get("errors") or {}).items()},
         loss=_number(status.get("eval_loss"), summary.get("best_loss")),
         step=_whole(summary.get("steps"), status.get("step")),
@@ -146,39 +161,25 @@ def read_run(folder: Path) -> ComparedRun:
         tokens=_whole(summary.get("tokens"), status.get("train_tokens")),
         seconds=seconds,
         peak_memory_bytes=_whole(summary.get("peak_memory_bytes")),
-        train_examples=_train_examples(folder),
+        train_examples=_whole(train.get("conversations")) if isinstance(train, dict) else None,
     )
-    if run.seconds is None:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            run.seconds = _between(status["started"], status["updated"])
-    return run
 
 
 def _state(status: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]:
-    state = str(status.get("state") or "waiting")
-    reason = str(status.get("error") or "")
-    if state == "finished" or not job:
-        if state == "running" and _is_gone(status):
-            return "died", "its process is gone"
-        return state, reason
-    # The launcher saw the end of a job that could not speak for itself any more.
-    if job.get("state") in ("failed", "stopped"):
-        return str(job["state"]), str(job.get("reason") or reason)
-    if job.get("state") == "running" and _is_gone(job):
+    """Return state and reason; the launcher speaks for a job that could not any more."""
+    own, reason = str(status.get("state") or "waiting"), str(status.get("error") or "")
+    record = status if own == "finished" or not job else job
+    state = str(record.get("state") or own)
+    if state == "running" and _is_gone(record):
         return "died", "its process is gone"
-    return str(job.get("state") or state), reason if job.get("state") != "waiting" else ""
+    if record is job and state in ("failed", "stopped"):
+        return state, str(job.get("reason") or reason)
+    return state, "" if record is job and state == "waiting" else reason
 
 
 def _is_gone(record: Mapping[str, Any]) -> bool:
-    if record.get("host") != socket.gethostname() or not isinstance(record.get("pid"), int):
-        return False
-    try:
-        os.kill(record["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    here = record.get("host") == socket.gethostname()
+    return here and isinstance(record.get("pid"), int) and not psutil.pid_exists(record["pid"])
 
 
 def _settings(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,30 +201,6 @@ def _flat(value: Any, key: str) -> Iterable[tuple[str, Any]]:
         yield key, value
 
 
-def _scores(report: Mapping[str, Any]) -> dict[str, Score]:
-    return {
-        str(name): Score(
-            float(metric["value"]),
-            _number(metric.get("low")),
-            _number(metric.get("high")),
-            int(metric.get("conversations") or 0),
-        )
-        for name, metric in (report.get("metrics") or {}).items()
-        if _is_number(metric.get("value"))
-    }
-
-
-def _train_examples(folder: Path) -> int | None:
-    part = _read(folder / "data" / "manifest.json").get("train")
-    return _whole(part.get("conversations")) if isinstance(part, dict) else None
-
-
-def _between(first: str, last: str) -> float:
-    from datetime import datetime
-
-    return (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -237,11 +214,10 @@ def _whole(*values: Any) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(RunError):
         value = read_json(path)
-    except RunError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def predictions_file(path: Path, answers: str = ANSWERS) -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -267,19 +267,8 @@ class _Decoding:
     cache: KVCache
     drafter: PromptLookupDrafter
     ids: list[int] = field(default_factory=list)
-
-    @property
-    def position(self) -> int:
-        """Return where its newest token stands, which no forward pass has seen yet."""
-        return self.step.start + len(self.ids) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefix:
-    """A conversation computed up to its last step."""
-
-    ids: list[int]
-    cache: KVCache
+    """Of the completion; no forward pass has seen the newest yet."""
+    finish: Finish | None = None
 
 
 class GreedyGenerator:
@@ -296,8 +285,8 @@ class GreedyGenerator:
         speculation: int = 16,
     ) -> None:
         """`batch` sequences are decoded at once; at most `speculation` tokens are drafted ahead, none if 0."""
-        self._module = model
-        self._model = RaggedModel(model)
+        self._model = model
+        self._ragged = RaggedModel(model)
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._batch = batch
@@ -311,92 +300,74 @@ class GreedyGenerator:
         """Complete all steps and return them in the order given; `on_completion` is called with each as it is finished."""
         completions: dict[int, Completion] = {}
         index: NgramIndex = {}
-
-        def finish(decoding: _Decoding, how: Finish) -> None:
-            index_ngrams(index, decoding.ids)
-            completions[decoding.order] = _completion(decoding.step, decoding.ids, how, self._tokenizer)
-            if on_completion is not None:
-                on_completion(completions[decoding.order])
-
-        with eval_mode(self._module), self._model.attached():
+        running: list[_Decoding] = []
+        with eval_mode(self._model), self._ragged.attached():
             source = self._prefilled(steps, index)
-            running: list[_Decoding] = []
-            while True:
-                while len(running) < self._batch and (begun := next(source, None)) is not None:
-                    decoding, first_id = begun
-                    how = self._take(decoding, first_id)
-                    if how is None:
-                        running.append(decoding)
-                    else:
-                        finish(decoding, how)
-                if not running:
-                    return [completions[order] for order in range(len(steps))]
-                ends = self._decode(running)
-                for decoding, how in zip(running, ends, strict=True):
-                    if how is not None:
-                        finish(decoding, how)
-                running = [decoding for decoding, how in zip(running, ends, strict=True) if how is None]
+            while len(completions) < len(steps):
+                running += islice(source, self._batch - len(running))
+                self._decode([decoding for decoding in running if decoding.finish is None])
+                for decoding in running:
+                    if decoding.finish is not None:
+                        index_ngrams(index, decoding.ids)
+                        completion = _completion(decoding.step, decoding.ids, decoding.finish, self._tokenizer)
+                        completions[decoding.order] = completion
+                        if on_completion is not None:
+                            on_completion(completion)
+                running = [decoding for decoding in running if decoding.finish is None]
+        return [completions[order] for order in range(len(steps))]
 
-    def _prefilled(self, steps: Sequence[Step], index: NgramIndex) -> Iterator[tuple[_Decoding, int]]:
-        """Yield each step with its context computed, and its first greedy token."""
-        prefix = _Prefix([], self._model.kv_cache(0))
+    def _prefilled(self, steps: Sequence[Step], index: NgramIndex) -> Iterator[_Decoding]:
+        """Yield each step with its context computed and its first token; what conversations share is computed once."""
+        last_ids: list[int] = []
+        last = self._ragged.kv_cache(0)
         for group in _in_order(steps):
             starts = sorted(step.start for _, step in group)
-            prefix, first_ids = self._prefill(group[0][1].input_ids[: starts[-1]].tolist(), starts, prefix)
+            ids = group[0][1].input_ids[: starts[-1]].tolist()
+            # The token before the first step is asked for its next one, so it is computed in any case.
+            shared = min(_common(ids, last_ids), starts[0] - 1)
+            cache = self._ragged.kv_cache(len(ids))
+            cache.copy(last, shared)
+            wanted = [start - 1 - shared for start in starts]
+            (next_ids,) = self._ragged.next_ids([RaggedSequence(cache, shared, ids[shared:], wanted)])
+            first_ids = dict(zip(starts, next_ids, strict=True))
+            self.counts["prompt_tokens"] += len(ids) - shared
             for order, step in group:
                 # A pass writes its drafts before it knows whether they are right.
-                cache = self._model.kv_cache(step.start + self._max_new_tokens + self._speculation)
-                cache.copy(prefix.cache, step.start)
-                drafter = PromptLookupDrafter(prefix.ids[: step.start], index, self._speculation)
-                yield _Decoding(order, step, cache, drafter), first_ids[step.start]
+                own = self._ragged.kv_cache(step.start + self._max_new_tokens + self._speculation)
+                own.copy(cache, step.start)
+                drafter = PromptLookupDrafter(ids[: step.start], index, self._speculation)
+                decoding = _Decoding(order, step, own, drafter)
+                self._take(decoding, first_ids[step.start])
+                yield decoding
+            last_ids, last = ids, cache
 
-    def _prefill(self, ids: list[int], starts: Sequence[int], last: _Prefix) -> tuple[_Prefix, dict[int, int]]:
-        """Compute a conversation up to its last step, on top of what it shares with the `last` one.
-
-        Returns:
-            The conversation, and the next token after each of `starts`.
-        """
-        # The token before the first step is asked for its next one, so it is computed in any case.
-        shared = min(_common(ids, last.ids), starts[0] - 1)
-        cache = self._model.kv_cache(len(ids))
-        cache.copy(last.cache, shared)
-        sequence = RaggedSequence(cache, shared, ids[shared:], [start - 1 - shared for start in starts])
-        (next_ids,) = self._model.next_ids([sequence])
-        self.counts["prompt_tokens"] += len(sequence.ids)
-        return _Prefix(ids, cache), dict(zip(starts, next_ids, strict=True))
-
-    def _decode(self, running: Sequence[_Decoding]) -> list[Finish | None]:
-        """Run one pass over all running sequences; return how each ended, None if it did not."""
-        sequences = []
-        for decoding in running:
-            draft = decoding.drafter.draft(self._max_new_tokens - len(decoding.ids) - 1)
-            ids = [decoding.ids[-1], *draft]
-            sequences.append(RaggedSequence(decoding.cache, decoding.position, ids, range(len(ids))))
-        self.counts["passes"] += 1
-        found = self._model.next_ids(sequences)
-        return [
-            self._verify(decoding, sequence.ids[1:], next_ids)
-            for decoding, sequence, next_ids in zip(running, sequences, found, strict=True)
+    def _decode(self, running: Sequence[_Decoding]) -> None:
+        """Run one pass; each sequence takes the model's tokens as long as the draft that they come from is right."""
+        if not running:
+            return
+        drafts = [each.drafter.draft(self._max_new_tokens - len(each.ids) - 1) for each in running]
+        sequences = [
+            RaggedSequence(
+                each.cache, each.step.start + len(each.ids) - 1, [each.ids[-1], *draft], range(len(draft) + 1)
+            )
+            for each, draft in zip(running, drafts, strict=True)
         ]
+        found = self._ragged.next_ids(sequences)
+        self.counts["passes"] += 1
+        for decoding, draft, next_ids in zip(running, drafts, found, strict=True):
+            accepted = _common(draft, next_ids)
+            decoding.drafter.learn(len(draft), accepted)
+            self.counts.update(drafted=len(draft), accepted=accepted)
+            for token in next_ids[: accepted + 1]:
+                if decoding.finish is None:
+                    self._take(decoding, token)
 
-    def _verify(self, decoding: _Decoding, draft: Sequence[int], next_ids: Sequence[int]) -> Finish | None:
-        """Take the model's tokens as long as the draft that they were computed from is right."""
-        accepted = _common(draft, next_ids)
-        decoding.drafter.learn(len(draft), accepted)
-        self.counts["drafted"] += len(draft)
-        self.counts["accepted"] += accepted
-        for token in next_ids[: accepted + 1]:
-            how = self._take(decoding, token)
-            if how is not None:
-                return how
-        return None
-
-    def _take(self, decoding: _Decoding, token: int) -> Finish | None:
-        """Append a token to a completion; return how that ends it, None if it does not."""
+    def _take(self, decoding: _Decoding, token: int) -> None:
         decoding.ids.append(token)
         decoding.drafter.add(token)
-        how = _end(decoding.step, decoding.ids, self._tokenizer, self._stop_ids)
-        return "length" if how is None and len(decoding.ids) >= self._max_new_tokens else how
+        decoding.finish = _end(decoding.step, decoding.ids, self._tokenizer, self._stop_ids)
+        if decoding.finish is None and len(decoding.ids) >= self._max_new_tokens:
+            decoding.finish = "length"
 
 
 class StockGenerator:

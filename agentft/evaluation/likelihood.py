@@ -136,7 +136,14 @@ def _measure(
     examples: Sequence[Example], model: nn.Module, pad_id: int, autocast: torch.dtype | None, stock: bool
 ) -> tuple[Floats, Floats]:
     device = next(model.parameters()).device
-    rows, positions, kinds = _places(examples)
+    # The first token of a text has nothing before it that tells it.
+    labelled = [
+        (row, position, KINDS.index(span.kind))
+        for row, example in enumerate(examples)
+        for span in example.spans
+        for position in range(max(span.start, 1), span.stop)
+    ]
+    rows, positions, kinds = np.array(labelled, dtype=np.int64).reshape(-1, 3).T
     piece = collate(examples, pad_id).to(device)
     rows_N, positions_N = torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)
     targets_N = piece.input_ids_BT[rows_N, positions_N]
@@ -151,21 +158,7 @@ def _measure(
             chunks = zip(torch.split(hidden_ND, _CHUNK), torch.split(targets_N, _CHUNK), strict=True)
             head = output_head(model)
             nats = [functional.cross_entropy(head(h).float(), targets, reduction="none") for h, targets in chunks]
-    cells = rows * len(KINDS) + kinds
-    size = len(examples) * len(KINDS)
-    shape = (len(examples), len(KINDS))
-    weights = torch.cat(nats).double().cpu().numpy()
-    sums, tokens = np.bincount(cells, weights=weights, minlength=size), np.bincount(cells, minlength=size)
-    return sums.astype(np.float64).reshape(shape), tokens.astype(np.float64).reshape(shape)
-
-
-def _places(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row, position and column of the kind for every labelled token; the first of a text has nothing before it."""
-    found = [
-        (row, position, KINDS.index(span.kind))
-        for row, example in enumerate(examples)
-        for span in example.spans
-        for position in range(max(span.start, 1), span.stop)
-    ]
-    rows, positions, kinds = np.array(found, dtype=np.int64).reshape(-1, 3).T
-    return rows, positions, kinds
+    sums_BK, tokens_BK = np.zeros((2, len(examples), len(KINDS)))
+    np.add.at(sums_BK, (rows, kinds), torch.cat(nats).double().cpu().numpy())
+    np.add.at(tokens_BK, (rows, kinds), 1)
+    return sums_BK, tokens_BK

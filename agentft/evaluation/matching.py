@@ -16,13 +16,15 @@ value), of leniently equal parameters, and the likeness of the order. The optimu
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import repeat
 from typing import Any
 
 from agentft.data.calls import Json, JsonRefused, ToolCall, read_json
@@ -40,17 +42,13 @@ def strictly_equal(left: Json, right: Json) -> bool:
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, int | float) and isinstance(right, int | float):
-        return _numbers_equal(left, right)
+        return left == right if type(left) is type(right) else _decimal(left) == _decimal(right)
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):
-        if left.keys() != right.keys():
-            return False
-        return all(strictly_equal(value, right[key]) for key, value in left.items())
+        return left.keys() == right.keys() and all(strictly_equal(value, right[key]) for key, value in left.items())
     if isinstance(left, list):
-        if len(left) != len(right):
-            return False
-        return all(strictly_equal(one, other) for one, other in zip(left, right, strict=True))
+        return len(left) == len(right) and all(map(strictly_equal, left, right))
     return bool(left == right)
 
 
@@ -58,12 +56,6 @@ def lenient_parameters(parameters: dict[str, Json]) -> dict[str, Any]:
     """Return parameters in a form that compares with `==` exactly as the lenient column says."""
     forms = {key: _lenient_form(value, 0) for key, value in parameters.items()}
     return {key: form for key, form in forms.items() if form not in (_NULL, _EMPTY_TEXT)}
-
-
-def _numbers_equal(left: float, right: float) -> bool:
-    if type(left) is type(right):
-        return left == right
-    return _decimal(left) == _decimal(right)
 
 
 def _decimal(number: float) -> Decimal:
@@ -84,15 +76,9 @@ def _lenient_form(value: Json, depth: int) -> tuple[str, Any]:
     if isinstance(value, int | float):
         return ("number", _decimal(value))
     if isinstance(value, dict):
-        members: dict[str, Any] = {}
-        for key, member in value.items():
-            members[key] = _lenient_form(member, depth + 1)
-        return ("object", members)
+        return ("object", dict(zip(value, map(_lenient_form, value.values(), repeat(depth + 1)), strict=True)))
     if isinstance(value, list):
-        items: list[Any] = []
-        for item in value:
-            items.append(_lenient_form(item, depth + 1))
-        return ("array", items)
+        return ("array", list(map(_lenient_form, value, repeat(depth + 1))))  # a comprehension is one frame more
     return _NULL
 
 
@@ -198,16 +184,9 @@ def _assign(worth: list[list[_Worth]]) -> list[tuple[int, int]]:
     if turned:
         worth = [list(line) for line in zip(*worth, strict=True)]
     base = 1 + 2 * len(worth) * max(abs(part) for line in worth for parts in line for part in parts)
-    cost = [[-_as_integer(parts, base) for parts in line] for line in worth]
+    cost = [[-reduce(lambda number, part: number * base + part, parts) for parts in line] for line in worth]
     pairs = _cheapest_assignment(cost)
     return [(column, row) for row, column in pairs] if turned else pairs
-
-
-def _as_integer(parts: _Worth, base: int) -> int:
-    number = 0
-    for part in parts:
-        number = number * base + part
-    return number
 
 
 def _cheapest_assignment(cost: list[list[int]]) -> list[tuple[int, int]]:
@@ -216,49 +195,34 @@ def _cheapest_assignment(cost: list[list[int]]) -> list[tuple[int, int]]:
     Hungarian method with potentials in exact integers; needs rows <= columns. Index 0 is the virtual start of a path.
     """
     rows, columns = len(cost), len(cost[0])
-    row_potential, column_potential = [0] * (rows + 1), [0] * (columns + 1)
+    row_potential: list[float] = [0] * (rows + 1)
+    column_potential: list[float] = [0] * (columns + 1)
     row_of = [0] * (columns + 1)
     for row in range(1, rows + 1):
-        row_of[0] = row
-        came_from, column = _shortest_path(cost, row_potential, column_potential, row_of)
-        while column:
-            previous = came_from[column]
-            row_of[column] = row_of[previous]
-            column = previous
-    return [(row_of[column] - 1, column - 1) for column in range(1, columns + 1) if row_of[column]]
-
-
-def _shortest_path(
-    cost: list[list[int]], row_potential: list[int], column_potential: list[int], row_of: list[int]
-) -> tuple[list[int], int]:
-    """Walk from the row at column 0 to the nearest free column; returns each column's predecessor and that column."""
-    columns = len(cost[0])
-    slack: list[int | None] = [None] * (columns + 1)
-    came_from = [0] * (columns + 1)
-    visited = [False] * (columns + 1)
-    column = 0
-    while row_of[column]:
-        visited[column] = True
-        row, step, nearest = row_of[column], None, 0
-        for other in range(1, columns + 1):
-            if visited[other]:
-                continue
-            reduced = cost[row - 1][other - 1] - row_potential[row] - column_potential[other]
-            known = slack[other]
-            if known is None or reduced < known:
-                slack[other], came_from[other], known = reduced, column, reduced
-            if step is None or known < step:
-                step, nearest = known, other
-        assert step is not None  # rows <= columns, so a free column is always left
-        for other in range(columns + 1):
-            if visited[other]:
+        row_of[0], column = row, 0
+        slack = [math.inf] * (columns + 1)
+        came_from = [0] * (columns + 1)
+        free = list(range(1, columns + 1))
+        reached = [0]
+        while row_of[column]:
+            for other in free:
+                start = row_of[column]
+                reduced = cost[start - 1][other - 1] - row_potential[start] - column_potential[other]
+                if reduced < slack[other]:
+                    slack[other], came_from[other] = reduced, column
+            nearest = min(free, key=slack.__getitem__)
+            step = slack[nearest]
+            for other in reached:
                 row_potential[row_of[other]] += step
                 column_potential[other] -= step
-            else:
-                remaining = slack[other]
-                slack[other] = None if remaining is None else remaining - step
-        column = nearest
-    return came_from, column
+            for other in free:
+                slack[other] -= step
+            column = nearest
+            free.remove(column)
+            reached.append(column)
+        while column:
+            row_of[column], column = row_of[came_from[column]], came_from[column]
+    return [(row_of[column] - 1, column - 1) for column in range(1, columns + 1) if row_of[column]]
 
 
 TOKENIZER_NAME = "cjk-char-v2"

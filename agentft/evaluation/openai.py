@@ -23,7 +23,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import takewhile, zip_longest
+from itertools import takewhile
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,17 +38,10 @@ from agentft.secrets import redact_text
 
 log = logging.getLogger(__name__)
 
-_TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
-_PYTHON_TYPES = {
-    "str": "string",
-    "int": "integer",
-    "float": "number",
-    "double": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "dict": "object",
-}
+_TYPES = {name: name for name in ("string", "number", "integer", "boolean", "array", "object", "null")}
+_TYPES |= {"str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean"}
+_TYPES |= {"list": "array", "tuple": "array", "dict": "object"}
+"""Type in a dataset, Python's ones too, which endpoints refuse -> JSON schema's."""
 _LONGEST_NAME = 64
 
 
@@ -83,70 +76,43 @@ def chat_step(step: Step, *, as_recorded: bool = False) -> ChatStep:
             messages.append({"role": "user", "content": message.text})
         elif message.role == "assistant":
             results = list(takewhile(lambda m: m.role == "tool", conversation.messages[number + 1 : step.at]))
-            exchange = _exchange(message, results, sent, f"{number}", native=bool(tools))
-            messages += _with_tool_role(exchange) if as_recorded else exchange
+            if tools and results and message.tool_calls and not message.malformed_calls:
+                messages += _native_exchange(message, results, sent, f"call_{number}")
+                continue
+            messages.append({"role": "assistant", "content": message.source_text.strip()})
+            if results:
+                content = "\n".join(result.source_text.strip() for result in results)
+                role = {"role": "tool", "tool_call_id": f"result_{number}"} if as_recorded else {"role": "user"}
+                messages.append(role | {"content": content})
     return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
 
 
-def reply_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Return an endpoint's message as one text: its words, then its calls between marks."""
-    pieces = [words] if (words := _content(message.get("content"))) else []
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict):
-            pieces.append(_call_text(function, names))
-    return "\n".join(pieces)
-
-
-def _exchange(
-    message: Message, results: Sequence[Message], sent: Mapping[str, str], prefix: str, *, native: bool
+def _native_exchange(
+    message: Message, results: Sequence[Message], sent: Mapping[str, str], prefix: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the messages of one earlier step and of what its tools returned.
-
-    Without tools in the request there is no native call: then everything is sent in the marks of the text.
-    """
-    if not native or not results or not message.tool_calls or message.malformed_calls:
-        yield {"role": "assistant", "content": message.source_text.strip()}
-        if results:
-            yield {"role": "user", "content": "\n".join(result.source_text.strip() for result in results)}
-        return
+    """Yield the messages of one earlier step that calls and of what its tools returned."""
     words = "".join(part.source for part in message.source or () if not isinstance(part, Call)).strip()
-    ids = [f"call_{prefix}_{i}" for i in range(len(message.tool_calls))]
-    yield {
-        "role": "assistant",
-        "content": words or None,
-        "tool_calls": [
-            {
-                "id": name,
-                "type": "function",
-                "function": {
-                    "name": sent.get(call.name, call.name),
-                    "arguments": json.dumps(call.arguments, ensure_ascii=False),
-                },
-            }
-            for name, call in zip(ids, message.tool_calls, strict=True)
-        ],
-    }
+    calls = [
+        {
+            "id": f"{prefix}_{i}",
+            "type": "function",
+            "function": {
+                "name": sent.get(call.name, call.name),
+                "arguments": json.dumps(call.arguments, ensure_ascii=False),
+            },
+        }
+        for i, call in enumerate(message.tool_calls)
+    ]
+    yield {"role": "assistant", "content": words or None, "tool_calls": calls}
     # Every call must be answered once: results beyond the last call stand with it, a call without one gets an empty text.
-    bodies = [_result_body(result) for result in results]
-    bodies[len(ids) - 1 :] = ["\n".join(bodies[len(ids) - 1 :])] if len(bodies) >= len(ids) else []
-    for name, body in zip_longest(ids, bodies, fillvalue=""):
-        yield {"role": "tool", "tool_call_id": name, "content": body}
-
-
-def _result_body(result: Message) -> str:
-    """Return what a tool returned, its fence included."""
-    return "".join(part.body for part in result.source or () if isinstance(part, Observation)).strip()
-
-
-def _with_tool_role(turn: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield results in marks as messages of their role, which a template of the record's own layout writes in their place."""
-    for number, message in enumerate(turn):
-        if message["role"] == "assistant":
-            yield message
-        else:
-            yield {"role": "tool", "tool_call_id": f"result_{number}", "content": message["content"]}
+    bodies = [
+        "".join(part.body for part in result.source or () if isinstance(part, Observation)).strip()
+        for result in results
+    ]
+    last = len(calls) - 1
+    bodies[last:] = ["\n".join(bodies[last:])]
+    for call, body in zip(calls, [*bodies, *[""] * (len(calls) - len(bodies))], strict=True):
+        yield {"role": "tool", "tool_call_id": call["id"], "content": body}
 
 
 def _safe_names(names: Sequence[str]) -> dict[str, str]:
@@ -168,49 +134,49 @@ def _declared(tool: Mapping[str, Any], sent: Mapping[str, str]) -> dict[str, Any
 
 
 def _valid_types(schema: Any) -> Any:
-    """Return a schema with the types that JSON schema knows: datasets also write Python's, which endpoints refuse."""
+    """Return a schema with the types that JSON schema knows."""
     if isinstance(schema, list):
         return [_valid_types(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     valid = {key: value if key in ("default", "enum") else _valid_types(value) for key, value in schema.items()}
     if isinstance(valid.get("type"), str):
-        kind = _PYTHON_TYPES.get(valid["type"].lower(), valid["type"].lower())
-        valid.pop("type")
-        return valid | ({"type": kind} if kind in _TYPES else {})
+        kind = _TYPES.get(valid.pop("type").lower())
+        valid |= {"type": kind} if kind else {}
     return valid
 
 
-def _content(content: object) -> str:
-    """Return the text of a message: its content, or the text parts of a list."""
-    if isinstance(content, str):
-        return content.strip()
+def reply_text(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Return an endpoint's message as one text: its words, then its calls between marks."""
+    content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(text for text in parts if isinstance(text, str)).strip()
-    return ""
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
+    pieces = [content.strip()] if isinstance(content, str) and content.strip() else []
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            pieces.append(_call_text(function, names))
+    return "\n".join(pieces)
 
 
 def _call_text(function: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    name = function.get("name")
-    own = names.get(name, name) if isinstance(name, str) else ""
-    arguments = function.get("arguments")
+    name, arguments = function.get("name"), function.get("arguments")
     if isinstance(arguments, str):
         # What is no JSON stays a text: parameters that are no object, and never read as other fields of the call.
         with contextlib.suppress(JsonRefused):
             arguments = read_json(arguments) if arguments.strip() else {}
-    body = {"api_name": own, "parameters": {} if arguments is None else arguments}
-    return _between_marks(json.dumps(body, ensure_ascii=False))
-
-
-def _between_marks(body: str) -> str:
+    call = {
+        "api_name": names.get(name, name) if isinstance(name, str) else "",
+        "parameters": {} if arguments is None else arguments,
+    }
+    body = json.dumps(call, ensure_ascii=False)
     if MARK.search(body):
         body = body.replace("<|", "\\u003c|")  # the same JSON: a bracket stands in strings only
     return f"{THINK_OPEN}```JSON\n{body}\n```{THINK_CLOSE}"
 
 
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 _LARGEST_REPLY = 32 * 1024 * 1024
 _LAYOUT = "chat-v1"
@@ -281,23 +247,16 @@ class OpenAIGenerator:
         }
         body = json.dumps({name: value for name, value in request.items() if value is not None}).encode()
         reply = self._post(body, f"{step.conversation.id} step {step.index}")
-        try:
-            choice = reply["choices"][0]
-            message = choice["message"]
-            if not isinstance(message, dict):
-                raise TypeError("message is no object")
-        except (KeyError, IndexError, TypeError) as error:
-            raise EvaluationError(
-                f"{self._url}: the reply has no choices[0].message ({type(error).__name__}: {error}): "
-                f"{self._quoted(json.dumps(reply))}"
-            ) from None
-        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
-        usage = reply.get("usage")
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return Completion(step, reply_text(message, chat.names), tokens if isinstance(tokens, int) else 0, finish)
+        match reply:
+            case {"choices": [{"message": dict(message)} as choice, *_]}:
+                usage = reply.get("usage")
+                tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+                finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
+                text = reply_text(message, chat.names)
+                return Completion(step, text, tokens if isinstance(tokens, int) else 0, finish)
+        raise EvaluationError(f"{self._url}: the reply has no choices[0].message: {self._quoted(json.dumps(reply))}")
 
     def _post(self, body: bytes, what: str) -> dict[str, Any]:
-        pause = _FIRST_PAUSE
         for attempt in range(self._config.retries + 1):
             wait_for = None
             try:
@@ -313,10 +272,9 @@ class OpenAIGenerator:
                 problem = self._quoted(f"the reply is no JSON object: {error}")
             if attempt == self._config.retries or self._stop.is_set():
                 break
-            delay = min(pause if wait_for is None else wait_for, _LONGEST_PAUSE)
+            delay = min(2.0**attempt if wait_for is None else wait_for, _LONGEST_PAUSE)
             log.warning("%s: %s: %s; again in %.0f s", self._url, what, problem, delay)
             self._pause(delay)
-            pause *= 2
         raise EvaluationError(
             f"{self._url}: {what}: attempt {attempt + 1} of {self._config.retries + 1} failed: {problem}. "
             "Run the same command again to continue from the completions that are kept"

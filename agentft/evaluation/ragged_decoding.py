@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -115,11 +116,7 @@ class RaggedModel:
         return attention_set_to(NAME, self._config)
 
     def next_ids(self, sequences: Sequence[RaggedSequence]) -> list[list[int]]:
-        """Run one forward pass and return the likeliest next token after each wanted one, by sequence.
-
-        Raises:
-            EvaluationError: the model does not compute its attention through transformers' interface.
-        """
+        """Run one forward pass and return the likeliest next token after each wanted one, by sequence; see `logits`."""
         flat = iter(self.logits(sequences).argmax(-1).tolist())
         return [[next(flat) for _ in sequence.wanted] for sequence in sequences]
 
@@ -133,13 +130,13 @@ class RaggedModel:
         positions = [each.position + offset for each in sequences for offset in range(len(each.ids))]
         starts = _starts(sequences)
         keep = [start + offset for start, each in zip(starts, sequences, strict=True) for offset in each.wanted]
-        filling = _up(max(len(ids), FEWEST), MULTIPLE) - len(ids)
+        filling = _filling(len(ids))
         at = _Pass(sequences)
         output = self._model(
             input_ids=torch.tensor([ids + [0] * filling], device=self._device),
             position_ids=torch.tensor([positions + [0] * filling], device=self._device),
             use_cache=False,
-            logits_to_keep=torch.tensor(_filled(keep), device=self._device),
+            logits_to_keep=torch.tensor(keep + keep[-1:] * _filling(len(keep)), device=self._device),
             agentft_pass=at,
         )
         if len(at.layers) != self._layers:
@@ -152,29 +149,6 @@ class RaggedModel:
         return logits
 
 
-def attend(
-    query_HQD: torch.Tensor,
-    keys_GPD: torch.Tensor,
-    values_GPD: torch.Tensor,
-    *,
-    position: int,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Return the attended values `[H, Q, D]` of new tokens that stand from `position` on.
-
-    Args:
-        query_HQD: Their queries.
-        keys_GPD: Keys of all positions, theirs included; those after them may hold anything finite.
-        values_GPD: Values of the same.
-        position: Of the first new token.
-        scale: Factor of the scores.
-        window: A token sees so many positions up to its own; None: all.
-    """
-    kernel = _attend_by_products if query_HQD.device.type == "cpu" else _attend_fused
-    return kernel(query_HQD, keys_GPD, values_GPD, position, scale, window)
-
-
 def _attend_fused(
     query_HQD: torch.Tensor,
     keys_GPD: torch.Tensor,
@@ -183,7 +157,11 @@ def _attend_fused(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Attend by torch's own kernels."""
+    """Return the attended values `[H, Q, D]` of new tokens from `position` on, by torch's own kernels.
+
+    Keys and values are those of all positions, theirs included; what stands after them may be anything finite. A token
+    sees `window` positions up to its own; None: all.
+    """
     length = query_HQD.shape[1]
     stop = position + length
     sees_all = length == 1 and window is None
@@ -206,7 +184,7 @@ def _attend_by_products(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Attend by plain products: torch's CPU kernel copies the keys for every query head of a group, and is slow in bf16."""
+    """Return the same by plain products: torch's CPU kernel copies keys for every query head, and is slow in bf16."""
     heads, length, width = query_HQD.shape
     groups = keys_GPD.shape[0]
     query = (query_HQD * scale).view(groups, heads // groups, length, width)
@@ -216,7 +194,7 @@ def _attend_by_products(
         shape = (groups, heads // groups, stop - start, -1)
         rows = heads // groups * (stop - start)
         last = min(_up(position + stop, _BLOCK), keys_GPD.shape[1])
-        tile = _filled_rows(query[:, :, start:stop].flatten(1, 2))
+        tile = functional.pad(query[:, :, start:stop].flatten(1, 2), (0, 0, 0, _filling(rows)))
         scores = torch.bmm(tile, keys_GPD[:, :last].transpose(1, 2))
         if length == 1 and window is None:
             scores[..., position + 1 :] = -math.inf
@@ -238,13 +216,9 @@ def _seen(
     return seen if window is None else seen & (other > own - window)
 
 
-def _filled_rows(rows_GRD: torch.Tensor) -> torch.Tensor:
-    missing = _up(max(rows_GRD.shape[1], FEWEST), MULTIPLE) - rows_GRD.shape[1]
-    return rows_GRD if missing == 0 else functional.pad(rows_GRD, (0, 0, 0, missing))
-
-
-def _filled(keep: list[int]) -> list[int]:
-    return keep + keep[-1:] * (_up(max(len(keep), FEWEST), MULTIPLE) - len(keep))
+def _filling(rows: int) -> int:
+    """Return how many rows a product of `rows` rows is filled up with."""
+    return _up(max(rows, FEWEST), MULTIPLE) - rows
 
 
 def _up(number: int, multiple: int) -> int:
@@ -253,11 +227,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _starts(sequences: Sequence[RaggedSequence]) -> list[int]:
-    starts, start = [], 0
-    for sequence in sequences:
-        starts.append(start)
-        start += len(sequence.ids)
-    return starts
+    return [0, *accumulate(len(sequence.ids) for sequence in sequences)][:-1]
 
 
 _REFUSED = ("softcap", "position_bias", "s_aux", "sinks")
@@ -285,6 +255,7 @@ def _ragged_attention(
     layer = int(module.layer_idx)
     agentft_pass.layers.add(layer)
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
+    attend = _attend_by_products if query.device.type == "cpu" else _attend_fused
     out_HMD = torch.zeros_like(query[0])
     for sequence, start in zip(agentft_pass.sequences, _starts(agentft_pass.sequences), strict=True):
         new = slice(start, start + len(sequence.ids))
@@ -295,9 +266,9 @@ def _ragged_attention(
             query[0, :, new].to(sequence.cache.keys.dtype),
             sequence.cache.keys[layer],
             sequence.cache.values[layer],
-            position=sequence.position,
-            scale=scale,
-            window=sliding_window,
+            sequence.position,
+            scale,
+            sliding_window,
         )
     return out_HMD.transpose(0, 1)[None].contiguous(), None
 

@@ -57,11 +57,6 @@ class Episode:
         """Steps completed before the first divergence; all of them where there is none."""
         return len(self.completions) - (self.diverged is not None)
 
-    @property
-    def history(self) -> Conversation:
-        """The conversation with the model's own words; blanks around a step stay as they were."""
-        return with_replies(self.conversation, [step.at for step in self.steps], self.words, self.thoughts)
-
     def take(self, completion: Completion, seen_tools: frozenset[str] | None) -> None:
         """Add the next step, or find that the record cannot continue."""
         record = completion.step.record(completion.text, seen_tools)
@@ -109,7 +104,8 @@ def with_replies(
     for at, reply, thought in zip_longest(places[: len(replies)], replies, thoughts):
         source = messages[at].source_text
         before, after = source[: len(source) - len(source.lstrip())], source[len(source.rstrip()) :]
-        said = step_message((*_blank(before), *_parts(reply), *_blank(after)))
+        blanks_before, blanks_after = ((Text(blank),) if blank else () for blank in (before, after))
+        said = step_message((*blanks_before, *_parts(reply), *blanks_after))
         messages[at] = dataclasses.replace(said, reasoning_content=thought or None)
     return dataclasses.replace(conversation, messages=tuple(messages))
 
@@ -120,12 +116,15 @@ def replay_report(
     """Return `steps_until_divergence` and `conv_replay_success` with intervals over conversations, and where it ended."""
     metrics = {name: Metric(None, 0, 0, None, None, None) for name in METRICS}
     if episodes:
-        # Pieces of one conversation are replayed each on its own and drawn together.
-        wholes = [episode.conversation.piece_of or episode.conversation.id for episode in episodes]
         sums_E2 = np.array([[e.steps_until_divergence, e.diverged is None] for e in episodes], dtype=np.float64)
-        ones_E2 = np.ones_like(sums_E2)
         metrics = interval_metrics(
-            METRICS, sums_E2, ones_E2, bootstrap_samples=bootstrap_samples, seed=seed, wholes=wholes
+            METRICS,
+            sums_E2,
+            np.ones_like(sums_E2),
+            bootstrap_samples=bootstrap_samples,
+            seed=seed,
+            # Pieces of one conversation are replayed each on its own and drawn together.
+            wholes=[episode.conversation.piece_of or episode.conversation.id for episode in episodes],
         )
     diverged = [episode for episode in episodes if episode.diverged is not None]
     return {
@@ -149,7 +148,10 @@ def _next_steps(
 ) -> list[tuple[Episode, Step]]:
     """Return the next step of each episode; one whose words the layout cannot hold ends."""
     asked: list[tuple[Episode, Step]] = []
-    histories = (episode.history for episode in episodes)
+    histories = (
+        with_replies(each.conversation, [step.at for step in each.steps], each.words, each.thoughts)
+        for each in episodes
+    )
     for episode, made in zip(episodes, make_examples(histories, template, encoder), strict=True):
         by_place = {
             step.at: step
@@ -169,7 +171,3 @@ def _parts(text: str) -> tuple[Part, ...]:
         return parse_assistant(text)
     except GrammarError:
         return (Text(text),)  # context is encoded as plain text, whatever it holds
-
-
-def _blank(text: str) -> tuple[Part, ...]:
-    return (Text(text),) if text else ()

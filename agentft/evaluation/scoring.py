@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Any
 
 from agentft.data.calls import ToolCall
@@ -178,7 +179,7 @@ def score_step(record: StepRecord, *, stop_texts: Sequence[str] = ()) -> StepSco
         "conversation_id": record.conversation_id,
         "piece_of": record.piece_of,
         "step": record.step,
-        "reference_hash": hash_reference(record.reference),
+        "reference_hash": hashlib.sha256(record.reference.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         "language": record.language or detect_language(record.reference),
         "rounds": record.rounds,
         "seen_tool": record.seen_tool,
@@ -199,13 +200,44 @@ def complete_records(records: Iterable[StepRecord]) -> list[StepRecord]:
     `after_call` of an answer step is whether the reference of the step before it calls; `offered` is the union over the
     conversation; `language` is told from all its references together.
     """
+    records = list(records)
     conversations: dict[str, dict[int, StepRecord]] = defaultdict(dict)
-    order: list[tuple[str, int]] = []
     for record in records:
         conversations[record.conversation_id][record.step] = record
-        order.append((record.conversation_id, record.step))
     completed = {name: _complete_conversation(steps) for name, steps in conversations.items()}
-    return [completed[name][step] for name, step in order]
+    return [completed[record.conversation_id][record.step] for record in records]
+
+
+def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
+    replies = {number: record.reference_reply or parse_reply(record.reference) for number, record in steps.items()}
+    # Before the first step, nothing called.
+    calls = {-1: False} | {number: bool(reply.attempts) for number, reply in replies.items()}
+    known = [record.offered for record in steps.values() if record.offered is not None]
+    union = _by_name(tool for offered in known for tool in offered)
+    language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
+    completed = {}
+    for number, record in steps.items():
+        own = {name: tool for name, tool in _by_name(record.offered or ()).items() if tool.parameters is not None}
+        completed[number] = dataclasses.replace(
+            record,
+            offered=tuple((union | own).values()) if known else None,
+            language=record.language or language,
+            after_call=calls.get(number - 1) if record.after_call is None else record.after_call,
+        )
+    return completed
+
+
+def _by_name(tools: Iterable[OfferedTool]) -> dict[str, OfferedTool]:
+    """Tools by name; one that is declared several times takes the parameters of all declarations that give them."""
+    found: dict[str, OfferedTool] = {}
+    for tool in tools:
+        earlier = found.get(tool.name)
+        if earlier is None or earlier.parameters is None:
+            found[tool.name] = tool
+        elif tool.parameters is not None:
+            both = tuple(dict.fromkeys((*earlier.parameters, *tool.parameters)))
+            found[tool.name] = OfferedTool(tool.name, both)
+    return found
 
 
 def read_offered_tool(value: Any) -> OfferedTool | None:
@@ -229,11 +261,6 @@ def read_offered_tool(value: Any) -> OfferedTool | None:
     return OfferedTool(value["name"], parameters)
 
 
-def hash_reference(reference: str) -> str:
-    """Return the first 16 hex digits of the SHA-256 of a reference."""
-    return hashlib.sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
     if isinstance(parameters, list):
         names = [item.get("name") if isinstance(item, dict) else item for item in parameters]
@@ -245,106 +272,55 @@ def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord]:
-    replies = {number: record.reference_reply or parse_reply(record.reference) for number, record in steps.items()}
-    calls = {number: bool(reply.attempts) for number, reply in replies.items()}
-    known = [record.offered for record in steps.values() if record.offered is not None]
-    union = _by_name(tool for offered in known for tool in offered)
-    language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
-    completed = {}
-    for number, record in steps.items():
-        own = {name: tool for name, tool in _by_name(record.offered or ()).items() if tool.parameters is not None}
-        completed[number] = dataclasses.replace(
-            record,
-            offered=tuple((union | own).values()) if known else None,
-            language=record.language or language,
-            after_call=_after_call(record, calls),
-        )
-    return completed
-
-
-def _by_name(tools: Iterable[OfferedTool]) -> dict[str, OfferedTool]:
-    """Tools by name; one that is declared several times takes the parameters of all declarations that give them."""
-    found: dict[str, OfferedTool] = {}
-    for tool in tools:
-        earlier = found.get(tool.name)
-        if earlier is None or earlier.parameters is None:
-            found[tool.name] = tool
-        elif tool.parameters is not None:
-            both = tuple(dict.fromkeys((*earlier.parameters, *tool.parameters)))
-            found[tool.name] = dataclasses.replace(tool, parameters=both)
-    return found
-
-
-def _after_call(record: StepRecord, calls: Mapping[int, bool]) -> bool | None:
-    if record.after_call is not None:
-        return record.after_call
-    return False if record.step == 0 else calls.get(record.step - 1)
-
-
 def _call_counts(record: StepRecord, reference: Said, prediction: Said) -> dict[str, Any]:
     expected, predicted = reference.calls, prediction.calls
     pairs = align_calls(expected, predicted)
     attempts = len(predicted) + len(prediction.failures)
-    hallucinations = _hallucinations(record.offered, expected, predicted)
-    urls = [pair for pair in pairs if "url" in expected[pair.reference].extras]
-    confusions = _confusions(expected, predicted, pairs, len(prediction.failures))
+    urls = [
+        (expected[pair.reference].extras["url"], predicted[pair.prediction].extras)
+        for pair in pairs
+        if "url" in expected[pair.reference].extras
+    ]
+    schemas = {tool.name: tool.parameters for tool in record.offered or ()}
+    allowed = schemas.keys() | {call.name for call in expected}
+    keys = [
+        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.arguments
+    ]
+    is_known = record.offered is not None
     counts = {
         "is_action": bool(reference.attempts),
         "predicts_call": bool(prediction.attempts),
         "reference_calls": len(expected),
         "attempts": attempts,
         "wellformed": len(predicted),
-        "name_correct": len(pairs),
-        "exact": sum(pair.exact for pair in pairs),
+        **_pair_counts(pairs),
         "lenient": sum(pair.lenient for pair in pairs),
-        "argument_f1": _sum_f1(pairs),
         "full_matches": sum(pair.full_matches for pair in pairs),
         "reference_arguments": sum(len(call.arguments) for call in expected),
         "predicted_arguments": sum(len(call.arguments) for call in predicted),
         "url_references": len(urls),
-        "url_matches": sum(_same_url(expected[pair.reference], predicted[pair.prediction]) for pair in urls),
-        "offered_attempts": attempts if record.offered is not None else 0,
-        "thoughts": int(bool(reference.reasoning) or prediction.thought is not None),
-        "wellformed_thoughts": int(prediction.thought is True),
-        "confusions": confusions,
-        **hallucinations,
-        **_repaired_counts(expected, prediction, pairs),
-    }
-    errors = _call_errors(reference, prediction, pairs, confusions)
-    for count, kind in (
-        ("hallucinated_tools", "hallucinated_tool"),
-        ("hallucinated_arguments", "hallucinated_argument"),
-    ):
-        if hallucinations[count]:
-            errors.append(kind)
-    return counts | {"errors": tuple(errors)}
-
-
-def _same_url(expected: ToolCall, predicted: ToolCall) -> bool:
-    return "url" in predicted.extras and strictly_equal(expected.extras["url"], predicted.extras["url"])
-
-
-def _sum_f1(pairs: Sequence[CallPair]) -> float:
-    return float(sum((pair.argument_f1 for pair in pairs), Fraction(0)))
-
-
-def _hallucinations(
-    offered: tuple[OfferedTool, ...] | None, expected: Sequence[ToolCall], predicted: Sequence[ToolCall]
-) -> dict[str, int]:
-    schemas = {tool.name: tool.parameters for tool in offered or ()}
-    allowed = schemas.keys() | {call.name for call in expected}
-    keys = [
-        (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.arguments
-    ]
-    return {
-        "hallucinated_tools": sum(call.name not in allowed for call in predicted) if offered is not None else 0,
+        "url_matches": sum("url" in given and strictly_equal(url, given["url"]) for url, given in urls),
+        "offered_attempts": attempts if is_known else 0,
+        "hallucinated_tools": sum(call.name not in allowed for call in predicted) if is_known else 0,
         "schema_arguments": len(keys),
         "hallucinated_arguments": sum(key not in schema for key, schema in keys),
+        "thoughts": int(bool(reference.reasoning) or prediction.thought is not None),
+        "wellformed_thoughts": int(prediction.thought is True),
+        "confusions": _confusions(expected, predicted, pairs, len(prediction.failures)),
+        **_repaired_counts(expected, prediction, pairs),
+    }
+    return counts | {"errors": _errors(reference, prediction, pairs, counts)}
+
+
+def _pair_counts(pairs: Sequence[CallPair], suffix: str = "") -> dict[str, float]:
+    return {
+        f"name_correct{suffix}": len(pairs),
+        f"exact{suffix}": sum(pair.exact for pair in pairs),
+        f"argument_f1{suffix}": float(sum((pair.argument_f1 for pair in pairs), Fraction(0))),
     }
 
 
-def _repaired_counts(expected: Sequence[ToolCall], prediction: Said, pairs: tuple[CallPair, ...]) -> dict[str, float]:
+def _repaired_counts(expected: Sequence[ToolCall], prediction: Said, pairs: Sequence[CallPair]) -> dict[str, float]:
     calls: list[ToolCall] = []
     won_back, lost = 0, 0
     for attempt in prediction.attempts:
@@ -354,38 +330,23 @@ def _repaired_counts(expected: Sequence[ToolCall], prediction: Said, pairs: tupl
         lost += mended is None
     if won_back:
         pairs = align_calls(expected, calls)
-    return {
-        "repaired_calls": won_back,
-        "name_correct_repaired": len(pairs),
-        "exact_repaired": sum(pair.exact for pair in pairs),
-        "argument_f1_repaired": _sum_f1(pairs),
-        "attempts_repaired": len(calls) + lost,
-    }
+    return {"repaired_calls": won_back, **_pair_counts(pairs, "_repaired"), "attempts_repaired": len(calls) + lost}
 
 
 def _confusions(
     expected: Sequence[ToolCall], predicted: Sequence[ToolCall], pairs: Sequence[CallPair], malformed: int
 ) -> tuple[tuple[str | None, str | None], ...]:
     """Lay the calls that found no partner side by side, in order; what is left over stands beside None."""
-    met = {pair.reference for pair in pairs}
-    used = {pair.prediction for pair in pairs}
-    left: list[str | None] = [call.name for i, call in enumerate(expected) if i not in met]
-    right: list[str | None] = [call.name for j, call in enumerate(predicted) if j not in used]
-    right += [MALFORMED] * malformed
-    longest = max(len(left), len(right))
-    left += [None] * (longest - len(left))
-    right += [None] * (longest - len(right))
-    return tuple(zip(left, right, strict=True))
+    met, used = {pair.reference for pair in pairs}, {pair.prediction for pair in pairs}
+    left = [call.name for i, call in enumerate(expected) if i not in met]
+    right = [call.name for j, call in enumerate(predicted) if j not in used] + [MALFORMED] * malformed
+    return tuple(zip_longest(left, right))
 
 
-def _call_errors(
-    reference: Said,
-    prediction: Said,
-    pairs: Sequence[CallPair],
-    confusions: Sequence[tuple[str | None, str | None]],
-) -> list[str]:
-    expected, predicted = reference.calls, prediction.calls
-    keys = [(expected[p.reference].arguments.keys(), predicted[p.prediction].arguments.keys()) for p in pairs]
+def _errors(reference: Said, prediction: Said, pairs: Sequence[CallPair], counts: Mapping[str, Any]) -> tuple[str, ...]:
+    calls = [(reference.calls[pair.reference], prediction.calls[pair.prediction]) for pair in pairs]
+    keys = [(wanted.arguments.keys(), given.arguments.keys()) for wanted, given in calls]
+    confusions = counts["confusions"]
     present = {
         "missed_call": reference.attempts and not prediction.attempts,
         "spurious_call": prediction.attempts and not reference.attempts,
@@ -396,5 +357,7 @@ def _call_errors(
         "missing_argument": any(wanted - given for wanted, given in keys),
         "extra_argument": any(given - wanted for wanted, given in keys),
         "wrong_value": any(pair.half_matches for pair in pairs),
+        "hallucinated_tool": counts["hallucinated_tools"],
+        "hallucinated_argument": counts["hallucinated_arguments"],
     }
-    return [kind for kind, applies in present.items() if applies]
+    return tuple(kind for kind, applies in present.items() if applies)

@@ -240,9 +240,8 @@ def results_of(run: Path) -> dict[str, Any]:
 
 
 def table_of(sweep: Path) -> list[dict[str, str]]:
-    from agentft.comparison.ranking import rank
+    from agentft.comparison.ranking import csv_text, rank
     from agentft.comparison.runs import read_runs
-    from agentft.comparison.tables import csv_text
 
     rows = list(csv.DictReader(csv_text(rank(read_runs([sweep]))).splitlines()))
     return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_bytes", "folder")} for row in rows]
