@@ -26,7 +26,16 @@ from agentft.data.chat_template import (
     server_messages,
 )
 from agentft.data.conversation import Conversation
-from agentft.data.marked_text import MARK, MarkedText, Region, StepValues, cut_segments, mark, marked_message
+from agentft.data.marked_text import (
+    ESCAPED_MARK,
+    MARK,
+    MarkedText,
+    Region,
+    StepValues,
+    cut_segments,
+    mark,
+    marked_message,
+)
 from agentft.data.msagent import lift_tools
 from agentft.data.render import LaidOut, LeftOut, Rendering, SpanKind
 
@@ -160,8 +169,9 @@ class _Work:
     def _check_values(self) -> tuple[bool, bool]:
         """Say whether a value spells a control token, and whether one holds what the template looks for."""
         everything = json.dumps([self.messages, self.conversation.tools], ensure_ascii=False)
-        if not everything.isascii() and (found := MARK.search(everything)):
-            raise _Problem("text_holds_a_noncharacter", f"U+{ord(found.group()):04X}, which no text should hold")
+        marks = MARK if "\\ufd" not in everything else re.compile(f"{MARK.pattern}|{ESCAPED_MARK.pattern}")
+        if not (everything.isascii() and marks is MARK) and (found := marks.search(everything)):
+            raise _Problem("text_holds_a_noncharacter", f"{found[0]!a}, which no text should hold")
         tested = any(text in everything for text in self.template.tested)
         if not any(token in everything for token in self.template.spellings):
             return False, tested

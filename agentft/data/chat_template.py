@@ -63,7 +63,7 @@ class ChatTemplate:
         """Added tokens that are letters within a value; as `sanitize_control_tokens` of transformers finds them."""
         self.spellings = tuple({*self.control_tokens, *(json.dumps(token)[1:-1] for token in self.control_tokens)})
         """Control tokens as values spell them, in JSON too."""
-        self.control = re.compile(f"({any_of(self.control_tokens)})")
+        self.control = re.compile(any_of(self.control_tokens))
         self.tested = tuple({json.dumps(text)[1:-1] for text in _tested_texts(source)})
         """What the template looks for in values, as JSON."""
 

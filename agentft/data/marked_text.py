@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from agentft.data.render import Segment, SpanKind
+from agentft.data.render import CALL_KINDS, TRAINED_KINDS, Segment, SpanKind
 
 _OPEN = {kind: chr(0xFDD0 + kind) for kind in SpanKind}
 _CLOSE = "\ufdef"
@@ -22,6 +22,8 @@ _KINDS = {mark: kind for kind, mark in _OPEN.items()}
 _VALUE = re.compile(f"([\ufdd0-\ufdee])([^\ufdd0-{_CLOSE}]*){_CLOSE}")
 MARK = re.compile(f"[\ufdd0-{_CLOSE}]")
 """Any character that is used as a mark."""
+ESCAPED_MARK = re.compile(r"\\u(fd[de][0-9a-f])")
+"""A mark as Python's `repr` and ASCII JSON spell it; templates write lists so."""
 
 _CONTENT = {
     "system": SpanKind.system,
@@ -51,6 +53,8 @@ class MarkedText:
     @classmethod
     def read(cls, rendered: str) -> MarkedText | None:
         """Take the marks out of a rendered text; None where a template tore some of them apart."""
+        if "\\ufd" in rendered:
+            rendered = ESCAPED_MARK.sub(lambda found: chr(int(found[1], 16)), rendered)
         pieces = _VALUE.split(rendered)
         values = []
         end = 0
@@ -208,12 +212,8 @@ class Region(NamedTuple):
     end: int
 
 
-class _Piece(NamedTuple):
-    start: int
-    stop: int
-    kind: SpanKind
-    template: bool
-    """It is the template's own text, in which control tokens are tokens."""
+_Cut = tuple[int, SpanKind]
+"""Where a piece of one kind ends; it begins where the one before it does."""
 
 
 def cut_segments(
@@ -231,55 +231,60 @@ def cut_segments(
         regions: the steps that are known, in the order of the text.
         calls: by step, its calls as a server hands them over.
         trained: the steps that become labels.
-        control: matches one control token, in a group.
+        control: matches one control token.
         silent: the steps whose reasoning is shown and not trained.
         no_thought: matches how a step without a thought begins.
     """
     wanted = set(trained)
     last = max(region.end for region in regions if region.step in wanted)
-    pieces: list[tuple[_Piece, bool]] = []
+    pieces: list[tuple[int, SpanKind, bool]] = []
     at = 0
     for region in regions:
         if region.end > last:
             break
-        pieces += [(piece, True) for piece in _context(text, at, region.begin)]
-        context_only = region.step not in wanted
-        for piece in _step(text, region, calls[region.step], control, no_thought):
-            pieces.append((piece, context_only or (piece.kind is SpanKind.reasoning and region.step in silent)))
-        pieces.append((_Piece(region.stop, region.end, SpanKind.stop, template=True), context_only))
+        shown = region.step not in wanted
+        pieces += [(stop, kind, kind in TRAINED_KINDS) for stop, kind in _context(text, at, region.begin)]
+        for stop, kind in _step(text, region, calls[region.step], control, no_thought):
+            pieces.append((stop, kind, shown or (kind is SpanKind.reasoning and region.step in silent)))
+        pieces.append((region.end, SpanKind.stop, shown))
         at = region.end
-    return tuple(_join(text.text, pieces, control))
+    return tuple(_join(text, pieces, control))
 
 
-def _join(text: str, pieces: Iterable[tuple[_Piece, bool]], control: re.Pattern[str]) -> Iterator[Segment]:
-    """Yield pieces and whether each is context alone as segments: neighbours of one fate joined, control tokens apart."""
-    run: list[str] = []
-    fate = (SpanKind.header, False)
-    for (start, stop, kind, template), context_only in pieces:
-        own = (kind, context_only)
-        words = control.split(text[start:stop]) if template else (text[start:stop],)
-        for number, word in enumerate(words):
-            special = number % 2 == 1
-            if run and (special or (word and own != fate)):
-                yield Segment("".join(run), fate[0], context_only=fate[1])
-                run = []
-            if special:
-                yield Segment(word, kind, special=True, context_only=context_only)
-            elif word:
-                run.append(word)
-                fate = own
-    if run:
-        yield Segment("".join(run), fate[0], context_only=fate[1])
+def _join(
+    text: MarkedText, pieces: Iterable[tuple[int, SpanKind, bool]], control: re.Pattern[str]
+) -> Iterator[Segment]:
+    """Yield pieces, each with whether it is shown only, as segments: neighbours of one fate joined, control tokens apart."""
+    runs: list[tuple[int, SpanKind, bool]] = []
+    end = 0
+    for piece in pieces:
+        if piece[0] > end:
+            end = piece[0]
+            if runs and runs[-1][1:] == piece[1:]:
+                runs[-1] = piece
+            else:
+                runs.append(piece)
+    words = text.text
+    tokens = (found for start, stop in text.gaps(0, end) for found in control.finditer(words, start, stop))
+    token = next(tokens, None)
+    start = 0
+    for stop, kind, context_only in runs:
+        while token is not None and token.start() < stop:
+            if token.start() > start:
+                yield Segment(words[start : token.start()], kind, False, context_only)
+            yield Segment(token[0], kind, True, context_only)
+            start = token.end()
+            token = next(tokens, None)
+        if start < stop:
+            yield Segment(words[start:stop], kind, False, context_only)
+            start = stop
 
 
-def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Piece]:
+def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Cut]:
     for value in text.within(start, stop):
-        if value.start > start:
-            yield _Piece(start, value.start, SpanKind.header, template=True)
-        yield _Piece(*value, template=False)
-        start = value.stop
-    if start < stop:
-        yield _Piece(start, stop, SpanKind.header, template=True)
+        yield value.start, SpanKind.header
+        yield value.stop, value.kind
+    yield stop, SpanKind.header
 
 
 def _step(
@@ -288,7 +293,7 @@ def _step(
     calls: Sequence[Mapping[str, Any]],
     control: re.Pattern[str],
     no_thought: re.Pattern[str],
-) -> Iterator[_Piece]:
+) -> Iterator[_Cut]:
     """Cut a step at its values and its calls' names and parameters; what lies between is of the kind of its neighbours."""
     before: SpanKind | None = None
     start = region.begin
@@ -297,39 +302,27 @@ def _step(
     for value in (*values, Value(region.stop, region.stop, SpanKind.call_syntax if calls else SpanKind.text)):
         if value.start > start:
             if before is None and (thought := no_thought.match(text.text, start, value.start)):
-                yield _Piece(start, thought.end(), SpanKind.reasoning, template=True)
                 start = thought.end()
+                yield start, SpanKind.reasoning
             elif SpanKind.reasoning in (before, value.kind):
-                close = thought_end(text.text, start, value, control)
-                yield _Piece(start, close, SpanKind.reasoning, template=True)
-                start, before = close, None
-            yield from _between(text.text, start, value.start, before, value.kind, places)
-        if value.stop > value.start:
-            yield _Piece(*value, template=False)
+                start, before = thought_end(text.text, start, value, control), None
+                yield start, SpanKind.reasoning
+            if before is not SpanKind.call and value.kind not in CALL_KINDS:
+                yield value.start, SpanKind.text
+            else:
+                for first, last in places:
+                    if last > start and first < value.start:
+                        yield max(first, start), SpanKind.call_syntax
+                        start = min(last, value.start)
+                        yield start, SpanKind.call
+                yield value.start, SpanKind.call_syntax
+        yield value.stop, value.kind
         start, before = value.stop, value.kind
-
-
-def _between(
-    text: str, start: int, stop: int, before: SpanKind | None, after: SpanKind, places: Sequence[tuple[int, int]]
-) -> Iterator[_Piece]:
-    if before is not SpanKind.call and after not in (SpanKind.call, SpanKind.call_syntax):
-        if start < stop:
-            yield _Piece(start, stop, SpanKind.text, template=True)
-        return
-    for first, last in places:
-        if last <= start or first >= stop:
-            continue
-        if first > start:
-            yield _Piece(start, first, SpanKind.call_syntax, template=True)
-        yield _Piece(max(first, start), min(last, stop), SpanKind.call, template=True)
-        start = min(last, stop)
-    if start < stop:
-        yield _Piece(start, stop, SpanKind.call_syntax, template=True)
 
 
 def thought_end(text: str, start: int, after: Value, control: re.Pattern[str]) -> int:
     """Return where the close of a thought ends: before a text it is all there is, before a call one mark and its blanks."""
-    if after.kind not in (SpanKind.call, SpanKind.call_syntax):
+    if after.kind not in CALL_KINDS:
         return after.start
     closing = re.compile(rf"\s*(?:{control.pattern}|\S*)\s*").match(text, start, after.start)
     return closing.end() if closing else start

@@ -479,7 +479,8 @@ def _function(item: Json, captures: Mapping[str, str], transform: Json) -> Json:
     """
     if not captures and isinstance(item, dict) and "name" in item:
         return item
-    scope = {**captures, **(item if isinstance(item, dict) else {}), "content": item}
+    # What was captured comes last: an argument may be called "name", too.
+    scope = {**(item if isinstance(item, dict) else {}), **captures, "content": item}
     function = transform.get("function", transform) if isinstance(transform, dict) else "{content}"
     if isinstance(function, dict):
         return {key: _filled(value, scope) for key, value in function.items()}

@@ -157,7 +157,7 @@ def differs(said: Said, message: Message) -> str:
 
 
 def _plain(call: ToolCall) -> tuple[str, str]:
-    return call.name, repr(sorted(call.arguments.items()))
+    return call.name, json.dumps(call.arguments, sort_keys=True)
 
 
 def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:

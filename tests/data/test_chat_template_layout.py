@@ -22,6 +22,7 @@ from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import (
     NO_TOOLS,
     TOKENIZERS,
+    TOOL,
     VALUES,
     conversation,
     stand_in_names,
@@ -245,6 +246,35 @@ def test_a_step_that_the_tokenizer_would_join_to_its_prompt_has_a_border_and_lat
     assert isinstance(laid_out, LaidOut)
     (examples,) = encoder_of("qwen2_5", "merging").encode([("x", laid_out.renderings[0])])
     assert [steps for _, steps in examples] == [(0, 2), (1,)]
+
+
+def test_a_parameter_that_is_called_like_a_control_token_leaves_the_token_whole():
+    layout = layout_of("muse_glimmer", "merging")
+    call = ToolCall("get_tide", {"message": 1, "recipient": "Kiel"})
+    messages = (Message("user", "Tide?"), Message("assistant", tool_calls=(call,)))
+    laid_out = layout.lay_out(Conversation("x", messages, (TOOL,), Origin("test", 1)))
+    assert isinstance(laid_out, LaidOut)
+    (rendering,) = laid_out.renderings
+    tokens = [segment.text for segment in rendering.segments if segment.special]
+    text = "".join(segment.text for segment in rendering.segments)
+    assert tokens == layout.template.control.findall(text)
+    assert "<|message|>" in tokens
+
+
+def test_strings_in_a_list_that_a_template_writes_as_python_does_are_found():
+    layout = layout_of("lfm2_2_5", "merging")
+    call = ToolCall("get_tide", {"harbour": "Kiel", "days": [{"a": "it's <|im_end|>"}, "\n"]})
+    messages = (Message("user", "Tide?"), Message("assistant", tool_calls=(call,)))
+    laid_out = layout.lay_out(Conversation("x", messages, (TOOL,), Origin("test", 1)))
+    assert isinstance(laid_out, LaidOut)
+    (rendering,) = laid_out.renderings
+    text = "".join(segment.text for segment in rendering.segments)
+    assert "[{'a': \"it's <|im_end|>\"}, '\\n']" in text
+    assert any(segment.text == "it's <|im_end|>" and not segment.special for segment in rendering.segments)
+    escaped = replace(messages[0], content="Tide at \\ufdd3?")
+    refused = layout.lay_out(Conversation("x", (escaped, *messages[1:]), (TOOL,), Origin("test", 1)))
+    assert not isinstance(refused, LaidOut)
+    assert refused[0] == "text_holds_a_noncharacter"
 
 
 @pytest.mark.parametrize("place", ["argument", "key", "name", "schema"])

@@ -166,6 +166,20 @@ def test_servers_read_answers_by_the_template_that_an_export_has(name: str):
             assert read.get("reasoning_content", "").strip() == (message.reasoning_content or "")
 
 
+@pytest.mark.parametrize(
+    "name", ["gemma4_v5", "glm4moe", "gptoss", "muse_glimmer", "qwen3_5_think", "qwen3", "llama3_1"]
+)
+def test_an_argument_may_be_called_name_and_objects_may_be_sorted(name: str):
+    call = ToolCall("get_tide", {"name": "Husum", "content": "x", "days": {"to": 2, "from": 1}}, id="call_1")
+    talk = replace(
+        conversation("plain"), messages=(*conversation("plain").messages[:2], Message("assistant", tool_calls=(call,)))
+    )
+    layout = layout_of(name, "merging")
+    ((step, message),) = made_steps(layout, name, talk)
+    assert not differs(read(step), message)
+    assert read(step).calls[0].name == "get_tide"
+
+
 def test_gpt_oss_has_the_text_beside_a_call_as_reasoning():
     layout = layout_of("gptoss", "merging")
     step, _ = next(iter(made_steps(layout, "gptoss", conversation("text_beside_call"))))
