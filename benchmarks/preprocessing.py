@@ -9,7 +9,8 @@ The first form compares, on the same conversations (synthetic ones without `--da
 - `bound`: `encode_batch` of the finished training texts and nothing else, the raw speed of the `tokenizers` package;
 - `bound-fast`: the same with `encode_batch_fast`, which keeps no offsets;
 - `agentft`: `prepare_data` without the cache: read, check, divide, tokenise, label, write to disk, map back;
-- `agentft-native`: the same in the native layout (ChatML) instead of the original one;
+- `agentft-native`: the same in our ChatML template instead of the original layout;
+- `agentft-TEMPLATE` for each of `--templates qwen2_5 ...`: the same by a published chat template of TRL's wheel;
 - `agentft-fit`, `agentft-split`: the same, what is too long fitted or spread over several examples (`dataset.too_long`,
   where `split` is the default) instead of set aside;
 - `one-pass`: the least that can be done: render all, one batched encode, labels from spans; nothing checked;
@@ -78,17 +79,17 @@ def load_tokenizer() -> Any:
 
 
 def run_agentft(
-    path: Path, tokenizer: Any, encoder: Any, too_long: str = "drop", *, native: bool = False, cache: bool = False
+    path: Path, tokenizer: Any, encoder: Any, too_long: str = "drop", *, template: str = "msagent", cache: bool = False
 ) -> tuple[int, int]:
     from agentft.data.config import LocalConfig, TooLong
     from agentft.data.prepare import prepare_data
     from agentft.data.template_choice import choose_template
 
-    template = choose_template("chatml" if native else "msagent", tokenizer)
+    layout = choose_template(template, tokenizer)
     config = LocalConfig(
         name="local", path=str(path), max_length=MAX_LENGTH, too_long=TooLong[too_long], max_rejected=1.0, cache=cache
     )
-    prepared = prepare_data(config, template, encoder)
+    prepared = prepare_data(config, layout, encoder)
     return prepared.account.read.kept, int(prepared.train.lengths.sum())
 
 
@@ -188,6 +189,11 @@ def measure(method: str, path: Path) -> dict[str, float]:
     from agentft.data.tokens import SegmentEncoder
 
     tokenizer = load_tokenizer()
+    published = "" if method in (*OURS, *REBUILT) else method.removeprefix("agentft-")
+    if published:
+        from tests.data.chat_families import with_template
+
+        with_template(tokenizer, published)
     encoder = SegmentEncoder(tokenizer)
     tokens = 0
     texts = ["".join(text for text, _ in _pieces(record)) for record in _records(path)] if "bound" in method else []
@@ -208,7 +214,9 @@ def measure(method: str, path: Path) -> dict[str, float]:
     elif method in ("agentft-fit", "agentft-split"):
         count, tokens = run_agentft(path, tokenizer, encoder, method.removeprefix("agentft-"))
     elif method == "agentft-native":
-        count, tokens = run_agentft(path, tokenizer, encoder, native=True)
+        count, tokens = run_agentft(path, tokenizer, encoder, template="chatml")
+    elif published:
+        count, tokens = run_agentft(path, tokenizer, encoder, template="native")
     elif method == "one-pass":
         count, tokens = run_one_pass(path, tokenizer)
     else:
@@ -407,7 +415,10 @@ def main() -> None:
     parser.add_argument("--svg", metavar="FILE")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=", ".join(RUNS))
     parser.add_argument("--methods", nargs="+", choices=(*OURS, *REBUILT), default=[*OURS, *REBUILT])
-    parser.add_argument("--method", choices=(*OURS, *REBUILT, "agentft-cached"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--templates", nargs="+", default=[], metavar="TEMPLATE", help="published chat templates to run too"
+    )
+    parser.add_argument("--method", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.method:
         path = Path(arguments.data)
@@ -421,6 +432,7 @@ def main() -> None:
     else:
         peers = dict(each.split("=", 1) for each in arguments.peer)
         methods = ["bound", *(method for method in arguments.methods if method != "bound")]
+        methods += [f"agentft-{name}" for name in arguments.templates]
         compare(_lines(arguments.data, arguments.count, arguments.longest), arguments.rounds, methods, peers)
 
 
