@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from agentft.data.render import CALL_KINDS, TRAINED_KINDS, Segment, SpanKind
+from agentft.data.render import CALL_KINDS, Segment, SpanKind
 
 _OPEN = {kind: chr(0xFDD0 + kind) for kind in SpanKind}
 _CLOSE = "\ufdef"
@@ -243,7 +243,7 @@ def cut_segments(
         if region.end > last:
             break
         shown = region.step not in wanted
-        pieces += [(stop, kind, kind in TRAINED_KINDS) for stop, kind in _context(text, at, region.begin)]
+        pieces += [(stop, kind, True) for stop, kind in _context(text, at, region.begin)]
         for stop, kind in _step(text, region, calls[region.step], control, no_thought):
             pieces.append((stop, kind, shown or (kind is SpanKind.reasoning and region.step in silent)))
         pieces.append((region.end, SpanKind.stop, shown))
