@@ -23,57 +23,9 @@ from typing import Any
 
 from agentft.errors import ConfigError, RunError
 from agentft.sweeping.jobs import LOG, Job
-from agentft.sweeping.runner import Attempt, Executor, descendants, start_interpreter, whole_environment, write_header
+from agentft.sweeping.runner import Attempt, Executor, JobProcess, start_interpreter, whole_environment, write_header
 
-
-class QueuedAttempt(Attempt):
-    """An attempt on a cluster; whether it has begun is seen in its `job.log`."""
-
-    def __init__(self, log: Path) -> None:
-        super().__init__()
-        self._log = log
-        self._size = _size(log)
-        self._patience = 0.0
-        self._code: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit code of the job, negative for a signal; `lost` says why there is none of its own."""
-        if self._began is None and _size(self._log) > self._size:
-            self._began = time.monotonic()
-        if self._code is None and self._has_ended():
-            try:
-                self._code = self._result()
-            except Exception as error:
-                self._code = 1
-                self.lost = f"{self._describe(error)}: {' '.join(str(error).split())[:300]}"
-        elif self._stop_began is not None and 0.0 < self._patience < time.monotonic() - self._stop_began - _SLOWNESS:
-            self._patience = 0.0
-            self._cancel(force=True)
-        return self._code
-
-    def stop(self, grace: float) -> None:
-        """Cancel it; what runs on the node ends the job within its own grace."""
-        self._patience = 0.0 if self.stopping else grace
-        self._stop_began = self._stop_began or time.monotonic()
-        self._cancel(force=self._patience == 0.0)
-
-    def _has_ended(self) -> bool:
-        raise NotImplementedError
-
-    def _result(self) -> int:
-        """Return the job's exit code; raise what the cluster says where it has none."""
-        raise NotImplementedError
-
-    def _describe(self, error: Exception) -> str:
-        """Return what stands before the cluster's message where the job has no exit code."""
-        raise NotImplementedError
-
-    def _cancel(self, *, force: bool) -> None:
-        raise NotImplementedError
-
-
-_SLOWNESS = 15.0
-"""Seconds that a cluster may take to pass on a cancellation."""
+# --- On the node ---
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -96,19 +48,20 @@ class NodeJob:
             command=job.command, environment=job.environment, log=log, header=header, working_folder=here, grace=grace
         )
 
+    def start(self) -> JobProcess:
+        """Start the job on the machine where this is called; it ends with the thread that called."""
+        command = [*_TIED, *self.command] if sys.platform == "linux" else self.command
+        write_header(Path(self.log), self.header)
+        return start_interpreter(command, whole_environment(self.environment), Path(self.log), self.working_folder)
 
-def run_on_node(job: NodeJob, stop: threading.Event) -> int:
-    """Run a job on the machine where this is called, and return its exit code; once `stop` is set it is ended first."""
-    command = [*_TIED, *job.command] if sys.platform == "linux" else job.command
-    log = Path(job.log)
-    write_header(log, job.header)
-    process = start_interpreter(command, whole_environment(job.environment), log, job.working_folder)
-    while (code := process.poll()) is None:
-        if stop.wait(_LOOK_SECONDS):
-            if not process.stopping:
-                process.stop(job.grace)
-            time.sleep(_LOOK_SECONDS)
-    return code
+    def wait(self, process: JobProcess, stop: threading.Event) -> int:
+        """Return the exit code of the job; once `stop` is set it is ended first."""
+        while (code := process.poll()) is None:
+            if stop.wait(_LOOK_SECONDS):
+                if process.stop_began is None:
+                    process.stop(self.grace)
+                time.sleep(_LOOK_SECONDS)
+        return code
 
 
 _LOOK_SECONDS = 0.1
@@ -124,12 +77,83 @@ _TIED = [sys.executable, "-P", "-c", _TIE]
 would give its cores to the next job. It hears SIGINT, which Ray blocks in its processes."""
 
 
+# --- Queues ---
+
+
+class Queue(Executor):
+    """A cluster's queue, which starts jobs when there is room."""
+
+    def __init__(self, grace: float) -> None:
+        """`grace`: seconds between asking a job to end and killing it."""
+        self._grace = grace
+
+    def start(self, job: Job, header: str) -> Attempt:
+        """Put the job into the queue. Raises RunError where it is refused."""
+        handle = self.submit(job, NodeJob.of(job, header, self._grace))
+        return QueuedAttempt(self, handle, job.folder / LOG)
+
+    def submit(self, job: Job, on_node: NodeJob) -> Any:
+        """Put a job into the queue and return what the cluster knows it by."""
+        raise NotImplementedError
+
+    def ask(self, handle: Any) -> int | None:
+        """Return a job's exit code once it has ended. Raises RunError with the cluster's words where it has none."""
+        raise NotImplementedError
+
+    def cancel(self, handle: Any, *, running: bool, force: bool) -> None:
+        """End a job: what runs on the node ends it within the grace, or with `force` at once."""
+        raise NotImplementedError
+
+
+class QueuedAttempt(Attempt):
+    """An attempt on a cluster; whether it has begun is seen in its `job.log`."""
+
+    def __init__(self, queue: Queue, handle: Any, log: Path) -> None:
+        self._queue, self._handle, self._log = queue, handle, log
+        self._size = _size(log)
+        self._force_at = float("inf")
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code of the job, negative for a signal; `lost` says why there is none of its own."""
+        if self.began is None and _size(self._log) > self._size:
+            self.began = time.monotonic()
+        if self._code is None:
+            try:
+                self._code = self._queue.ask(self._handle)
+            except RunError as error:
+                self._code, self.lost = 1, str(error)
+        if self._code is None and time.monotonic() > self._force_at:
+            self._cancel(force=True)
+        return self._code
+
+    def stop(self, grace: float) -> None:
+        """Cancel it, by force `grace` seconds and the cluster's own slowness later."""
+        again, self.stop_began = self.stop_began is not None, time.monotonic()
+        self._force_at = self.stop_began + grace + _SLOWNESS
+        self._cancel(force=again or grace == 0.0)
+
+    def _cancel(self, *, force: bool) -> None:
+        self._force_at = float("inf") if force else self._force_at
+        self._queue.cancel(self._handle, running=self.began is not None, force=force)
+
+
+_SLOWNESS = 15.0
+"""Seconds that a cluster may take to pass on a cancellation."""
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
         return 0
 
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# --- SLURM ---
 
 FOLDER = ".submitit"
 """In the sweep folder: what submitit keeps of each job, its own log among it."""
@@ -143,6 +167,7 @@ class NodeTask:
 
     def __init__(self, job: NodeJob) -> None:
         self.job = job
+        self._process: JobProcess | None = None
 
     def __call__(self) -> int:
         import submitit
@@ -154,77 +179,58 @@ class NodeTask:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         job = dataclasses.replace(self.job, log=log, environment=self.job.environment | nodes_of(node))
-        return run_on_node(job, stop)
+        self._process = process = job.start()
+        return job.wait(process, stop)
 
     def checkpoint(self) -> Any:
         """End the job, which saves, and return what starts again; submitit calls this in the job's last seconds."""
         import submitit
 
-        for child in descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGINT)
-        until = time.monotonic() + self.job.grace
-        with contextlib.suppress(ChildProcessError):  # none is left
-            while time.monotonic() < until:
-                if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                    time.sleep(0.1)
-        return submitit.helpers.DelayedSubmission(self)
+        if self._process is not None:
+            self._process.stop(self.job.grace)
+            until = time.monotonic() + self.job.grace
+            while self._process.poll() is None and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS)
+        return submitit.helpers.DelayedSubmission(NodeTask(self.job))
 
 
-class Slurm(Executor):
-    """Submits jobs to SLURM's queue."""
+class Slurm(Queue):
+    """SLURM's queue, by submitit."""
 
     def __init__(self, parameters: Mapping[str, Any], sweep: Path, *, local: bool, grace: float) -> None:
         """Connect to SLURM; `parameters` by submitit's names. Raises ConfigError where either is missing or refuses them."""
+        super().__init__(grace)
         try:
             import submitit
         except ImportError:
             raise ConfigError("hydra/launcher=slurm needs submitit: pip install submitit") from None
-        self._local, self._grace = local, grace
+        self._local = local
         try:
             self._executor = submitit.AutoExecutor(folder=sweep / FOLDER, cluster="local" if local else "slurm")
             self._executor.update_parameters(**parameters)
         except (RuntimeError, NameError, AssertionError) as error:
-            raise ConfigError(f"hydra/launcher=slurm: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"hydra/launcher=slurm: {_words(error)}") from error
 
-    def start(self, job: Job, header: str) -> QueuedAttempt:
-        """Put the job into the queue. Raises RunError with the words of `sbatch` where it is refused."""
-        log = job.folder / LOG
-        task = NodeTask(NodeJob.of(job, header, self._grace))
-        attempt = SlurmAttempt(log, local=self._local)
+    def submit(self, job: Job, on_node: NodeJob) -> Any:
         self._executor.update_parameters(name=f"{job.folder.parent.name}_{job.name}"[:_LONGEST_NAME])
         try:
-            attempt.submitted = self._executor.submit(task)
+            return self._executor.submit(NodeTask(on_node))
         except Exception as error:  # submitit has no class of its own for `sbatch` said no
-            raise RunError(f"not submitted: {' '.join(str(error).split())[:300]}") from error
-        return attempt
+            raise RunError(f"not submitted: {_words(error)}") from error
 
+    def ask(self, handle: Any) -> int | None:
+        try:
+            return next((int(code) for code in handle.results() if code), 0) if handle.done() else None
+        except Exception as error:
+            raise RunError(f"SLURM: {handle.state}: {_words(error)}") from error
 
-class SlurmAttempt(QueuedAttempt):
-    """A SLURM job."""
-
-    submitted: Any
-
-    def __init__(self, log: Path, *, local: bool) -> None:
-        super().__init__(log)
-        self._local = local
-
-    def _has_ended(self) -> bool:
-        return bool(self.submitted.done())
-
-    def _result(self) -> int:
-        return next((int(code) for code in self.submitted.results() if code), 0)
-
-    def _describe(self, error: Exception) -> str:
-        return f"SLURM: {self.submitted.state}"
-
-    def _cancel(self, *, force: bool) -> None:
+    def cancel(self, handle: Any, *, running: bool, force: bool) -> None:
         if self._local and not force:
             # Its stand-in for SLURM would kill a second later; SIGTERM it passes on, as SLURM does.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self.submitted.job_id), signal.SIGTERM)
+                os.kill(int(handle.job_id), signal.SIGTERM)
         else:
-            self.submitted.cancel(check=False)
+            handle.cancel(check=False)
 
 
 def nodes_of(node: Any) -> dict[str, str]:
@@ -239,31 +245,50 @@ def nodes_of(node: Any) -> dict[str, str]:
     }
 
 
-class RayCluster(Executor):
-    """Connects to a cluster, or starts Ray on this machine."""
+# --- Ray ---
+
+
+class RayCluster(Queue):
+    """A cluster of Ray, or Ray started on this machine."""
 
     def __init__(self, address: str | None, *, threads: int, gpus: int, grace: float) -> None:
         """Each job takes `threads` cores and `gpus`. Raises ConfigError where Ray is missing or not to be reached."""
+        super().__init__(grace)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError:
             raise ConfigError("hydra/launcher=ray needs Ray: pip install ray") from None
         self._ray = ray
-        self._grace = grace
         here: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"hydra.launcher.address={address}: {error}") from error
-        self._node = ray.remote(NodeAgent)
         # Two calls at a time: the job, and the request to end it.
-        self._needs = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
+        needs = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
+        self._agent = ray.remote(NodeAgent).options(**needs)
 
-    def start(self, job: Job, header: str) -> QueuedAttempt:
-        """Hand the job to Ray, which starts it as soon as its cores and GPUs are free."""
-        agent = self._node.options(**self._needs).remote()
-        return RayAttempt(self._ray, agent, job, header, self._grace)
+    def submit(self, job: Job, on_node: NodeJob) -> Any:
+        agent = self._agent.remote()
+        return agent, agent.run.remote(on_node)
+
+    def ask(self, handle: Any) -> int | None:
+        agent, reference = handle
+        if not self._ray.wait([reference], timeout=0)[0]:
+            return None
+        try:
+            return int(self._ray.get(reference))
+        except Exception as error:
+            raise RunError(f"Ray: {type(error).__name__}: {_words(error)}") from error
+        finally:
+            self._ray.kill(agent)
+
+    def cancel(self, handle: Any, *, running: bool, force: bool) -> None:
+        if force or not running:  # it may still wait for its cores
+            self._ray.kill(handle[0])
+        else:
+            handle[0].stop.remote()
 
     def close(self) -> None:
         """Leave the cluster; a Ray that was started here ends."""
@@ -278,36 +303,8 @@ class NodeAgent:
 
     def run(self, job: NodeJob) -> int:
         """Run the job to its end."""
-        return run_on_node(job, self._stop)
+        return job.wait(job.start(), self._stop)
 
     def stop(self) -> None:
         """End the job, which ends `run`."""
         self._stop.set()
-
-
-class RayAttempt(QueuedAttempt):
-    """A job of a Ray cluster."""
-
-    def __init__(self, ray: Any, agent: Any, job: Job, header: str, grace: float) -> None:
-        super().__init__(job.folder / LOG)
-        self._ray = ray
-        self._agent = agent
-        self._reference = agent.run.remote(NodeJob.of(job, header, grace))
-
-    def _has_ended(self) -> bool:
-        return bool(self._ray.wait([self._reference], timeout=0)[0])
-
-    def _result(self) -> int:
-        try:
-            return int(self._ray.get(self._reference))
-        finally:
-            self._ray.kill(self._agent)
-
-    def _describe(self, error: Exception) -> str:
-        return f"Ray: {type(error).__name__}"
-
-    def _cancel(self, *, force: bool) -> None:
-        if force or not self.seconds:  # it may still wait for its cores
-            self._ray.kill(self._agent)
-        else:
-            self._agent.stop.remote()

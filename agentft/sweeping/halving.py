@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentft.errors import RunError
-from agentft.runs import read_json
-from agentft.sweeping.jobs import Job
+from agentft.sweeping.jobs import Job, JobState
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,38 +56,34 @@ def run_halving(
         due = [job for job in competing if _measured(job, share) is None]
         before = f", {len(competing) - len(due)} were there before" if len(due) < len(competing) else ""
         say(f"rung {number} of {halving.rungs}: {len(competing)} jobs to {share:.3g} of their steps{before}")
-        _send(due, share, commands)
+        for job in due:
+            job.command = [*commands[job.config_hash], f"training.pause_at_fraction={share:g}"]
+            if job.state == "paused":
+                _mark(job, "waiting")
         stopped = run(due)
         for job in due:
             if job.is_done:
-                job.rungs[_key(share)] = _read(job)
+                job.rungs[f"{share:g}"] = _results(job)
                 job.write()
         if stopped is not None:
             return stopped
         if number < halving.rungs:
             competing = _best(competing, share, halving.survivors(len(competing)))
             say(f"  promoted: {', '.join(job.name for job in competing) or 'none'}")
-    say(_account(jobs, entered))
+    spent, whole = budget([job.rungs for job in jobs])
+    saved = f"; {spent:,.0f} tokens, {spent / whole:.0%} of about {whole:,.0f} for all to the end" if whole else ""
+    say(f"successive halving: {' -> '.join(map(str, entered))} jobs{saved}")
     return None
-
-
-def _send(due: Sequence[Job], share: float, commands: dict[str, list[str]]) -> None:
-    for job in due:
-        job.command = [*commands[job.config_hash], f"training.pause_at_fraction={_key(share)}"]
-        if job.state == "paused":
-            job.state = "waiting"
-            job.write()
 
 
 def _best(competing: Sequence[Job], share: float, count: int) -> list[Job]:
     """Return the best `count` of those that reached the rung; the others are marked as left there."""
-    reached = [job for job in competing if _measured(job, share) is not None]
-    reached.sort(key=lambda job: (*rank_key(_measured(job, share) or {}), job.number))
-    for job in reached[count:]:
+    reached = [(job, measured) for job in competing if (measured := _measured(job, share)) is not None]
+    reached.sort(key=lambda each: (*rank_key(each[1]), each[0].number))
+    for job, _ in reached[count:]:
         if job.state == "waiting":  # it was at this rung in an earlier launch
-            job.state = "paused"
-            job.write()
-    return sorted(reached[:count], key=lambda job: job.number)
+            _mark(job, "paused")
+    return sorted((job for job, _ in reached[:count]), key=lambda job: job.number)
 
 
 def rank_key(measured: dict[str, Any]) -> tuple[float, float]:
@@ -98,54 +92,30 @@ def rank_key(measured: dict[str, Any]) -> tuple[float, float]:
     return (math.inf if objective is None else -objective, math.inf if loss is None else loss)
 
 
+def _mark(job: Job, state: JobState) -> None:
+    job.state = state
+    job.write()
+
+
 def _measured(job: Job, share: float) -> dict[str, Any] | None:
     """Return a job's results at a rung; of one that has finished and never stopped there, those at its end."""
-    if _key(share) in job.rungs:
-        return job.rungs[_key(share)]
-    return _read(job) if job.state == "finished" else None
+    return job.rungs.get(f"{share:g}", _results(job) if job.state == "finished" else None)
 
 
-def _key(share: float) -> str:
-    return f"{share:g}"
-
-
-def _read(job: Job) -> dict[str, Any]:
-    """Read the results of the weights as they are now from the run folder."""
+def _results(job: Job) -> dict[str, Any]:
+    """Return the results of the weights as they are now, from the run folder; None where one was not measured."""
     status = job.status
-    try:
-        tokens = read_json(job.folder / "summary.json").get("tokens")
-    except RunError:
-        tokens = None
-    return {
-        "step": _number(status.get("step")),
-        "steps": _number(status.get("steps")),
-        "tokens": _number(tokens),
-        "objective": job.objective,
-        "loss": _number(status.get("eval_loss")),
-    }
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
-def _account(jobs: Sequence[Job], entered: Sequence[int]) -> str:
-    """Describe how many reached each rung, and what that saved."""
-    words = f"successive halving: {' -> '.join(map(str, entered))} jobs"
-    spent, whole = budget([job.rungs for job in jobs])
-    if not whole:
-        return words
-    return f"{words}; {spent:,.0f} tokens, {spent / whole:.0%} of about {whole:,.0f} for all to the end"
+    found = {"step": status.get("step"), "steps": status.get("steps"), "tokens": job.summary.get("tokens")}
+    found |= {"objective": job.objective, "loss": status.get("eval_loss")}
+    return {name: value if isinstance(value, (int, float)) else None for name, value in found.items()}
 
 
 def budget(rungs: Sequence[dict[str, dict[str, Any]]]) -> tuple[float, float]:
     """Return the tokens that jobs were trained on, and about how many all of them would have taken to their ends."""
     spent = whole = 0.0
     for reached in rungs:
-        if not reached:
-            continue
-        last = reached[max(reached, key=float)]
-        if last["tokens"] and last["step"] and last["steps"]:
+        last = reached[max(reached, key=float)] if reached else {}
+        if last.get("tokens") and last["step"] and last["steps"]:
             spent += last["tokens"]
             whole += last["tokens"] * last["steps"] / last["step"]
     return spent, whole

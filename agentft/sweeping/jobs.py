@@ -1,4 +1,4 @@
-"""Describe one job of a sweep: its settings, its command, and the record of it in `job.json`.
+"""Record each job of a sweep in its `job.json`, and show how far all of them are.
 
 `status.json` is written by the run itself. What a run cannot know (that it was killed, its exit code, that it never started)
 is in `job.json` beside it, which only the launcher writes.
@@ -12,17 +12,26 @@ import json
 import re
 import shlex
 import socket
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from agentft.errors import RunError
+from agentft.progress import console
 from agentft.recipes.config import deciding
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
 
-JobState = Literal["waiting", "running", "finished", "failed", "stopped", "paused"]
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+JobState = Literal["running", "failed", "stopped", "waiting", "paused", "finished"]
 """`paused`: it ended well at a share of its steps and was not sent further; see `agentft.sweeping.halving`."""
 
 FILE = "job.json"
@@ -72,13 +81,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return the name of its folder."""
         return self.folder.name
 
     @property
     def status(self) -> dict[str, Any]:
         """Return the run's own `status.json`; empty before there is one."""
-        return _read_or_empty(self.folder / "status.json")
+        return read_or_empty(self.folder / "status.json")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Return the run's own `summary.json`; empty before there is one."""
+        return read_or_empty(self.folder / "summary.json")
 
     @property
     def outcome(self) -> str:
@@ -89,12 +102,9 @@ class Job:
 
     @property
     def objective(self) -> float | None:
-        """Return the number a sweeper optimises, from the run's status or summary."""
-        for record in (self.status, _read_or_empty(self.folder / "summary.json")):
-            value = record.get("objective")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return float(value)
-        return None
+        """Return the number that a sweeper optimises."""
+        value = self.status.get("objective")
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     @property
     def command_line(self) -> str:
@@ -112,8 +122,7 @@ class Job:
     def take_over(self, record: Mapping[str, Any]) -> None:
         """Resume from the `job.json` of an earlier launch."""
         kept = ("number", "state", "attempts", "exit_code", "signal", "reason", "rungs")
-        times = ("started", "ended", "seconds", "seconds_in_all")
-        for name in (*kept, *times):
+        for name in (*kept, "started", "ended", "seconds", "seconds_in_all"):
             setattr(self, name, record.get(name, getattr(self, name)))
         if self.attempts:
             # A checkpoint is resumed only with the same number of threads, so a job keeps the number it began with.
@@ -134,18 +143,11 @@ def earlier_jobs(sweep: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Return the jobs that earlier launches put into this sweep folder: config hash -> folder and `job.json`."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted([*sweep.glob(f"*/{FILE}"), *sweep.glob(f"*/*/{FILE}")]):
-        record = _read_or_empty(path)
+        record = read_or_empty(path)
         key = record.get("config_hash", record.get("identity"))  # as older versions call it
         if isinstance(key, str):
             found.setdefault(key, (path.parent, record))
     return found
-
-
-def free_folder(wanted: Path, key: str) -> Path:
-    """Return `wanted`, or a name beside it if another job has it already."""
-    if not wanted.exists() or not any(wanted.iterdir()):
-        return wanted
-    return wanted.with_name(f"{wanted.name}_{key[:6]}")
 
 
 def last_error(log: Path) -> str:
@@ -167,9 +169,148 @@ def varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[override for override in job if override not in everywhere] for job in overrides]
 
 
-def _read_or_empty(path: Path) -> dict[str, Any]:
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file is missing, damaged or holds something else."""
     try:
         value = read_json(path)
     except RunError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+# --- Display ---
+
+_LINE_SECONDS = 60.0
+_COLOURS: dict[JobState, str] = {
+    "running": "cyan",
+    "failed": "red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "paused": "yellow",
+    "finished": "green",
+}
+"""In the order in which a table that is too long for the terminal keeps them."""
+_COLUMNS = ("step", "loss", "held-out", "arg_f1", "time")
+
+
+class Display:
+    """Shows jobs while they run: a live table on a terminal, a line per event elsewhere; `say` prints at any time."""
+
+    def __init__(self, sweep: Path, jobs: Sequence[Job], slots: int) -> None:
+        self.console = console()
+        self._sweep, self._jobs, self._slots = sweep, jobs, slots
+        self._live: Live | None = None
+        self._shown = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=self.console, transient=True, get_renderable=self._table, refresh_per_second=1)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def seen(self, job: Job) -> None:
+        """Print that a job started or ended, where there is no live table."""
+        if self._live is not None:
+            return
+        took = _duration(job.seconds)
+        match job.state:
+            case "running":
+                attempt = f" (attempt {job.attempts})" if job.attempts > 1 else ""
+                words = f"started{attempt}: {' '.join(job.swept) or 'no overrides'}"
+            case "finished" | "paused":
+                objective = "" if job.objective is None else f", objective {job.objective:.4f}"
+                words = f"{job.state} after {took}{objective}"
+            case _:
+                words = f"{job.outcome} (after {took})"
+        done = sum(each.state not in ("running", "waiting") for each in self._jobs)
+        self.say(f"[{done}/{len(self._jobs)}] {job.name} {words}")
+
+    def tick(self) -> None:
+        """Print a line about each running job once a minute, where there is no live table; called often."""
+        if self._live is not None or time.monotonic() - self._shown < _LINE_SECONDS:
+            return
+        self._shown = time.monotonic()
+        for job in self._jobs:
+            if job.state == "running":
+                cells = zip(_COLUMNS, _progress(job), strict=True)
+                self.say(f"  {job.name}: " + ", ".join(f"{name} {value}" for name, value in cells if value))
+
+    def _table(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        counts: Counter[str] = Counter(job.state for job in self._jobs)
+        title = ", ".join(f"{counts[state]} {state}" for state in _COLOURS if counts[state])
+        table = Table(title=f"{self._sweep.name}: {title}{self._left()}", title_justify="left")
+        for name in ("job", "overrides", "state", *_COLUMNS):
+            table.add_column(name, justify="right" if name in _COLUMNS else "left")
+        room, shown = max(4, self.console.height - 6), list(self._jobs)
+        if len(shown) > room:
+            shown = sorted(shown, key=lambda job: (list(_COLOURS).index(job.state), job.number))[: room - 1]
+        for job in shown:
+            swept = " ".join(map(short_override, job.swept))
+            state = Text(job.outcome[:70], _COLOURS[job.state])
+            table.add_row(str(job.number), Text(swept), state, *_progress(job))
+        if len(shown) < len(self._jobs):
+            table.add_row("…", f"{len(self._jobs) - len(shown)} more")
+        return table
+
+    def _left(self) -> str:
+        """Return the time to the end, from the jobs that have finished in this launch."""
+        done = [job.seconds for job in self._jobs if job.state == "finished" and job.seconds]
+        todo = sum(job.state in ("waiting", "running") for job in self._jobs)
+        if not done or not todo:
+            return ""
+        return f"; about {_duration(sum(done) / len(done) * todo / min(todo, self._slots))} left"
+
+
+def short_override(override: str) -> str:
+    """Return `training.learning_rate=0.001` as `learning_rate=0.001`."""
+    key, equals, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}{equals}{value}"
+
+
+def _progress(job: Job) -> list[str]:
+    """Return step, losses, metric and time, from the run's own files."""
+    if not (job.is_done or job.state == "running"):
+        return [""] * len(_COLUMNS)
+    status = job.status
+    step, steps = status.get("step"), status.get("steps")
+    if job.is_done:
+        after = job.summary.get("after")
+        metric = _number(after.get("arg_f1")) if isinstance(after, dict) else ""
+        seconds = job.seconds_in_all or job.seconds
+    else:
+        # Of the few held-out conversations that are answered at an evaluation.
+        metric = f"~{during}" if (during := _number(status.get("eval_arg_f1"))) else ""
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(job.started)).total_seconds() if job.started else None
+    return [
+        f"{step}/{steps}" if step is not None and steps else "",
+        _number(status.get("train_loss")),
+        _number(status.get("eval_loss")),
+        metric,
+        _duration(seconds),
+    ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else ""
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min" if minutes < 100 and rest == 0 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

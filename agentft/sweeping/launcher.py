@@ -17,15 +17,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
-from hydra.types import HydraContext
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agentft.errors import ConfigError, RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
 from agentft.signals import REQUEUED_BY_LAUNCHER, StopSignals, requeue_slurm_job, slurm_job_id
-from agentft.sweeping.display import Display
 from agentft.sweeping.halving import Halving, run_halving
-from agentft.sweeping.jobs import Job, config_hash, earlier_jobs, free_folder, varying
+from agentft.sweeping.jobs import LOG, Display, Job, config_hash, earlier_jobs, varying
 from agentft.sweeping.runner import Executor, Pool, Rules, Slot, ThisMachine, make_slots, visible_gpus
 
 _OURS = ("hydra.run.dir", "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
@@ -33,7 +33,6 @@ _OURS = ("hydra.run.dir", "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/
 
 _EXPLAINED = 5
 """Failures that are explained: when all fail, they fail alike."""
-
 
 _RECIPES = {"TrainConfig": "agentft.recipes.train", "EvaluateConfig": "agentft.recipes.evaluate"}
 """Schema of a program's settings -> what its jobs import."""
@@ -188,112 +187,136 @@ def read_options(values: Mapping[str, Any]) -> LaunchOptions:
 # --- A sweep ---
 
 
-class _FailedJob(JobReturn):
-    """Raises its error like Hydra's own, without a line on stderr: the reasons have been printed."""
+class SweepLauncher(Launcher):
+    """Hydra's launcher for each job of a sweep in a process of its own; `hydra_plugins` names it to Hydra."""
 
-    @property
-    def return_value(self) -> Any:
-        raise self._return_value
+    def __init__(self, **options: Any) -> None:
+        self.options = read_options(options)
 
-    @return_value.setter
-    def return_value(self, value: Any) -> None:
-        self._return_value = value
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra hands over before `launch`; the task itself runs in the processes."""
+        self.context, self.config = hydra_context, config
 
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run what is not finished yet, and return an outcome for each job.
 
-def launch(
-    context: HydraContext,
-    config: DictConfig,
-    options: LaunchOptions,
-    job_overrides: Sequence[Sequence[str]],
-    first_number: int,
-) -> list[JobReturn]:
-    """Run a batch of jobs, each in its own process, and return an outcome for each.
+        A failed job does not disturb the others; Hydra raises its error when all have ended.
+        """
+        from agentft.config.main import environment_as_given  # which has been imported when a sweep begins
 
-    A failed job does not disturb the others; Hydra raises its error when all have ended.
-    """
-    setup_globals()
-    halving = None if options.eta is None else Halving(options.eta, options.rungs)
-    sweep = Path(str(config.hydra.sweep.dir)).absolute()
-    slots = options.make_slots(len(job_overrides))
-    if (own := slurm_job_id()) is not None:
-        os.environ[REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
-    with RunFolder.create(sweep, setting="hydra.sweep.dir"):  # two launchers would start every job twice
-        jobs, configs = _plan(context, config, sweep, job_overrides, first_number, slots[0].threads)
-        distinct = list({job.config_hash: job for job in jobs}.values())
-        for job in distinct:
-            job.write()
-        waiting = [job for job in distinct if job.state != "finished"]
-        display = Display(sweep, distinct, slots)
+        with environment_as_given():
+            return self._launch(job_overrides, initial_job_idx)
 
-        recipe = _RECIPES.get(getattr(OmegaConf.get_type(config), "__name__", ""))
-        # For a single job, importing once is importing no less.
-        modules = ("agentft.config", recipe, "peft", "transformers.models.auto") if recipe and len(waiting) > 1 else ()
-        with (
-            StopSignals.shared() as signals,
-            signals.at_once(),  # one that came while jobs were composed, too; a repetition does not disturb the report
-            contextlib.closing(options.make_executor(slots[0], sweep, modules, display.say)) as executor,
-            display,
-        ):
+    def _launch(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+        setup_globals()
+        options, sweep = self.options, Path(str(self.config.hydra.sweep.dir)).absolute()
+        halving = None if options.eta is None else Halving(options.eta, options.rungs)
+        slots = options.make_slots(len(job_overrides))
+        if (own := slurm_job_id()) is not None:
+            os.environ[REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
+        with RunFolder.create(sweep, setting="hydra.sweep.dir"):  # two launchers would start every job twice
+            jobs, configs = self._plan(sweep, job_overrides, first_number, slots[0].threads)
+            distinct = list({job.config_hash: job for job in jobs}.values())
+            for job in distinct:
+                job.write()
+            waiting = [job for job in distinct if job.state != "finished"]
+            display = Display(sweep, distinct, len(slots))
+            display.say(_describe(distinct, slots))
+            recipe = _RECIPES.get(getattr(OmegaConf.get_type(self.config), "__name__", ""))
+            # For a single job, importing once is importing no less.
+            modules = ("agentft.config", recipe, "peft", "transformers.models.auto") if recipe and waiting[1:] else ()
+            with (
+                StopSignals.shared() as signals,
+                signals.at_once(),  # one that came while jobs were composed, too; a repetition leaves the report alone
+                contextlib.closing(options.make_executor(slots[0], sweep, modules, display.say)) as executor,
+                display,
+            ):
 
-            def run(due: Sequence[Job]) -> signal.Signals | None:
-                return Pool(slots, options, executor, signals, seen=display.seen, tick=display.tick).run(due)
+                def run(due: Sequence[Job]) -> signal.Signals | None:
+                    return Pool(slots, options, executor, signals, display).run(due)
 
-            stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
-        _report(sweep, distinct, config, display)
-    if stopped == signal.SIGINT:
-        raise KeyboardInterrupt
-    if stopped == signal.SIGUSR1:  # announced by SLURM: the time is up
-        os.environ.pop(REQUEUED_BY_LAUNCHER, None)
-        requeue_slurm_job()
-    if stopped is not None:
-        raise SystemExit(128 + stopped)
-    failed = [job for job in distinct if not job.is_done]
-    return [outcome_of(job, job_config, failed, len(distinct)) for job, job_config in zip(jobs, configs, strict=True)]
+                stopped = run(waiting) if halving is None else run_halving(distinct, halving, run, display.say)
+            self._report(sweep, distinct, display)
+        if stopped == signal.SIGINT:
+            raise KeyboardInterrupt
+        if stopped == signal.SIGUSR1:  # announced by SLURM: the time is up
+            os.environ.pop(REQUEUED_BY_LAUNCHER, None)
+            requeue_slurm_job()
+        if stopped is not None:
+            raise SystemExit(128 + stopped)
+        failed = [job for job in distinct if not job.is_done]
+        return [outcome_of(job, composed, failed, len(distinct)) for job, composed in zip(jobs, configs, strict=True)]
 
-
-def _plan(
-    context: HydraContext,
-    config: DictConfig,
-    sweep: Path,
-    job_overrides: Sequence[Sequence[str]],
-    first_number: int,
-    threads: int,
-) -> tuple[list[Job], list[DictConfig]]:
-    """Compose every job, and tell by the hash of its settings whether an earlier launch has it already."""
-    known = earlier_jobs(sweep)
-    planned: dict[str, Job] = {}
-    jobs, configs = [], []
-    differing = varying([list(filter_overrides(list(overrides))) for overrides in job_overrides])
-    for i, overrides in enumerate(job_overrides):
-        composed = context.config_loader.load_sweep_config(config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.id = composed.hydra.job.num = first_number + i
-        configs.append(composed)
-        settings = _settings(composed)
-        key = config_hash(settings)
-        if key in planned:  # `rank=4,4`, or only its folder differs
+    def _plan(
+        self, sweep: Path, job_overrides: Sequence[Sequence[str]], first_number: int, threads: int
+    ) -> tuple[list[Job], list[DictConfig]]:
+        """Compose every job, and tell by the hash of its settings whether an earlier launch has it already."""
+        known = earlier_jobs(sweep)
+        planned: dict[str, Job] = {}
+        jobs, configs = [], []
+        differing = varying([list(filter_overrides(list(overrides))) for overrides in job_overrides])
+        for i, overrides in enumerate(job_overrides):
+            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(composed):
+                composed.hydra.job.id = composed.hydra.job.num = first_number + i
+            configs.append(composed)
+            settings = _settings(composed)
+            key = config_hash(settings)
+            if key not in planned:  # else `rank=4,4`, or only its folder differs
+                folder, record = known.get(key, (None, {}))
+                if folder is None:
+                    folder = sweep / str(composed.hydra.sweep.subdir)
+                    if folder.exists() and any(folder.iterdir()):  # another job has it already
+                        folder = folder.with_name(f"{folder.name}_{key[:6]}")
+                planned[key] = job = Job(
+                    folder=folder,
+                    number=first_number + i,
+                    config_hash=key,
+                    overrides=list(filter_overrides(list(overrides))),
+                    swept=differing[i],
+                    settings=settings,
+                    threads=settings.get("threads") or threads,
+                    environment={SWEEP_FOLDER_VARIABLE: str(sweep)},
+                )
+                job.take_over(record)
+                job.command = _command(self.config, overrides, folder)
+                if "threads" in settings and settings["threads"] is None:
+                    job.command.append(f"threads={job.threads}")
             jobs.append(planned[key])
-            continue
-        folder, record = known.get(key, (None, {}))
-        if folder is None:
-            folder = free_folder(sweep / str(composed.hydra.sweep.subdir), key)
-        job = Job(
-            folder=folder,
-            number=first_number + i,
-            config_hash=key,
-            overrides=list(filter_overrides(list(overrides))),
-            swept=differing[i],
-            settings=settings,
-            threads=settings.get("threads") or threads,
-            environment={SWEEP_FOLDER_VARIABLE: str(sweep)},
-        )
-        job.take_over(record)
-        job.command = _command(config, overrides, folder)
-        if "threads" in settings and settings["threads"] is None:
-            job.command.append(f"threads={job.threads}")
-        planned[key] = job
-        jobs.append(job)
-    return jobs, configs
+        return jobs, configs
+
+    def _report(self, sweep: Path, jobs: Sequence[Job], display: Display) -> None:
+        """Print and write the table; then print what failed, why, and how to resume."""
+        from agentft.compare import write_sweep_tables
+
+        try:
+            write_sweep_tables(sweep, display.console)
+        except Exception as error:  # the jobs' results are on disk: no fault of a table may cost the sweep its outcome
+            display.say(f"no table: {type(error).__name__}: {error}")
+        left = [job for job in jobs if not job.is_done]
+        display.say(f"sweep folder: {readable(sweep)}")
+        if not left:
+            return
+        display.say(f"{len(left)} of {len(jobs)} jobs are not finished:")
+        explained = [job for job in left if job.state == "failed"][:_EXPLAINED]
+        for job in left:
+            display.say(f"  {job.name}: {job.outcome}")
+            if job in explained:
+                display.say(f"    log:   {readable(job.folder / LOG)}")
+                display.say(f"    alone: {job.command_line}")
+        if sum(job.state == "failed" for job in left) > _EXPLAINED:
+            display.say("  the others' commands are in their job.json, under `shell`")
+        again = [*entry_point(), *sys.argv[1:]]
+        if not any(str(o).startswith("hydra.sweep.dir=") for o in self.config.hydra.overrides.hydra):
+            again.append(f"hydra.sweep.dir={quoted(readable(sweep))}")  # so that finished jobs are found
+        display.say(f"run only these again: {shlex.join(again)}")
+
+
+def _describe(jobs: Sequence[Job], slots: Sequence[Slot]) -> str:
+    before = sum(job.state == "finished" for job in jobs)
+    done = f", {before} finished before" if before else ""
+    gpus = f"{len(slots[0].gpus)} GPU(s), " if slots[0].gpus else ""
+    return f"sweep of {len(jobs)} jobs{done}; {len(slots)} at a time, each with {gpus}{slots[0].threads} thread(s)"
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
@@ -344,36 +367,16 @@ def readable(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _report(sweep: Path, jobs: Sequence[Job], config: DictConfig, display: Display) -> None:
-    """Print and write the table; then print what failed, why, and how to resume."""
-    from agentft.compare import write_sweep_tables
+class _FailedJob(JobReturn):
+    """Raises its error like Hydra's own, without a line on stderr: the reasons have been printed."""
 
-    try:
-        write_sweep_tables(sweep, display.console)
-    except Exception as error:  # the jobs' results are on disk: no fault of a table may cost the sweep its outcome
-        display.say(f"no table: {type(error).__name__}: {error}")
-    left = [job for job in jobs if not job.is_done]
-    display.say(f"sweep folder: {readable(sweep)}")
-    if not left:
-        return
-    display.say(f"{len(left)} of {len(jobs)} jobs are not finished:")
-    explained = [job for job in left if job.state == "failed"][:_EXPLAINED]
-    for job in left:
-        display.say(f"  {job.name}: {job.outcome}")
-        if job in explained:
-            display.say(f"    log:   {readable(job.folder / 'job.log')}")
-            display.say(f"    alone: {job.command_line}")
-    if sum(job.state == "failed" for job in left) > _EXPLAINED:
-        display.say("  the others' commands are in their job.json, under `shell`")
-    display.say("run only these again: " + _again(sweep, config))
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
 
-
-def _again(sweep: Path, config: DictConfig) -> str:
-    """Return the command of this sweep, with its folder named so that finished jobs are found."""
-    words = [*entry_point(), *sys.argv[1:]]
-    if not any(str(o).startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra):
-        words.append(f"hydra.sweep.dir={quoted(readable(sweep))}")
-    return shlex.join(words)
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
 
 
 def outcome_of(job: Job, composed: DictConfig, failed: Sequence[Job], total: int) -> JobReturn:

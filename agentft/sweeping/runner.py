@@ -8,6 +8,7 @@ to SLURM or Ray are in `agentft.sweeping.backends`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -27,11 +28,10 @@ from agentft.runs import utc_now
 from agentft.runtime import available_cores
 from agentft.settings import Settings
 from agentft.signals import STARTED_BY, StopSignals
-from agentft.sweeping.jobs import LOG, Job, last_error
+from agentft.sweeping.jobs import LOG, Display, Job, last_error
 
-POLL_SECONDS = 0.1
-
-CONFIG_REFUSED = 2
+_POLL_SECONDS = 0.1
+_CONFIG_REFUSED = 2
 """Exit code of `train.py` for settings that cannot run: trying again would not help."""
 
 
@@ -49,11 +49,12 @@ class Slot:
 
     def environment(self, threads: int | None = None) -> dict[str, str]:
         """Return the variables that keep a job inside its slot."""
-        count = str(threads or self.threads)
-        devices = {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+        variables = dict.fromkeys(names, str(threads or self.threads))
+        if self.gpus is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         # NumPy's pool would start at its import, where jobs are forked; nothing heavy is left to it.
-        numpy = {"OPENBLAS_NUM_THREADS": "1"}
-        return devices | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "RAYON_NUM_THREADS": count} | numpy
+        return variables | {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def make_slots(
@@ -66,8 +67,6 @@ def make_slots(
     """
     cores = cores or available_cores()
     on_gpu = bool(gpus) and gpus_per_job > 0
-    if not on_gpu and gpus_per_job > 1:
-        raise ConfigError(f"hydra.launcher.gpus_per_job={gpus_per_job}: no GPU is visible")
     if on_gpu:
         most = len(gpus) // gpus_per_job
         if most == 0 or (slots or 0) > most:
@@ -75,28 +74,23 @@ def make_slots(
                 f"hydra.launcher: {slots or 1} slot(s) with {gpus_per_job} GPU(s) each, but {len(gpus)} GPU(s) are visible"
             )
         slots = slots or most
+    elif gpus_per_job > 1:
+        raise ConfigError(f"hydra.launcher.gpus_per_job={gpus_per_job}: no GPU is visible")
     slots = slots or (max(1, cores // threads_per_job) if threads_per_job else 1)
     threads = threads_per_job or max(1, cores // slots)
-
-    def share(i: int) -> tuple[str, ...] | None:
-        if on_gpu:
-            return tuple(gpus[i * gpus_per_job : (i + 1) * gpus_per_job])
-        # Where no GPU was found, one may be there all the same: only `gpus_per_job=0` hides it.
-        return () if gpus_per_job == 0 else None
-
-    return [Slot(i, share(i), threads) for i in range(slots)]
+    if on_gpu:
+        shares = [tuple(gpus[i * gpus_per_job : (i + 1) * gpus_per_job]) for i in range(slots)]
+        return [Slot(i, share, threads) for i, share in enumerate(shares)]
+    # Where no GPU was found, one may be there all the same: only `gpus_per_job=0` hides it.
+    return [Slot(i, None if gpus_per_job else (), threads) for i in range(slots)]
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
     """Return the GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes; asked without torch."""
     named = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        found = []
-        for name in (part.strip() for part in named.split(",")):
-            if not name or name.startswith("-"):  # CUDA ignores the rest
-                break
-            found.append(name)
-        return found
+        names = (part.strip() for part in named.split(","))
+        return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))  # CUDA ignores the rest
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -115,20 +109,15 @@ class Attempt:
     """Of the job's process, where it is one of this machine."""
     lost: str | None = None
     """The reason, where it ended because what it ran on is gone."""
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-        self._stop_began: float | None = None
+    began: float | None = None
+    """Monotonic time at which it was seen to begin; None while it waits in a queue."""
+    stop_began: float | None = None
+    """Monotonic time at which it was last asked to end."""
 
     @property
     def seconds(self) -> float:
         """Return the seconds since it was seen to begin; 0 while it waits in a queue."""
-        return 0.0 if self._began is None else time.monotonic() - self._began
-
-    @property
-    def stopping(self) -> bool:
-        """Return whether it was asked to end."""
-        return self._stop_began is not None
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal, once it has ended."""
@@ -153,20 +142,21 @@ class Executor:
 class JobProcess(Attempt):
     """A process of this machine, leader of a group of its own: a Ctrl-C in the terminal does not reach it past us."""
 
+    pid: int
+
     def __init__(self, process: subprocess.Popen[bytes] | BaseProcess) -> None:
-        super().__init__()
         assert process.pid is not None
-        self.pid: int = process.pid
+        self.pid = process.pid
+        self.began = time.monotonic()
         self._process = process
-        self._began = time.monotonic()
         self._stages: list[tuple[float, signal.Signals]] = []
         self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; what the job left behind in its group is ended too."""
         if self._code is None:
-            if self.stopping:
-                self._push()
+            while self._stages and time.monotonic() >= self._stages[0][0]:
+                self._signal(self._stages.pop(0)[1])
             self._code = self._exit_code()
             if self._code is not None:
                 # Data workers, W&B: whatever still holds the GPU would meet the next job of the slot.
@@ -175,26 +165,22 @@ class JobProcess(Attempt):
 
     def stop(self, grace: float) -> None:
         """Ask it to end as Ctrl-C does, so that it marks itself; firmly and then by force within `grace` seconds."""
-        if self.stopping:
-            grace = 0.0  # asked twice: now
-        self._stop_began = time.monotonic()
+        grace = grace if self.stop_began is None else 0.0
+        self.stop_began = now = time.monotonic()
         # A shell's background job ignores SIGINT, and so do its children: SIGTERM follows.
-        self._stages = [(0.0, signal.SIGINT), (grace * 0.6, signal.SIGTERM), (grace, signal.SIGKILL)]
-        self._push()
-
-    def _push(self) -> None:
-        assert self._stop_began is not None
-        while self._stages and time.monotonic() - self._stop_began >= self._stages[0][0]:
-            self._signal(self._stages.pop(0)[1])
+        self._stages = [(now, signal.SIGINT), (now + grace * 0.6, signal.SIGTERM), (now + grace, signal.SIGKILL)]
+        self.poll()
 
     def _signal(self, number: signal.Signals) -> None:
-        family = descendants(self.pid) if self._code is None else []
+        family = []
+        if number == signal.SIGKILL and self._code is None:  # those that made groups of their own
+            with contextlib.suppress(psutil.Error):
+                family = psutil.Process(self.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-        if number == signal.SIGKILL:
-            for each in family:  # those that made groups of their own
-                with contextlib.suppress(psutil.Error):
-                    each.kill()
+        for each in family:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
 
     def _exit_code(self) -> int | None:
         if isinstance(self._process, subprocess.Popen):
@@ -272,14 +258,6 @@ def describe_exit(code: int) -> tuple[str, str | None]:
     return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), name
 
 
-def descendants(pid: int) -> list[psutil.Process]:
-    """Return the processes that `pid` and those have started."""
-    try:
-        return list(psutil.Process(pid).children(recursive=True))
-    except psutil.Error:
-        return []
-
-
 # --- The pool ---
 
 
@@ -308,24 +286,13 @@ class _Running:
 
 
 class Pool:
-    """Runs jobs; `seen` is called whenever one starts or ends, `tick` about ten times a second."""
+    """Runs jobs, and shows them as they start and end."""
 
     def __init__(
-        self,
-        slots: Sequence[Slot],
-        rules: Rules,
-        executor: Executor,
-        signals: StopSignals,
-        *,
-        seen: Callable[[Job], None],
-        tick: Callable[[], None],
+        self, slots: Sequence[Slot], rules: Rules, executor: Executor, signals: StopSignals, display: Display
     ) -> None:
         self._free = deque(slots)
-        self._rules = rules
-        self._executor = executor
-        self._signals = signals
-        self._seen = seen
-        self._tick = tick
+        self._rules, self._executor, self._signals, self._display = rules, executor, signals, display
         self._running: list[_Running] = []
         self._insisted = False
         """A person has pressed Ctrl-C again and does not want to wait."""
@@ -338,66 +305,68 @@ class Pool:
             try:
                 while self._running or (waiting and not self._signals.is_requested()):
                     while waiting and self._free and not self._signals.is_requested():
-                        self._start(waiting.popleft(), tries)
-                    time.sleep(POLL_SECONDS)
+                        self._start(waiting.popleft())
+                    time.sleep(_POLL_SECONDS)
                     self._stop_what_must_stop()
-                    for entry in self._take_ended():
-                        tries[id(entry.job)] -= 1
-                        may_help = entry.limit is None and entry.job.exit_code != CONFIG_REFUSED
-                        if entry.job.state == "failed" and tries[id(entry.job)] > 0 and may_help:
-                            waiting.append(entry.job)
-                    self._tick()
-            finally:
-                self._end_the_rest()
+                    for job, may_help in self._take_ended():
+                        tries[id(job)] -= 1
+                        if job.state == "failed" and may_help and tries[id(job)] > 0:
+                            waiting.append(job)
+                    self._display.tick()
+            finally:  # after an error of our own something may still run
+                while self._running:
+                    self._stop_what_must_stop("stopped with the launcher")
+                    self._take_ended()
+                    time.sleep(_POLL_SECONDS)
         return self._signals.requested
 
-    def _start(self, job: Job, tries: dict[int, int]) -> None:
+    def _start(self, job: Job) -> None:
         slot = self._free.popleft()
         job.environment |= slot.environment(job.threads)
         job.attempts += 1
         job.state, job.started, job.ended = "running", utc_now(), None
         job.exit_code = job.signal = job.reason = job.seconds = None
         job.folder.mkdir(parents=True, exist_ok=True)
-        header = f"$ {job.command_line}\n"
+        before = _changed(job.folder / "status.json")
         try:
-            attempt = self._executor.start(job, header)
+            attempt = self._executor.start(job, f"$ {job.command_line}\n")
         except (OSError, RunError) as error:
             self._free.appendleft(slot)
-            tries[id(job)] = 0
             job.state, job.reason, job.ended = "failed", f"could not be started: {error}", utc_now()
         else:
             job.pid = attempt.pid
-            self._running.append(_Running(job, slot, attempt, _changed(job.folder / "status.json")))
+            self._running.append(_Running(job, slot, attempt, before))
         job.write()
-        self._seen(job)
+        self._display.seen(job)
 
     def _hear(self, _: signal.Signals, insists: bool) -> None:
         self._insisted = insists
 
-    def _stop_what_must_stop(self) -> None:
-        minutes = self._rules.time_limit
+    def _stop_what_must_stop(self, because: str | None = None) -> None:
+        minutes, requested = self._rules.time_limit, self._signals.requested
         insisted, self._insisted = self._insisted, False
         for entry in self._running:
-            if not entry.attempt.stopping:
-                if self._signals.requested is not None:
-                    entry.limit = f"stopped by {self._signals.requested.name}"
-                elif minutes is not None and entry.attempt.seconds > 60 * minutes:
-                    entry.limit = f"time limit of {minutes:g} minutes"
-                if entry.limit is not None:
-                    entry.attempt.stop(self._rules.grace)
-            elif insisted:
-                entry.attempt.stop(0.0)
+            if entry.attempt.stop_began is not None:
+                if insisted:
+                    entry.attempt.stop(0.0)
+                continue
+            if requested is not None:
+                entry.limit = f"stopped by {requested.name}"
+            elif minutes is not None and entry.attempt.seconds > 60 * minutes:
+                entry.limit = f"time limit of {minutes:g} minutes"
+            else:
+                entry.limit = because
+            if entry.limit is not None:
+                entry.attempt.stop(self._rules.grace)
 
-    def _take_ended(self) -> list[_Running]:
-        """Take the jobs that have ended off their slots, and write down how."""
-        ended = []
-        for entry in list(self._running):
-            if (code := entry.attempt.poll()) is not None:
-                self._running.remove(entry)
-                self._free.appendleft(entry.slot)
-                self._conclude(entry, code)
-                ended.append(entry)
-        return ended
+    def _take_ended(self) -> list[tuple[Job, bool]]:
+        """Take the jobs that have ended off their slots, and say of each whether another try may help."""
+        ended = [(entry, code) for entry in self._running if (code := entry.attempt.poll()) is not None]
+        for entry, code in ended:
+            self._running.remove(entry)
+            self._free.appendleft(entry.slot)
+            self._conclude(entry, code)
+        return [(entry.job, entry.limit is None and code != _CONFIG_REFUSED) for entry, code in ended]
 
     def _conclude(self, entry: _Running, code: int) -> None:
         job = entry.job
@@ -409,26 +378,16 @@ class Pool:
         if state in ("finished", "paused"):
             # Its results are whole then, even if it was asked to stop, or died, in the last moment.
             job.state, job.reason = state, None
-        elif entry.attempt.lost is not None and entry.limit is None:
-            job.state, job.reason = "failed", entry.attempt.lost
         elif entry.limit is not None:
-            job.state = "failed" if entry.limit.startswith("time") else "stopped"
-            job.reason = entry.limit
+            job.state, job.reason = "failed" if entry.limit.startswith("time") else "stopped", entry.limit
+        elif entry.attempt.lost is not None:
+            job.state, job.reason = "failed", entry.attempt.lost
         else:
             # Of a killed job the last line of its log tells how far it was, not why it ended.
             error = str(own.get("error") or ("" if code < 0 else last_error(job.folder / LOG)))
             job.state, job.reason = "failed", f"{words}: {error}" if error else words
         job.write()
-        self._seen(job)
-
-    def _end_the_rest(self) -> None:
-        """End what still runs after an error of our own; else there is nothing left."""
-        for entry in self._running:
-            entry.limit = entry.limit or "stopped with the launcher"
-            entry.attempt.stop(self._rules.grace)
-        while self._running:
-            self._take_ended()
-            time.sleep(POLL_SECONDS)
+        self._display.seen(job)
 
 
 def _changed(path: Path) -> int:

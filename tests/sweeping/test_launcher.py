@@ -22,8 +22,7 @@ from omegaconf import OmegaConf
 
 from agentft.compare import main as compare
 from agentft.errors import ConfigError, RunError
-from agentft.sweeping.display import Paces, short_override
-from agentft.sweeping.jobs import Job, config_hash, varying
+from agentft.sweeping.jobs import Job, config_hash, short_override, varying
 from agentft.sweeping.launcher import outcome_of
 from agentft.sweeping.runner import describe_exit, make_slots, visible_gpus
 from tests.sweeping.watching import is_alive, wait_for
@@ -307,23 +306,6 @@ def test_a_live_table_names_settings_shortly_and_values_whole() -> None:
     assert short_override("+dataset.path=../a.b/c.jsonl") == "path=../a.b/c.jsonl"
 
 
-def test_the_time_left_of_a_resumed_job_counts_its_new_steps_alone(tmp_path: Path) -> None:
-    job = Job(folder=tmp_path, number=0, config_hash="", overrides=[], swept=[], settings={}, threads=1, attempts=1)
-
-    def at(seconds: int, step: int) -> dict[str, Any]:
-        return {
-            "started": "2026-01-01T00:00:00+00:00",
-            "updated": f"2026-01-01T00:00:{seconds:02}+00:00",
-            "step": step,
-            "steps": 50,
-        }
-
-    assert Paces().left(job, at(20, 10)) == "80 s left"
-    job.attempts, paces = 2, Paces()
-    assert paces.left(job, at(4, 40)) == "", "the first forty are not of this attempt"
-    assert paces.left(job, at(10, 42)) == "24 s left"
-
-
 def test_exit_codes_in_words() -> None:
     assert describe_exit(-9) == ("killed by SIGKILL (out of memory?)", "SIGKILL")
     assert describe_exit(-11) == ("killed by SIGSEGV", "SIGSEGV")
@@ -344,9 +326,10 @@ TINY = [
 ]
 
 
-def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = [*TINY, "training.max_steps=2", "hydra.launcher.slots=2"]
-    grid = ["sft_type.rank=2,4", "training.learning_rate=1e-3,1e-2"]
+@pytest.mark.parametrize("ranks", [(4,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["two", "two by two"])
+def test_train_py_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: tuple[int, ...]) -> None:
+    small = [*TINY, "training.max_steps=1", "hydra.launcher.slots=2"]
+    grid = [f"sft_type.rank={','.join(map(str, ranks))}", "training.learning_rate=1e-3,1e-2"]
     command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *grid, *small, "hydra.sweep.dir=sweep"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     (tmp_path / "grp.py").write_text("raise SystemExit('a file of the working directory was executed')")
@@ -355,21 +338,17 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert done.returncode == 0, done.stderr
     folders = sorted(path.parent for path in (tmp_path / "sweep").glob("*/job.json"))
-    assert [folder.name for folder in folders] == [
-        "0_rank-2_learning_rate-0.001",
-        "1_rank-2_learning_rate-0.01",
-        "2_rank-4_learning_rate-0.001",
-        "3_rank-4_learning_rate-0.01",
-    ]
+    swept = ["rank-2_", "rank-4_"] if len(ranks) > 1 else [""]
+    names = [f"{rank}learning_rate-{rate}" for rank in swept for rate in ("0.001", "0.01")]
+    assert [folder.name for folder in folders] == [f"{number}_{name}" for number, name in enumerate(names)]
     for folder in folders:
         assert json.loads((folder / "run.json").read_text())["sweep"] == str(tmp_path / "sweep")
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == 5
-    alone = json.loads((folders[3] / "job.json").read_text())["shell"].replace("sweep/3_", "alone/3_")
+    assert (tmp_path / "sweep" / "sweep.md").read_text().count("\n| ") == len(names) + 1
+    last = folders[-1].name
+    alone = json.loads((folders[-1] / "job.json").read_text())["shell"].replace(f"sweep/{last}", f"alone/{last}")
     subprocess.run(alone, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=200, check=True)
-    weights = [
-        tmp_path / where / folders[3].name / "final" / "adapter_model.safetensors" for where in ("sweep", "alone")
-    ]
+    weights = [tmp_path / where / last / "final" / "adapter_model.safetensors" for where in ("sweep", "alone")]
     assert weights[0].read_bytes() == weights[1].read_bytes(), (
         "an interpreter of its own comes to the same, bit for bit"
     )
@@ -380,7 +359,7 @@ def test_train_py_sweeps_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixtur
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "sweep of 4 jobs, 4 finished before" in done.stderr
+    assert f"sweep of {len(names)} jobs, {len(names)} finished before" in done.stderr
 
 
 DEATHS = """
