@@ -5,7 +5,7 @@ work at once, as Ctrl-C does; what those phases had done so far is on disk alrea
 place asks to be queued again; it resumes from where it saved.
 
 SLURM and terminals signal every process of a job. The one that a person started answers; those that it started itself obey
-it (`distributed/stops.py`, `sweeping/runner.py`), since the same request reaches them from several sides.
+it (`distributed/launch.py`, `sweeping/runner.py`), since the same request reaches them from several sides.
 """
 
 from __future__ import annotations

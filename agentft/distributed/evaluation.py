@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from agentft.data.tokens import Example
-from agentft.distributed.stops import BROKE_OFF
+from agentft.distributed.launch import BROKE_OFF
 from agentft.errors import RankError
 from agentft.evaluation.generate import Completion, Finish, Generator, OnCompletion
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood

@@ -1,40 +1,41 @@
-"""One function that starts the ranks of a job and comes back with rank 0's result.
+"""Start the ranks of a job, watch and stop them, and return the result of rank 0 or the first failure.
 
 The program composes its configuration once and stays as the agent of its machine: torch's `elastic_launch` starts the
 ranks, starts them again where `elastic.max_restarts` allows it, and ends them all when one has died. Each rank is a fresh
 process that gets the resolved configuration as text. Between machines the agents meet at `LaunchTopology.endpoint`.
+
+Agent and ranks exchange words by files in a folder of their own. Each rank writes a heartbeat whenever it enters a phase
+(`World.heartbeat`), and its error. A signal to a process group, or to a job of SLURM, reaches agent, server and ranks alike,
+and torch's agent passes one on; so in the ranks, the server that they are forked from, and what they start all stop signals
+stay blocked. The agent writes a stop into the folder, and a thread in each rank does as the signal would have done.
 """
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from agentft import errors
+from agentft.distributed import forkserver
 from agentft.distributed.config import DistributedConfig, LaunchTopology
-from agentft.distributed.forkserver import fork_server
-from agentft.distributed.stops import (
-    GAVE_UP,
-    RankFailure,
-    as_stop,
-    explain,
-    hang_watch,
-    obeying,
-    read_failures,
-    telling,
-)
-from agentft.errors import RankError
+from agentft.errors import AgentftError, RankError
 from agentft.runtime import available_cores
 from agentft.secrets import redact_text
-from agentft.signals import STARTED_BY, StopSignal
+from agentft.signals import STARTED_BY, STOPS, StopSignal, StopSignals, die_with
 from agentft.world import HEARTBEAT_VARIABLE
 
 Entry = Callable[[str], Any]
@@ -98,7 +99,7 @@ def start_ranks(
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
         shutdown_timeout=config.elastic.grace,
-        signals_to_handle="",  # they are heard by `telling`, and torch would end ranks in the middle of their save
+        signals_to_handle="",  # they are heard by `_telling`, and torch would end ranks in the middle of their save
     )
     for name in _LOUD:  # `explain` says what happened; torch would print several screens of it
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -108,8 +109,8 @@ def start_ranks(
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with (
         tempfile.TemporaryDirectory(prefix="agentft-ranks-", ignore_cleanup_errors=True) as temporary,
-        telling(heartbeats := Path(temporary), machines=topology.nnodes) as signals,
-        hang_watch(heartbeats, config.timeout) as hangs,
+        _telling(heartbeats := Path(temporary), machines=topology.nnodes) as signals,
+        _hang_watch(heartbeats, config.timeout) as hangs,
     ):
         share = threads or max(1, available_cores() // topology.nproc)
         environment = {
@@ -119,12 +120,12 @@ def start_ranks(
             STARTED_BY: "agent",
         }
         try:
-            with fork_server([entry.__module__], for_ranks=True):  # torch is loaded once on each machine
+            with forkserver.fork_server([entry.__module__], for_ranks=True):  # torch is loaded once on each machine
                 results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
         except ChildFailedError as error:
-            if all(failure.exitcode == GAVE_UP for failure in error.failures.values()):
+            if all(failure.exitcode == _GAVE_UP for failure in error.failures.values()):
                 signals.raise_if_requested()
-            failures = read_failures(heartbeats)
+            failures = _read_failures(heartbeats)
             for rank, failure in error.failures.items():
                 failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))
             raise explain(failures, hang=hangs[-1] if hangs else None, logs=logs) from None
@@ -144,24 +145,248 @@ def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent:
     The server that ranks are forked from has the environment of the first job in this program; this is the present one.
     """
     os.environ.update({name: value for name, value in environment.items() if not _ELASTIC.fullmatch(name)})
-    with obeying(agent, Path(os.environ[HEARTBEAT_VARIABLE])) as signals:
+    folder = Path(os.environ[HEARTBEAT_VARIABLE])
+    with _obeying(agent, folder) as signals:
         try:
             return entry(payload)
         except BaseException as error:
             with signals.deferred():
                 if isinstance(stop := as_stop(error), StopSignal):
                     return stop
-                _write_failure(error, Path(os.environ[HEARTBEAT_VARIABLE]))
+                rank, trace = int(os.environ.get("RANK", "0")), redact_text("".join(traceback.format_exception(error)))
+                kind, message = type(error).__name__, redact_text(str(error))
+                failure = RankFailure(rank, os.getpid(), time.time(), kind, message, trace)
+                (folder / f"failure-{rank}.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
                 raise
 
 
-def _write_failure(error: BaseException, folder: Path) -> None:
-    record = {
-        "time": time.time(),
-        "pid": os.getpid(),
-        "kind": type(error).__name__,
-        "message": redact_text(str(error)),
-        "traceback": redact_text("".join(traceback.format_exception(error))),
-    }
-    rank = os.environ.get("RANK", "0")
-    (folder / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+# --- Failures ---
+
+BROKE_OFF = "another rank broke off"
+"""How the message of a rank begins that ends because another one has failed."""
+
+_LOST = (
+    BROKE_OFF,
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "Application timeout caused pair closure",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+"""Parts of the errors of a rank that has lost another: never the cause."""
+
+
+def _tells_of_a_loss(message: str) -> bool:
+    return any(words in message for words in _LOST)
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """The end of one rank."""
+
+    rank: int
+    pid: int
+    time: float
+    kind: str
+    """Name of the exception; empty where the process ended without one."""
+    message: str
+    traceback: str
+
+    @classmethod
+    def of_exit(cls, rank: int, pid: int, code: int) -> Self:
+        """Return the end of a process that raised nothing, by its exit code; negative: the signal that ended it."""
+        reason = f"exit code {code}"
+        if code == forkserver.SERVER_DIED:
+            reason += ", or the process that ranks are forked from has died"
+        if code < 0:
+            with suppress(ValueError):
+                reason = signal.Signals(-code).name
+            if -code == signal.SIGKILL:
+                reason += " (out of memory, or somebody killed it)"
+        return cls(rank, pid, 0.0, "", f"ended by {reason}", "")
+
+
+def _read_failures(folder: Path) -> dict[int, RankFailure]:
+    """Return what the ranks of this machine wrote down when they failed, by rank."""
+    found = {}
+    for path in folder.glob("failure-*.json"):
+        with suppress(OSError, ValueError):  # one that was killed while it wrote
+            failure = RankFailure(**json.loads(path.read_text(encoding="utf-8")))
+            found[failure.rank] = failure
+    return found
+
+
+def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path) -> AgentftError:
+    """Return the error that the job ends with.
+
+    An error that a rank raised for the user comes back as it was; anything else as a `RankError` that begins with the
+    traceback of the rank that failed first.
+    """
+    if hang is not None:
+        return RankError(f"{hang}. The output of the ranks is in {logs}")
+    first = min(failures.values(), key=lambda each: (_tells_of_a_loss(each.message), each.time, each.rank))
+    raised = getattr(errors, first.kind, None)
+    if isinstance(raised, type) and issubclass(raised, AgentftError):
+        again: AgentftError = raised(first.message)
+        return again
+    others = sorted(rank for rank in failures if rank != first.rank)
+    seen = f"; then rank {', '.join(map(str, others))} lost the connection to it" if others else ""
+    what = f"{first.kind}: {first.message}" if first.kind else first.message
+    stack = f"{first.traceback}\n" if first.traceback else ""
+    return RankError(
+        f"{stack}rank {first.rank} (pid {first.pid}) failed first: {what}{seen}. The output of the ranks is in {logs}"
+    )
+
+
+# --- Hangs ---
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The progress of a rank at a time; ranks that wait for another have named the exchange they wait in."""
+
+    rank: int
+    time: float
+    pid: int
+    where: str
+
+
+def _read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """Return the newest heartbeat of each rank of this machine."""
+    found = []
+    for path in folder.glob("rank-*"):
+        with suppress(OSError, ValueError):  # one that is just being written is read the next time
+            moment, pid, where = path.read_text(encoding="utf-8").rstrip("\n").split(" ", 2)
+            found.append(Heartbeat(int(path.name.removeprefix("rank-")), float(moment), int(pid), where))
+    return sorted(found, key=lambda each: each.rank)
+
+
+def _kill(heartbeats: Iterable[Heartbeat]) -> None:
+    for each in heartbeats:
+        with suppress(ProcessLookupError):
+            os.kill(each.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _hang_watch(folder: Path, timeout: float) -> Iterator[list[str]]:
+    """Look at the heartbeats during the body, and end ranks that hang; the list that it yields then says which was slowest."""
+    hangs: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            found = _read_heartbeats(folder)
+            if found and time.time() - max(each.time for each in found) > timeout:
+                hangs.append(_describe_hang(found, timeout))
+                _kill(found)  # the stuck rank would not hear anything gentler, and the others wait for it
+                for each in found:
+                    (folder / f"rank-{each.rank}").unlink(missing_ok=True)
+
+    thread = threading.Thread(target=watch, name="hang-watch", daemon=True)
+    thread.start()
+    try:
+        yield hangs
+    finally:
+        done.set()
+        thread.join()
+
+
+def _describe_hang(heartbeats: list[Heartbeat], timeout: float) -> str:
+    slowest = min(heartbeats, key=lambda each: each.time)
+    others = "".join(f"; rank {each.rank} at {each.where!r}" for each in heartbeats if each is not slowest)
+    return (
+        f"no rank got anywhere for {timeout:g} s (distributed.timeout): the slowest is rank {slowest.rank} "
+        f"(pid {slowest.pid}), at {slowest.where!r} for {time.time() - slowest.time:.0f} s{others}"
+    )
+
+
+# --- Stops ---
+
+_GAVE_UP = 75
+"""Exit code of a rank that could not end by itself."""
+_STOP = "stop"
+"""File by which the agent tells its ranks the number of the signal."""
+_LEFT = "left"
+"""File of a rank that has stopped: another one that waits for it where Python hears no signal would wait for ever."""
+_LISTEN_SECONDS = 0.2
+_LAST_SECONDS = 5.0
+"""Time of a rank to write down its error, once torch's agent ends it since another one has failed."""
+_LATE_SECONDS = 3.0
+"""How much later than another rank this one may be told of a stop."""
+
+
+@contextmanager
+def _telling(folder: Path, *, machines: int) -> Iterator[StopSignals]:
+    """Pass a stop signal of this process on to its ranks; they end by themselves, and a second Ctrl-C ends them at once.
+
+    Raises:
+        StopSignal: it came before the ranks of several machines had met, which may take for ever.
+    """
+
+    def tell(number: signal.Signals, insists: bool) -> None:
+        (folder / _STOP).write_text(f"{int(number)}\n", encoding="ascii")
+        if insists:
+            _kill(_read_heartbeats(folder))
+            raise StopSignal(number)
+        if machines > 1 and not any(folder.glob("rank-*")):
+            raise StopSignal(number, " before the machines had met")
+
+    with StopSignals.shared() as signals, signals.deferred(tell):
+        signals.raise_if_requested()
+        yield signals
+
+
+@contextmanager
+def _obeying(agent: int, folder: Path) -> Iterator[StopSignals]:
+    """In a rank: end with the server that it was forked from, and stop when the process `agent` says so in `folder`."""
+    die_with(forkserver.server_pid or os.getppid())
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    done = threading.Event()
+    with StopSignals() as signals:
+        threading.Thread(target=_listen, args=(agent, folder, signals, done), name="stops", daemon=True).start()
+        try:
+            yield signals
+        finally:
+            done.set()
+            if signals.is_requested():
+                (folder / _LEFT).touch()
+
+
+def as_stop(error: BaseException) -> BaseException:
+    """Return what ended this rank: the stop, where `error` only tells that another one has stopped a little earlier."""
+    if not _tells_of_a_loss(str(error)):
+        return error
+    with StopSignals.shared() as signals, signals.deferred():
+        until = time.monotonic() + _LATE_SECONDS
+        while signals.requested is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return error if signals.requested is None else StopSignal(signals.requested)
+
+
+def _listen(agent: int, folder: Path, signals: StopSignals, done: threading.Event) -> None:
+    """Wait for the agent's file; and for the SIGTERM by which torch's agent ends a rank when another one has failed."""
+    told, end = False, float("inf")
+    while True:
+        if _is_ended_by(agent):
+            end = min(end, time.monotonic() + (0.0 if done.is_set() else _LAST_SECONDS))
+        if told and not signals.is_requested() and end == float("inf") and (folder / _LEFT).exists():
+            end = time.monotonic() + _LAST_SECONDS
+        if time.monotonic() >= end:
+            os._exit(_GAVE_UP)
+        with suppress(OSError, ValueError):  # none yet, or it is just being written
+            number = int((folder / _STOP).read_text(encoding="ascii"))
+            if not told and not done.is_set():
+                told = True
+                _thread.interrupt_main(signal.Signals(number))  # as if it had come from outside
+
+
+def _is_ended_by(agent: int) -> bool:
+    """Wait a little for SIGTERM, and say whether that process sent one."""
+    if sys.platform != "linux":
+        time.sleep(_LISTEN_SECONDS)
+        return False
+    info = signal.sigtimedwait([signal.SIGTERM], _LISTEN_SECONDS)
+    return info is not None and info.si_pid == agent

@@ -21,7 +21,7 @@ from agentft.data.batches import StepPlan
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.distributed.engines import loads_on_cpu
-from agentft.distributed.stops import as_stop
+from agentft.distributed.launch import as_stop
 from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import count_parameters

@@ -328,7 +328,7 @@ TINY = [
 
 @pytest.mark.parametrize("ranks", [(4,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["two", "two by two"])
 def test_train_py_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: tuple[int, ...]) -> None:
-    small = [*TINY, "training.max_steps=1", "hydra.launcher.slots=2"]
+    small = [*TINY, "training.max_steps=2", "hydra.launcher.slots=2"]
     grid = [f"sft_type.rank={','.join(map(str, ranks))}", "training.learning_rate=1e-3,1e-2"]
     command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *grid, *small, "hydra.sweep.dir=sweep"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
