@@ -15,24 +15,25 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from agentft.secrets import install_log_redaction
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 
-class Bar(Protocol):
-    """A running bar."""
+class Bar:
+    """A running bar; without `progress` one that nobody sees."""
+
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+        self._progress, self._task = progress, task
 
     def advance(self, amount: float = 1, **shown: str) -> None:
         """Move on by `amount`; `shown` replaces the words beside the bar."""
-
-
-class _NoBar:
-    def advance(self, amount: float = 1, **shown: str) -> None:
-        pass
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=amount, words="  ".join(shown.values()))
 
 
 class _Console(io.FileIO):
@@ -99,17 +100,9 @@ def _tell_of_lost_consoles() -> None:
                 os.dup2(nowhere.fileno(), console.fileno())
 
 
-def _may_show() -> bool:
-    """Return whether there may be a terminal: rich looks closer, but takes a fifth of a second to be imported."""
-    return sys.stderr.isatty() or "FORCE_COLOR" in os.environ or "ipykernel" in sys.modules
-
-
 @cache
 def console() -> Console:
-    """Return the one console on standard error, shared by bars and log lines so that they do not overwrite each other.
-
-    It may go away, see `outlive_console`.
-    """
+    """Return the one console on standard error, shared by bars and log lines so that they do not overwrite each other."""
     from rich.console import Console
 
     outlive_console()
@@ -132,19 +125,13 @@ def set_up_logging(log_file: Path, *, held: bool = False) -> None:
     # Warnings of libraries are for whoever searches a fault: they go to the file.
     logging.captureWarnings(True)
     screen.addFilter(lambda record: record.name != "py.warnings" and not getattr(record, FILE_ONLY, False))
-    waiting = MemoryHandler(
-        10**9, flushLevel=logging.CRITICAL + 1
-    )  # with no target, nothing is written at the exit either
+    # With no target, nothing is written at the exit either.
+    waiting = MemoryHandler(10**9, flushLevel=logging.CRITICAL + 1)
     waiting.name = str(log_file)
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    root.addHandler(screen)
-    root.addHandler(waiting)
+    logging.basicConfig(level=logging.WARNING, handlers=[screen, waiting], force=True)
+    logging.getLogger("agentft").setLevel(logging.INFO)
     if not held:
         open_log_file()
-    root.setLevel(logging.WARNING)
-    logging.getLogger("agentft").setLevel(logging.INFO)
     install_log_redaction()
 
 
@@ -167,32 +154,14 @@ def open_log_file() -> None:
 @contextmanager
 def progress_bar(title: str, total: float | None, done: float = 0) -> Iterator[Bar]:
     """Show a bar with share, speed words, elapsed time and time left while the body runs; None: the end is not known."""
-    if not _may_show():  # and spare the import
-        yield _NoBar()
+    # rich looks closer whether there is a terminal, but takes a fifth of a second to be imported.
+    if not (sys.stderr.isatty() or "FORCE_COLOR" in os.environ or "ipykernel" in sys.modules):
+        yield Bar()
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[words]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as progress:
-        task = progress.add_task(title, total=total, completed=int(done), words="")
-
-        class _Bar:
-            def advance(self, amount: float = 1, **shown: str) -> None:
-                progress.update(task, advance=amount, words="  ".join(shown.values()))
-
-        yield _Bar()
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
+    columns += [rich.TextColumn("{task.fields[words]}"), rich.TimeElapsedColumn()]
+    columns += [rich.TextColumn("left"), rich.TimeRemainingColumn()]
+    with rich.Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, completed=int(done), words=""))

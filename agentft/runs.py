@@ -80,12 +80,6 @@ class RunFolder:
         In the folder of a run not a byte changes before `begin` or the first write. `setting` is what names the folder.
         """
         run = cls(path, setting=setting)
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"{run.path}: the folder cannot be made: {error.strerror}; choose another {setting}"
-            ) from error
         run._take_lock()
         if not run.has_run():
             run.begin()
@@ -107,10 +101,7 @@ class RunFolder:
             raise RunError(f"{run.path} {found}; expected a run folder that train.py made")
         missing = [file.name for file in (run.config_file, run.record_file) if not file.is_file()]
         if missing:
-            names = sorted(entry.name for entry in run.path.iterdir())
-            found = (
-                ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
-            )
+            found = ", ".join(sorted(entry.name for entry in run.path.iterdir())[:8]) or "nothing"
             raise RunError(
                 f"{run.path} is not a run folder: {' and '.join(missing)} not there (found: {found}); "
                 "expected the folder that train.py named, for example runs/<name>"
@@ -124,9 +115,9 @@ class RunFolder:
     def begin(self) -> None:
         """Write into `.lock` who has the folder: from here on its files change."""
         if self._lock is not None and not self.begun:
-            content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}).encode()
+            content = json_text({"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()})
             os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, content, 0)
+            os.pwrite(self._lock, content.encode(), 0)
         self.begun = True
 
     def require_free(self) -> None:
@@ -167,30 +158,16 @@ class RunFolder:
         if self._follows:
             return
         self.begin()
-        target = path if path.is_absolute() else self.path / path
-        try:
-            self._replace(target, text)
-        except OSError as error:
-            raise RunError(
-                f"{target}: cannot be written: {error.strerror}; {_free_bytes(self.path)} bytes are free"
-            ) from error
-
-    def _replace(self, target: Path, text: str) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self.path / path
         # A lone surrogate in a model's answer must not cost the file; inside JSON its escape means the same.
         content = redact_text(text).encode("utf-8", errors="backslashreplace")
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                os.fsync(file.fileno())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
+            _replace(target, content)
+        except OSError as error:
+            free = "an unknown number of"
+            with contextlib.suppress(OSError):
+                free = f"{shutil.disk_usage(self.path).free:,}"
+            raise RunError(f"{target}: cannot be written: {error.strerror}; {free} bytes are free") from error
 
     def write_json(self, path: Path, value: Any) -> None:
         """Replace a JSON file as a whole; see `json_text` for what becomes of NaN."""
@@ -233,13 +210,13 @@ class RunFolder:
     def update_status(self, state: RunState, **fields: Any) -> None:
         """Replace `status.json`; fields of earlier updates of this process stay until they are given again."""
         self._must_be_held()
-        before: dict[str, Any] = {}
+        process, before = {"pid": os.getpid(), "host": socket.gethostname()}, {}
         with contextlib.suppress(RunError):
             before = read_json(self.status_file)
-        if (before.get("pid"), before.get("host")) != (os.getpid(), socket.gethostname()):
+        if process != {name: before.get(name) for name in process}:
             before = {"started": utc_now()}
-        own = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "started": before["started"]}
-        self.write_json(self.status_file, {**before, **own, "updated": utc_now(), **fields})
+        status = {"state": state, **process, "started": before["started"], "updated": utc_now()}
+        self.write_json(self.status_file, {**before, **status, **fields})
 
     def release(self) -> None:
         """Release the lock for another process; also happens when this one ends, however it ends."""
@@ -259,13 +236,13 @@ class RunFolder:
     def _take_lock(self) -> None:
         import fcntl
 
-        self._made_lock = not self.lock_file.exists()
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._made_lock = not self.lock_file.exists()
             lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise RunError(
-                f"{self.path}: nothing can be written there: {error.strerror}; choose another {self._setting}"
-            ) from error
+            what = "nothing can be written there" if self.path.is_dir() else "the folder cannot be made"
+            raise RunError(f"{self.path}: {what}: {error.strerror}; choose another {self._setting}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -281,7 +258,10 @@ class RunFolder:
         self._lock = lock
 
     def _in_use(self, lock: int) -> RunError:
-        holder = _describe_holder(os.pread(lock, 4096, 0))
+        holder = "another process that has only just started"
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = json.loads(os.pread(lock, 4096, 0))
+            holder = f"process {content['pid']} on {content['host']}, started {content['started']}"
         return RunError(f"{self.path} is in use by {holder}; wait for it, end it, or choose another {self._setting}")
 
     def _must_be_held(self) -> None:
@@ -313,14 +293,6 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _describe_holder(content: bytes) -> str:
-    try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process that has only just started"
-
-
 @functools.cache
 def _close_locks_in_forked_children() -> None:
     """Close the locks in forks: a data worker that outlives its killed parent must not keep the folder locked."""
@@ -334,21 +306,25 @@ def _close_locks_in_forked_children() -> None:
     os.register_at_fork(after_in_child=close)
 
 
-def _free_bytes(folder: Path) -> str:
+def _replace(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number of"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; file systems that cannot sync a folder are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # the rename survives a power cut too, where a folder can be synced
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)
         finally:
-            os.close(handle)
+            os.close(folder)
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -186,17 +185,11 @@ def requeue_slurm_job() -> bool:
     job = slurm_job_id()
     if job is None or os.environ.get(REQUEUED_BY_LAUNCHER) == job or os.environ.get("SLURM_PROCID", "0") != "0":
         return False
-    if shutil.which("scontrol") is None:
-        log.error("SLURM job %s is not queued again: there is no scontrol here; submit it again by hand", job)
-        return False
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.error("SLURM job %s is not queued again: %s; submit it again by hand", job, error)
-        return False
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip()
-        log.error("SLURM job %s is not queued again: scontrol says %r; submit it again by hand", job, words)
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        words = (getattr(error, "stderr", None) or str(error)).strip()
+        log.error("SLURM job %s is not queued again: %s; submit it again by hand", job, words)
         return False
     log.warning("SLURM job %s is queued again", job)
     return True

@@ -41,10 +41,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("settings", nargs="*", help="with --write: as for train.py, and run_dir=...")
     given = parser.parse_args(arguments)
     if given.write is not None:
-        _write(given.write, given.settings)
+        from agentft.config import compose, config_to_yaml, to_train_config
+
+        if not any(setting.startswith("run_dir=") for setting in given.settings):
+            raise ConfigError("run_dir: give run_dir=<folder>, which all ranks write to")
+        given.write.write_text(config_to_yaml(to_train_config(compose("train", given.settings))), encoding="utf-8")
         return
-    trust = [each.name for each in fields(TrustConfig) if f"model.{each.name}=true" in given.settings]
-    if given.config is None or len(given.settings) > len(trust):
+    trust = {each.name: f"model.{each.name}=true" in given.settings for each in fields(TrustConfig)}
+    if given.config is None or len(given.settings) > sum(trust.values()):
         raise ConfigError(
             "--config <file> is needed, and settings belong to --write; see python -m agentft.worker --help"
         )
@@ -52,25 +56,15 @@ def main(arguments: Sequence[str]) -> None:
         from agentft.recipes.train import train_rank
 
         text = given.config.read_text(encoding="utf-8")
-        config_from_yaml(text, TrainConfig).model.require_typed(TrustConfig(**dict.fromkeys(trust, True)), given.config)
+        config_from_yaml(text, TrainConfig).model.require_typed(TrustConfig(**trust), given.config)
         with signals.at_once():
             train_rank(text)
-
-
-def _write(path: Path, settings: Sequence[str]) -> None:
-    from agentft.config import compose, config_to_yaml, to_train_config
-
-    if not any(setting.startswith("run_dir=") for setting in settings):
-        raise ConfigError("run_dir: give run_dir=<folder>, which all ranks write to")
-    path.write_text(config_to_yaml(to_train_config(compose("train", settings))), encoding="utf-8")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except AgentftError as error:
+    except (AgentftError, StopSignal) as error:
         sys.stderr.write(f"agentft.worker: {error}\n")
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-    except StopSignal as stop:
-        sys.stderr.write(f"agentft.worker: {stop}\n")
-        raise SystemExit(stop.exit_code) from None
+        code = error.exit_code if isinstance(error, StopSignal) else 2 if isinstance(error, ConfigError) else 1
+        raise SystemExit(code) from None

@@ -35,7 +35,7 @@ ONE = """
 import json, sys
 sys.path.insert(0, {folder!r})
 import laws, torch
-from agentft.world import ALONE
+from agentft.runtime import ALONE
 torch.set_num_threads(1)
 print(json.dumps([laws.run(task, ALONE) for task in json.load(open({tasks!r}))]))
 """

@@ -120,7 +120,7 @@ def load(option: str, method: str, dtype: torch.dtype, folder: Path, *, mapped: 
 def rank(payload: str) -> list[dict[str, float]]:
     """Run one case; every case has processes of its own."""
     from agentft.model.quantization import import_peft
-    from agentft.world import join_world, leave_world
+    from agentft.runtime import join_world, leave_world
 
     task = json.loads(payload)
     torch.set_num_threads(1)

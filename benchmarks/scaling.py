@@ -147,7 +147,7 @@ def rank(payload: str) -> list[dict[str, float]]:
     """Take two steps under every engine and return what the second one held and sent."""
     import torch
 
-    from agentft.world import join_world, leave_world
+    from agentft.runtime import join_world, leave_world
 
     torch.set_num_threads(1)
     world = join_world("cpu", 300)

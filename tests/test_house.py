@@ -32,7 +32,6 @@ FLOORS = {
         "runtime",
         "tracking",
         "progress",
-        "world",
         "signals",
         "__init__",
     ),

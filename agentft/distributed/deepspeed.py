@@ -8,7 +8,7 @@ their dtype beside adapters in fp32; a full fine-tuning in bf16 uses DeepSpeed's
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch import nn
 
 from agentft.data.batches import Batch
 from agentft.distributed.engines import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
-from agentft.model.adapters import kept_parameters
 from agentft.model.labelled_loss import LabelledLoss, causal_model
+from agentft.runtime import World
 from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import build_optimizer
-from agentft.world import World
 
 _STEP = "step"
 """The one slot of AdamW that is a number: DeepSpeed keeps it once for a whole partition."""
@@ -70,7 +69,6 @@ class DeepSpeedEngine(ShardedEngine):
         self._api: Any = deepspeed.utils
         self._gathered: Any = deepspeed.zero.GatheredParameters
         self._scale = LossScale(enabled=fp16)
-        self._finite = True
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         # DeepSpeed multiplies the loss by it, and takes it out again when it clips; `backward` multiplies by the ranks.
@@ -86,17 +84,15 @@ class DeepSpeedEngine(ShardedEngine):
         # DeepSpeed takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
         self._engine.backward(share * self.world.size, scale_wrt_gas=False)
 
-    def clip(
-        self, limit: float
-    ) -> torch.Tensor:  # the limit stands in DeepSpeed's configuration, which clips in `step`
+    def clip(self, limit: float) -> torch.Tensor:
+        # The limit stands in DeepSpeed's configuration, which clips in `step`.
         groups = self._zero._get_norm_groups() if self.stage == 3 else None
         norm = torch.linalg.vector_norm(torch.stack(list(groups))) if groups else self._zero.scaled_global_norm()
         norm = torch.as_tensor(norm) / self._divisor()
         # It is -1 where a gradient is not finite.
         invalid = norm < 0 if groups is None else torch.stack(list(groups)).min() < 0
         norm = torch.where(invalid, torch.full_like(norm, torch.nan), norm)
-        if self._scale.enabled:
-            self._finite = bool(torch.isfinite(norm))
+        self._scale.check(norm)
         return norm
 
     def _divisor(self) -> float:
@@ -107,15 +103,14 @@ class DeepSpeedEngine(ShardedEngine):
         return self._scale.factor / self.world.size if self._scale.enabled else 1.0
 
     def step(self) -> None:
-        if not self._finite:
+        if not self._scale.finite:
             self.zero_grad()
             return
         self._engine.step()
-        self._scale.update(finite=True)
+        self._scale.update()
 
     def zero_grad(self) -> None:
-        self._scale.update(finite=self._finite)
-        self._finite = True
+        self._scale.update()
         self._zero.zero_grad(set_to_none=True)
         gradients = self._zero.averaged_gradients
         for group in list(gradients):
@@ -141,16 +136,24 @@ class DeepSpeedEngine(ShardedEngine):
             # DeepSpeed sets its hooks up in its constructor alone.
             offload._register_deepspeed_module(offload.module)
 
-    def weights(self, *, frozen: bool = False) -> TensorStream:
-        found = dict(self.model.named_parameters()) if frozen else kept_parameters(self.model)
-        return self._stream({name: (p, None) for name, p in found.items()})
-
     def optimizer_state(self) -> TensorStream:
         self._link()
         slots = sorted({slot for state in self.optimizer.state.values() for slot in state} - {_STEP})
-        return self._stream(
-            {f"{name}.{slot}": (p, slot) for name, p in self._trained().items() for slot in [*slots, _STEP]}
-        )
+        steps = [state[_STEP] for state in self.optimizer.state.values() if _STEP in state]
+        wanted = {f"{name}.{slot}": (p, slot) for name, p in self._trained().items() for slot in [*slots, _STEP]}
+
+        def gather(key: str) -> torch.Tensor:
+            parameter, slot = wanted[key]
+            whole: torch.Tensor = (
+                steps[0] if slot == _STEP else self._api.safe_get_full_optimizer_state(parameter, slot)
+            )
+            return whole.view(specs[key].shape)
+
+        specs = {
+            key: TensorSpec(torch.float32, () if slot == _STEP else whole_shape(parameter))
+            for key, (parameter, slot) in wanted.items()
+        }
+        return TensorStream(specs, gather)
 
     def load(
         self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
@@ -186,33 +189,20 @@ class DeepSpeedEngine(ShardedEngine):
             self._zero._link_all_hp_params()
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _stream(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> TensorStream:
-        kinds = {
-            key: TensorSpec(
-                torch.float32 if parameter.requires_grad else parameter.dtype,
-                () if slot == _STEP else whole_shape(parameter),
-            )
-            for key, (parameter, slot) in wanted.items()
+    def _stream(self, tensors: Mapping[str, nn.Parameter]) -> TensorStream:
+        def gather(name: str) -> torch.Tensor:
+            parameter = tensors[name]
+            if parameter.requires_grad:
+                whole: torch.Tensor = self._api.safe_get_full_fp32_param(parameter)
+                return whole.view(specs[name].shape)
+            with self._gathered([parameter], enabled=self.stage == 3):
+                return parameter.detach().clone()
+
+        specs = {
+            name: TensorSpec(torch.float32 if parameter.requires_grad else parameter.dtype, whole_shape(parameter))
+            for name, parameter in tensors.items()
         }
-        return TensorStream(kinds, self._whole_of(wanted))
-
-    def _whole_of(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> Callable[[str], torch.Tensor | None]:
-        steps = [state[_STEP] for state in self.optimizer.state.values() if _STEP in state]
-
-        def make(key: str) -> torch.Tensor | None:
-            parameter, slot = wanted[key]
-            if slot == _STEP:
-                whole = steps[0]
-            elif not parameter.requires_grad:
-                with self._gathered([parameter], enabled=self.stage == 3):
-                    whole = parameter.detach().clone()
-            elif slot is None:
-                whole = self._api.safe_get_full_fp32_param(parameter)
-            else:
-                whole = self._api.safe_get_full_optimizer_state(parameter, slot)
-            return whole.view(() if slot == _STEP else whole_shape(parameter)) if self.world.is_main else None
-
-        return make
+        return TensorStream(specs, gather)
 
 
 def _configuration(settings: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype | None) -> dict[str, Any]:

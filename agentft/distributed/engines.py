@@ -19,9 +19,10 @@ from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.errors import ConfigError
 from agentft.model.adapters import kept_parameters, require_same_parameters
 from agentft.model.labelled_loss import LabelledLoss, causal_model
+from agentft.runtime import World
+from agentft.training.checkpoint import TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine, SingleEngine, plain_groups, restore_groups, slots_by_parameter
-from agentft.world import World
 
 _GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
 
@@ -121,17 +122,23 @@ class LossScale:
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self.factor = 65536.0 if enabled else 1.0
+        self.finite = True
+        """The gradient of this step can be taken; else the step is left out."""
         self._good_steps = 0
 
-    def update(self, *, finite: bool) -> None:
-        """Take note of a step whose gradient was finite, or was not and has been left out."""
-        if not self.enabled:
-            return
-        self._good_steps = self._good_steps + 1 if finite else 0
-        if not finite:
-            self.factor *= _BACKOFF
-        elif self._good_steps == _INTERVAL:
-            self.factor, self._good_steps = self.factor * _GROWTH, 0
+    def check(self, norm: torch.Tensor) -> None:
+        """Note whether the gradient of this step is finite, by its norm."""
+        self.finite = not self.enabled or bool(torch.isfinite(norm))
+
+    def update(self) -> None:
+        """Set the factor of the next step."""
+        if self.enabled:
+            self._good_steps = self._good_steps + 1 if self.finite else 0
+            if not self.finite:
+                self.factor *= _BACKOFF
+            elif self._good_steps == _INTERVAL:
+                self.factor, self._good_steps = self.factor * _GROWTH, 0
+        self.finite = True
 
     def state(self) -> dict[str, Any]:
         """Return what `torch.amp.GradScaler.state_dict` would; empty where it is not in use."""
@@ -166,6 +173,12 @@ class ShardedEngine:
 
     def settings(self) -> dict[str, Any]:
         return {"groups": plain_groups(self.optimizer), "scaler": self._scale.state()}
+
+    def weights(self, *, frozen: bool = False) -> TensorStream:
+        return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))
+
+    def _stream(self, tensors: Mapping[str, Any]) -> TensorStream:
+        raise NotImplementedError
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -8,7 +8,7 @@ rank 0 gets all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from agentft.errors import RankError
 from agentft.evaluation.generate import Completion, Finish, Generator, OnCompletion
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood
 from agentft.evaluation.steps import Step
-from agentft.world import World, share_out
+from agentft.runtime import World, share_out
 
 T = TypeVar("T")
 
@@ -48,24 +48,14 @@ def run_on_main(world: World, generator: Generator, work: Callable[[Generator], 
 
 
 _Row = tuple[str, int, Finish]
-"""An answer without its step: text, tokens, why it ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Round:
-    """Tells the other ranks what to answer next, or that it is over."""
-
-    steps: list[Step] | None
-    failure: str = ""
-    """Why it is over, where that is an error."""
+"""A completion without its step: text, tokens, why it ended."""
 
 
 class _GeneratorOfRanks:
-    """Answers with the models of all ranks."""
+    """Generates with the models of all ranks, in rounds: rank 0 broadcasts the steps, or None or an error once it is over."""
 
     def __init__(self, world: World, own: Generator) -> None:
-        self._world = world
-        self._own = own
+        self._world, self._own = world, own
         self._broken = False
         """All ranks have heard of a failure."""
 
@@ -73,55 +63,55 @@ class _GeneratorOfRanks:
         """Complete all steps and return them in the order given; `on_completion` is called with other ranks' at the end."""
         if not steps:
             return []
-        self._world.broadcast(_Round(list(steps)))
-        return self._round(steps, on_completion)
+        return self._round(self._world.broadcast(list(steps)), on_completion)
 
     def serve_main(self) -> None:
         """Take part in rank 0's rounds until it shuts them down."""
-        while (due := self._world.broadcast(_Round(None))).steps is not None:
-            self._round(due.steps, None)
-        if due.failure:
-            raise RankError(f"{BROKE_OFF}: rank 0: {due.failure}")
+        own: list[Step] | str | None = None
+        while isinstance(due := self._world.broadcast(own), list):
+            self._round(due, None)
+        if due is not None:
+            raise RankError(f"{BROKE_OFF}: rank 0: {due}")
 
     def shutdown(self, error: Exception | None = None) -> None:
         """End `serve_main` on the other ranks, with the error that ended the work here if there was one."""
         if not self._broken:
-            self._world.broadcast(_Round(None, "" if error is None else f"{type(error).__name__}: {error}"))
+            self._world.broadcast(None if error is None else _words(error))
 
     def _round(self, steps: Sequence[Step], on_completion: OnCompletion | None) -> list[Completion]:
+        """Complete this rank's share, and return those of all ranks; where one fails, all leave in the same way."""
         shares = shares_of(steps, self._world.size)
-        mine = shares[self._world.rank]
+        own: list[_Row] = []
+        failure: Exception | None = None
 
-        def heard(answer: Completion) -> None:
+        def heard(completion: Completion) -> None:
             self._world.heartbeat("answering")
             if on_completion is not None:
-                on_completion(answer)
+                on_completion(completion)
 
-        rows_by_rank = self._together(lambda: self._own.generate([steps[order] for order in mine], heard))
-        answers: dict[int, Completion] = {}
-        for rank, rows in enumerate(rows_by_rank):
-            for order, row in zip(shares[rank], rows, strict=True):
-                answers[order] = Completion(steps[order], *row)
-                if rank != self._world.rank and on_completion is not None:
-                    on_completion(answers[order])
-        return [answers[order] for order in range(len(steps))]
-
-    def _together(self, work: Callable[[], list[Completion]]) -> list[list[_Row]]:
-        """Do every rank's work and return what each of them answered; all ranks leave it in the same way."""
-        failure: Exception | None = None
-        own: list[_Row] = []
         try:
-            own = [(answer.text, answer.tokens, answer.finish) for answer in work()]
+            completions = self._own.generate([steps[order] for order in shares[self._world.rank]], heard)
+            own = [(each.text, each.tokens, each.finish) for each in completions]
         except Exception as error:
             failure = error
-        gathered = self._world.gather((own, "" if failure is None else f"{type(failure).__name__}: {failure}"))
+        gathered = self._world.gather((own, _words(failure) if failure is not None else ""))
         broken = [f"rank {rank}: {words}" for rank, (_, words) in enumerate(gathered) if words]
         self._broken = bool(broken)
         if failure is not None:
             raise failure
         if broken:
             raise RankError(f"{BROKE_OFF}: {'; '.join(broken)}")
-        return [rows for rows, _ in gathered]
+        found: dict[int, Completion] = {}
+        for rank, (rows, _) in enumerate(gathered):
+            for order, row in zip(shares[rank], rows, strict=True):
+                found[order] = Completion(steps[order], *row)
+                if rank != self._world.rank and on_completion is not None:
+                    on_completion(found[order])
+        return [found[order] for order in range(len(steps))]
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def shares_of(steps: Sequence[Step], ranks: int) -> list[list[int]]:
@@ -145,16 +135,14 @@ def likelihood_on_ranks(
     stock: bool = False,
 ) -> Likelihood:
     """Measure `examples` as `measure_likelihood` does, each on one rank; every rank gets the whole result."""
+    measure = partial(measure_likelihood, model, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock)
     if world.size == 1:
-        return measure_likelihood(model, examples, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock)
+        return measure(examples)
     shares = share_out([len(example) for example in examples], world.size)
     mine = [examples[at] for at in shares[world.rank]]
-    found = None
-    if mine:
-        found = measure_likelihood(model, mine, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock)
-    parts = world.gather(None if found is None else (found.nats_GK, found.tokens_GK))
-    filled = [part for part in parts if part is not None]
-    orders = [at for share in shares for at in share]
-    nats_GK, tokens_GK = (np.concatenate([part[side] for part in filled]) for side in (0, 1))
-    back = np.argsort(np.array(orders))
+    found = measure(mine) if mine else None
+    own = None if found is None else (found.nats_GK, found.tokens_GK)
+    parts = [part for part in world.gather(own) if part is not None]
+    nats_GK, tokens_GK = map(np.concatenate, zip(*parts, strict=True))
+    back = np.argsort(np.array([at for share in shares for at in share]))
     return Likelihood(tuple(example.id for example in examples), nats_GK[back], tokens_GK[back])

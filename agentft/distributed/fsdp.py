@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,12 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agentft.data.batches import Batch
 from agentft.distributed.engines import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
-from agentft.model.adapters import kept_parameters
 from agentft.model.labelled_loss import LabelledLoss
+from agentft.runtime import World
 from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import build_optimizer
-from agentft.world import World
 
 _FEW = 0.1
 """Share of trained parameters below which their whole gradients may wait on each rank for the end of a step."""
@@ -55,7 +54,6 @@ class FsdpEngine(ShardedEngine):
         self.autocast = objective.autocast
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
         self._scale = LossScale(enabled=fp16)
-        self._finite = True
 
     def _shard(self, objective: LabelledLoss, frozen: torch.dtype | None) -> None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,18 +98,16 @@ class FsdpEngine(ShardedEngine):
                     parameter.grad.mul_(self.world.size / self._scale.factor)
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self._scale.enabled:
-            self._finite = bool(torch.isfinite(norm))
+        self._scale.check(norm)
         return norm
 
     def step(self) -> None:
-        if self._finite:
+        if self._scale.finite:
             self.optimizer.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        self._scale.update(finite=self._finite)
-        self._finite = True
+        self._scale.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -127,9 +123,6 @@ class FsdpEngine(ShardedEngine):
                 module.reshard()
             for block in self._blocks:
                 block.set_reshard_after_forward(True)
-
-    def weights(self, *, frozen: bool = False) -> TensorStream:
-        return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))
 
     def optimizer_state(self) -> TensorStream:
         states = self.optimizer.state
@@ -155,17 +148,11 @@ class FsdpEngine(ShardedEngine):
                 }
 
     def _stream(self, tensors: Mapping[str, torch.Tensor]) -> TensorStream:
-        return TensorStream(
-            {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, self._whole_of(tensors)
-        )
-
-    def _whole_of(self, tensors: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor | None]:
-        def make(name: str) -> torch.Tensor | None:
+        def gather(name: str) -> torch.Tensor:
             tensor = tensors[name].detach()
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return whole if self.world.is_main else None
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-        return make
+        return TensorStream({name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, gather)
 
 
 def _cast_shards(objective: nn.Module, frozen: torch.dtype | None) -> None:

@@ -33,10 +33,9 @@ from agentft import errors
 from agentft.distributed import forkserver
 from agentft.distributed.config import DistributedConfig, LaunchTopology
 from agentft.errors import AgentftError, RankError
-from agentft.runtime import available_cores
+from agentft.runtime import HEARTBEAT_VARIABLE, available_cores
 from agentft.secrets import redact_text
 from agentft.signals import STARTED_BY, STOPS, StopSignal, StopSignals, die_with
-from agentft.world import HEARTBEAT_VARIABLE
 
 Entry = Callable[[str], Any]
 """A top-level function that runs one rank: resolved configuration -> a small result that can be pickled."""

@@ -49,9 +49,9 @@ from agentft.model.memory import (
 from agentft.model.sources import model_settings
 from agentft.recipes.config import deciding
 from agentft.recipes.probe import ProbeResult, ask_stock, probe
+from agentft.runtime import ALONE, World
 from agentft.training.config import MemoryCheck, TrainingConfig
 from agentft.training.engine import Engine
-from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
 

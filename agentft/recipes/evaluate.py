@@ -25,8 +25,8 @@ from agentft.recipes.evaluation_run import EvalModel, Evaluation, own_model, pri
 from agentft.recipes.ranks import find_places, is_spread, rank_of, run_on_ranks, threads_of_rank
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, settings_to_yaml, trained_config
 from agentft.runs import RunFolder, RunState, read_json
+from agentft.runtime import ALONE, World
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint, read_state
-from agentft.world import ALONE, World
 
 log = logging.getLogger(__name__)
 

@@ -39,9 +39,9 @@ from agentft.model.adapters import trained_state
 from agentft.model.load import ChatTokenizer
 from agentft.progress import console, progress_bar
 from agentft.runs import RunFolder, read_json
+from agentft.runtime import World
 from agentft.tracking import read_metrics
 from agentft.training.engine import Engine as TrainingEngine
-from agentft.world import World
 
 if TYPE_CHECKING:
     from rich.table import Table

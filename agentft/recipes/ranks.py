@@ -15,9 +15,8 @@ from agentft.distributed.launch import Entry, start_ranks
 from agentft.errors import ConfigError, RankError
 from agentft.model.config import Dtype, QloraConfig, SftConfig, trains_weights
 from agentft.runs import RunFolder, read_json
-from agentft.runtime import available_cores
+from agentft.runtime import World, available_cores, join_world, leave_world
 from agentft.signals import StopSignal
-from agentft.world import World, join_world, leave_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

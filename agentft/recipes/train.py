@@ -57,6 +57,7 @@ from agentft.recipes.ranks import (
 )
 from agentft.recipes.saved import changed_settings, config_from_yaml, config_to_yaml
 from agentft.runs import RunFolder, RunState
+from agentft.runtime import ALONE, HEARTBEAT_VARIABLE, World
 from agentft.signals import StopSignal, StopSignals, requeue_slurm_job
 from agentft.tracking import Tracker
 from agentft.training.checkpoint import find_start
@@ -64,7 +65,6 @@ from agentft.training.engine import Engine
 from agentft.training.guards import snapshot_on_out_of_memory
 from agentft.training.loop import Job, TrainOutput, choose_row_tokens, describe_seconds, train_model
 from agentft.training.run_fingerprint import described
-from agentft.world import ALONE, HEARTBEAT_VARIABLE, World
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from agentft.cache import file_digest
 from agentft.errors import CheckpointError
+from agentft.runtime import World
 from agentft.training.config import Resume, TrainingConfig
 from agentft.training.run_fingerprint import require_same
-from agentft.world import World
 
 log = logging.getLogger(__name__)
 
@@ -57,24 +57,22 @@ class TensorSpec:
 class TensorStream:
     """Named tensors that exist one at a time.
 
-    Making one may be collective: then every rank goes through the stream, and only rank 0 gets tensors.
+    Making one may be collective: then every rank goes through the stream.
     """
 
     kinds: Mapping[str, TensorSpec]
-    make: Callable[[str], torch.Tensor | None]
-    """Name -> tensor on any device; None on a rank that only takes part."""
+    make: Callable[[str], torch.Tensor]
+    """Name -> tensor on any device."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield rank 0's tensors, on the CPU."""
+        """Yield the tensors, on the CPU."""
         for name in self.kinds:
-            tensor = self.make(name)
-            if tensor is not None:
-                yield name, tensor.detach().cpu()
+            yield name, self.make(name).detach().cpu()
 
     def join_collective(self) -> None:
         """Make every tensor and keep none: what ranks other than 0 do while rank 0 writes."""
-        for _ in self:
-            pass
+        for name in self.kinds:
+            self.make(name)
 
 
 def stream_of(tensors: Mapping[str, torch.Tensor]) -> TensorStream:

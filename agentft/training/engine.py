@@ -20,9 +20,9 @@ from agentft.data.batches import Batch
 from agentft.errors import CheckpointError
 from agentft.model.adapters import load_trained_state, trained_state
 from agentft.model.labelled_loss import LabelledLoss
+from agentft.runtime import ALONE, World
 from agentft.training.checkpoint import TensorStream, stream_of
 from agentft.training.config import Schedule, TrainingConfig
-from agentft.world import ALONE, World
 
 
 def build_optimizer(

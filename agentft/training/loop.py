@@ -25,7 +25,7 @@ from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty
 from agentft.data.tokens import Example
 from agentft.errors import ConfigError
 from agentft.progress import progress_bar
-from agentft.runtime import memory_in_use_bytes
+from agentft.runtime import memory_in_use_bytes, share_out
 from agentft.signals import StopSignal
 from agentft.training.checkpoint import (
     Start,
@@ -38,7 +38,6 @@ from agentft.training.checkpoint import (
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine, build_schedule
 from agentft.training.guards import is_out_of_memory, report_nonfinite, smaller_batch
-from agentft.world import share_out
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentft.world import share_out
+from agentft.runtime import share_out
 
 
 @given(st.lists(st.integers(0, 10_000), max_size=60), st.integers(1, 9))

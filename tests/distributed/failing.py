@@ -19,7 +19,7 @@ import torch  # noqa: F401  # as the recipes do: loaded once, by the server that
 from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind, choose_topology
 from agentft.distributed.launch import start_ranks
 from agentft.errors import AgentftError, ConfigError
-from agentft.world import World, join_world, leave_world
+from agentft.runtime import World, join_world, leave_world
 
 CASES: dict[str, dict[str, Any]] = {
     "raise": {},

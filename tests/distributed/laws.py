@@ -35,10 +35,9 @@ from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.load import load_model
 from agentft.model.sources import ModelFiles, byte_tokenizer
-from agentft.runtime import Device
+from agentft.runtime import Device, World, join_world, leave_world
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import Job, train_model
-from agentft.world import World, join_world, leave_world
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 4

@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 
 def _alone(laws, task):
-    from agentft.world import ALONE
+    from agentft.runtime import ALONE
 
     torch.set_num_threads(1)
     return laws.run(task, ALONE)

@@ -218,7 +218,7 @@ def test_bare_hosts_train_one_model(tmp_path, expected):
 
 
 def test_restarts_of_torchrun_over_machines_need_a_store_for_each_attempt(monkeypatch):
-    from agentft.world import join_world
+    from agentft.runtime import join_world
 
     for name, value in {"GROUP_WORLD_SIZE": "2", "MAX_RESTARTS": "3", "USE_AGENT_STORE": "True"}.items():
         monkeypatch.setenv(name if name.startswith("GROUP") else f"TORCHELASTIC_{name}", value)

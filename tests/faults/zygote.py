@@ -32,7 +32,7 @@ from agentft.config import compose, to_train_config  # noqa: E402
 from agentft.errors import AgentftError  # noqa: E402
 from agentft.recipes.config import TrainConfig  # noqa: E402
 from agentft.recipes.train import load_for_training, train  # noqa: E402
-from agentft.world import ALONE  # noqa: E402
+from agentft.runtime import ALONE  # noqa: E402
 
 
 @functools.cache
