@@ -231,8 +231,7 @@ class World:
 
 
 def _work_done() -> tuple[float, int]:
-    """Return what this process, the asking thread apart, and its ended children have done so far: CPU seconds, and bytes
-    read and written."""
+    """Return CPU seconds and bytes moved of this process, the asking thread apart, and of its ended children."""
     times = os.times()
     seconds = time.process_time() - time.thread_time() + times.children_user + times.children_system
     moved = 0
@@ -250,13 +249,12 @@ ALONE = World()
 def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """Return the positions that each rank works on, in their order; the shares cover the list once.
 
-    Costly items go first, each to the rank that has least so far among those that have not their number yet. No rank gets
-    more than its even number of items, rounded up: where every item is an exchange between ranks, that decides the time.
+    No rank gets more than its even number of items: where every item is an exchange, that decides the time.
     """
     most = -(-len(costs) // ranks)
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for position in sorted(range(len(costs)), key=lambda at: -costs[at]):
+    for position in sorted(range(len(costs)), key=lambda at: -costs[at]):  # costly ones to the rank with the least
         rank = min((r for r in range(ranks) if len(shares[r]) < most), key=lambda r: (loads[r], r))
         shares[rank].append(position)
         loads[rank] += costs[position]
@@ -266,9 +264,7 @@ def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
 def join_world(device_kind: str, timeout_seconds: float) -> World:
     """Meet the other ranks that a launcher has started, by the variables it has set (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Args:
-        device_kind: `cuda` adds NCCL for tensors on GPUs; objects and CPU tensors go through gloo in any case.
-        timeout_seconds: An exchange that takes longer ends the process, where nobody watches the heartbeats.
+    An exchange that takes longer than `timeout_seconds` ends the process, where nobody watches the heartbeats.
 
     Raises:
         ConfigError: after a restart the ranks would look for dead ones.

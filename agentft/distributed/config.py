@@ -106,48 +106,38 @@ def choose_topology(
             f"distributed.nproc={nproc}: {gpus} GPU(s) are visible; each rank needs one of its own. "
             "Give distributed.nproc at most that, or CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    nodes = _given_nodes(environ)
-    nnodes = config.nnodes or nodes.count
+    count, number, first, step = _given_nodes(environ)
+    nnodes = config.nnodes or count
     if nnodes == 1:
         return LaunchTopology(nproc, 1, 0, "127.0.0.1:0", job)
     if config.rdzv_endpoint is not None:
         if not re.fullmatch(r"[^:\s]+:\d+", config.rdzv_endpoint):
             raise ConfigError(f"distributed.rdzv_endpoint={config.rdzv_endpoint}: expected host:port")
-        return LaunchTopology(nproc, nnodes, nodes.number, config.rdzv_endpoint, nodes.job or "agentft")
-    if not nodes.first or not nodes.job:
+        return LaunchTopology(nproc, nnodes, number, config.rdzv_endpoint, step or "agentft")
+    if not first or not step:
         raise ConfigError(
             f"distributed.nnodes={nnodes}: the machines need a point to meet; give the same "
             "distributed.rdzv_endpoint=<first host>:<port> and the same run_dir=... on each"
         )
     # Two jobs on one host must not meet: the port follows from the job.
-    port = 20000 + zlib.crc32(nodes.job.encode()) % 20000
-    return LaunchTopology(nproc, nnodes, nodes.number, f"{nodes.first}:{port}", nodes.job)
+    return LaunchTopology(nproc, nnodes, number, f"{first}:{20000 + zlib.crc32(step.encode()) % 20000}", step)
 
 
-@dataclass(frozen=True, slots=True)
-class _Nodes:
-    """The machines of this job as the environment names them."""
+def _given_nodes(environ: Mapping[str, str]) -> tuple[int, int, str, str]:
+    """Read the machines of this job: how many, number of this one, first host, and name of the job.
 
-    count: int = 1
-    number: int = -1
-    first: str = ""
-    job: str = ""
-
-
-def _given_nodes(environ: Mapping[str, str]) -> _Nodes:
-    """Read the machines from the sweep launcher's variables, else from SLURM's.
-
-    Of SLURM it is the step's number of machines that counts: a batch script without `srun` runs on the first alone.
+    The sweep launcher's variables come first, then SLURM's, of which the step's number of machines counts: a batch script
+    without `srun` runs on the first alone.
     """
     if "AGENTFT_NODES" in environ:
         count, number = int(environ["AGENTFT_NODES"]), int(environ["AGENTFT_NODE"])
-        return _Nodes(count, number, environ["AGENTFT_FIRST_HOST"], environ["AGENTFT_JOB_ID"])
+        return count, number, environ["AGENTFT_FIRST_HOST"], environ["AGENTFT_JOB_ID"]
     count = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
     if count == 1:
-        return _Nodes()
+        return 1, -1, "", ""
     step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '0')}"
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    return _Nodes(count, int(environ.get("SLURM_NODEID", "-1")), first_host(hosts) if hosts else "", step)
+    return count, int(environ.get("SLURM_NODEID", "-1")), first_host(hosts) if hosts else "", step
 
 
 def first_host(nodelist: str) -> str:
@@ -175,14 +165,12 @@ def require_engine(config: DistributedConfig, *, gpus: int, fp16_weights: bool) 
         )
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"distributed={config.name} needs the package deepspeed: pip install deepspeed (Linux)")
-    compiles = "optimizer" in config.deepspeed
-    if compiles and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ConfigError(
-            f"distributed={config.name}: distributed.deepspeed.optimizer makes DeepSpeed compile its own Adam at first "
-            "use, and there is no C++ compiler (g++, or $CXX); install one, or leave that key out: torch's AdamW needs none"
-        )
-    if gpus and not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None and compiles:
-        raise ConfigError(
-            f"distributed={config.name}: compiling DeepSpeed's operators for a GPU needs nvcc; set CUDA_HOME, or leave "
-            "distributed.deepspeed.optimizer out"
-        )
+    if "optimizer" in config.deepspeed:
+        missing = [] if shutil.which(os.environ.get("CXX", "g++")) else ["a C++ compiler (g++, or $CXX)"]
+        if gpus and not os.environ.get("CUDA_HOME") and shutil.which("nvcc") is None:
+            missing.append("nvcc, by CUDA_HOME")
+        if missing:
+            raise ConfigError(
+                f"distributed={config.name}: distributed.deepspeed.optimizer makes DeepSpeed compile its own Adam at first "
+                f"use, which needs {' and '.join(missing)}; or leave that key out: torch's AdamW needs none"
+            )

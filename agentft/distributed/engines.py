@@ -42,16 +42,10 @@ def make_engine(
     fp16: bool,
     frozen: torch.dtype | None = None,
 ) -> Engine:
-    """Hand the model and its loss to the engine that the settings name.
+    """Hand the model, as loaded and the same on every rank, and its loss to the engine that the settings name.
 
-    Args:
-        config: Which engine, and its settings.
-        objective: The model as loaded, the same on every rank, and its loss. Its `autocast` says what a full fine-tuning
-            computes in; engines with shards cast the weights themselves then and clear it.
-        training: The optimiser's settings.
-        world: The ranks.
-        fp16: Scale the loss, for fp16.
-        frozen: What frozen weights are kept in, where the engine cuts them into shards; None: as they were loaded.
+    Its `autocast` says what a full fine-tuning computes in; engines with shards cast the weights themselves then and clear
+    it. They keep frozen weights in `frozen`; None: as they were loaded. `fp16` scales the loss.
     """
     match config.engine:
         case EngineKind.single:

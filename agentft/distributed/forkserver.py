@@ -46,13 +46,9 @@ def fork_server(
 ) -> Iterator[None]:
     """Start the server if it does not run; within the body `multiprocessing`'s context `forkserver` uses it.
 
-    A process has one server at most, which keeps the modules that it was started with.
-
-    Args:
-        modules: What to import. A module that cannot be imported is left to the processes that need it.
-        for_ranks: The server ends with this process. Else it outlives it for as long as a job runs, and refuses to start
-            where the modules have started threads.
-        environment: Variables that libraries read while they are imported.
+    A process has one server at most, which keeps the `modules` that it was started with: what it imports, while
+    `environment` is set. One for ranks ends with this process. Any other outlives it for as long as a job runs, and
+    refuses to start where the modules have started threads.
     """
     orders = {
         "modules": list(modules),
@@ -86,14 +82,10 @@ def fork_program(
     modules: Sequence[str],
     at_import: Mapping[str, str],
 ) -> BaseProcess:
-    """Start a Python program by a fork; it runs and ends as in an interpreter of its own.
+    """Start a Python program by a fork, its output appended to `log`; it runs and ends as in an interpreter of its own.
 
-    Args:
-        command: The interpreter, then a script or `-m` and a module, then its arguments.
-        environment: All of the program's environment.
-        log: Where its output is appended.
-        modules: What the server imports, once for all programs.
-        at_import: Variables that these modules read while they are imported.
+    `command` is the interpreter, a script or `-m` and a module, and arguments. The server imports `modules`, with the
+    variables `at_import`, once for all programs.
 
     Raises:
         RunError: the server could not start, or has died.
@@ -124,10 +116,7 @@ def _run_program(arguments: list[str], environment: dict[str, str], folder: str,
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    _redirect(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
     multiprocessing.current_process().name = "MainProcess"
     interrupts: list[BaseException] = []
     atexit.register(_end_by_interrupt, interrupts)  # the first one registered is called last
@@ -140,11 +129,9 @@ def _run_program(arguments: list[str], environment: dict[str, str], folder: str,
             sys.argv, sys.path[:] = arguments, [str(Path(arguments[0]).resolve().parent), *_search_path]
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as stop:
-        if isinstance(stop.code, int):
-            code = stop.code
-        elif stop.code is not None:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if not isinstance(stop.code, int | None):
             sys.stderr.write(f"{stop.code}\n")
-            code = 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
@@ -169,6 +156,13 @@ def _set_variables(values: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+def _redirect(descriptor: int) -> None:
+    """Send the process's output there, and close the descriptor."""
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
 def _serve(modules: Sequence[str], agent: int | None, environment: Mapping[str, str | None]) -> None:
     """Prepare this process, the server, before `multiprocessing` takes requests in it."""
     global server_pid
@@ -178,7 +172,9 @@ def _serve(modules: Sequence[str], agent: int | None, environment: Mapping[str, 
         die_with(agent)
     with _silence():
         for name in modules:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(
+                Exception
+            ):  # a module that cannot be imported is left to the programs that need it
                 importlib.import_module(name)
     threads = len(list(Path("/proc/self/task").iterdir())) if agent is None else 1
     if threads > 1:
@@ -191,18 +187,15 @@ def _serve(modules: Sequence[str], agent: int | None, environment: Mapping[str, 
 @contextmanager
 def _silence() -> Iterator[None]:
     """Discard what libraries print while they are imported, by descriptor: some keep `sys.stderr` for later."""
-    kept = {number: os.dup(number) for number in (1, 2)}
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in kept:
-        os.dup2(nowhere, number)
+    kept = [os.dup(1), os.dup(2)]
+    _redirect(os.open(os.devnull, os.O_WRONLY))
     try:
         yield
     finally:
         sys.stdout.flush()
-        for number, descriptor in kept.items():
+        for number, descriptor in enumerate(kept, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        os.close(nowhere)
 
 
 _search_path = list(sys.path)

@@ -43,13 +43,14 @@ Entry = Callable[[str], Any]
 _ELASTIC = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*")
 """Variables by which torch tells a rank who it is."""
 
+_AGENT = "torch.distributed.elastic"
 _LOUD = (
-    "torch.distributed.elastic",
-    "torch.distributed.elastic.agent.server.api",  # these have levels of their own
-    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    _AGENT,
+    f"{_AGENT}.agent.server.api",
+    f"{_AGENT}.agent.server.local_elastic_agent",
     "torch.multiprocessing.spawn",
 )
-"""Loggers of torch's agent."""
+"""Loggers of torch's agent; three of them have levels of their own."""
 
 
 def start_ranks(
@@ -63,13 +64,8 @@ def start_ranks(
 ) -> Any:
     """Run `entry(payload)` on every rank of this machine and return the result of its first.
 
-    Args:
-        entry: What each rank runs.
-        payload: The resolved configuration.
-        topology: How many ranks, and where the machines meet.
-        config: Time limits and restarts.
-        folder: The run folder; the output of ranks besides rank 0 goes into its `ranks/`.
-        threads: CPU threads of a rank; null: the cores shared out evenly.
+    The output of ranks besides rank 0 goes into `ranks/` of the run folder `folder`. Each has so many CPU `threads`; None:
+    the cores shared out evenly.
 
     Raises:
         RankError: a rank died, hung, or the machines did not meet; the failed rank's traceback comes first.

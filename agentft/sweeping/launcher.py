@@ -40,7 +40,6 @@ _RECIPES = {"TrainConfig": "agentft.recipes.train", "EvaluateConfig": "agentft.r
 Say = Callable[[str], None]
 """Prints a line beside the live table."""
 
-
 # --- Settings of the launchers ---
 
 
@@ -94,8 +93,7 @@ class _QueueOptions(LaunchOptions):
 
     def make_slots(self, jobs: int) -> list[Slot]:
         """Return a slot for each job, unless fewer are wanted: waiting is the queue's work."""
-        count = max(1, min(jobs, self.slots or jobs))
-        return [Slot(i, None, self.threads_per_job) for i in range(count)]
+        return [Slot(i, None, self.threads_per_job) for i in range(max(1, min(jobs, self.slots or jobs)))]
 
 
 @dataclass(kw_only=True)
@@ -141,22 +139,14 @@ class SlurmOptions(_QueueOptions):
     def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
         from agentft.sweeping.backends import Slurm
 
-        return Slurm(self._submitit_parameters(), sweep, local=self.cluster == "local", grace=self.grace)
-
-    def _submitit_parameters(self) -> dict[str, Any]:
-        """Return the settings by the names of submitit; None is left out."""
         local = self.cluster == "local"
-        shared = {
+        parameters = {  # None is left out, and what is SLURM's is without it
             "nodes": 1 if local else self.nodes,
             "tasks_per_node": self.nodes if local else 1,
             "cpus_per_task": self.threads_per_job,
             "gpus_per_node": self.gpus_per_node or None,
             "mem_gb": self.memory_gb,
             "timeout_min": self.minutes,
-        }
-        if local:
-            return shared
-        return shared | {
             "slurm_partition": self.partition,
             "slurm_account": self.account,
             "slurm_qos": self.qos,
@@ -164,6 +154,7 @@ class SlurmOptions(_QueueOptions):
             "slurm_setup": self.setup or None,
             "slurm_additional_parameters": self.parameters or None,
         }
+        return Slurm(parameters, sweep, local=local, grace=self.grace)
 
 
 LAUNCHERS: dict[str, type[LaunchOptions]] = {"agentft": LocalOptions, "ray": RayOptions, "slurm": SlurmOptions}
@@ -178,10 +169,7 @@ def read_options(values: Mapping[str, Any]) -> LaunchOptions:
     place = values.get("place")
     if place not in LAUNCHERS:
         raise ConfigError(f"hydra.launcher.place={place}: expected one of {', '.join(LAUNCHERS)}")
-    plain: dict[str, Any] = {
-        name: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for name, value in values.items()
-    }
-    return LAUNCHERS[place](**plain)
+    return LAUNCHERS[place](**{name: _plain(value) for name, value in values.items()})
 
 
 # --- A sweep ---

@@ -1,6 +1,6 @@
 """Ranks that fail on purpose, all in one program; test_failures.py says what must be said of them.
 
-python tests/distributed/failing.py <folder>     prints one JSON line: case -> error, its kind, seconds from death to end
+python tests/distributed/failing.py <folder> <case>...    prints one JSON line: case -> error, kind, seconds from death to end
 """
 
 from __future__ import annotations
@@ -88,4 +88,4 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({case: measure(case, Path(sys.argv[1])) for case in CASES}))
+    print(json.dumps({case: measure(case, Path(sys.argv[1])) for case in sys.argv[2:]}))

@@ -15,20 +15,29 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("failing")
+def fail(folder: Path, *cases: str) -> dict:
+    """Run cases of failing.py in one program, in a folder with a file that must not be imported."""
     (folder / "grp.py").write_text("raise SystemExit('a file of the working directory was executed')")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("failing.py")), str(folder)],
+        [sys.executable, str(Path(__file__).with_name("failing.py")), str(folder), *cases],
         capture_output=True,
         text=True,
         check=False,
-        cwd=folder,  # nothing of which is imported
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    return fail(tmp_path_factory.mktemp("failing"), "raise", "user", "kill", "hang")
+
+
+@pytest.fixture(scope="module")
+def more_failures(tmp_path_factory):
+    return fail(tmp_path_factory.mktemp("more"), "server", "restart", "prepare", "prepare and hang")
 
 
 def test_the_traceback_of_the_rank_that_failed_comes_first(failures):
@@ -62,22 +71,26 @@ def test_a_hang_is_cut_and_the_slowest_rank_is_named(failures):
     assert "rank 0 at 'step 3, optimiser'" in found["error"]
 
 
-def test_ranks_start_again_where_restarts_are_allowed(failures):
-    assert failures["restart"] == {"result": "well"}
+@pytest.mark.slow
+def test_ranks_start_again_where_restarts_are_allowed(more_failures):
+    assert more_failures["restart"] == {"result": "well"}
 
 
-def test_a_rank_that_prepares_for_longer_than_the_watch_allows_is_not_cut(failures):
-    assert failures["prepare"] == {"result": "well"}
+@pytest.mark.slow
+def test_a_rank_that_prepares_for_longer_than_the_watch_allows_is_not_cut(more_failures):
+    assert more_failures["prepare"] == {"result": "well"}
 
 
-def test_a_rank_that_sleeps_while_it_should_prepare_is_cut(failures):
-    found = failures["prepare and hang"]
+@pytest.mark.slow
+def test_a_rank_that_sleeps_while_it_should_prepare_is_cut(more_failures):
+    found = more_failures["prepare and hang"]
     assert found["kind"] == "RankError"
     assert "no rank got anywhere for 2.5 s" in found["error"]
 
 
-def test_the_death_of_the_process_that_ranks_are_forked_from_is_noticed(failures):
-    found = failures["server"]
+@pytest.mark.slow
+def test_the_death_of_the_process_that_ranks_are_forked_from_is_noticed(more_failures):
+    found = more_failures["server"]
     assert found["kind"] == "RankError"
     assert "the process that ranks are forked from has died" in found["error"]
     assert found["seconds"] < 60

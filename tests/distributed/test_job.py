@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agentft.distributed.config import DistributedConfig, EngineKind, choose_topology
 from agentft.errors import ConfigError
 from agentft.tracking import read_metrics
 
@@ -62,7 +63,8 @@ def _ranks_of(agent: int) -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
-def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goes_on_elsewhere(tmp_path):
+@pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "elsewhere"])
+def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goes_on_elsewhere(tmp_path, goes_on):
     run = tmp_path / "run"
     log = (tmp_path / "out").open("w")
     agent = subprocess.Popen(
@@ -88,6 +90,10 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint_and_one_process_goe
     assert "resuming from" in (run / "train.log").read_text()
     assert json.loads((run / "status.json").read_text())["state"] == "paused"
     assert (run / "final" / "adapter_model.safetensors").is_file()
+    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+    assert steps == [1, 2, 3, 4], "each step once, though the rank died after the first"
+    if not goes_on:
+        return
 
     # The rest on one process, in the same folder.
     elsewhere = _command(run, "distributed=single")
@@ -215,6 +221,18 @@ def test_bare_hosts_train_one_model(tmp_path, expected):
     nodes = ["distributed.nproc=1", "distributed.nnodes=2", f"distributed.rdzv_endpoint=127.0.0.1:{_free_port()}"]
     _all_end_well([_command(run, "distributed=ddp", *nodes)] * 2)
     assert _losses(run) == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[07-09,12],cpu1", "gpu07"), ("n1,n2", "n1"), ("rack[2,4]-ib", "rack2-ib"), ("login", "login")],
+)
+def test_machines_meet_at_the_first_host_that_slurm_names(nodes, first):
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7", "SLURM_NODEID": "1"}
+    places = choose_topology(
+        DistributedConfig(name="ddp", engine=EngineKind.ddp, nproc=4), gpus=0, job="x", environ=step
+    )
+    assert (places.ranks, places.node, places.job, places.endpoint.partition(":")[0]) == (8, 1, "7.0", first)
 
 
 def test_restarts_of_torchrun_over_machines_need_a_store_for_each_attempt(monkeypatch):
