@@ -146,18 +146,27 @@ class StopSignals:
             raise StopSignal(number)
 
 
+def describe_exit(code: int) -> tuple[str, str | None]:
+    """Return an exit code in words, negative for a signal, and the name of the signal if it was one."""
+    if code >= 0:
+        return f"exit code {code}", None
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), name
+
+
 def die_with(parent: int) -> None:
     """Have the kernel end this process when the thread that started it ends, in whatever way. Linux only; else nothing.
 
-    Args:
-        parent: Process that started this one. If it is gone already, this one ends here.
+    Where `parent`, the process of that thread, is gone already, this one ends here.
     """
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 # --- A job of SLURM ---

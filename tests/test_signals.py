@@ -16,6 +16,7 @@ from agentft.signals import (
     STARTED_BY,
     StopSignal,
     StopSignals,
+    describe_exit,
     is_slurm_batch_job,
     requeue_slurm_job,
 )
@@ -129,6 +130,12 @@ def test_handlers_are_put_back_and_what_was_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGTERM) is usual
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_exit_codes_in_words():
+    assert describe_exit(-9) == ("killed by SIGKILL (out of memory?)", "SIGKILL")
+    assert describe_exit(-11) == ("killed by SIGSEGV", "SIGSEGV")
+    assert describe_exit(2) == ("exit code 2", None)
 
 
 def test_another_thread_leaves_the_signals_alone():

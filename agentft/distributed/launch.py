@@ -35,7 +35,7 @@ from agentft.distributed.config import DistributedConfig, LaunchTopology
 from agentft.errors import AgentftError, RankError
 from agentft.runtime import HEARTBEAT_VARIABLE, available_cores
 from agentft.secrets import redact_text
-from agentft.signals import STARTED_BY, STOPS, StopSignal, StopSignals, die_with
+from agentft.signals import STARTED_BY, STOPS, StopSignal, StopSignals, describe_exit, die_with
 
 Entry = Callable[[str], Any]
 """A top-level function that runs one rank: resolved configuration -> a small result that can be pickled."""
@@ -193,15 +193,8 @@ class RankFailure:
     @classmethod
     def of_exit(cls, rank: int, pid: int, code: int) -> Self:
         """Return the end of a process that raised nothing, by its exit code; negative: the signal that ended it."""
-        reason = f"exit code {code}"
-        if code == forkserver.SERVER_DIED:
-            reason += ", or the process that ranks are forked from has died"
-        if code < 0:
-            with suppress(ValueError):
-                reason = signal.Signals(-code).name
-            if -code == signal.SIGKILL:
-                reason += " (out of memory, or somebody killed it)"
-        return cls(rank, pid, 0.0, "", f"ended by {reason}", "")
+        died = ", or the process that ranks are forked from has died" if code == forkserver.SERVER_DIED else ""
+        return cls(rank, pid, 0.0, "", f"ended: {describe_exit(code)[0]}{died}", "")
 
 
 def _read_failures(folder: Path) -> dict[int, RankFailure]:

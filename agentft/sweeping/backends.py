@@ -23,7 +23,15 @@ from typing import Any
 
 from agentft.errors import ConfigError, RunError
 from agentft.sweeping.jobs import LOG, Job
-from agentft.sweeping.runner import Attempt, Executor, JobProcess, start_interpreter, whole_environment, write_header
+from agentft.sweeping.runner import (
+    Attempt,
+    Executor,
+    JobProcess,
+    last_change,
+    start_interpreter,
+    whole_environment,
+    write_header,
+)
 
 # --- On the node ---
 
@@ -110,13 +118,13 @@ class QueuedAttempt(Attempt):
 
     def __init__(self, queue: Queue, handle: Any, log: Path) -> None:
         self._queue, self._handle, self._log = queue, handle, log
-        self._size = _size(log)
+        self._before = last_change(log)
         self._force_at = float("inf")
         self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code of the job, negative for a signal; `lost` says why there is none of its own."""
-        if self.began is None and _size(self._log) > self._size:
+        if self.began is None and last_change(self._log) != self._before:
             self.began = time.monotonic()
         if self._code is None:
             try:
@@ -140,13 +148,6 @@ class QueuedAttempt(Attempt):
 
 _SLOWNESS = 15.0
 """Seconds that a cluster may take to pass on a cancellation."""
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _words(error: Exception) -> str:

@@ -27,7 +27,7 @@ from agentft.errors import ConfigError, RunError
 from agentft.runs import utc_now
 from agentft.runtime import available_cores
 from agentft.settings import Settings
-from agentft.signals import STARTED_BY, StopSignals
+from agentft.signals import STARTED_BY, StopSignals, describe_exit
 from agentft.sweeping.jobs import LOG, Display, Job, last_error
 
 _POLL_SECONDS = 0.1
@@ -247,17 +247,6 @@ def whole_environment(own: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", STARTED_BY: "launcher", **own}
 
 
-def describe_exit(code: int) -> tuple[str, str | None]:
-    """Return an exit code in words, and the name of the signal if it was one."""
-    if code >= 0:
-        return f"exit code {code}", None
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), name
-
-
 # --- The pool ---
 
 
@@ -279,8 +268,8 @@ class _Running:
     job: Job
     slot: Slot
     attempt: Attempt
-    status_before: int
-    """mtime of `status.json` at the start, which tells an earlier attempt's status from this one's."""
+    status_before: tuple[int, int]
+    """Last change of `status.json` at the start, which tells an earlier attempt's status from this one's."""
     limit: str | None = None
     """The reason for which it was stopped by us."""
 
@@ -327,7 +316,7 @@ class Pool:
         job.state, job.started, job.ended = "running", utc_now(), None
         job.exit_code = job.signal = job.reason = job.seconds = None
         job.folder.mkdir(parents=True, exist_ok=True)
-        before = _changed(job.folder / "status.json")
+        before = last_change(job.folder / "status.json")
         try:
             attempt = self._executor.start(job, f"$ {job.command_line}\n")
         except (OSError, RunError) as error:
@@ -373,7 +362,7 @@ class Pool:
         words, job.signal = describe_exit(code)
         job.exit_code, job.ended, job.seconds = code, utc_now(), round(entry.attempt.seconds, 3)
         job.seconds_in_all = round(job.seconds_in_all + job.seconds, 3)
-        own = job.status if _changed(job.folder / "status.json") != entry.status_before else {}
+        own = job.status if last_change(job.folder / "status.json") != entry.status_before else {}
         state = own.get("state", "finished" if code == 0 else None)
         if state in ("finished", "paused"):
             # Its results are whole then, even if it was asked to stop, or died, in the last moment.
@@ -390,8 +379,10 @@ class Pool:
         self._display.seen(job)
 
 
-def _changed(path: Path) -> int:
+def last_change(path: Path) -> tuple[int, int]:
+    """Return time and size of a file as they are now; zeros where there is none."""
     try:
-        return path.stat().st_mtime_ns
+        found = path.stat()
     except OSError:
-        return 0
+        return 0, 0
+    return found.st_mtime_ns, found.st_size

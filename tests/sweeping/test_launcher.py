@@ -24,7 +24,7 @@ from agentft.compare import main as compare
 from agentft.errors import ConfigError, RunError
 from agentft.sweeping.jobs import Job, config_hash, short_override, varying
 from agentft.sweeping.launcher import outcome_of
-from agentft.sweeping.runner import describe_exit, make_slots, visible_gpus
+from agentft.sweeping.runner import make_slots, visible_gpus
 from tests.sweeping.watching import is_alive, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
@@ -304,12 +304,6 @@ def test_swept_are_the_overrides_in_which_jobs_differ() -> None:
 def test_a_live_table_names_settings_shortly_and_values_whole() -> None:
     assert short_override("training.learning_rate=0.001") == "learning_rate=0.001"
     assert short_override("+dataset.path=../a.b/c.jsonl") == "path=../a.b/c.jsonl"
-
-
-def test_exit_codes_in_words() -> None:
-    assert describe_exit(-9) == ("killed by SIGKILL (out of memory?)", "SIGKILL")
-    assert describe_exit(-11) == ("killed by SIGSEGV", "SIGSEGV")
-    assert describe_exit(2) == ("exit code 2", None)
 
 
 # --- The real program ---
