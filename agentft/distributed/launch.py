@@ -140,6 +140,7 @@ def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent:
     The server that ranks are forked from has the environment of the first job in this program; this is the present one.
     """
     os.environ.update({name: value for name, value in environment.items() if not _ELASTIC.fullmatch(name)})
+    os.environ.pop("TORCHELASTIC_ERROR_FILE", None)  # into which torch would write the error as it is, secrets included
     folder = Path(os.environ[HEARTBEAT_VARIABLE])
     with _obeying(agent, folder) as signals:
         try:

@@ -36,9 +36,9 @@ from agentft.sweeping.runner import (
 # --- On the node ---
 
 
-@dataclass(kw_only=True, frozen=True)
+@dataclass(frozen=True)
 class NodeJob:
-    """A job as a node needs it: small, and nothing but text."""
+    """A job as any machine with the same files can run it: small, and nothing but text."""
 
     command: list[str]
     environment: dict[str, str]
@@ -47,14 +47,6 @@ class NodeJob:
     working_folder: str
     """In which the command's paths are meant."""
     grace: float
-
-    @classmethod
-    def of(cls, job: Job, header: str, grace: float) -> NodeJob:
-        """Return the job as any machine with the same files can run it."""
-        log, here = str(job.folder / LOG), str(Path.cwd())
-        return cls(
-            command=job.command, environment=job.environment, log=log, header=header, working_folder=here, grace=grace
-        )
 
     def start(self) -> JobProcess:
         """Start the job on the machine where this is called; it ends with the thread that called."""
@@ -97,8 +89,9 @@ class Queue(Executor):
 
     def start(self, job: Job, header: str) -> Attempt:
         """Put the job into the queue. Raises RunError where it is refused."""
-        handle = self.submit(job, NodeJob.of(job, header, self._grace))
-        return QueuedAttempt(self, handle, job.folder / LOG)
+        log, here = job.folder / LOG, str(Path.cwd())
+        on_node = NodeJob(job.command, job.environment, str(log), header, here, self._grace)
+        return QueuedAttempt(self, self.submit(job, on_node), log)
 
     def submit(self, job: Job, on_node: NodeJob) -> Any:
         """Put a job into the queue and return what the cluster knows it by."""
@@ -262,10 +255,13 @@ class RayCluster(Queue):
             raise ConfigError("hydra/launcher=ray needs Ray: pip install ray") from None
         self._ray = ray
         here: dict[str, Any] = {} if address else {"include_dashboard": False}
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"hydra.launcher.address={address}: {error}") from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which would end the launcher at once
         # Two calls at a time: the job, and the request to end it.
         needs = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
         self._agent = ray.remote(NodeAgent).options(**needs)

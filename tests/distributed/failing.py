@@ -46,7 +46,7 @@ def rank(payload: str) -> str:
         (Path(folder) / f"{case}.died").write_text(str(time.time()))
         match case:
             case "raise":
-                raise ValueError("a broken thing")
+                raise ValueError(f"a broken thing {os.environ['WANDB_API_KEY']}")
             case "user":
                 raise ConfigError("training.epochs=-1: expected a positive number")
             case "kill" | "restart":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+KEY = "sentinel-0123456789abcdef"
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -24,10 +25,11 @@ def fail(folder: Path, *cases: str) -> dict:
         text=True,
         check=False,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+    written = [path for path in folder.rglob("*") if path.is_file() and KEY in path.read_text(errors="replace")]
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr, "files with the key": written}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,12 @@ def test_the_traceback_of_the_rank_that_failed_comes_first(failures):
     assert found["error"].startswith("Traceback")
     assert "failing.py" in found["error"]
     assert "rank 1 (pid " in found["error"]
-    assert "failed first: ValueError: a broken thing" in found["error"]
+    assert "failed first: ValueError: a broken thing <redacted:WANDB_API_KEY>" in found["error"]
+
+
+def test_no_file_of_a_failed_rank_holds_a_secret_of_its_error(failures):
+    assert failures["files with the key"] == []
+    assert KEY not in failures["stderr"]
 
 
 def test_what_a_rank_raised_for_the_user_comes_back_as_it_was(failures):
