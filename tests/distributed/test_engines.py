@@ -13,12 +13,16 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+METHODS = ["lora", "full"]
+SHARDING = ["fsdp", "deepspeed_zero3"]
+"""Engines that divide the weights."""
 ENGINES = ["ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
 OFFLOADED = ["deepspeed_zero2_offload", "deepspeed_zero3_offload"]
 MOVES = [("single", "deepspeed_zero3"), ("single", "fsdp"), ("fsdp", "deepspeed_zero2"), ("deepspeed_zero3", "ddp")]
@@ -33,8 +37,24 @@ OVERFLOWS = 2.0**23
 BYTES = {"lora": "", "full": "bfloat16"}
 """The task that holds the same numbers without a file."""
 
+BY_DEFAULT = {
+    *((option, "lora", "") for option in ENGINES),
+    *((option, "full", "") for option in ("fsdp", "deepspeed_zero3")),
+    *((option, "lora", start) for start, option in MOVES),
+    *(("fsdp", "lora", kind) for kind in ("bfloat16", "break", "file", "fp16")),
+    *(("deepspeed_zero3", "full", kind) for kind in ("bfloat16", "file")),
+    ("deepspeed_zero2", "lora", "fp16"),
+    *(("ddp", "dropout", ""), ("deepspeed_zero3", "dropout", ""), ("fsdp", "dropout", "ddp")),
+}
+"""Engine, method and kind of the tasks that two ranks do with every test run; the others only if a slow test asks."""
+
 pytestmark = pytest.mark.timeout(1800)  # all of it runs in one launch, on machines that do other work too
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def rows(*cases: tuple[str, str, str]) -> list:
+    """Return engine, method and kind as arguments of a test, those of no default task with the slow mark."""
+    return [pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +102,7 @@ def alone(laws, folder):
 
 
 @pytest.fixture(scope="module")
-def together(folder, alone):
+def together(request, folder, alone):
     """Everything that two ranks do, in one launch."""
     tasks = {}
     for method in ("lora", "full"):
@@ -114,6 +134,8 @@ def together(folder, alone):
         "method": "dropout",
         "start": str(folder / "ddp-dropout" / "step-000002"),
     }
+    if not any(item.get_closest_marker("slow") for item in request.session.items):
+        tasks = {key: task for key, task in tasks.items() if key in BY_DEFAULT}
     for key, task in tasks.items():
         task["folder"] = str(folder / "-".join(part for part in key if part))
     given, results = folder / "tasks.json", folder / "results.json"
@@ -140,20 +162,18 @@ def _assert_same(found, expected, *, loss=2e-6, norm=1e-4):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("option", ENGINES + OFFLOADED)
-def test_two_ranks_train_as_one_process(alone, together, option, method):
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(ENGINES + OFFLOADED, METHODS, [""])))
+def test_two_ranks_train_as_one_process(alone, together, option, method, kind):
     """Five micro-batches a step on two ranks: one rank has an empty one in every step."""
-    _assert_same(together[option, method, ""]["losses"], alone[method]["losses"])
+    _assert_same(together[option, method, kind]["losses"], alone[method]["losses"])
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("option", ENGINES)
-def test_evaluation_and_generation_are_spread_without_loss_or_double_count(alone, together, option, method):
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(ENGINES, METHODS, [""])))
+def test_evaluation_and_generation_are_spread_without_loss_or_double_count(alone, together, option, method, kind):
     """Before and after training, an odd number of conversations and of answers; every engine, ZeRO-3 included."""
     for moment in ("before", "after"):
-        here, there = together[option, method, ""][moment], alone[method][moment]
+        here, there = together[option, method, kind][moment], alone[method][moment]
         assert here["nats"] == pytest.approx(there["nats"], rel=1e-5)
         assert [row[:2] for row in here["answers"]] == [row[:2] for row in there["answers"]]
         assert len(here["answers"]) == 7
@@ -163,20 +183,17 @@ def test_evaluation_and_generation_are_spread_without_loss_or_double_count(alone
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("option", ["fsdp", "deepspeed_zero3"])
-def test_bf16_trains_alike(alone, together, option, method):
-    _assert_same(
-        together[option, method, "bfloat16"]["losses"], alone[f"{method}/bfloat16"]["losses"], loss=2e-3, norm=0.1
-    )
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(SHARDING, METHODS, ["bfloat16"])))
+def test_bf16_trains_alike(alone, together, option, method, kind):
+    _assert_same(together[option, method, kind]["losses"], alone[f"{method}/{kind}"]["losses"], loss=2e-3, norm=0.1)
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("option", ENGINES)
-def test_engines_divide_what_the_plan_on_paper_says(alone, together, option):
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(ENGINES, ["full"], [""])))
+def test_engines_divide_what_the_plan_on_paper_says(alone, together, option, method, kind):
     """docs/scaling.md: ddp divides nothing, ZeRO-1 and 2 the moments, ZeRO-3 and FSDP the weights, too."""
-    here, whole = together[option, "full", ""]["bytes"], alone["full"]["bytes"]
-    expected = {"weights": 2 if option in ("fsdp", "deepspeed_zero3") else 1, "moments": 1 if option == "ddp" else 2}
+    here, whole = together[option, method, kind]["bytes"], alone[method]["bytes"]
+    expected = {"weights": 2 if option in SHARDING else 1, "moments": 1 if option == "ddp" else 2}
     for part, divisor in expected.items():
         assert here[part] == pytest.approx(whole[part] / divisor, rel=0.01), part
 
@@ -192,18 +209,18 @@ def test_dropout_masks_belong_to_conversations_and_not_to_ranks(alone, together)
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(("start", "option"), MOVES)
-def test_a_checkpoint_moves_to_two_ranks_of_another_engine(alone, together, start, option, method):
+@pytest.mark.parametrize(
+    ("option", "method", "start"), rows(*((to, method, start) for start, to in MOVES for method in METHODS))
+)
+def test_a_checkpoint_moves_to_two_ranks_of_another_engine(alone, together, option, method, start):
     losses = together[option, method, start]["losses"]
     assert [step for step, _, _ in losses] == [3, 4]
     _assert_same(losses, alone[method]["losses"])
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("option", BACK)
-def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(laws, folder, alone, together, option, method):
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(BACK, METHODS, [""])))
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(laws, folder, alone, together, option, method, kind):
     task = {
         "option": "single",
         "method": method,
@@ -232,32 +249,33 @@ def test_checkpoints_are_the_same_files_whatever_the_engine(folder, alone, toget
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("method", "dtype"), MAPPED)
-@pytest.mark.parametrize("option", ["fsdp", "deepspeed_zero3"])
-def test_weights_that_are_cast_when_they_are_cut_train_alike(alone, together, option, method, dtype):
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(SHARDING, METHODS, ["file"])))
+def test_weights_that_are_cast_when_they_are_cut_train_alike(alone, together, option, method, kind):
     """Loaded as in the file, cut, then cast: the same training as where each rank casts all of them first."""
-    tolerance = {"loss": 2e-3, "norm": 0.1} if dtype == "bfloat16" else {}
-    _assert_same(together[option, method, "file"]["losses"], alone["file", method]["losses"], **tolerance)
-    assert together[option, method, "file"]["bytes"] == together[option, method, BYTES[method]]["bytes"]
+    tolerance = {"loss": 2e-3, "norm": 0.1} if dict(MAPPED)[method] == "bfloat16" else {}
+    _assert_same(together[option, method, kind]["losses"], alone[kind, method]["losses"], **tolerance)
+    assert together[option, method, kind]["bytes"] == together[option, method, BYTES[method]]["bytes"]
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("option", ["fsdp", "deepspeed_zero3"])
-def test_an_exam_that_fails_leaves_the_ranks_in_step_and_the_engine_whole(alone, together, option):
+@pytest.mark.parametrize(("option", "method", "kind"), rows(*product(SHARDING, ["lora"], ["break"])))
+def test_an_exam_that_fails_leaves_the_ranks_in_step_and_the_engine_whole(alone, together, option, method, kind):
     """A rank that cannot answer, and a rank 0 that cannot score: all hear of it, and then train as if nothing had been."""
-    found = together[option, "lora", "break"]
+    found = together[option, method, kind]
     assert found["broken"] == [
         "RankError: another rank broke off: rank 1: ValueError: rank 1 cannot answer",
         "KeyError: 'rank 0 cannot score'",
     ]
-    _assert_same(found["losses"], alone["lora"]["losses"])
+    _assert_same(found["losses"], alone[method]["losses"])
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("option", "method"), [(option, method) for method, options in FP16 for option in options])
-def test_fp16_leaves_out_the_same_steps_and_trains_alike(alone, together, option, method):
+@pytest.mark.parametrize(
+    ("option", "method", "kind"), rows(*((option, method, "fp16") for method, options in FP16 for option in options))
+)
+def test_fp16_leaves_out_the_same_steps_and_trains_alike(alone, together, option, method, kind):
     """The scale begins too high: every rank leaves the same steps out, halving it, and takes the rest."""
-    found, expected = together[option, method, "fp16"], alone["fp16", method]
+    found, expected = together[option, method, kind], alone[kind, method]
     assert found["scale"] == expected["scale"] < OVERFLOWS
     finite = [math.isfinite(norm) for _, _, norm in expected["losses"]]
     assert [math.isfinite(norm) for _, _, norm in found["losses"]] == finite
