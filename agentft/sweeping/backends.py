@@ -23,15 +23,7 @@ from typing import Any
 
 from agentft.errors import ConfigError, RunError
 from agentft.sweeping.jobs import LOG, Job
-from agentft.sweeping.runner import (
-    Attempt,
-    Executor,
-    JobProcess,
-    last_change,
-    start_interpreter,
-    whole_environment,
-    write_header,
-)
+from agentft.sweeping.runner import Attempt, Executor, JobProcess, last_change, start_interpreter, write_header
 
 # --- On the node ---
 
@@ -43,7 +35,8 @@ class NodeJob:
     command: list[str]
     environment: dict[str, str]
     log: str
-    header: str
+    command_line: str
+    """The command for a shell, to stand above its output."""
     working_folder: str
     """In which the command's paths are meant."""
     grace: float
@@ -51,8 +44,8 @@ class NodeJob:
     def start(self) -> JobProcess:
         """Start the job on the machine where this is called; it ends with the thread that called."""
         command = [*_TIED, *self.command] if sys.platform == "linux" else self.command
-        write_header(Path(self.log), self.header)
-        return start_interpreter(command, whole_environment(self.environment), Path(self.log), self.working_folder)
+        write_header(Path(self.log), self.command_line)
+        return start_interpreter(command, self.environment, Path(self.log), self.working_folder)
 
     def wait(self, process: JobProcess, stop: threading.Event) -> int:
         """Return the exit code of the job; once `stop` is set it is ended first."""
@@ -87,10 +80,10 @@ class Queue(Executor):
         """`grace`: seconds between asking a job to end and killing it."""
         self._grace = grace
 
-    def start(self, job: Job, header: str) -> Attempt:
+    def start(self, job: Job) -> Attempt:
         """Put the job into the queue. Raises RunError where it is refused."""
         log, here = job.folder / LOG, str(Path.cwd())
-        on_node = NodeJob(job.command, job.environment, str(log), header, here, self._grace)
+        on_node = NodeJob(job.command, job.environment, str(log), job.command_line, here, self._grace)
         return QueuedAttempt(self, self.submit(job, on_node), log)
 
     def submit(self, job: Job, on_node: NodeJob) -> Any:

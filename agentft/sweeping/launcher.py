@@ -93,7 +93,7 @@ class _QueueOptions(LaunchOptions):
 
     def make_slots(self, jobs: int) -> list[Slot]:
         """Return a slot for each job, unless fewer are wanted: waiting is the queue's work."""
-        return [Slot(i, None, self.threads_per_job) for i in range(max(1, min(jobs, self.slots or jobs)))]
+        return [Slot(None, self.threads_per_job)] * max(1, min(jobs, self.slots or jobs))
 
 
 @dataclass(kw_only=True)

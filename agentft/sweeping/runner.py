@@ -42,7 +42,6 @@ _CONFIG_REFUSED = 2
 class Slot:
     """One of the places; it holds one job at a time."""
 
-    number: int
     gpus: tuple[str, ...] | None
     """As `CUDA_VISIBLE_DEVICES` names them; none of them: no GPU; None: the variable is left as it is."""
     threads: int
@@ -79,10 +78,9 @@ def make_slots(
     slots = slots or (max(1, cores // threads_per_job) if threads_per_job else 1)
     threads = threads_per_job or max(1, cores // slots)
     if on_gpu:
-        shares = [tuple(gpus[i * gpus_per_job : (i + 1) * gpus_per_job]) for i in range(slots)]
-        return [Slot(i, share, threads) for i, share in enumerate(shares)]
+        return [Slot(tuple(gpus[i * gpus_per_job : (i + 1) * gpus_per_job]), threads) for i in range(slots)]
     # Where no GPU was found, one may be there all the same: only `gpus_per_job=0` hides it.
-    return [Slot(i, None if gpus_per_job else (), threads) for i in range(slots)]
+    return [Slot(None if gpus_per_job else (), threads)] * slots
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
@@ -131,7 +129,7 @@ class Attempt:
 class Executor:
     """Starts attempts; closed at the end of the sweep."""
 
-    def start(self, job: Job, header: str) -> Attempt:
+    def start(self, job: Job) -> Attempt:
         """Start an attempt of a job. Raises OSError or RunError where it cannot be started."""
         raise NotImplementedError
 
@@ -195,13 +193,13 @@ class JobProcess(Attempt):
 
 
 def start_interpreter(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, working_folder: str | None = None
+    command: Sequence[str], own: Mapping[str, str], log: Path, working_folder: str | None = None
 ) -> JobProcess:
-    """Start a command as a process of its own, its output appended to `log`."""
+    """Start a command as a process of its own, with the variables `own`, its output appended to `log`."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             list(command),
-            env=environment,
+            env=whole_environment(own),
             cwd=working_folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -220,12 +218,12 @@ class ThisMachine(Executor):
         self._slot = slot
         self._say = say
 
-    def start(self, job: Job, header: str) -> Attempt:
+    def start(self, job: Job) -> Attempt:
         """Start the job's command, its output in `job.log`."""
-        log, environment = job.folder / LOG, whole_environment(job.environment)
-        write_header(log, header)
+        log = job.folder / LOG
+        write_header(log, job.command_line)
         if self._modules and job.threads == self._slot.threads and can_fork(job.command):
-            at_import = self._slot.environment()
+            environment, at_import = whole_environment(job.environment), self._slot.environment()
             try:
                 return JobProcess(
                     fork_program(job.command, environment, log, modules=self._modules, at_import=at_import)
@@ -233,13 +231,13 @@ class ThisMachine(Executor):
             except RunError as error:
                 self._say(f"each job imports its libraries itself from here on: {error}")
                 self._modules = ()
-        return start_interpreter(job.command, environment, log)
+        return start_interpreter(job.command, job.environment, log)
 
 
-def write_header(log: Path, header: str) -> None:
-    """Append the line that stands above the output of an attempt."""
+def write_header(log: Path, command_line: str) -> None:
+    """Append the command, which stands above the output of an attempt."""
     with log.open("ab") as output:
-        output.write(header.encode("utf-8", errors="backslashreplace"))
+        output.write(f"$ {command_line}\n".encode("utf-8", errors="backslashreplace"))
 
 
 def whole_environment(own: Mapping[str, str]) -> dict[str, str]:
@@ -318,7 +316,7 @@ class Pool:
         job.folder.mkdir(parents=True, exist_ok=True)
         before = last_change(job.folder / "status.json")
         try:
-            attempt = self._executor.start(job, f"$ {job.command_line}\n")
+            attempt = self._executor.start(job)
         except (OSError, RunError) as error:
             self._free.appendleft(slot)
             job.state, job.reason, job.ended = "failed", f"could not be started: {error}", utc_now()

@@ -112,13 +112,13 @@ def test_a_job_whose_time_runs_out_saves_and_starts_again(tmp_path: Path, monkey
     job = Job(folder=tmp_path / "0", number=0, config_hash="", overrides=[], swept=[], settings={}, threads=1)
     job.folder.mkdir()
     job.command = [sys.executable, "job.py"]
-    attempt = executor.start(job, "$ header\n")
+    attempt = executor.start(job)
     wait_for(lambda: Path("pids").exists() and Path("pids").read_text().count(" "), 240)
     os.kill(int(Path("pids").read_text().split()[1]), signal.SIGUSR2)
     wait_for(lambda: attempt.poll() is not None, 240)
     assert attempt.poll() == 0, attempt.lost
     log = (job.folder / "job.log").read_text()
-    assert log.count("$ header") == 2
+    assert log.count(f"$ {job.command_line}\n") == 2
     assert "went on" in log
 
 
@@ -144,7 +144,7 @@ def test_what_slurm_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         folder=tmp_path / "lora_grid" / "0_a", number=0, config_hash="", overrides=[], swept=[], settings={}, threads=16
     )
     job.folder.mkdir(parents=True)
-    executor.start(job, "$ x\n")
+    executor.start(job)
     asked = kept.read_text()
     for line in (
         *("--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1", "--cpus-per-task=16", "--mem=64GB", "--time=90"),
