@@ -1,18 +1,29 @@
-"""Name the folder for what is downloaded or converted once and used by every run."""
+"""Keep what is downloaded, converted or prepared once for every run: one builds it, and nobody ever sees half of it.
+
+<cache>/<folder>/<key>/            complete
+<cache>/<folder>/.<key>.lock       locked by who builds
+<cache>/<folder>/.<key>-<random>/  being built; of a killed process it is removed by the next that builds
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from agentft.errors import ModelError
+
+_MANIFEST = "manifest.json"
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +37,7 @@ def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callabl
     """Return `target`, made by `build(folder)` where it is not there yet or is not whole.
 
     Processes that need it at once wait for the one that builds. `build` fills a temporary folder beside `target`, which
-    gets its name when it is complete and `is_whole` says so: nobody ever sees half a folder.
+    gets its name when it is complete and `is_whole` says so.
 
     Raises:
         ModelError: `build` has left the folder incomplete.
@@ -34,12 +45,14 @@ def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callabl
     if is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with only_builder(target):
+    with _only_builder(target) as alone:
         if is_whole(target):
             return target
         if target.exists():
-            log.warning("%s is incomplete, and is built again", target)
+            log.warning("%s is incomplete or damaged, and is built again", target)
             shutil.rmtree(target)
+        for left in target.parent.glob(f".{target.name}-*") if alone else ():
+            shutil.rmtree(left, ignore_errors=True)
         log.info("building %s once", target)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -57,19 +70,70 @@ def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callabl
 
 
 @contextlib.contextmanager
-def only_builder(target: Path) -> Iterator[None]:
-    """Let one process at a time build `target`; the lock ends with the process that holds it, however that ends."""
+def _only_builder(target: Path) -> Iterator[bool]:
+    """Let one process at a time build `target`, until it ends; False: this file system knows no locks."""
+    locked = True
     with target.with_name(f".{target.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another process, which builds %s", target)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which builds %s", target)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        yield locked
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path, about: Any) -> None:
+    """Write the sizes and digests of the files of a folder beside them, and `about` for a reader's eyes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, _digests(files), strict=True)
+    }
+    manifest = {"made": time.strftime("%Y-%m-%d %H:%M:%S"), "files": listed, "key": about}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Return whether a folder holds the files that `seal` found, byte for byte."""
+    try:
+        listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = [folder / name for name in listed]
+        sizes = [file.stat().st_size for file in files]
+        if sizes != [file["bytes"] for file in listed.values()]:
+            return False
+        return _digests(files) == [file["sha256"] for file in listed.values()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _digests(files: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing needs no lock of the interpreter
+        return list(pool.map(file_digest, files))
+
+
+def mark_used(folder: Path, limit_bytes: float) -> None:
+    """Note that a sealed folder is used now, and remove those beside it that were not used for longest above the limit.
+
+    A file that is open keeps its bytes.
+    """
+    with contextlib.suppress(OSError):
+        os.utime(folder / _MANIFEST)
+    entries: list[tuple[float, Path, int]] = []
+    for manifest in folder.parent.glob(f"[!.]*/{_MANIFEST}"):
+        with contextlib.suppress(OSError):  # another process has just removed it
+            size = sum(file.stat().st_size for file in manifest.parent.rglob("*"))
+            entries.append((manifest.stat().st_mtime, manifest.parent, size))
+    total = sum(size for _, _, size in entries)
+    for _, other, size in sorted(entries):
+        if total > limit_bytes and other != folder:
+            log.info("removed %s from the cache: above its limit", other)
+            shutil.rmtree(other, ignore_errors=True)
+            total -= size

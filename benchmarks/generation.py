@@ -53,9 +53,9 @@ def load(adapter: str | None, dtype_name: str, threads: int) -> tuple[Any, Any]:
 def load_steps(data: str | None, tokenizer: Any, conversations: int) -> dict[str, list[Any]]:
     """Return the steps of the first conversations of each set that fit."""
     from agentft.data.conversation import Conversation, Origin
+    from agentft.data.entries import in_sample_order
     from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
-    from agentft.data.splits import in_sample_order
     from agentft.data.synthetic import generate
     from agentft.data.tokens import SegmentEncoder, tokenize
     from agentft.evaluation.steps import conversation_steps

@@ -39,10 +39,10 @@ _DATASET = "conversations"
 def write_for_peers(records: Iterable[Any], tokenizer: Any, folder: Path) -> int:
     """Write the files of all peers and return how many conversations they hold; run by agentft's interpreter."""
     from agentft.data.conversation import Origin
-    from agentft.data.examples import make_examples
     from agentft.data.records import Rejection, read_record
     from agentft.data.template_choice import choose_template
     from agentft.data.tokens import SegmentEncoder
+    from agentft.data.truncation import make_examples
 
     layout, encoder = choose_template("chatml", tokenizer), SegmentEncoder(tokenizer)
     tokenizer.save_pretrained(folder / TOKENIZER)

@@ -52,9 +52,9 @@ KINDS = {
 def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
     """The first `count` conversations that fit, of a file or of the synthetic set."""
     from agentft.data.conversation import Conversation, Origin
+    from agentft.data.entries import in_sample_order
     from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
-    from agentft.data.splits import in_sample_order
     from agentft.data.synthetic import generate
     from agentft.data.tokens import SegmentEncoder, tokenize
 

@@ -26,16 +26,14 @@ from agentft.audits.overlap import ConversationIndex
 from agentft.audits.report import AuditReport, html_page, print_conversation, print_report
 from agentft.data.config import DatasetConfig
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.examples import Rendered, make_examples
-from agentft.data.prepare import EveryConversation, look_at_every_conversation
-from agentft.data.prepared import rejected_lines
+from agentft.data.prepare import Preparation, look_at_every_conversation
 from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate, SpanKind
 from agentft.data.sources import ReadReport, open_rows, read_conversations
 from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import Example, SegmentEncoder
-from agentft.data.truncation import TruncationKind
+from agentft.data.truncation import Rendered, TruncationKind, make_examples
 from agentft.errors import DataError
 from agentft.model.load import load_chat_tokenizer
 from agentft.recipes.config import AuditConfig, AuditOptions
@@ -94,7 +92,7 @@ def audit(config: AuditConfig) -> AuditResult:
     with (output / "report.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for target in (_screen(), Console(file=file, width=_WIDTH, markup=False, emoji=False, highlight=False)):
             print_report(report, target)
-    _write(output / "rejected.jsonl", rejected_lines(looked.data.account))
+    _write(output / "rejected.jsonl", looked.data.account.rejected_lines())
     _write(output / "audit.json", json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
     if config.audit.page:
         _write(output / "audit.html", html_page(report, text))
@@ -244,7 +242,7 @@ class Audit:
     """Statistics, findings and a sample of conversations to look at."""
 
     def __init__(
-        self, config: DatasetConfig, options: AuditOptions, data: EveryConversation, layout: Layout, text: TokenText
+        self, config: DatasetConfig, options: AuditOptions, data: Preparation, layout: Layout, text: TokenText
     ) -> None:
         """Take prepared data, whose examples are in `layout`."""
         self.data = data
@@ -270,13 +268,13 @@ class Audit:
         """Look at every conversation, then at all of them together."""
         for number, made in enumerate(make_examples(self.data.conversations, self._layout, encoder)):
             self.statistics.rewritten_history.add([len(piece.example) for piece in made.pieces])
-            self._look_at(number, Seen.of(made, self._text, self.data.part_of[number]))
+            self._look_at(number, Seen.of(made, self._text, self.data.entries[number].part))
         self._note_what_reading_found()
         for reason in self.data.empty_parts:
             self.findings.add("empty_part", Origin("split", 0), None, reason)
         statistics, data = self.statistics, self.data
         statistics.heldout_turns_compared = self._index.compare(
-            data.conversations, data.part_of, self.findings, self._options.similarity
+            data.conversations, [entry.part for entry in data.entries], self.findings, self._options.similarity
         )
         statistics.fitting = {part: self._fitting(part) for part, outcomes in data.account.fitted.items() if outcomes}
         return self
@@ -318,20 +316,18 @@ class Audit:
                 verbatim=isinstance(self._layout, MsagentTemplate),
                 context_rounds=example.context_rounds,
             )
-            for conversation, example in self.data.made_of(number)
+            for conversation, example in self.data.made_of(self.data.entries[number])
         )
         return next((problem for problem in problems if problem is not None), None)
 
     def _too_long(self, number: int, seen: Seen) -> Problem:
         detail = f"{len(seen.example):,} tokens, dataset.max_length is {self._config.max_length:,}"
-        use = self.data.use_of(number)
-        if use is None:
+        outcome = self.data.entries[number].outcome
+        if outcome is None:
             return Problem("too_long", f"{detail}; in neither part", seen.part)
-        outcome = str(use.outcome)
-        made = f"split into {use.examples}" if use.outcome is TruncationKind.spread else outcome
-        return Problem(
-            "too_long", f"{detail}; {'in training' if seen.part == 'train' else 'held out'}: {made}", outcome
-        )
+        kind = str(outcome.kind)
+        made = f"split into {len(outcome.rows)}" if outcome.kind is TruncationKind.spread else kind
+        return Problem("too_long", f"{detail}; {'in training' if seen.part == 'train' else 'held out'}: {made}", kind)
 
     def _add(self, problem: Problem, seen: Seen) -> None:
         conversation = seen.conversation

@@ -131,7 +131,7 @@ class Conversation:
     """The declarations as the record has them; empty for MSAgent records, whose list stands in the system text."""
     origin: Origin
     weight: float = 1.0
-    """How often an epoch shows it, by the source it came from; see `agentft.data.splits`."""
+    """How often an epoch shows it, by the source it came from; see `agentft.data.entries`."""
     piece_of: str | None = None
     """Id of the conversation that this is a part of, where one too long was split; None: it is whole."""
 

@@ -1,36 +1,328 @@
-"""Hold prepared data: examples, held-out conversations, the account of every row; and write what a run tells of it."""
+"""Keep prepared data on the disk and read it from there: conversations, tokenised examples, and the account of every row.
+
+A stored conversation is a line of JSON: its id, what it is a piece of, its origin, its weight, its tools and its messages.
+Of MSAgent text the parts are stored; their calls are read again by what read them the first time.
+
+Each part of a dataset has a folder:
+
+| file | holds |
+|---|---|
+| `examples.bin` | name, ids and spans of each example |
+| `conversations.jsonl` | the conversation that each example renders, where it is kept |
+| `*.npy` beside them | where each record begins, and the end of the last |
+| `counts.npy`, `names.json` | tokens, labelled tokens and steps of each example; their names |
+| `order.npy` | the examples by number in the order of the part; one that is shown more than once occurs again |
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-import typing
+import os
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 
-from agentft.data.config import DatasetConfig
+from agentft.data.calls import CallFailure, ToolCall
+from agentft.data.config import DatasetConfig, SpanWeights
+from agentft.data.conversation import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Call,
+    Conversation,
+    Message,
+    Observation,
+    Origin,
+    Part,
+    Text,
+)
 from agentft.data.formats import KNOWN
-from agentft.data.records import Rejection
-from agentft.data.sources import ReadReport
-from agentft.data.store import StoredConversations, StoredExamples
+from agentft.data.msagent import read_call_body, result_message, step_message
+from agentft.data.records import ParseWarning, Rejection
+from agentft.data.render import SpanKind
+from agentft.data.sources import ReadReport, SourceCount
+from agentft.data.tokens import Example, Span, weigh
 from agentft.data.truncation import TruncationKind
 from agentft.errors import DataError
 from agentft.runs import RunFolder
 
-PIECES = "heldout.jsonl"
-"""The held-out conversations; where everything is looked at, those of all examples."""
-ORDER = "order.npz"
-"""Rows of the examples of both parts, and of the held-out conversations, each in its order."""
-ABOUT = "about.json"
-ACCOUNT = "account.json"
+EXAMPLES, CONVERSATIONS = "examples.bin", "conversations.jsonl"
+
+Rows = npt.NDArray[np.int64]
+T = TypeVar("T", covariant=True)
 
 log = logging.getLogger(__name__)
+
+# --- Conversations ---
+
+_LETTERS: dict[type, str] = {Text: "t", Call: "c", Observation: "o"}
+
+
+def to_line(conversation: Conversation) -> bytes:
+    """Write a conversation as one line of JSON."""
+    origin = conversation.origin
+    messages = [_stored(message) for message in conversation.messages]
+    head = [conversation.id, conversation.piece_of, origin.source, origin.line, conversation.weight, conversation.tools]
+    return _ENCODER.encode([*head, messages]).encode() + b"\n"
+
+
+def from_line(line: bytes) -> Conversation:
+    """Read what `to_line` wrote: an equal conversation."""
+    name, piece_of, source, number, weight, tools, messages = json.loads(line)
+    read = tuple(_read(*message) for message in messages)
+    return Conversation(name, read, tuple(tools), Origin(source, number), weight, piece_of)
+
+
+def _stored(message: Message) -> list[Any]:
+    """Return the role and, for MSAgent text, its parts; else the fields that have a value."""
+    if message.source is not None:
+        parts = [[_LETTERS[type(part)], part.source] for part in message.source]
+        return [message.role, parts] if message.trained else [message.role, parts, False]
+    fields = {
+        "content": message.content,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": [[call.name, call.arguments, call.id] for call in message.tool_calls] or None,
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "trained": None if message.trained else False,
+        "reasoning_trained": None if message.reasoning_trained else False,
+    }
+    return [message.role, {key: value for key, value in fields.items() if value is not None}]
+
+
+def _read(role: Any, body: Any, trained: bool = True) -> Message:
+    if isinstance(body, dict):
+        calls = tuple(ToolCall(*call) for call in body.pop("tool_calls", ()))
+        return Message(role, tool_calls=calls, **body)
+    parts = tuple(_part(letter, source) for letter, source in body)
+    if role == "assistant":
+        return step_message(parts, trained=trained)
+    observation, *blanks = parts
+    assert isinstance(observation, Observation)
+    return result_message(observation, *blanks)
+
+
+def _part(letter: str, source: str) -> Part:
+    if letter == "t":
+        return Text(source)
+    if letter == "o":
+        return Observation(source)
+    reading = read_call_body(source[len(THINK_OPEN) : -len(THINK_CLOSE)])
+    return Call(source, (), reading) if isinstance(reading, CallFailure) else Call(source, reading, None)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+# --- Records in files ---
+
+
+class RecordWriter:
+    """Appends records to `<path>`; `close` writes beside it, as `<path>.npy`, where each begins."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._starts = array("q", [0])
+
+    def append(self, record: bytes) -> None:
+        """Write a record."""
+        self._starts.append(self._starts[-1] + self._file.write(record))
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        np.save(_index_of(self._path), np.asarray(self._starts, dtype=np.int64))
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_name(path.name + ".npy")
+
+
+class _Stored(Sequence[T]):
+    """Records of a file in an order in which one may occur again; each is read when it is asked for."""
+
+    def __init__(self, path: Path, rows: Rows | None = None) -> None:
+        """Open what `RecordWriter` wrote; `rows`: which records in which order, default all."""
+        self._starts: Rows = np.load(_index_of(path))
+        self._file = path.open("rb")  # and not mapped: pages read here and there would stay and count as memory
+        self._rows = np.arange(len(self._starts) - 1) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> T | Self:
+        if isinstance(index, slice):
+            return self.chosen(self._rows[index])
+        return self._read(int(self._rows[index]))
+
+    def chosen(self, rows: Rows) -> Self:
+        """Return other records of the same file."""
+        other = copy(self)
+        other._rows = rows
+        return other
+
+    def record(self, row: int) -> bytes:
+        """Return a record as it was written."""
+        start, stop = self._starts[row : row + 2].tolist()
+        return os.pread(self._file.fileno(), stop - start, start)
+
+    def _read(self, row: int) -> T:
+        raise NotImplementedError
+
+
+class StoredConversations(_Stored[Conversation]):
+    """The conversations of a file of lines that `to_line` made."""
+
+    def _read(self, row: int) -> Conversation:
+        return from_line(self.record(row))
+
+
+# --- Examples ---
+
+
+class PackedExample(NamedTuple):
+    """An example as it is written: small, and quick to hand from one process to another."""
+
+    name: str
+    record: bytes
+    """Its name, ids and spans, and how many rounds are context; the ids take 2 bytes where the vocabulary allows it, else 4."""
+    tokens: int
+    trained_tokens: int
+    steps: int
+    digest: bytes
+    """SHA-256 of the record."""
+    conversation: bytes
+    """The conversation that it renders, as `to_line` writes it; empty where it is not kept."""
+    content_hash: str
+    """Of that conversation."""
+
+
+def pack(example: Example, largest_id: int, rendered: Conversation | None = None) -> PackedExample:
+    """Lay an example out as it is written, of a vocabulary with ids up to `largest_id`. Its span weights are a setting and
+    not written.
+    """
+    numbers = [number for span in example.spans for number in span]
+    ids = example.input_ids.astype(np.uint16 if largest_id < 2**16 else np.uint32).tobytes()
+    name = example.id.encode()
+    header = f"{len(name)} {len(ids)} {example.context_rounds} ".encode()
+    record = b"".join((header, name, ids, array("i", numbers).tobytes()))
+    return PackedExample(
+        example.id,
+        record,
+        len(example),
+        example.trained_tokens,
+        len(example.steps()),
+        sha256(record).digest(),
+        b"" if rendered is None else to_line(rendered),
+        "" if rendered is None else rendered.content_hash,
+    )
+
+
+class ExampleWriter:
+    """Appends examples, and the conversations that they render, to the files of a new folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._examples, self._conversations = RecordWriter(folder / EXAMPLES), RecordWriter(folder / CONVERSATIONS)
+        self._counts = array("q")
+        self._names: list[str] = []
+        self.digests: list[bytes] = []
+        """Of each example."""
+        self.content_hashes: list[str] = []
+        """Of the conversation of each."""
+
+    def append(self, example: PackedExample) -> None:
+        """Write an example."""
+        self._examples.append(example.record)
+        self._conversations.append(example.conversation)
+        self._counts.extend((example.tokens, example.trained_tokens, example.steps))
+        self._names.append(example.name)
+        self.digests.append(example.digest)
+        self.content_hashes.append(example.content_hash)
+
+    def close(self, order: Sequence[int]) -> None:
+        """Finish the files; `order`: the examples by number, counted from 0, as they are to be read."""
+        self._examples.close()
+        self._conversations.close()
+        np.save(self._folder / "counts.npy", np.asarray(self._counts, dtype=np.int64).reshape(-1, 3))
+        np.save(self._folder / "order.npy", np.asarray(order, dtype=np.int64))
+        (self._folder / "names.json").write_text(json.dumps(self._names), encoding="utf-8")
+
+
+class StoredExamples(_Stored[Example]):
+    """The examples of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open what `ExampleWriter` wrote, in the order that it was given."""
+        super().__init__(folder / EXAMPLES, np.load(folder / "order.npy"))
+        self._counts: Rows = np.load(folder / "counts.npy")
+        self._names = (folder / "names.json").open("rb")
+        self._weights: SpanWeights | None = None
+
+    def weighed(self, weights: SpanWeights) -> StoredExamples:
+        """Return the same examples with their spans weighed."""
+        other = copy(self)
+        other._weights = weights
+        return other
+
+    def conversations(self) -> StoredConversations:
+        """Return the conversations that the examples render, in the same order."""
+        return StoredConversations(Path(self._file.name).with_name(CONVERSATIONS), self._rows)
+
+    def _read(self, row: int) -> Example:
+        name_bytes, ids_bytes, context_rounds, rest = self.record(row).split(b" ", 3)
+        ids, spans = int(name_bytes), int(name_bytes) + int(ids_bytes)
+        width = int(ids_bytes) // max(int(self._counts[row, 0]), 1)
+        numbers = np.frombuffer(rest[spans:], dtype=np.int32).reshape(-1, 3).tolist()
+        example = Example(
+            id=rest[:ids].decode(),
+            input_ids=np.frombuffer(rest[ids:spans], dtype=f"u{width or 2}").astype(np.int32),
+            spans=tuple(Span(start, stop, SpanKind(kind)) for start, stop, kind in numbers),
+            context_rounds=int(context_rounds),
+        )
+        return example if self._weights is None else weigh(example, self._weights)
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the examples, in order."""
+        self._names.seek(0)
+        names = json.load(self._names)
+        return [names[row] for row in self._rows.tolist()]
+
+    @property
+    def lengths(self) -> Rows:
+        """Tokens of each example, in order."""
+        lengths: Rows = self._counts[self._rows, 0]
+        return lengths
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labelled tokens of all examples."""
+        return int(self._counts[self._rows, 1].sum())
+
+    @property
+    def steps(self) -> int:
+        """How often the agent speaks in all examples."""
+        return int(self._counts[self._rows, 2].sum())
+
+
+# --- What became of the rows ---
 
 
 @dataclass
@@ -42,9 +334,9 @@ class PreparationStats:
     """Rows set aside, in reading or because they do not fit."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Usable conversations in neither part, by reason."""
-    by_source: dict[str, Counter[str]] = field(default_factory=dict)
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)
     """Part -> conversations used by source; in training each as often as an epoch shows it."""
-    fitted: dict[str, Counter[str]] = field(default_factory=dict)
+    fitted: dict[str, dict[str, int]] = field(default_factory=dict)
     """Part -> what became of its conversations, see `agentft.data.truncation.TruncationKind`."""
     changed: list[dict[str, Any]] = field(default_factory=list)
     """Every conversation that is not used whole, and what of it is not used."""
@@ -52,7 +344,7 @@ class PreparationStats:
     """What the template writes otherwise than the source."""
 
     def reasons(self) -> dict[str, int]:
-        """Rows set aside, by reason, commonest first."""
+        """Return the rows set aside by reason, commonest first."""
         return dict(Counter(rejection.reason for rejection in self.rejections).most_common())
 
     @property
@@ -61,15 +353,14 @@ class PreparationStats:
         return sum(rejection.reason != "duplicate" for rejection in self.rejections)
 
     def used(self, part: str) -> int:
-        """Conversations of a part that gave at least one example."""
-        outcomes = self.fitted[part]
-        return outcomes.total() - outcomes[str(TruncationKind.set_aside)]
+        """Return the conversations of a part that gave at least one example."""
+        return sum(count for kind, count in self.fitted[part].items() if kind != TruncationKind.set_aside)
 
     def check_any(self) -> None:
         """Refuse data of which every row was set aside in reading.
 
         Raises:
-            DataError: the account of the rejections, and the formats that are known.
+            DataError: the commonest reasons, each with its first row, and the formats that are known.
         """
         if self.read.kept or not self.rejections:
             return
@@ -99,6 +390,45 @@ class PreparationStats:
                 f"{self.reasons()}; for example {examples}"
             )
 
+    def rejected_lines(self) -> str:
+        """Return a line of JSON for every row that was set aside."""
+        lines = (
+            {"source": r.origin.source, "line": r.origin.line, "id": r.id, "reason": r.reason, "detail": r.detail}
+            for r in self.rejections
+        )
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def to_json(self) -> str:
+        """Return all of it as JSON, each object with the name of its class."""
+
+        def fields(value: Any) -> dict[str, Any]:
+            values = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+            return {"class": type(value).__name__, **values}
+
+        return json.dumps(self, ensure_ascii=False, default=fields)
+
+    @staticmethod
+    def from_json(text: str) -> PreparationStats:
+        """Read what `to_json` wrote: equal statistics, their counts in the same order."""
+
+        def rebuilt(values: dict[str, Any]) -> Any:
+            kind = _STORED.get(str(values.get("class")))
+            if kind is None:
+                return values
+            counters = {part.name for part in dataclasses.fields(kind) if part.default_factory is Counter}
+            return kind(**{n: Counter(v) if n in counters else v for n, v in values.items() if n != "class"})
+
+        stats: PreparationStats = json.loads(text, object_hook=rebuilt)
+        return stats
+
+
+_STORED: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (PreparationStats, ReadReport, SourceCount, Rejection, ParseWarning, Origin)
+}
+
+
+# --- Prepared data ---
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
@@ -115,58 +445,28 @@ class PreparedData:
     account: PreparationStats
 
 
+def write_about(
+    folder: Path, account: PreparationStats, fingerprint: str, train_tools: Iterable[str], content_hashes: list[str]
+) -> None:
+    """Write what `PreparedData` holds beside the examples."""
+    about = {"fingerprint": fingerprint, "train_tools": sorted(train_tools), "heldout_content_hashes": content_hashes}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    (folder / "account.json").write_text(account.to_json(), encoding="utf-8")
+
+
 def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
-    """Map the files of a prepared dataset; they may lose their names afterwards."""
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    examples = StoredExamples(folder)
-    with np.load(folder / ORDER) as order:
-        train, heldout, pieces = (order[part] for part in ("train", "heldout", "pieces"))
+    """Open the files of a prepared dataset; they may lose their names afterwards."""
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    train, heldout = StoredExamples(folder / "train"), StoredExamples(folder / "heldout")
     return PreparedData(
-        train=examples.chosen(train).weighed(config.span_weights),
-        heldout=StoredConversations(folder / PIECES, pieces),
-        heldout_examples=examples.chosen(heldout),
+        train=train.weighed(config.span_weights),
+        heldout=heldout.conversations(),
+        heldout_examples=heldout,
         train_tools=frozenset(about["train_tools"]),
         fingerprint=about["fingerprint"],
         heldout_content_hashes=about["heldout_content_hashes"],
-        account=read_account(folder / ACCOUNT),
+        account=PreparationStats.from_json((folder / "account.json").read_text(encoding="utf-8")),
     )
-
-
-def write_account(account: PreparationStats, path: Path) -> None:
-    """Write an account as JSON."""
-    path.write_text(json.dumps(account, ensure_ascii=False, default=_fields), encoding="utf-8")
-
-
-def read_account(path: Path) -> PreparationStats:
-    """Read what `write_account` wrote: an equal account, its counts in the same order."""
-    account: PreparationStats = _typed(json.loads(path.read_text(encoding="utf-8")), PreparationStats)
-    return account
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON holds it; its values are asked for in their turn."""
-    return {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """Return what `_fields` made plain, as the type that its place declares."""
-    if hint is Any or hint in (str, int, float) or value is None:
-        return value
-    kind = typing.get_origin(hint) or hint
-    arguments = typing.get_args(hint)
-    if dataclasses.is_dataclass(kind):
-        hints = _hints(typing.cast("type", kind))
-        return typing.cast("type", kind)(**{name: _typed(part, hints[name]) for name, part in value.items()})
-    if kind is Counter:
-        return Counter(value)
-    if kind is dict and arguments and arguments[1] is not Any:
-        return {key: _typed(item, arguments[1]) for key, item in value.items()}
-    return [_typed(item, arguments[0]) for item in value] if kind is list and arguments else value
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def rewritten_history(prepared: PreparedData) -> dict[str, int]:
@@ -189,13 +489,14 @@ def rewritten_history(prepared: PreparedData) -> dict[str, int]:
 
 
 def log_summary(prepared: PreparedData, seconds: float) -> None:
-    """Say in the log what was prepared, what was set aside and what it costs."""
-    account = prepared.account
+    """Log what was prepared, what was set aside and what it costs."""
+    account, files = prepared.account, prepared.account.read.files
     tokens = int(prepared.train.lengths.sum())
     log.info(
-        "data: %d rows%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
+        "data: %d rows%s%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
         account.read.rows,
-        _of_files(account.read.files),
+        f" of {files[0]}" if files else "",
+        f" and {len(files) - 1} more files" if len(files) > 1 else "",
         account.used("train"),
         account.used("heldout"),
         f"{tokens:,}",
@@ -218,42 +519,35 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
             cost["examples"],
             tokens / once,
         )
-    if account.layout:
-        log.info("data: written otherwise by model.template: %s", dict(account.layout.most_common()))
-    if account.left_out:
-        log.info("data: in neither part: %s", dict(account.left_out))
-    if account.read.notices:
-        log.info("data: kept, and noted: %s", dict(account.read.notices.most_common()))
-
-
-def _of_files(files: list[str]) -> str:
-    return f" of {files[0]}" + f" and {len(files) - 1} more files" * (len(files) > 1) if files else ""
-
-
-def _sources(account: PreparationStats) -> list[dict[str, Any]]:
-    """Return what each source gave and how much of it is used; `train` counts a conversation as often as an epoch shows it."""
-    return [
-        {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}
-        | {part: used[name] for part, used in account.by_source.items()}
-        for name, source in account.read.sources.items()
-    ]
+    for words, counts in (
+        ("written otherwise by model.template", account.layout),
+        ("in neither part", account.left_out),
+        ("kept, and noted", account.read.notices),
+    ):
+        if counts:
+            log.info("data: %s: %s", words, dict(counts.most_common()))
 
 
 def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
     """Write what the run trains on and is measured by, and every row that was set aside, into the run folder."""
-    account = prepared.account
+    account, read = prepared.account, prepared.account.read
+    sources = [
+        {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}
+        | {part: used.get(name, 0) for part, used in account.by_source.items()}
+        for name, source in read.sources.items()
+    ]
     run.write_json(
         run.data_manifest,
         {
             "fingerprint": prepared.fingerprint,
-            "rows": account.read.rows,
-            "files": account.read.files,
-            "sources": _sources(account),
-            "skipped_files": account.read.skipped_files,
-            "blank_lines": account.read.blank_lines,
+            "rows": read.rows,
+            "files": read.files,
+            "sources": sources,
+            "skipped_files": read.skipped_files,
+            "blank_lines": read.blank_lines,
             "set_aside": account.reasons(),
             "in_neither_part": dict(account.left_out),
-            "notices": dict(account.read.notices),
+            "notices": dict(read.notices),
             "layout": dict(account.layout),
             "rewritten_history": rewritten_history(prepared),
             "fitting": {"outcomes": account.fitted, "changed": account.changed},
@@ -275,13 +569,4 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             },
         },
     )
-    run.write_text(run.rejected_file, rejected_lines(account))
-
-
-def rejected_lines(account: PreparationStats) -> str:
-    """Return a line of JSON for every row that was set aside."""
-    lines = (
-        {"source": r.origin.source, "line": r.origin.line, "id": r.id, "reason": r.reason, "detail": r.detail}
-        for r in account.rejections
-    )
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    run.write_text(run.rejected_file, account.rejected_lines())

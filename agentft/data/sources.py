@@ -6,6 +6,10 @@
 
 Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection`, and a `ReadReport` counts both.
 
+Local files are read as the bytes they are. Lines end at the byte `\n` and nowhere else: U+2028 and U+0085 are text. A line that
+cannot be decoded or parsed is set aside alone; the file goes on. Memory is bounded by `MAX_LINE_BYTES`, whatever a line or a
+compressed file holds.
+
 A hub is read through its own client, which reads its settings from the environment when it is first imported. `datasets`:
 `HF_ENDPOINT` (another hub), `HF_HOME` (where downloads go), `HF_TOKEN`, `HF_HUB_OFFLINE`. `modelscope`: `MODELSCOPE_ENDPOINT`,
 `MODELSCOPE_CACHE`, `MODELSCOPE_API_TOKEN`; it downloads every split of a dataset and asks the hub at each load, so it fails
@@ -14,16 +18,24 @@ without the hub even where all files are cached. A copy read as `dataset=local` 
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import json
 import logging
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from agentft.cache import file_digest
 from agentft.data import synthetic
+from agentft.data.calls import is_encodable
 from agentft.data.config import (
     DatasetConfig,
     Format,
@@ -35,18 +47,31 @@ from agentft.data.config import (
     SyntheticConfig,
 )
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.files import (
-    LFS_ADVICE,
-    READABLE_SUFFIXES,
-    FileFlaw,
-    block_digest,
-    data_suffix,
-    is_lfs_pointer,
-    read_file,
-    without_nulls,
-)
 from agentft.data.records import ParseWarning, Rejection, read_record
-from agentft.errors import ConfigError, DataError
+from agentft.errors import ConfigError, DataError, FormatError
+
+MAX_LINE_BYTES = 16 * 1024 * 1024
+"""A longer line is skipped in pieces and set aside: no genuine record comes near."""
+
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
+"""`.arrow`: a file of a folder that `save_to_disk` of `datasets` wrote."""
+_TABLES = (".parquet", ".arrow")
+_COMPRESSED = (".gz", ".zst")
+_LFS_ADVICE = "a Git LFS pointer, not the data: run `git lfs pull` in its repository, or download the file itself"
+_UTF8_BOM = b"\xef\xbb\xbf"
+_FOREIGN: dict[str, tuple[bytes, ...]] = {
+    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+    "UTF-32LE": (b"{\0\0\0", b"[\0\0\0"),
+    "UTF-16LE": (b"{\0", b"[\0"),
+    "UTF-16BE": (b"\0{", b"\0["),
+    "UTF-32BE": (b"\0\0\0{", b"\0\0\0["),
+}
+"""Encoding -> how a file in it begins: a byte order mark, or the zero bytes of ASCII text."""
+_PIECE_CHARACTERS = 1024 * 1024
+_TABLE_ROWS_AT_ONCE = 256
+_BETWEEN = re.compile(r"[ \t\r\n,\0]*")
+"""What stands between the elements of an array."""
 
 _NOTICES_SHOWN_PER_CODE = 20
 _MAX_NAMES_NOTED = 40
@@ -57,7 +82,6 @@ _HELDOUT_NAME = re.compile(r"(?:test|validation|valid|val|dev|eval)(?:[-_.]|\Z)"
 _DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 """What `datasets` writes beside the rows."""
 _DATASET_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _LARGE_BYTES = 3_000_000
 _SYNTHETIC_BYTES = 1_300
 """Of a conversation, about."""
@@ -125,15 +149,9 @@ class ReadReport:
         """Everything that was read, blank lines aside."""
         return self.kept + self.rejected.total()
 
-    def source_of(self, origin: Origin) -> str:
-        """Return the source, as it was given, that a row comes from."""
-        return self.source_of_file.get(origin.source, origin.source)
-
-    def count(self, row: RawRow | Rejection, *, kept: bool) -> None:
-        """Count one row of its source."""
-        source = self.sources.setdefault(self.source_of(row.origin), SourceCount(getattr(row, "weight", 1.0)))
-        source.rows += 1
-        source.kept += kept
+    def source_of(self, file: str) -> str:
+        """Return the source, as it was given, that a file or dataset belongs to."""
+        return self.source_of_file.get(file, file)
 
     def note(self, notices: Iterable[ParseWarning]) -> None:
         """Count notices and keep the first few of each code."""
@@ -151,6 +169,9 @@ def bounded_code(code: str, counted: Counter[str]) -> str:
     if not colon or code in counted or sum(known.startswith(kind + ":") for known in counted) < _MAX_NAMES_NOTED:
         return code
     return f"{kind}:other_names"
+
+
+# --- Datasets ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +192,11 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
     """
     match config:
         case SyntheticConfig():
-            train: Rows = _synthetic(config, "train", config.conversations)
-            return DatasetRows(train, _synthetic(config, "heldout", config.heldout), Format.msagent)
+            return DatasetRows(
+                _synthetic(config, "train", config.conversations),
+                _synthetic(config, "heldout", config.heldout),
+                Format.msagent,
+            )
         case LocalConfig():
             sources = _local_sources(config)
             own = any(heldout_files(Path(source.path)) for source in sources)
@@ -203,8 +227,9 @@ def is_large(config: DatasetConfig) -> bool:
 
 
 def source_digests(config: DatasetConfig) -> Any:
-    """Return the bytes of the sources by name and digest, as JSON; None where a source shows no bytes. Equal ones give
-    equal rows.
+    """Return the bytes of the sources by name and digest, as JSON; None where a source shows no bytes.
+
+    Equal ones give equal rows.
 
     Raises:
         DataError: a hub cannot be asked.
@@ -215,10 +240,24 @@ def source_digests(config: DatasetConfig) -> Any:
             return [_digest_local(_local_sources(config)), test]
         case HubConfig():
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
-            digests = [_digest_hub(config, split) for split in splits]
-            return None if None in digests else digests
+            tables = [getattr(_load_split(config, split), "cache_files", None) for split in splits]
+            if not all(tables):
+                return None  # the client keeps no table of it on the disk
+            return [[file_digest(Path(table["filename"])) for table in own or ()] for own in tables]
         case _:
             return []  # made from the settings alone
+
+
+def _digest_local(sources: Sequence[LocalSource]) -> list[list[Any]]:
+    """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
+    found: list[list[Any]] = []
+    for path in (Path(source.path) for source in sources):
+        skipped: list[str] = []
+        for file in _folder_files(path, skipped) if path.is_dir() else [path]:
+            refusal = _refusal(file, path if path.is_dir() else None)
+            found.append([str(file), refusal or file_digest(file)])
+        found.append([str(path), skipped])
+    return found
 
 
 def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
@@ -240,6 +279,86 @@ def _local_sources(config: LocalConfig) -> list[LocalSource]:
     return [LocalSource(source.path, source.weight) for source in config.sources]
 
 
+def read_conversations(
+    rows: Rows, *, form: Format = Format.auto, reasoning: Reasoning = Reasoning.keep, report: ReadReport | None = None
+) -> Iterator[Conversation | Rejection]:
+    """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
+    deduplicator = Deduplicator(report if report is not None else ReadReport())
+    for row in rows:
+        found = read_row(row, form, reasoning)
+        if isinstance(found, Rejection):
+            yield deduplicator.reject(row, found)
+            continue
+        conversation, notices = found
+        name = deduplicator.accept(row, conversation.id, conversation.content_hash, notices)
+        yield name if isinstance(name, Rejection) else replace(conversation, id=name)
+
+
+def read_row(
+    row: RawRow | Rejection, form: Format, reasoning: Reasoning
+) -> tuple[Conversation, list[ParseWarning]] | Rejection:
+    """Read one row as a conversation."""
+    if isinstance(row, Rejection):
+        return row
+    return read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
+
+
+class Deduplicator:
+    """Counts the rows of a source in their order, and gives no two conversations one id."""
+
+    def __init__(self, report: ReadReport) -> None:
+        self._report = report
+        self._contents: dict[str, str] = {}
+        """Id -> content hash."""
+        self._renamed: dict[str, set[str]] = {}
+        """For an id met with several contents: the further ones."""
+
+    def reject(self, row: RawRow | Rejection, rejection: Rejection) -> Rejection:
+        """Count a row that cannot be used, and return why."""
+        self._report.rejected[rejection.reason] += 1
+        self._count(row, kept=False)
+        return rejection
+
+    def accept(
+        self, row: RawRow | Rejection, name: str, content_hash: str, notices: Sequence[ParseWarning]
+    ) -> str | Rejection:
+        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
+        unique = self._unique(name, content_hash)
+        if unique is None:
+            return self.reject(row, Rejection(row.origin, "duplicate", "the same id and content came before", name))
+        self._report.note(notices)
+        if unique != name:
+            detail = f"id {name!r} came before with other content; this one is {unique!r}"
+            self._report.note([ParseWarning(row.origin, "duplicate_id_renamed", detail)])
+        self._report.kept += 1
+        self._count(row, kept=True)
+        return unique
+
+    def _unique(self, name: str, content_hash: str) -> str | None:
+        """Return the id to use, or None for a repetition of what came before."""
+        if name not in self._contents:
+            self._contents[name] = content_hash
+            return name
+        copies = self._renamed.setdefault(name, set())
+        if content_hash == self._contents[name] or content_hash in copies:
+            return None
+        number = len(copies) + 2
+        while (unique := f"{name}#{number}") in self._contents:
+            number += 1
+        copies.add(content_hash)
+        self._contents[unique] = content_hash
+        return unique
+
+    def _count(self, row: RawRow | Rejection, *, kept: bool) -> None:
+        name, weight = self._report.source_of(row.origin.source), getattr(row, "weight", 1.0)
+        source = self._report.sources.setdefault(name, SourceCount(weight))
+        source.rows += 1
+        source.kept += kept
+
+
+# --- Local files ---
+
+
 def read_local(paths: LocalSources, *, report: ReadReport | None = None) -> Iterator[RawRow | Rejection]:
     """Read rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
 
@@ -250,116 +369,362 @@ def read_local(paths: LocalSources, *, report: ReadReport | None = None) -> Iter
     sources = [source if isinstance(source, LocalSource) else LocalSource(source) for source in given]
     if not sources:
         raise DataError("no path given")
-    for source in sources:
+    places = [Path(source.path).resolve() for source in sources]
+    for at, source in enumerate(sources):
         if not source.weight > 0:
             raise DataError(f"{source.path}: weight {source.weight} is not positive")
         if not Path(source.path).exists():
-            raise DataError(f"{source.path}: no such file or folder")
-    _refuse_overlap(sources)
+            kinds = ", ".join(_SUFFIXES)
+            raise DataError(
+                f"{source.path}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them"
+            )
+        # A file that two sources hold would have two weights, and be a duplicate of itself.
+        for other, place in enumerate(places):
+            if other != at and places[at].is_relative_to(place):
+                where = "given twice" if places[at] == place else f"inside {sources[other].path}, which is given too"
+                raise DataError(f"{source.path}: {where}; name each file once")
     return _read_sources(sources, report if report is not None else ReadReport())
-
-
-def _refuse_overlap(sources: list[LocalSource]) -> None:
-    """A file that two sources hold would have two weights, and be a duplicate of itself."""
-    resolved = [(source.path, Path(source.path).resolve()) for source in sources]
-    for at, (path, place) in enumerate(resolved):
-        for other, above in resolved[:at] + resolved[at + 1 :]:
-            if place.is_relative_to(above):
-                where = "given twice" if place == above else f"inside {other}, which is given too"
-                raise DataError(f"{path}: {where}; name each file once")
 
 
 def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
     for source in sources:
         path = Path(source.path)
-        in_folder = path.is_dir()
         report.sources.setdefault(str(source.path), SourceCount(source.weight))
-        files = _files_of(source, report)
-        if in_folder and not files and source.part != "heldout":
-            raise DataError(f"{path}: the folder holds no {', '.join(READABLE_SUFFIXES)} file")
-        for file in files:
-            # A file name that is no UTF-8 must not break the report that names it.
-            name = str(file if in_folder else source.path).encode("utf-8", "backslashreplace").decode()
-            report.files.append(name)
-            if in_folder:
-                report.source_of_file[name] = str(source.path)
-                if flaw := _unsafe_in_folder(file, path):
-                    yield Rejection(Origin(name, 0), *flaw)
-                    continue
-            yield from _read_one(file, name, source.weight, report, alone=not in_folder)
-
-
-def _read_one(file: Path, name: str, weight: float, report: ReadReport, *, alone: bool) -> Iterator[RawRow | Rejection]:
-    items = 0
-    for line, item in read_file(file):
-        if isinstance(item, FileFlaw) and item.counted_only:
-            report.blank_lines += 1
+        if not path.is_dir():
+            if source.part != "heldout":
+                yield from _read_source(path, None, source, report)
             continue
-        items += 1
-        origin = Origin(name, line)
-        yield (
-            Rejection(origin, item.reason, item.detail) if isinstance(item, FileFlaw) else RawRow(origin, item, weight)
-        )
-    if items == 0:
-        if alone:
-            raise DataError(f"{name}: the file holds no record")
-        yield Rejection(Origin(name, 0), "empty_file", "the file holds no record")
+        own = heldout_files(path) if source.part != "all" else []
+        files = [file for file in _folder_files(path, report.skipped_files) if file not in own]
+        if source.part == "heldout":
+            files = own
+        elif not files:
+            raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
+        for file in files:
+            yield from _read_source(file, path, source, report)
 
 
-def _files_of(source: LocalSource, report: ReadReport) -> list[Path]:
-    path = Path(source.path)
-    if not path.is_dir():
-        return [] if source.part == "heldout" else [path]
-    own = heldout_files(path) if source.part != "all" else []
-    if source.part == "heldout":
-        return own
-    return [file for file in _folder_files(path, report) if file not in own]
+def _read_source(
+    file: Path, folder: Path | None, source: LocalSource, report: ReadReport
+) -> Iterator[RawRow | Rejection]:
+    """Read one file; one of a folder that cannot be read costs itself alone."""
+    # A file name that is no UTF-8 must not break the report that names it.
+    name = str(file if folder else source.path).encode("utf-8", "backslashreplace").decode()
+    report.files.append(name)
+    if folder:
+        report.source_of_file[name] = str(source.path)
+    rows = 0
+    try:
+        refusal = _refusal(file, folder)
+        for line, item in () if refusal else _read_file(file):
+            if item is _BLANK:
+                report.blank_lines += 1
+                continue
+            rows += 1
+            origin = Origin(name, line)
+            if isinstance(item, FormatError):
+                yield Rejection(origin, item.reason, item.detail)
+            else:
+                yield RawRow(origin, item, source.weight)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error}") from error
+    if rows == 0:
+        reason, detail = refusal or ("empty_file", "the file holds no record")
+        if folder is None:
+            raise DataError(f"{name}: {detail}")
+        yield Rejection(Origin(name, 0), reason, detail)
 
 
 def heldout_files(path: Path) -> list[Path]:
     """Return the files of a folder that are held out by their names: `test-*` or `validation/*` beside others for training."""
-    files = _folder_files(path, ReadReport()) if path.is_dir() else []
+    files = _folder_files(path, []) if path.is_dir() else []
     own = [file for file in files if any(_HELDOUT_NAME.match(part) for part in file.relative_to(path).parts)]
     return own if any(_TRAIN_NAME.match(part) for file in files for part in file.relative_to(path).parts) else []
 
 
-def _folder_files(folder: Path, report: ReadReport) -> list[Path]:
-    """Return data files below a folder, sorted by path; hidden ones and other kinds are listed as skipped."""
+def _folder_files(folder: Path, skipped: list[str]) -> list[Path]:
+    """Return data files below a folder, sorted by path; hidden ones and other kinds are added to `skipped`."""
     files: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root, name)
-            if name.startswith((".", "cache-")) or name in _DESCRIPTIONS or data_suffix(path) is None:
-                report.skipped_files.append(str(path))
+            if name.startswith((".", "cache-")) or name in _DESCRIPTIONS or _data_suffix(path) is None:
+                skipped.append(str(path))
             else:
                 files.append(path)
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _unsafe_in_folder(file: Path, folder: Path) -> tuple[str, str] | None:
-    """Return why a file found in a folder is not opened, or None."""
-    if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+def _data_suffix(path: Path) -> str | None:
+    """Return the suffix that says how to read the file, `.gz` and `.zst` looked through; None where it is not one of ours."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+        if suffixes and suffixes[-1] in _TABLES:
+            return None
+    return suffixes[-1] if suffixes and suffixes[-1] in _SUFFIXES else None
+
+
+def _refusal(file: Path, folder: Path | None) -> tuple[str, str] | None:
+    """Return reason and detail why a file, of a folder perhaps, is not read; None where it is."""
+    if folder and file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
         return "link_out_of_folder", f"leads to {file.resolve()}; name that file itself to read it"
     if not file.is_file():
-        return "not_a_file", "no regular file"
+        return "not_a_file", "not a regular file"
+    if _data_suffix(file) is None:
+        return "unknown_kind", f"unknown kind of file; expected {', '.join(_SUFFIXES)}, the text ones also .gz or .zst"
     if file.stat().st_size == 0:
         return "empty_file", "the file is empty"
-    if is_lfs_pointer(file):
-        return "git_lfs_pointer", LFS_ADVICE
-    return None
+    with file.open("rb") as stream:
+        is_pointer = stream.read(42) == b"version https://git-lfs.github.com/spec/v1"
+    return ("git_lfs_pointer", _LFS_ADVICE) if is_pointer else None
 
 
-def _digest_local(sources: Sequence[LocalSource]) -> list[list[Any]]:
-    """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
-    found: list[list[Any]] = []
-    for path in (Path(source.path) for source in sources):
-        report = ReadReport()
-        for file in _folder_files(path, report) if path.is_dir() else [path]:
-            flaw = _unsafe_in_folder(file, path) if file is not path else None
-            found.append([str(file), flaw or (block_digest(file) if file.is_file() else None)])
-        found.append([str(path), report.skipped_files])
-    return found
+_BLANK = object()
+"""In place of a value: the line is blank, and needs no quarantine."""
+
+FileItem = tuple[int, Any]
+"""Line or row number, and the value, or `_BLANK`, or a FormatError that says why there is none."""
+
+
+def _read_file(path: Path) -> Iterator[FileItem]:
+    """Read the values of one file, in file order."""
+    suffix = str(_data_suffix(path))
+    if suffix in _TABLES:
+        yield from _read_table(path, suffix)
+        return
+    number = 0
+    try:
+        with _open_bytes(path) as stream:
+            start = stream.peek(4)[:4]
+            if encoding := next((name for name, starts in _FOREIGN.items() if start.startswith(starts)), None):
+                detail = f"the whole file is {encoding}; convert it: iconv -f {encoding} -t UTF-8"
+                yield 0, FormatError("not_utf8", detail)
+                return
+            if start.startswith(_UTF8_BOM):
+                stream.read(len(_UTF8_BOM))
+            if suffix == ".csv":
+                items = _read_csv(stream, path)
+            else:
+                items = _read_lines(stream) if _is_line_based(path, suffix) else _read_values(stream)
+            for number, item in items:
+                yield number, item
+    except Exception as error:
+        # The one of zstandard by its name: it is imported only where a .zst file is read.
+        if not isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) and type(error).__name__ != "ZstdError":
+            raise
+        yield number + 1, FormatError("broken_compression", f"the compressed file cannot be read on: {error}")
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[io.BufferedReader]:
+    with path.open("rb") as plain:
+        if path.suffix.lower() == ".gz":
+            yield io.BufferedReader(gzip.GzipFile(fileobj=plain))
+        elif path.suffix.lower() == ".zst":
+            import zstandard
+
+            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(plain, read_across_frames=True))
+        else:
+            yield plain
+
+
+def _is_line_based(path: Path, suffix: str) -> bool:
+    """Return False for an array or pretty-printed objects, judged by the first line that is not blank."""
+    with _open_bytes(path) as stream:
+        line = b"\n"
+        while line and not line.strip(b" \t\r\n\0"):
+            line = stream.readline(MAX_LINE_BYTES)
+    line = line.removeprefix(_UTF8_BOM).strip()
+    if line in (b"[", b"{", b"[{"):
+        return False
+    return suffix in (".jsonl", ".ndjson") or (
+        not line.startswith(b"[") and not (line.startswith(b"{") and not line.endswith(b"}"))
+    )
+
+
+def _read_lines(stream: io.BufferedReader) -> Iterator[FileItem]:
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        length = len(line)
+        if length > MAX_LINE_BYTES:
+            while not line.endswith(b"\n") and (line := stream.readline(_PIECE_CHARACTERS)):
+                length += len(line)
+            yield number, FormatError("line_too_long", f"{length:,} bytes, at most {MAX_LINE_BYTES:,}")
+            continue
+        try:
+            item = _line_value(line)
+        except FormatError as flaw:
+            item = flaw
+        yield number, item
+
+
+def _line_value(line: bytes) -> Any:
+    """Return the value of a line, `_BLANK` where it holds white space and NUL padding alone.
+
+    Raises:
+        FormatError: it holds no UTF-8, or not exactly one JSON value.
+    """
+    content = line.strip(b" \t\r\n\0")
+    if not content:
+        return _BLANK
+    breaks_off = not line.endswith(b"\n")
+    try:
+        return parse_json_value(content.decode())
+    except UnicodeDecodeError as error:
+        if breaks_off and error.end >= len(content) - 3 and error.reason == "unexpected end of data":
+            raise FormatError("truncated_line", "the last line breaks off inside a character") from None
+        found = content[error.start : error.end]
+        hint = "convert a file in GB18030, for example, with iconv -f GB18030 -t UTF-8"
+        raise FormatError("not_utf8", f"byte {error.start} is {found!r}; {hint}") from None
+    except FormatError as error:
+        if breaks_off and error.reason == "not_json" and content[:1] in (b"{", b"[", b'"'):
+            detail = f"the last line has no line end and is no whole JSON value: {error.detail}"
+            raise FormatError("truncated_line", detail) from None
+        raise
+
+
+def parse_json_value(text: str) -> Any:
+    """Parse exactly one JSON value.
+
+    Raises:
+        FormatError: with the reason `not_json`, `two_values`, `duplicate_key`, `too_deep` or `number_too_long`.
+    """
+    try:
+        return _DECODER.decode(text)
+    except FormatError:
+        raise
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            rest = text[error.pos : error.pos + 30]
+            raise FormatError("two_values", f"after a whole JSON value comes {rest!r}; one value a line") from None
+        near = text[max(0, error.pos - 20) : error.pos + 20]
+        raise FormatError("not_json", f"{error.msg} at character {error.pos} (near {near!r})") from None
+    except RecursionError:
+        raise FormatError("too_deep", "nested too deep to be a record") from None
+    except ValueError as error:
+        raise FormatError("number_too_long", str(error)) from None
+
+
+def _object_with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise FormatError("duplicate_key", f"an object has the key {twice[:40]!r} twice: which one counts is undefined")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_with_distinct_keys)
+
+
+def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
+    """Read the elements of an array, or values one after the other; the number is the element's, from 1."""
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    buffer = text.read(_PIECE_CHARACTERS).lstrip(" \t\r\n\0")
+    in_array = buffer.startswith("[")
+    at = 1 if in_array else 0
+    number, wanted, ended = 1, _PIECE_CHARACTERS, False
+    while True:
+        at = _end_of_between(buffer, at)
+        if in_array and buffer.startswith("]", at):
+            return
+        problem = "the file ends inside an array"
+        if at < len(buffer):
+            try:
+                value, end = _DECODER.raw_decode(buffer, at)
+            except FormatError as flaw:
+                yield number, FormatError(flaw.reason, f"{flaw.detail}; the rest of the file is not read")
+                return
+            except (ValueError, RecursionError) as error:
+                problem = str(error)
+            else:
+                if end < len(buffer) or ended:  # a number or word that ends with the buffer may go on in the next piece
+                    is_text = is_encodable(buffer[at:end])
+                    yield (
+                        number,
+                        value if is_text else FormatError("not_utf8", "the element holds bytes that are no UTF-8"),
+                    )
+                    number, at = number + 1, end
+                    continue
+        if ended or len(buffer) - at > MAX_LINE_BYTES:
+            if in_array or at < len(buffer):
+                detail = (
+                    f"element {number}: {problem}, or longer than {MAX_LINE_BYTES:,}; the rest of the file is not read"
+                )
+                yield number, FormatError("not_json", detail)
+            return
+        piece = text.read(wanted)
+        wanted = min(2 * wanted, MAX_LINE_BYTES)  # doubled, so that a long element is not parsed many times over
+        buffer, at, ended = buffer[at:] + piece, 0, not piece
+
+
+def _end_of_between(buffer: str, at: int) -> int:
+    found = _BETWEEN.match(buffer, at)
+    return found.end() if found else at
+
+
+def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:
+    """Read rows as objects, numbered by the line they begin on; the first line names the columns."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    rows = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, FormatError("bad_csv", str(error))
+            continue
+        if not header:
+            header = row
+            _require_columns(path, header)
+        elif not row:
+            yield line, _BLANK
+        elif len(row) != len(header):
+            yield line, FormatError("bad_csv", f"{len(row)} fields, the first line names {len(header)} columns")
+        elif not all(map(is_encodable, row)):
+            yield line, FormatError("not_utf8", "the row holds bytes that are no UTF-8")
+        else:
+            yield line, dict(zip(header, row, strict=True))
+
+
+def _require_columns(path: Path, names: list[str]) -> None:
+    if not {"conversations", "messages"} & set(names) and not {"query", "answers"} <= set(names):
+        found = ", ".join(names)[:200]
+        raise DataError(f"{path}: no column 'messages' or 'conversations' (nor 'query' and 'answers'), found {found!r}")
+
+
+def _read_table(path: Path, suffix: str) -> Iterator[FileItem]:
+    """Read rows as objects, in small batches."""
+    import pyarrow
+    import pyarrow.parquet
+
+    is_parquet = suffix == ".parquet"
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) if is_parquet else pyarrow.ipc.open_stream(path) as file:
+            _require_columns(path, (file.schema_arrow if is_parquet else file.schema).names)
+            for batch in file.iter_batches(batch_size=_TABLE_ROWS_AT_ONCE) if is_parquet else file:
+                for start in range(0, len(batch), _TABLE_ROWS_AT_ONCE):
+                    for row in batch.slice(start, _TABLE_ROWS_AT_ONCE).to_pylist():
+                        number += 1
+                        yield number, _without_nulls(row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield number + 1, FormatError(f"broken_{suffix[1:]}", f"cannot be read on: {error}"[:300])
+
+
+def _without_nulls(value: Any, *, top: bool = True) -> Any:
+    """Return a row of Arrow without the nulls in its structs, which stand where other rows have a key and this one has none."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each, top=False) for key, each in value.items() if top or each is not None}
+    return [_without_nulls(each, top=False) for each in value] if isinstance(value, list) else value
+
+
+# --- Hubs ---
 
 
 def read_hub(config: HubConfig, split: str) -> Iterator[RawRow | Rejection]:
@@ -372,11 +737,12 @@ def read_hub(config: HubConfig, split: str) -> Iterator[RawRow | Rejection]:
     return _read_split(config, split)
 
 
-def _digest_hub(config: HubConfig, split: str) -> list[str] | None:
-    """Return digests of the tables that the client keeps of a split; None where it keeps none on the disk."""
-    _require_hub_id(config)
-    tables = getattr(_load_split(config, split), "cache_files", None)
-    return [block_digest(Path(table["filename"])) for table in tables] if tables else None
+def _read_split(config: HubConfig, split: str) -> Iterator[RawRow]:
+    number = 0
+    for number, row in enumerate(_load_split(config, split), 1):
+        yield RawRow(Origin(config.id, number), _without_nulls(row))
+    if number == 0:
+        raise DataError(f"{config.id}: split {split!r} holds no record")
 
 
 def _require_hub_id(config: HubConfig) -> None:
@@ -386,15 +752,8 @@ def _require_hub_id(config: HubConfig) -> None:
         raise DataError(f"{config.id}: a local path of this name would be read in place of the hub; use dataset=local")
 
 
-def _read_split(config: HubConfig, split: str) -> Iterator[RawRow]:
-    number = 0
-    for number, row in enumerate(_load_split(config, split), 1):
-        yield RawRow(Origin(config.id, number), without_nulls(row))
-    if number == 0:
-        raise DataError(f"{config.id}: split {split!r} holds no record")
-
-
 def _load_split(config: HubConfig, split: str) -> Any:
+    _require_hub_id(config)
     hub = "Hugging Face" if isinstance(config, HuggingFaceConfig) else "ModelScope"
     chosen = {} if config.cache_dir is None else {"cache_dir": config.cache_dir}
     try:
@@ -405,88 +764,10 @@ def _load_split(config: HubConfig, split: str) -> Any:
         from modelscope.msdatasets import MsDataset
 
         return MsDataset.load(config.id, split=split, version=config.revision, trust_remote_code=False, **chosen)
-    except ImportError as error:
-        wanted = "datasets" if isinstance(config, HuggingFaceConfig) else "'modelscope[datasets]'"
-        raise DataError(f"the client of {hub} is not installed: pip install {wanted} ({error})") from error
     except Exception as error:  # the client, the hub and the reader of the files each raise types of their own
         cause = error.__cause__ or error  # `datasets` wraps what went wrong in "an error occurred"
         said = f"{type(cause).__name__}: {cause}".split("\n")[0][:300]
-        offline = [
-            name for name in _OFFLINE_VARIABLES if os.environ.get(name, "0").upper() in ("1", "ON", "YES", "TRUE")
-        ]
-        hint = f" {' and '.join(offline)} switched this client off too." if offline else ""
         raise DataError(
-            f"{config.id}: split {split!r} at revision {config.revision!r} cannot be loaded from the {hub} hub ({said}).{hint} "
+            f"{config.id}: split {split!r} at revision {config.revision!r} cannot be loaded from the {hub} hub ({said}). "
             "Check the id and split; if the hub is out of reach, read a downloaded copy with dataset=local"
         ) from error
-
-
-def read_conversations(
-    rows: Rows, *, form: Format = Format.auto, reasoning: Reasoning = Reasoning.keep, report: ReadReport | None = None
-) -> Iterator[Conversation | Rejection]:
-    """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
-    intake = Intake(report if report is not None else ReadReport())
-    for row in rows:
-        if isinstance(row, Rejection):
-            yield intake.refuse(row, row)
-            continue
-        outcome = read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
-        if isinstance(outcome, Rejection):
-            yield intake.refuse(row, outcome)
-            continue
-        conversation, notices = outcome
-        admitted = intake.admit(row, conversation.id, identity(conversation.content_hash), notices)
-        yield admitted if isinstance(admitted, Rejection) else replace(conversation, id=admitted)
-
-
-def identity(content_hash: str) -> int:
-    """Return a number that is equal for conversations that say the same: the beginning of their content hash."""
-    return int(content_hash[:15], 16)
-
-
-class Intake:
-    """Where rows come in, in their order: each is counted, and no two conversations get one id.
-
-    Of a conversation its id and a 64-bit digest of its content are kept, about 150 bytes.
-    """
-
-    def __init__(self, report: ReadReport) -> None:
-        self._report = report
-        self._digests: dict[str, int] = {}
-        self._renamed: dict[str, dict[int, int]] = {}
-        """For an id met with several contents: content digest -> number of the copy."""
-
-    def refuse(self, row: RawRow | Rejection, rejection: Rejection) -> Rejection:
-        """Count a row that cannot be used, and return why."""
-        self._report.rejected[rejection.reason] += 1
-        self._report.count(row, kept=False)
-        return rejection
-
-    def admit(self, row: RawRow, name: str, identity: int, notices: Sequence[ParseWarning]) -> str | Rejection:
-        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
-        unique_name = self._unique(name, identity)
-        if unique_name is None:
-            return self.refuse(row, Rejection(row.origin, "duplicate", "the same id and content came before", name))
-        self._report.note(notices)
-        if unique_name != name:
-            detail = f"id {name!r} came before with other content; this one is {unique_name!r}"
-            self._report.note([ParseWarning(row.origin, "duplicate_id_renamed", detail)])
-        self._report.kept += 1
-        self._report.count(row, kept=True)
-        return unique_name
-
-    def _unique(self, name: str, identity: int) -> str | None:
-        """Return the id to use, or None for a repetition of what came before."""
-        known = self._digests.get(name)
-        if known is None:
-            self._digests[name] = identity
-            return name
-        copies = self._renamed.setdefault(name, {})
-        if identity == known or identity in copies:
-            return None
-        number = len(copies) + 2
-        while (unique_name := f"{name}#{number}") in self._digests:
-            number += 1
-        copies[identity] = number
-        self._digests[unique_name] = identity
-        return unique_name

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from agentft.data.conversation import Conversation, Part, Text
-from agentft.data.examples import make_examples
 from agentft.data.msagent import GrammarError, as_msagent, parse_assistant, step_message
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
+from agentft.data.truncation import make_examples
 from agentft.evaluation.generate import Completion, Generator
 from agentft.evaluation.metrics import Metric, bootstrap_facts, interval_metrics, signature
 from agentft.evaluation.parse import own_words

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data import files
+from agentft.data import sources
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import ParseWarning, Rejection
 from agentft.data.sources import LocalSource, RawRow, ReadReport, heldout_files, read_conversations, read_local
@@ -84,7 +84,7 @@ def test_a_truncated_last_line_is_named_as_such(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_skipped_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines("a") + b'{"id": "' + b"x" * 5_000_000 + b'"}\n' + lines("b"))
     assert outcome(path) == ["1:a", "2:line_too_long", "3:b"]
@@ -122,7 +122,7 @@ def test_a_file_in_a_foreign_encoding_is_named_as_a_whole(tmp_path: Path, encodi
 def test_an_array_is_read_element_by_element(
     tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 50)
     path = tmp_path / "a.json"
     values = [record("a"), record("b", "谢" * 300), 7, record("c")]
     text = json.dumps(values, ensure_ascii=False, indent=indent)

@@ -11,14 +11,14 @@ from agentft.audits.checks import trace_labels
 from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Conversation, Message, Origin
-from agentft.data.examples import make_examples
 from agentft.data.msagent import GrammarError, as_msagent
+from agentft.data.prepared import from_line, to_line
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import Segment, SpanKind
-from agentft.data.store import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import SegmentEncoder
+from agentft.data.truncation import make_examples
 from tests.data.format_records import (
     ANSWER,
     ARGUMENTS,

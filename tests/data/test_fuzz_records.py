@@ -12,9 +12,9 @@ from agentft.data.calls import ToolCall
 from agentft.data.config import Format, Reasoning
 from agentft.data.conversation import Call, Conversation, Observation, Origin, Text, chat_messages
 from agentft.data.msagent import MARK, GrammarError, as_msagent, lift_tools
+from agentft.data.prepared import from_line, to_line
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import read_conversations, read_local
-from agentft.data.store import from_line, to_line
 from tests.data.format_records import RECORDS
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

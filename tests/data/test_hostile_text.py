@@ -7,11 +7,12 @@ import json
 import pytest
 
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.files import JsonTextError, parse_json_value
 from agentft.data.msagent import read_system
 from agentft.data.records import Rejection, read_record
 from agentft.data.response import our_templates
+from agentft.data.sources import parse_json_value
 from agentft.data.tools import read_offered_tools
+from agentft.errors import FormatError
 
 CALL = '<|startofthink|>{"api_name": "f", "parameters": {}}<|endofthink|>'
 
@@ -25,7 +26,7 @@ def read(assistant: str, system: str = "s") -> Conversation | str:
 
 def test_a_key_that_comes_again_after_a_hundred_thousand_others_is_found():
     pairs = ",".join(f'"k{number}":0' for number in range(100_000))
-    with pytest.raises(JsonTextError, match="'k99999' twice"):
+    with pytest.raises(FormatError, match="'k99999' twice"):
         parse_json_value("{" + pairs + ',"k99999":1}')
 
 

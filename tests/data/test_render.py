@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from agentft.data.conversation import Call, Conversation, Message, Observation, Origin, Text, chat_messages
-from agentft.data.examples import make_examples
 from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Rendering, SpanKind
 from agentft.data.template_choice import choose_template, exported_template
 from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
+from agentft.data.truncation import make_examples
 from agentft.errors import ConfigError
 from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import sentencepiece_tokenizer

@@ -11,11 +11,11 @@ import pytest
 
 from agentft.data.config import LocalConfig, Split, WeightedPath
 from agentft.data.conversation import Conversation, Origin
+from agentft.data.entries import divide, in_showing_order
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.data.records import read_record
 from agentft.data.sources import LocalSource, ReadReport, read_conversations, read_local
-from agentft.data.splits import divide, in_showing_order
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError

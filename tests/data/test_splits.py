@@ -8,8 +8,8 @@ import pytest
 
 from agentft.data.config import Split
 from agentft.data.conversation import Conversation, Origin
+from agentft.data.entries import divide
 from agentft.data.records import read_record
-from agentft.data.splits import divide
 from agentft.errors import DataError
 
 

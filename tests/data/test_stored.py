@@ -9,17 +9,16 @@ import pytest
 
 from agentft.data.config import SpanWeights
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.sources import read_conversations, read_local
-from agentft.data.store import (
-    ConversationWriter,
+from agentft.data.prepared import (
     ExampleWriter,
+    RecordWriter,
     StoredConversations,
     StoredExamples,
     from_line,
     pack,
-    stored_id_type,
     to_line,
 )
+from agentft.data.sources import read_conversations, read_local
 from agentft.data.tokens import tokenize, weigh
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, stop=0.5)
@@ -42,16 +41,17 @@ def test_every_conversation_that_is_kept_of_the_malformed_set_comes_back_equal(s
 
 
 def test_conversations_are_read_by_number_and_slice_in_a_chosen_order(tmp_path, golden_conversations):
-    talks = list(golden_conversations.values())
-    writer = ConversationWriter(tmp_path / "talks")
-    assert [writer.append(to_line(talk)) for talk in talks] == list(range(len(talks)))
+    conversations = list(golden_conversations.values())
+    writer = RecordWriter(tmp_path / "lines")
+    for conversation in conversations:
+        writer.append(to_line(conversation))
     writer.close()
-    stored = StoredConversations(tmp_path / "talks")
-    assert list(stored) == talks
-    chosen = StoredConversations(tmp_path / "talks", np.array([2, 0, 2]))
-    assert list(chosen) == [talks[2], talks[0], talks[2]]
-    assert list(chosen[:2]) == [talks[2], talks[0]]
-    assert chosen[-1] == talks[2]
+    stored = StoredConversations(tmp_path / "lines")
+    assert list(stored) == conversations
+    chosen = StoredConversations(tmp_path / "lines", np.array([2, 0, 2]))
+    assert list(chosen) == [conversations[2], conversations[0], conversations[2]]
+    assert list(chosen[:2]) == [conversations[2], conversations[0]]
+    assert chosen[-1] == conversations[2]
     with pytest.raises(IndexError):
         chosen[3]
 
@@ -61,13 +61,15 @@ def test_an_example_comes_back_equal_whatever_the_width_of_its_ids(
     tmp_path, golden_conversations, template, encoder, largest_id
 ):
     examples = list(tokenize(golden_conversations.values(), template, encoder))
-    id_type = stored_id_type(largest_id)
-    writer = ExampleWriter(tmp_path, id_type)
-    rows = [writer.append(pack(example, id_type)) for example in examples]
-    writer.close()
-    stored = StoredExamples(tmp_path)
-    for row, example in zip(rows, examples, strict=True):
-        assert_equal(stored[row], example)
+    writer = ExampleWriter(tmp_path / "part")
+    for example, conversation in zip(examples, golden_conversations.values(), strict=True):
+        writer.append(pack(example, largest_id, conversation))
+    order = [*reversed(range(len(examples))), 0]
+    writer.close(order)
+    stored = StoredExamples(tmp_path / "part")
+    assert list(stored.conversations()) == [list(golden_conversations.values())[row] for row in order]
+    for row, example in zip(order, stored, strict=True):
+        assert_equal(example, examples[row])
     chosen = stored.chosen(np.array([3, 1, 3])).weighed(WEIGHTS)
     assert_equal(chosen[0], weigh(examples[3], WEIGHTS))
     assert [example.id for example in chosen[1:]] == chosen.ids[1:] == [examples[1].id, examples[3].id]

@@ -10,15 +10,14 @@ import pytest
 from agentft.audits.checks import trace_labels
 from agentft.data.config import Format, LocalConfig, Reasoning, TooLong
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.examples import make_examples
 from agentft.data.prepare import prepare_data
+from agentft.data.prepared import from_line, to_line
 from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations
-from agentft.data.store import from_line, to_line
 from agentft.data.template_choice import choose_template
 from agentft.data.text_ids import TokenText
 from agentft.data.tokens import IGNORE_INDEX, tokenize
-from agentft.data.truncation import TruncationKind, Truncator
+from agentft.data.truncation import TruncationKind, Truncator, make_examples
 from agentft.evaluation.steps import all_steps
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "first guess"}'}}

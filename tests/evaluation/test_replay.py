@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from agentft.data.conversation import Origin
-from agentft.data.examples import make_examples
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.truncation import make_examples
 from agentft.evaluation.generate import Completion
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
 from agentft.evaluation.steps import all_steps, conversation_steps

@@ -181,11 +181,10 @@ def test_x02_a_pickle_as_a_dataset_runs_nothing(marker, ledger, tmp_path, suffix
 def test_x02_a_pickle_in_the_cache_of_tokenised_data_runs_nothing(marker, ledger, tmp_path):
     import numpy as np
 
-    from agentft.data.store import StoredExamples
+    from agentft.data.prepared import StoredExamples
 
-    for name in ("ids.bin", "spans.bin", "names.bin"):
-        (tmp_path / name).write_bytes(b"")
-    np.save(tmp_path / "examples.npy", np.array([_Payload(marker)], dtype=object), allow_pickle=True)
+    (tmp_path / "examples.bin").write_bytes(b"")
+    np.save(tmp_path / "order.npy", np.array([_Payload(marker)], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         StoredExamples(tmp_path)
     assert not marker.exists()

@@ -74,7 +74,7 @@ def test_an_entry_without_whole_weights_is_built_again(
                 file.unlink()
     assert locate_model(_tiny(tmp_path)) == files
     assert holds_weights(files.folder)
-    assert f"{files.folder} is incomplete, and is built again" in caplog.text
+    assert f"{files.folder} is incomplete or damaged, and is built again" in caplog.text
 
 
 def test_a_build_without_weights_gets_no_name(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentft.data import cache as data_cache
+from agentft.data import entries as entries_module
 from agentft.data import prepare, synthetic, text_ids, workers
 from agentft.data.config import (
     Format,
@@ -32,18 +32,16 @@ from agentft.data.config import (
     WeightedPath,
 )
 from agentft.data.conversation import Conversation
+from agentft.data.entries import divide, keep_apart
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import (
     PreparationStats,
     PreparedData,
-    read_account,
     rewritten_history,
-    write_account,
     write_manifest,
 )
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import is_large, read_conversations, read_local
-from agentft.data.splits import divide, keep_apart
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import Truncator
@@ -114,8 +112,8 @@ def forks(monkeypatch) -> list[int]:
     """Take every dataset for a large one, in small batches; the numbers of processes that were forked."""
     made: list[int] = []
     fork = workers._in_processes
-    for module in (workers, prepare):
-        monkeypatch.setattr(module, "CONVERSATIONS_A_BATCH", 12)
+    for module in (entries_module, prepare):
+        monkeypatch.setattr(module, "BATCH_CONVERSATIONS", 12)
     monkeypatch.setattr(prepare, "is_large", lambda config: True)
 
     def counted(work, batches, processes):
@@ -141,10 +139,7 @@ def test_forked_processes_prepare_what_one_process_prepares(case, data_file, tem
     assert forked.fingerprint == alone.fingerprint
     assert [show(example) for example in forked.train] == [show(example) for example in alone.train]
     assert list(forked.heldout) == list(alone.heldout)
-    paths = [tmp_path / name for name in ("alone", "forked")]
-    for path, prepared in zip(paths, (alone, forked), strict=True):
-        write_account(prepared.account, path)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert forked.account.to_json() == alone.account.to_json()
     assert forked.account.read.notices["duplicate_id_renamed"] == 1
     assert forked.account.read.rejected["duplicate"] == 1
 
@@ -262,7 +257,7 @@ def test_from_the_cache_everything_is_the_same_byte_for_byte(data_file, template
     assert kept.account.reasons() == {"too_long": kept.account.reasons()["too_long"], "not_json": 1, "duplicate": 1}
 
 
-def test_every_part_of_an_account_survives_its_file(data_file, template, encoder, tmp_path):
+def test_every_part_of_an_account_survives_its_file(data_file, template, encoder):
     account = prepare_data(settings(data_file, cache=False), template, encoder).account
     account.layout.update(["z", "a", "a"])
     account.left_out.update(["held_out_too"])
@@ -270,8 +265,7 @@ def test_every_part_of_an_account_survives_its_file(data_file, template, encoder
     assert account.changed
     for part in dataclasses.fields(PreparationStats):
         assert getattr(account, part.name), part.name
-    write_account(account, tmp_path / "account.json")
-    again = read_account(tmp_path / "account.json")
+    again = PreparationStats.from_json(account.to_json())
     assert again == account
     assert type(again.read.notices) is Counter
     assert list(again.layout.items()) == list(account.layout.items())
@@ -288,9 +282,9 @@ def test_jobs_that_differ_in_nothing_that_decides_tokens_share_the_cache(data_fi
 
 def _other_code(monkeypatch, tmp_path):
     package = tmp_path / "package"
-    shutil.copytree(data_cache._PACKAGE / "data", package / "data")
-    shutil.copytree(data_cache._PACKAGE / "recipes", package / "recipes")
-    monkeypatch.setattr(data_cache, "_PACKAGE", package)
+    shutil.copytree(prepare._PACKAGE / "data", package / "data")
+    shutil.copytree(prepare._PACKAGE / "recipes", package / "recipes")
+    monkeypatch.setattr(prepare, "_PACKAGE", package)
     with (package / "data" / "synthetic" / "zh.yaml").open("a") as file:
         file.write("# another line\n")
     for path in (each for each in package.rglob("*") if each.is_file()):
@@ -336,7 +330,7 @@ def test_whatever_decides_the_tokens_makes_another_entry(
         case "code":
             _other_code(monkeypatch, tmp_path)
         case "library":
-            monkeypatch.setattr(data_cache, "_version", lambda name: "0.0.1")
+            monkeypatch.setattr(prepare, "version", lambda name: "0.0.1")
     after = prepare_data(config, template, encoder)
     assert len(entries(cache)) == 2
     fresh = prepare_data(dataclasses.replace(config, cache=False), template, encoder)
@@ -349,7 +343,7 @@ def test_code_that_changed_after_the_process_began_is_not_cached(
     data_file, template, encoder, cache, tmp_path, monkeypatch, caplog
 ):
     _other_code(monkeypatch, tmp_path)
-    later = data_cache._STARTED + 1
+    later = prepare._STARTED + 1
     os.utime(tmp_path / "package" / "data" / "render.py", (later, later))
     prepare_data(settings(data_file), template, encoder)
     assert "changed after this process began" in caplog.text
@@ -376,8 +370,8 @@ def _spoil(file: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a changed bit": lambda entry: _spoil(entry / "ids.bin"),
-    "a cut file": lambda entry: os.truncate(entry / "examples.npy", 200),
+    "a changed bit": lambda entry: _spoil(entry / "train" / "examples.bin"),
+    "a cut file": lambda entry: os.truncate(entry / "heldout" / "counts.npy", 200),
     "a lost file": lambda entry: (entry / "account.json").unlink(),
     "no manifest": lambda entry: (entry / "manifest.json").unlink(),
     "half a manifest": lambda entry: os.truncate(entry / "manifest.json", 100),
@@ -390,7 +384,7 @@ def test_a_damaged_entry_is_built_anew_and_said(damage, data_file, template, enc
     (entry,) = entries(cache)
     DAMAGES[damage](entry)
     after = prepare_data(settings(data_file), template, encoder)
-    assert "is damaged" in caplog.text
+    assert "is incomplete or damaged" in caplog.text
     assert after.fingerprint == before.fingerprint
     assert entries(cache) == [entry]
     caplog.clear()
@@ -454,10 +448,9 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_good(
     append = prepare.ExampleWriter.append
 
     def append_then_stop(writer, example):
-        row = append(writer, example)
-        if row == 20:
+        append(writer, example)
+        if len(writer.digests) == 20:
             stop_here()
-        return row
 
     with monkeypatch.context() as patch:
         if moment == "while tokenising":

@@ -1,0 +1,335 @@
+"""Turn rows into conversations and examples, a batch at a time, and divide the conversations by what is kept of each.
+
+All that decides a conversation's part and its place there comes from hashes of content, so nothing depends on the order of a
+file, on the sample size or on what else is in it. The held-out set is fixed before sampling: every sample size has the same
+evaluation, and so has every mixture of sources.
+
+A weight is a number of showings: 0.5 keeps half of a source's conversations, 2 shows each twice, 2.5 each twice and half of
+them a third time. Both samples and weights are nested: a smaller sample is the beginning of a larger one, and a greater
+weight adds showings without moving or dropping any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+from agentft.data.config import DatasetConfig, Format, Split, TooLong
+from agentft.data.conversation import Conversation
+from agentft.data.prepared import PackedExample, from_line, pack, to_line
+from agentft.data.records import ParseWarning, Rejection
+from agentft.data.sources import RawRow, read_row
+from agentft.data.template_choice import Layout
+from agentft.data.tokens import SegmentEncoder
+from agentft.data.truncation import TruncationKind, TruncationResult, Truncator
+from agentft.errors import DataError
+
+BATCH_CONVERSATIONS, _BATCH_CHARACTERS = 64, 250_000
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a conversation that a part wants."""
+
+    kind: TruncationKind
+    examples: Sequence[PackedExample]
+    """Until they are written."""
+    notes: tuple[str, ...]
+    tools: frozenset[str]
+    change: dict[str, Any] | None
+    """What of it is not used."""
+    rejection: Rejection | None
+    rows: range = range(0)
+    """Numbers of its examples in the files of its part."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A conversation without its text: what the dataset is divided and ordered by, and what became of it."""
+
+    id: str
+    source: str
+    """The file or dataset that it comes from."""
+    weight: float
+    content_hash: str
+    user_hash: str
+    called_tools: frozenset[str]
+    notices: Sequence[ParseWarning]
+    """Until they are counted."""
+    line: bytes | None = None
+    """The conversation as it is stored, until it is written; None where its examples are made at once."""
+    part: str | None = None
+    outcome: Outcome | None = None
+    number: int = -1
+    """Of the conversations that were read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowWork:
+    """The work on one batch, with all that decides its results."""
+
+    config: DatasetConfig
+    template: Layout
+    encoder: SegmentEncoder
+    keeps_all: bool = False
+    """Keep the conversations that training examples render, too."""
+
+    def read(
+        self, rows: Sequence[RawRow | Rejection], form: Format, part: str | None, waits: bool, name: str | None = None
+    ) -> list[Entry | Rejection]:
+        """Read rows of one source as conversations, and make the examples of those that a part shows.
+
+        Args:
+            part: The part that the source is for; None: what a conversation says decides.
+            waits: Make nothing yet, and give the conversations as they are stored.
+            name: Id of the one conversation, in place of its own.
+        """
+        results: list[Entry | Rejection] = []
+        wanted: list[tuple[Entry, Conversation]] = []
+        for row in rows:
+            found = read_row(row, form, self.config.reasoning)
+            if isinstance(found, Rejection):
+                results.append(found)
+                continue
+            conversation, notices = found
+            if name is not None:
+                conversation = replace(conversation, id=name)
+            hashes = conversation.content_hash, conversation.user_hash
+            source, tools = conversation.origin.source, conversation.called_tools
+            entry = Entry(conversation.id, source, conversation.weight, *hashes, tools, notices)
+            results.append(entry)
+            if waits:
+                entry.line = to_line(conversation)
+                continue
+            held_out = is_held_out(entry.user_hash, self.config.seed, self.config.test_ratio)
+            entry.part = part or ("heldout" if held_out else "train")
+            if entry.part == "heldout" or entry.weight >= 1 or showing_keys(entry, self.config.seed):
+                wanted.append((entry, conversation))
+        outcomes = self._make([(conversation, str(entry.part)) for entry, conversation in wanted])
+        for (entry, _), outcome in zip(wanted, outcomes, strict=True):
+            entry.outcome = outcome
+        return results
+
+    def make(self, lines: Sequence[bytes], part: str) -> list[Outcome]:
+        """Make the examples of stored conversations that a part wants."""
+        return self._make([(from_line(line), part) for line in lines])
+
+    def _make(self, wanted: Sequence[tuple[Conversation, str]]) -> list[Outcome]:
+        truncator = Truncator(self.template, self.encoder, self.config.max_length)
+        items = [
+            (_to_ask(each) if part == "heldout" else each, policy_of(part, self.config.too_long))
+            for each, part in wanted
+        ]
+        return [self._outcome(each, part) for each, (_, part) in zip(truncator.fit(items), wanted, strict=True)]
+
+    def _outcome(self, made: TruncationResult, part: str) -> Outcome:
+        keeps = part == "heldout" or self.keeps_all
+        largest_id = self.encoder.largest_id
+        change = None
+        if made.outcome is not TruncationKind.whole:
+            change = {
+                "id": made.original.id,
+                "part": part,
+                "outcome": str(made.outcome),
+                "tokens": made.tokens,
+                "examples": [piece.conversation.id for piece in made.pieces],
+                "shortened_observations": made.shortened_observations,
+                "steps_left_out": list(made.steps_left_out),
+            }
+        return Outcome(
+            made.outcome,
+            [pack(piece.example, largest_id, piece.conversation if keeps else None) for piece in made.pieces],
+            made.notes if made.problem is None else (),
+            frozenset().union(*(piece.conversation.called_tools for piece in made.pieces)),
+            change,
+            made.problem and Rejection(made.original.origin, *made.problem, id=made.original.id),
+        )
+
+
+def policy_of(part: str, too_long: TooLong) -> TooLong:
+    """Return what a part does with long conversations.
+
+    A round that training would leave out is still asked in the evaluation: held-out conversations are split unless dropped.
+    """
+    return too_long if part == "train" or too_long is TooLong.drop else TooLong.split
+
+
+def _to_ask(conversation: Conversation) -> Conversation:
+    """Return a held-out conversation whose reasoning is part of what is asked: no prompt may show the thought of its step."""
+    if all(message.reasoning_trained for message in conversation.messages):
+        return conversation
+    messages = tuple(replace(message, reasoning_trained=True) for message in conversation.messages)
+    return replace(conversation, messages=messages)
+
+
+def batches_of(rows: Iterable[RawRow | Rejection]) -> Iterator[list[RawRow | Rejection]]:
+    """Cut a stream by number and, since whole batches are in memory, by characters."""
+    batch: list[RawRow | Rejection] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += 0 if isinstance(row, Rejection) else _characters(row.value)
+        if len(batch) == BATCH_CONVERSATIONS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: object, depth: int = 5) -> int:
+    """Return about how much text a raw value holds; what lies deeper than a turn's fields counts nothing."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum([_characters(each, depth - 1) for each in inner]) if depth else 0
+
+
+# --- Which part, in which order, how often ---
+
+
+class Divisible(Protocol):
+    """What decides a conversation's part and its place there: of a conversation, or of an entry."""
+
+    @property
+    def content_hash(self) -> str:
+        """Digest of all its text, hexadecimal."""
+
+    @property
+    def user_hash(self) -> str:
+        """Digest of its user turns, hexadecimal."""
+
+    @property
+    def weight(self) -> float:
+        """Of its source."""
+
+    @property
+    def called_tools(self) -> frozenset[str]:
+        """Names of the tools that it calls."""
+
+
+D = TypeVar("D", bound=Divisible)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts(Generic[D]):
+    """A dataset divided, each part in its nested order: the first n of it are the sample of size n."""
+
+    train: list[D]
+    """As often as the weight of its source says."""
+    heldout: list[D]
+    """Each once."""
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Conversations in neither part, counted by reason."""
+
+
+def divide(conversations: Iterable[D], *, split: Split, test_ratio: float, seed: int) -> Parts[D]:
+    """Divide conversations into a training and a held-out part.
+
+    Conversations with the same user side go to the same part, whatever the agent answered. With `unseen_tools` one that calls
+    held-out and other tools alike belongs to neither part and is set aside.
+
+    Raises:
+        DataError: a part would be empty.
+    """
+    pool = list(conversations)
+    by_tools = split is Split.unseen_tools
+    heldout_tools = _heldout_tools(pool, test_ratio, seed) if by_tools else frozenset()
+    parts: Parts[D] = Parts([], [])
+    for conversation in pool:
+        names = conversation.called_tools
+        if not by_tools or not names:
+            held_out = is_held_out(conversation.user_hash, seed, test_ratio)
+        elif names & heldout_tools and names - heldout_tools:
+            parts.set_aside["mixes_seen_and_unseen_tools"] += 1
+            continue
+        else:
+            held_out = names <= heldout_tools
+        (parts.heldout if held_out else parts.train).append(conversation)
+    if not parts.train or not parts.heldout:
+        empty = "training" if not parts.train else "held-out"
+        raise DataError(
+            f"the {empty} part is empty: {len(pool)} conversations divided by {split} at test_ratio={test_ratio}; "
+            "give more conversations or another dataset.test_ratio"
+        )
+    return _in_order(parts, seed)
+
+
+def keep_apart(train: Iterable[D], heldout: Iterable[D], *, seed: int) -> Parts[D]:
+    """Order two parts that have sources of their own; what the held-out users say too is not trained on."""
+    given, held = list(train), list(heldout)
+    users = {conversation.user_hash for conversation in held}
+    parts = Parts([c for c in given if c.user_hash not in users], held)
+    if len(parts.train) < len(given):
+        parts.set_aside["held_out_too"] = len(given) - len(parts.train)
+    return _in_order(parts, seed)
+
+
+def _in_order(parts: Parts[D], seed: int) -> Parts[D]:
+    train = in_showing_order(parts.train, seed)
+    if left_out := len(parts.train) - len({id(conversation) for conversation in train}):
+        parts.set_aside["left_out_by_weight"] = left_out
+    return Parts(train, in_sample_order(parts.heldout, seed), parts.set_aside)
+
+
+def _heldout_tools(pool: Sequence[Divisible], test_ratio: float, seed: int) -> frozenset[str]:
+    """Hold tools out, by hash of the name, until about `test_ratio` of the calling conversations use them."""
+    uses = Counter(name for conversation in pool for name in conversation.called_tools)
+    target = test_ratio * sum(bool(conversation.called_tools) for conversation in pool)
+    heldout: set[str] = set()
+    covered = 0
+    for name in _sort_by_hash(sorted(uses), key=lambda tool: tool, seed=seed):
+        if covered >= target:
+            break
+        heldout.add(name)
+        covered += uses[name]
+    return frozenset(heldout)
+
+
+def is_held_out(user_hash: str, seed: int, test_ratio: float) -> bool:
+    """Return whether `Split.content` holds out what this user says."""
+    return _hash_share(f"split-{seed}-{user_hash}") < test_ratio
+
+
+def showing_keys(conversation: Divisible, seed: int) -> list[bytes]:
+    """Return a sort key for each showing of a conversation in an epoch; none where its source's weight leaves it out.
+
+    The first showing has the key of an unweighted conversation: a weight of 1 changes nothing.
+    """
+    keys: list[bytes] = []
+    while (left := conversation.weight - len(keys)) > 0:
+        showing = f"{seed}-{conversation.content_hash}" + (f"-{len(keys)}" if keys else "")
+        # The last one is shown in full or, of a fraction, to as many conversations as it says.
+        if left < 1 and _hash_share(f"weight-{showing}") >= left:
+            break
+        keys.append(_hash_key(f"order-{showing}"))
+    return keys
+
+
+def in_showing_order(conversations: Iterable[D], seed: int) -> list[D]:
+    """Return the showings of an epoch, in an order whose first n are the sample of size n; a conversation can occur again."""
+    showings = ((key, conversation) for conversation in conversations for key in showing_keys(conversation, seed))
+    return [conversation for _, conversation in sorted(showings, key=lambda showing: showing[0])]
+
+
+def in_sample_order(conversations: Sequence[D], seed: int) -> list[D]:
+    """Order conversations so that the first n are the sample of size n: larger samples contain the smaller ones."""
+    return _sort_by_hash(conversations, key=lambda conversation: conversation.content_hash, seed=seed)
+
+
+def _sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> list[T]:
+    """Sort by a seeded hash of each item's own key, equal keys in their given order."""
+    return sorted(items, key=lambda item: _hash_key(f"order-{seed}-{key(item)}"))
+
+
+def _hash_share(key: str) -> float:
+    """Map a key to [0, 1), uniformly."""
+    return int.from_bytes(_hash_key(key)[:8], "big") / 2**64
+
+
+def _hash_key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
