@@ -1,19 +1,22 @@
-"""Fit conversations to `dataset.max_length` by their structure, never by cutting tokens.
+"""Make examples of conversations in a layout, and fit them to `dataset.max_length` by their structure, never by cutting tokens.
 
 What survives in every case: the system text with its tools, the question of the round, and each step that is trained,
 whole. What gives way, in this order: long tool results are shortened, visibly; then the oldest rounds go. With `split`
 the rounds are spread over several examples instead, so that every step is trained once. What still does not fit is set
 aside, and each of these outcomes is counted and listed.
+
+Most conversations are one example. Where a chat template rewrites history, a conversation is several; each is a piece of
+its own, whose conversation marks the steps that its example trains.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import islice, pairwise
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import NamedTuple
 
 from agentft.data.config import TooLong
 from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, Conversation, Message, Observation
@@ -23,7 +26,16 @@ from agentft.data.render import LaidOut, Segment, with_context_only
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import EncodedRendering, Example, KnownIds, SegmentEncoder
 
+MIN_OBSERVATION_CHARACTERS = 100
+"""Tool results are not shortened below this: less would be no evidence for what the agent says next."""
+
+_PRECISION = 16
+"""Characters: how near the common length of shortened tool results comes to the greatest that fits."""
 _BATCH = 64
+_FENCE = re.compile(r"(\s*```[^\S\n]*\w*\s*)(.*?)(\s*```\s*)", re.DOTALL)
+
+
+# --- Conversation -> examples ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +46,6 @@ class Piece:
     example: Example
     segments: tuple[Segment, ...] = ()
     """What the example was encoded from."""
-
-
-class Attempt(NamedTuple):
-    """A conversation to make examples of; its first `context_rounds` rounds are shown and not trained."""
-
-    conversation: Conversation
-    context_rounds: int = 0
 
 
 class Rendered(NamedTuple):
@@ -70,44 +75,46 @@ def make_examples(
     """Render and encode conversations, a batch at a time, in order."""
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
-        for made in render_all(template, encoder, [[Attempt(conversation)] for conversation in batch], {}):
-            yield from made
+        yield from render_all(batch, template, encoder, {})
 
 
 def render_all(
-    template: Layout, encoder: SegmentEncoder, requests: Sequence[Sequence[Attempt]], known: KnownIds
-) -> Iterator[list[Rendered]]:
-    """Yield for each request what its attempts became; all of them are encoded together, texts in `known` not again."""
-    attempts = [attempt for own in requests for attempt in own]
-    laid_out = [template.lay_out(attempt.conversation, attempt.context_rounds) for attempt in attempts]
+    conversations: Sequence[Conversation],
+    template: Layout,
+    encoder: SegmentEncoder,
+    known: KnownIds,
+    context_rounds: int = 0,
+) -> Iterator[Rendered]:
+    """Yield what each conversation becomes; all are encoded together, texts in `known` not again.
+
+    Args:
+        context_rounds: Rounds at the start of each that are shown and not trained.
+    """
+    laid_out = [template.lay_out(conversation, context_rounds) for conversation in conversations]
     renderings = [
-        (attempt.conversation.id, rendering)
-        for attempt, each in zip(attempts, laid_out, strict=True)
+        (conversation.id, rendering)
+        for conversation, each in zip(conversations, laid_out, strict=True)
         if isinstance(each, LaidOut)
         for rendering in each.renderings
     ]
     encoded = iter(encoder.encode(renderings, known))
-    made: list[Rendered] = []
-    for attempt, each in zip(attempts, laid_out, strict=True):
+    for conversation, each in zip(conversations, laid_out, strict=True):
         if isinstance(each, LaidOut):
             found = [(one, rendering.segments) for rendering in each.renderings for one in next(encoded)]
-            made.append(Rendered(attempt.conversation, tuple(_pieces(each, attempt, found)), None, each.notes))
+            yield Rendered(conversation, tuple(_pieces(each, context_rounds, found)), None, each.notes)
         else:
-            made.append(Rendered(attempt.conversation, (), each))
-    results = iter(made)
-    for own in requests:
-        yield list(islice(results, len(own)))
+            yield Rendered(conversation, (), each)
 
 
 def _pieces(
-    laid_out: LaidOut, attempt: Attempt, found: Sequence[tuple[EncodedRendering, tuple[Segment, ...]]]
+    laid_out: LaidOut, context_rounds: int, found: Sequence[tuple[EncodedRendering, tuple[Segment, ...]]]
 ) -> Iterator[Piece]:
     """Yield the examples of a conversation, each with a conversation that marks the steps that it trains."""
     conversation = laid_out.conversation
-    agent = [shown for m, shown in with_context_only(conversation, attempt.context_rounds) if m.role == "assistant"]
+    agent = [shown for m, shown in with_context_only(conversation, context_rounds) if m.role == "assistant"]
     if len(found) == 1 and found[0][0].steps == tuple(step for step, shown in enumerate(agent) if not shown):
         (((example, _), segments),) = found
-        example = replace(example, context_rounds=attempt.context_rounds) if attempt.context_rounds else example
+        example = replace(example, context_rounds=context_rounds) if context_rounds else example
         yield Piece(conversation, example, segments)
         return
     for number, ((example, steps), segments) in enumerate(found, 1):
@@ -124,12 +131,7 @@ def _pieces(
         yield Piece(part, replace(example, id=part.id), segments)
 
 
-# --- Fitting to a length ---
-
-MIN_OBSERVATION_CHARACTERS = 100
-"""Tool results are not shortened below this: less would be no evidence for what the agent says next."""
-
-_FENCE = re.compile(r"(\s*```[^\S\n]*\w*\s*)(.*?)(\s*```\s*)", re.DOTALL)
+# --- Parts of a conversation ---
 
 
 class Rounds:
@@ -152,7 +154,7 @@ class Rounds:
         return tuple(message for messages in self._rounds for message in messages)
 
     def part(self, name: str, first: int, last: int) -> Conversation:
-        """The rounds `first` to `last`, exclusive, under the system message."""
+        """Return the rounds `first` to `last`, exclusive, under the system message."""
         turns = (message for round_ in self._rounds[first:last] for message in round_)
         whole = self._conversation.id
         piece_of = None if name == whole else whole
@@ -161,10 +163,6 @@ class Rounds:
     def steps_before(self, first: int) -> int:
         """Return how many steps the rounds before `first` hold."""
         return sum(self._steps[:first])
-
-    def ends_with_result(self) -> bool:
-        """Return whether a round before the last ends with a tool's result, on which the agent says nothing."""
-        return any(messages[-1].role == "tool" for messages in self._rounds[:-1])
 
 
 def shorten_observations(conversation: Conversation, limit: int) -> Conversation:
@@ -194,23 +192,21 @@ def _shortened(text: str, limit: int) -> str:
     return text if missing <= len(note) else f"{text[:limit]}{note}"
 
 
-def result_length(message: Message) -> int:
+def _result_length(message: Message) -> int:
     """Return the characters of a tool's result, as `shorten_observations` counts them or a fence more."""
     return max(
         (len(part.body) for part in message.source or () if isinstance(part, Observation)), default=len(message.text)
     )
 
 
-def count_shortened(conversation: Conversation, parts: Iterable[Conversation]) -> int:
+def _count_shortened(conversation: Conversation, parts: Iterable[Conversation]) -> int:
     """Count the tool results of parts of a conversation that are not those of the conversation."""
     whole = {message.text for message in conversation.messages if message.role == "tool"}
     shown = {message.text for part in parts for message in part.messages if message.role == "tool"}
     return len(shown - whole)
 
 
-_PRECISION = 16
-"""Characters: how near the common length of shortened tool results comes to the greatest that fits."""
-T = TypeVar("T")
+# --- Fitting to a length ---
 
 
 class TruncationKind(StrEnum):
@@ -245,124 +241,111 @@ class TruncationResult:
     """Codes of what the layout writes otherwise than the source."""
 
 
-_Way = Generator[list[Attempt], list[Rendered], T]
-"""A way to fit: asks for attempts, some at a time, is sent what they gave, and returns what it chose."""
+class _Sizes(NamedTuple):
+    """Lengths in tokens, to choose what to try: rounds tokenised together may differ from their sum by a token or two."""
+
+    head: int
+    rounds: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Truncator:
-    """Renders, tokenises and fits batches of conversations."""
+    """Renders, tokenises and fits a batch of conversations."""
 
     template: Layout
     encoder: SegmentEncoder
     max_length: int
+    _known: KnownIds = field(default_factory=dict, init=False)
+    """Texts of the batch are encoded once, however often a way to fit them is tried."""
 
     def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[TruncationResult]:
-        """Encode all in one call, then what is too long, all of it together; each is fitted in its own way."""
-        known: KnownIds = {}
-        made = self._render([[Attempt(conversation)] for conversation, _ in items], known)
-        fitted: list[TruncationResult | _Unfitted] = []
-        for (conversation, too_long), (whole,) in zip(items, made, strict=True):
-            if whole.problem is not None:
-                fitted.append(_set_aside(conversation, 0, whole.problem))
-            elif not whole.trains:
-                fitted.append(_set_aside(conversation, whole.tokens, ("no_label", _why_no_label(conversation))))
-            elif whole.tokens <= self.max_length:
-                fitted.append(
-                    TruncationResult(conversation, whole.tokens, TruncationKind.whole, whole.pieces, notes=whole.notes)
-                )
-            elif too_long is TooLong.drop:
-                fitted.append(self._too_long(conversation, whole.tokens))
-            else:
-                fit = self._newest_rounds if too_long is TooLong.fit else self._split
-                fitted.append(_Unfitted(conversation, whole.tokens, fit(conversation, whole)))
-        self._fit_together([each for each in fitted if isinstance(each, _Unfitted)], known)
-        return [
-            each
-            if isinstance(each, TruncationResult)
-            else each.outcome or self._too_long(each.conversation, each.tokens)
-            for each in fitted
-        ]
+        """Encode all in one call; each that is too long is fitted in its own way."""
+        made = render_all([conversation for conversation, _ in items], self.template, self.encoder, self._known)
+        return [self._fit(whole, too_long) for whole, (_, too_long) in zip(made, items, strict=True)]
 
-    def _too_long(self, conversation: Conversation, tokens: int) -> TruncationResult:
+    def _fit(self, whole: Rendered, too_long: TooLong) -> TruncationResult:
+        conversation, tokens = whole.conversation, whole.tokens
+        if whole.problem is not None:
+            return _set_aside(conversation, 0, *whole.problem)
+        if not whole.trains:
+            return _set_aside(conversation, tokens, "no_label", _why_no_label(conversation))
+        if tokens <= self.max_length:
+            return TruncationResult(conversation, tokens, TruncationKind.whole, whole.pieces, notes=whole.notes)
+        found = None
+        if too_long is not TooLong.drop:
+            found = (self._newest_rounds if too_long is TooLong.fit else self._split)(conversation, tokens)
         detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
-        return _set_aside(conversation, tokens, ("too_long", detail))
+        return found or _set_aside(conversation, tokens, "too_long", detail)
 
-    def _fit_together(self, unfitted: Sequence[_Unfitted], known: KnownIds) -> None:
-        """Go all their ways side by side, so that the attempts of many conversations are encoded in one call."""
-        running = [(each, next(each.way)) for each in unfitted]
-        while running:
-            answers = self._render([attempts for _, attempts in running], known)
-            still_running: list[tuple[_Unfitted, list[Attempt]]] = []
-            for (each, _), made in zip(running, answers, strict=True):
-                try:
-                    still_running.append((each, each.way.send(made)))
-                except StopIteration as end:
-                    each.outcome = end.value
-            running = still_running
+    def _render(self, conversation: Conversation, context_rounds: int = 0) -> Rendered:
+        (made,) = render_all([conversation], self.template, self.encoder, self._known, context_rounds)
+        return made
 
-    def _render(self, requests: Sequence[list[Attempt]], known: KnownIds) -> Iterator[list[Rendered]]:
-        return render_all(self.template, self.encoder, requests, known)
+    def _sizes(self, rounds: Rounds) -> _Sizes:
+        """Measure each round and the system message before them, in tokens."""
+        alone = [self._render(rounds.part("", at, at + 1)).tokens for at in range(len(rounds))]
+        if len(alone) < 2:
+            return _Sizes(0, alone)
+        head = alone[0] + alone[1] - self._render(rounds.part("", 0, 2)).tokens
+        return _Sizes(head, [size - head for size in alone])
 
-    def _newest_rounds(self, conversation: Conversation, whole: Rendered) -> _Way[TruncationResult | None]:
-        """As many of the newest rounds as fit with their tool results shortened."""
+    def _newest_rounds(self, conversation: Conversation, tokens: int) -> TruncationResult | None:
+        """Keep as many of the newest rounds as fit with their tool results shortened."""
         rounds = Rounds(conversation)
-        least = shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)
-        sizes = yield from _sizes(Rounds(least), (yield [Attempt(least)])[0])
+        sizes = self._sizes(Rounds(shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)))
         for first in range(len(rounds)):
             if first + 1 < len(rounds) and sizes.head + sum(sizes.rounds[first:]) > self.max_length:
                 continue
-            made = yield from self._shortened(rounds.part(conversation.id, first, len(rounds)))
+            made = self._shortened(rounds.part(conversation.id, first, len(rounds)))
             if made is not None and made.trains:
                 outcome = TruncationKind.rounds_left_out if first else TruncationKind.shortened
                 left_out = tuple(range(rounds.steps_before(first)))
-                shortened = count_shortened(conversation, [piece.conversation for piece in made.pieces])
+                shortened = _count_shortened(conversation, [piece.conversation for piece in made.pieces])
                 return TruncationResult(
-                    conversation, whole.tokens, outcome, made.pieces, shortened, left_out, notes=made.notes
+                    conversation, tokens, outcome, made.pieces, shortened, left_out, notes=made.notes
                 )
         return None
 
-    def _split(self, conversation: Conversation, whole: Rendered) -> _Way[TruncationResult | None]:
-        """Every round in one example, in order; examples begin with as many of the rounds before as fit."""
+    def _split(self, conversation: Conversation, tokens: int) -> TruncationResult | None:
+        """Put every round in one example, in order; examples begin with as many of the rounds before as fit."""
         rounds = Rounds(conversation)
-        sizes = yield from _sizes(rounds, whole)
+        sizes = self._sizes(rounds)
         parts: list[Rendered] = []
         left_out: list[int] = []
         first = 0
         while first < len(rounds):
             name = part_id(conversation.id, len(parts) + 1)
-            made = yield from self._longest_from(rounds, sizes, name, first)
+            made = self._longest_from(rounds, sizes, name, first)
             if made is None:
-                made = yield from self._shortened(rounds.part(name, first, first + 1))
+                made = self._shortened(rounds.part(name, first, first + 1))
             if made is None:
                 left_out += range(rounds.steps_before(first), rounds.steps_before(first + 1))
                 first += 1
                 continue
-            last = first + made.conversation.rounds
             if made.trains:
-                parts.append((yield from self._with_context(rounds, sizes, made, first)))
-            first = last
+                parts.append(self._with_context(rounds, sizes, made, first))
+            first += made.conversation.rounds
         if not parts:
             return None
-        shortened = count_shortened(conversation, (made.conversation for made in parts))
+        shortened = _count_shortened(conversation, (made.conversation for made in parts))
         pieces = tuple(piece for made in parts for piece in made.pieces)
         notes = tuple(note for made in parts for note in made.notes)
         return TruncationResult(
-            conversation, whole.tokens, TruncationKind.spread, pieces, shortened, tuple(left_out), notes=notes
+            conversation, tokens, TruncationKind.spread, pieces, shortened, tuple(left_out), notes=notes
         )
 
-    def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> _Way[Rendered | None]:
-        """The rounds from `first` on, as many as fit unchanged."""
+    def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> Rendered | None:
+        """Take the rounds from `first` on, as many as fit unchanged."""
         last = first + 1
         while last < len(rounds) and sizes.head + sum(sizes.rounds[first : last + 1]) <= self.max_length:
             last += 1
         for end in range(last, first, -1):
-            (made,) = yield [Attempt(rounds.part(name, first, end))]
+            made = self._render(rounds.part(name, first, end))
             if made.tokens <= self.max_length:
                 return made
         return None
 
-    def _with_context(self, rounds: Rounds, sizes: _Sizes, made: Rendered, first: int) -> _Way[Rendered]:
+    def _with_context(self, rounds: Rounds, sizes: _Sizes, made: Rendered, first: int) -> Rendered:
         """Put as many rounds before it as fit, shown and not trained."""
         # Its own rounds may have been shortened, so they are taken as they are.
         own = Rounds(made.conversation).messages
@@ -371,24 +354,24 @@ class Truncator:
             context += 1
         for count in range(context, 0, -1):
             before = rounds.part(made.conversation.id, first - count, first)
-            (longer,) = yield [Attempt(replace(before, messages=(*before.messages, *own)), count)]
+            longer = self._render(replace(before, messages=(*before.messages, *own)), count)
             if longer.tokens <= self.max_length:
                 return longer
         return made
 
-    def _shortened(self, conversation: Conversation) -> _Way[Rendered | None]:
+    def _shortened(self, conversation: Conversation) -> Rendered | None:
         """Cut the tool results to the greatest common length that fits; None where none does."""
-        (made,) = yield [Attempt(conversation)]
+        made = self._render(conversation)
         if made.tokens <= self.max_length:
             return made
-        longest = max((result_length(m) for m in conversation.messages if m.role == "tool"), default=0)
+        longest = max((_result_length(m) for m in conversation.messages if m.role == "tool"), default=0)
         if longest <= MIN_OBSERVATION_CHARACTERS:
             return None
         fitting: Rendered | None = None
         low, high = MIN_OBSERVATION_CHARACTERS, longest
         limit = low
         while low <= high and (fitting is None or high - low >= _PRECISION):
-            (made,) = yield [Attempt(shorten_observations(conversation, limit))]
+            made = self._render(shorten_observations(conversation, limit))
             if made.tokens <= self.max_length:
                 fitting, low = made, limit + 1
             elif fitting is None:
@@ -399,50 +382,12 @@ class Truncator:
         return fitting
 
 
-@dataclass(slots=True)
-class _Unfitted:
-    """A conversation that is too long, while a way to fit it is sought."""
-
-    conversation: Conversation
-    tokens: int
-    way: _Way[TruncationResult | None]
-    outcome: TruncationResult | None = None
-
-
-def _sizes(rounds: Rounds, whole: Rendered) -> _Way[_Sizes]:
-    """Measure each round and the system message before them, in tokens."""
-    if len(rounds) < 2:
-        return _Sizes(0, [whole.tokens])
-    steps = whole.pieces[0].example.steps()
-    if rounds.ends_with_result() or len(whole.pieces) > 1 or len(steps) < len(whole.conversation.steps):
-        # Where the last thing in a round is a tool's result, its tokens run on into the next question; where a step is
-        # not trained here, no label says where it ends: measured apart.
-        attempts = [Attempt(rounds.part("", at, at + 1)) for at in range(len(rounds))]
-        *alone, both = yield [*attempts, Attempt(rounds.part("", 0, 2))]
-        sizes = [made.tokens for made in alone]
-        head = sizes[0] + sizes[1] - both.tokens
-        return _Sizes(head, [size - head for size in sizes])
-    ends = [steps[rounds.steps_before(last) - 1][1] for last in range(1, len(rounds))]
-    lengths = [stop - start for start, stop in pairwise([0, *ends, whole.tokens])]
-    (second,) = yield [Attempt(rounds.part("", 1, 2))]
-    head = second.tokens - lengths[1]
-    return _Sizes(head, [lengths[0] - head, *lengths[1:]])
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Lengths in tokens, to choose what to try: rounds tokenised together may differ from their sum by a token or two."""
-
-    head: int
-    rounds: list[int]
-
-
 def _why_no_label(conversation: Conversation) -> str:
     if not all(message.trained for message in conversation.messages):
         return "nothing that the agent says here is to be trained, as its messages say"
     return "the agent says nothing in this conversation"
 
 
-def _set_aside(conversation: Conversation, tokens: int, problem: tuple[str, str]) -> TruncationResult:
+def _set_aside(conversation: Conversation, tokens: int, reason: str, detail: str) -> TruncationResult:
     steps = tuple(range(len(conversation.steps)))
-    return TruncationResult(conversation, tokens, TruncationKind.set_aside, (), 0, steps, problem)
+    return TruncationResult(conversation, tokens, TruncationKind.set_aside, (), 0, steps, (reason, detail))
