@@ -412,7 +412,7 @@ class Preparation:
                 if outcome.rejection is None:
                     used.append(entry)
                     sources[account.read.source_of(entry.source)] += 1
-        self.used[part], account.fitted[part], account.by_source[part] = used, dict(outcomes), dict(sources)
+        self.used[part], account.fitted[part], account.by_source[part] = used, outcomes, sources
 
     def _make(self, part: str, entries: list[Entry]) -> None:
         """Make the examples of conversations that wait."""

@@ -334,9 +334,9 @@ class PreparationStats:
     """Rows set aside, in reading or because they do not fit."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Usable conversations in neither part, by reason."""
-    by_source: dict[str, dict[str, int]] = field(default_factory=dict)
+    by_source: dict[str, Counter[str]] = field(default_factory=dict)
     """Part -> conversations used by source; in training each as often as an epoch shows it."""
-    fitted: dict[str, dict[str, int]] = field(default_factory=dict)
+    fitted: dict[str, Counter[str]] = field(default_factory=dict)
     """Part -> what became of its conversations, see `agentft.data.truncation.TruncationKind`."""
     changed: list[dict[str, Any]] = field(default_factory=list)
     """Every conversation that is not used whole, and what of it is not used."""
@@ -419,6 +419,8 @@ class PreparationStats:
             return kind(**{n: Counter(v) if n in counters else v for n, v in values.items() if n != "class"})
 
         stats: PreparationStats = json.loads(text, object_hook=rebuilt)
+        for parts in (stats.by_source, stats.fitted):
+            parts.update({part: Counter(counts) for part, counts in parts.items()})
         return stats
 
 
@@ -533,7 +535,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
     account, read = prepared.account, prepared.account.read
     sources = [
         {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}
-        | {part: used.get(name, 0) for part, used in account.by_source.items()}
+        | {part: used[name] for part, used in account.by_source.items()}
         for name, source in read.sources.items()
     ]
     run.write_json(
