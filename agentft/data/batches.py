@@ -103,15 +103,13 @@ class StepPlan:
         stop = start + self.examples_per_step
         if self.max_steps < 0:
             stop = min(stop, self._stream_length)
-        return [self._permutation(at // self.examples)[at % self.examples] for at in range(start, stop)]
+        epochs = (divmod(at, self.examples) for at in range(start, stop))
+        return [_permutation(self.examples, self.seed, epoch)[place] for epoch, place in epochs]
 
     def epoch(self, number: int) -> float:
         """Passes completed after `number` steps."""
         done = number * self.examples_per_step
         return (done if self.max_steps >= 0 else min(done, self._stream_length)) / self.examples
-
-    def _permutation(self, epoch: int) -> list[int]:
-        return _permutation(self.examples, self.seed, epoch)
 
 
 @lru_cache(maxsize=4)
@@ -195,7 +193,8 @@ def _batch(examples: Sequence[Example], ids: Ids, labels: Ids, weights: npt.NDAr
     import torch
 
     weighed = any(example.span_weights is not None for example in examples)
-    targets = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    is_target = labels[:, 1:] != IGNORE_INDEX
+    targets = int(is_target.sum())
     return Batch(
         ids=tuple(example.id for example in examples),
         input_ids_BT=torch.from_numpy(ids),
@@ -204,15 +203,8 @@ def _batch(examples: Sequence[Example], ids: Ids, labels: Ids, weights: npt.NDAr
         targets=targets,
         weights_BT=torch.from_numpy(weights) if weighed else None,
         weight=float(weights[:, 1:].sum(dtype=np.float64)) if weighed else targets,
-        predicting_N=torch.from_numpy(_predicting(labels)),
+        predicting_N=torch.from_numpy(np.flatnonzero(np.pad(is_target, ((0, 0), (0, 1))))),
     )
-
-
-def _predicting(labels: Ids) -> npt.NDArray[np.intp]:
-    """Places in the flattened labels, shape [B, T], whose successor in the row is labelled."""
-    before = np.zeros(labels.shape, dtype=bool)
-    before[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-    return np.flatnonzero(before)
 
 
 def empty_batch(pad_id: int) -> Batch:

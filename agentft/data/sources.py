@@ -70,8 +70,6 @@ _FOREIGN: dict[str, tuple[bytes, ...]] = {
 """Encoding -> how a file in it begins: a byte order mark, or the zero bytes of ASCII text."""
 _PIECE_CHARACTERS = 1024 * 1024
 _TABLE_ROWS_AT_ONCE = 256
-_BETWEEN = re.compile(r"[ \t\r\n,\0]*")
-"""What stands between the elements of an array."""
 
 _NOTICES_SHOWN_PER_CODE = 20
 _MAX_NAMES_NOTED = 40
@@ -627,7 +625,8 @@ def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
     at = 1 if in_array else 0
     number, wanted, ended = 1, _PIECE_CHARACTERS, False
     while True:
-        at = _end_of_between(buffer, at)
+        while at < len(buffer) and buffer[at] in " \t\r\n,\0":
+            at += 1
         if in_array and buffer.startswith("]", at):
             return
         problem = "the file ends inside an array"
@@ -658,11 +657,6 @@ def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
         piece = text.read(wanted)
         wanted = min(2 * wanted, MAX_LINE_BYTES)  # doubled, so that a long element is not parsed many times over
         buffer, at, ended = buffer[at:] + piece, 0, not piece
-
-
-def _end_of_between(buffer: str, at: int) -> int:
-    found = _BETWEEN.match(buffer, at)
-    return found.end() if found else at
 
 
 def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:

@@ -85,7 +85,7 @@ def _in_processes(work: Callable[[B], R], batches: Iterator[B], processes: int) 
         batch_size=None,
         num_workers=processes,
         prefetch_factor=_BATCHES_AHEAD,
-        collate_fn=_as_it_is,
+        collate_fn=lambda result: result,
         worker_init_fn=partial(_begin, os.getpid()),
         multiprocessing_context="fork",
         generator=torch.Generator(),  # else it would draw from the one that the training draws from
@@ -94,8 +94,8 @@ def _in_processes(work: Callable[[B], R], batches: Iterator[B], processes: int) 
     try:
         with killed_worker_in_words():
             for result in loader:
-                if isinstance(result, _Raised):
-                    raise result.error
+                if isinstance(result, Exception):
+                    raise result
                 yield sent.popleft(), result
     finally:
         _end(set(active_children()) - before)
@@ -124,26 +124,17 @@ def killed_worker_in_words() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Raised:
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
 class _Work(Generic[B, R]):
     """Work as a dataset whose indices are batches. A `DataLoader` would raise an error anew, with other words in it."""
 
     work: Callable[[B], R]
 
-    def __getitem__(self, batch: B) -> R | _Raised:
+    def __getitem__(self, batch: B) -> R | Exception:
         try:
             return self.work(batch)
         except Exception as error:
             error.add_note(f"in a process that prepares data:\n{format_exc()}")
-            return _Raised(error)
-
-
-def _as_it_is(result: R) -> R:
-    return result
+            return error
 
 
 def _begin(parent: int, _: int) -> None:
