@@ -22,9 +22,17 @@ import yaml
 from agentft.data import synthetic
 from agentft.data.msagent import read_call_body
 from agentft.data.synthetic import generate
-from agentft.data.synthetic.catalogue import chains, heldout_families, segments, shelf, tools
+from agentft.data.synthetic.catalogue import (
+    base_pool,
+    chains,
+    heldout_families,
+    read_yaml,
+    segments,
+    shelf,
+    tools,
+    values_of,
+)
 from agentft.data.synthetic.dialogues import KINDS, Author
-from agentft.data.synthetic.values import base_pool, read_yaml, values_of
 from agentft.errors import DataError
 
 FOLDER = Path(synthetic.__file__).parent

@@ -1,22 +1,33 @@
-"""Write records by number: kinds of dialogue are drawn by their share, and each is played out on a `Scene`.
+"""Write records by number: a kind of dialogue is drawn by its share, and played out on a `Scene`.
 
 The same arguments and number give the same record, whatever was generated before.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import zlib
-from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
-from agentft.data.synthetic.catalogue import Chain, Tool, fill
-from agentft.data.synthetic.scene import Request, Result, Scene
-from agentft.data.synthetic.values import Language, Part, Value
+from agentft.data.synthetic.catalogue import (
+    Chain,
+    Json,
+    Language,
+    Part,
+    Tool,
+    Value,
+    base_pool,
+    enum_values,
+    fill,
+    json_type,
+    phrasebook,
+    shelf,
+    values_of,
+)
 from agentft.errors import DataError
 
 DEFAULT_LANGUAGES: Mapping[str, float] = MappingProxyType({"en": 0.9, "zh": 0.1})
@@ -32,6 +43,267 @@ TWICE_THE_SAME_SHARE = 0.6
 
 MORE_ROUNDS_SHARE = 0.25
 """How often a dialogue of several rounds goes on for another one."""
+
+
+OPTIONAL_SHARE = 0.35
+"""How often a user mentions an optional parameter."""
+
+GREETING_SHARE = 0.15
+INDENTED_SHARE = 0.1
+"""Conversations whose JSON is written over several lines."""
+
+_T = TypeVar("_T")
+_ONSETS = ("b", "d", "f", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
+_RHYMES = ("a", "e", "i", "o", "u", "an", "el", "or", "ix")
+_STYLES = {"snake": 34, "camel": 22, "capitalized": 14, "dotted": 12, "prefixed": 12, "versioned": 6}
+"""How a conversation writes the names of its tools, and the weights."""
+
+
+class ToolNames(NamedTuple):
+    """The names that one conversation gives a tool and its parameters."""
+
+    tool: str
+    description: str
+    parameters: dict[str, str]
+    """Slot -> name."""
+
+
+class Namer:
+    """Names the tools of one conversation, all in one style."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._style: str = rng.choices(list(_STYLES), list(_STYLES.values()))[0]
+        self._prefix = "".join(rng.choice(_ONSETS) + rng.choice(_RHYMES) for _ in range(2))
+        self._version = rng.randrange(2, 5)
+
+    def name(self, tool: Tool, description: str) -> ToolNames:
+        """Draw names for `tool`."""
+        words = self._rng.choice(tool.names).split()
+        snake, camel = "_".join(words), _camel(words)
+        name = {
+            "camel": camel,
+            "capitalized": camel[0].upper() + camel[1:],
+            "dotted": f"{tool.family}.{snake}",
+            "prefixed": f"{self._prefix}_{snake}",
+            "versioned": f"{snake}_v{self._version}",
+        }.get(self._style, snake)
+        parameters = {p.key: self._rng.choice(p.names) for p in tool.parameters}
+        if self._style in ("camel", "capitalized"):
+            parameters = {slot: _camel(written.split("_")) for slot, written in parameters.items()}
+        return ToolNames(name, description, parameters)
+
+
+def _camel(words: Sequence[str]) -> str:
+    return words[0] + "".join(word.capitalize() for word in words[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A tool and the parameters that a user wants it called with."""
+
+    tool: Tool
+    values: dict[str, Json]
+    spoken: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a tool returned, and the words for it together with those of its request."""
+
+    observation: dict[str, Json]
+    spoken: dict[str, str]
+
+
+class Scene:
+    """Draws everything that one conversation needs from one random stream and collects its turns."""
+
+    def __init__(
+        self, rng: random.Random, language: Language, part: Part, *, unseen_tools: bool, max_rounds: int
+    ) -> None:
+        self.rng = rng
+        self.language: Language = language
+        self.shelf = shelf(language, part, unseen_tools)
+        self.phrases = phrasebook(language)
+        self.max_rounds = max_rounds
+        self.turns: list[str] = []
+        self.at_once = False
+        self._values = values_of(language, part)
+        self._namer = Namer(rng)
+        self._names: dict[str, ToolNames] = {}
+        self._tools: list[Tool] = []
+        self._is_closed = False
+        self._indent = 3 if rng.random() < INDENTED_SHARE else None
+
+    # Drawing
+
+    def pick(self, options: Sequence[_T]) -> _T:
+        """Return one of `options`."""
+        return options[int(self.rng.random() * len(options))]
+
+    def chance(self, share: float) -> bool:
+        """Return true in `share` of the cases."""
+        return self.rng.random() < share
+
+    def value(self, pool: str, unlike: Iterable[str] = ()) -> Value:
+        """Draw a value of `pool` whose words are not among `unlike`."""
+        taken = set(unlike)
+        for _ in range(100):
+            value = self._values.draw(base_pool(pool), self.rng)
+            if value[1] not in taken:
+                break
+        return value
+
+    def request(
+        self, tool: Tool, given: Mapping[str, Value] = MappingProxyType({}), *, optional: bool = True
+    ) -> Request:
+        """Draw the parameters of `tool` that are not `given`; some optional ones unless `optional` is false."""
+        values: dict[str, Json] = {}
+        spoken: dict[str, str] = {}
+        taken: set[str] = set()
+        for parameter in tool.parameters:
+            if parameter.key in given:
+                value, words = given[parameter.key]
+            elif parameter.required or (optional and self.chance(OPTIONAL_SHARE)):
+                value, words = self.value(parameter.pool, taken)
+            else:
+                continue
+            values[parameter.key], spoken[parameter.key] = value, words
+            if json_type(parameter.pool) == "string":
+                taken.add(words)
+        return Request(tool, values, spoken)
+
+    def changed(self, request: Request, key: str, value: Value | None = None) -> Request:
+        """Return the same request with another value of `key`."""
+        if value is None:
+            value = self.value(request.tool.parameter(key).pool, request.spoken.values())
+        return Request(request.tool, {**request.values, key: value[0]}, {**request.spoken, key: value[1]})
+
+    def result(self, request: Request) -> Result:
+        """Return what the tool returns."""
+        known = dict(request.values)
+        spoken = dict(request.spoken)
+        observation: dict[str, Json] = {}
+        for name, source in request.tool.result.items():
+            if isinstance(source, str):
+                value, words = self._returned(source, spoken.values())
+            else:
+                value = source(known)
+                words = self.phrases["list_joint"].join(value) if isinstance(value, list) else str(value)
+            observation[name] = known[name] = value
+            spoken[name] = words
+        return Result(observation, spoken)
+
+    def _returned(self, pool: str, unlike: Iterable[str]) -> Value:
+        if not pool.endswith("*2"):
+            return self.value(pool, unlike if json_type(pool) == "string" else ())
+        first = self.value(pool[:-2], unlike)
+        second = self.value(pool[:-2], {*unlike, first[1]})
+        return [first[0], second[0]], f"{first[1]}{self.phrases['list_joint']}{second[1]}"
+
+    # Turns
+
+    def user(self, text: str) -> None:
+        """Append a user turn; the first may open with a greeting."""
+        text = self._sentence(text)
+        if not self.turns and self.chance(GREETING_SHARE):
+            person, city = self.value("person")[1], self.value("city")[1]
+            text = self.pick(self.phrases["greetings"]).format(person=person, city=city) + text
+        self.turns.append(text)
+
+    def assistant(self, text: str) -> None:
+        """Append an assistant turn."""
+        self.turns.append(text)
+
+    def ask(self, request: Request) -> str:
+        """Return the user's words for `request`."""
+        return fill(self.pick(request.tool.asks), request.spoken)
+
+    def summary(self, tool: Tool, result: Result) -> str:
+        """Return the assistant's words for `result`."""
+        return self._sentence(fill(self.pick(tool.summaries), result.spoken))
+
+    def call(self, request: Request) -> str:
+        """Return the call between its marks."""
+        names = self.names(request.tool)
+        parameters = {names.parameters[key]: value for key, value in request.values.items()}
+        body = self._json({"api_name": names.tool, "parameters": parameters})
+        return f"<|startofthink|>```JSON\n{body}\n```<|endofthink|>"
+
+    def executed(self, request: Request, observation: Mapping[str, Json]) -> str:
+        """Return the call and what its execution returned; text or another call may follow."""
+        return f"{self.call(request)}\n\n<|startofexec|>```JSON\n{self._json(observation)}\n```<|endofexec|>\n"
+
+    def _json(self, value: Json) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=self._indent)
+
+    def _sentence(self, text: str) -> str:
+        """Begin an English text with a capital, but keep names such as web-12 as they are."""
+        first = text.split(" ", 1)[0]
+        return text[0].upper() + text[1:] if first.isalpha() and first.isascii() else text
+
+    # The system value
+
+    def names(self, tool: Tool) -> ToolNames:
+        """Return the names of `tool` here; from now on it is listed."""
+        if tool.key not in self._names:
+            taken = {names.tool for names in self._names.values()}
+            names = self._namer.name(tool, self.pick(tool.descriptions))
+            while names.tool in taken:
+                names = self._namer.name(tool, names.description)
+            self._names[tool.key] = names
+            self._tools.append(tool)
+        return self._names[tool.key]
+
+    def listed_names(self) -> list[str]:
+        """Return the names of the listed tools in the order of the list; only after `close_list`."""
+        return [self._names[tool.key].tool for tool in self._tools]
+
+    def close_list(self, beside: Iterable[str] = ()) -> None:
+        """Add distractors, confusable ones first, and shuffle, once; none of the concepts `beside`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        size = self.rng.choices((2, 3, 4), (80, 16, 4))[0]
+        barred = {*beside, *self._names}
+        families = {tool.family for tool in self.shelf.tools if tool.key in barred}
+        kin = [tool for family in sorted(families) for tool in self.shelf.families.get(family, ())]
+        tools = self.shelf.tools
+        while len(self._tools) < size:
+            near = [tool for tool in kin if tool.key not in barred]
+            if near and self.chance(0.6):
+                distractor = self.pick(near)
+            else:
+                # The smaller of two: an unrelated tool teaches little, and its length costs time.
+                distractor = min(self.pick(tools), self.pick(tools), key=lambda tool: len(tool.parameters))
+            if distractor.key not in barred:
+                self.names(distractor)
+                barred.add(distractor.key)
+        self.rng.shuffle(self._tools)
+
+    def system(self) -> str:
+        """Return the system value: an instruction and the numbered list of tools."""
+        instruction = self.pick(self.phrases["instructions"])
+        if self.at_once:
+            instruction += self.phrases["at_once"]
+        lines = [f"{number}. {self._entry(tool)}" for number, tool in enumerate(self._tools, 1)]
+        return "\n\n".join([instruction + self.phrases["plugins"], *lines])
+
+    def _entry(self, tool: Tool) -> str:
+        names = self._names[tool.key]
+        parameters: list[dict[str, Json]] = []
+        for parameter in tool.parameters:
+            entry: dict[str, Json] = {
+                "name": names.parameters[parameter.key],
+                "description": parameter.description,
+                "required": parameter.required,
+                "type": json_type(parameter.pool),
+            }
+            if options := enum_values(parameter.pool, self.language):
+                entry["enum"] = list(options)
+            parameters.append(entry)
+        listed = {"name": names.tool, "description": names.description, "parameters": parameters}
+        return json.dumps(listed, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +505,7 @@ def _not_found(scene: Scene, request: Request) -> str:
 
 
 def _two_requests(scene: Scene) -> tuple[Request, Request]:
-    """Return two requests that the user makes in one turn."""
+    """Ask for two things in one turn, and return both requests."""
     if scene.chance(TWICE_THE_SAME_SHARE):
         tool = scene.pick(scene.shelf.doubled)
         first = scene.request(tool, optional=False)
@@ -241,26 +513,18 @@ def _two_requests(scene: Scene) -> tuple[Request, Request]:
         words = {**first.spoken, f"{tool.again}2": second.spoken[tool.again]}
         scene.user(fill(scene.pick(tool.both), words))
         return first, second
-    first_tool = scene.pick(scene.shelf.tools)
-    second_tool = _another(scene, first_tool)
-    first, second = scene.request(first_tool), scene.request(second_tool)
+    tools = [scene.pick(scene.shelf.tools)] * 2
+    while tools[1].key == tools[0].key:
+        tools[1] = scene.pick(scene.shelf.tools)
+    first, second = map(scene.request, tools)
     scene.user(scene.ask(first) + scene.pick(scene.phrases["joints"]) + scene.ask(second))
     return first, second
 
 
-def _another(scene: Scene, tool: Tool) -> Tool:
-    while True:
-        other = scene.pick(scene.shelf.tools)
-        if other.key != tool.key:
-            return other
-
-
 def _linked(scene: Scene, chain: Chain, result: Result) -> Request:
     """Return the request for the second tool of a chain, given what the first returned."""
-    given: dict[str, Value] = {
-        parameter: (result.observation[name], result.spoken[name]) for parameter, name in chain.links.items()
-    }
-    return scene.request(scene.shelf.by_key[chain.tools[1]], given=given, optional=False)
+    given = {key: (result.observation[name], result.spoken[name]) for key, name in chain.links.items()}
+    return scene.request(scene.shelf.by_key[chain.tools[1]], given, optional=False)
 
 
 def _misspelt(scene: Scene, text: str) -> str:
@@ -275,8 +539,7 @@ def _misspelt(scene: Scene, text: str) -> str:
     return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """A conversation with what is known about how it came about."""
 
     kind: str
@@ -293,20 +556,16 @@ class Author:
         self._part: Part = part
         self._unseen_tools = unseen_tools
         self._max_rounds = max_rounds
-        shares = _checked_languages(languages)
-        self._languages = list(shares)
-        self._language_bounds = list(accumulate(shares.values()))
-        kinds = {name: kind for name, kind in KINDS.items() if kind.rounds <= max_rounds}
-        self._kinds = list(kinds)
-        self._kind_bounds = list(accumulate(kind.share for kind in kinds.values()))
-        mix = ",".join(f"{language}={share!r}" for language, share in shares.items())
+        self._languages = _checked_languages(languages)
+        self._kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
+        mix = ",".join(f"{language}={share!r}" for language, share in self._languages.items())
         self._stream = f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}"
 
     def draft(self, number: int) -> Draft:
         """Return conversation `number`."""
         rng = random.Random(f"{self._stream}/{number}")
-        language = self._languages[_drawn(rng, self._language_bounds)]
-        kind = self._kinds[_drawn(rng, self._kind_bounds)]
+        language = _drawn(self._languages, rng)
+        kind = _drawn(self._kinds, rng)
         while True:
             scene = Scene(rng, language, self._part, unseen_tools=self._unseen_tools, max_rounds=self._max_rounds)
             KINDS[kind].play(scene)
@@ -361,9 +620,8 @@ def generate(
     )
 
 
-def _drawn(rng: random.Random, bounds: list[float]) -> int:
-    """Return an index, drawn by its share; `bounds` are the running sums of the shares."""
-    return min(bisect(bounds, rng.random() * bounds[-1]), len(bounds) - 1)
+def _drawn(shares: Mapping[_T, float], rng: random.Random) -> _T:
+    return rng.choices(list(shares), list(shares.values()))[0]
 
 
 def _checked_languages(languages: Mapping[str, float]) -> dict[Language, float]:
