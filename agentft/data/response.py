@@ -36,7 +36,6 @@ from agentft.data.calls import (
     CallFailure,
     Json,
     JsonRefused,
-    Reader,
     ToolCall,
     Types,
     literal,
@@ -61,6 +60,7 @@ PARTS: dict[str, Part] = {
     "content": "text",
     "tool_calls": "call",
 }
+_NEVER = re.compile("(?!)")
 _BLANKS = re.compile(r"\s*")
 _ANY_JSON = json.JSONDecoder(strict=False)
 _PLACE = re.compile(r"\{(\w+)(?:\.(\w+))?\}")
@@ -130,63 +130,37 @@ class _Region(NamedTuple):
     marked: bool = True
 
 
-@dataclass(frozen=True, slots=True)
 class _Field:
-    """One entry of a response template's `fields`."""
+    """One entry of a response template's `fields`: where its regions begin and end, and how a call in them is read."""
 
-    part: Part
-    open: re.Pattern[str]
-    close: re.Pattern[str] | None
-    """None: to the end of its JSON value, or of the step."""
-    begin: re.Pattern[str]
-    """The mark with enough behind it that it is no mention of the mark."""
-    head: re.Pattern[str] | None
-    tail: re.Pattern[str] | None
-    results: re.Pattern[str] | None
-    read_body: Reader
-    content_args: Mapping[str, Any]
-    transform: Json
-    narrow: bool
-    """A body that holds the mark of another call is none: its strings have no quotes that would tell."""
-    of_datasets: bool
-
-    @classmethod
-    def of(cls, key: str, spec: Mapping[str, Any], *, of_datasets: bool) -> _Field | None:
-        """Read one field; None for the one that holds what stands in no other."""
-        part = PARTS[key]
-        opening, closing = mark_pattern(spec, "open"), mark_pattern(spec, "close")
-        if opening is None:
-            return None
-        head, tail, results = (
-            re.compile(spec[name], re.DOTALL) if name in spec else None
-            for name in ("head_pattern", "tail_pattern", "results")
-        )
-        args, content = spec.get("content_args", {}), spec.get("content", "text")
-        begin = opening.pattern
-        if part == "call":
+    def __init__(self, key: str, spec: Mapping[str, Any], *, of_datasets: bool) -> None:
+        self.part = PARTS[key]
+        self.open = mark_pattern(spec, "open") or _NEVER
+        """Never: the field holds what stands in no other."""
+        self.close = mark_pattern(spec, "close")
+        """None: to the end of its JSON value, or of the step."""
+        self.head, self.tail = mark_pattern(spec, "head"), mark_pattern(spec, "tail")
+        self.results = mark_pattern(spec, "results")
+        self._transform, self._args = spec.get("transform"), spec.get("content_args", {})
+        self._read_value = read_literal if of_datasets else read_json
+        self._of_datasets = of_datasets
+        content = spec.get("content", "text")
+        self.narrow = content == "xml-inline"
+        """A body that holds the mark of another call is none: its strings have no quotes that would tell."""
+        self._begin = self.open
+        """The mark with enough behind it that it is no mention of the mark."""
+        if self.part == "call":
+            self._read_body = READERS[content]
             after = {"json": r"\s*[{\[]", "python": r"\s*\["}.get(content)
             if after is None:
-                end = tail or closing
-                after = f"(?:{opening_tag(args)}|{end.pattern if end is not None else chr(92) + 'Z'})"
-            begin = f"(?:{begin})(?={head.pattern if head else ''}{after})"
-        return cls(
-            part,
-            opening,
-            closing,
-            re.compile(begin, re.DOTALL),
-            head,
-            tail,
-            results,
-            READERS[content if part == "call" else "json"],
-            args,
-            spec.get("transform"),
-            narrow=content == "xml-inline",
-            of_datasets=of_datasets,
-        )
+                end = self.tail or self.close
+                after = f"(?:{opening_tag(self._args)}|{end.pattern if end is not None else chr(92) + 'Z'})"
+            head = self.head.pattern if self.head is not None else ""
+            self._begin = re.compile(f"(?:{self.open.pattern})(?={head}{after})", re.DOTALL)
 
     def begins_in(self, text: str) -> bool:
         """Return whether a region of this field begins in a text, with a mark of more than a sign."""
-        return self.part != "reasoning" and any(len(found[0].strip()) > 1 for found in self.begin.finditer(text))
+        return self.part != "reasoning" and any(len(found[0].strip()) > 1 for found in self._begin.finditer(text))
 
     def read(self, source: str, captures: Mapping[str, str], types: Types) -> tuple[Attempt, ...]:
         """Read the body of a call's region; `captures` are the named groups of its mark."""
@@ -202,24 +176,22 @@ class _Field:
                 return (_failed(source, "call_not_json", "the call does not end as a call of this family"),)
             body = body[: ended.start()]
         try:
-            items = self.read_body(body, self.content_args, read_literal if self.of_datasets else read_json)
+            items = self._read_body(body, self._args, self._read_value)
         except JsonRefused as refusal:
             return (_failed(source, "call_not_json", str(refusal)),)
         joined: list[Attempt] = []
         for item in items:
             attempt = item if isinstance(item, Attempt) else self._attempt(source, item, captures, types)
-            if (
-                joined and attempt.failure is None and joined[-1].failure is None
-            ):  # calls that follow each other are one
+            if joined and attempt.failure is None and joined[-1].failure is None:  # calls that follow each other
                 joined[-1] = replace(joined[-1], requests=joined[-1].requests + attempt.requests)
             else:
                 joined.append(attempt)
         return tuple(joined) or (_failed(source, "call_not_json", "no call between the marks"),)
 
     def _attempt(self, source: str, item: Json, captures: Mapping[str, str], types: Types) -> Attempt:
-        function = _function(_without_letters(item), captures, self.transform)
+        function = _function(_without_letters(item), captures, self._transform)
         as_text = isinstance(function, dict) and any(isinstance(function.get(key), str) for key in ARGUMENTS)
-        if as_text and not self.of_datasets:
+        if as_text and not self._of_datasets:
             return _failed(source, "arguments_not_an_object", "the arguments of a call are text")
         try:
             call = read_call(function)
@@ -233,19 +205,10 @@ class _Field:
         return Attempt(source.replace(LETTERS, ""), (whole,), None)
 
 
-@dataclass(frozen=True, slots=True)
 class ResponseTemplate:
     """A way to write reasoning, text and calls."""
 
-    name: str
-    fields: tuple[_Field, ...]
-    spec: Mapping[str, Any]
-    """As it is written."""
-    anchor: re.Pattern[str] | None = None
-    """Begins what the agent says, unless the prompt ends with it."""
-
-    @classmethod
-    def of(cls, name: str, spec: Mapping[str, Any], *, of_datasets: bool = False) -> ResponseTemplate:
+    def __init__(self, name: str, spec: Mapping[str, Any], *, of_datasets: bool = False) -> None:
         """Read a response template.
 
         Args:
@@ -254,12 +217,14 @@ class ResponseTemplate:
         Raises:
             TemplateUnknown: it has a field, a content or a pattern that is not known.
         """
+        self.name = name
+        self.spec = spec
         try:
-            read = [_Field.of(key, field, of_datasets=of_datasets) for key, field in spec["fields"].items()]
-            anchor = mark_pattern(spec, "start_anchor")
+            read = (_Field(key, field, of_datasets=of_datasets) for key, field in spec["fields"].items())
+            self.fields = [field for field in read if field.open is not _NEVER]
+            self._anchor = mark_pattern(spec, "start_anchor")
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
             raise TemplateUnknown(f"response template {name}: {error}") from None
-        return cls(name, tuple(field for field in read if field is not None), spec, anchor)
 
     def read(self, text: str, prompt: str = "", types: Types | None = None) -> Said:
         """Take one step apart.
@@ -289,37 +254,30 @@ class ResponseTemplate:
 
     def _split(self, text: str, prompt: str, types: Types) -> Iterator[_Region]:
         """Cut a step into its regions, in order; with the marks between them they are the text."""
-        begun = self.anchor.match(text) if self.anchor is not None else None
-        position = outside = begun.end() if begun is not None else 0
-        said = called = False
+        begun = self._anchor.match(text) if self._anchor is not None else None
+        at = begun.end() if begun is not None else 0
         closes = (f.close for f in self.fields if f.part == "call" and f.close is not None)
         last = max((match.start() for close in closes for match in close.finditer(text)), default=-1)
         field = next((f for f in self.fields if _ends_with(f.open, prompt)), None)
         if field is not None:
-            again = field.open.match(text, position)
-            region, position = self._region(field, text, again.end() if again else position, {}, types, last)
+            again = field.open.match(text, at)
+            region, at = self._region(field, text, again.end() if again else at, {}, types, last)
             yield region
-            outside = position
-        while (found := self._next(text, position, thinks=not said)) is not None:
-            field, match = found
-            between = text[outside : match.start()]
-            if called and (invented := _results(self.fields, between)) is not None:
-                yield _Region("text", between[:invented], marked=False)
-                return
-            if between:
+        said = called = stuck = False
+        while True:
+            found = None if stuck else self._next(text, at, thinks=not said)
+            between = text[at : len(text) if found is None else found[1].start()]
+            invented = _results(self.fields, between) if called else None
+            if between[:invented]:
                 said = said or bool(between.strip())
-                yield _Region("text", between, marked=False)
-            region, position = self._region(field, text, match.end(), match.groupdict(), types, last)
-            called = called or field.part == "call"
+                yield _Region("text", between[:invented], marked=False)
+            if found is None or invented is not None:
+                return
+            field, mark = found
+            region, at = self._region(field, text, mark.end(), mark.groupdict(), types, last)
             yield region
-            outside = position
-            if position == match.start() == match.end():
-                break  # an empty region of no width would open again
-        rest = text[outside:]
-        if called and (invented := _results(self.fields, rest)) is not None:
-            rest = rest[:invented]
-        if rest:
-            yield _Region("text", rest, marked=False)
+            called = called or field.part == "call"
+            stuck = at == mark.start() == mark.end()  # an empty region of no width would open again
 
     def _next(self, text: str, position: int, *, thinks: bool) -> tuple[_Field, re.Match[str]] | None:
         """Find the next region. A thought comes before all text, so that a text may name its mark."""
@@ -375,7 +333,7 @@ def our_templates(*, of_datasets: bool = False) -> tuple[ResponseTemplate, ...]:
     """Return the response templates of the package, see `ResponseTemplate.of`."""
     folder = files("agentft.data").joinpath("responses")
     specs = {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()}
-    return tuple(ResponseTemplate.of(name, specs[name], of_datasets=of_datasets) for name in sorted(specs))
+    return tuple(ResponseTemplate(name, specs[name], of_datasets=of_datasets) for name in sorted(specs))
 
 
 @cache
@@ -560,16 +518,18 @@ def read_responses(text: str) -> list[str]:
 
 def read_named_results(text: str, calls: Sequence[ToolCall]) -> list[str]:
     """Return the results of several calls that are written as one list of objects with their names, as ToolACE does."""
-    if not text.lstrip().startswith("["):
-        return []
-    try:
-        values: Json = read_json(text.strip())
-    except JsonRefused:
-        return []
+    values = _json_of(text, "[") or ()
     names = [value.get("name") if isinstance(value, dict) else None for value in values]
-    if names != [call.name for call in calls]:
-        return []
-    return [json.dumps(value, ensure_ascii=False) for value in values]
+    return [json.dumps(value, ensure_ascii=False) for value in values] if names == [call.name for call in calls] else []
+
+
+def _json_of(text: str, brackets: str) -> Json | None:
+    """Return what a text holds that is nothing but JSON and begins with one of some brackets; None: it is anything else."""
+    text = text.strip()
+    try:
+        return read_json(text) if text and text[0] in brackets else None
+    except JsonRefused:
+        return None
 
 
 def is_react_text(text: str) -> bool:
@@ -625,12 +585,7 @@ def _pythonic_calls(text: str) -> tuple[ToolCall, ...]:
 
 def _bare_calls(text: str, declared: Collection[str]) -> tuple[ToolCall, ...]:
     """Read a text that is nothing but JSON of calls of declared tools; () where it is anything else."""
-    if not declared or text.lstrip()[:1] not in ("{", "["):
-        return ()
-    try:
-        value = read_json(text.strip())
-    except JsonRefused:
-        return ()
+    value = _json_of(text, "{[") if declared else None
     items = value if isinstance(value, list) else [value]
     if not all(
         isinstance(item, dict)

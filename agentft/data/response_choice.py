@@ -164,7 +164,7 @@ def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:
     own = getattr(layout.template.tokenizer, "response_template", None)
     if isinstance(own, Mapping):
         try:
-            yield ResponseTemplate.of(_OWN, own)
+            yield ResponseTemplate(_OWN, own)
         except TemplateUnknown as unknown:
             log.info("%s", unknown)
     calls = layout.traits.tools
