@@ -30,7 +30,7 @@ from agentft.data.response import (
     read_text_calls,
     split_thought,
 )
-from agentft.data.tools import Tools, lift_listed, read_tools, tool_names
+from agentft.data.tools import Tools, lift_listed, read_tools
 from agentft.errors import FormatError
 
 KNOWN = (
@@ -193,7 +193,8 @@ class _Chat:
             if last == "user":
                 raise FormatError("two_user_turns", f"message {number} is the user's as is the one before it")
         elif last is None and (lifted := lift_listed(text)):
-            if not self._tools or tool_names(lifted.tools) == tool_names(self._tools):
+            listed, given = ({tool["function"]["name"] for tool in tools} for tools in (lifted.tools, self._tools))
+            if not given or listed == given:
                 text, self._tools = lifted.text, self._tools or lifted.tools
                 self._note("tools_lifted", "the tools are taken out of the system text", number)
                 if lifted.words_left_out:

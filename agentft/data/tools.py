@@ -105,28 +105,17 @@ def _tool(tool: object) -> dict[str, Json]:
         schema = declared.get("parameters")
         if "input_schema" in declared:  # Anthropic's name
             declared["parameters"] = declared.pop("input_schema")
-        elif (
-            isinstance(schema, dict)
-            and "properties" not in schema
-            and all(isinstance(v, dict) for v in schema.values())
-        ):
-            # xLAM writes the properties alone
-            declared["parameters"] = {"type": "object", "properties": schema} if schema else schema
+        elif isinstance(schema, dict) and schema and "properties" not in schema and _are_objects(schema):
+            declared["parameters"] = {"type": "object", "properties": schema}  # xLAM writes the properties alone
         read = {"type": "function", "function": declared}
     function = read["function"]
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise FormatError("tools_unreadable", "a tool has no name")
     schema = function.get("parameters") or {}
     if not isinstance(schema, dict) or not isinstance(schema.get("properties") or {}, dict):
-        raise FormatError(
-            "tools_unreadable", f"parameters of {function['name'][:40]!r} are no JSON schema of an object"
-        )
+        detail = f"parameters of {function['name'][:40]!r} are no JSON schema of an object"
+        raise FormatError("tools_unreadable", detail)
     return read
-
-
-def tool_names(tools: Tools) -> frozenset[str]:
-    """Return the names of declared tools."""
-    return frozenset(tool["function"]["name"] for tool in tools)
 
 
 def clauses(text: str) -> list[str]:
@@ -301,42 +290,41 @@ _read_remembered = lru_cache(maxsize=512)(_read)
 
 
 def _read_entry(system: str, number: re.Match[str]) -> OfferedTool:
-    """Return the tool whose JSON follows its number in the list."""
+    """Return the tool whose JSON follows its number in the list; one that cannot be used keeps a name where one is found."""
     start = number.end()
+    entry, end, problem = _decoded(system, start)
+    line_end = system.find("\n", end)
+    trailing = system[end : line_end if line_end >= 0 else len(system)].strip() if entry is not None else ""
+    usable = None if trailing else entry
+    name, description, declared = (entry.get(key) if entry else None for key in ("name", "description", "parameters"))
+    if not isinstance(name, str) or not name:
+        following = _ENTRY.search(system, start)
+        until = following.start() if following else len(system)
+        named = _NAME.search(system, start, until)
+        place = (number.start(), until if usable is None else end)
+        return OfferedTool(named[1] if named else "", "", None, problem or "no name", place, usable)
+    # Without the field (some describe a whole API under `paths` instead) what can be given is not known.
+    parameters = None if declared is None else _read_parameters(declared)
+    if trailing:
+        problem = f"text after the entry: {trailing[:40]!r}"
+    elif parameters is None and declared is not None:
+        problem = "parameters are neither a list of named objects nor a JSON schema"
+    description = description if isinstance(description, str) else ""
+    return OfferedTool(name, description, parameters, problem, (number.start(), end), usable)
+
+
+def _decoded(system: str, start: int) -> tuple[dict[str, Any] | None, int, str | None]:
+    """Return the object at a place of a system text, where it ends, and why there is none that can be used."""
     try:
         entry, end = _DECODER.raw_decode(system, start)
     except (ValueError, RecursionError) as error:
-        return _recover_entry(system, number, f"no JSON: {error}")
+        return None, start, f"no JSON: {error}"
     if json_depth(system[start:end]) > MAX_JSON_DEPTH:
         # Whoever reads or writes it later may stand deeper in the stack than this.
-        return _recover_entry(system, number, f"nested deeper than {MAX_JSON_DEPTH} levels")
+        return None, start, f"nested deeper than {MAX_JSON_DEPTH} levels"
     if _SURROGATE_ESCAPE.search(system, start, end) and not is_encodable(json.dumps(entry, ensure_ascii=False)):
-        return _recover_entry(system, number, "a lone surrogate")
-    line_end = system.find("\n", end)
-    trailing = system[end : line_end if line_end >= 0 else len(system)].strip()
-    problem = f"text after the entry: {trailing[:40]!r}" if trailing else None
-    name, description, declared = (entry.get(key) for key in ("name", "description", "parameters"))
-    if not isinstance(name, str) or not name:
-        return _recover_entry(system, number, "no name", None if trailing else (entry, end))
-    # Without the field (some describe a whole API under `paths` instead) what can be given is not known.
-    parameters = None if declared is None else _read_parameters(declared)
-    if parameters is None and declared is not None and problem is None:
-        problem = "parameters are neither a list of named objects nor a JSON schema"
-    place = (number.start(), end)
-    description = description if isinstance(description, str) else ""
-    return OfferedTool(name, description, parameters, problem, place, None if trailing else entry)
-
-
-def _recover_entry(
-    system: str, number: re.Match[str], problem: str, read: tuple[dict[str, Any] | None, int | None] | None = None
-) -> OfferedTool:
-    """Return an entry of which no more than a name may be found; `read` is its object and where that ends."""
-    entry, end = read or (None, None)
-    following = _ENTRY.search(system, number.end())
-    until = following.start() if following else len(system)
-    named = _NAME.search(system, number.end(), until)
-    place = (number.start(), until if end is None else end)
-    return OfferedTool(named[1] if named else "", "", None, problem, place, entry)
+        return None, start, "a lone surrogate"
+    return entry, end, None
 
 
 def _read_parameters(declared: object) -> tuple[dict[str, Any], ...] | None:
@@ -345,8 +333,12 @@ def _read_parameters(declared: object) -> tuple[dict[str, Any], ...] | None:
         named = all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in declared)
         return tuple(declared) if named else None
     properties = declared.get("properties", {}) if isinstance(declared, dict) else None
-    if not isinstance(properties, dict) or not all(isinstance(value, dict) for value in properties.values()):
+    if not isinstance(properties, dict) or not _are_objects(properties):
         return None
     required = declared.get("required")  # type: ignore[attr-defined]
     names = set(map(str, required)) if isinstance(required, list) else set()
     return tuple({**value, "name": name, "required": name in names} for name, value in properties.items())
+
+
+def _are_objects(values: dict[str, Any]) -> bool:
+    return all(isinstance(value, dict) for value in values.values())
