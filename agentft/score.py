@@ -32,10 +32,16 @@ from agentft.evaluation.metrics import (
     score_records,
 )
 from agentft.evaluation.parse import THINK_START, parse_reply, with_msagent_calls, without_end
-from agentft.evaluation.scoring import StepRecord, read_offered_tool
+from agentft.evaluation.scoring import OfferedTool, StepRecord, read_offered_tool
 from agentft.progress import outlive_console
 
-_OPTIONAL_FIELDS: dict[str, tuple[type, str]] = {
+_NEEDED: dict[str, tuple[type, str]] = {
+    "conversation_id": (str, "a string or an integer"),
+    "step": (int, "an integer from 0"),
+    "reference": (str, "a string"),
+    "prediction": (str, "a string"),
+}
+_OPTIONAL: dict[str, tuple[type, str]] = {
     "piece_of": (str, "a string"),
     "language": (str, "a string"),
     "rounds": (int, "an integer"),
@@ -56,17 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             allow_bad_references=options.allow_bad_references,
         )
+        as_json = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=2)
         if options.output is not None:
-            _write_file(options.output, _json_text(report) + "\n")
+            _write_file(options.output, as_json + "\n")
         if options.steps is not None:
             lines = [json.dumps(score.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for score in scores]
             _write_file(options.steps, "".join(lines))
     except EvaluationError as error:
-        message = str(error)
-        sys.stderr.write(message if message.startswith(str(options.file)) else f"{options.file}: {message}")
-        sys.stderr.write("\n")
+        file, message = str(options.file), str(error)
+        sys.stderr.write(f"{message}\n" if message.startswith(file) else f"{file}: {message}\n")
         return 1
-    _print(_json_text(report) if options.json else format_report(report))
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = as_json if options.json else format_report(report)
+    sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     return 0
 
 
@@ -163,12 +171,9 @@ def format_report(report: EvaluationReport) -> str:
         for group, metrics in groups.items():
             shown = "   ".join(f"{name} {_percent(metrics[name].value)}" for name in ("tool_acc", "arg_f1", "rouge_l"))
             lines.append(f"{kind} {group}: {shown}   {metrics['plan_acc'].conversations} conversations")
-    if report.confusion:
-        lines += ["", "tools taken for others (reference -> prediction):"]
-        lines += [
-            f"{calls:>6}  {expected or '-'} -> {predicted or '-'}"
-            for expected, predicted, calls in report.confusion[:10]
-        ]
+    lines += ["", "tools taken for others (reference -> prediction):"] if report.confusion else []
+    for expected, predicted, calls in report.confusion[:10]:
+        lines.append(f"{calls:>6}  {expected or '-'} -> {predicted or '-'}")
     lines += ["", *(f"{name}: {count}" for name, count in report.counts.items())]
     lines += [f"left out: {name!r} step {step}: {reason}" for name, step, reason in report.quarantined]
     if any(metric.indicative for metric in report.metrics.values()):
@@ -192,37 +197,32 @@ def _read_record(line: bytes) -> StepRecord:
     value = _read_object(line)
     if type(value.get("conversation_id")) is int:
         value["conversation_id"] = str(value["conversation_id"])
-    _require(value, "conversation_id", str, "a string or an integer")
-    _require(value, "step", int, "an integer from 0")
-    if value["step"] < 0:
-        raise EvaluationError(f"field 'step' is {value['step']}; expected an integer from 0")
-    for name in ("reference", "prediction"):
-        _require(value, name, str, "a string")
-    for name, (kind, words) in _OPTIONAL_FIELDS.items():
-        if value.get(name) is not None:
-            _require(value, name, kind, words)
+    fields: dict[str, Any] = {}
+    found: Any
+    for name, (kind, words) in {**_NEEDED, **_OPTIONAL}.items():
+        fields[name] = found = value.get(name)
+        if name in _OPTIONAL and found is None:
+            continue
+        if name not in value:
+            raise EvaluationError(f"field {name!r} is missing")
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)) or (name == "step" and found < 0):
+            raise EvaluationError(f"field {name!r} is {_shown(found)}; expected {words}")
     offered = value.get("offered")
     if offered is not None and not isinstance(offered, list):
         raise EvaluationError(f"field 'offered' is {_shown(offered)}; expected a list of tool names or objects")
-    tools = None if offered is None else [(item, read_offered_tool(item)) for item in offered]
-    for item, tool in tools or ():
-        if tool is None:
-            raise EvaluationError(
-                f"field 'offered' holds {_shown(item)}; expected a tool name or an object with 'name'"
-            )
-    return StepRecord(
-        conversation_id=value["conversation_id"],
-        step=value["step"],
-        reference=value["reference"],
-        prediction=value["prediction"],
-        offered=None if tools is None else tuple(tool for _, tool in tools if tool is not None),
-        **{name: value.get(name) for name in _OPTIONAL_FIELDS},
-    )
+    return StepRecord(**fields, offered=None if offered is None else tuple(map(_read_tool, offered)))
+
+
+def _read_tool(item: object) -> OfferedTool:
+    tool = read_offered_tool(item)
+    if tool is None:
+        raise EvaluationError(f"field 'offered' holds {_shown(item)}; expected a tool name or an object with 'name'")
+    return tool
 
 
 def _read_object(line: bytes) -> dict[str, Any]:
     try:
-        value = _DECODER.decode(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise EvaluationError(f"not UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
@@ -236,24 +236,9 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _require(value: dict[str, Any], name: str, kind: type, words: str) -> None:
-    if name not in value:
-        raise EvaluationError(f"field {name!r} is missing")
-    found = value[name]
-    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-        raise EvaluationError(f"field {name!r} is {_shown(found)}; expected {words}")
-
-
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _json_text(report: EvaluationReport) -> str:
-    return json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=2)
 
 
 def _write_file(path: Path, text: str) -> None:
@@ -262,11 +247,6 @@ def _write_file(path: Path, text: str) -> None:
         path.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise EvaluationError(f"{path}: {error.strerror or error}") from None
-
-
-def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -291,10 +271,9 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
-    return number
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":
