@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from agentft.data.calls import parameter_types
+from agentft.data.conversation import THINK_OPEN
 from agentft.data.response import ResponseTemplate, Said, our_templates, read_by_marks
 from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import (
@@ -31,7 +32,7 @@ from agentft.evaluation.metrics import (
     aggregate,
     score_records,
 )
-from agentft.evaluation.parse import THINK_START, parse_reply, with_msagent_calls, without_end
+from agentft.evaluation.parse import parse_reply, with_msagent_calls, without_end
 from agentft.evaluation.scoring import OfferedTool, StepRecord, read_offered_tool
 from agentft.progress import outlive_console
 
@@ -116,9 +117,9 @@ def _read_in_other_marks(records: list[StepRecord]) -> list[StepRecord]:
 
     The family of most references reads the texts without a call too, as it does where nothing marks its calls (Llama 3).
     """
-    expected = [None if THINK_START in r.reference else read_by_marks(without_end(r.reference)) for r in records]
+    expected = [None if THINK_OPEN in r.reference else read_by_marks(without_end(r.reference)) for r in records]
     names = Counter(read[0].name for read in expected if read is not None and read[0] is not None).most_common(1)
-    if not names and not any(THINK_START in record.reference for record in records):
+    if not names and not any(THINK_OPEN in record.reference for record in records):
         texts = [without_end(record.reference) for record in records]
         names = [(each.name, 1) for each in our_templates() if any(each.read(text).calls for text in texts)][:1]
     family = next((each for each in our_templates() if names and each.name == names[0][0]), None)
@@ -131,9 +132,9 @@ def _in_family(record: StepRecord, expected: Said | None, family: ResponseTempla
     Args:
         expected: The reference, where a call begins in it.
     """
-    if expected is None and family is not None and THINK_START not in record.reference:
+    if expected is None and family is not None and THINK_OPEN not in record.reference:
         expected = family.read(without_end(record.reference))
-    said = None if THINK_START in record.prediction else _read_prediction(record, expected, family)
+    said = None if THINK_OPEN in record.prediction else _read_prediction(record, expected, family)
     return replace(
         record,
         reference_reply=None if expected is None else with_msagent_calls(expected),
@@ -198,14 +199,17 @@ def _read_record(line: bytes) -> StepRecord:
     if type(value.get("conversation_id")) is int:
         value["conversation_id"] = str(value["conversation_id"])
     fields: dict[str, Any] = {}
-    found: Any
     for name, (kind, words) in {**_NEEDED, **_OPTIONAL}.items():
         fields[name] = found = value.get(name)
         if name in _OPTIONAL and found is None:
             continue
         if name not in value:
             raise EvaluationError(f"field {name!r} is missing")
-        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)) or (name == "step" and found < 0):
+        if (
+            not isinstance(found, kind)
+            or (kind is int and isinstance(found, bool))
+            or (name == "step" and value[name] < 0)
+        ):
             raise EvaluationError(f"field {name!r} is {_shown(found)}; expected {words}")
     offered = value.get("offered")
     if offered is not None and not isinstance(offered, list):

@@ -256,7 +256,7 @@ CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", *ARGUMENTS})
 Types = Mapping[tuple[str, str], tuple[str, ...]]
 """Schema types of parameters, by the names of tool and parameter."""
 
-_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def blank(value: object) -> bool:
@@ -322,7 +322,7 @@ class Bare(str):
 def typed(text: str, types: Sequence[str]) -> Json:
     """Return a bare value as the first of some types that it can be, else as what JSON reads in it, else as text."""
     try:
-        value = read_json(_PYTHON_WORDS.get(text.strip(), text))
+        value = read_json(PYTHON_WORDS.get(text.strip(), text))
     except JsonRefused:
         return str(text)
     kind = _type_of(value)
@@ -401,7 +401,7 @@ def _read_json_body(body: str, args: Mapping[str, Any], read_value: Callable[[st
 def _as_json(found: re.Match[str]) -> str:
     *strings, blanks, key, colon, word = found.groups()
     if word is not None:
-        return _PYTHON_WORDS[word]
+        return PYTHON_WORDS[word]
     if key is not None:
         return f"{blanks}{json.dumps(key)}{colon}"
     return json.dumps(next(each for each in strings if each is not None))

@@ -15,13 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from agentft.data.calls import Attempt, CallFailure, ToolCall, strip_fence
+from agentft.data.calls import PYTHON_WORDS, Attempt, CallFailure, ToolCall, strip_fence
+from agentft.data.conversation import EXEC_OPEN, THINK_CLOSE, THINK_OPEN
 from agentft.data.msagent import call_text, read_call_body
 from agentft.data.response import Said
-
-THINK_START = "<|startofthink|>"
-THINK_END = "<|endofthink|>"
-EXEC_START = "<|startofexec|>"
 
 END_OF_SEQUENCE_TEXTS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 """How the end tokens of common models read when they are decoded to text."""
@@ -70,7 +67,7 @@ def with_msagent_calls(said: Said) -> Said:
     """Return a step in which MSAgent calls within its texts are calls: a model that answers with them called all the same."""
     pieces: list[str | Attempt] = []
     for piece in said.pieces:
-        pieces += parse_reply(piece).pieces if isinstance(piece, str) and THINK_START in piece else (piece,)
+        pieces += parse_reply(piece).pieces if isinstance(piece, str) and THINK_OPEN in piece else (piece,)
     return replace(said, pieces=tuple(pieces))
 
 
@@ -82,11 +79,11 @@ def msagent_text(said: Said) -> str:
     pieces = []
     for piece in said.pieces:
         if isinstance(piece, str):
-            pieces.append(piece if THINK_START in piece else _MARKS.sub("< ", piece))
+            pieces.append(piece if THINK_OPEN in piece else _MARKS.sub("< ", piece))
         elif piece.failure is None:
             pieces.append("\n".join(map(call_text, piece.requests)))
         else:
-            pieces.append(f"{THINK_START}{_unreadable(piece.source)}{THINK_END}")
+            pieces.append(f"{THINK_OPEN}{_unreadable(piece.source)}{THINK_CLOSE}")
     return "".join(pieces).strip()
 
 
@@ -120,7 +117,7 @@ def _cut_at(span: re.Match[str], stop_texts: tuple[str, ...]) -> int | None:
 
 _HEADERS = r"<\|(?:im_start|start_header_id|user|assistant|system|observation|turn)\|?>|<｜(?:User|Assistant)｜>"
 _MARKS = re.compile(
-    "<(?=" + "|".join(re.escape(mark[1:]) for mark in (EXEC_START, THINK_END, *USER_TAGS, *END_OF_SEQUENCE_TEXTS))
+    "<(?=" + "|".join(re.escape(mark[1:]) for mark in (EXEC_OPEN, THINK_CLOSE, *USER_TAGS, *END_OF_SEQUENCE_TEXTS))
     + r"|\|assistant\|>|\|im_start\|>|\|start_header_id\|>)"
 )  # fmt: skip
 
@@ -128,7 +125,7 @@ _MARKS = re.compile(
 @cache
 def _cutting(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
     """Return what finds the end of the agent's own words: another's mark, its own stop, an end of sequence before a turn."""
-    marks = "|".join(re.escape(mark) for mark in (EXEC_START, *USER_TAGS, *stop_texts) if mark)
+    marks = "|".join(re.escape(mark) for mark in (EXEC_OPEN, *USER_TAGS, *stop_texts) if mark)
     ends = "|".join(map(re.escape, END_OF_SEQUENCE_TEXTS))
     return re.compile(rf"{marks}|(?:{ends})\s*(?={_HEADERS})")
 
@@ -136,7 +133,7 @@ def _cutting(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
 @cache
 def _structure(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
     # Non-greedy: a second, invented call must not swallow a correct first one.
-    span = rf"{re.escape(THINK_START)}(?P<body>.*?)(?:(?P<closed>{re.escape(THINK_END)})|\Z)"
+    span = rf"{re.escape(THINK_OPEN)}(?P<body>.*?)(?:(?P<closed>{re.escape(THINK_CLOSE)})|\Z)"
     return re.compile(f"{span}|{_cutting(stop_texts).pattern}", re.DOTALL)
 
 
@@ -147,18 +144,14 @@ def _unreadable(body: str) -> str:
 
 
 def _read_attempt(body: str, *, closed: bool) -> Attempt:
-    if not closed:
-        return Attempt(body, (), CallFailure("unclosed", f"no {THINK_END} after the call"))
-    result = read_call_body(body)
-    if isinstance(result, CallFailure):
-        return Attempt(body, (), result)
-    return Attempt(body, result, None)
+    unclosed = CallFailure("unclosed", f"no {THINK_CLOSE} after the call")
+    read = read_call_body(body) if closed else unclosed
+    return Attempt(body, (), read) if isinstance(read, CallFailure) else Attempt(body, read, None)
 
 
 _CLOSING_QUOTES = {'"': '"', "'": "'", "“": "”“", "＂": "＂", "‘": "’‘", "＇": "＇"}
 _PUNCTUATION = {"：": ":", "，": ",", "｛": "{", "｝": "}", "［": "[", "］": "]", "【": "[", "】": "]"}
 _CLOSER = {"{": "}", "[": "]"}
-_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _WORD = re.compile(r"[A-Za-z_]+")
 
 
@@ -188,7 +181,7 @@ def _mend(text: str) -> str:
             continue
         word = _WORD.match(text, position)
         if word:
-            written.append(_PYTHON_WORDS.get(word[0], word[0]))
+            written.append(PYTHON_WORDS.get(word[0], word[0]))
             position = word.end()
             continue
         if character in _CLOSER:
@@ -222,7 +215,6 @@ def _read_string(text: str, start: int) -> tuple[str, int]:
 
 
 def _drop_trailing_comma(written: list[str]) -> None:
-    while written and not written[-1].strip():
-        written.pop()
-    if written and written[-1] == ",":
-        written.pop()
+    while written and (written[-1] == "," or not written[-1].strip()):
+        if written.pop() == ",":
+            return
