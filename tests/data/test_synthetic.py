@@ -297,7 +297,7 @@ def test_a_minority_of_calls_is_indented():
 
 
 class TestCatalogue:
-    @pytest.mark.parametrize("name", ["tools", "chains", "en", "zh"])
+    @pytest.mark.parametrize("name", ["tools", "chains", "numbers", "en", "zh"])
     def test_no_key_of_a_file_stands_twice(self, name):
         """YAML keeps the last of two equal keys, so a second tool of one name would hide the first."""
         waiting = [yaml.compose((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))]

@@ -1,4 +1,4 @@
-"""Load the tools, chains, phrases and pools of values of the dataset from `tools.yaml`, `chains.yaml`, `en.yaml`, `zh.yaml`.
+"""Load the tools, chains, phrases and pools of values of the dataset from the YAML files beside this module.
 
 Held-out records draw from other values than training records: word lists give every third entry to the held-out part,
 numbers in codes, amounts, dates and times those of one rest modulo five. Small counts and enumerations are shared: there are
@@ -302,21 +302,28 @@ class Values:
         self._zh = language == "zh"
         words = read_yaml(f"{language}.yaml")
         split = words["split"] | ({"word": list(words["dictionary"])} if "dictionary" in words else {})
-        self._lists: dict[str, Sequence[str]] = {pool: self._share(each) for pool, each in split.items()} | words[
-            "shared"
-        ]
-        self._enumerations, self._booleans, self._composed = words["enumerations"], words["booleans"], words["composed"]
+        lists: dict[str, Sequence[str]] = {pool: self._share(each) for pool, each in split.items()}
+        self._lists = lists | words["shared"] | words["enumerations"]
+        self._numbers = read_yaml("numbers.yaml")
+        self._booleans, self._composed = words["booleans"], words["composed"] | self._numbers["composed"]
         self._makers = self._named_makers()
 
     def draw(self, pool: str, rng: random.Random) -> Value:
         """Draw from `pool`."""
-        if words := self._lists.get(pool) or self._enumerations.get(pool):
-            word = rng.choice(words)
-            return word, word
         if pool in self._booleans:
             truth = rng.random() < 0.6
             return truth, self._booleans[pool][0 if truth else 1]
-        value = self._compose(pool, rng) if pool in self._composed else self._makers[pool](rng)
+        value: Json
+        if pool in self._lists:
+            value = rng.choice(self._lists[pool])
+        elif pool in self._composed:
+            value = self._compose(pool, rng)
+        elif pool in self._numbers["split"]:
+            value = self._integer(rng, *map(int, self._numbers["split"][pool]))
+        elif pool in self._numbers["shared"]:
+            value = rng.randint(*map(int, self._numbers["shared"][pool]))
+        else:
+            value = self._makers[pool](rng)
         return value, str(value)
 
     def _compose(self, pool: str, rng: random.Random) -> str:
@@ -336,7 +343,8 @@ class Values:
 
     def pools(self) -> frozenset[str]:
         """Return the names that `draw` knows."""
-        return frozenset({*self._lists, *self._enumerations, *self._booleans, *self._composed, *self._makers})
+        numbers = (*self._numbers["split"], *self._numbers["shared"])
+        return frozenset({*self._lists, *self._booleans, *self._composed, *numbers, *self._makers})
 
     def _share(self, words: Sequence[str]) -> tuple[str, ...]:
         return tuple(
@@ -377,38 +385,16 @@ class Values:
             ),
             "account": lambda r: self._code(r, 0, 8),
             "card": lambda r: self._code(r, 0, 4),
-            "event_id": lambda r: f"EV{self._integer(r, 100, 9999)}",
-            "hotel_id": lambda r: f"H{self._integer(r, 100, 9999)}",
             "booking": lambda r: self._code(r, 2, 5),
-            "note_id": lambda r: f"N{self._integer(r, 100, 9999)}",
-            "product_id": lambda r: f"P-{self._integer(r, 1000, 99999)}",
-            "song_id": lambda r: f"S{self._integer(r, 1000, 9999)}",
-            "book_id": lambda r: f"B-{self._integer(r, 1000, 9999)}",
-            "ticket": lambda r: f"T-{self._integer(r, 1000, 99999)}",
-            "minutes": lambda r: self._integer(r, 3, 120),
-            "percent": lambda r: self._integer(r, 5, 99),
-            "guests": lambda r: r.randrange(2, 13),
-            "nights": lambda r: r.randrange(1, 15),
-            "years": lambda r: r.randrange(2, 31),
-            "days": lambda r: r.randrange(3, 31),
-            "quantity": lambda r: r.randrange(2, 20),
             "amount": lambda r: self._money(r, 20, 5000),
-            "budget": lambda r: self._integer(r, 20, 400),
             "principal": lambda r: self._integer(r, 20, 900) * 1000,
             "interest": lambda r: plain_number(r.randrange(10, 90) / 10),
-            "mass": lambda r: self._integer(r, 40, 130),
-            "height": lambda r: r.randrange(150, 205),
             "kilograms": lambda r: plain_number(self._integer(r, 5, 300) / 10),
             "measure": lambda r: self._money(r, 3, 900),
             "setpoint": lambda r: plain_number(r.randrange(32, 52) / 2),
-            "degrees": lambda r: r.randrange(-8, 38),
-            "humidity": lambda r: r.randrange(20, 98),
-            "index": lambda r: r.randrange(12, 190),
             "price": lambda r: plain_number(r.randrange(900, 60000) / 100),
-            "fare": lambda r: r.randrange(30, 900),
             "rate": lambda r: r.randrange(200, 20000) / 10000,
             "kilometers": lambda r: plain_number(r.randrange(20, 9000) / 10),
-            "count": lambda r: r.randrange(2, 9),
             "delay": lambda r: r.randrange(2, 12) * 5,
         }
 
