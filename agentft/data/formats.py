@@ -107,13 +107,14 @@ def key_name(key: object) -> str:
 
 
 def read_xlam(record: Mapping[Any, Any], notes: list[Note]) -> Read:
+    """Read a question, the tools, and the calls that answer it."""
     chat = _Chat(notes, read_tools(record.get("tools")), Format.xlam)
-    chat.add_plain("user", _text(record.get("query"), 1, notes), None, 1)
+    chat.add_plain("user", chat.text(record.get("query"), 1), None, 1)
     answers = record.get("answers")
     answers = literal(answers, "call_not_json") if isinstance(answers, str) else answers
     if not isinstance(answers, list):
         raise FormatError("call_not_json", "'answers' is no list of calls")
-    chat.add_step(None, None, list(map(read_call, answers)), None, 2, trained=True)
+    chat.add_step(Message("assistant", tool_calls=tuple(map(read_call, answers))), 2)
     return chat.finish()
 
 
@@ -129,14 +130,11 @@ def read_chat(record: Mapping[Any, Any], form: Format, notes: list[Note]) -> Rea
     begins_with_system = _ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer")
     column = next((column for column in TOOL_COLUMNS if not blank(record.get(column))), None)
     of_system = column is None and begins_with_system  # some keep the tools in the system message
-    tools = read_tools(first.get("tools") if of_system else record.get(column or ""))
     if column == "available_tools":
         notes.append((f"tools_from_column:{column}", f"column {column!r} holds the tools"))
-    system = _text(record["system"], 0, notes) if not blank(record.get("system")) else ""
-    if form is not Format.react and any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns):
-        chat = _Chat(notes, tools, form, toolbench=True)
-    else:
-        chat = _Chat(notes, tools, form)
+    chat = _Chat(notes, read_tools(first.get("tools") if of_system else record.get(column or "")), form)
+    chat.toolbench = any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns)
+    system = "" if blank(record.get("system")) else chat.text(record["system"], 0)
     if system.strip():
         if not begins_with_system:
             chat.add_plain("system", system, None, 0)
@@ -150,11 +148,12 @@ def read_chat(record: Mapping[Any, Any], form: Format, notes: list[Note]) -> Rea
 class _Chat:
     """Reads messages one by one; the words and calls of one step, wherever they stand, become one message."""
 
-    def __init__(self, notes: list[Note], tools: Tools, form: Format, *, toolbench: bool = False) -> None:
+    def __init__(self, notes: list[Note], tools: Tools, form: Format) -> None:
+        self.toolbench = False
+        """Texts that look like ReAct are."""
         self._notes = notes
         self._tools = tools
         self._form = form
-        self._toolbench = toolbench
         self._messages: list[Message] = []
         self._open: list[ToolCall | None] = []
         """The calls of the last step; None once they have their result."""
@@ -182,7 +181,7 @@ class _Chat:
         elif role == "user":
             self._read_user(content, name, number)
         else:
-            self.add_plain("developer" if role == "developer" else "system", self._text(content, number), name, number)
+            self.add_plain("developer" if role == "developer" else "system", self.text(content, number), name, number)
 
     def add_plain(self, role: Role, text: str, name: str | None, number: int) -> None:
         """Add a system's or a user's message."""
@@ -206,41 +205,29 @@ class _Chat:
         self._end_step()
         self._messages.append(Message(role, text, name=name))
 
-    def add_step(
-        self,
-        text: str | None,
-        reasoning: str | None,
-        calls: Sequence[ToolCall],
-        name: str | None,
-        number: int,
-        *,
-        trained: bool,
-    ) -> None:
+    def add_step(self, step: Message, number: int) -> None:
         """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
-        for field in dict.fromkeys(key_name(field) for call in calls for field in call.extras):
+        for field in dict.fromkeys(key_name(field) for call in step.tool_calls for field in call.extras):
             self._note(f"field_not_carried:{field}", f"{field} of a call", number)
-        calls = [replace(call, extras={}) for call in calls]
+        calls = tuple(replace(call, extras={}) for call in step.tool_calls)
         if not any(message.role == "user" for message in self._messages):
             raise FormatError(
                 "starts_with_assistant", f"message {number} is the assistant's, expected the user's first"
             )
-        if not (text or "").strip() and not calls:
+        if not step.text.strip() and not calls:
             raise FormatError("empty_assistant", f"message {number} has neither text nor calls")
         last = self._messages[-1]
         if last.role == "assistant":
-            if text or (reasoning and last.reasoning_content) or not calls:
+            if step.content or (step.reasoning_content and last.reasoning_content) or not calls:
                 raise FormatError("two_assistant_turns", f"message {number} is the assistant's as is the one before it")
-            self._messages[-1] = replace(
-                last,
-                tool_calls=(*last.tool_calls, *calls),
-                reasoning_content=last.reasoning_content or reasoning,
-                trained=last.trained and trained,
-            )
+            reasoning, trained = last.reasoning_content or step.reasoning_content, last.trained and step.trained
+            calls = last.tool_calls + calls
+            self._messages[-1] = replace(last, tool_calls=calls, reasoning_content=reasoning, trained=trained)
         else:
             self._end_step()
-            self._messages.append(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained))
-        self._open += calls
-        ids = [call.id for call in self._messages[-1].tool_calls if call.id is not None]
+            self._messages.append(replace(step, tool_calls=calls))
+        self._open = list(calls)
+        ids = [call.id for call in calls if call.id is not None]
         if len(set(ids)) < len(ids):
             raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
 
@@ -262,14 +249,12 @@ class _Chat:
         if isinstance(content, list):
             results = [block for block in content if _is_block(block, "tool_result")]
             for block in results:
-                _note_block(block, self._notes)
-                self._add_result(
-                    self._text(block.get("content") or "", number), read_id(block.get("tool_use_id")), None
-                )
+                self._note_block(block)
+                self._add_result(self.text(block.get("content") or "", number), read_id(block.get("tool_use_id")), None)
             content = [block for block in content if not _is_block(block, "tool_result")]
             if results and not content:
                 return
-        text = self._text(content, number)
+        text = self.text(content, number)
         responses = read_responses(text) if any(self._open) else []
         for response in responses:
             self._add_result(response, None, None)
@@ -277,7 +262,7 @@ class _Chat:
             self.add_plain("user", text, name, number)
 
     def _read_result(self, content: object, call_id: str | None, name: str | None, number: int) -> None:
-        text = self._text(content, number)
+        text = self.text(content, number)
         waiting = [call for call in self._open if call is not None]
         if call_id is None and name is None and len(waiting) > 1 and (named := read_named_results(text, waiting)):
             for call, response in zip(waiting, named, strict=True):
@@ -290,11 +275,11 @@ class _Chat:
         """Read a message that is one call or several, perhaps behind a thought."""
         thought = None
         if not isinstance(content, dict):
-            thought, text = split_thought(self._text(content, number))
+            thought, text = split_thought(self.text(content, number))
             content = literal(text, "call_not_json")
-        calls = list(map(read_call, content if isinstance(content, list) else [content]))
-        reasoning = self._reasoning(turn, thought, number)
-        self.add_step(None, reasoning, calls, None, number, trained=self._is_trained(turn, number))
+        calls = tuple(map(read_call, content if isinstance(content, list) else [content]))
+        reasoning, trained = self._reasoning(turn, thought, number), self._is_trained(turn, number)
+        self.add_step(Message("assistant", None, reasoning, calls, trained=trained), number)
 
     def _read_assistant(self, turn: Mapping[str, Any], content: object, name: str | None, number: int) -> None:
         trained = self._is_trained(turn, number)
@@ -305,13 +290,15 @@ class _Chat:
             thought, text, more = self._read_blocks(content, number)
             calls += more
         elif content is not None:
-            text = self._text(content, number)
-        if text is not None and not calls and (self._form == "react" or (self._toolbench and is_react_text(text))):
+            text = self.text(content, number)
+        if text is not None and not calls and (self._form == "react" or (self.toolbench and is_react_text(text))):
             for kind, said, call in read_react(text):
                 if kind == "result":
                     self._add_result(said, None, None)
                 else:
-                    self.add_step(said or None, None, [call] if call else [], name, number, trained=trained)
+                    called = () if call is None else (call,)
+                    step = Message("assistant", said or None, tool_calls=called, name=name, trained=trained)
+                    self.add_step(step, number)
             return
         if text is not None and thought is None:
             thought, text = split_thought(text)
@@ -330,7 +317,7 @@ class _Chat:
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":
             self._note("messages_joined", "it and the message before are one step", number)
-        self.add_step(text, reasoning, calls, name, number, trained=trained)
+        self.add_step(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained), number)
 
     def _read_blocks(self, content: Sequence[Any], number: int) -> tuple[str | None, str | None, list[ToolCall]]:
         """Return the thoughts, the words and the calls of a content in parts."""
@@ -339,7 +326,7 @@ class _Chat:
         calls: list[ToolCall] = []
         for block in content:
             if _is_block(block, "thinking") and isinstance(block.get("thinking"), str):
-                _note_block(block, self._notes)
+                self._note_block(block)
                 thoughts.append(block["thinking"])
             elif _is_block(block, "tool_use"):
                 calls.append(read_call(block))
@@ -347,7 +334,7 @@ class _Chat:
                 words.append(block)
                 if calls:
                     self._note("words_after_a_call", "its words stand before its calls now", number)
-        return "\n".join(thoughts) or None, self._text(words, number) if words else None, calls
+        return "\n".join(thoughts) or None, self.text(words, number) if words else None, calls
 
     def _tool_calls(self, turn: Mapping[str, Any], number: int) -> list[Any]:
         calls = turn.get("tool_calls") or []
@@ -413,24 +400,27 @@ class _Chat:
             if key not in known and not blank(value):
                 self._note(f"field_not_carried:{key_name(key)}", key_name(key), number)
 
-    def _text(self, content: object, number: int) -> str:
-        return _text(content, number, self._notes)
+    def text(self, content: object, number: int) -> str:
+        """Return the text of a message; of a list of parts the text parts, a line each, as a server joins them."""
+        if isinstance(content, str):
+            return content
+        kind = "null" if content is None else type(content).__name__
+        if isinstance(content, list):
+            other = [part for part in content if not _is_text_block(part)]
+            if not other:
+                for part in content:
+                    self._note_block(part)
+                return "\n".join(part["text"] for part in content)
+            kind = f"a part {key_name(other[0].get('type'))!r}" if isinstance(other[0], dict) else "a part without type"
+        where = f"message {number}" if number else "the column 'system'"
+        raise FormatError("value_not_text", f"the content of {where} is {kind}, expected text or a list of text parts")
 
-
-def _text(content: object, number: int, notes: list[Note]) -> str:
-    """Return the text of a message; of a list of parts the text parts, a line each, as a server joins them."""
-    if isinstance(content, str):
-        return content
-    kind = "null" if content is None else type(content).__name__
-    if isinstance(content, list):
-        other = next((part for part in content if not _is_text_block(part)), None)
-        if all(map(_is_text_block, content)):
-            for part in content:
-                _note_block(part, notes)
-            return "\n".join(part["text"] for part in content)
-        kind = f"a part {key_name(other.get('type'))!r}" if isinstance(other, dict) else "a part without type"
-    where = f"message {number}" if number else "the column 'system'"
-    raise FormatError("value_not_text", f"the content of {where} is {kind}, expected text or a list of text parts")
+    def _note_block(self, block: Mapping[Any, Any]) -> None:
+        known = _BLOCKS.get(block.get("type", "text"), frozenset())
+        for key, value in block.items():
+            if key != "type" and key not in known and not blank(value):
+                detail = f"{key_name(key)} of a part of a content"
+                self._notes.append((f"field_not_carried:{key_name(key)}", detail))
 
 
 def _is_text_block(block: Any) -> bool:
@@ -439,10 +429,3 @@ def _is_text_block(block: Any) -> bool:
 
 def _is_block(block: Any, kind: str) -> bool:
     return isinstance(block, dict) and block.get("type") == kind
-
-
-def _note_block(block: Mapping[Any, Any], notes: list[Note]) -> None:
-    known = _BLOCKS.get(block.get("type", "text"), frozenset())
-    for key, value in block.items():
-        if key != "type" and key not in known and not blank(value):
-            notes.append((f"field_not_carried:{key_name(key)}", f"{key_name(key)} of a part of a content"))
