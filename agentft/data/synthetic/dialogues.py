@@ -135,8 +135,6 @@ class Scene:
         self._is_closed = False
         self._indent = 3 if rng.random() < INDENTED_SHARE else None
 
-    # Drawing
-
     def pick(self, options: Sequence[_T]) -> _T:
         """Return one of `options`."""
         return options[int(self.rng.random() * len(options))]
@@ -201,8 +199,6 @@ class Scene:
         second = self.value(pool[:-2], {*unlike, first[1]})
         return [first[0], second[0]], f"{first[1]}{self.phrases['list_joint']}{second[1]}"
 
-    # Turns
-
     def user(self, text: str) -> None:
         """Append a user turn; the first may open with a greeting."""
         text = self._sentence(text)
@@ -214,6 +210,17 @@ class Scene:
     def assistant(self, text: str) -> None:
         """Append an assistant turn."""
         self.turns.append(text)
+
+    def answer(self, request: Request, before: str = "") -> Result:
+        """Append a turn of a call, its result and the summary, after whatever it holds `before`; return the result."""
+        result = self.result(request)
+        self.assistant(before + self.executed(request, result.observation) + self.summary(request.tool, result))
+        return result
+
+    def fail(self, request: Request, error: str) -> None:
+        """Append a turn of a call that fails, and the assistant's words for it."""
+        words = self.pick(self.phrases["failures"]).format(goal=request.tool.goal, error=error)
+        self.assistant(self.executed(request, {"error": error}) + words)
 
     def ask(self, request: Request) -> str:
         """Return the user's words for `request`."""
@@ -242,8 +249,6 @@ class Scene:
         first = text.split(" ", 1)[0]
         return text[0].upper() + text[1:] if first.isalpha() and first.isascii() else text
 
-    # The system value
-
     def names(self, tool: Tool) -> ToolNames:
         """Return the names of `tool` here; from now on it is listed."""
         if tool.key not in self._names:
@@ -256,7 +261,7 @@ class Scene:
         return self._names[tool.key]
 
     def listed_names(self) -> list[str]:
-        """Return the names of the listed tools in the order of the list; only after `close_list`."""
+        """Return the names of the listed tools in their order; only after `close_list`."""
         return [self._names[tool.key].tool for tool in self._tools]
 
     def close_list(self, beside: Iterable[str] = ()) -> None:
@@ -328,8 +333,7 @@ def _single_call(scene: Scene) -> None:
     before = ""
     if scene.chance(ANNOUNCED_SHARE):
         before = scene.pick(scene.phrases["announcements"]).format(goal=request.tool.goal) + "\n"
-    answer, _ = _answer(scene, request)
-    scene.assistant(before + answer)
+    scene.answer(request, before)
 
 
 def _call_without_result(scene: Scene) -> None:
@@ -345,9 +349,9 @@ def _result_without_summary(scene: Scene) -> None:
 
 def _several_calls(scene: Scene) -> None:
     requests = _two_requests(scene)
-    results = [scene.result(request) for request in requests]
-    calls = [scene.executed(request, result.observation) for request, result in zip(requests, results, strict=True)]
-    summaries = [scene.summary(request.tool, result) for request, result in zip(requests, results, strict=True)]
+    answered = [(request, scene.result(request)) for request in requests]
+    calls = [scene.executed(request, result.observation) for request, result in answered]
+    summaries = [scene.summary(request.tool, result) for request, result in answered]
     scene.assistant("".join(calls) + scene.phrases["between_summaries"].join(summaries))
 
 
@@ -362,14 +366,12 @@ def _chained_calls(scene: Scene) -> None:
     result = scene.result(first)
     second = _linked(scene, chain, result)
     scene.user(fill(scene.pick(chain.at_once), {**first.spoken, **second.spoken}))
-    answer, _ = _answer(scene, second, before=scene.executed(first, result.observation))
-    scene.assistant(answer)
+    scene.answer(second, scene.executed(first, result.observation))
 
 
 def _several_rounds(scene: Scene) -> None:
     request = _asked(scene)
-    answer, result = _answer(scene, request)
-    scene.assistant(answer)
+    result = scene.answer(request)
     rounds = 2
     while rounds < scene.max_rounds and scene.chance(MORE_ROUNDS_SHARE):
         rounds += 1
@@ -393,8 +395,7 @@ def _several_rounds(scene: Scene) -> None:
             scene.user(thanks)
             scene.assistant(reply)
             break
-        answer, result = _answer(scene, request)
-        scene.assistant(answer)
+        result = scene.answer(request)
 
 
 def _failed_call(scene: Scene) -> None:
@@ -402,7 +403,7 @@ def _failed_call(scene: Scene) -> None:
     error = scene.pick(scene.phrases["errors"])
     if request.tool in scene.shelf.lookups and scene.chance(0.4):
         error = _not_found(scene, request)
-    scene.assistant(_failure(scene, request, error))
+    scene.fail(request, error)
 
 
 def _corrected_by_tool(scene: Scene) -> None:
@@ -413,18 +414,16 @@ def _corrected_by_tool(scene: Scene) -> None:
     scene.user(scene.ask(said))
     error = scene.phrases["unknown"].format(what=tool.parameter(key).description, value=wrong)
     refused = scene.executed(said, {"error": error, "did_you_mean": meant.values[key]})
-    answer, _ = _answer(scene, meant, before=refused)
-    scene.assistant(answer)
+    scene.answer(meant, refused)
 
 
 def _corrected_by_user(scene: Scene) -> None:
     said = scene.request(scene.pick(scene.shelf.lookups))
     meant = scene.changed(said, said.tool.again)
     scene.user(scene.ask(said))
-    scene.assistant(_failure(scene, said, _not_found(scene, said)))
+    scene.fail(said, _not_found(scene, said))
     scene.user(scene.pick(scene.phrases["corrections"]).format(value=meant.spoken[meant.tool.again]))
-    answer, _ = _answer(scene, meant)
-    scene.assistant(answer)
+    scene.answer(meant)
 
 
 def _missing_parameter(scene: Scene) -> None:
@@ -434,8 +433,7 @@ def _missing_parameter(scene: Scene) -> None:
     scene.user(fill(scene.pick(asks), said))
     scene.assistant(scene.pick(scene.phrases["questions"]).format(what=tool.parameter(key).description))
     scene.user(scene.pick(scene.phrases["replies"]).format(value=request.spoken[key]))
-    answer, _ = _answer(scene, request)
-    scene.assistant(answer)
+    scene.answer(request)
 
 
 def _unserved_request(scene: Scene) -> None:
@@ -486,17 +484,6 @@ KINDS: dict[str, DialogueType] = {
     "small_talk": DialogueType(_small_talk, 0.05),
 }
 """All kinds by name; the shares sum to one."""
-
-
-def _answer(scene: Scene, request: Request, before: str = "") -> tuple[str, Result]:
-    """Return the call, its result and the summary, after whatever the turn holds `before`."""
-    result = scene.result(request)
-    return before + scene.executed(request, result.observation) + scene.summary(request.tool, result), result
-
-
-def _failure(scene: Scene, request: Request, error: str) -> str:
-    reply: str = scene.pick(scene.phrases["failures"]).format(goal=request.tool.goal, error=error)
-    return scene.executed(request, {"error": error}) + reply
 
 
 def _not_found(scene: Scene, request: Request) -> str:
