@@ -330,7 +330,7 @@ class ResponseTemplate:
 
 @cache
 def our_templates(*, of_datasets: bool = False) -> tuple[ResponseTemplate, ...]:
-    """Return the response templates of the package, see `ResponseTemplate.of`."""
+    """Return the response templates of the package, see `ResponseTemplate`."""
     folder = files("agentft.data").joinpath("responses")
     specs = {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()}
     return tuple(ResponseTemplate(name, specs[name], of_datasets=of_datasets) for name in sorted(specs))
@@ -351,7 +351,7 @@ def read_by_marks(
 
     Args:
         tools: Declarations, for families that write strings without quotes.
-        of_datasets: See `ResponseTemplate.of`.
+        of_datasets: See `ResponseTemplate`.
     """
     if MAY_CALL.search(text) is None:
         return None
@@ -398,6 +398,7 @@ def _failed(source: str, reason: str, detail: str) -> Attempt:
 
 
 def mark_pattern(spec: Mapping[str, Any], key: str) -> re.Pattern[str] | None:
+    """Return the pattern of a mark that a template gives as a pattern, a text or texts; None: it gives none."""
     if f"{key}_pattern" in spec:
         return re.compile(spec[f"{key}_pattern"], re.DOTALL)
     if key not in spec:

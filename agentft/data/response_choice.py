@@ -25,35 +25,27 @@ from agentft.data.response import PARTS, ResponseTemplate, Said, TemplateUnknown
 log = logging.getLogger(__name__)
 
 _OWN = "of the tokenizer"
-_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "moor",
-        "description": "Moors a boat.",
-        "parameters": {
-            "type": "object",
-            "properties": {"boat": {"type": "string"}, "hours": {"type": "integer"}},
-            "required": ["boat"],
-        },
-    },
-}
+_PARAMETERS = {"boat": {"type": "string"}, "hours": {"type": "integer"}}
+_SCHEMA = {"type": "object", "properties": _PARAMETERS, "required": ["boat"]}
+_FUNCTION = {"name": "moor", "description": "Moors a boat.", "parameters": _SCHEMA}
+_TOOL: dict[str, Any] = {"type": "function", "function": _FUNCTION}
 _FIRST = ToolCall("moor", {"boat": "Anna \\n 'II'", "hours": 3})
 _SECOND = ToolCall("moor", {"boat": "7"})
 _RESULT = "Done."
 _chosen: WeakKeyDictionary[ChatTemplate, ResponseTemplate | None] = WeakKeyDictionary()
 
 
-class SpokenStep(NamedTuple):
+class TrainedStep(NamedTuple):
     """One step of a rendered conversation."""
 
     number: int
     """Among `Conversation.steps`."""
     prompt: str
     text: str
-    """What the agent says, without its stop."""
+    """Of the agent, without its stop."""
 
 
-def spoken_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[SpokenStep]:
+def trained_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[TrainedStep]:
     """Yield the steps that the renderings of a conversation train; none where it cannot be said."""
     laid_out = layout.lay_out(conversation)
     for rendering in laid_out.renderings if isinstance(laid_out, LaidOut) else ():
@@ -61,7 +53,7 @@ def spoken_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[Spo
         before = said = ""
         for segment in rendering.segments:
             if segment.trained and segment.kind is SpanKind.stop:
-                yield SpokenStep(next(numbers), before, said)
+                yield TrainedStep(next(numbers), before, said)
             if segment.trained and segment.kind is not SpanKind.stop:
                 said += segment.text
             else:
@@ -75,13 +67,11 @@ def choose_response(layout: ChatLayout) -> ResponseTemplate | None:
     """
     template = layout.template
     if template not in _chosen:
-        probes = [step for conversation in _probes(layout) for step in _with_message(layout, conversation)]
-        fitting = (each for each in _candidates(layout) if probes and all(_reads(each, *probe) for probe in probes))
+        probes = list(_probes(layout))
+        fitting = (each for each in _candidates(layout) if probes and all(probe.is_read_by(each) for probe in probes))
         _chosen[template] = next(fitting, None)
         if _chosen[template] is None:
-            log.warning(
-                "no response template reads the calls of this chat template: replies that should call count as not read"
-            )
+            log.warning("no response template reads this chat template: replies that should call count as not read")
     return _chosen[template]
 
 
@@ -99,19 +89,17 @@ def servers_template(layout: ChatLayout | MsagentTemplate) -> dict[str, Any] | N
     response, tokenizer = choose_response(layout), layout.template.tokenizer
     if response is None or response.name == _OWN:
         return None
-    probes = [(talk, *step) for talk in _probes(layout) for step in _with_message(layout, talk)]
-    spec = _for_transformers(response, layout, [step.prompt for _, step, *_ in probes])
-    for talk, step, message, _ in probes:
+    probes = list(_probes(layout))
+    spec = _for_transformers(response, layout, [probe.step.prompt for probe in probes])
+    for step, message, tools in probes:
         text = step.text + layout.traits.stops[0]
         try:
-            read = tokenizer.parse_response(text, spec, prefix=step.prompt, tools=list(talk.tools))
+            read = tokenizer.parse_response(text, spec, prefix=step.prompt, tools=list(tools))
         except (ValueError, KeyError) as error:
             log.info("no response template for servers: %s", str(error).partition("\n")[0])
             return None
-        calls = tuple(map(read_call, read.get("tool_calls") or ()))
-        said = Said(
-            (read.get("content") or "", Attempt("", calls, None)), (read.get("reasoning_content") or "").strip()
-        )
+        pieces = (read.get("content") or "", Attempt("", tuple(map(read_call, read.get("tool_calls") or ())), None))
+        said = Said(pieces, (read.get("reasoning_content") or "").strip())
         if part := differs(said, message):
             log.info("no response template for servers: parse_response reads other %s", part)
             return None
@@ -151,13 +139,11 @@ def differs(said: Said, message: Message) -> str:
         return "reasoning"
     if said.text != message.text.strip():
         return "text"
-    if any(not isinstance(piece, str) and piece.failure is not None for piece in said.pieces):
-        return "calls"
-    return "" if [_plain(call) for call in said.calls] == [_plain(call) for call in message.tool_calls] else "calls"
-
-
-def _plain(call: ToolCall) -> tuple[str, str]:
-    return call.name, json.dumps(call.arguments, sort_keys=True)
+    said_calls, calls = (
+        [(call.name, json.dumps(call.arguments, sort_keys=True)) for call in each]
+        for each in (said.calls, message.tool_calls)
+    )
+    return "calls" if said.failures or said_calls != calls else ""
 
 
 def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:
@@ -171,32 +157,27 @@ def _candidates(layout: ChatLayout) -> Iterator[ResponseTemplate]:
     yield from sorted(our_templates(), key=lambda each: any(f.part == "call" for f in each.fields) != calls)
 
 
-def _reads(
-    template: ResponseTemplate, step: SpokenStep, message: Message, types: Mapping[Any, tuple[str, ...]]
-) -> bool:
-    return not differs(template.read(step.text, step.prompt, types), message)
+class _Probe(NamedTuple):
+    step: TrainedStep
+    message: Message
+    tools: tuple[dict[str, Any], ...]
+
+    def is_read_by(self, template: ResponseTemplate) -> bool:
+        types = parameter_types(self.tools, self.message.tool_calls)
+        return not differs(template.read(self.step.text, self.step.prompt, types), self.message)
 
 
-def _with_message(layout: ChatLayout, conversation: Conversation) -> Iterator[tuple[SpokenStep, Message, Any]]:
-    types = parameter_types(conversation.tools, conversation.tool_calls)
-    for step in spoken_steps(layout, conversation):
-        yield step, conversation.messages[conversation.steps[step.number]], types
-
-
-def _probes(layout: ChatLayout) -> Iterator[Conversation]:
-    """Yield conversations of what the layout can say, each alone, so that one which it refuses takes no other with it."""
+def _probes(layout: ChatLayout) -> Iterator[_Probe]:
+    """Yield the steps of conversations that the layout can say, each alone: one which it refuses takes no other with it."""
     traits = layout.traits
-    talk = (Message("user", "Hello?"), Message("assistant", "Ahoy: {1} [2] (3)!"))
+    question, answer = Message("user", "Hello?"), Message("assistant", "Ahoy: {1} [2] (3)!")
     for thought in (None, "It asks.") if traits.reasoning else (None,):
-        yield _conversation(talk, thought)
-        for calls in ((_FIRST,), (_FIRST, _SECOND)) if traits.tools else ():
+        for calls in ((), (_FIRST,), (_FIRST, _SECOND)) if traits.tools else ((),):
+            called = [Message("assistant", tool_calls=calls)] if calls else []
             results = [Message("tool", _RESULT, name=call.name) for call in calls]
-            asked = (talk[0], Message("assistant", tool_calls=calls), *results, talk[1])
-            yield _conversation(asked, thought, (_TOOL,) * traits.declarations)
-
-
-def _conversation(
-    messages: Sequence[Message], thought: str | None, tools: tuple[dict[str, Any], ...] = ()
-) -> Conversation:
-    thinking = [replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in messages]
-    return Conversation("probe", tuple(thinking), tools, Origin("probe", 0))
+            said = (question, *called, *results, answer)
+            messages = tuple(replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in said)
+            tools = (_TOOL,) if calls and traits.declarations else ()
+            conversation = Conversation("probe", messages, tools, Origin("probe", 0))
+            for step in trained_steps(layout, conversation):
+                yield _Probe(step, messages[conversation.steps[step.number]], tools)

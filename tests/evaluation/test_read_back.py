@@ -15,7 +15,7 @@ from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
 from agentft.data.render import LaidOut
 from agentft.data.response import Said, our_templates
-from agentft.data.response_choice import choose_response, differs, servers_template, spoken_steps
+from agentft.data.response_choice import choose_response, differs, servers_template, trained_steps
 from agentft.data.template_choice import OURS, choose_template
 from agentft.data.template_probe import probe
 from agentft.data.tokens import SegmentEncoder, tokenize
@@ -157,7 +157,7 @@ def test_servers_read_answers_by_the_template_that_an_export_has(name: str):
     tokenizer, stop = layout.template.tokenizer, layout.traits.stops[0]
     for kind in ("plain", "reasoning") if layout.traits.reasoning else ("plain",):
         talk = conversation(kind, declared=layout.traits.declarations)
-        for step in spoken_steps(layout, talk):
+        for step in trained_steps(layout, talk):
             read = tokenizer.parse_response(step.text + stop, template, prefix=step.prompt, tools=list(talk.tools))
             message = talk.messages[talk.steps[step.number]]
             calls = [(call["function"]["name"], call["function"]["arguments"]) for call in read.get("tool_calls", ())]
@@ -203,7 +203,7 @@ def read_as(name: str, text: str, prompt: str = "") -> Said:
 def two_calls(name: str) -> str:
     layout = layout_of(name, "merging")
     talk = conversation("parallel_calls", declared=layout.traits.declarations)
-    return next(step.text for step in spoken_steps(layout, talk) if "Husum" in step.text)
+    return next(step.text for step in trained_steps(layout, talk) if "Husum" in step.text)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("gptoss", "llama3_1")])
@@ -223,7 +223,7 @@ def test_a_malformed_call_is_an_attempt_beside_the_good_ones(name: str):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_that_breaks_off_anywhere_is_read_without_an_error(name: str):
     text = two_calls(name) if name not in ("gptoss", "llama3_1") else next(
-        step.text for step in spoken_steps(layout_of(name, "merging"), conversation("plain"))
+        step.text for step in trained_steps(layout_of(name, "merging"), conversation("plain"))
     )  # fmt: skip
     for end in range(len(text)):
         said = read_as(name, text[:end])
@@ -440,7 +440,7 @@ def test_the_layouts_of_the_package_are_read_back(name: str):
     count = 0
     for kind in VALUES:
         talk = conversation(kind, declared=layout.traits.declarations)
-        for step in spoken_steps(layout, talk):
+        for step in trained_steps(layout, talk):
             said = response.read(step.text, step.prompt, parameter_types(talk.tools, talk.tool_calls))
             wrong = differs(said, talk.messages[talk.steps[step.number]])
             assert wrong == ("text" if (name, kind, step.number) == ("llama3", "json", 1) else ""), (kind, said)
