@@ -127,12 +127,6 @@ class Chain:
     """Requests for the second in a later turn, after the first has answered."""
 
 
-def phrasebook(language: Language) -> Mapping[str, Any]:
-    """Return what is said in one language whatever the tool; `en.yaml` explains each."""
-    phrases: Mapping[str, Any] = read_yaml(f"{language}.yaml")["phrases"]
-    return phrases
-
-
 @cache
 def tools(language: Language) -> tuple[Tool, ...]:
     """Return all tools that people speak about in `language`, in the order of the file."""
@@ -159,20 +153,13 @@ def chains(language: Language) -> tuple[Chain, ...]:
 
 
 def _tool(key: str, family: str, language: Language, entry: Mapping[str, Any]) -> Tool:
-    listed = [(*each, True) for each in entry["parameters"].items()]
-    listed += [(*each, False) for each in entry.get("optional", {}).items()]
-    return Tool(
-        key,
-        family,
-        entry["names"],
-        [
-            Parameter(slot, of.get("pool", slot), of["names"], of.get(language, ""), needed)
-            for slot, of, needed in listed
-        ],
-        {field: COMPUTED.get(source, source) for field, source in entry["returns"].items()},
-        entry.get("again", ""),
-        **entry[language],
-    )
+    parameters = [
+        Parameter(slot, of.get("pool", slot), of["names"], of.get(language, ""), kind == "parameters")
+        for kind in ("parameters", "optional")
+        for slot, of in entry.get(kind, {}).items()
+    ]
+    result = {field: COMPUTED.get(source, source) for field, source in entry["returns"].items()}
+    return Tool(key, family, entry["names"], parameters, result, entry.get("again", ""), **entry[language])
 
 
 _METERS = {"km": 1000.0, "miles": 1609.344, "m": 1.0, "feet": 0.3048, "inches": 0.0254, "cm": 0.01, "yards": 0.9144}
@@ -241,13 +228,9 @@ class Shelf:
     @cached_property
     def incomplete(self) -> tuple[tuple[Tool, str, tuple[str, ...]], ...]:
         """Tools, a required parameter that can go unsaid, and the phrasings that leave it out."""
-        found = []
-        for tool in self.tools:
-            for parameter in tool.parameters:
-                asks = tuple(ask for ask in tool.asks if _alone_in_brackets(ask, parameter.key))
-                if parameter.required and asks:
-                    found.append((tool, parameter.key, asks))
-        return tuple(found)
+        needed = [(tool, p.key) for tool in self.tools for p in tool.parameters if p.required]
+        found = [(tool, key, tuple(ask for ask in tool.asks if _alone_in_brackets(ask, key))) for tool, key in needed]
+        return tuple(each for each in found if each[2])
 
 
 def _alone_in_brackets(phrasing: str, key: str) -> bool:
@@ -328,14 +311,11 @@ class Values:
 
     def _compose(self, pool: str, rng: random.Random) -> str:
         """Say a value of several words; the file of the language explains how."""
-        said: dict[str, str] = {}
         composed = self._composed[pool]
-        for part in composed.get("first", ()):
-            said[part] = self.draw(part, rng)[1]
+        said = {part: self.draw(part, rng)[1] for part in composed.get("first", ())}
         text: str = composed["say"][0]
-        bounds = list(accumulate(map(float, composed.get("shares", ()))))
-        if bounds:
-            text = composed["say"][bisect(bounds, rng.random())]
+        if "shares" in composed:
+            text = composed["say"][bisect(list(accumulate(map(float, composed["shares"]))), rng.random())]
         for part in SLOT.findall(text):
             if part not in said:
                 said[part] = self.draw(part, rng)[1]
@@ -347,11 +327,9 @@ class Values:
         return frozenset({*self._lists, *self._booleans, *self._composed, *numbers, *self._makers})
 
     def _share(self, words: Sequence[str]) -> tuple[str, ...]:
-        return tuple(
-            word
-            for index, word in enumerate(words)
-            if (index % _HELDOUT_WORD_OF == _HELDOUT_WORD_OF - 1) == self._heldout
-        )
+        every = _HELDOUT_WORD_OF
+        heldout = tuple(words[every - 1 :: every])
+        return heldout if self._heldout else tuple(word for at, word in enumerate(words) if at % every != every - 1)
 
     def _integer(self, rng: random.Random, low: int, high: int) -> int:
         """Draw an integer in [low, high] whose rest modulo five is that of this part."""

@@ -24,7 +24,7 @@ from agentft.data.synthetic.catalogue import (
     enum_values,
     fill,
     json_type,
-    phrasebook,
+    read_yaml,
     shelf,
     values_of,
 )
@@ -124,7 +124,7 @@ class Scene:
         self.rng = rng
         self.language: Language = language
         self.shelf = shelf(language, part, unseen_tools)
-        self.phrases = phrasebook(language)
+        self.phrases = read_yaml(f"{language}.yaml")["phrases"]
         self.max_rounds = max_rounds
         self.turns: list[str] = []
         self.at_once = False
