@@ -23,7 +23,7 @@ from agentft.data.calls import ToolCall, blank, literal, read_call, read_id
 from agentft.data.config import Format
 from agentft.data.conversation import Message, Role
 from agentft.data.response import (
-    is_react_text,
+    REACT,
     read_named_results,
     read_react,
     read_responses,
@@ -291,7 +291,7 @@ class _Chat:
             calls += more
         elif content is not None:
             text = self.text(content, number)
-        if text is not None and not calls and (self._form == "react" or (self.toolbench and is_react_text(text))):
+        if text is not None and not calls and (self._form == "react" or (self.toolbench and REACT.search(text))):
             for kind, said, call in read_react(text):
                 if kind == "result":
                     self._add_result(said, None, None)
@@ -312,7 +312,7 @@ class _Chat:
             if found.words_after_call:
                 self._note("words_after_a_call", "its words stand before its calls now", number)
             text, calls, thought = found.text or None, [*calls, *found.calls], thought or found.reasoning
-        elif text is not None and is_react_text(text):
+        elif text is not None and REACT.search(text):
             raise FormatError("form_react", "ReAct text (Action / Action Input), which dataset.format=react reads")
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":

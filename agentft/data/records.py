@@ -30,7 +30,7 @@ from agentft.data.formats import (
     untrained_flag,
 )
 from agentft.data.msagent import MARK, GrammarError, parse_assistant, turn_messages
-from agentft.data.response import MAY_CALL, is_react_text, read_by_marks
+from agentft.data.response import MAY_CALL, REACT, read_by_marks
 from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError
 
@@ -297,7 +297,7 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
         parts = parse_assistant(value)
     except GrammarError as error:
         raise FormatError(error.reason, f"turn {number}: {error.detail}") from None
-    if len(parts) == 1 and isinstance(parts[0], Text) and is_react_text(value):
+    if len(parts) == 1 and isinstance(parts[0], Text) and REACT.search(value):
         detail = f"turn {number} is ReAct text (Action / Action Input), which dataset.format=react reads"
         raise FormatError("form_react", detail)
     for part in parts:

@@ -76,7 +76,8 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)\Z", re.DOTALL)
 _UNOPENED_THOUGHT = re.compile(r"(.*?)(?:\n\s*</think>|</think>\s*\n)(.*)\Z", re.DOTALL)
 _PYTHONIC = re.compile(r"\s*\[\s*[^\[\]\"'{}()=<>]+\(.*\)\s*\]\s*\Z", re.DOTALL)
 _REACT_LABEL = re.compile(r"^[ \t]*(Thought|Action Input|Action|Observation|Final Answer)[ \t]*[:：]", re.MULTILINE)
-_REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
+REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", re.MULTILINE)
+"""What ReAct text has and other text has not: a line `Action:` followed by a line `Action Input:`."""
 
 
 class TemplateUnknown(ValueError):  # noqa: N818
@@ -531,11 +532,6 @@ def _json_of(text: str, brackets: str) -> Json | None:
         return read_json(text) if text and text[0] in brackets else None
     except JsonRefused:
         return None
-
-
-def is_react_text(text: str) -> bool:
-    """Return whether a text has a line `Action:` followed by a line `Action Input:`."""
-    return "Action Input" in text and _REACT.search(text) is not None
 
 
 def read_react(text: str) -> Iterator[tuple[Literal["step", "result"], str, ToolCall | None]]:
