@@ -452,13 +452,9 @@ def _filled(value: Json, scope: Mapping[str, Json]) -> Json:
     if place is None:
         return value
     found = scope.get(place[1])
-    return (
-        found
-        if place[2] is None
-        else found.get(place[2], {} if place[2] != "name" else None)
-        if isinstance(found, dict)
-        else None
-    )
+    if place[2] is None:
+        return found
+    return found.get(place[2], None if place[2] == "name" else {}) if isinstance(found, dict) else None
 
 
 def _without_letters(value: Json) -> Json:
