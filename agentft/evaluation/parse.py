@@ -152,7 +152,9 @@ def _read_attempt(body: str, *, closed: bool) -> Attempt:
 _CLOSING_QUOTES = {'"': '"', "'": "'", "“": "”“", "＂": "＂", "‘": "’‘", "＇": "＇"}
 _PUNCTUATION = {"：": ":", "，": ",", "｛": "{", "｝": "}", "［": "[", "］": "]", "【": "[", "】": "]"}
 _CLOSER = {"{": "}", "[": "]"}
-_WORD = re.compile(r"[A-Za-z_]+")
+_STRINGS = "|".join(rf"{quote}((?:\\.|[^\\{ends}])*)[{ends}]?" for quote, ends in _CLOSING_QUOTES.items())
+_TOKEN = re.compile(rf"{_STRINGS}|[A-Za-z_]+|.", re.DOTALL)
+_ESCAPE_OR_QUOTE = re.compile(r'\\(.)|"', re.DOTALL)
 
 
 def repair_call_body(body: str) -> tuple[ToolCall, ...] | None:
@@ -172,46 +174,29 @@ def _mend(text: str) -> str:
     """Rewrite `text`, which begins with a bracket, as the JSON it was most likely meant to be."""
     written: list[str] = []
     open_brackets: list[str] = []
-    position = 0
-    while position < len(text):
-        character = _PUNCTUATION.get(text[position], text[position])
-        if character in _CLOSING_QUOTES:
-            string, position = _read_string(text, position)
-            written.append(string)
-            continue
-        word = _WORD.match(text, position)
-        if word:
-            written.append(PYTHON_WORDS.get(word[0], word[0]))
-            position = word.end()
-            continue
-        if character in _CLOSER:
-            open_brackets.append(character)
-        elif character in "}]":
-            if not open_brackets or _CLOSER[open_brackets.pop()] != character:
+    for found in _TOKEN.finditer(text):
+        inside = next((group for group in found.groups() if group is not None), None)
+        token = _PUNCTUATION.get(found[0], found[0])
+        if inside is not None:
+            token = f'"{_ESCAPE_OR_QUOTE.sub(_as_json_escape, inside)}"'
+        elif token in _CLOSER:
+            open_brackets.append(token)
+        elif token in ("}", "]"):
+            if not open_brackets or _CLOSER[open_brackets.pop()] != token:
                 return text
             _drop_trailing_comma(written)
-        written.append(character)
-        position += 1
+        written.append(PYTHON_WORDS.get(token, token))
         if not open_brackets:
             break  # the object is complete; what follows is no part of the call
     _drop_trailing_comma(written)
     return "".join(written) + "".join(_CLOSER[bracket] for bracket in reversed(open_brackets))
 
 
-def _read_string(text: str, start: int) -> tuple[str, int]:
-    """Return the string that opens at `start` as JSON, and the position after it; an open end is closed."""
-    closing = _CLOSING_QUOTES[text[start]]
-    content: list[str] = []
-    position = start + 1
-    while position < len(text) and text[position] not in closing:
-        if text[position] == "\\" and position + 1 < len(text):
-            escaped = text[position + 1]
-            content.append(escaped if escaped in "'“”‘’" else "\\" + escaped)
-            position += 2
-            continue
-        content.append('\\"' if text[position] == '"' else text[position])
-        position += 1
-    return '"' + "".join(content) + '"', position + 1
+def _as_json_escape(found: re.Match[str]) -> str:
+    escaped: str | None = found[1]
+    if escaped is None:
+        return '\\"'
+    return escaped if escaped in "'“”‘’" else found[0]
 
 
 def _drop_trailing_comma(written: list[str]) -> None:
