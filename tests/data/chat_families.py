@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -189,6 +191,40 @@ def smollm2_tokenizer() -> Any:
     from tokenizers import Tokenizer
 
     return _wrapped(Tokenizer.from_str(_smollm2_json()))
+
+
+MISTRAL_FILES = {
+    "mistral_v1": "tokenizer.model.v1",
+    "mistral_v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "mistral_tekken": "tekken_240911.json",
+}
+"""Mistral's own tokenizer files in the wheel of mistral-common."""
+
+
+def mistral_file(name: str) -> Path:
+    found = importlib.util.find_spec("mistral_common")
+    if found is None or found.origin is None:
+        pytest.skip("Mistral's tokenizer files lie in a wheel: pip install --no-deps mistral-common")
+    return Path(found.origin).parent / "data" / MISTRAL_FILES[name]
+
+
+@cache
+def _mistral_json(name: str) -> str:
+    from transformers import LlamaTokenizer
+
+    pytest.importorskip(
+        "sentencepiece", reason="transformers converts tokenizer.model with it: pip install sentencepiece"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(mistral_file(name), Path(folder, "tokenizer.model"))
+        return LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+
+
+def mistral_tokenizer(name: str) -> Any:
+    """Mistral's SentencePiece tokenizer `mistral_v1` or `mistral_v3`, converted by transformers."""
+    from tokenizers import Tokenizer
+
+    return _wrapped(Tokenizer.from_str(_mistral_json(name)))
 
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {

@@ -20,11 +20,13 @@ from agentft.data.tokens import Example, SegmentEncoder
 from agentft.errors import ConfigError
 from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import (
+    MISTRAL_FILES,
     NO_TOOLS,
     TOKENIZERS,
     TOOL,
     VALUES,
     conversation,
+    mistral_tokenizer,
     stand_in_names,
     template_names,
     with_template,
@@ -85,7 +87,11 @@ UNSAID: dict[str, dict[str, set[str]]] = {
 
 @cache
 def layout_of(name: str, tokenizer: str) -> ChatLayout:
-    made = with_template(byte_tokenizer() if tokenizer == "bytes" else TOKENIZERS[tokenizer](), name)
+    if tokenizer in MISTRAL_FILES:
+        base = mistral_tokenizer(tokenizer)
+    else:
+        base = byte_tokenizer() if tokenizer == "bytes" else TOKENIZERS[tokenizer]()
+    made = with_template(base, name)
     template = ChatTemplate(
         made, template_args={"strftime_now": "2026-11-30"} if "strftime" in made.chat_template else {}
     )
@@ -164,6 +170,13 @@ def test_prompts_are_the_servers_and_steps_hold_their_messages_and_end_with_a_st
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", [*(name for name in template_names() if name not in NO_TOOLS), *stand_in_names()])
 def test_every_template_keeps_the_laws_with_every_tokenizer(name: str, tokenizer: str):
+    check_all(name, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["mistral_v1", "mistral_v3"])
+@pytest.mark.parametrize("name", ["devstral", "qwen2_5", "glm4moe", "llama3_1"])
+def test_templates_keep_the_laws_with_mistrals_own_tokenizers(name: str, tokenizer: str):
     check_all(name, tokenizer)
 
 

@@ -17,7 +17,7 @@ from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
 from agentft.data.truncation import make_examples
 from agentft.errors import ConfigError
 from agentft.model.sources import byte_tokenizer
-from tests.data.chat_families import sentencepiece_tokenizer
+from tests.data.chat_families import MISTRAL_FILES, mistral_tokenizer, sentencepiece_tokenizer
 
 CASES = [
     "one_call",
@@ -219,6 +219,10 @@ def test_a_text_begins_once_with_what_the_tokenizer_puts_before_every_text(golde
 
 def _sentencepiece(blank: str):
     """A tokenizer that puts a blank before the first text, or before each between special tokens as Llama 2's does."""
+    if blank in MISTRAL_FILES:
+        made = mistral_tokenizer(blank)
+        made.eos_token = "</s>"
+        return made
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -234,7 +238,10 @@ def _sentencepiece(blank: str):
     return made
 
 
-@pytest.mark.parametrize("blank", ["first", "always", "normalizer"])
+@pytest.mark.parametrize(
+    "blank",
+    ["first", "always", "normalizer", *(pytest.param(f"mistral_v{n}", marks=pytest.mark.slow) for n in (1, 3))],
+)
 def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_before_a_step(blank: str, golden_conversations):
     tokenizer = _sentencepiece(blank)
     template, encoder = choose_template("msagent", tokenizer), SegmentEncoder(tokenizer)

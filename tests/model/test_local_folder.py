@@ -1,5 +1,6 @@
 """A model from a folder: what `model=auto` finds, and what it refuses before anything is loaded."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from agentft.model.config import ModelConfig, ModelSource, RandomShape
 from agentft.model.load import load_model, load_tokenizer
 from agentft.model.sources import locate_model, random_folder
 from agentft.runtime import Device
+from tests.data.chat_families import mistral_file
 
 CPU = Device("cpu", "CPU", 1)
 
@@ -62,8 +64,11 @@ def test_an_id_that_is_missing_is_asked_for(source: ModelSource) -> None:
         locate_model(ModelConfig(name="auto", source=source))
 
 
-def test_a_repository_with_tekken_alone_is_refused_in_a_line(folder: Path) -> None:
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["any", "mistrals_own"])
+def test_a_repository_with_tekken_alone_is_refused_in_a_line(own: bool, folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "tekken.json")
+    if own:
+        shutil.copy(mistral_file("mistral_tekken"), folder / "tekken.json")
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match=r"tekken\.json is the only tokenizer there.*has a tokenizer\.json") as caught:
         load_tokenizer(locate_model(auto(folder)), auto(folder))
