@@ -11,8 +11,8 @@ answers that are read back as the message; and of the steps that think, those wh
 The second form counts records of a file, of any format that agentft reads: `--count` of those that declare tools and call
 some, taken evenly over the file. Each is written as an OpenAI record (arguments as JSON text, call ids, `tools`; the list of
 an MSAgent system text lifted), read again, and compared with `apply_chat_template` of that record's own `messages`. A record
-counts where all its steps are trained, all their prompts equal, all read back; what a template cannot say is named with the
-number of records. For the last column every step gets a thought in front.
+counts where all its steps are trained, all their prompts equal, all read back; what a template cannot say or keep is
+named with the number of records. For the last column every step gets a thought in front.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agentft.data.calls import parameter_types, typed
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatMessage, handed_over, server_messages
 from agentft.data.conversation import Conversation, Origin, chat_messages
@@ -96,6 +97,8 @@ def row_of_records(name: str, talks: Sequence[Conversation]) -> tuple[str, ...]:
         said += 1
         equal += checked.equal == len(talk.steps)
         back += checked.back == len(talk.steps)
+        if checked.back < len(talk.steps):
+            reasons["value_against_its_schema" if _against_schema(talk) else "not_read_back"] += 1
         if layout.traits.reasoning:
             kept += check(layout, name, _thinking(talk)).kept == len(talk.steps)
     return (
@@ -195,6 +198,16 @@ def _thinking(talk: Conversation) -> Conversation:
     thought = "The user wants this; here is what I do next."
     messages = (replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in talk.messages)
     return replace(talk, messages=tuple(messages))
+
+
+def _against_schema(talk: Conversation) -> bool:
+    """Say whether an argument is of another type than is declared, which no text without quotes can tell."""
+    types = parameter_types(talk.tools)
+    return any(
+        typed(value if isinstance(value, str) else json.dumps(value), types.get((call.name, key), ())) != value
+        for call in talk.tool_calls
+        for key, value in call.arguments.items()
+    )
 
 
 def _unsaid(layout: ChatLayout, talk: Conversation) -> set[str]:

@@ -26,8 +26,7 @@ from agentft.data.calls import JsonRefused, ToolCall, read_json
 from agentft.data.conversation import Call, Conversation, Message
 from agentft.data.msagent import as_msagent
 from agentft.data.render import thought_text, with_context_only
-from agentft.data.text_ids import Ids, TokenText
-from agentft.data.tokens import IGNORE_INDEX
+from agentft.data.tokens import IGNORE_INDEX, Ids, TokenText
 from agentft.data.tools import OfferedTool
 
 _LEAST_LEAK = 16

@@ -15,8 +15,7 @@ from agentft.comparison.render import Plot, linear_scale, render_page, visible
 from agentft.data.entries import policy_of
 from agentft.data.render import TRAINED_KINDS, SpanKind
 from agentft.data.sources import ReadReport
-from agentft.data.text_ids import TokenText
-from agentft.data.tokens import IGNORE_INDEX
+from agentft.data.tokens import IGNORE_INDEX, TokenText
 from agentft.data.truncation import TruncationKind
 from agentft.recipes.config import AuditConfig
 

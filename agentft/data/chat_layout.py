@@ -173,7 +173,7 @@ class _Work:
         if not (everything.isascii() and marks is MARK) and (found := marks.search(everything)):
             raise _Problem("text_holds_a_noncharacter", f"{found[0]!a}, which no text should hold")
         tested = any(text in everything for text in self.template.tested)
-        if not any(token in everything for token in self.template.spellings):
+        if not self.template.control_in_json.search(everything):
             return False, tested
         for where, name in _names(self.messages, list(self.conversation.tools)):
             if found := self.template.control.search(name):
@@ -326,8 +326,12 @@ class _Work:
             thinking = prompt + thought + MarkedText(self.traits.thought[1], ())
             before = prompt.text[: prompt.text.rindex(self.traits.thought[0].strip())]
             if ending.text.startswith(before):
-                skipped = header if header and ending.text.startswith(header, len(before)) else ""
-                yield thinking + ending.since(len(before) + len(skipped))
+                begin = len(before)
+                begin += len(header) if header and ending.text.startswith(header, begin) else 0
+                empty = (
+                    None if self.values[step].reasoning else _no_thought(*self.traits.thought).match(ending.text, begin)
+                )
+                yield thinking + ending.since(empty.end() if empty else begin)
         # The template drops past reasoning as soon as this step is there: its own text goes behind the prompt all the same.
         spoken = [value for value in ending.values if value.kind in _SPOKEN]
         own = spoken[-self.values[step].size :]

@@ -61,9 +61,10 @@ class ChatTemplate:
         """The template, its date fixed."""
         self.control_tokens = _control_tokens(tokenizer, source)
         """Added tokens that are letters within a value; as `sanitize_control_tokens` of transformers finds them."""
-        self.spellings = tuple({*self.control_tokens, *(json.dumps(token)[1:-1] for token in self.control_tokens)})
-        """Control tokens as values spell them, in JSON too."""
         self.control = re.compile(any_of(self.control_tokens))
+        self.control_in_json = re.compile(
+            any_of(json.dumps(token, ensure_ascii=False)[1:-1] for token in self.control_tokens)
+        )
         self.tested = tuple({json.dumps(text)[1:-1] for text in _tested_texts(source)})
         """What the template looks for in values, as JSON."""
 
@@ -114,7 +115,7 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a template can say and how it says it; `agentft.data.template_probe` finds out."""
+    """What a template can say and how it says it; `template_choice.probe` finds out."""
 
     tools: bool
     """Calls and their results."""

@@ -1,26 +1,34 @@
 """Choose the layout of a run: the model's own chat template where it can say a conversation with tools, else MSAgent's.
 
-| `model.template` | layout |
-|---|---|
-| `auto` | `native` where the model has a chat template that says tools, calls and results; else `msagent`, in a line that says why |
-| `native` | the tokenizer's own chat template |
-| `msagent` | the layout of the original script |
-| `chatml`, `qwen2.5`, `qwen3`, `llama3` | small chat templates of ours, for tokenizers without one |
-| a file `*.jinja` | that chat template |
-"""  # noqa: E501
+What a chat template can say is found out by rendering small conversations with it.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from agentft.data.chat_layout import ChatLayout
-from agentft.data.chat_template import ChatTemplate
-from agentft.data.render import MsagentTemplate
-from agentft.data.template_probe import probe
+from agentft.data.calls import ToolCall
+from agentft.data.chat_layout import ChatLayout, ends_of
+from agentft.data.chat_template import (
+    CallIds,
+    ChatTemplate,
+    Manner,
+    TemplateRefusal,
+    Traits,
+    answer_to,
+    handed_over,
+    server_messages,
+)
+from agentft.data.conversation import Conversation, Message, Origin, chat_messages
+from agentft.data.marked_text import MarkedText, marked_message, thought_end
+from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
 from agentft.errors import ConfigError
 
 OURS = ("chatml", "qwen2.5", "qwen3", "llama3")
@@ -148,3 +156,297 @@ def _stop_token(tokenizer: Any, given: str | None) -> str:
     if stop is None:
         raise ConfigError("the tokenizer has no end-of-sequence token; set model.stop_token")
     return str(stop)
+
+
+# --- What a chat template can say ---
+
+T = TypeVar("T", str, Sequence[str])
+
+_DESCRIPTION = "Tells how hard the wind blows."
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "wind",
+        "description": _DESCRIPTION,
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "description": "A harbour."}},
+            "required": ["place"],
+        },
+    },
+}
+_SYSTEM = Message("system", "Be brief.")
+_ASK = Message("user", "Is it windy in Husum?")
+_CALL = Message("assistant", tool_calls=(ToolCall("wind", {"place": "Husum"}),))
+_RESULT = Message("tool", "A storm.", name="wind")
+_TELL = Message("assistant", "Yes, it is.")
+_THANK = Message("user", "Thanks!")
+_BYE = Message("assistant", "You are welcome.")
+_BOTH = Message("assistant", tool_calls=(*_CALL.tool_calls, ToolCall("wind", {"place": "Kiel"})))
+_THOUGHT = "The tool knows."
+
+_TOOLS = (_SYSTEM, _ASK, _CALL, _RESULT, _TELL, _THANK, _BYE)
+_TALK = (_ASK, _TELL, _THANK, _BYE)
+_BLANKS = (_ASK, Message("assistant", "  Yes.\n\n"), _THANK, Message("assistant", "\n\nBye \n"))
+_PARALLEL = (_ASK, _BOTH, _RESULT, Message("tool", "Calm.", name="wind"), _TELL, _THANK, _BYE)
+_BESIDE = (_ASK, replace(_CALL, content="I look."), _RESULT, _TELL, _THANK, _BYE)
+
+
+def probe(template: ChatTemplate) -> Traits:
+    """Find out how a template writes conversations.
+
+    Where it cannot say one with tools, `problem` says why, and the other traits are of plain talk.
+    """
+    none = (Manner(), Manner())
+    traits = Traits(False, False, False, False, False, False, none, (), ())
+    for as_text, content, ids in product((False, True), (False, True), get_args(CallIds)):
+        trial = replace(traits, arguments_as_text=as_text, content_needed=content, call_ids=ids)
+        problem = _tool_problem(template, trial)
+        if not problem:
+            traits = replace(trial, tools=True, declarations=_declares(template, trial), problem="")
+            break
+        traits = replace(traits, problem=problem)
+    try:
+        traits = _with_stops(template, traits)
+    except TemplateRefusal as refusal:
+        return replace(traits, tools=False, problem=traits.problem or str(refusal))
+    if not traits.stops:
+        return replace(traits, tools=False, problem="no token of the tokenizer ends what the agent says")
+    traits = replace(traits, thought=_thought(template, traits))
+    hopeful = replace(traits, system=True, parallel_calls=True, text_beside_call=True, reasoning=True)
+    first = _TOOLS[1:] if traits.tools else _TALK
+    plain = _manner(template, hopeful, first, reasoning=False)
+    hopeful = replace(hopeful, manners=(plain, plain))
+    hopeful = replace(hopeful, manners=(plain, _manner(template, hopeful, first, reasoning=True)))
+
+    def can(messages: Sequence[Message], *, reasoning: bool = False) -> bool:
+        laid_out = _lay_out(template, hopeful, _thinking(messages) if reasoning else messages)
+        return laid_out is not None and not laid_out.left_out
+
+    return replace(
+        hopeful,
+        system=can((_SYSTEM, *_TALK)),
+        parallel_calls=traits.tools and can(_PARALLEL),
+        text_beside_call=traits.tools and can(_BESIDE),
+        reasoning=any(can(some, reasoning=True) for some in (_TALK[:2], *([_TOOLS[1:3]] if traits.tools else []))),
+    )
+
+
+def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
+    """Say why a conversation with tools does not come out whole; empty where it does."""
+    with_ids = [
+        replace(_CALL, tool_calls=(replace(_CALL.tool_calls[0], id="call_0123456789"),)),
+        replace(_RESULT, tool_call_id="call_0123456789"),
+    ]
+    for call, result in ((_CALL, _RESULT), with_ids):
+        conversation = _conversation((_ASK, call, result, _TELL))
+        messages = server_messages(conversation, traits)
+        try:
+            plain = template.render(handed_over(messages, traits), conversation.tools, prompt=False)
+            text = _marked(template, traits, messages, conversation.tools)
+        except TemplateRefusal as refusal:
+            return str(refusal)
+        if text is None or text.text != plain:
+            return "it changes the texts of messages"
+        found = {plain[start:stop] for start, stop, _ in text.values}
+        for said in ("wind", "Husum", _RESULT.text, _TELL.text):
+            if said not in found:
+                return f"it leaves out {said!r} of a call or its result"
+    return ""
+
+
+def _declares(template: ChatTemplate, traits: Traits) -> bool:
+    try:
+        return _DESCRIPTION in template.render(handed_over(chat_messages((_ASK,)), traits), (_TOOL,), prompt=True)
+    except TemplateRefusal:
+        return False
+
+
+def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
+    """Find the tokens that end a text and a step of calls."""
+    ask, tell = chat_messages((_ASK, _TELL))
+    alone, _ = _tokens_after(template, traits, [ask, tell], (), SpanKind.text)
+    followed, between = _tokens_after(template, traits, [ask, tell, *chat_messages((_THANK,))], (), SpanKind.text)
+    own = bool(alone)
+    if not alone and not followed:
+        return traits
+    stop = (alone or followed)[0]
+    calling: tuple[str, ...] = ()
+    if traits.tools:
+        asked = server_messages(_conversation((_ASK, _CALL)), traits)
+        answered = [*asked, answer_to(asked[1]["tool_calls"][0])]
+        ends, _ = _tokens_after(template, traits, asked, (_TOOL,), SpanKind.call)
+        goes_on, _ = _tokens_after(template, traits, answered, (_TOOL,), SpanKind.call)
+        closing = _closing_tokens(template, traits, ends)
+        candidates = ends[closing:] or goes_on[closing:]
+        call_stop = stop if stop in ends else candidates[0] if candidates else stop
+        calling = (call_stop,) if own else tuple(dict.fromkeys((call_stop, stop)))
+    return replace(
+        traits,
+        stops=(stop,) if own else tuple(dict.fromkeys((stop, *calling))),
+        call_stops=calling,
+        bare_stop="" if own else between,
+        stop_with_next=not own,
+    )
+
+
+def _closing_tokens(template: ChatTemplate, traits: Traits, ends: Sequence[str]) -> int:
+    """Return how many of the tokens behind a call close it, which are those that another call follows too."""
+    messages = server_messages(_conversation((_ASK, _BOTH)), traits)
+    try:
+        text = _marked(template, traits, messages, (_TOOL,))
+    except TemplateRefusal:
+        text = None
+    calls = [value for value in text.values if value.kind is SpanKind.call] if text else []
+    if text is None or len(calls) < 4:
+        return max(len(ends) - 1, 0)
+    between = template.control.findall(text.text, calls[1].stop, calls[2].start)
+    return len(_common_prefix([ends, between]))
+
+
+def _tokens_after(
+    template: ChatTemplate, traits: Traits, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], kind: SpanKind
+) -> tuple[list[str], str]:
+    """Return the control tokens between the last value of a kind and the next value, and what stands before the first."""
+    text = _marked(template, traits, messages, tools)
+    if text is None:
+        return [], ""
+    spoken = [at for at, value in enumerate(text.values) if value.kind is kind]
+    # A tool's result may repeat the name of the call, so calls are counted: a name and a value.
+    if not spoken or (kind is SpanKind.call and len(spoken) < 2):
+        return [], ""
+    at = spoken[1] if kind is SpanKind.call else spoken[-1]
+    start = text.values[at].stop
+    later = [value.start for value in text.values[at + 1 :] if value.kind is not SpanKind.call]
+    stop = later[0] if later else len(text.text)
+    found = list(template.control.finditer(text.text, start, stop))
+    return [each.group() for each in found], text.text[start : found[0].start()] if found else ""
+
+
+def _thought(template: ChatTemplate, traits: Traits) -> tuple[str, str]:
+    """Find the marks around reasoning; where there are none of its own, those of most templates."""
+    opening = re.compile(rf".*((?:{template.control.pattern}|<\S+>).*)", re.DOTALL)
+    for messages in ((_ASK, _TELL), (_ASK, _CALL)):
+        conversation = _conversation(_thinking(messages), declared=traits.declarations)
+        try:
+            text = _marked(template, traits, server_messages(conversation, traits), conversation.tools)
+        except TemplateRefusal:
+            text = None
+        values = text.values if text else ()
+        for before, value, after in zip(values, values[1:], values[2:], strict=False):
+            if text is None or value.kind is not SpanKind.reasoning:
+                continue
+            found = opening.match(text.text, before.stop, value.start)
+            close = text.text[value.stop : thought_end(text.text, value.stop, after, template.control)]
+            if found and not close.endswith(found[1]):
+                return found[1], close
+    return traits.thought
+
+
+def _manner(template: ChatTemplate, traits: Traits, messages: Sequence[Message], *, reasoning: bool) -> Manner:
+    """Choose the arguments that make the fewest renderings of a conversation, and describe how it comes out with them."""
+    thinks: list[dict[str, Any]] = [{}]
+    if "enable_thinking" in template.source and "enable_thinking" not in template.args:
+        thinks += [{"enable_thinking": True}] if reasoning else [{"enable_thinking": False}]
+    shown = _thinking(messages) if reasoning else messages
+    best: tuple[tuple[int, int, bool], Manner] | None = None
+    for args in thinks:
+        manner = _described(template, replace(traits, manners=(Manner(args),) * 2), shown, args)
+        if manner is None:
+            continue
+        laid_out = _lay_out(template, replace(traits, manners=(manner, manner)), shown)
+        if laid_out is None:
+            continue
+        # Where no value makes it one rendering, the mode without thoughts is meant for conversations without them.
+        cost = (len(laid_out.left_out), len(laid_out.renderings), not args and len(laid_out.renderings) > 1)
+        if best is None or cost < best[0]:
+            best = cost, manner
+    return best[1] if best else Manner()
+
+
+def _described(
+    template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
+) -> Manner | None:
+    """Describe how the steps of some conversations begin; None where the first cannot be rendered."""
+    try:
+        before, prompt, text, _ = next(_steps(template, traits, messages, args))
+    except (TemplateRefusal, StopIteration):
+        return None
+    if not prompt.startswith(before):
+        return Manner(args)
+    header = prompt[len(before) :]
+    shared = _common_prefix([header, text.text[len(before) :], _first_header(template, traits, args)])
+    thinking = any(message.reasoning_content for message in messages)
+    others = (messages, _TALK, (_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if traits.tools else ()))
+    whole = bool(header) and not thinking
+    for other in others if whole else ():
+        try:
+            steps = list(_steps(template, traits, other, args))
+        except TemplateRefusal:
+            continue  # Such a conversation is refused later too.
+        ends = list(ends_of(header, steps[0][2]))
+        whole = whole and ends == [len(p) for _, p, _, _ in steps]
+        whole = whole and all(text.text.startswith(p) for _, p, text, _ in steps)
+        whole = whole and all(plain == text.text for _, _, text, plain in steps)
+    return Manner(args, header, shared, whole)
+
+
+def _first_header(template: ChatTemplate, traits: Traits, args: Mapping[str, Any]) -> str:
+    """Return what a conversation without calls has where its first prompt ends, as history writes it."""
+    try:
+        before, _, text, _ = next(_steps(template, traits, _TALK, args))
+    except (TemplateRefusal, StopIteration):
+        return ""
+    return text.text[len(before) :]
+
+
+def _common_prefix(texts: Sequence[T]) -> T:
+    first = texts[0]
+    length = 0
+    for place in zip(*texts, strict=False):
+        if any(each != place[0] for each in place):
+            break
+        length += 1
+    return first[:length]
+
+
+def _steps(
+    template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
+) -> Iterator[tuple[str, str, MarkedText, str]]:
+    """Yield for each step the text before its prompt's header, its prompt, and the whole text, marked and plain."""
+    conversation = _conversation(messages, declared=traits.declarations)
+    handed = server_messages(conversation, traits)
+    whole = [*handed, {"role": "user", "content": "?"}]
+    text = _marked(template, traits, whole, conversation.tools, args)
+    plain = template.render(handed_over(whole, traits), conversation.tools, prompt=False, args=args)
+    if text is None:
+        return
+    for at in conversation.steps:
+        part = handed_over(handed[:at], traits)
+        before = template.render(part, conversation.tools, prompt=False, args=args)
+        yield before, template.render(part, conversation.tools, prompt=True, args=args), text, plain
+
+
+def _lay_out(template: ChatTemplate, traits: Traits, messages: Sequence[Message]) -> LaidOut | None:
+    laid_out = ChatLayout(template, traits).lay_out(_conversation(messages, declared=traits.declarations))
+    return laid_out if isinstance(laid_out, LaidOut) else None
+
+
+def _marked(
+    template: ChatTemplate,
+    traits: Traits,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any],
+    args: Mapping[str, Any] | None = None,
+) -> MarkedText | None:
+    marked = handed_over([marked_message(message) for message in messages], traits)
+    return MarkedText.read(template.render(marked, tools, prompt=False, args=args))
+
+
+def _thinking(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(replace(m, reasoning_content=_THOUGHT) if m.role == "assistant" else m for m in messages)
+
+
+def _conversation(messages: Sequence[Message], *, declared: bool = True) -> Conversation:
+    tools = (_TOOL,) if declared and any(message.tool_calls for message in messages) else ()
+    return Conversation("probe", tuple(messages), tools, Origin("probe", 0))

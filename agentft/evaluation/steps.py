@@ -20,8 +20,7 @@ from agentft.data.render import MsagentTemplate, with_context_only
 from agentft.data.response import Said, said_text, thought_template
 from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
-from agentft.data.text_ids import Ids
-from agentft.data.tokens import Example
+from agentft.data.tokens import Example, Ids
 from agentft.evaluation.parse import (
     END_OF_SEQUENCE_TEXTS,
     USER_TAGS,

@@ -18,8 +18,7 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import look_at_every_conversation
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import SpanKind
-from agentft.data.text_ids import TokenText
-from agentft.data.tokens import IGNORE_INDEX, Example, tokenize
+from agentft.data.tokens import IGNORE_INDEX, Example, TokenText, tokenize
 from agentft.data.tools import OfferedTool
 from agentft.data.truncation import Truncator
 from agentft.recipes.config import AuditOptions

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from agentft.data.conversation import Call
 from agentft.data.msagent import call_places, parse_assistant
 from agentft.data.render import CALL_KINDS, Rendering, Segment, SpanKind, step_segments
-from agentft.data.text_ids import TokenText
-from agentft.data.tokens import Example, SegmentEncoder
+from agentft.data.tokens import Example, SegmentEncoder, TokenText
 
 
 def encoded(tokenizer, *texts: list[Segment]) -> list[Example]:

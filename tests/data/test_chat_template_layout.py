@@ -15,7 +15,7 @@ from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate, handed_over, server_messages
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.render import LaidOut, SpanKind
-from agentft.data.template_probe import probe
+from agentft.data.template_choice import probe
 from agentft.data.tokens import Example, SegmentEncoder
 from agentft.errors import ConfigError
 from agentft.model.sources import byte_tokenizer

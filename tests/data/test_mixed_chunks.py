@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from agentft.data.render import MsagentTemplate, Rendering, Segment, SpanKind
 from agentft.data.sources import read_conversations, read_local
-from agentft.data.text_ids import byte_level_lengths, vocabulary_bytes
-from agentft.data.tokens import SegmentEncoder, Span, _Job, _Text
+from agentft.data.tokens import SegmentEncoder, Span, _Job, _Text, byte_level_lengths, vocabulary_bytes
 
 
 @cache

@@ -15,7 +15,7 @@ import pytest
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate, handed_over, server_messages
 from agentft.data.render import LaidOut
-from agentft.data.template_probe import probe
+from agentft.data.template_choice import probe
 from agentft.data.tokens import SegmentEncoder
 from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import VALUES, conversation, with_template

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from agentft.data import entries as entries_module
-from agentft.data import prepare, synthetic, text_ids, workers
+from agentft.data import prepare, synthetic, tokens, workers
 from agentft.data.config import (
     Format,
     LocalConfig,
@@ -147,14 +147,14 @@ def test_forked_processes_prepare_what_one_process_prepares(case, data_file, tem
 def test_tokenizers_that_disagree_in_a_forked_process_are_found_and_all_is_prepared_again(
     data_file, template, encoder, forks, monkeypatch, caplog
 ):
-    encode, parent = text_ids._Fastokens.encode, os.getpid()
+    encode, parent = tokens._Fastokens.encode, os.getpid()
 
     def spoiled(self, texts):
         found = encode(self, texts)
         return found if os.getpid() == parent else [ids[::-1].copy() for ids in found]
 
     expected = prepare_data(settings(data_file, cache=False, workers=1), template, encoder)
-    monkeypatch.setattr(text_ids._Fastokens, "encode", spoiled)
+    monkeypatch.setattr(tokens._Fastokens, "encode", spoiled)
     with caplog.at_level(logging.WARNING, "agentft"):
         found = prepare_data(settings(data_file, cache=False, workers=2), template, encoder)
     assert "begun again with tokenizers alone" in caplog.text

@@ -16,15 +16,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from agentft.data import synthetic, text_ids
 from agentft.data.render import Rendering, Segment, SpanKind
-from agentft.data.text_ids import (
+from agentft.data.tokens import (
     CHECKED,
     FastIds,
+    KnownIds,
     ReferenceIds,
+    SegmentEncoder,
     TokenizerJson,
     TokenizersDisagree,
     byte_level_alphabet,
+    encode_fast,
 )
-from agentft.data.tokens import KnownIds, SegmentEncoder, encode_fast
 
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -230,12 +232,12 @@ def test_it_is_not_loaded_before_it_is_repaid_nor_without_a_proof(few_texts):
 
 def spoil(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     """Let the faster one give other ids to texts that hold a word."""
-    encode = text_ids._Fastokens.encode
+    encode = tokens._Fastokens.encode
 
     def spoiled(self, texts):
         return [ids[::-1] if word in text else ids for text, ids in zip(texts, encode(self, texts), strict=True)]
 
-    monkeypatch.setattr(text_ids._Fastokens, "encode", spoiled)
+    monkeypatch.setattr(tokens._Fastokens, "encode", spoiled)
 
 
 def test_one_that_differs_at_the_start_is_never_used(few_texts, monkeypatch, caplog):
