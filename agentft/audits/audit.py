@@ -31,8 +31,7 @@ from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate, SpanKind
 from agentft.data.sources import ReadReport, open_rows, read_conversations
 from agentft.data.template_choice import Layout, stop_tokens
-from agentft.data.tokens import TokenText
-from agentft.data.tokens import Example, SegmentEncoder
+from agentft.data.tokens import Example, SegmentEncoder, TokenText
 from agentft.data.truncation import Rendered, TruncationKind, make_examples
 from agentft.errors import DataError
 from agentft.model.load import load_chat_tokenizer

@@ -16,8 +16,7 @@ from agentft.data.prepared import from_line, to_line
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import Segment, SpanKind
 from agentft.data.template_choice import choose_template
-from agentft.data.tokens import TokenText
-from agentft.data.tokens import SegmentEncoder
+from agentft.data.tokens import SegmentEncoder, TokenText
 from agentft.data.truncation import make_examples
 from tests.data.format_records import (
     ANSWER,

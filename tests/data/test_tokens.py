@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from agentft.data import synthetic, text_ids
+from agentft.data import synthetic, tokens
 from agentft.data.render import Rendering, Segment, SpanKind
 from agentft.data.tokens import (
     CHECKED,
@@ -225,7 +225,7 @@ def test_it_is_not_loaded_before_it_is_repaid_nor_without_a_proof(few_texts):
     assert not modest.settle()
     assert much.settle()
     assert much._fast is not None
-    modest.encode(["x " * (text_ids._LEAST_MUCH // 2)])
+    modest.encode(["x " * (tokens._LEAST_MUCH // 2)])
     assert modest.settle()
     assert modest._fast is not None
 

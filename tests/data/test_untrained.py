@@ -15,8 +15,7 @@ from agentft.data.prepared import from_line, to_line
 from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations
 from agentft.data.template_choice import choose_template
-from agentft.data.tokens import TokenText
-from agentft.data.tokens import IGNORE_INDEX, tokenize
+from agentft.data.tokens import IGNORE_INDEX, TokenText, tokenize
 from agentft.data.truncation import TruncationKind, Truncator, make_examples
 from agentft.evaluation.steps import all_steps
 
