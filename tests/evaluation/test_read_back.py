@@ -16,8 +16,7 @@ from agentft.data.conversation import Conversation, Message
 from agentft.data.render import LaidOut
 from agentft.data.response import Said, our_templates
 from agentft.data.response_choice import choose_response, differs, servers_template, trained_steps
-from agentft.data.template_choice import OURS, choose_template
-from agentft.data.template_choice import probe
+from agentft.data.template_choice import OURS, choose_template, probe
 from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.generate import read_completion
 from agentft.evaluation.metrics import aggregate
