@@ -45,7 +45,10 @@ from agentft.data.entries import (
     RowWork,
     batches_of,
     divide,
+    in_order,
     keep_apart,
+    killed_worker_in_words,
+    process_count,
 )
 from agentft.data.prepared import (
     ExampleWriter,
@@ -63,7 +66,6 @@ from agentft.data.render import MsagentTemplate
 from agentft.data.sources import Deduplicator, RawRow, bounded_code, is_large, open_rows, source_digests
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder, encode_fast
-from agentft.data.workers import in_order, killed_worker_in_words, process_count
 from agentft.errors import DataError
 from agentft.progress import progress_bar
 from agentft.settings import affects

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data import workers
-from agentft.data.workers import MOST_PROCESSES, in_order, process_count
+from agentft.data import entries
+from agentft.data.entries import MOST_PROCESSES, in_order, process_count
 from agentft.errors import DataError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -62,7 +62,7 @@ def test_it_forks_when_it_becomes_ready_and_asks_no_more_then():
 
 def test_a_single_batch_forks_nothing(monkeypatch):
     """A fork shows all that its parent holds by then."""
-    monkeypatch.setattr(workers, "_in_processes", None)
+    monkeypatch.setattr(entries, "_in_processes", None)
     assert [square for _, (square, _) in in_order(work, range(1), processes=2, ready=always)] == [0]
 
 
@@ -140,7 +140,7 @@ def test_the_handlers_of_the_parent_are_not_those_of_its_workers():
 
 PARENT = """
 import os, signal, sys, time
-from agentft.data.workers import in_order
+from agentft.data.entries import in_order
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run as a shell's background job
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from agentft.data import entries as entries_module
-from agentft.data import prepare, synthetic, tokens, workers
+from agentft.data import prepare, synthetic, tokens
 from agentft.data.config import (
     Format,
     LocalConfig,
@@ -111,7 +111,7 @@ def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, tem
 def forks(monkeypatch) -> list[int]:
     """Take every dataset for a large one, in small batches; the numbers of processes that were forked."""
     made: list[int] = []
-    fork = workers._in_processes
+    fork = entries_module._in_processes
     for module in (entries_module, prepare):
         monkeypatch.setattr(module, "BATCH_CONVERSATIONS", 12)
     monkeypatch.setattr(prepare, "is_large", lambda config: True)
@@ -120,7 +120,7 @@ def forks(monkeypatch) -> list[int]:
         made.append(processes)
         return fork(work, batches, processes)
 
-    monkeypatch.setattr(workers, "_in_processes", counted)
+    monkeypatch.setattr(entries_module, "_in_processes", counted)
     return made
 
 
