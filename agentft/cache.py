@@ -129,7 +129,7 @@ def mark_used(folder: Path, limit_bytes: float) -> None:
     entries: list[tuple[float, Path, int]] = []
     for manifest in folder.parent.glob(f"[!.]*/{_MANIFEST}"):
         with contextlib.suppress(OSError):  # another process has just removed it
-            size = sum(file.stat().st_size for file in manifest.parent.rglob("*"))
+            size = sum(file.stat().st_size for file in manifest.parent.rglob("*") if not file.is_dir())
             entries.append((manifest.stat().st_mtime, manifest.parent, size))
     total = sum(size for _, _, size in entries)
     for _, other, size in sorted(entries):

@@ -321,11 +321,11 @@ class Audit:
 
     def _too_long(self, number: int, seen: Seen) -> Problem:
         detail = f"{len(seen.example):,} tokens, dataset.max_length is {self._config.max_length:,}"
-        outcome = self.data.entries[number].outcome
-        if outcome is None:
+        result = self.data.entries[number].result
+        if result is None:
             return Problem("too_long", f"{detail}; in neither part", seen.part)
-        kind = str(outcome.kind)
-        made = f"split into {len(outcome.rows)}" if outcome.kind is TruncationKind.spread else kind
+        kind = str(result.kind)
+        made = f"split into {len(result.rows)}" if result.kind is TruncationKind.spread else kind
         return Problem("too_long", f"{detail}; {'in training' if seen.part == 'train' else 'held out'}: {made}", kind)
 
     def _add(self, problem: Problem, seen: Seen) -> None:

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Outcome:
+class ConversationResult:
     """What became of a conversation that a part wants."""
 
     kind: TruncationKind
@@ -84,7 +84,7 @@ class Entry:
     line: bytes | None = None
     """The conversation as it is stored, until it is written; None where its examples are made at once."""
     part: str | None = None
-    outcome: Outcome | None = None
+    result: ConversationResult | None = None
     number: int = -1
     """Of the conversations that were read."""
 
@@ -130,24 +130,24 @@ class RowWork:
             entry.part = part or ("heldout" if held_out else "train")
             if entry.part == "heldout" or entry.weight >= 1 or showing_keys(entry, self.config.seed):
                 wanted.append((entry, conversation))
-        outcomes = self._make([(conversation, str(entry.part)) for entry, conversation in wanted])
-        for (entry, _), outcome in zip(wanted, outcomes, strict=True):
-            entry.outcome = outcome
+        made = self._make([(conversation, str(entry.part)) for entry, conversation in wanted])
+        for (entry, _), result in zip(wanted, made, strict=True):
+            entry.result = result
         return results
 
-    def make(self, lines: Sequence[bytes], part: str) -> list[Outcome]:
+    def make(self, lines: Sequence[bytes], part: str) -> list[ConversationResult]:
         """Make the examples of stored conversations that a part wants."""
         return self._make([(from_line(line), part) for line in lines])
 
-    def _make(self, wanted: Sequence[tuple[Conversation, str]]) -> list[Outcome]:
+    def _make(self, wanted: Sequence[tuple[Conversation, str]]) -> list[ConversationResult]:
         truncator = Truncator(self.template, self.encoder, self.config.max_length)
         items = [
             (_to_ask(each) if part == "heldout" else each, policy_of(part, self.config.too_long))
             for each, part in wanted
         ]
-        return [self._outcome(each, part) for each, (_, part) in zip(truncator.fit(items), wanted, strict=True)]
+        return [self._result(each, part) for each, (_, part) in zip(truncator.fit(items), wanted, strict=True)]
 
-    def _outcome(self, made: TruncationResult, part: str) -> Outcome:
+    def _result(self, made: TruncationResult, part: str) -> ConversationResult:
         keeps = part == "heldout" or self.keeps_all
         largest_id = self.encoder.largest_id
         change = None
@@ -161,7 +161,7 @@ class RowWork:
                 "shortened_observations": made.shortened_observations,
                 "steps_left_out": list(made.steps_left_out),
             }
-        return Outcome(
+        return ConversationResult(
             made.outcome,
             [pack(piece.example, largest_id, piece.conversation if keeps else None) for piece in made.pieces],
             made.notes if made.problem is None else (),

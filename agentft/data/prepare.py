@@ -28,6 +28,7 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +40,8 @@ from agentft.data.config import DatasetConfig, Format, SpanWeights, Split
 from agentft.data.conversation import Conversation
 from agentft.data.entries import (
     BATCH_CONVERSATIONS,
+    ConversationResult,
     Entry,
-    Outcome,
     Parts,
     RowWork,
     batches_of,
@@ -158,7 +159,8 @@ def key_ingredients(config: DatasetConfig, template: Layout, encoder: SegmentEnc
         "template": asdict(template) if isinstance(template, MsagentTemplate) else template.identity,
         "tokenizer": encoder.fingerprint(),
         "code": {str(path.relative_to(_PACKAGE)): file_digest(path) for path in _code()},
-        "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in _LIBRARIES if find_spec(name)}
+        | {"python": platform.python_version()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(ingredients, default=str))
     return plain
@@ -271,9 +273,9 @@ class Preparation:
 
     def made_of(self, entry: Entry) -> list[tuple[Conversation, Example]]:
         """Return the examples that were made of a conversation, each with the conversation that it renders."""
-        if entry.outcome is None:
+        if entry.result is None:
             return []
-        rows = np.array(entry.outcome.rows, dtype=np.int64)
+        rows = np.array(entry.result.rows, dtype=np.int64)
         examples, conversations = self._made[str(entry.part)]
         return list(zip(conversations.chosen(rows), examples.chosen(rows), strict=True))
 
@@ -289,7 +291,7 @@ class Preparation:
         fingerprint = sha256(_weights_text(self._config.span_weights).encode())
         fingerprint.update(b"".join([train.digests[row] for row in train_rows]) + b"heldout")
         fingerprint.update(b"".join([heldout.digests[row] for row in heldout_rows]))
-        tools = frozenset[str]().union(*(_outcome(entry).tools for entry in self.used["train"]))
+        tools = frozenset[str]().union(*(_result(entry).tools for entry in self.used["train"]))
         hashes = [heldout.content_hashes[row] for row in heldout_rows]
         write_about(self._folder, self.account, fingerprint.hexdigest(), tools, hashes)
 
@@ -303,7 +305,7 @@ class Preparation:
                 file.unlink()
         self._sample("train", parts.train, self._config.max_samples)
         self._sample("heldout", parts.heldout, self._config.test_sample)
-        orders = [[row for entry in used for row in _outcome(entry).rows] for used in self.used.values()]
+        orders = [[row for entry in used for row in _result(entry).rows] for used in self.used.values()]
         for writer, order in zip(self._writers.values(), orders, strict=True):
             writer.close(order)
         return orders
@@ -354,22 +356,22 @@ class Preparation:
         if self._waiting is not None and entry.line is not None:
             self._waiting.append(entry.line)
             entry.line = None
-        if entry.outcome is not None:
-            self._write_examples(entry, str(entry.part), entry.outcome)
+        if entry.result is not None:
+            self._write_examples(entry, str(entry.part), entry.result)
 
     def _one(self, value: T) -> T:
         """Return the first of equal values: what many conversations share is held once."""
         shared: T = self._shared.setdefault(value, value)
         return shared
 
-    def _write_examples(self, entry: Entry, part: str, outcome: Outcome) -> None:
+    def _write_examples(self, entry: Entry, part: str, result: ConversationResult) -> None:
         writer = self._writers[part]
         first = len(writer.digests)
-        for example in outcome.examples:
+        for example in result.examples:
             writer.append(example)
-        outcome.rows, outcome.examples = range(first, len(writer.digests)), ()
-        outcome.notes, outcome.tools = self._one(outcome.notes), self._one(outcome.tools)
-        entry.part, entry.outcome = part, outcome
+        result.rows, result.examples = range(first, len(writer.digests)), ()
+        result.notes, result.tools = self._one(result.notes), self._one(result.tools)
+        entry.part, entry.result = part, result
 
     def _divide(self, train: list[Entry], heldout: list[Entry] | None) -> Parts[Entry]:
         config, keeps_all = self._config, self.work.keeps_all
@@ -404,14 +406,14 @@ class Preparation:
         while len(used) < wanted and position < len(order):
             entries = order[position : position + wanted - len(used)]
             position += len(entries)
-            self._make(part, [entry for entry in dict.fromkeys(entries) if entry.outcome is None])
+            self._make(part, [entry for entry in dict.fromkeys(entries) if entry.result is None])
             for entry in entries:
-                outcome = _outcome(entry)
+                result = _result(entry)
                 if entry not in shown_before:
-                    outcomes[str(outcome.kind)] += 1
-                    self._count(outcome)
+                    outcomes[str(result.kind)] += 1
+                    self._count(result)
                 shown_before.add(entry)
-                if outcome.rejection is None:
+                if result.rejection is None:
                     used.append(entry)
                     sources[account.read.source_of(entry.source)] += 1
         self.used[part], account.fitted[part], account.by_source[part] = used, outcomes, sources
@@ -427,23 +429,23 @@ class Preparation:
         unmade = iter(entries)
         with progress_bar(f"tokenising {part}", len(entries)) as bar:
             for _, made in self._on_all_cores(partial(self.work.make, part=part), batches, self.work.encoder.settle):
-                for outcome in made:
-                    self._write_examples(next(unmade), part, outcome)
+                for result in made:
+                    self._write_examples(next(unmade), part, result)
                 bar.advance(len(made))
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, result: ConversationResult) -> None:
         """Account for a conversation when it is shown for the first time."""
-        for code in outcome.notes:
+        for code in result.notes:
             self.account.layout[bounded_code(code, self.account.layout)] += 1
-        if outcome.change is not None:
-            self.account.changed.append(outcome.change)
-        if outcome.rejection is not None:
-            self.account.rejections.append(outcome.rejection)
+        if result.change is not None:
+            self.account.changed.append(result.change)
+        if result.rejection is not None:
+            self.account.rejections.append(result.rejection)
 
 
-def _outcome(entry: Entry) -> Outcome:
-    assert entry.outcome is not None
-    return entry.outcome
+def _result(entry: Entry) -> ConversationResult:
+    assert entry.result is not None
+    return entry.result
 
 
 def _weights_text(weights: SpanWeights) -> str:

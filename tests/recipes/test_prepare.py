@@ -490,7 +490,7 @@ def test_above_its_limit_the_cache_forgets_what_was_not_used_for_longest(data_fi
     old, new = sorted(entries(cache), key=lambda entry: (entry / "manifest.json").stat().st_mtime_ns)
     os.utime(old / "manifest.json", (1, 1))
     os.utime(new / "manifest.json", (2, 2))
-    size = sum(file.stat().st_size for entry in (old, new) for file in entry.iterdir())
+    size = sum(file.stat().st_size for entry in (old, new) for file in entry.rglob("*") if file.is_file())
     opened = prepare_data(settings(data_file, seed=1), template, encoder)  # now the one that was used last
     prepare_data(settings(data_file, seed=3, cache_limit_gb=1.1 * size / 1e9), template, encoder)
     assert old in entries(cache)
