@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -197,7 +197,7 @@ class SegmentEncoder:
 
     def settle(self) -> bool:
         """Between two batches: load the faster tokenizer if that is worth it by now; whether no other will be loaded."""
-        settled = [not isinstance(ids, FastIds) or ids.settle() for ids in self._text_ids.values()]
+        settled = [ids.settle() for ids in self._text_ids.values()]
         return all(settled)
 
     def fingerprint(self) -> str:
@@ -264,9 +264,11 @@ class SegmentEncoder:
         if letters == "named":
             return [np.array([self.special_id(text)], dtype=np.int32) for text in texts]
         if letters not in self._text_ids:
-            reference = ReferenceIds(self._copy(letters))
-            fast = self._much is not None and letters != "all"  # Of those there is never much.
-            self._text_ids.setdefault(letters, FastIds(reference, much=bool(self._much)) if fast else reference)
+            tokenizer = self._copy(letters)
+            slow = self._much is None or letters == "all"  # Of those there is never much.
+            self._text_ids.setdefault(
+                letters, TextIds(tokenizer) if slow else FastIds(tokenizer, much=bool(self._much))
+            )
         return self._text_ids[letters].encode(texts)
 
     def _copy(self, letters: Letters) -> Tokenizer:
@@ -640,42 +642,38 @@ class TokenizersDisagree(Exception):  # noqa: N818  # what happened, not whose e
         return f"fastokens and tokenizers encode {self.args[0]!r} differently"
 
 
-class TextIds(Protocol):
-    """Encodes texts."""
-
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, shape [T]. May be called by several threads."""
-
-
-class ReferenceIds:
-    """By `tokenizers`."""
+class TextIds:
+    """Encodes texts by `tokenizers`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Take a tokenizer that cuts nothing and pads nothing; whether it reads special tokens in text is its own affair."""
         self.tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, with all cores."""
+        """Return the ids of each text, shape [T]. May be called by several threads; uses all cores."""
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
 
+    def settle(self) -> bool:
+        """Say whether it is known what will encode the texts from here on."""
+        return True
 
-class FastIds:
-    """By `tokenizers` until there is much text, then by `fastokens`, if that is found to give the same ids."""
 
-    def __init__(self, reference: ReferenceIds, *, much: bool) -> None:
-        """Begin with `reference`; `much`: more is to come than repays the loading. Else that has to show first."""
-        self._reference = reference
-        self._repaid = 0 if much else max(_WORTH_LOADING * reference.tokenizer.get_vocab_size(), _LEAST_MUCH)
+class FastIds(TextIds):
+    """Encodes by `tokenizers` until there is much text, then by `fastokens`, if that is found to give the same ids."""
+
+    def __init__(self, tokenizer: Tokenizer, *, much: bool) -> None:
+        """Begin with `tokenizer`; `much`: more is to come than repays the loading. Else that has to show first."""
+        super().__init__(tokenizer)
+        self._repaid = 0 if much else max(_WORTH_LOADING * tokenizer.get_vocab_size(), _LEAST_MUCH)
         self._fast: _Fastokens | None = None
         self._proof: list[str] = []
         """Texts that came first."""
         self._characters = self._texts = 0
-        self.is_settled = False
-        """Whether it is known which of the two encodes what is to come."""
+        self._is_settled = False
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text.
+        """Return the ids of each text.
 
         Raises:
             TokenizersDisagree: of a text that was encoded by both.
@@ -684,33 +682,29 @@ class FastIds:
             ids = self._fast.encode(texts)
             first = -self._texts % CHECKED
             self._texts += len(texts)
-            _require_equal(texts[first::CHECKED], ids[first::CHECKED], self._reference)
+            self._require_equal(texts[first::CHECKED], ids[first::CHECKED])
             return ids
         if self._characters < _PROOF:
             self._proof += texts
         self._characters += sum(map(len, texts))
-        return self._reference.encode(texts)
+        return super().encode(texts)
 
     def settle(self) -> bool:
-        """Load the faster one if that is worth it by now, and say whether it is known which will be used from here on.
+        """Load the faster one if that is worth it by now; to be called between two batches, by whoever hands them out."""
+        if not self._is_settled and self._proof and self._characters >= self._repaid:
+            try:
+                fast = _Fastokens(self.tokenizer)
+                self._require_equal(self._proof, fast.encode(self._proof))
+                self._fast = fast
+            except (ImportError, ValueError, RuntimeError, TokenizersDisagree) as error:
+                log.warning("data: encoded by tokenizers alone, which is slower: %s", error)
+            self._is_settled, self._proof = True, []
+        return self._is_settled
 
-        To be called between two batches, by the thread that hands them out.
-        """
-        if not self.is_settled and self._proof and self._characters >= self._repaid:
-            self._fast = self._load()
-            self.is_settled, self._proof = True, []
-        return self.is_settled
-
-    def _load(self) -> _Fastokens | None:
-        """The faster tokenizer, None where it cannot be had or differs on what came first."""
-        try:
-            fast = _Fastokens(self._reference.tokenizer)
-            proof = list(self._proof)
-            _require_equal(proof, fast.encode(proof), self._reference)
-        except (ImportError, ValueError, RuntimeError, TokenizersDisagree) as error:
-            log.warning("data: encoded by tokenizers alone, which is slower: %s", error)
-            return None
-        return fast
+    def _require_equal(self, texts: Sequence[str], found: Sequence[Ids]) -> None:
+        for text, ours, theirs in zip(texts, found, super().encode(texts), strict=True):
+            if not np.array_equal(ours, theirs):
+                raise TokenizersDisagree(text[:80])
 
 
 class _Fastokens:
@@ -727,12 +721,6 @@ class _Fastokens:
         ids = np.frombuffer(ids_in_bytes, dtype="<u4").astype(np.int32)
         places = np.frombuffer(ends_in_bytes, dtype="<u8").tolist()
         return [ids[start:end] for start, end in zip(places, places[1:], strict=False)]
-
-
-def _require_equal(texts: Sequence[str], found: Sequence[Ids], reference: ReferenceIds) -> None:
-    for text, ours, theirs in zip(texts, found, reference.encode(texts), strict=True):
-        if not np.array_equal(ours, theirs):
-            raise TokenizersDisagree(text[:80])
 
 
 class TokenText:

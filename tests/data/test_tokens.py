@@ -20,8 +20,8 @@ from agentft.data.tokens import (
     CHECKED,
     FastIds,
     KnownIds,
-    ReferenceIds,
     SegmentEncoder,
+    TextIds,
     TokenizerJson,
     TokenizersDisagree,
     byte_level_alphabet,
@@ -103,7 +103,7 @@ def both(family: str):
     ids = fast._text_ids["marks"]
     assert isinstance(ids, FastIds)
     assert ids._fast is not None, "fastokens does not take this family"
-    return ReferenceIds(slow._copy("marks")), ids
+    return TextIds(slow._copy("marks")), ids
 
 
 PIECES = st.one_of(
@@ -207,7 +207,7 @@ def test_both_give_a_text_of_one_endless_word_the_same_ids(family: str):
 
 @pytest.fixture
 def few_texts():
-    reference = ReferenceIds(SegmentEncoder(tokenizer_of("gpt2"))._copy("marks"))
+    reference = TextIds(SegmentEncoder(tokenizer_of("gpt2"))._copy("marks"))
     texts = [f"harbour {n}, tide {n % 7}" for n in range(20)]
     return reference, texts
 
@@ -218,7 +218,7 @@ def same(found, expected) -> bool:
 
 def test_it_is_not_loaded_before_it_is_repaid_nor_without_a_proof(few_texts):
     reference, texts = few_texts
-    modest, much = FastIds(reference, much=False), FastIds(reference, much=True)
+    modest, much = FastIds(reference.tokenizer, much=False), FastIds(reference.tokenizer, much=True)
     assert not much.settle(), "nothing to compare on"
     for ids in (modest, much):
         assert same(ids.encode(texts), reference.encode(texts))
@@ -243,7 +243,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
 def test_one_that_differs_at_the_start_is_never_used(few_texts, monkeypatch, caplog):
     reference, texts = few_texts
     spoil(monkeypatch, "harbour 13")
-    ids = FastIds(reference, much=True)
+    ids = FastIds(reference.tokenizer, much=True)
     ids.encode(texts)
     with caplog.at_level(logging.WARNING, "agentft"):
         assert ids.settle()
@@ -281,12 +281,12 @@ def test_one_that_differs_later_is_caught_and_all_is_done_again(few_texts, monke
 
 def test_every_so_many_texts_one_is_encoded_by_both(few_texts, monkeypatch):
     reference, texts = few_texts
-    ids = FastIds(reference, much=True)
+    ids = FastIds(reference.tokenizer, much=True)
     ids.encode(texts)
     ids.settle()
     asked: list[str] = []
-    encode = reference.encode
-    monkeypatch.setattr(reference, "encode", lambda given: (asked.extend(given), encode(given))[1])
+    encode = TextIds.encode
+    monkeypatch.setattr(TextIds, "encode", lambda self, given: (asked.extend(given), encode(self, given))[1])
     numbered = [f"text {n}" for n in range(5 * CHECKED + 1)]
     for start in range(0, len(numbered), 37):
         ids.encode(numbered[start : start + 37])
@@ -303,7 +303,7 @@ def test_a_disagreement_survives_the_way_between_processes():
 def test_a_tokenizer_that_it_does_not_know_is_left_to_the_other(caplog):
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    ids = FastIds(ReferenceIds(backend), much=True)
+    ids = FastIds(backend, much=True)
     ids.encode(["a b"])
     with caplog.at_level(logging.WARNING, "agentft"):
         assert ids.settle()
@@ -314,8 +314,8 @@ def test_a_tokenizer_that_it_does_not_know_is_left_to_the_other(caplog):
 def test_a_text_that_comes_again_is_encoded_once(monkeypatch):
     encoder = SegmentEncoder(tokenizer_of("gpt2"))
     asked: list[str] = []
-    encode = ReferenceIds.encode
-    monkeypatch.setattr(ReferenceIds, "encode", lambda self, texts: (asked.extend(texts), encode(self, texts))[1])
+    encode = TextIds.encode
+    monkeypatch.setattr(TextIds, "encode", lambda self, texts: (asked.extend(texts), encode(self, texts))[1])
     renderings = [(name, said("Hello", name)) for name in ("a", "b")]
     known: KnownIds = {}
     first, again = encoder.encode(renderings, known), encoder.encode(renderings, known)
