@@ -199,11 +199,6 @@ class Shelf:
         return {tool.key: tool for tool in self.tools}
 
     @cached_property
-    def families(self) -> dict[str, tuple[Tool, ...]]:
-        """Tools by family."""
-        return {name: tuple(t for t in self.tools if t.family == name) for name in {t.family for t in self.tools}}
-
-    @cached_property
     def chains(self) -> tuple[Chain, ...]:
         """Chains of which both tools are here."""
         return tuple(chain for chain in chains(self.language) if self.by_key.keys() >= set(chain.tools))
@@ -213,11 +208,6 @@ class Shelf:
         """Tools that may fail to find what they are asked for."""
         pools = read_yaml("tools.yaml")["looked_up"]
         return tuple(tool for tool in self.tools if tool.again and base_pool(tool.parameter(tool.again).pool) in pools)
-
-    @cached_property
-    def doubled(self) -> tuple[Tool, ...]:
-        """Tools with a phrasing for two values at once."""
-        return tuple(tool for tool in self.tools if tool.both)
 
     @cached_property
     def misspellable(self) -> tuple[tuple[Tool, str], ...]:

@@ -139,6 +139,10 @@ class Scene:
         """Return one of `options`."""
         return options[int(self.rng.random() * len(options))]
 
+    def say(self, kind: str, **words: str) -> str:
+        """Return one of the phrases of a kind, filled with words."""
+        return str(self.pick(self.phrases[kind]).format(**words))
+
     def chance(self, share: float) -> bool:
         """Return true in `share` of the cases."""
         return self.rng.random() < share
@@ -204,7 +208,7 @@ class Scene:
         text = self._sentence(text)
         if not self.turns and self.chance(GREETING_SHARE):
             person, city = self.value("person")[1], self.value("city")[1]
-            text = self.pick(self.phrases["greetings"]).format(person=person, city=city) + text
+            text = self.say("greetings", person=person, city=city) + text
         self.turns.append(text)
 
     def assistant(self, text: str) -> None:
@@ -219,7 +223,7 @@ class Scene:
 
     def fail(self, request: Request, error: str) -> None:
         """Append a turn of a call that fails, and the assistant's words for it."""
-        words = self.pick(self.phrases["failures"]).format(goal=request.tool.goal, error=error)
+        words = self.say("failures", goal=request.tool.goal, error=error)
         self.assistant(self.executed(request, {"error": error}) + words)
 
     def ask(self, request: Request) -> str:
@@ -272,8 +276,8 @@ class Scene:
         size = self.rng.choices((2, 3, 4), (80, 16, 4))[0]
         barred = {*beside, *self._names}
         families = {tool.family for tool in self.shelf.tools if tool.key in barred}
-        kin = [tool for family in sorted(families) for tool in self.shelf.families.get(family, ())]
         tools = self.shelf.tools
+        kin = [tool for family in sorted(families) for tool in tools if tool.family == family]
         while len(self._tools) < size:
             near = [tool for tool in kin if tool.key not in barred]
             if near and self.chance(0.6):
@@ -330,10 +334,8 @@ def _asked(scene: Scene) -> Request:
 
 def _single_call(scene: Scene) -> None:
     request = _asked(scene)
-    before = ""
-    if scene.chance(ANNOUNCED_SHARE):
-        before = scene.pick(scene.phrases["announcements"]).format(goal=request.tool.goal) + "\n"
-    scene.answer(request, before)
+    announced = scene.chance(ANNOUNCED_SHARE)
+    scene.answer(request, scene.say("announcements", goal=request.tool.goal) + "\n" if announced else "")
 
 
 def _call_without_result(scene: Scene) -> None:
@@ -386,7 +388,7 @@ def _several_rounds(scene: Scene) -> None:
             tools_left -= 1
         elif request.tool.again and choice < 0.7:
             request = scene.changed(request, request.tool.again)
-            scene.user(scene.pick(scene.phrases["again"]).format(value=request.spoken[request.tool.again]))
+            scene.user(scene.say("again", value=request.spoken[request.tool.again]))
         elif choice < 0.9 and tools_left:
             request = _asked(scene)
             tools_left -= 1
@@ -422,7 +424,7 @@ def _corrected_by_user(scene: Scene) -> None:
     meant = scene.changed(said, said.tool.again)
     scene.user(scene.ask(said))
     scene.fail(said, _not_found(scene, said))
-    scene.user(scene.pick(scene.phrases["corrections"]).format(value=meant.spoken[meant.tool.again]))
+    scene.user(scene.say("corrections", value=meant.spoken[meant.tool.again]))
     scene.answer(meant)
 
 
@@ -431,14 +433,14 @@ def _missing_parameter(scene: Scene) -> None:
     request = scene.request(tool)
     said = {slot: words for slot, words in request.spoken.items() if slot != key}
     scene.user(fill(scene.pick(asks), said))
-    scene.assistant(scene.pick(scene.phrases["questions"]).format(what=tool.parameter(key).description))
-    scene.user(scene.pick(scene.phrases["replies"]).format(value=request.spoken[key]))
+    scene.assistant(scene.say("questions", what=tool.parameter(key).description))
+    scene.user(scene.say("replies", value=request.spoken[key]))
     scene.answer(request)
 
 
 def _unserved_request(scene: Scene) -> None:
     request = _asked(scene)
-    scene.assistant(scene.pick(scene.phrases["refusals"]).format(goal=request.tool.goal))
+    scene.assistant(scene.say("refusals", goal=request.tool.goal))
     scene.close_list(beside=[request.tool.key])  # all that is offered is of no use
 
 
@@ -494,7 +496,7 @@ def _not_found(scene: Scene, request: Request) -> str:
 def _two_requests(scene: Scene) -> tuple[Request, Request]:
     """Ask for two things in one turn, and return both requests."""
     if scene.chance(TWICE_THE_SAME_SHARE):
-        tool = scene.pick(scene.shelf.doubled)
+        tool = scene.pick([tool for tool in scene.shelf.tools if tool.both])
         first = scene.request(tool, optional=False)
         second = scene.changed(first, tool.again)
         words = {**first.spoken, f"{tool.again}2": second.spoken[tool.again]}
