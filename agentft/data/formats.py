@@ -45,20 +45,11 @@ _FLAGS = ("weight", "loss", "loss_scale", "train")
 A step is trained as a whole, since its stop is one. Any other value is not understood, and noted as a field not used.
 """
 _ROLES: dict[str, str] = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
+    **{role: role for role in ("system", "developer", "user", "assistant")},
     "human": "user",
-    "assistant": "assistant",
     "gpt": "assistant",
-    "tool_call": "call",
-    "function_call": "call",
-    "tool": "result",
-    "tool_response": "result",
-    "observation": "result",
-    "function": "result",
-    "function_response": "result",
-    "ipython": "result",
+    **dict.fromkeys(("tool_call", "function_call"), "call"),
+    **dict.fromkeys(("tool", "tool_response", "observation", "function", "function_response", "ipython"), "result"),
 }
 SHAREGPT_ROLES = frozenset(_ROLES) - {"system", "developer", "user", "assistant"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -39,12 +39,7 @@ MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 
 _MAX_ID_CHARACTERS = 200
 _PART_ID = re.compile(r"/part-[0-9]+\Z")
-_QUESTION_AND_ANSWER = (
-    ("query", "response"),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-)
+_QUESTION_AND_ANSWER = {"query": "response", "instruction": "output", "prompt": "completion", "question": "answer"}
 _MSAGENT_ROLES = ("system", "user", "assistant")
 
 
@@ -148,10 +143,8 @@ def _read(record: dict[Any, Any], form: Format, notes: list[Note]) -> Read:
         notes += _unused_columns(record, COLUMNS)
         return _read_msagent(turns, notes), ()
     if form not in ("auto", "react", "toolace", found):
-        raise FormatError(
-            f"form_{found}",
-            f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)",
-        )
+        detail = f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)"
+        raise FormatError(f"form_{found}", detail)
     xlam = found == "xlam" and form not in (Format.react, Format.toolace)
     notes += _unused_columns(record, XLAM_COLUMNS if xlam else COLUMNS)
     messages, tools = read_xlam(record, notes) if xlam else read_chat(record, form, notes)
@@ -189,7 +182,7 @@ def _with_reasoning(messages: tuple[Message, ...], reasoning: Reasoning, notes: 
 
 def _what_is_there(record: dict[Any, Any]) -> str:
     fields = ", ".join(repr(key) for key in record if isinstance(key, str))[:200] or "no field"
-    pair = next((pair for pair in _QUESTION_AND_ANSWER if record.keys() >= set(pair)), None)
+    pair = next((pair for pair in _QUESTION_AND_ANSWER.items() if record.keys() >= set(pair)), None)
     hint = f"; {pair[0]} and {pair[1]} are a question and an answer: write them as two messages" if pair else ""
     for key, rows in record.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict) and isinstance(key, str):
