@@ -69,39 +69,32 @@ class TrackingConfig(Settings, group="tracking", affects="nothing"):
 WandbMode = Literal["online", "offline", "disabled"]
 
 
-def resolve_mode(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[WandbMode, str]:
-    """Return the mode that W&B runs in, and one sentence saying why.
+def resolve_mode(config: TrackingConfig, environ: Mapping[str, str]) -> WandbMode:
+    """Return the mode that W&B runs in.
 
     Refuses `online` without a key: W&B would ask for one on the terminal, and a job in a queue would wait for ever.
     """
-    key = _key_found(environ)
     wanted, source = str(config.mode), f"tracking.mode={config.mode}"
     if config.mode == TrackingMode.auto and (named := environ.get("WANDB_MODE")):
         wanted, source = {"run": "online", "dryrun": "offline"}.get(named, named), f"WANDB_MODE={named}"
     match wanted:
-        case "disabled":
-            return "disabled", f"{source}; only metrics.jsonl is written"
-        case "offline":
-            return "offline", f"{source}; upload later with `wandb sync`"
-        case "online" if key is not None:
-            return "online", f"{source}, with the key of {key}"
+        case "disabled" | "offline":
+            return wanted
+        case "auto":
+            return "online" if _has_key(environ) else "offline"
+        case "online" if _has_key(environ):
+            return "online"
         case "online":
             raise ConfigError(
                 f"{source}, but there is no key for {_base_url(environ)}: "
                 "set WANDB_API_KEY, run `wandb login`, or choose tracking.mode=offline and `wandb sync` later"
             )
-        case "auto" if key is not None:
-            return "online", f"tracking.mode=auto found a key: {key}"
-        case "auto":
-            return "offline", "tracking.mode=auto found no key (WANDB_API_KEY or netrc); upload later with `wandb sync`"
     raise ConfigError(f"{source}: expected online, offline or disabled")
 
 
-def _key_found(environ: Mapping[str, str]) -> str | None:
-    """Return where the key for the W&B server is kept, never the key."""
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if environ.get(name):
-            return name
+def _has_key(environ: Mapping[str, str]) -> bool:
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     home = Path(environ.get("HOME") or Path.home())
     files = [Path(environ["NETRC"])] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
     host = urllib.parse.urlsplit(_base_url(environ)).netloc
@@ -109,8 +102,8 @@ def _key_found(environ: Mapping[str, str]) -> str | None:
         with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
             entry = netrc.netrc(str(file)).hosts.get(host)
             if entry is not None and entry[2]:
-                return f"{file} for {host}"
-    return None
+                return True
+    return False
 
 
 def _base_url(environ: Mapping[str, str]) -> str:
@@ -189,9 +182,7 @@ class Tracker:
         self._run = run
         self._enabled = enabled
         self._sweep = sweep_folder()
-        self.mode: WandbMode = "disabled"
-        if enabled:
-            self.mode, _ = resolve_mode(config, os.environ)
+        self.mode: WandbMode = resolve_mode(config, os.environ) if enabled else "disabled"
         self._config_tree = config_tree
         self._identity: dict[str, Any] = {
             "project": config.project,

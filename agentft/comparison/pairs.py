@@ -196,14 +196,9 @@ def compare_runs(
     seed: int = 0,
     definitions: Sequence[MetricDefinition] = METRICS,
 ) -> RunComparison:
-    """Compare two runs on the same evaluation; differences are b - a.
+    """Compare two runs on the same evaluation, `a` the baseline; differences are b - a.
 
-    Args:
-        a: Steps of the first run, the baseline.
-        b: Steps of the second run.
-        bootstrap_samples: Resamples of the bootstrap, and sign patterns where they are drawn.
-        seed: Of both.
-        definitions: Metrics to compare.
+    `bootstrap_samples` is also the number of sign patterns, where they are drawn.
 
     Raises:
         EvaluationError: the runs answered other conversations, steps or references.

@@ -44,9 +44,7 @@ _CALL = re.compile(r"(<\|startofthink\|>.*?(?:<\|endofthink\|>|\Z))", re.DOTALL)
 def predictions_page(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """Return the page: filters by kind of error, then the steps, those with most errors first.
 
-    Args:
-        rows: Scored rows of a file of predictions; besides ids, texts and `scores` every field may be missing.
-        title: Of the page.
+    `rows` are scored; besides ids, texts and `scores` every field may be missing.
     """
     ordered = sorted(rows, key=_order)
     counts = Counter(kind for row in rows for kind in _kinds(row))

@@ -86,51 +86,34 @@ def rank(runs: Sequence[ComparedRun], metric: str = "arg_f1") -> Ranking:
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, str]:
-    """Return the settings in which runs differ with their short names; what the choice of a group implies is left out."""
+    """Return the settings in which runs differ with their short names.
+
+    Left out is what nobody set and another one decides: the choice of its group, or a swept setting beside it, as `rank`
+    decides `alpha`.
+    """
     known = [run for run in runs if run.settings]
     swept = frozenset().union(*(run.swept for run in known))
-    keys = list(dict.fromkeys(key for run in known for key in run.settings if key not in AFFECT_NOTHING))
-    differing = []
-    for key in keys:
-        values = {_hashable(run.settings.get(key)) for run in known}
-        if len(values) > 1 and not (key not in swept and _follows_from_choice(key, known)):
-            differing.append(key)
-    differing = [key for key in differing if not _follows_from_swept(key, differing, known)]
-    return {key: _short(key, differing) for key in differing}
+    keys = dict.fromkeys(key for run in known for key in run.settings if key not in AFFECT_NOTHING)
+    texts = {key: [json.dumps(run.settings.get(key), sort_keys=True, default=str) for run in known] for key in keys}
+    differing = [key for key in keys if len(set(texts[key])) > 1]
+    swept_by_all = [key for key in differing if all(key in run.swept for run in known)]
 
+    def follows(key: str) -> bool:
+        group, beside = key.partition(".")[0], key.rpartition(".")[0]
+        choice = [f"{group}.name"] if group in _GROUPS and key != f"{group}.name" else []
+        deciding = [other for other in swept_by_all if beside and other.rpartition(".")[0] == beside]
+        return any(
+            1 < len(set(texts.get(other, ()))) == len(set(zip(texts[other], texts[key], strict=True)))
+            for other in (*choice, *deciding)
+        )
 
-def _follows_from_swept(key: str, differing: Sequence[str], runs: Sequence[ComparedRun]) -> bool:
-    """Return whether nobody set it and a setting of its group that was swept decides it: `alpha` that follows `rank`."""
-    if any(not run.swept or key in run.swept for run in runs):
-        return False
-    group = key.rpartition(".")[0]
-    for other in differing:
-        if group and other.rpartition(".")[0] == group and all(other in run.swept for run in runs):
-            pairs = {(_hashable(run.settings.get(other)), _hashable(run.settings.get(key))) for run in runs}
-            if len(pairs) == len({value for value, _ in pairs}):
-                return True
-    return False
-
-
-def _follows_from_choice(key: str, runs: Sequence[ComparedRun]) -> bool:
-    group, _, setting = key.partition(".")
-    if group not in _GROUPS or setting == "name":
-        return False
-    by_option: dict[Any, set[Any]] = {}
-    for run in runs:
-        by_option.setdefault(run.settings.get(f"{group}.name"), set()).add(_hashable(run.settings.get(key)))
-    return len(by_option) > 1 and all(len(values) == 1 for values in by_option.values())
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    if key.endswith(".name"):
-        return key.removesuffix(".name")
-    last = key.rpartition(".")[2]
-    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
-
-
-def _hashable(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    shown = [key for key in differing if key in swept or not follows(key)]
+    last = Counter(key.rpartition(".")[2] for key in shown)
+    short = {key: key.rpartition(".")[2] for key in shown}
+    return {
+        key: key.removesuffix(".name") if name == "name" else name if last[name] == 1 else key
+        for key, name in short.items()
+    }
 
 
 def _mark(ranking: Ranking) -> None:

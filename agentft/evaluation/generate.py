@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, BinaryIO, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -86,21 +85,14 @@ class PredictionCache:
         others: Sequence[Path] = (),
         known: Iterable[Mapping[str, Any]] = (),
     ) -> None:
-        """Keep the completions of `generator` in `path`.
-
-        Args:
-            path: The working file.
-            generator: What completes the steps that are not there.
-            identity: Everything beside the context that decides a completion.
-            others: Further files of the same model's completions, which are only read.
-            known: Rows of such completions.
-        """
+        """`identity` is everything beside the context that decides a completion; `others` are further files of the same
+        model's completions, which are only read, and `known` rows of such completions."""
         self.path = path
         self._others = others
         self._generator = generator
         self._header = {"identity": json.loads(json.dumps(identity))}
         self._known = {_key(row): row for row in known}
-        self._handle: int | None = None
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         content = self.path.read_bytes() if self.path.exists() else b""
@@ -109,8 +101,8 @@ class PredictionCache:
             self._read(other.read_bytes())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._handle, kept)
+            self._file = self.path.open("ab")
+            self._file.truncate(kept)
             if not kept:
                 self._write(self._header)
         except OSError as error:
@@ -118,40 +110,33 @@ class PredictionCache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        if self._file is not None:
+            self._file.close()
 
     def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
         """Complete the steps that the file does not hold, and return all in the order given."""
-        completions: dict[int, Completion] = {}
-        for order, step in enumerate(steps):
-            row = self._known.get((step.conversation.id, step.index, step.context_hash))
-            if row is not None:
-                completions[order] = Completion(step, row["text"], row["tokens"], row["finish"])
-                if on_completion is not None:
-                    on_completion(completions[order])
+        found = [self._known.get(step.key) for step in steps]
+        completions = {
+            order: Completion(step, row["text"], row["tokens"], row["finish"])
+            for order, (step, row) in enumerate(zip(steps, found, strict=True))
+            if row is not None
+        }
         if completions:
             log.info("%d of %d completions were kept by this run", len(completions), len(steps))
+        if on_completion is not None:
+            for completion in completions.values():
+                on_completion(completion)
         missing = [order for order in range(len(steps)) if order not in completions]
 
         def keep(completion: Completion) -> None:
-            self._write(
-                {
-                    "conversation_id": completion.step.conversation.id,
-                    "step": completion.step.index,
-                    "context_hash": completion.step.context_hash,
-                    "text": completion.text,
-                    "tokens": completion.tokens,
-                    "finish": completion.finish,
-                }
-            )
+            about = {"text": completion.text, "tokens": completion.tokens, "finish": completion.finish}
+            self._write(dict(zip(_KEY, completion.step.key, strict=True)) | about)
             if on_completion is not None:
                 on_completion(completion)
 
         if missing:
             fresh = self._generator.generate([steps[order] for order in missing], keep)
-            completions.update(zip(missing, fresh, strict=True))
+            completions |= dict(zip(missing, fresh, strict=True))
         return [completions[order] for order in range(len(steps))]
 
     def _read(self, content: bytes) -> int:
@@ -173,15 +158,17 @@ class PredictionCache:
         return kept
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        assert self._handle is not None, "used outside of `with`"
+        assert self._file is not None, "used outside of `with`"
         # ASCII, so that a lone surrogate of a served model survives and no other letter counts as the end of a line.
-        content = (redact_text(json.dumps(row)) + "\n").encode()
-        while content:
-            content = content[os.write(self._handle, content) :]
+        self._file.write((redact_text(json.dumps(row)) + "\n").encode())
+        self._file.flush()
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int, str]:
-    return row["conversation_id"], row["step"], row["context_hash"]
+_KEY = ("conversation_id", "step", "context_hash")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _KEY)
 
 
 @contextmanager

@@ -63,10 +63,7 @@ class Likelihood:
     ) -> dict[str, Any]:
         """Return losses and perplexities with 95 % intervals by bootstrap over conversations.
 
-        Args:
-            bootstrap_samples: Resamples behind each interval.
-            seed: Of their draw.
-            piece_of: Id of a piece of a long conversation -> id of the whole; its pieces are drawn together.
+        `piece_of` maps the id of a piece of a long conversation to that of the whole; its pieces are drawn together.
         """
         names = ["loss", *(f"loss_{kind.name}" for kind in KINDS)]
         wholes = [(piece_of or {}).get(name, name) for name in self.ids]
@@ -106,15 +103,10 @@ def measure_likelihood(
     autocast: torch.dtype | None = None,
     stock: bool = False,
 ) -> Likelihood:
-    """Measure `examples` without dropout; the model's mode is put back and random streams are not touched.
+    """Measure `examples` without dropout, `batch` in a forward pass; the model's mode and random streams stay as they were.
 
-    Args:
-        model: A causal language model of transformers, with or without adapters.
-        examples: Tokenised conversations.
-        batch: Conversations in one forward pass.
-        pad_id: Any id; padding is masked by position.
-        autocast: The number format in which fp32 weights are multiplied.
-        stock: Take the logits of the model's own forward pass, which does more to them than its head.
+    `autocast` is the number format in which fp32 weights are multiplied; `stock` takes the logits of the model's own
+    forward pass, which does more to them than its head. `pad_id` may be any id.
 
     Raises:
         DataError: the examples hold no label.

@@ -97,19 +97,13 @@ METRICS: tuple[MetricDefinition, ...] = (
     _define("url_match", "equal url / right-tool calls with one", lambda s: (s.url_matches, s.url_references)),
     _define("rouge_l", "mean ROUGE-L F1 of answer steps", _rouge),
     _define(
-        "rouge_l_after_call",
-        "the same, summaries of tool results",
-        lambda s: _rouge(s, counts=s.after_call is True),
+        "rouge_l_after_call", "the same, summaries of tool results", lambda s: _rouge(s, counts=s.after_call is True)
     ),
     _define("rouge_l_no_call", "the same, answers without a tool", lambda s: _rouge(s, counts=s.after_call is False)),
     _define("tool_acc_repaired", "tool_acc, JSON mended", lambda s: (s.name_correct_repaired, s.reference_calls)),
     _define("param_em_repaired", "param_em, JSON mended", lambda s: (s.exact_repaired, s.reference_calls)),
     _define("arg_f1_repaired", "arg_f1, JSON mended", lambda s: (s.argument_f1_repaired, s.reference_calls)),
-    _define(
-        "step_em_repaired",
-        "step_em, JSON mended",
-        lambda s: (s.is_action and s.is_exact_repaired, s.is_action),
-    ),
+    _define("step_em_repaired", "step_em, JSON mended", lambda s: (s.is_action and s.is_exact_repaired, s.is_action)),
     _define(
         "legacy_action_em",
         "the old script's action_em, bugs and all",
@@ -293,13 +287,9 @@ def aggregate(
     seed: int = 0,
     allow_bad_references: bool = False,
 ) -> EvaluationReport:
-    """Add up scored steps; the result does not depend on their order.
+    """Add up scored steps of whole conversations; the result does not depend on their order.
 
-    Args:
-        scores: Steps of whole conversations.
-        bootstrap_samples: Resamples behind each interval.
-        seed: Of their draw.
-        allow_bad_references: Leave steps with an unreadable reference out, listed and counted, instead of refusing.
+    `allow_bad_references` leaves steps with an unreadable reference out, listed and counted, instead of refusing.
 
     Raises:
         EvaluationError: no step, a step twice, or an unreadable reference.
@@ -308,9 +298,7 @@ def aggregate(
         raise EvaluationError("no step to score: the set of predictions is empty")
     _refuse_duplicates(score.key for score in scores)
     ordered = sorted(scores, key=lambda score: score.key)
-    quarantined = tuple(
-        (score.conversation_id, score.step, score.reference_failure) for score in ordered if score.reference_failure
-    )
+    quarantined = tuple((*score.key, score.reference_failure) for score in ordered if score.reference_failure)
     if quarantined and not allow_bad_references:
         raise EvaluationError(_bad_reference_message(quarantined))
     usable = [score for score in ordered if score.reference_failure is None]

@@ -58,10 +58,8 @@ class ChatStep:
 def chat_step(step: Step, *, as_recorded: bool = False) -> ChatStep:
     """Lay out the context of a step; its own reference is not in it.
 
-    Args:
-        step: What is asked.
-        as_recorded: Leave everything in the record's own marks, the list of tools in the system text too: for a model
-            that was trained on them, such as an exported run. Results are messages of role `tool`.
+    `as_recorded` leaves everything in the record's own marks, the list of tools in the system text too: for a model that
+    was trained on them, such as an exported run. Results are messages of role `tool`.
     """
     conversation = step.conversation
     system = read_system(conversation.system)

@@ -24,7 +24,7 @@ from agentft.data.truncation import make_examples
 from agentft.evaluation.generate import Completion, Generator
 from agentft.evaluation.metrics import Metric, bootstrap_facts, interval_metrics, signature
 from agentft.evaluation.parse import own_words
-from agentft.evaluation.scoring import StepScore, score_step
+from agentft.evaluation.scoring import StepRecord, StepScore, score_step
 from agentft.evaluation.steps import Step, conversation_steps
 
 METRICS = ("steps_until_divergence", "conv_replay_success")
@@ -43,6 +43,7 @@ class Episode:
     """The reasoning of each, empty where there was none."""
     completions: list[Completion] = field(default_factory=list)
     """Of the steps that were reached, the one that left the record included."""
+    records: list[StepRecord] = field(default_factory=list)
     scores: list[StepScore] = field(default_factory=list)
     diverged: str | None = None
     """Why the record cannot continue: the kinds of error of the last step, `nothing_said`, or `no_such_layout`."""
@@ -62,6 +63,7 @@ class Episode:
         record = completion.step.record(completion.text, seen_tools)
         score = score_step(record)
         self.completions.append(completion)
+        self.records.append(record)
         self.words.append(own_words(record.prediction))
         self.thoughts.append(record.prediction_reply.reasoning if record.prediction_reply is not None else "")
         self.scores.append(score)

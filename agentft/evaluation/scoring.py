@@ -166,11 +166,9 @@ class StepScore:
 
 
 def score_step(record: StepRecord, *, stop_texts: Sequence[str] = ()) -> StepScore:
-    """Score one step. Never raises on what reference or prediction contain.
+    """Score one step of `complete_records`. Never raises on what reference or prediction contain.
 
-    Args:
-        record: The step; `complete_records` fills what only the whole conversation tells.
-        stop_texts: End-of-sequence texts of the model beside the common ones.
+    `stop_texts` are end-of-sequence texts of the model beside the common ones.
     """
     reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
     prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)

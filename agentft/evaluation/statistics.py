@@ -58,13 +58,9 @@ def ratio_intervals(numerators_GM: Floats, denominators_GM: Floats, *, bootstrap
 def difference_intervals(
     a: tuple[Floats, Floats], b: tuple[Floats, Floats], *, bootstrap_samples: int, seed: int
 ) -> Intervals:
-    """Bootstrap the differences b - a: every resample takes the same conversations from both runs.
+    """Bootstrap the differences b - a of two runs' (numerators, denominators), each [G, M], conversations in one order.
 
-    Args:
-        a: Numerators and denominators of the first run, each [G, M].
-        b: The same of the second run, conversations in the same order.
-        bootstrap_samples: How many resamples are drawn.
-        seed: Of their draw.
+    Every resample takes the same conversations from both.
     """
     a_DM, b_DM = _resampled_ratios([a, b], bootstrap_samples, seed)
     value_a, value_b = (_ratio(top.sum(axis=0), bottom.sum(axis=0)) for top, bottom in (a, b))
@@ -110,12 +106,8 @@ def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> Fl
     denominator is given by the references this is the sign-flip test on per-conversation differences; exchanging
     numerator and denominator together extends it to the others.
 
-    Args:
-        a_G2: Numerator and denominator of each conversation in the first run.
-        b_G2: The same in the second run.
-        samples: Patterns drawn when more than `MOST_EXACT_FLIPS` conversations differ; p is then
-            (1 + hits)/(1 + samples).
-        seed: Of their draw.
+    `a_G2` and `b_G2` hold numerator and denominator of each conversation. Where more than `MOST_EXACT_FLIPS` of them
+    differ, `samples` patterns are drawn, and p is (1 + hits)/(1 + samples).
     """
     # A conversation on which both runs agree cannot change the statistic: exchanging it is no pattern of its own.
     delta_K2 = (b_G2 - a_G2)[(a_G2 != b_G2).any(axis=1)]

@@ -117,6 +117,11 @@ class Step:
         """Digest of the ids of the prompt."""
         return hashlib.sha256(self.input_ids[: self.start].tobytes()).hexdigest()[:16]
 
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """Name the step: its conversation, its number and its context."""
+        return self.conversation.id, self.index, self.context_hash
+
     def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
         """Join the step with what a model answered, in MSAgent form; `seen_tools` are the tools that training called."""
         conversation = self.conversation

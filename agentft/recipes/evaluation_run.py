@@ -33,7 +33,7 @@ from agentft.evaluation.generate import (
 from agentft.evaluation.likelihood import Likelihood
 from agentft.evaluation.metrics import METRICS, PAPER_NAMES, aggregate, conversation_sums, score_records
 from agentft.evaluation.replay import Episode, replay, replay_report
-from agentft.evaluation.scoring import StepScore
+from agentft.evaluation.scoring import StepRecord, StepScore
 from agentft.evaluation.steps import Step, all_steps
 from agentft.model.adapters import trained_state
 from agentft.model.load import ChatTokenizer
@@ -194,10 +194,7 @@ class Evaluation:
 
         All ranks generate, and rank 0 gets the result. Completions are kept as they come, on other ranks in files of their
         own until rank 0 has them: an evaluation that is killed continues from all of them, on any number of ranks.
-
-        Args:
-            model: The model, and what its completions depend on.
-            reuse: Completions of a finished evaluation of the same model are read instead of generated again.
+        With `reuse`, completions of a finished evaluation of the same model are read instead of generated again.
 
         Raises:
             EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
@@ -252,7 +249,8 @@ class Evaluation:
     def _scored(self, generator: Generator, steps: Sequence[Step]) -> EvalResult:
         config, seen_tools = self.config, self.data.train_tools
         completions = generator.generate(steps)
-        scores = score_records(each.step.record(each.text, seen_tools) for each in completions)
+        records = [each.step.record(each.text, seen_tools) for each in completions]
+        scores = score_records(records)
         report = aggregate(
             scores,
             bootstrap_samples=config.bootstrap_samples,
@@ -269,11 +267,11 @@ class Evaluation:
             log.warning(
                 "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
             )
-        return EvalResult(self.name, report.to_json(), completions, _rows(completions, scores, seen_tools))
+        return EvalResult(self.name, report.to_json(), completions, _rows(completions, records, scores))
 
     def _replayed(self, generator: Generator, steps: Sequence[Step]) -> EvalResult:
-        config, seen_tools = self.config, self.data.train_tools
-        episodes = replay(steps, self.chat.template, self.chat.encoder, generator, seen_tools=seen_tools)
+        config, chat = self.config, self.chat
+        episodes = replay(steps, chat.template, chat.encoder, generator, seen_tools=self.data.train_tools)
         conversations = len({step.conversation.id for step in steps})
         report = replay_report(episodes, conversations, bootstrap_samples=config.bootstrap_samples, seed=config.seed)
         counts, metrics = report["counts"], report["metrics"]
@@ -284,7 +282,7 @@ class Evaluation:
             counts["steps"] / max(counts["conversations"], 1),
         )
         completions = [each for episode in episodes for each in episode.completions]
-        rows = [row for episode in episodes for row in _rows_of_episode(episode, seen_tools)]
+        rows = [row for episode in episodes for row in _rows_of_episode(episode)]
         return EvalResult(self.name, report, completions, rows)
 
     def _finished(self, model: EvalModel) -> tuple[list[dict[str, Any]], float]:
@@ -311,16 +309,15 @@ class Evaluation:
 
 
 def _rows(
-    completions: Sequence[Completion], scores: Sequence[StepScore], seen_tools: frozenset[str]
+    completions: Sequence[Completion], records: Sequence[StepRecord], scores: Sequence[StepScore]
 ) -> list[dict[str, Any]]:
     """Return one plain object a step: ids, what was asked, reference, prediction, scores.
 
     Reference and prediction are in MSAgent form; `raw` is there where the model wrote its calls in another.
     """
     rows = []
-    for completion, score in zip(completions, scores, strict=True):
+    for completion, record, score in zip(completions, records, scores, strict=True):
         step = completion.step
-        record = step.record(completion.text, seen_tools)
         rows.append(
             {
                 "conversation_id": record.conversation_id,
@@ -344,8 +341,8 @@ def _rows(
     return rows
 
 
-def _rows_of_episode(episode: Episode, seen_tools: frozenset[str]) -> list[dict[str, Any]]:
-    rows = _rows(episode.completions, episode.scores, seen_tools)
+def _rows_of_episode(episode: Episode) -> list[dict[str, Any]]:
+    rows = _rows(episode.completions, episode.records, episode.scores)
     rows = [row | {"mode": "replay", "diverged": None} for row in rows]
     if rows:
         rows[-1]["diverged"] = episode.diverged
