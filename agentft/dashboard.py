@@ -43,17 +43,19 @@ SWEPT = {"sft_type.rank": True, "training.learning_rate": True, "dataset.max_sam
 
 
 def build_workspace(project: str, entity: str = "", metric: str = "arg_f1") -> Any:
-    """Return a `wandb_workspaces` workspace; nothing is sent.
+    """Return a `wandb_workspaces` workspace with settings against `metric`; nothing is sent.
 
-    Args:
-        project: The W&B project.
-        entity: Its user or team; empty: that of the key.
-        metric: What settings are plotted against, and what runs are sorted by.
+    `entity` is the user or team of the project; empty: that of the key.
 
     Raises:
         ConfigError: the extra is not installed.
     """
-    workspaces, panels = _library()
+    try:
+        # By name: an optional package, unknown to the type checker.
+        workspaces = importlib.import_module("wandb_workspaces.workspaces")
+        panels = importlib.import_module("wandb_workspaces.reports.v2")
+    except ImportError as error:
+        raise ConfigError(f"wandb-workspaces is needed ({error}): pip install wandb-workspaces") from error
     columns = [
         panels.ParallelCoordinatesPlotColumn(
             metric=panels.Config(setting), display_name=setting.rpartition(".")[2], log=log
@@ -69,7 +71,9 @@ def build_workspace(project: str, entity: str = "", metric: str = "arg_f1") -> A
         **{title: [panels.LinePlot(title=key, x=STEP, y=[key]) for key in keys] for title, keys in CURVES.items()},
         "What differs": [panels.RunComparer(diff_only="split")],
     }
-    _name_panels(sections)
+    for i, drawn in enumerate(sections.values()):
+        for j, panel in enumerate(drawn):
+            panel._id = f"agentft{i:02}{j:02}"  # of its own it is random, and the same spec would give other JSON
     return workspaces.Workspace(
         name="agentft",
         entity=entity,
@@ -94,10 +98,8 @@ def push(workspace: Any) -> str:
     """Save the workspace on the W&B server, in the place of an earlier one of agentft, and return its address.
 
     Raises:
-        ConfigError: there is no key.
         RunError: the server refused.
     """
-    _refuse_without_key()
     import wandb
 
     try:
@@ -134,23 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"dashboard: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def _library() -> tuple[Any, Any]:
-    try:
-        # By name: an optional package, unknown to the type checker.
-        return importlib.import_module("wandb_workspaces.workspaces"), importlib.import_module(
-            "wandb_workspaces.reports.v2"
-        )
-    except ImportError as error:
-        raise ConfigError(f"wandb-workspaces is needed ({error}): pip install wandb-workspaces") from error
-
-
-def _name_panels(sections: dict[str, list[Any]]) -> None:
-    """Panels draw random names for themselves; with these, the same spec gives the same JSON."""
-    for i, panels in enumerate(sections.values()):
-        for j, panel in enumerate(panels):
-            panel._id = f"agentft{i:02}{j:02}"
 
 
 def _refuse_without_key() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +12,7 @@ import numpy as np
 
 from agentft.comparison.ranking import (
     LOWER_IS_BETTER,
+    Cell,
     Ranking,
     setting_text,
     short_names,
@@ -81,49 +81,25 @@ def html_page(ranking: Ranking, title: str) -> str:
     """Return the page; pointing at a run shows it in every chart, a click keeps it."""
     charts = Charts(ranking)
     header, rows = table_cells(ranking, ranking.metrics)
-    kinds = ["text" if name in ("", "run", "state") else "" for name in header]
-    names = short_names(ranking.runs)  # their settings stand beside them
+    names = [Cell(name) for name in short_names(ranking.runs)]  # their settings stand beside them
     return render_page(
         "comparison",
         title=title,
         metric=ranking.metric,
         ramp=ramp(),
-        header=list(zip(header, kinds, strict=True)),
+        header=header,
         runs=[
             {
                 "name": run.name,
                 "told": _told(ranking, run),
                 "colour": charts.colours.get(run.name),
-                "cells": _cells(run, header, kinds, [row[0], (name, False), *row[2:]]),
+                "cells": list(zip(header, [row[0], name, *row[2:]], strict=True)),
             }
             for run, name, row in zip(ranking.runs, names, rows, strict=True)
         ],
         notes=table_notes(ranking),
         sections=[(name, list(panels)) for name, panels in groupby(charts.panels(), lambda panel: panel.section)],
     )
-
-
-def _cells(
-    run: ComparedRun, header: Sequence[str], kinds: Sequence[str], row: Sequence[tuple[str, bool]]
-) -> Iterator[dict[str, str]]:
-    for i, (name, kind, (text, best)) in enumerate(zip(header, kinds, row, strict=True)):
-        value, _, interval = text.partition(" [")
-        mark = "" if i else " mark first" if text == "best" else " mark"
-        yield {
-            "kind": kind + (" best" if best else "") + mark,
-            "sorted_by": _sorted_by(run, name, text),
-            "value": value,
-            "interval": interval,
-        }
-
-
-def _sorted_by(run: ComparedRun, column: str, text: str) -> str:
-    """Return what the table is sorted by at a click: the number, without unit and interval, else the words."""
-    exact = {"time": run.seconds, "memory": run.peak_memory_bytes}
-    if column in exact:
-        return "" if exact[column] is None else str(exact[column])
-    number = re.match(r"-?[\d.]+(e[-+]?\d+)?(?= \[|$)", text)
-    return number.group() if number else text
 
 
 def _told(ranking: Ranking, run: ComparedRun) -> str:

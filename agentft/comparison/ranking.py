@@ -12,7 +12,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -192,7 +192,7 @@ def rich_table(ranking: Ranking, width: int = 160) -> Table:
         least = len(name) if name in ranking.differing.values() else None  # a setting's name is not broken
         table.add_column(name, justify=alignment, overflow="fold", no_wrap=name not in words, min_width=least)
     for row in rows:
-        table.add_row(*(Text(text, "bold" if is_best else "") for text, is_best in row))
+        table.add_row(*(Text(str(cell), "bold" if cell.best else "") for cell in row))
     return table
 
 
@@ -200,12 +200,13 @@ def markdown(ranking: Ranking, title: str = "") -> str:
     """Return the same table as Markdown."""
     header, rows = table_cells(ranking, ranking.metrics)
 
-    def line(cells: Sequence[tuple[str, bool]]) -> str:
-        escaped = [(text.replace("|", "\\|").replace("\n", " "), bold) for text, bold in cells]
-        return "| " + " | ".join(f"**{text}**" if bold and text else text for text, bold in escaped) + " |"
+    def line(cells: Sequence[Cell]) -> str:
+        texts = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
+        bold = [f"**{text}**" if cell.best else text for cell, text in zip(cells, texts, strict=True)]
+        return f"| {' | '.join(bold)} |"
 
     lines = [f"# {title}", ""] if title else []
-    lines += [line([(name, False) for name in header]), "|" + "---|" * len(header), *map(line, rows)]
+    lines += [line([Cell(name) for name in header]), "|" + "---|" * len(header), *map(line, rows)]
     return "\n".join([*lines, "", *(f"- {note}" for note in table_notes(ranking))]) + "\n"
 
 
@@ -229,37 +230,49 @@ def csv_text(ranking: Ranking) -> str:
     return out.getvalue()
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of the table."""
+
+    text: str
+    interval: str = ""
+    sorted_by: float | None = None
+    """What its column is sorted by; None: the text."""
+    best: bool = False
+    """It is the best of its column."""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.interval}".rstrip()
+
+
 def table_cells(
     ranking: Ranking, metrics: Sequence[str], *, short: bool = False
-) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Return header and rows; a cell is its text and whether it is the best of its column."""
+) -> tuple[list[str], list[tuple[Cell, ...]]]:
+    """Return header and rows."""
     runs = ranking.runs
-    columns: list[tuple[str, list[str], int | None]] = [
-        ("", [ranking.marks.get(run.name, "") for run in runs], None),
-        ("run", short_names(runs) if short else [run.name for run in runs], None),
-    ]
+    names = short_names(runs) if short else [run.name for run in runs]
+    columns = [("", [Cell(ranking.marks.get(run.name, "")) for run in runs]), ("run", list(map(Cell, names)))]
     if not all(run.state == "finished" for run in runs):
-        columns.append(("state", [_state(run) for run in runs], None))
+        columns.append(("state", [Cell(_state(run)) for run in runs]))
     for key, name in ranking.differing.items():
-        columns.append((name, [setting_text(run.settings.get(key)) for run in runs], None))
+        columns.append((name, [Cell(setting_text(run.settings.get(key))) for run in runs]))
     for name in metrics:
-        columns.append((name, [_score(run, name, 0 if short else 1) for run in runs], _best(runs, name)))
-    losses = ["" if run.loss is None else f"{run.loss:.4f}" for run in runs]
-    columns.append(("loss" if short else "held-out loss", losses, _best(runs, "loss")))
-    columns.append(("time", [_duration(run.seconds) for run in runs], None))
-    sizes = ["" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 2**30:.2f} GiB" for run in runs]
+        columns.append((name, _marked([_score(run, name, 0 if short else 1) for run in runs], runs, name)))
+    losses = [Cell("" if run.loss is None else f"{run.loss:.4f}") for run in runs]
+    columns.append(("loss" if short else "held-out loss", _marked(losses, runs, "loss")))
+    columns.append(("time", [Cell(_duration(run.seconds), sorted_by=run.seconds) for run in runs]))
+    sizes = [run.peak_memory_bytes for run in runs]
     if any(sizes) and not short:
-        columns.append(("memory", sizes, None))
-    header = [name for name, _, _ in columns]
-    return header, [[(cells[i], i == best) for _, cells, best in columns] for i in range(len(runs))]
+        columns.append(("memory", [Cell("" if n is None else f"{n / 2**30:.2f} GiB", sorted_by=n) for n in sizes]))
+    return [name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True))
 
 
-def _best(runs: Sequence[ComparedRun], name: str) -> int | None:
+def _marked(cells: Sequence[Cell], runs: Sequence[ComparedRun], name: str) -> list[Cell]:
+    """Return a column with its best cell marked, if there is something to be better than."""
     known = [(value, i) for i, run in enumerate(runs) if (value := run.number(name)) is not None]
-    if len(known) < 2:
-        return None
     sign = 1 if name in LOWER_IS_BETTER else -1
-    return min(known, key=lambda item: (sign * item[0], item[1]))[1]
+    best = min(known, key=lambda item: (sign * item[0], item[1]))[1] if len(known) > 1 else None
+    return [replace(cell, best=i == best) for i, cell in enumerate(cells)]
 
 
 def table_notes(ranking: Ranking) -> list[str]:
@@ -296,13 +309,14 @@ def short_names(runs: Sequence[ComparedRun]) -> list[str]:
     return numbers if all(map(str.isdigit, numbers)) and len(set(numbers)) == len(runs) else [run.name for run in runs]
 
 
-def _score(run: ComparedRun, name: str, digits: int) -> str:
+def _score(run: ComparedRun, name: str, digits: int) -> Cell:
     score = run.scores.get(name)
     if score is None:
-        return ""
+        return Cell("")
+    text = f"{100 * score.value:.1f}"
     if score.low is None or score.high is None:
-        return f"{100 * score.value:.1f}"
-    return f"{100 * score.value:.1f} [{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]"
+        return Cell(text)
+    return Cell(text, f"[{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]")
 
 
 def _duration(seconds: float | None) -> str:

@@ -113,10 +113,11 @@ class WithProgressBar:
 
 def own_model(components: TrainingComponents, config: EvaluationConfig) -> EvalModel:
     """Return the loaded model with its weights as they are now."""
-    parameter = next(components.model.parameters())
+    model = components.objective.model
+    parameter = next(model.parameters())
     identity = config.decides_completions() | {
         "model": components.chat.files.fingerprint,
-        "weights": weights_digest(components.model),
+        "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "stop_ids": list(components.chat.stop_ids),
@@ -126,7 +127,7 @@ def own_model(components: TrainingComponents, config: EvaluationConfig) -> EvalM
 
 def own_generator(components: TrainingComponents, config: EvaluationConfig) -> Generator:
     """Return a generator with the loaded model in this process."""
-    model, tokenizer, stop_ids = components.model, components.chat.tokenizer, components.chat.stop_ids
+    model, tokenizer, stop_ids = components.objective.model, components.chat.tokenizer, components.chat.stop_ids
     new = config.max_new_tokens
     if components.probed.stock_answers:
         return StockGenerator(model, tokenizer, stop_ids=stop_ids, max_new_tokens=new)
@@ -199,6 +200,8 @@ class Evaluation:
         Raises:
             EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
         """
+        if self.world.size == 1:
+            return self._write(model.generator, model, reuse)
         if self.world.is_main:
             return run_on_main(self.world, model.generator, lambda all_ranks: self._write(all_ranks, model, reuse))
         with PredictionCache(self._file_of_rank(self.world.rank), model.generator, model.identity) as kept:
