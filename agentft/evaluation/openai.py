@@ -1,7 +1,7 @@
 """Generate completions at any endpoint for OpenAI's chat completions: a served model or a commercial one.
 
-A step's history becomes messages with native tool calls; the tools that the system text lists become `tools`, and its
-sentences about marks are left out. Where the list cannot be read, everything is sent in the marks of the text instead. The
+A step's history becomes messages with native tool calls, and the tools that the system text lists become `tools`, as a
+chat template would be given them. Where the list cannot be read, everything is sent in the marks of the text instead. The
 reply, content and tool calls, becomes one text in MSAgent form, read and scored like any other.
 
 Standard library only. The key comes from the environment, goes to the endpoint's own address and nowhere else: redirects
@@ -11,7 +11,6 @@ are not followed, and nothing that is raised or logged holds it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.client
 import json
 import logging
@@ -28,8 +27,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agentft.data.calls import JsonRefused, read_json
-from agentft.data.conversation import THINK_CLOSE, THINK_OPEN, Call, Message, Observation
-from agentft.data.msagent import MARK, read_system
+from agentft.data.conversation import THINK_CLOSE, THINK_OPEN, Conversation, Message
+from agentft.data.msagent import MARK, lift_tools
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.generate import Completion, Finish, OnCompletion
@@ -61,26 +60,23 @@ def chat_step(step: Step, *, as_recorded: bool = False) -> ChatStep:
     `as_recorded` leaves everything in the record's own marks, the list of tools in the system text too: for a model that
     was trained on them, such as an exported run. Results are messages of role `tool`.
     """
-    conversation = step.conversation
-    system = read_system(conversation.system)
-    if as_recorded:
-        system = dataclasses.replace(system, text=conversation.system or "", tools=())
-    tools = list(system.tools)
-    called = [call.name for call in conversation.tool_calls]
-    sent = _safe_names([*(tool["function"]["name"] for tool in tools), *called])
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system.text}] if system.text else []
-    for number, message in enumerate(conversation.messages[: step.at]):
-        if message.role == "user":
-            messages.append({"role": "user", "content": message.text})
-        elif message.role == "assistant":
-            results = list(takewhile(lambda m: m.role == "tool", conversation.messages[number + 1 : step.at]))
-            if tools and results and message.tool_calls and not message.malformed_calls:
-                messages += _native_exchange(message, results, sent, f"call_{number}")
-                continue
+    lifted = step.conversation if as_recorded else lift_tools(step.conversation)
+    conversation = lifted if isinstance(lifted, Conversation) else step.conversation
+    history = conversation.messages[: step.at + len(conversation.messages) - len(step.conversation.messages)]
+    tools = conversation.tools
+    sent = _safe_names([tool["function"]["name"] for tool in tools] + [call.name for call in conversation.tool_calls])
+    messages: list[dict[str, Any]] = []
+    for at, message in enumerate(history):
+        results = list(takewhile(lambda m: m.role == "tool", history[at + 1 :]))
+        if message.role != "assistant":
+            messages += [{"role": message.role, "content": message.text}] if message.role != "tool" else []
+        elif message.source is None or (tools and not message.malformed_calls):
+            messages += _native_exchange(message, results, sent, f"call_{at}")
+        else:
             messages.append({"role": "assistant", "content": message.source_text.strip()})
             if results:
                 content = "\n".join(result.source_text.strip() for result in results)
-                role = {"role": "tool", "tool_call_id": f"result_{number}"} if as_recorded else {"role": "user"}
+                role = {"role": "tool", "tool_call_id": f"result_{at}"} if as_recorded else {"role": "user"}
                 messages.append(role | {"content": content})
     return ChatStep(messages, [_declared(tool, sent) for tool in tools], {safe: name for name, safe in sent.items()})
 
@@ -88,29 +84,26 @@ def chat_step(step: Step, *, as_recorded: bool = False) -> ChatStep:
 def _native_exchange(
     message: Message, results: Sequence[Message], sent: Mapping[str, str], prefix: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the messages of one earlier step that calls and of what its tools returned."""
-    words = "".join(part.source for part in message.source or () if not isinstance(part, Call)).strip()
+    """Yield the messages of one earlier step and of what its tools returned."""
     calls = [
         {
             "id": f"{prefix}_{i}",
             "type": "function",
-            "function": {
-                "name": sent.get(call.name, call.name),
-                "arguments": json.dumps(call.arguments, ensure_ascii=False),
-            },
+            "function": {"name": sent[call.name], "arguments": json.dumps(call.arguments, ensure_ascii=False)},
         }
         for i, call in enumerate(message.tool_calls)
     ]
-    yield {"role": "assistant", "content": words or None, "tool_calls": calls}
+    if not calls:
+        yield {"role": "assistant", "content": message.text}
+        return
+    yield {"role": "assistant", "content": message.content or None, "tool_calls": calls}
+    order = {call.id: i for i, call in enumerate(message.tool_calls) if call.id is not None}
+    bodies = [each.text for each in sorted(results, key=lambda each: order.get(each.tool_call_id or "", len(order)))]
     # Every call must be answered once: results beyond the last call stand with it, a call without one gets an empty text.
-    bodies = [
-        "".join(part.body for part in result.source or () if isinstance(part, Observation)).strip()
-        for result in results
-    ]
     last = len(calls) - 1
     bodies[last:] = ["\n".join(bodies[last:])]
-    for call, body in zip(calls, [*bodies, *[""] * (len(calls) - len(bodies))], strict=True):
-        yield {"role": "tool", "tool_call_id": call["id"], "content": body}
+    for asked, body in zip(calls, [*bodies, *[""] * (len(calls) - len(bodies))], strict=True):
+        yield {"role": "tool", "tool_call_id": asked["id"], "content": body}
 
 
 def _safe_names(names: Sequence[str]) -> dict[str, str]:
@@ -177,7 +170,7 @@ def _call_text(function: Mapping[str, Any], names: Mapping[str, str]) -> str:
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _LONGEST_PAUSE = 60.0
 _LARGEST_REPLY = 32 * 1024 * 1024
-_LAYOUT = "chat-v1"
+_LAYOUT = "chat-v2"
 """Part of a completion's identity: changes whenever a step is laid out in other messages."""
 
 

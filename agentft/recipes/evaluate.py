@@ -7,8 +7,8 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from agentft import progress, runtime
 from agentft.data.prepare import prepare_data
@@ -16,12 +16,13 @@ from agentft.data.prepared import PreparedData
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import Engine, Mode
+from agentft.evaluation.generate import Generator
 from agentft.evaluation.openai import OpenAIGenerator
 from agentft.model.adapters import load_trained_state
 from agentft.model.load import choose_compute, load_chat_tokenizer
 from agentft.recipes.components import load_components
 from agentft.recipes.config import EvaluateConfig
-from agentft.recipes.evaluation_run import EvalModel, Evaluation, own_model, print_report, write_pages
+from agentft.recipes.evaluation_run import Evaluation, own_generator, own_identity, print_report, write_pages
 from agentft.recipes.ranks import find_places, is_spread, rank_of, run_on_ranks, threads_of_rank
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, settings_to_yaml, trained_config
 from agentft.runs import RunFolder, RunState, read_json
@@ -129,40 +130,39 @@ def _evaluate(config: EvaluateConfig, source: RunFolder, target: RunFolder, worl
             )
             target.update_status("running")
 
-    if settings.engine is Engine.openai:
-        served = OpenAIGenerator(settings)
-        chat = load_chat_tokenizer(trained.model)  # it decides which conversations fit
-        data = prepare_data(trained.dataset, chat.template, chat.encoder)
-        other = _other_data(data, source, None, allowed=config.other_data)
-        components, model = None, partial(EvalModel, served, served.identity)
-        asked = f"openai-{settings.served_model}"
-    else:
-        with world.keep_alive("preparing data and model"):
-            compute = choose_compute(trained.model, trained.sft_type, runtime.set_up(trained.threads))
-            chat = world.main_process_first(lambda: load_chat_tokenizer(trained.model))
-            data = prepare_data(trained.dataset, chat.template, chat.encoder)
+    served = OpenAIGenerator(settings) if settings.engine is Engine.openai else None
+    components = None
+    device = runtime.set_up(trained.threads)
+    with world.keep_alive("preparing data and model"):
+        chat = world.main_process_first(lambda: load_chat_tokenizer(trained.model))
+        data = prepare_data(trained.dataset, chat.template, chat.encoder)  # it decides which conversations fit
+        if served is None:
+            compute = choose_compute(trained.model, trained.sft_type, device)
             components = load_components(trained.model, trained.sft_type, compute, chat, data, world, seed=trained.seed)
-        path = None if checkpoint == "base" else find_checkpoint(source, checkpoint)
-        other = _other_data(data, source, path, allowed=config.other_data)
-        if path is not None:
-            load_trained_state(components.model, load_checkpoint(path).tensors["trained"])
-            log.info("weights: %s", path)
-        model, asked = partial(own_model, components, settings), checkpoint
+    path = None if components is None or checkpoint == "base" else find_checkpoint(source, checkpoint)
+    other = _other_data(data, source, path, allowed=config.other_data)
+    if components is not None and path is not None:
+        load_trained_state(components.model, load_checkpoint(path).tensors["trained"])
+        log.info("weights: %s", path)
     begin()
+    asked = checkpoint if served is None else f"openai-{settings.served_model}"
     name = "after" if config.output is not None else _name(settings.mode, asked)
     evaluation = Evaluation(name, settings, data, chat, target, world)
-    if components is not None and settings.mode is Mode.likelihood:
+    if served is not None:
+        objective = _measure(evaluation, served, served.identity | other)
+    elif components is not None and settings.mode is Mode.likelihood:
         objective = -evaluation.by_likelihood(components, other)["metrics"]["loss"]["value"]
-    else:
-        objective = _measure(evaluation, model(), other)
+    elif components is not None:
+        own = own_generator(components, settings)
+        objective = _measure(evaluation, own, own_identity(components, settings) | other)
     log.info("metrics: %s", target.metrics(name))
     return EvaluateResult(objective, target.metrics(name))
 
 
-def _measure(evaluation: Evaluation, model: EvalModel, other: dict[str, str]) -> float | None:
+def _measure(evaluation: Evaluation, generator: Generator, identity: dict[str, Any]) -> float | None:
     """Evaluate by completions and write what people read; return what a sweep ranks by, on rank 0."""
     settings = evaluation.config
-    result = evaluation.by_completions(EvalModel(model.generator, model.identity | other))
+    result = evaluation.by_completions(generator, identity)
     write_pages([result], evaluation.run)
     if result is None:
         return None

@@ -63,15 +63,6 @@ HEADLINE = {
 
 
 @dataclass(frozen=True, slots=True)
-class EvalModel:
-    """A model that is evaluated."""
-
-    generator: Generator
-    identity: dict[str, Any]
-    """All that decides a completion beside its context; completions on the disk count for an equal identity only."""
-
-
-@dataclass(frozen=True, slots=True)
 class EvalResult:
     """The completions of one model for the held-out steps, and their scores."""
 
@@ -111,18 +102,17 @@ class WithProgressBar:
             return self._generator.generate(steps, show)
 
 
-def own_model(components: TrainingComponents, config: EvaluationConfig) -> EvalModel:
-    """Return the loaded model with its weights as they are now."""
+def own_identity(components: TrainingComponents, config: EvaluationConfig) -> dict[str, Any]:
+    """Return all that decides a completion of the loaded model, with its weights as they are now, beside its context."""
     model = components.objective.model
     parameter = next(model.parameters())
-    identity = config.decides_completions() | {
+    return config.decides_completions() | {
         "model": components.chat.files.fingerprint,
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "stop_ids": list(components.chat.stop_ids),
     }
-    return EvalModel(own_generator(components, config), identity)
 
 
 def own_generator(components: TrainingComponents, config: EvaluationConfig) -> Generator:
@@ -190,21 +180,23 @@ class Evaluation:
     run: RunFolder
     world: World
 
-    def by_completions(self, model: EvalModel, *, reuse: bool = False) -> EvalResult | None:
+    def by_completions(
+        self, generator: Generator, identity: Mapping[str, Any], *, reuse: bool = False
+    ) -> EvalResult | None:
         """Complete the held-out steps, teacher-forced or in replay, score them and write the files.
 
         All ranks generate, and rank 0 gets the result. Completions are kept as they come, on other ranks in files of their
-        own until rank 0 has them: an evaluation that is killed continues from all of them, on any number of ranks.
-        With `reuse`, completions of a finished evaluation of the same model are read instead of generated again.
+        own until rank 0 has them: an evaluation that is killed continues from all of them, on any number of ranks. They
+        count for an equal `identity` only. With `reuse`, those of a finished evaluation are read instead of generated again.
 
         Raises:
             EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
         """
         if self.world.size == 1:
-            return self._write(model.generator, model, reuse)
+            return self._write(generator, identity, reuse)
         if self.world.is_main:
-            return run_on_main(self.world, model.generator, lambda all_ranks: self._write(all_ranks, model, reuse))
-        with PredictionCache(self._file_of_rank(self.world.rank), model.generator, model.identity) as kept:
+            return run_on_main(self.world, generator, lambda all_ranks: self._write(all_ranks, identity, reuse))
+        with PredictionCache(self._file_of_rank(self.world.rank), generator, identity) as kept:
             return run_on_main(self.world, kept, lambda _: None)
 
     def by_likelihood(self, components: TrainingComponents, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,13 +217,13 @@ class Evaluation:
                 log.info("%s: %s %s", self.name, metric, _shown(value))
         return report
 
-    def _write(self, generator: Generator, model: EvalModel, reuse: bool) -> EvalResult:
+    def _write(self, generator: Generator, identity: Mapping[str, Any], reuse: bool) -> EvalResult:
         """Complete and score the steps, write predictions and metrics, then drop the working files."""
         started = time.perf_counter()
         steps = heldout_steps(self.data, self.chat.template, self.config.conversations)
-        known, seconds = self._finished(model) if reuse else ([], 0.0)
+        known, seconds = self._finished(identity) if reuse else ([], 0.0)
         working = [self._partial(""), *self._files_of_ranks()]
-        with PredictionCache(working[0], generator, model.identity, others=working[1:], known=known) as kept:
+        with PredictionCache(working[0], generator, identity, others=working[1:], known=known) as kept:
             asked = WithProgressBar(self.name, kept)
             result = self._replayed(asked, steps) if self.config.mode is Mode.replay else self._scored(asked, steps)
         seconds += time.perf_counter() - started
@@ -240,7 +232,7 @@ class Evaluation:
         self.run.write_text(file, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in result.rows))
         about = {
             "seconds": round(seconds, 3),
-            "identity": model.identity,
+            "identity": identity,
             # Of the file as it was written, secrets taken out.
             "predictions_sha256": _digest(file.read_text(encoding="utf-8")),
         }
@@ -288,14 +280,14 @@ class Evaluation:
         rows = [row for episode in episodes for row in _rows_of_episode(episode)]
         return EvalResult(self.name, report, completions, rows)
 
-    def _finished(self, model: EvalModel) -> tuple[list[dict[str, Any]], float]:
+    def _finished(self, identity: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float]:
         """Return the rows of a finished evaluation of this model, and its seconds; none of another model or if edited."""
         try:
             report = read_json(self.run.metrics(self.name))
             text = self.run.predictions(self.name).read_text(encoding="utf-8")
         except (RunError, OSError):
             return [], 0.0
-        if report.get("identity") != model.identity or report.get("predictions_sha256") != _digest(text):
+        if report.get("identity") != identity or report.get("predictions_sha256") != _digest(text):
             return [], 0.0
         rows = [json.loads(line) for line in text.split("\n") if line]
         return [row | {"text": row.get("raw", row["prediction"])} for row in rows], float(report["seconds"])

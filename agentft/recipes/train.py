@@ -41,7 +41,8 @@ from agentft.recipes.evaluation_run import (
     EvalResult,
     Evaluation,
     Validator,
-    own_model,
+    own_generator,
+    own_identity,
     print_report,
     require_own_model,
     write_pages,
@@ -299,7 +300,8 @@ def _evaluate(
     evaluation = Evaluation(name, config, components.data, components.chat, run, engine.world)
     with engine.unsharded():
         # Known by its weights: on resume, what was measured before training is read and never taken from trained weights.
-        return evaluation.by_completions(own_model(components, config), reuse=True)
+        identity = own_identity(components, config)
+        return evaluation.by_completions(own_generator(components, config), identity, reuse=True)
 
 
 def _fit(
