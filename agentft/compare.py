@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from agentft.comparison.pairs import compare_pair, pair_table
 from agentft.comparison.ranking import Ranking, csv_text, markdown, rank, rich_table
-from agentft.comparison.runs import ANSWERS, predictions_file, read_runs
+from agentft.comparison.runs import AFTER, predictions_file, read_runs
 from agentft.errors import AgentftError, RunError
 from agentft.progress import outlive_console
 from agentft.runs import RunFolder, write_out
@@ -73,9 +73,9 @@ def _show(ranking: Ranking, console: Console) -> None:
     console.print(rich_table(ranking, console.width))
 
 
-def _show_pair(a: Path, b: Path, answers: str, *, as_json: bool) -> None:
-    found = compare_pair(a, b, answers)
-    files = [str(predictions_file(path, answers)) for path in (a, b)]
+def _show_pair(a: Path, b: Path, name: str, *, as_json: bool) -> None:
+    found = compare_pair(a, b, name)
+    files = [str(predictions_file(path, name)) for path in (a, b)]
     if as_json:
         values = dict(zip("ab", files, strict=True)) | found.to_json()
         sys.stdout.write(json.dumps(values, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
@@ -109,7 +109,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     kinds = "run folder, sweep folder, or a folder of these; or two files of predictions"
     parser.add_argument("paths", nargs="+", metavar="PATH", help=kinds)
     parser.add_argument(
-        "--answers", default=ANSWERS, metavar="NAME", help="of two runs: which answers, predictions/NAME.jsonl"
+        "--answers", default=AFTER, metavar="NAME", help="of two runs: which answers, predictions/NAME.jsonl"
     )
     parser.add_argument("--json", action="store_true", help="of two runs: everything as JSON")
     parser.add_argument("--sort", default="arg_f1", metavar="METRIC", help="what decides (default: arg_f1)")

@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agentft.comparison.runs import AFTER
 from agentft.errors import AgentftError, ConfigError, RunError
 from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
 from agentft.progress import outlive_console
 from agentft.runs import write_out
 from agentft.secrets import redact_text
 from agentft.tracking import STEP, TrackingConfig, TrackingMode, resolve_mode
-
-AFTER = "after"
-"""Name of the evaluation after training: its scores stand in a run's summary as `after.<metric>`."""
 
 VIEW = "agentftruns"
 """Name of the workspace in its address (`?nw=...`): pushing again replaces it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentft.comparison.predictions_page import predictions_page
-from agentft.comparison.runs import ANSWERS, predictions_file
+from agentft.comparison.runs import AFTER, predictions_file
 from agentft.errors import AgentftError
 from agentft.evaluation.metrics import score_records
 from agentft.progress import outlive_console
@@ -58,7 +58,7 @@ def _title(file: Path) -> str:
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m agentft.read", description="Make a page of predictions to read.")
     parser.add_argument("path", type=Path, help="a file of predictions (see agentft.score), or a run folder")
-    parser.add_argument("--answers", default=ANSWERS, metavar="NAME", help="of a run: predictions/NAME.jsonl")
+    parser.add_argument("--answers", default=AFTER, metavar="NAME", help="of a run: predictions/NAME.jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: beside the file, .html)")
     return parser.parse_args(arguments)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agentft.comparison.runs import ANSWERS, predictions_file, saved_scores
+from agentft.comparison.runs import AFTER, predictions_file, saved_scores
 from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import (
     HEADLINE,
@@ -167,7 +167,7 @@ class RunComparison:
         }
 
 
-def compare_pair(a: Path, b: Path, answers: str = ANSWERS) -> RunComparison:
+def compare_pair(a: Path, b: Path, name: str = AFTER) -> RunComparison:
     """Compare B with the baseline A, each a run folder or a file of predictions.
 
     Both are scored anew from their texts, by the same code, unless a file holds scores only.
@@ -176,7 +176,7 @@ def compare_pair(a: Path, b: Path, answers: str = ANSWERS) -> RunComparison:
         EvaluationError: they are not of the same evaluation, or a file cannot be read.
         RunError: a run holds no such predictions.
     """
-    files = [predictions_file(path, answers) for path in (a, b)]
+    files = [predictions_file(path, name) for path in (a, b)]
     rows = [_first_row(file) for file in files]
     mode_a, mode_b = (row.get("mode", "teacher_forced") for row in rows)
     if mode_a != mode_b:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentft.comparison.pairs import compare_runs
-from agentft.comparison.runs import ANSWERS, NUMBERS, ComparedRun, saved_scores
+from agentft.comparison.runs import AFTER, NUMBERS, ComparedRun, saved_scores
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
 from agentft.evaluation.scoring import StepScore
@@ -167,7 +167,7 @@ def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[Compared
 def _scores_after(run: ComparedRun) -> list[StepScore] | None:
     """Return the scored steps of the evaluation after training; None where there are none."""
     try:
-        return saved_scores(run.folder / "predictions" / f"{ANSWERS}.jsonl") or None
+        return saved_scores(run.folder / "predictions" / f"{AFTER}.jsonl") or None
     except EvaluationError:
         return None
 

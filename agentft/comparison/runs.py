@@ -23,8 +23,8 @@ from agentft.evaluation.scoring import StepScore
 from agentft.recipes.saved import saved_settings
 from agentft.runs import RunFolder, read_json
 
-ANSWERS = "after"
-"""The predictions of a run that are compared: `predictions/after.jsonl`."""
+AFTER = "after"
+"""The evaluation that runs are compared by, after training: its predictions are `predictions/after.jsonl`."""
 
 _MARKS_OF_A_RUN = ("config.yaml", "status.json", "job.json")
 _DEEPEST = 3
@@ -220,7 +220,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def predictions_file(path: Path, answers: str = ANSWERS) -> Path:
+def predictions_file(path: Path, name: str = AFTER) -> Path:
     """Return the file of predictions that `path` names or holds.
 
     Raises:
@@ -228,7 +228,7 @@ def predictions_file(path: Path, answers: str = ANSWERS) -> Path:
     """
     if path.is_file():
         return path
-    file = RunFolder(path).predictions(answers)
+    file = RunFolder(path).predictions(name)
     if not file.is_file():
         there = sorted(each.stem for each in file.parent.glob("*.jsonl") if ".partial" not in each.name)
         raise RunError(

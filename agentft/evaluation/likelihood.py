@@ -1,7 +1,7 @@
 """Measure how likely a model finds the references, by kind of token; nothing is generated.
 
 One forward pass a conversation gives the loss of every trained token, so this is cheap enough for each evaluation during
-training. It says how well a model knows the words; whether it calls well is told by answers only.
+training. It says how well a model knows the words; whether it calls well is told by completions only.
 
 Axes: B batch, T positions, N labelled positions, D hidden width, G conversations, K kinds.
 """

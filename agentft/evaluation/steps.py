@@ -42,7 +42,7 @@ class ReplyReader:
     layout: ChatLayout
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer; letters that spell a control token are told from the token."""
+        """Return the text of a completion; letters that spell a control token are told from the token."""
         return said_text(ids, self.layout.template.tokenizer, self._control)
 
     def prompt_end(self, ids: Sequence[int]) -> str:
@@ -51,7 +51,7 @@ class ReplyReader:
         return text
 
     def read(self, text: str, prompt: str, types: Mapping[Any, tuple[str, ...]], *, calls: bool) -> Said:
-        """Take an answer apart. Where the layout cannot be read, one that should call (`calls`) is a failed call."""
+        """Take a completion apart. Where the layout cannot be read, one that should call (`calls`) is a failed call."""
         traits = self.layout.traits
         ends = tuple(dict.fromkeys((*traits.stops, *traits.call_stops, *END_OF_SEQUENCE_TEXTS)))
         kept = without_end(text, ends)
@@ -123,7 +123,7 @@ class Step:
         return self.conversation.id, self.index, self.context_hash
 
     def record(self, prediction: str, seen_tools: frozenset[str] | None = None) -> StepRecord:
-        """Join the step with what a model answered, in MSAgent form; `seen_tools` are the tools that training called."""
+        """Join the step with a completion, in MSAgent form; `seen_tools` are the tools that training called."""
         conversation = self.conversation
         called = conversation.called_tools
         replies: dict[str, Any] = {}
