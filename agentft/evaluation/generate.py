@@ -435,14 +435,16 @@ def _in_order(steps: Sequence[Step]) -> list[list[tuple[int, Step]]]:
 
     Long conversations come first, so that running out of memory happens at once; those that begin alike stand together.
     """
-    by_length = sorted(enumerate(steps), key=lambda item: (item[1].conversation.id, item[1].start))
-    groups = [list(group) for _, group in groupby(by_length, key=lambda item: item[1].conversation.id)]
-    beginnings = [group[0][1].input_ids[:_SHARED_BEGINNING].tobytes() for group in groups]
+    ordered = sorted(enumerate(steps), key=lambda item: (item[1].conversation.id, item[1].start))
+    groups = [list(group) for _, group in groupby(ordered, key=lambda item: item[1].conversation.id)]
     longest: dict[bytes, int] = {}
-    for group, beginning in zip(groups, beginnings, strict=True):
-        longest[beginning] = max(longest.get(beginning, 0), group[-1][1].start)
-    keys = [(-longest[b], b, g[-1][1].input_ids.tolist()) for g, b in zip(groups, beginnings, strict=True)]
-    return [groups[i] for i in sorted(range(len(groups)), key=keys.__getitem__)]
+
+    def beginning(group: list[tuple[int, Step]]) -> bytes:
+        return group[0][1].input_ids[:_SHARED_BEGINNING].tobytes()
+
+    for group in groups:
+        longest[beginning(group)] = max(longest.get(beginning(group), 0), group[-1][1].start)
+    return sorted(groups, key=lambda g: (-longest[beginning(g)], beginning(g), g[-1][1].input_ids.tolist()))
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

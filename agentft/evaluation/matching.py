@@ -39,46 +39,36 @@ _DEEPEST_OPENED_STRING = 32
 
 def strictly_equal(left: Json, right: Json) -> bool:
     """Return whether two JSON values are equal under the strict column above."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, int | float) and isinstance(right, int | float):
-        return left == right if type(left) is type(right) else _decimal(left) == _decimal(right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(strictly_equal(value, right[key]) for key, value in left.items())
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(strictly_equal, left, right))
-    return bool(left == right)
+    return _form(left, None) == _form(right, None)
 
 
 def lenient_parameters(parameters: dict[str, Json]) -> dict[str, Any]:
     """Return parameters in a form that compares with `==` exactly as the lenient column says."""
-    forms = {key: _lenient_form(value, 0) for key, value in parameters.items()}
+    forms = {key: _form(value, 0) for key, value in parameters.items()}
     return {key: form for key, form in forms.items() if form not in (_NULL, _EMPTY_TEXT)}
-
-
-def _decimal(number: float) -> Decimal:
-    # repr of a float is the shortest decimal that reads back as it: the number as written, not its binary tail.
-    return Decimal(repr(number)) if isinstance(number, float) else Decimal(number)
 
 
 _NULL = ("null", None)
 _EMPTY_TEXT = ("text", "")
 
 
-def _lenient_form(value: Json, depth: int) -> tuple[str, Any]:
-    """Return a tagged value, so that `==` never mixes kinds (in Python True == 1)."""
+def _form(value: Json, depth: int | None) -> tuple[str, Any]:
+    """Return a tagged value, so that `==` never mixes kinds (in Python True == 1).
+
+    Strings are read leniently, `depth` levels down, or kept as they are if it is None.
+    """
     if isinstance(value, str):
-        return _lenient_text(value, depth)
+        return ("text", value) if depth is None else _lenient_text(value, depth)
     if isinstance(value, bool):
         return ("boolean", value)
     if isinstance(value, int | float):
-        return ("number", _decimal(value))
+        # repr of a float is the shortest decimal that reads back as it: the number as written, not its binary tail.
+        return ("number", Decimal(repr(value)) if isinstance(value, float) else Decimal(value))
+    deeper = repeat(None if depth is None else depth + 1)
     if isinstance(value, dict):
-        return ("object", dict(zip(value, map(_lenient_form, value.values(), repeat(depth + 1)), strict=True)))
+        return ("object", dict(zip(value, map(_form, value.values(), deeper), strict=True)))
     if isinstance(value, list):
-        return ("array", list(map(_lenient_form, value, repeat(depth + 1))))  # a comprehension is one frame more
+        return ("array", list(map(_form, value, deeper)))  # a comprehension is one frame more
     return _NULL
 
 
@@ -86,7 +76,7 @@ def _lenient_text(text: str, depth: int) -> tuple[str, Any]:
     trimmed = text.strip()
     if trimmed[:1] in ("{", "[") and depth < _DEEPEST_OPENED_STRING:
         try:
-            return _lenient_form(read_json(trimmed), depth + 1)
+            return _form(read_json(trimmed), depth + 1)
         except JsonRefused:
             pass
     plain = _BLANKS.sub(" ", unicodedata.normalize("NFKC", trimmed)).strip()

@@ -10,6 +10,7 @@ Axes: G conversations (clusters), M metrics, D resamples. NaN stands for 0/0.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -71,7 +72,9 @@ def _intervals(values_M: Floats, samples_DM: Floats, influence_GM: Floats, count
     clusters_M = counted_GM.sum(axis=0)
     cr0_M = np.sqrt((influence_GM**2).sum(axis=0))
     correction_M = _ratio(clusters_M.astype(np.float64), np.maximum(clusters_M - 1, 0).astype(np.float64))
-    low_M, high_M = _percentile_interval(samples_DM)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a metric without a defined resample
+        low_M, high_M = np.nanpercentile(samples_DM, [tail, 100 - tail], axis=0)
     return Intervals(values_M, low_M, high_M, cr0_M, cr0_M * np.sqrt(correction_M), clusters_M)
 
 
@@ -167,18 +170,6 @@ def needed_conversations(
 
 def _ratio(numerators: Floats, denominators: Floats) -> Floats:
     return np.divide(numerators, denominators, out=np.full_like(numerators, np.nan), where=denominators != 0)
-
-
-def _percentile_interval(samples_DM: Floats) -> tuple[Floats, Floats]:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    defined = np.isfinite(samples_DM)
-    if defined.all():
-        low_M, high_M = np.percentile(samples_DM, [tail, 100 - tail], axis=0)
-        return low_M, high_M
-    low_M, high_M = (np.full(samples_DM.shape[1], np.nan) for _ in range(2))
-    for column in np.flatnonzero(defined.any(axis=0)):
-        low_M[column], high_M[column] = np.percentile(samples_DM[defined[:, column], column], [tail, 100 - tail])
-    return low_M, high_M
 
 
 def _influence(numerators_GM: Floats, denominators_GM: Floats) -> Floats:
