@@ -339,7 +339,7 @@ def test_the_split_that_training_makes_holds(audited):
     records = [record(f"a-{n}", f"question {n // 2}", f"answer {n}") for n in range(40)]
     audit = audited(records)
     assert set(codes(audit)) == {"duplicate_user_side"}
-    assert set(audit.data.part_of) == {"train", "heldout"}
+    assert {entry.part for entry in audit.data.entries} == {"train", "heldout"}
 
 
 def test_what_the_held_out_users_say_too_is_in_neither_part(audited, tmp_path):
@@ -347,7 +347,7 @@ def test_what_the_held_out_users_say_too_is_in_neither_part(audited, tmp_path):
     held_out = [record("held", "same words", "other answer")]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(each) + "\n" for each in held_out))
     audit = audited(said_too, test_path="test.jsonl")
-    assert audit.data.part_of == [None, "train", None, "heldout"]
+    assert [entry.part for entry in audit.data.entries] == [None, "train", None, "heldout"]
     assert not {"user_side_straddles", "content_straddles"} & codes(audit).keys()
 
 
