@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from agentft.errors import ModelError
-from agentft.model.cpu import attention as tiled
+from agentft.model import attention as tiled
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.recipes.probe import ProbeResult, ask_stock, probe
 
@@ -139,7 +139,7 @@ def try_one(kind: str, dtype: torch.dtype) -> ProbeResult | str:
     except Exception as error:
         return f"not small: {type(error).__name__}: {str(error).strip().splitlines()[-1][:90]}"
     try:
-        wanted = tiled.NAME if dtype is torch.bfloat16 else "sdpa"
+        wanted = tiled.TILED if dtype is torch.bfloat16 else "sdpa"
         return probe(ask_stock(model, pad_id=0), LabelledLoss(model), wanted, pad_id=0, asked=False)
     except ModelError as error:
         return str(error)

@@ -33,8 +33,9 @@ BATCH = 8
 def load(adapter: str | None, dtype_name: str, threads: int) -> tuple[Any, Any]:
     """Return model and tokenizer of SmolLM2-135M, an adapter merged into it where one is given."""
     from agentft import runtime
+    from agentft.model.attention import choose_attention
     from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource
-    from agentft.model.load import choose_attention, choose_dtype, load_model, load_tokenizer
+    from agentft.model.load import choose_dtype, load_model, load_tokenizer
     from agentft.model.sources import locate_model
 
     device = runtime.set_up(threads)

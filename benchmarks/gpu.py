@@ -38,7 +38,7 @@ from agentft.data.render import SpanKind  # noqa: E402
 from agentft.data.tokens import IGNORE_INDEX, Example, Span  # noqa: E402
 from agentft.model.adapters import prepare_for_training  # noqa: E402
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig  # noqa: E402
-from agentft.model.cuda import load_liger  # noqa: E402
+from agentft.model.fused import load_liger  # noqa: E402
 from agentft.model.labelled_loss import LabelledLoss  # noqa: E402
 from agentft.model.quantization import import_peft  # noqa: E402
 
@@ -99,11 +99,11 @@ def measure(shape: str, method: str, variant: str, device: torch.device, steps: 
     from transformers.utils import is_flash_attn_2_available
 
     from agentft.model import adapters
-    from agentft.model.cpu.fused import fuse_layers
+    from agentft.model.fused import fuse_layers
 
     *_, per_step, checkpointing = SHAPES[shape]
     ours, full, cuda = variant != "plain", method == "full", device.type == "cuda"
-    adapters.fuse_layers = fuse_layers if ours else lambda *_: 0  # type: ignore[assignment]
+    adapters.fuse_layers = fuse_layers if ours else lambda *_, **__: 0  # type: ignore[assignment]
     attention = "flash_attention_2" if ours and cuda and is_flash_attn_2_available() else "sdpa"
     model = random_model(shape, device, attention, torch.float32 if full else torch.bfloat16)
     sft = (FullConfig if full else LoraConfig)(name=method, default_learning_rate=1e-5)

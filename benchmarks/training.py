@@ -85,10 +85,10 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int, *, pro
     from agentft.data.batches import collate
     from agentft.data.tokens import IGNORE_INDEX
     from agentft.model import adapters
-    from agentft.model import adapters as lora_layers
+    from agentft.model.attention import choose_attention
     from agentft.model.config import Attention, LoraConfig, ModelConfig, ModelSource
     from agentft.model.labelled_loss import LabelledLoss
-    from agentft.model.load import choose_attention, choose_kernels, load_model, load_tokenizer
+    from agentft.model.load import load_model, load_tokenizer
     from agentft.model.sources import locate_model
 
     device = runtime.set_up(threads)
@@ -100,12 +100,11 @@ def run_variant(variant: str, data: str | None, steps: int, threads: int, *, pro
     name = choose_attention(attention, device, torch.bfloat16)
     model: Any = load_model(files, config, device=device, dtype=torch.bfloat16, attention=name)
     lora = LoraConfig(name="lora", default_learning_rate=1e-3)
-    kernels = choose_kernels(config, lora, device, torch.bfloat16) if variant == "agentft" else None
     if variant != "agentft":
-        lora_layers.fuse_layers = lambda *_: 0  # type: ignore[assignment]
+        adapters.fuse_layers = lambda *_, **__: 0  # type: ignore[assignment]
     runtime.seed_everything(0)
-    model = adapters.prepare_for_training(model, lora, config, kernels).train()
-    objective = LabelledLoss(model, kernels=kernels)
+    model = adapters.prepare_for_training(model, lora, config).train()
+    objective = LabelledLoss(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def plain_loss(batch: Any) -> torch.Tensor:

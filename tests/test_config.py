@@ -278,6 +278,7 @@ MISTAKES = [
     ("sft_type.rank=[4", ["sft_type.rank: cannot be read", "expected name=value"]),
     ("dataset.path=数据.jsonl", ["dataset.path: cannot be read", "in double quotes"]),
     ("training", ["training: cannot be read", "expected name=value"]),
+    ("model.kernels=compiled", ["model.kernels=compiled: expected one of auto, liger, torch"]),
     ("sft_type.rank=0", ["sft_type.rank=0: expected a whole number from 1 to"]),
     ("seed=1e20", ["seed=1e+20: expected a whole number from 0 to 4,294,967,295"]),
     ("seed=100000000000000000000", ["seed=100000000000000000000: expected a whole number from 0 to 4,294,967,295"]),

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from agentft.errors import EvaluationError
-from agentft.model.cpu.attention import attention_set_to
+from agentft.model.attention import attention_set_to
 from agentft.model.labelled_loss import causal_model
 
 NAME = "agentft_ragged"

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentft.errors import ConfigError
 from agentft.model.config import ALL_LINEAR, FreezeConfig, FullConfig, LoraConfig, LoraStart, ModelConfig, SftConfig
-from agentft.model.cpu.fused import fuse_layers
-from agentft.model.cpu.native import Kernels
-from agentft.model.cuda import LigerKernels, take_liger_layers
+from agentft.model.fused import LigerKernels, fuse_layers
 from agentft.model.quantization import dense_weight
 
 if TYPE_CHECKING:
@@ -293,12 +291,11 @@ def prepare_for_training(
     model: Any,
     sft: SftConfig,
     model_config: ModelConfig,
-    kernels: Kernels | LigerKernels | None = None,
+    liger: LigerKernels | None = None,
     *,
     cast: bool = True,
 ) -> torch.nn.Module:
-    """Make `model` trainable as `sft` says; what is trained is kept in fp32. Compiled `kernels` serve what is
-    frozen, Liger's every layer that they know.
+    """Make `model` trainable as `sft` says, with the leaner layers of `fused.py`; what is trained is kept in fp32.
 
     Without `cast` a full fine-tuning leaves the weights as they were loaded, for an engine that casts its shards.
 
@@ -315,20 +312,13 @@ def prepare_for_training(
             trainable = train_last_blocks(model, sft)
         case _:
             raise ConfigError(f"sft_type={sft.name}: unknown")
-    speed_up(trainable, sft, kernels)
-    if isinstance(sft, LoraConfig):
+    adapted = isinstance(sft, LoraConfig)
+    fuse_layers(trainable, liger, adapted=adapted)
+    if adapted:
+        _log_unfused(trainable)
         _log_reach(trainable)
     module: torch.nn.Module = trainable
     return module
-
-
-def speed_up(model: Any, sft: SftConfig, kernels: Kernels | LigerKernels | None) -> None:
-    """Give layers a leaner forward pass with the same mathematics: ours beside adapters, Liger's on CUDA."""
-    if isinstance(sft, LoraConfig):
-        fuse_layers(model, kernels if isinstance(kernels, Kernels) else None)
-        _log_unfused(model)
-    if isinstance(kernels, LigerKernels):
-        take_liger_layers(model, kernels)
 
 
 def _log_reach(adapted: Any) -> None:

@@ -38,7 +38,7 @@ class Attention(StrEnum):
     flash = "flash"
     """The package flash-attn, or refuse."""
     tiled = "tiled"
-    """agentft's own for bf16 on a CPU; see `agentft.model.cpu.attention`."""
+    """agentft's own for bf16 on a CPU; see `agentft.model.attention`."""
     flex = "flex"
     """torch's flex attention, on CUDA."""
     sdpa = "sdpa"
@@ -47,10 +47,7 @@ class Attention(StrEnum):
 
 class KernelChoice(StrEnum):
     auto = "auto"
-    """Compiled where adapters are trained in bf16 on a CPU and a C compiler is there, Liger's on CUDA where they are installed,
-    else torch; the choice is printed."""
-    compiled = "compiled"
-    """Compiled from `kernels.c`, for a CPU, or refuse."""
+    """Liger's on CUDA where they are installed, else torch; the choice is printed."""
     liger = "liger"
     """Liger's Triton kernels, for CUDA, or refuse."""
     torch = "torch"
@@ -147,8 +144,8 @@ class ModelConfig(TrustConfig, affects="losses"):
     attention: Attention = Attention.auto
     """Implementation of attention; auto takes the fastest that is installed and fits the device."""
     kernels: KernelChoice = field(default=KernelChoice.auto, metadata={"advanced": True})
-    """Implementation of norms, rotary positions and activations: torch, compiled C code on a CPU, or Liger's kernels on CUDA.
-    auto chooses by device and model; see docs/performance.md."""
+    """Implementation of norms, rotary positions and activations: torch, or liger, Liger's kernels on CUDA; auto takes these
+    where they are installed."""
     offline: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Use what earlier runs have downloaded, never the network."""
     shape: RandomShape | None = field(default=None, metadata={"advanced": True})

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from agentft.data.batches import Batch
 from agentft.data.tokens import IGNORE_INDEX
-from agentft.model.cpu.native import Kernels
 
 CHUNK = 1024
 """Labelled positions whose logits exist at once; of several chunks each is recomputed in the backward pass."""
@@ -73,7 +72,6 @@ class LabelledLoss(nn.Module):
         *,
         autocast: torch.dtype | None = None,
         rate_factors: Mapping[str, float] | None = None,
-        kernels: Kernels | None = None,
         reads_head: bool = False,
         stock_logits: bool = False,
     ) -> None:
@@ -82,15 +80,13 @@ class LabelledLoss(nn.Module):
         Args:
             autocast: Matrix products of fp32 weights run in this dtype.
             rate_factors: For the optimiser: part of a parameter's name -> its learning rate over the others'.
-            kernels: Compute the loss behind a frozen head in bf16.
-            reads_head: A frozen head's weight can be read outside its own forward pass: on CUDA the gradient is then made
-                in the forward pass, and no logits are computed twice.
+            reads_head: A frozen head's weight can be read outside its own forward pass: the gradient is then made in the
+                forward pass, and no logits are computed twice.
             stock_logits: Logits come from the model's own forward pass, which does more to them than its head.
         """
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self.kernels = kernels
         self.reads_head = reads_head
         self.stock_logits = stock_logits
         self.rate_factors = dict(rate_factors or {})
@@ -113,8 +109,7 @@ class LabelledLoss(nn.Module):
             targets_N,
             output_head(self.model),
             weights_N,
-            self.kernels,
-            at_once=self.reads_head and hidden_BTD.is_cuda and torch.is_grad_enabled(),
+            at_once=self.reads_head and torch.is_grad_enabled(),
         )
         return loss
 
@@ -156,19 +151,16 @@ def chunked_cross_entropy(
     targets_N: torch.Tensor,
     head: nn.Module,
     weights_N: torch.Tensor | None = None,
-    kernels: Kernels | None = None,
     *,
     at_once: bool = False,
 ) -> torch.Tensor:
     """Sum the cross-entropy of `head(hidden)` against `targets` over N positions, `CHUNK` of them at a time.
 
-    With `kernels` or `at_once`, behind a frozen head, the gradient is made in the same pass.
+    With `at_once`, behind a frozen head, the gradient is made in the same pass.
     """
-    fits = at_once or (kernels is not None and hidden_ND.dtype is torch.bfloat16)
-    if fits and _is_frozen_linear(head):
-        inputs = (hidden_ND, head.weight, targets_N, weights_N, kernels)
-        compiled: torch.Tensor = FrozenHeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
-        return compiled
+    if at_once and _is_frozen_linear(head):
+        loss: torch.Tensor = FrozenHeadLoss.apply(hidden_ND, head.weight, targets_N, weights_N)  # type: ignore[no-untyped-call]
+        return loss
     if len(targets_N) <= CHUNK:
         return _head_loss(hidden_ND, targets_N, head, weights_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -182,8 +174,6 @@ def chunked_cross_entropy(
 class FrozenHeadLoss(torch.autograd.Function):
     """Summed cross-entropy behind a frozen head, whose gradient is made in the forward pass: no logits outlive their chunk."""
 
-    COMPILED_CHUNK = 256
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -191,18 +181,15 @@ class FrozenHeadLoss(torch.autograd.Function):
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
         weights_N: torch.Tensor | None,
-        kernels: Kernels | None,
     ) -> torch.Tensor:
         """Return the loss, fp32."""
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        cross_entropy = _cross_entropy if kernels is None else kernels.cross_entropy_
-        chunk = CHUNK if kernels is None else FrozenHeadLoss.COMPILED_CHUNK
         gradients = []
-        for at in range(0, len(targets_N), chunk):
-            piece = slice(at, at + chunk)
+        for at in range(0, len(targets_N), CHUNK):
+            piece = slice(at, at + CHUNK)
             logits_NV = functional.linear(hidden_ND[piece], weight_VD)
             weights = None if weights_N is None else weights_N[piece]
-            total += cross_entropy(logits_NV, targets_N[piece], weights).sum()
+            total += _cross_entropy_(logits_NV, targets_N[piece], weights).sum()
             gradients.append((logits_NV @ weight_VD).to(hidden_ND.dtype))
         ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden_ND))
         return total
@@ -210,11 +197,11 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * gradients[0], None, None, None, None
+        return gradient_ND * gradients[0], None, None, None
 
 
-def _cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
-    """As `Kernels.cross_entropy_`: each row's weighted loss, fp32, with its gradient left in place of the logits."""
+def _cross_entropy_(logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+    """Return each row's weighted loss, fp32, and leave its gradient in place of the logits."""
     wide_NV = logits_NV.float()
     log_sums_N = wide_NV.logsumexp(-1)
     losses_N = log_sums_N - wide_NV.gather(1, targets_N[:, None]).squeeze(1)

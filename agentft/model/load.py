@@ -10,21 +10,9 @@ from typing import TYPE_CHECKING, Any
 from agentft.data.template_choice import Layout, choose_template, stop_tokens
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ModelError
-from agentft.model import cuda
-from agentft.model.config import (
-    Attention,
-    Dtype,
-    KernelChoice,
-    LoraConfig,
-    ModelConfig,
-    RewrittenHistory,
-    SftConfig,
-)
-from agentft.model.cpu import attention as tiled_attention
-from agentft.model.cpu.native import Kernels, load_kernels
-from agentft.model.cuda import INSTALL as LIGER_INSTALL
-from agentft.model.cuda import LigerKernels, load_liger
-from agentft.model.labelled_loss import causal_model
+from agentft.model.attention import FLEX, TILED, choose_attention, take_attention
+from agentft.model.config import Dtype, KernelChoice, ModelConfig, RewrittenHistory, SftConfig
+from agentft.model.fused import LIGER_INSTALL, LigerKernels, load_liger
 from agentft.model.quantization import import_peft, keep_weights_as_quantized, quantization_config
 from agentft.model.sources import ModelFiles, locate_model
 from agentft.runtime import Device, computes_in_bf16
@@ -34,11 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_KERNEL_NEEDS = {
-    KernelChoice.compiled: "model.kernels=compiled needs adapters, bf16, a CPU and a C compiler (cc, or the one that CC names)",
-    KernelChoice.liger: f"model.kernels=liger needs a CUDA device and the package: {LIGER_INSTALL}",
-}
-_OURS = (tiled_attention.NAME, cuda.NAME)
 _TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
 
 
@@ -88,61 +71,23 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return found
 
 
-def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -> str:
-    """Resolve the attention setting to a name that transformers knows, and say which `auto` took.
+def choose_kernels(requested: KernelChoice, device: Device) -> LigerKernels | None:
+    """Load Liger's kernels where they serve on this device, or None for torch's, and say what `auto` took.
 
     Raises:
-        ModelError: `flash` or `flex` was asked for and cannot run here.
+        ModelError: `liger` was asked for and cannot run here.
     """
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    fits = device.is_cuda and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
-    match requested:
-        case Attention.flash if not fits:
-            raise ModelError(
-                "model.attention=flash needs a CUDA device, bf16 or fp16, and the package: "
-                "pip install --no-build-isolation flash-attn; model.attention=auto takes the fastest that is there"
-            )
-        case Attention.flash:
-            return "flash_attention_2"
-        case Attention.tiled:
-            tiled_attention.register()
-            return tiled_attention.NAME
-        case Attention.flex:
-            return cuda.register(device)
-        case Attention.auto if not device.is_cuda and dtype is torch.bfloat16:
-            log.info("model.attention=auto: tiled")
-            return choose_attention(Attention.tiled, device, dtype)
-        case Attention.auto:
-            name = "flash_attention_2" if fits else "sdpa"
-            log.info("model.attention=auto: %s", name)
-            return name
-        case _:
-            return str(requested)
-
-
-def choose_kernels(
-    config: ModelConfig, sft: SftConfig, device: Device, dtype: torch.dtype
-) -> Kernels | LigerKernels | None:
-    """Load the row-wise functions that serve on this device, or None for torch's, and say what `auto` took.
-
-    Raises:
-        ModelError: `compiled` or `liger` was asked for and cannot run here.
-    """
-    asked = config.kernels
-    if asked is KernelChoice.torch:
+    if requested is KernelChoice.torch:
         return None
-    wanted = asked
-    if asked is KernelChoice.auto:
-        wanted = KernelChoice.liger if device.is_cuda else KernelChoice.compiled
-    kernels = _liger(device) if wanted is KernelChoice.liger else _compiled(config, sft, device, dtype)
-    if asked is KernelChoice.auto:
-        if device.is_cuda or _compiled_fits(sft, device, dtype):
-            log.info("model.kernels=auto: %s", "torch" if kernels is None else wanted)
-    elif kernels is None:
-        raise ModelError(_KERNEL_NEEDS[asked] + "; model.kernels=auto takes torch where one of them is missing")
-    return kernels
+    liger = load_liger() if device.is_cuda else None
+    if requested is KernelChoice.liger and liger is None:
+        raise ModelError(
+            f"model.kernels=liger needs a CUDA device and the package: {LIGER_INSTALL}; model.kernels=auto takes torch where "
+            "one of them is missing"
+        )
+    if requested is KernelChoice.auto and device.is_cuda:
+        log.info("model.kernels=auto: %s", KernelChoice.liger if liger else KernelChoice.torch)
+    return liger
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +98,8 @@ class Compute:
     dtype: torch.dtype
     attention: str
     """What transformers knows the attention by."""
-    kernels: Kernels | LigerKernels | None
-    """What computes row-wise parts in torch's place, where it serves."""
+    liger: LigerKernels | None
+    """What computes norms, rotary positions and activations in torch's place, where it serves."""
     quantization: Any
     """What transformers needs to load weights quantised, or None."""
 
@@ -163,7 +108,7 @@ def choose_compute(config: ModelConfig, sft: SftConfig, device: Device, *, compi
     """Choose number format, attention and kernels for `device`, and say what each `auto` took.
 
     Args:
-        compiles: torch's compiler will run over each block, so that no kernels of ours are loaded.
+        compiles: torch's compiler will run over each block, and takes the place of Liger's kernels.
 
     Raises:
         ModelError: something that was asked for cannot run here.
@@ -172,22 +117,8 @@ def choose_compute(config: ModelConfig, sft: SftConfig, device: Device, *, compi
     dtype = choose_dtype(config.dtype, device)
     attention = choose_attention(config.attention, device, dtype)
     quantization = quantization_config(sft, dtype)
-    kernels = None if compiles else choose_kernels(config, sft, device, dtype)
-    return Compute(device, dtype, attention, kernels, quantization)
-
-
-def _liger(device: Device) -> LigerKernels | None:
-    return load_liger() if device.is_cuda else None
-
-
-def _compiled(config: ModelConfig, sft: SftConfig, device: Device, dtype: torch.dtype) -> Kernels | None:
-    return load_kernels(config.cache_dir) if _compiled_fits(sft, device, dtype) else None
-
-
-def _compiled_fits(sft: SftConfig, device: Device, dtype: torch.dtype) -> bool:
-    import torch
-
-    return device.kind == "cpu" and dtype is torch.bfloat16 and isinstance(sft, LoraConfig)
+    liger = None if compiles else choose_kernels(config.kernels, device)
+    return Compute(device, dtype, attention, liger, quantization)
 
 
 def choose_layout(config: ModelConfig, tokenizer: Any) -> Layout:
@@ -268,7 +199,7 @@ def load_model(
         )
 
     # Models that do not ask transformers' interface would take our names for others of theirs, or end in a KeyError.
-    ours = attention in _OURS
+    ours = attention in (TILED, FLEX)
     try:
         try:
             model = load("eager" if ours else attention)
@@ -288,24 +219,3 @@ def load_model(
     keep_weights_as_quantized(model)
     module: torch.nn.Module = model.eval()
     return module
-
-
-def take_attention(model: torch.nn.Module, name: str) -> str:
-    """Let the model compute attention as transformers knows it by `name`, and return what it takes.
-
-    Raises:
-        ValueError: transformers knows that the model cannot.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    causal = causal_model(model)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it warns of what it does not set, which the caller sees
-    try:
-        if name in _OURS:
-            # Ours compute what torch's kernels do: not for models whose attention these cannot, with sinks or capped scores.
-            causal.set_attn_implementation("sdpa")
-        causal.set_attn_implementation(name)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    return tiled_attention.attention_of(causal)

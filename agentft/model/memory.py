@@ -25,12 +25,12 @@ from torch import nn
 
 from agentft.errors import ModelError
 from agentft.model.adapters import count_parameters, find_targets, train_last_blocks
+from agentft.model.attention import KEEP_UP_TO, TILE
 from agentft.model.config import (
     Attention,
     Dtype,
     FreezeConfig,
     FullConfig,
-    KernelChoice,
     LoraConfig,
     LoraStart,
     ModelConfig,
@@ -38,9 +38,8 @@ from agentft.model.config import (
     SftConfig,
 )
 from agentft.model.conversion import LAYOUTS, needs_conversion
-from agentft.model.cpu.attention import KEEP_UP_TO, TILE
-from agentft.model.cpu.fused import RMS_NORMS
-from agentft.model.labelled_loss import CHUNK, FrozenHeadLoss
+from agentft.model.fused import RMS_NORMS
+from agentft.model.labelled_loss import CHUNK
 from agentft.model.quantization import import_peft
 from agentft.model.shards import empty_model
 from agentft.runtime import Device
@@ -216,8 +215,8 @@ def estimate_memory(
     if checkpointing:
         kept = blocks * share * layer_input + kept / max(blocks * share, 1)
     tokens = work.max_length * work.per_device_batch_size
-    # Logits, their fp32 copy, log-softmax, and the gradients of the first two; compiled code keeps the first alone.
-    positions, each = (FrozenHeadLoss.COMPILED_CHUNK, b) if _is_compiled(config, sft, work, b) else (CHUNK, 2 * b + 12)
+    # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
+    logits = min(tokens, CHUNK) * model.get_input_embeddings().weight.shape[0] * (2 * b + 12)
     offloads = work.offloads_optimizer
     return MemoryEstimate(
         weights=0 if work.offloads_weights else _shared(weights, work.ranks, work.zero_stage >= 3),
@@ -225,7 +224,7 @@ def estimate_memory(
         gradients=0 if offloads else _shared(4 * trained, work.ranks, work.zero_stage >= 2),
         optimizer=0 if offloads else _shared(ADAM_BYTES * trained, work.ranks, work.zero_stage >= 1),
         activations=round(tokens * (kept + 2 * layer_input)),
-        logits=min(tokens, positions) * model.get_input_embeddings().weight.shape[0] * each,
+        logits=logits,
     )
 
 
@@ -271,11 +270,7 @@ def _kept_bytes(
     if _is_lean(model, sft, work):
         # Neighbours share their input.
         shared = {(name.rpartition(".")[0], layer.in_features) for name, layer in adapted.items()}
-        masks = (
-            sum(layer.in_features for layer in adapted.values())
-            if sft.dropout and not _is_compiled(config, sft, work, b)
-            else 0
-        )
+        masks = sum(layer.in_features for layer in adapted.values()) if sft.dropout else 0
         adapters = b * (sum(size for _, size in shared) + sft.rank * len(adapted)) + masks
         return b * (outputs + normed + blocks * hidden) + blocks * attention + adapters
     mask = (4 if work.on_cpu else 1) if sft.dropout else 0
@@ -294,12 +289,6 @@ def _is_lean(model: Any, sft: LoraConfig, work: Workload) -> bool:
     """Return whether plain adapters stand beside layers that `fused.py` knows."""
     plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
     return plain and any(type(module).__name__ in RMS_NORMS for module in model.modules())
-
-
-def _is_compiled(config: ModelConfig, sft: SftConfig, work: Workload, b: int) -> bool:
-    """Return whether our C code computes the loss and draws dropout, as far as that is known before anything is loaded."""
-    fits = work.on_cpu and b == 2 and isinstance(sft, LoraConfig) and work.zero_stage < 3 and not work.compiles
-    return fits and config.kernels is not KernelChoice.torch
 
 
 class Fit(StrEnum):

@@ -20,6 +20,7 @@ from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.errors import ModelError
 from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
+from agentft.model.attention import attention_of, take_attention
 from agentft.model.config import (
     Attention,
     FullConfig,
@@ -31,11 +32,8 @@ from agentft.model.config import (
     SftConfig,
     trains_weights,
 )
-from agentft.model.cpu.attention import attention_of
-from agentft.model.cpu.native import Kernels
-from agentft.model.cuda import LigerKernels
 from agentft.model.labelled_loss import LabelledLoss, causal_model
-from agentft.model.load import ChatTokenizer, Compute, load_model, resolve_dtype, take_attention
+from agentft.model.load import ChatTokenizer, Compute, load_model, resolve_dtype
 from agentft.model.memory import (
     DeviceMemory,
     Fit,
@@ -185,7 +183,7 @@ def load_components(
         ModelError: the weights cannot be loaded, or the model does not say here what it says in transformers.
     """
     runtime.seed_everything(seed)
-    device, dtype, kernels = compute.device, compute.dtype, compute.kernels
+    device, dtype = compute.device, compute.dtype
     # Weights that are trained stay in fp32, so a full fine-tuning loads them so; adapters are fp32 on a frozen base.
     weights_dtype = torch.float32 if isinstance(sft, FullConfig) else dtype
     place = dataclasses.replace(device, kind="cpu") if sharded and world.size > 1 else device
@@ -201,12 +199,10 @@ def load_components(
     stock = ask_stock(model, pad_id=chat.pad_id, autocast=autocast) if world.is_main else None
     runtime.seed_everything(seed)
     objective = LabelledLoss(
-        prepare_for_training(model, sft, config, kernels, cast=not mapped),
+        prepare_for_training(model, sft, config, compute.liger, cast=not mapped),
         autocast=autocast,
         rate_factors=rate_factors(sft),
-        # Engines that shard gather the head's weight only around a call of the head.
-        kernels=None if sharded or isinstance(kernels, LigerKernels) else kernels,
-        reads_head=not sharded,
+        reads_head=not sharded,  # engines that shard gather the head's weight only around a call of the head
     )
     log.info("model: %s on %s, %s; %s", config.name, device.name, dtype, count_parameters(objective.model))
     probed = None
@@ -290,27 +286,16 @@ def run_fingerprint(
         "sft_type": deciding(asdict(sft), "sft_type."),
         "dtype": str(components.dtype),
         "attention": attention_of(causal_model(components.model)),
-        "kernels": str(kernels_of(components.compute.kernels)),
+        "kernels": str(KernelChoice.liger if components.compute.liger else KernelChoice.torch),
         "seed": seed,
         "engine": engine,
         "ranks": ranks,
         "threads": components.device.threads,
         "device": components.device.name,
-        "versions": versions(sft, liger=isinstance(components.compute.kernels, LigerKernels)),
+        "versions": versions(sft, liger=components.compute.liger is not None),
         "total_steps": total_steps,
         "training": {name: str(value) for name, value in deciding(asdict(training), "training.").items()},
     }
-
-
-def kernels_of(kernels: Kernels | LigerKernels | None) -> KernelChoice:
-    """Return who computes row-wise parts."""
-    match kernels:
-        case None:
-            return KernelChoice.torch
-        case LigerKernels():
-            return KernelChoice.liger
-        case _:
-            return KernelChoice.compiled
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

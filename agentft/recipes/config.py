@@ -44,7 +44,7 @@ class TrainConfig(Settings, affects="losses"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training.compile and self.model.kernels in (KernelChoice.compiled, KernelChoice.liger):
+        if self.training.compile and self.model.kernels is KernelChoice.liger:
             raise ConfigError(
                 f"training.compile=true with model.kernels={self.model.kernels}: torch's compiler fuses the same parts, and "
                 "does not see into other compiled code; take one of them"

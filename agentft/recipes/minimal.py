@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> list[float]:
         quantization=compute.quantization,
     )
     runtime.seed_everything(config.seed)
-    model = prepare_for_training(model, config.sft_type, config.model, compute.kernels)
+    model = prepare_for_training(model, config.sft_type, config.model, compute.liger)
     optimizer = build_optimizer(model, training, rate_factors(config.sft_type))
     schedule = build_schedule(optimizer, plan.total_steps, training)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -30,9 +30,8 @@ from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
 from agentft.evaluation.ragged_decoding import KVCache, RaggedModel, RaggedSequence
-from agentft.model.cpu.attention import attention_of
+from agentft.model.attention import attention_of, take_attention
 from agentft.model.labelled_loss import LabelledLoss, causal_model, last_states, output_head, packed_arguments
-from agentft.model.load import take_attention
 
 log = logging.getLogger(__name__)
 

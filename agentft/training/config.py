@@ -88,7 +88,7 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     """Refuse a training whose estimated memory exceeds the device's, before its weights are fetched, or only warn."""
     compile: bool = field(default=False, metadata={"advanced": True})
     """Compile each block with torch's compiler: takes a minute at the start, and needs a C++ compiler on a CPU, Triton on CUDA.
-    Not together with `model.kernels=compiled`, which fuses the same parts without it."""
+    Not together with `model.kernels=liger`, which fuses the same parts without it."""
     logging_steps: int = field(default=20, metadata={"minimum": 1, "maximum": 10**9, "affects": "nothing"})
     """Steps between lines of `metrics.jsonl` and of the log."""
     save_steps: int = field(default=50, metadata={"minimum": 0, "maximum": 10**9, "affects": "nothing"})

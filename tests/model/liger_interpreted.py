@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from agentft.model.cuda import load_liger
+from agentft.model.fused import load_liger
 
 
 def _scalars_as_on_a_gpu() -> None:

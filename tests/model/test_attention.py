@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from agentft.model.cpu import attention
-from agentft.model.cpu.attention import TiledCausalAttention
+from agentft.model import attention
+from agentft.model.attention import TiledCausalAttention
 
 
 def _plain(query, key, value, scale):
@@ -61,7 +61,7 @@ def test_a_bf16_model_takes_it_in_training_and_agrees_with_torchs_kernels(monkey
         num_key_value_heads=2, use_cache=False,
     )  # fmt: skip
     results = []
-    for name in ("sdpa", attention.NAME):
+    for name in ("sdpa", attention.TILED):
         torch.manual_seed(1)
         model = LlamaForCausalLM._from_config(config, attn_implementation=name, dtype=torch.bfloat16)
         loss = model(input_ids=torch.arange(150)[None] % 64).logits.float().logsumexp(-1).sum()
@@ -82,8 +82,8 @@ def test_masks_decoding_and_fp32_are_left_to_torch(monkeypatch):
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     ids = torch.arange(6)[None]
-    wide = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
+    wide = LlamaForCausalLM._from_config(config, attn_implementation=attention.TILED)
     wide(input_ids=ids, use_cache=False)
-    narrow = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
+    narrow = LlamaForCausalLM._from_config(config, attn_implementation=attention.TILED, dtype=torch.bfloat16)
     narrow(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), use_cache=False)
     narrow(input_ids=ids[:, :1], use_cache=False)

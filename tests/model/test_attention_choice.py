@@ -6,14 +6,12 @@ import logging
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flex_attention_mask
 
 from agentft.config import OLD_OPTIONS
 from agentft.errors import ModelError
-from agentft.model import cuda, load
+from agentft.model import attention
+from agentft.model.attention import choose_attention
 from agentft.model.config import Attention
-from agentft.model.load import choose_attention
 from agentft.runtime import Device
 from tests.model.test_methods import IDS, tiny
 
@@ -22,22 +20,22 @@ GPU = Device("cuda", "a card", 4)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "installed", "chosen"),
+    ("device", "dtype", "installed", "option", "chosen"),
     [
-        (CPU, torch.float32, True, "sdpa"),
-        (CPU, torch.bfloat16, True, "agentft_tiled"),
-        (GPU, torch.bfloat16, True, "flash_attention_2"),
-        (GPU, torch.bfloat16, False, "sdpa"),
-        (GPU, torch.float32, True, "sdpa"),
+        (CPU, torch.float32, True, "sdpa", "sdpa"),
+        (CPU, torch.bfloat16, True, "tiled", "agentft_tiled"),
+        (GPU, torch.bfloat16, True, "flash", "flash_attention_2"),
+        (GPU, torch.bfloat16, False, "sdpa", "sdpa"),
+        (GPU, torch.float32, True, "sdpa", "sdpa"),
     ],
 )
 def test_auto_takes_flash_where_it_is_there_and_fits_and_says_what_it_took(
-    device, dtype, installed, chosen, monkeypatch, caplog
+    device, dtype, installed, option, chosen, monkeypatch, caplog
 ):
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
     with caplog.at_level(logging.INFO):
         assert choose_attention(Attention.auto, device, dtype) == chosen
-    assert chosen.removeprefix("agentft_") in caplog.text
+    assert f"model.attention=auto: {option}\n" in caplog.text
 
 
 def test_the_old_option_means_auto():
@@ -54,14 +52,13 @@ def test_flash_that_cannot_run_is_refused_with_the_line_that_installs_it(device,
 def test_flex_is_refused_where_it_cannot_train():
     with pytest.raises(ModelError, match=r"flex needs a CUDA device.*here is CPU \(4 threads\)"):
         choose_attention(Attention.flex, CPU, torch.float32)
-    assert choose_attention(Attention.flex, GPU, torch.bfloat16) == cuda.NAME
+    assert choose_attention(Attention.flex, GPU, torch.bfloat16) == attention.FLEX
 
 
 def _with_flex():
-    AttentionInterface.register(cuda.NAME, cuda.flex_or_plain)
-    AttentionMaskInterface.register(cuda.NAME, flex_attention_mask)
+    attention.register()
     model = tiny()
-    model.set_attn_implementation(cuda.NAME)
+    model.set_attn_implementation(attention.FLEX)
     return model
 
 
@@ -91,4 +88,4 @@ def test_flex_trains_on_a_card():
 
 def test_choices_are_named():
     assert {"auto", "flash", "sdpa", "eager", "flex"} <= {choice.value for choice in Attention}
-    assert load.choose_attention(Attention.eager, CPU, torch.float32) == "eager"
+    assert choose_attention(Attention.eager, CPU, torch.float32) == "eager"

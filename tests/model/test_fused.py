@@ -8,7 +8,7 @@ from torch import nn
 
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import LoraConfig, ModelConfig
-from agentft.model.cpu.fused import (
+from agentft.model.fused import (
     GatedSiluFunction,
     LoraLinearFunction,
     RmsNormFunction,
@@ -103,7 +103,7 @@ def test_a_fused_model_equals_the_stock_one(family, dtype):
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
         if fuse:
-            assert fuse_layers(model) > 6
+            assert fuse_layers(model, adapted=True) > 6
         return model.train()
 
     ids = torch.arange(40).view(2, 20) % 64
@@ -120,6 +120,30 @@ def test_a_fused_model_equals_the_stock_one(family, dtype):
         scale = gradient.abs().max().item()
         close = 1e-4 if dtype == torch.float32 else 0.08
         assert (fused_gradients[name] - gradient).abs().max().item() <= close * scale + 1e-9, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_follows_from_the_seed_and_gradient_checkpointing_changes_no_bit(tiny_model, dtype):
+    sft = LoraConfig(name="lora", default_learning_rate=1e-3, rank=4, dropout=0.3)
+
+    def results(seed: int, again: bool = False) -> list[torch.Tensor]:
+        model = prepare_for_training(tiny_model().to(dtype), sft, ModelConfig(name="tiny")).train()
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(seed)
+        loss = model(input_ids=torch.arange(40).view(2, 20)).logits.float().square().mean()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    first, same, other, saving = results(1), results(1), results(2), results(1, again=True)
+    assert all(map(torch.equal, first, same))
+    assert first[0] != other[0]
+    assert all(map(torch.equal, first, saving))
 
 
 def test_random_bytes_are_uniform_seeded_and_of_any_count():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
 from agentft.data.batches import collate, empty_batch
 from agentft.data.tokens import IGNORE_INDEX
 from agentft.model import labelled_loss as loss_module
-from agentft.model.labelled_loss import LabelledLoss
+from agentft.model.labelled_loss import FrozenHeadLoss, LabelledLoss, chunked_cross_entropy
 
 
 def _plain_loss(model, batch, lengths) -> torch.Tensor:
@@ -110,3 +112,32 @@ def test_a_batch_knows_which_positions_predict_a_label(examples, pack):
     assert len(batch.predicting_N) == batch.targets
     targets = batch.labels_BT.flatten()[batch.predicting_N + 1]
     assert torch.equal(targets, batch.labels_BT[:, 1:][batch.labels_BT[:, 1:] != IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("count", [0, 3, 20])
+def test_the_loss_that_makes_its_gradient_at_once_equals_the_plain_one(monkeypatch, count, weighted, dtype):
+    """As behind a frozen head."""
+    monkeypatch.setattr(loss_module, "CHUNK", 7)
+    torch.manual_seed(3)
+    head = nn.Linear(16, 50, bias=False).to(dtype).requires_grad_(False)
+    hidden, targets = torch.randn(count, 16).to(dtype), torch.randint(0, 50, (count,))
+    weights = torch.rand(count) if weighted else None
+    left, right = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    loss = chunked_cross_entropy(left, targets, head, weights, at_once=True)
+    wanted = functional.cross_entropy(functional.linear(right, head.weight.double()), targets, reduction="none")
+    wanted = (wanted * (1.0 if weights is None else weights.double())).sum()
+    (loss / 7).backward()
+    (wanted / 7).backward()
+    close = 1e-6 if dtype is torch.float32 else 2e-3
+    torch.testing.assert_close(loss.double(), wanted, rtol=close, atol=close)
+    assert left.grad.dtype is dtype
+    assert (left.grad.double() - right.grad).norm() <= 5 * close * right.grad.norm()
+
+
+def test_a_head_that_is_trained_or_has_a_bias_takes_the_plain_way(monkeypatch):
+    monkeypatch.setattr(FrozenHeadLoss, "apply", lambda *_: pytest.fail("not for this"))
+    hidden, targets = torch.randn(3, 4).bfloat16(), torch.tensor([1, 2, 3])
+    for head in (nn.Linear(4, 6, bias=False).bfloat16(), nn.Linear(4, 6).bfloat16().requires_grad_(False)):
+        assert chunked_cross_entropy(hidden, targets, head, at_once=True) > 0

@@ -20,14 +20,14 @@ from agentft.errors import ConfigError, ModelError
 from agentft.model import load
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, KernelChoice, LoraConfig, ModelConfig
-from agentft.model.cuda import LigerKernels, load_liger
+from agentft.model.fused import LigerKernels, load_liger
 from agentft.model.load import choose_kernels
 from agentft.runtime import Device
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 LORA = LoraConfig(name="lora", default_learning_rate=1e-3, rank=2, dropout=0.0)
 FULL = FullConfig(name="full", default_learning_rate=1e-3)
-GPU = Device("cuda", "a GPU", 1)
+CPU, GPU = Device("cpu", "a CPU", 1), Device("cuda", "a GPU", 1)
 
 
 class _Formula:
@@ -108,19 +108,18 @@ def test_gradient_checkpointing_changes_no_bit():
 def test_who_computes_on_cuda_is_chosen_by_what_is_there(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(load, "load_liger", lambda: FORMULAE)
-    auto = ModelConfig(name="x")
-    for sft in (LORA, FULL):
-        assert choose_kernels(auto, sft, GPU, torch.bfloat16) is FORMULAE
+    assert choose_kernels(KernelChoice.auto, GPU) is FORMULAE
     assert "model.kernels=auto: liger" in caplog.text
-    asked = ModelConfig(name="x", kernels=KernelChoice.liger)
-    assert choose_kernels(asked, LORA, GPU, torch.bfloat16) is FORMULAE
+    assert choose_kernels(KernelChoice.liger, GPU) is FORMULAE
+    assert choose_kernels(KernelChoice.torch, GPU) is None
+    assert choose_kernels(KernelChoice.auto, CPU) is None
     with pytest.raises(ModelError, match=r"needs a CUDA device and the package: pip install liger-kernel"):
-        choose_kernels(asked, LORA, Device("cpu", "a CPU", 1), torch.bfloat16)
+        choose_kernels(KernelChoice.liger, CPU)
     monkeypatch.setattr(load, "load_liger", lambda: None)
-    assert choose_kernels(auto, LORA, GPU, torch.bfloat16) is None
+    assert choose_kernels(KernelChoice.auto, GPU) is None
     assert "model.kernels=auto: torch" in caplog.text
     with pytest.raises(ModelError, match="needs a CUDA device and the package"):
-        choose_kernels(asked, LORA, GPU, torch.bfloat16)
+        choose_kernels(KernelChoice.liger, GPU)
 
 
 def test_what_is_not_installed_is_said(monkeypatch, caplog):

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from agentft.config import conf_dir
 from agentft.data.batches import Batch
 from agentft.errors import ModelError
+from agentft.model import attention
 from agentft.model.adapters import count_parameters, prepare_for_training
 from agentft.model.config import (
     Attention,
     Dtype,
     FreezeConfig,
     FullConfig,
-    KernelChoice,
     LoraConfig,
     LoraStart,
     ModelConfig,
@@ -30,8 +30,6 @@ from agentft.model.config import (
     QloraConfig,
     SftConfig,
 )
-from agentft.model.cpu import attention
-from agentft.model.cpu.native import Kernels, load_kernels
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.load import load_model
 from agentft.model.memory import (
@@ -167,14 +165,14 @@ def test_activations_of_a_stock_block_are_what_torch_keeps(
     assert found[0] - found[1] == pytest.approx(measured, rel=0.05 if kind in KNOWN else 0.2)
 
 
-def lean_model(kind: str, layers: int, dtype: torch.dtype, sft: LoraConfig, kernels: Kernels | None) -> Any:
+def lean_model(kind: str, layers: int, dtype: torch.dtype, sft: LoraConfig) -> Any:
     """A model as `train.py` trains it, on a CPU."""
     torch.manual_seed(0)
     attention.register()
     config = AutoConfig.for_model(**settings(kind, (128, 64, layers, 4, 2, 88, 16)), attention_dropout=0.0)
-    name = attention.NAME if dtype is torch.bfloat16 else "sdpa"
+    name = attention.TILED if dtype is torch.bfloat16 else "sdpa"
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
-    return prepare_for_training(model, sft, ModelConfig(name="x", lora_targets=ATTENTION), kernels).train()
+    return prepare_for_training(model, sft, ModelConfig(name="x", lora_targets=ATTENTION)).train()
 
 
 def lean_kept_bytes(model: Any, length: int) -> int:
@@ -196,33 +194,22 @@ def lean_kept_bytes(model: Any, length: int) -> int:
     return sum(kept.values())
 
 
-def kernels_of(way: str, tmp_path_factory: pytest.TempPathFactory) -> Kernels | None:
-    if way != "compiled":
-        return None
-    built = load_kernels(str(tmp_path_factory.mktemp("cache")))
-    return built or pytest.skip("no C compiler here: the compiled layers are not used either")
-
-
 LEAN = [
     LoraConfig(name="lora", default_learning_rate=1e-4, rank=8, dropout=0.05, targets=t) for t in (None, EVERY_MATRIX)
 ]
 
 
 @pytest.mark.parametrize("sft", LEAN, ids=["attention", "all"])
-@pytest.mark.parametrize("way", ["fp32", "tiled", "compiled"])
+@pytest.mark.parametrize("way", ["fp32", "tiled"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_activations_of_a_lean_block_are_what_it_keeps(
-    kind: str, way: str, sft: LoraConfig, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_activations_of_a_lean_block_are_what_it_keeps(kind: str, way: str, sft: LoraConfig) -> None:
     """By the difference of two depths, to a twentieth."""
     length, dtype = 200, torch.float32 if way == "fp32" else torch.bfloat16
-    kernels = kernels_of(way, tmp_path_factory)
-    shallow, deep = (lean_kept_bytes(lean_model(kind, layers, dtype, sft, kernels), length) for layers in (2, 5))
+    shallow, deep = (lean_kept_bytes(lean_model(kind, layers, dtype, sft), length) for layers in (2, 5))
     config = ModelConfig(
         name="any",
         lora_targets=ATTENTION,
-        attention=Attention.auto if way != "fp32" else Attention.sdpa,
-        kernels=KernelChoice.auto if way == "compiled" else KernelChoice.torch,
+        attention=Attention.auto if way == "tiled" else Attention.sdpa,
     )
     named = Dtype.bf16 if dtype is torch.bfloat16 else Dtype.fp32
     found = [
@@ -233,11 +220,10 @@ def test_activations_of_a_lean_block_are_what_it_keeps(
     assert found[1].activations - found[0].activations == pytest.approx(deep - shallow, rel=0.05)
 
 
-def test_the_estimate_of_a_lean_training_is_its_measured_peak(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_estimate_of_a_lean_training_is_its_measured_peak() -> None:
     """All that torch holds at once in a step besides weights: 15 % either way."""
-    kernels = kernels_of("compiled", tmp_path_factory)
     sft, length, layers = LEAN[0], 600, 16
-    objective = LabelledLoss(lean_model("llama", layers, torch.bfloat16, sft, kernels), kernels=kernels)
+    objective = LabelledLoss(lean_model("llama", layers, torch.bfloat16, sft))
     ids = torch.arange(length)[None] % 128
     batch = Batch(ids=("a",), input_ids_BT=ids, labels_BT=ids, tokens=length, targets=length - 1, weight=length - 1)
     objective(batch).backward()  # what is made once is made

@@ -16,9 +16,9 @@ from agentft.errors import ModelError
 from agentft.evaluation.generate import StockGenerator, greedy_ids
 from agentft.evaluation.likelihood import measure_likelihood
 from agentft.evaluation.steps import all_steps
-from agentft.model.cpu import attention as tiled
+from agentft.model import attention as tiled
+from agentft.model.attention import take_attention
 from agentft.model.labelled_loss import LabelledLoss
-from agentft.model.load import take_attention
 from agentft.recipes.probe import ask_stock, probe
 
 
@@ -58,7 +58,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 )
 def test_what_differs_is_left_to_transformers(architectures, kind, dtype, left):
     ways = architectures.try_one(kind, dtype)
-    asked = tiled.NAME if dtype is BF16 else "sdpa"
+    asked = tiled.TILED if dtype is BF16 else "sdpa"
     found = (ways.attention, ways.stock_logits, ways.leak is not None, ways.stock_answers)
     wanted = {"attention": asked, "stock_logits": False, "leak": False, "stock_answers": False} | left
     assert found == tuple(wanted.values()), ways.left
@@ -98,9 +98,9 @@ def test_an_attention_that_was_asked_for_is_not_replaced_in_silence(architecture
     with pytest.raises(
         ModelError, match=r"model.attention: with agentft_tiled GptOssForCausalLM .* model.attention=auto"
     ):
-        probe(ask_stock(model, pad_id=0), LabelledLoss(model), tiled.NAME, pad_id=0, asked=True)
+        probe(ask_stock(model, pad_id=0), LabelledLoss(model), tiled.TILED, pad_id=0, asked=True)
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
-        take_attention(model, tiled.NAME)
+        take_attention(model, tiled.TILED)
 
 
 def test_a_model_that_sees_the_future_is_refused(architectures):
@@ -113,13 +113,13 @@ def test_a_faulty_kernel_of_ours_is_found_and_refused(architectures, monkeypatch
     model = architectures.small_model("llama", BF16)
     stock = ask_stock(model, pad_id=0)
     monkeypatch.setattr(torch.Tensor, "masked_fill_", lambda self, *_: self)
-    ways = probe(stock, LabelledLoss(model), tiled.NAME, pad_id=0, asked=False)
+    ways = probe(stock, LabelledLoss(model), tiled.TILED, pad_id=0, asked=False)
     assert ways.attention == "sdpa"
     assert "changing the last token moves earlier logits" in ways.left[0]
     monkeypatch.undo()
     monkeypatch.setattr("agentft.model.labelled_loss._summed", lambda logits, targets, weights: logits.float().sum())
     with pytest.raises(ModelError, match="the loss is not that of transformers' own logits"):
-        probe(stock, LabelledLoss(model), tiled.NAME, pad_id=0, asked=False)
+        probe(stock, LabelledLoss(model), tiled.TILED, pad_id=0, asked=False)
 
 
 def test_the_probe_leaves_model_and_random_streams_as_they_were(architectures):

@@ -7,18 +7,11 @@ import shutil
 import pytest
 import torch
 
-from agentft.config import compose, to_train_config
 from agentft.data.batches import collate, collate_packed
-from agentft.errors import ConfigError
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import LoraConfig, ModelConfig
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.recipes.components import compile_blocks
-
-
-def test_two_compilers_for_the_same_parts_are_refused():
-    with pytest.raises(ConfigError, match="take one of them"):
-        to_train_config(compose("train", ["training.compile=true", "model.kernels=compiled"]))
 
 
 @pytest.mark.slow

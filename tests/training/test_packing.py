@@ -14,7 +14,7 @@ from agentft.data.batches import collate, collate_packed, pack_rows, step_groups
 from agentft.data.render import SpanKind
 from agentft.data.tokens import IGNORE_INDEX, Span
 from agentft.errors import ConfigError
-from agentft.model.cpu import attention
+from agentft.model import attention
 from agentft.model.labelled_loss import LabelledLoss, packed_arguments
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import choose_row_tokens
@@ -39,7 +39,7 @@ def _gradients(model, batches):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow), attention.NAME])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow), attention.TILED])
 @pytest.mark.parametrize(("family", "tied"), [("Llama", True), ("Llama", False), ("Qwen2", True), ("Qwen3", False)])
 def test_packed_loss_and_gradients_equal_unpacked(examples, family, tied, attn):
     model = _model(family, tied=tied, attn=attn)
@@ -52,7 +52,7 @@ def test_packed_loss_and_gradients_equal_unpacked(examples, family, tied, attn):
 
 @pytest.mark.parametrize(
     ("attn", "dtype"),
-    [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16), (attention.NAME, torch.bfloat16)],
+    [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16), (attention.TILED, torch.bfloat16)],
 )
 @pytest.mark.parametrize("cache", [True, False], ids=["config asks for a cache", "no cache"])
 def test_no_token_sees_its_neighbours_conversation(examples, attn, dtype, cache):

@@ -1,15 +1,19 @@
-"""Compute causal attention in bf16 on a CPU by matrix products, at about twice the speed of torch's kernel there.
+"""Choose how a model attends, and compute it in bf16 on a CPU by matrix products, at twice the speed of torch's kernel there.
 
 torch's CPU flash kernel reaches a fifth of the cores' bf16 matrix rate. Here queries are taken in tiles, each against the
 keys it may see, so every product is a plain batched one, and the query heads that share a key-value head are one product.
 The weights of short rows are kept for the backward pass; those of long rows are computed again. Of packed rows only the
 blocks on the diagonal are computed.
 
+On CUDA transformers hands a mask of booleans to flex attention as numbers to add, which changes the scores by one instead of
+hiding a position. Generation passes such masks, so they go to the plain kernel here.
+
 Axes: B batch, H query heads, G key-value heads, N = H / G, T positions, D head width, W tile width, K keys seen.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +22,15 @@ from typing import Any
 
 import torch
 
-NAME = "agentft_tiled"
-"""What transformers knows it by."""
+from agentft.errors import ModelError
+from agentft.model.config import Attention
+from agentft.model.labelled_loss import causal_model
+from agentft.runtime import Device
+
+log = logging.getLogger(__name__)
+
+TILED, FLEX = "agentft_tiled", "agentft_flex"
+"""What transformers knows the two of ours by."""
 
 TILE = 128
 KEEP_UP_TO = 1024
@@ -142,6 +153,83 @@ def tiled_attention_forward(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
+def flex_or_plain(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Attention as transformers calls it.
+
+    Returns:
+        The attended values, `[B, T, H, D]`, and no weights.
+    """
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
+    forward = sdpa_attention_forward if plain else flex_attention_forward
+    attended, _ = forward(module, query, key, value, attention_mask, **kwargs)
+    return attended, None
+
+
+def register() -> None:
+    """Make both of ours known to transformers, each with the masks that torch's kernel of its kind takes."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flex_attention_mask, sdpa_mask
+
+    AttentionInterface.register(TILED, tiled_attention_forward)
+    AttentionMaskInterface.register(TILED, sdpa_mask)
+    AttentionInterface.register(FLEX, flex_or_plain)
+    AttentionMaskInterface.register(FLEX, flex_attention_mask)
+
+
+def choose_attention(requested: Attention, device: Device, dtype: torch.dtype) -> str:
+    """Resolve the attention setting to a name that transformers knows, and say which `auto` took.
+
+    Raises:
+        ModelError: `flash` or `flex` was asked for and cannot run here.
+    """
+    from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
+
+    flash_fits = device.is_cuda and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
+    taken = requested
+    if requested is Attention.auto:
+        on_cpu = Attention.tiled if dtype is torch.bfloat16 else Attention.sdpa
+        taken = on_cpu if not device.is_cuda else Attention.flash if flash_fits else Attention.sdpa
+        log.info("model.attention=auto: %s", taken)
+    if taken is Attention.flash and not flash_fits:
+        raise ModelError(
+            "model.attention=flash needs a CUDA device, bf16 or fp16, and the package: "
+            "pip install --no-build-isolation flash-attn; model.attention=auto takes the fastest that is there"
+        )
+    if taken is Attention.flex and not (device.is_cuda and is_torch_flex_attn_available()):
+        raise ModelError(
+            f"model.attention=flex needs a CUDA device, elsewhere torch has no backward pass of it; here is {device.name}; "
+            "model.attention=auto takes the fastest that is there"
+        )
+    if taken in (Attention.tiled, Attention.flex):
+        register()
+    names = {Attention.flash: "flash_attention_2", Attention.tiled: TILED, Attention.flex: FLEX}
+    return names.get(taken, taken.value)
+
+
+def take_attention(model: torch.nn.Module, name: str) -> str:
+    """Let the model compute attention as transformers knows it by `name`, and return what it takes.
+
+    Raises:
+        ValueError: transformers knows that the model cannot.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    causal = causal_model(model)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of what it does not set, which the caller sees
+    try:
+        if name in (TILED, FLEX):
+            # Ours compute what torch's kernels do: not for models whose attention these cannot, with sinks or capped scores.
+            causal.set_attn_implementation("sdpa")
+        causal.set_attn_implementation(name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return attention_of(causal)
+
+
 def attention_of(module: Any) -> str:
     """Return the name of the implementation that a module of transformers is set to, which no public name tells."""
     return str(module.config._attn_implementation)
@@ -156,12 +244,3 @@ def attention_set_to(name: str, hf_config: Any) -> Iterator[None]:
         yield
     finally:
         hf_config._attn_implementation = before
-
-
-def register() -> None:
-    """Make the implementation known to transformers under `NAME`, with the masks that torch's own kernels take."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, tiled_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,1 +1,0 @@
-"""Speed up a frozen bf16 model on a CPU."""
