@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from agentft.errors import ModelError
 from agentft.model import attention as tiled
 from agentft.model.labelled_loss import LabelledLoss
-from agentft.recipes.probe import ProbeResult, ask_stock, probe
+from agentft.recipes.probe import Probe, ProbeResult, ask_stock
 
 PAGE = Path(__file__).resolve().with_suffix(".md")
 
@@ -140,7 +140,7 @@ def try_one(kind: str, dtype: torch.dtype) -> ProbeResult | str:
         return f"not small: {type(error).__name__}: {str(error).strip().splitlines()[-1][:90]}"
     try:
         wanted = tiled.TILED if dtype is torch.bfloat16 else "sdpa"
-        return probe(ask_stock(model, pad_id=0), LabelledLoss(model), wanted, pad_id=0, asked=False)
+        return Probe(ask_stock(model, pad_id=0), LabelledLoss(model), 0).run(wanted, asked=False)
     except ModelError as error:
         return str(error)
 

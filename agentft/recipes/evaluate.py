@@ -23,7 +23,7 @@ from agentft.model.load import choose_compute, load_chat_tokenizer
 from agentft.recipes.components import load_components
 from agentft.recipes.config import EvaluateConfig
 from agentft.recipes.evaluation_run import Evaluation, own_generator, own_identity, print_report, write_pages
-from agentft.recipes.ranks import find_places, is_spread, rank_of, run_on_ranks, threads_of_rank
+from agentft.recipes.ranks import rank_of, run_on_ranks, threads_of_rank
 from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, settings_to_yaml, trained_config
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.runtime import ALONE, World
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         CheckpointError: no such checkpoint, or it is damaged.
         EvaluationError: the endpoint fails.
     """
-    if not is_spread(config.distributed):
+    if config.distributed.engine is EngineKind.single:
         return _evaluate_as(config, ALONE)
     engine = (config.evaluation or trained_config(RunFolder.open(config.run).path, config.model).evaluation).engine
     if engine is not Engine.transformers:
@@ -68,9 +68,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             highlight=False,
         )
     folder = config.output or config.run
-    places = find_places(config.distributed, folder)
     result: EvaluateResult = run_on_ranks(
-        evaluate_rank, settings_to_yaml(config), places, config.distributed, folder=folder, threads=config.threads
+        evaluate_rank, settings_to_yaml(config), config.distributed, folder=folder, threads=config.threads
     )
     return result
 

@@ -35,6 +35,10 @@ from agentft.secrets import redact_text
 from agentft.training.checkpoint import load_checkpoint
 from agentft.training.engine import Engine
 
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("agentft", "torch", "transformers", "peft", "bitsandbytes")
+
 
 def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder, engine: Engine) -> None:
     """Write `run.final`: the adapter or the whole model with its tokenizer, by rank 0 from the weights of all.
@@ -61,9 +65,6 @@ def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder,
             f"{run.final}: cannot be written: {error}; the last checkpoint is intact, so with room on the disk "
             f"run_dir={run.path} resumes from it"
         ) from error
-
-
-_PACKAGES = ("agentft", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def model_card(run: RunFolder, model: ModelConfig, facts: Mapping[str, str], step: int, *, adapter_alone: bool) -> str:
@@ -157,9 +158,6 @@ def _table(rows: Mapping[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, slots=True)
 class ExportResult:
     """What an export came to."""
@@ -177,12 +175,16 @@ def export(config: ExportConfig) -> ExportResult:
         CheckpointError: no such checkpoint, or it is damaged.
         ModelError: weights cannot be read or written, or the hub refuses.
     """
+    from transformers import AutoConfig
+
     run = RunFolder.open(config.run)
     trained = trained_config(run.path, config.model)
     if config.push is not None:
         parse_target(config.push)
-    require_bitsandbytes(trained.sft_type)
-    adapter_alone = _adapter_alone(trained.sft_type, merge=config.merge)
+    sft, adapter_alone = trained.sft_type, not config.merge
+    require_bitsandbytes(sft)
+    if adapter_alone and not isinstance(sft, LoraConfig):
+        raise ConfigError(f"merge=false: the run trained the model itself (sft_type={sft.name}), there is no adapter")
     target = Path(config.out) if config.out else run.path / ("adapter" if adapter_alone else "export")
     if target.exists():
         raise RunError(f"{target}: is there already; give another folder as out=..., or delete it")
@@ -197,20 +199,19 @@ def export(config: ExportConfig) -> ExportResult:
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         tensors = checkpoint.tensors["trained"]
-        if isinstance(trained.sft_type, LoraConfig) and adapter_alone:
+        if isinstance(sft, LoraConfig) and adapter_alone:
             base, revision = base_name(trained.model, files)
-            write_adapter(tensors, trained.sft_type, work, base=base, revision=revision)
+            write_adapter(tensors, sft, work, base=base, revision=revision)
         else:
-            _write_whole(
-                work,
-                files,
-                tensors,
-                trained.sft_type,
-                computed=_dtype_of(record["dtype"]),
-                stored=config.dtype,
-                stop_ids=_stop_ids(layout, tokenizer),
-                allow_pickle=trained.model.allow_pickle,
-            )
+            if isinstance(sft, QloraConfig):
+                log.warning("the base was in %d bits: what is written are those rounded weights", sft.bits)
+            computed: torch.dtype = getattr(torch, record["dtype"])
+            stored = computed if config.dtype is Dtype.auto else torch_dtype(config.dtype)
+            pickles = trained.model.allow_pickle
+            write_merged(files.folder, work, tensors, sft, computed=computed, stored=stored, allow_pickle=pickles)
+            settings = AutoConfig.from_pretrained(files.folder)
+            settings.dtype, settings.eos_token_id = stored, _stop_ids(layout, tokenizer)
+            settings.save_pretrained(work)
         _write_how_to_talk(layout, tokenizer, work)
         card = model_card(run, trained.model, _facts(trained, record), checkpoint.step, adapter_alone=adapter_alone)
         (work / "README.md").write_text(redact_text(card), encoding="utf-8")
@@ -225,43 +226,6 @@ def export(config: ExportConfig) -> ExportResult:
     address = push_folder(target, config.push, private=config.private, message=message)
     log.info("pushed: %s", address)
     return ExportResult(target, address)
-
-
-def _adapter_alone(sft: SftConfig, *, merge: bool) -> bool:
-    if isinstance(sft, LoraConfig):
-        return not merge
-    if not merge:
-        raise ConfigError(f"merge=false: the run trained the model itself (sft_type={sft.name}), there is no adapter")
-    return False
-
-
-def _write_whole(
-    folder: Path,
-    files: ModelFiles,
-    tensors: dict[str, torch.Tensor],
-    sft: SftConfig,
-    *,
-    computed: torch.dtype,
-    stored: Dtype,
-    stop_ids: int | list[int],
-    allow_pickle: bool,
-) -> None:
-    """Write weights and config.json."""
-    from transformers import AutoConfig
-
-    dtype = computed if stored is Dtype.auto else torch_dtype(stored)
-    if isinstance(sft, QloraConfig):
-        log.warning("the base was in %d bits: what is written are those rounded weights", sft.bits)
-    write_merged(files.folder, folder, tensors, sft, computed=computed, stored=dtype, allow_pickle=allow_pickle)
-    settings = AutoConfig.from_pretrained(files.folder)
-    settings.dtype = dtype
-    settings.eos_token_id = stop_ids
-    settings.save_pretrained(folder)
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def _stop_ids(layout: Layout, tokenizer: Any) -> int | list[int]:

@@ -1,7 +1,6 @@
-"""One probe before training: two short texts by agentft's shorter ways and by transformers' own, which must say the same.
+"""Try agentft's own attention, logits, packed rows and answers on a loaded model, against what transformers' own code says.
 
-agentft computes attention, logits, packed rows and answers in ways of its own. Whether a model allows them is not told by
-its class; so each is tried on the loaded model, and what differs is computed as transformers computes it. Two kinds of test:
+Whether a model allows them is not told by its class; what differs is left to transformers. Two kinds of test:
 
 - exact but for the last bits of fp32, whatever the number format: changing the last token must not move earlier logits, and
   changing a neighbour, in a packed row or among answers, must not move this text's;
@@ -108,7 +107,7 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
             changed = (_changed(causal, first, 0), _changed(causal, second, 0))
             ending = (_changed(causal, first, LENGTHS[0] - 1), _changed(causal, second, LENGTHS[1] - 1))
             take_attention(model, "eager")
-            spoken, other = (_own(model, collate([first, *more], pad_id)) for more in ([second, ending[0]], [*changed]))
+            spoken, other = (_logits(model, collate([first, *more], pad_id)) for more in ([second, ending[0]], changed))
         except Exception as error:
             raise ModelError(f"{_name(model)}: transformers' own forward pass fails ({_words(error)})") from error
         future = _moved(spoken[0, :-1], spoken[2, :-1])
@@ -128,25 +127,14 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
     return Stock((first, second), changed, ending, logits, generated, noise)
 
 
-def probe(stock: Stock, objective: LabelledLoss, attention: str, *, pad_id: int, asked: bool) -> ProbeResult:
-    """Try agentft's ways with the model as it will be trained, say in one line which do not hold, and return those to take.
-
-    Args:
-        stock: What the model said before adapters and leaner layers, which leave it as it was.
-        objective: The loss over the model, by its output head.
-        attention: What transformers knows the first choice by.
-        asked: The user chose it, so that nothing may take its place.
-
-    Raises:
-        ModelError: the model differs from transformers' own whatever is taken, or an attention that was asked for does.
-    """
-    return _Probe(stock, objective, pad_id).result(attention, asked)
-
-
 @dataclass
-class _Probe:
+class Probe:
+    """Tries agentft's ways with the model as it will be trained."""
+
     stock: Stock
+    """What the model said before adapters and leaner layers, which leave it as it was."""
     objective: LabelledLoss
+    """The loss over the model, by its output head."""
     pad_id: int
     left: list[str] = field(default_factory=list)
     own: torch.Tensor = field(init=False)
@@ -156,9 +144,17 @@ class _Probe:
     def model(self) -> nn.Module:
         return self.objective.model
 
-    def result(self, attention: str, asked: bool) -> ProbeResult:
-        started = time.perf_counter()
-        name = _name(self.model)
+    def run(self, attention: str, *, asked: bool) -> ProbeResult:
+        """Say in one line which ways do not hold, and return those to take.
+
+        Args:
+            attention: What transformers knows the first choice by.
+            asked: The user chose it, so that nothing may take its place.
+
+        Raises:
+            ModelError: the model differs from transformers' own whatever is taken, or an attention that was asked for does.
+        """
+        started, name = time.perf_counter(), _name(self.model)
         with _reading(self.model, self.objective.autocast):
             attention = self._choose_attention(attention, asked)
             head = self._fault("logits by the output head", self._try_head)
@@ -207,14 +203,14 @@ class _Probe:
         if (kept := take_attention(self.model, name)) != name:
             raise _DiffersError(f"the model's own code knows {kept} alone")
         examples, ending = self.stock.examples, self.stock.ending
-        self.own, ended = (_own(self.model, collate(each, self.pad_id)) for each in (examples, ending))
+        self.own, ended = (_logits(self.model, collate(each, self.pad_id)) for each in (examples, ending))
         for row, length in enumerate(LENGTHS):
             before, after = (each[row, : length - 1] for each in (self.own, ended))
             self._unmoved("changing the last token moves earlier logits", before, after)
             self._near(self.own[row, :length], row)
 
     def _try_head(self) -> None:
-        by_head = _by_head(self.model, collate(self.stock.examples, self.pad_id))
+        by_head = _logits(self.model, collate(self.stock.examples, self.pad_id), by_head=True)
         self._unmoved("the model changes what its head says", self.own, by_head)
         self._try_loss()
 
@@ -229,10 +225,11 @@ class _Probe:
             raise _DiffersError(f"a loss of {found / batch.targets:.4f} for {wanted / batch.targets:.4f}")
 
     def _try_packing(self) -> None:
-        logits = _own if self.objective.stock_logits else _by_head
         (first, second), (another, yet_another) = self.stock.examples, self.stock.changed
-        pairs = ([first, second], [another, second], [first, yet_another])
-        packed, left_changed, right_changed = (logits(self.model, collate_packed(pair))[0] for pair in pairs)
+        pairs, by_head = ([first, second], [another, second], [first, yet_another]), not self.objective.stock_logits
+        packed, left_changed, right_changed = (
+            _logits(self.model, collate_packed(pair), by_head=by_head)[0] for pair in pairs
+        )
         own, beside = slice(0, len(first)), slice(len(first), None)
         self._unmoved("a packed neighbour moves logits", packed[beside], left_changed[beside])
         self._unmoved("a packed neighbour moves logits", packed[own], right_changed[own])
@@ -291,7 +288,10 @@ def _reading(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(_device(model).type, dtype=autocast, enabled=autocast is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(next(model.parameters()).device.type, dtype=autocast, enabled=autocast is not None),
+        ):
             yield
     finally:
         model.train(was_training)
@@ -325,19 +325,14 @@ def _token(causal: Any, draw: random.Random) -> int:
     return token
 
 
-def _own(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits of the model's own forward pass, `[B, T, V]`, fp32."""
-    batch = batch.to(_device(model))
+def _logits(model: nn.Module, batch: Batch, *, by_head: bool = False) -> torch.Tensor:
+    """Return the logits of the model's own forward pass, or of its head over the last states, `[B, T, V]`, fp32."""
+    batch = batch.to(next(model.parameters()).device)
     arguments = packed_arguments(batch)
-    logits: torch.Tensor = causal_model(model)(input_ids=batch.input_ids_BT, use_cache=False, **arguments).logits
-    return logits.float()
-
-
-def _by_head(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return what the output head says of the decoder's last states, `[B, T, V]`, fp32."""
-    batch = batch.to(_device(model))
-    logits: torch.Tensor = output_head(model)(last_states(model, batch.input_ids_BT, **packed_arguments(batch)))
-    return logits.float()
+    if by_head:
+        return output_head(model)(last_states(model, batch.input_ids_BT, **arguments)).float()  # type: ignore[no-any-return]
+    causal = causal_model(model)
+    return causal(input_ids=batch.input_ids_BT, use_cache=False, **arguments).logits.float()  # type: ignore[no-any-return]
 
 
 def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -347,10 +342,6 @@ def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
 def _tolerance(of: torch.Tensor) -> float:
     halves = of.element_size() < 4 or torch.is_autocast_enabled(of.device.type)
     return _NEAR_IN_HALVES if halves else _NEAR
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _name(model: nn.Module) -> str:

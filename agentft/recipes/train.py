@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from agentft import progress, runtime
 from agentft.data.batches import StepPlan
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
+from agentft.distributed.config import EngineKind, require_engine
 from agentft.distributed.engines import loads_on_cpu
 from agentft.distributed.launch import as_stop
 from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import count_parameters
+from agentft.model.config import Dtype, QloraConfig, trains_weights
 from agentft.model.load import choose_compute, load_chat_tokenizer
 from agentft.recipes.components import (
     MemoryPlan,
@@ -48,16 +51,9 @@ from agentft.recipes.evaluation_run import (
     write_pages,
 )
 from agentft.recipes.export import write_final
-from agentft.recipes.ranks import (
-    find_places,
-    is_spread,
-    rank_of,
-    require_ranks,
-    run_on_ranks,
-    threads_of_rank,
-)
+from agentft.recipes.ranks import rank_of, run_on_ranks, threads_of_rank
 from agentft.recipes.saved import changed_settings, config_from_yaml, config_to_yaml
-from agentft.runs import RunFolder, RunState
+from agentft.runs import RunFolder
 from agentft.runtime import ALONE, HEARTBEAT_VARIABLE, World
 from agentft.signals import StopSignal, StopSignals, requeue_slurm_job
 from agentft.tracking import Tracker
@@ -92,81 +88,17 @@ def train(config: TrainConfig) -> TrainResult:
         StopSignal: a signal ended the run; what it had reached is saved, and the same command in its folder resumes.
     """
     with _another_turn_asked_for(), StopSignals.shared() as signals, signals.at_once():
-        if not is_spread(config.distributed):
+        if config.distributed.engine is EngineKind.single:
             return _train_as(config, ALONE)
-        places = find_places(config.distributed, config.run_dir)
-        _require_ranks(config, places.ranks)
-        payload = config_to_yaml(config)
         result: TrainResult = run_on_ranks(
-            train_rank, payload, places, config.distributed, folder=config.run_dir, threads=config.threads
+            train_rank,
+            config_to_yaml(config),
+            config.distributed,
+            folder=config.run_dir,
+            threads=config.threads,
+            require=partial(_require_ranks, config),
         )
         return result
-
-
-def train_rank(payload: str) -> TrainResult:
-    """Run this process's part of the job, whose resolved settings are `payload`; other processes run the others."""
-    config = config_from_yaml(payload, TrainConfig)
-    with rank_of(config.distributed, config.run_dir) as world:
-        _require_ranks(config, world.size)
-        own = dataclasses.replace(config, threads=config.threads or threads_of_rank())
-        # Where they have an agent, it asks, when all have ended.
-        with _another_turn_asked_for() if world.is_main and HEARTBEAT_VARIABLE not in os.environ else nullcontext():
-            return _train_as(own, world)
-
-
-@contextmanager
-def _another_turn_asked_for() -> Iterator[None]:
-    """Ask SLURM to queue the job again where the body is stopped because its time is up."""
-    try:
-        yield
-    except StopSignal as stop:
-        if stop.asks_for_another_turn:
-            requeue_slurm_job()
-        raise
-
-
-def _train_as(config: TrainConfig, world: World) -> TrainResult:
-    folder = RunFolder.create(config.run_dir) if world.is_main else RunFolder.follow(config.run_dir)
-    with StopSignals.shared() as signals, folder as run:
-        progress.set_up_logging(run.log_file if world.is_main else run.rank_log(world.rank), held=True)
-        if not run.has_run():
-            _begin(run)
-        try:
-            result = _train(config, run, signals, world)
-        except BaseException as error:
-            found = error if world.size == 1 else as_stop(error)
-            _conclude(found, run)
-            if found is error:
-                raise
-            raise found from error
-        run.update_status("paused" if result.paused else "finished", objective=result.objective)
-        return result
-
-
-def _begin(run: RunFolder) -> None:
-    """From here on the run folder changes: in that of an earlier run only when it is sure to be the same training."""
-    run.begin()
-    progress.open_log_file()
-    run.update_status("running", step=0)
-
-
-def _conclude(error: BaseException, run: RunFolder) -> None:
-    """Write down how a run ended that did not finish; nothing here may hide `error`."""
-    asked = isinstance(error, KeyboardInterrupt)
-    state: RunState = "stopped" if asked else "failed"
-    if run.begun:
-        # The caller shows an error that a user can act on; its traceback is for the log file.
-        only_file = isinstance(error, AgentftError)
-        log.error("%s: %s", type(error).__name__, error, exc_info=not asked, extra={progress.FILE_ONLY: only_file})
-        try:
-            run.update_status(state, error=f"{type(error).__name__}: {error}")
-        except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
-            log.error("%s cannot be written: %s", run.status_file, second)
-
-
-def _require_ranks(config: TrainConfig, ranks: int) -> None:
-    steps, dtype = config.training.gradient_accumulation_steps, config.model.dtype
-    require_ranks(ranks, config.distributed, config.sft_type, dtype=dtype, gradient_accumulation_steps=steps)
 
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
@@ -192,12 +124,28 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         engine=config.distributed.name,
         ranks=world.size,
     )
-    try:  # before anything is written
+    # What can be refused is refused before anything is written.
+    try:
         start = find_start(run.checkpoints, config.training, fingerprint, world)
     except CheckpointError as error:
         if run.has_run() and (changed := changed_settings(config, run)):
             raise ConfigError(f"{error}. Settings that differ: {described(changed)}") from error
         raise
+    job = Job(
+        engine=engine,
+        examples=components.data.train,
+        plan=plan,
+        config=config.training,
+        pad_id=components.chat.pad_id,
+        device=runtime.torch_device(components.device),
+        checkpoints=run.checkpoints,
+        fingerprint=fingerprint,
+        start=start,
+        fp16=components.dtype is torch.float16,
+        row_tokens=choose_row_tokens(
+            config.training, config.dataset.max_length, components.probed.leak, cuda=components.device.is_cuda
+        ),
+    )
     if not run.begun:
         _begin(run)
     write_manifest(components.data, run)
@@ -205,17 +153,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         config_yaml=config_to_yaml(config),
         command=[sys.executable, *sys.argv],
         choices=choices(config),
-        extra={
-            "device": components.device.name,
-            "threads": components.device.threads,
-            "dtype": str(components.dtype).removeprefix("torch."),
-            "left_to_transformers": components.probed.left,
-            "model_fingerprint": components.chat.files.fingerprint,
-            "model_commit": components.chat.files.commit,
-            "estimated_memory_bytes": memory.estimate and memory.estimate.total,
-            "data_fingerprint": components.data.fingerprint,
-            "run_id": run_id(config),
-        },
+        extra=_computed_by(components, memory) | {"run_id": run_id(config)},
     )
     tracker = Tracker(
         config.tracking,
@@ -227,30 +165,14 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         tags=list(choices(config).values()),
         enabled=world.is_main,
     )
-    before = after = None
+    evaluate = partial(_evaluate, config=config.evaluation, components=components, engine=engine, run=run)
     with tracker:
-        if config.evaluation.before:  # adapters start at zero, so this is the model as it came
-            before = _evaluate("before", config.evaluation, components, engine, run)
-        job = Job(
-            engine=engine,
-            examples=components.data.train,
-            plan=plan,
-            config=config.training,
-            pad_id=components.chat.pad_id,
-            device=runtime.torch_device(components.device),
-            checkpoints=run.checkpoints,
-            fingerprint=fingerprint,
-            start=start,
-            fp16=components.dtype is torch.float16,
-            row_tokens=choose_row_tokens(
-                config.training, config.dataset.max_length, components.probed.leak, cuda=components.device.is_cuda
-            ),
-        )
-        outcome = _fit(job, config.evaluation, components, run, tracker, signals)
+        # Adapters start at zero, so before training this is the model as it came.
+        before = evaluate("before") if config.evaluation.before else None
+        output = _fit(job, config.evaluation, components, run, tracker, signals)
         write_final(components.model, config.sft_type, components.chat.tokenizer, run, engine)
-        if config.evaluation.after:
-            after = _evaluate("after", config.evaluation, components, engine, run)
-        summary = _summary(components, outcome, before, after)
+        after = evaluate("after") if config.evaluation.after else None
+        summary = _summary(components, output, before, after)
         tracker.summary(summary)
         tracker.artifact(f"adapter-{run.path.name}", "model", run.final)
         tracker.artifact(f"data-{run.path.name}", "dataset", run.data_manifest.parent)
@@ -259,9 +181,9 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
                 tracker.log_predictions(result.name, result.rows)
         write_pages([before, after], run)
         print_report([before, after], run, examples=config.evaluation.examples)
-        log.info("time: %s", describe_seconds(outcome.seconds))
+        log.info("time: %s", describe_seconds(output.seconds))
         log.info("run folder: %s", run.path)
-    return TrainResult(run.path, _objective(outcome, after, config.evaluation.best_metric), summary, outcome.paused)
+    return TrainResult(run.path, _objective(output, after, config.evaluation.best_metric), summary, output.paused)
 
 
 def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, TrainingComponents]:
@@ -316,12 +238,8 @@ def _fit(
     plan, engine = job.plan, job.engine
     if components.device.is_cuda:
         snapshot_on_out_of_memory(run.path)
-    log.info(
-        "training: %d steps of %d conversations, learning rate %g",
-        plan.total_steps,
-        plan.examples_per_step,
-        job.config.learning_rate,
-    )
+    per_step, rate = plan.examples_per_step, job.config.learning_rate
+    log.info("training: %d steps of %d conversations, learning rate %g", plan.total_steps, per_step, rate)
     validator = Validator(config, components, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: Mapping[str, str]) -> None:
@@ -340,15 +258,11 @@ def _fit(
 
     def record(values: Mapping[str, float], step: int) -> None:
         tracker.log(values, step=step)
-        run.update_status(
-            "running", step=step, steps=plan.total_steps, **{k.replace("/", "_"): v for k, v in values.items()}
-        )
+        measured = {name.replace("/", "_"): value for name, value in values.items()}
+        run.update_status("running", step=step, steps=plan.total_steps, **measured)
         if "train/loss" in values:
-            log.info(
-                "step %d of %d: loss %.4f, %s tokens/s",
-                *(step, plan.total_steps, values["train/loss"]),
-                f"{values['train/tokens_per_second']:,.0f}",
-            )
+            speed = f"{values['train/tokens_per_second']:,.0f}"
+            log.info("step %d of %d: loss %.4f, %s tokens/s", step, plan.total_steps, values["train/loss"], speed)
 
     job = dataclasses.replace(
         job,
@@ -363,14 +277,16 @@ def _fit(
     # Dropout draws from here on: what was measured before must not change the training.
     runtime.seed_everything(plan.seed)
     with signals.deferred():
-        outcome = train_model(job)
+        output = train_model(job)
         signals.agree(engine.world.gather(signals.requested))  # told at different moments, ranks leave together
-    steps = f"{outcome.counters.step} of {plan.total_steps}"
-    signals.raise_if_requested(f" after step {steps}, which is saved; run_dir={run.path} resumes from there")
-    if outcome.paused:
+    reached = output.counters.step
+    signals.raise_if_requested(
+        f" after step {reached} of {plan.total_steps}, which is saved; run_dir={run.path} resumes from there"
+    )
+    if output.paused:
         # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run resumes.
-        run.update_status("running", step=outcome.counters.step, steps=plan.total_steps, eval_loss=validator.loss())
-    return outcome
+        run.update_status("running", step=reached, steps=plan.total_steps, eval_loss=validator.loss())
+    return output
 
 
 def choices(config: TrainConfig) -> dict[str, str]:
@@ -387,12 +303,26 @@ def run_id(config: TrainConfig) -> str:
     return hashlib.sha256(f"{Path(config.run_dir).resolve()}{tree}".encode()).hexdigest()[:12]
 
 
+def _computed_by(components: TrainingComponents, memory: MemoryPlan) -> dict[str, Any]:
+    """Return what run.json says of machine, model and data."""
+    files = components.chat.files
+    return {
+        "device": components.device.name,
+        "threads": components.device.threads,
+        "dtype": str(components.dtype).removeprefix("torch."),
+        "left_to_transformers": components.probed.left,
+        "model_fingerprint": files.fingerprint,
+        "model_commit": files.commit,
+        "estimated_memory_bytes": memory.estimate and memory.estimate.total,
+        "data_fingerprint": components.data.fingerprint,
+    }
+
+
 def _summary(
-    components: TrainingComponents, outcome: TrainOutput, before: EvalResult | None, after: EvalResult | None
+    components: TrainingComponents, output: TrainOutput, before: EvalResult | None, after: EvalResult | None
 ) -> dict[str, Any]:
-    counters = outcome.counters
-    parameters = count_parameters(components.model)
-    summary: dict[str, Any] = {
+    counters, parameters = output.counters, count_parameters(components.model)
+    return {
         "steps": counters.step,
         "tokens": counters.tokens,
         "labelled_tokens": counters.targets,
@@ -403,19 +333,101 @@ def _summary(
         "trained_parameters": parameters.trained,
         "parameters": parameters.total,
         "peak_memory_bytes": runtime.peak_memory_bytes(components.device),
-        "seconds": {name: round(seconds, 3) for name, seconds in outcome.seconds.items()},
+        "seconds": {name: round(seconds, 3) for name, seconds in output.seconds.items()},
+        **{
+            result.name: {name: each["value"] for name, each in result.report["metrics"].items()}
+            for result in (before, after)
+            if result is not None
+        },
     }
-    for result in (before, after):
-        if result is not None:
-            summary[result.name] = {name: each["value"] for name, each in result.report["metrics"].items()}
-    return summary
 
 
-def _objective(outcome: TrainOutput, after: EvalResult | None, best_metric: str) -> float | None:
+def _objective(output: TrainOutput, after: EvalResult | None, best_metric: str) -> float | None:
     """Return what a sweep ranks by, or None where nothing was measured: that is no score of 0."""
     if after is not None:
         return after.value("arg_f1")
+    best = output.counters
     if best_metric != "loss":
-        return outcome.counters.best_value
-    loss = outcome.counters.best_loss
-    return None if loss is None else -loss
+        return best.best_value
+    return None if best.best_loss is None else -best.best_loss
+
+
+def train_rank(payload: str) -> TrainResult:
+    """Run this process's part of the job, whose resolved settings are `payload`; other processes run the others."""
+    config = config_from_yaml(payload, TrainConfig)
+    with rank_of(config.distributed, config.run_dir) as world:
+        _require_ranks(config, world.size)
+        own = dataclasses.replace(config, threads=config.threads or threads_of_rank())
+        # Where they have an agent, it asks, when all have ended.
+        with _another_turn_asked_for() if world.is_main and HEARTBEAT_VARIABLE not in os.environ else nullcontext():
+            return _train_as(own, world)
+
+
+@contextmanager
+def _another_turn_asked_for() -> Iterator[None]:
+    """Ask SLURM to queue the job again where the body is stopped because its time is up."""
+    try:
+        yield
+    except StopSignal as stop:
+        if stop.asks_for_another_turn:
+            requeue_slurm_job()
+        raise
+
+
+def _train_as(config: TrainConfig, world: World) -> TrainResult:
+    folder = RunFolder.create(config.run_dir) if world.is_main else RunFolder.follow(config.run_dir)
+    with StopSignals.shared() as signals, folder as run:
+        progress.set_up_logging(run.log_file if world.is_main else run.rank_log(world.rank), held=True)
+        if not run.has_run():
+            _begin(run)
+        try:
+            result = _train(config, run, signals, world)
+        except BaseException as error:
+            found = error if world.size == 1 else as_stop(error)
+            _conclude(found, run)
+            if found is error:
+                raise
+            raise found from error
+        run.update_status("paused" if result.paused else "finished", objective=result.objective)
+        return result
+
+
+def _begin(run: RunFolder) -> None:
+    """From here on the run folder changes: in that of an earlier run only when it is sure to be the same training."""
+    run.begin()
+    progress.open_log_file()
+    run.update_status("running", step=0)
+
+
+def _conclude(error: BaseException, run: RunFolder) -> None:
+    """Write down how a run ended that did not finish; nothing here may hide `error`."""
+    if not run.begun:
+        return
+    asked, told = isinstance(error, KeyboardInterrupt), f"{type(error).__name__}: {error}"
+    # The caller shows an error that a user can act on; its traceback is for the log file.
+    log.error("%s", told, exc_info=not asked, extra={progress.FILE_ONLY: isinstance(error, AgentftError)})
+    try:
+        run.update_status("stopped" if asked else "failed", error=told)
+    except (OSError, RunError) as second:  # a full disk, most likely the reason of the first
+        log.error("%s cannot be written: %s", run.status_file, second)
+
+
+def _require_ranks(config: TrainConfig, ranks: int) -> None:
+    """Refuse a training that cannot run on so many ranks.
+
+    Raises:
+        ConfigError: says what is missing, or which numbers do not go together.
+    """
+    sft, distributed, passes = config.sft_type, config.distributed, config.training.gradient_accumulation_steps
+    fp16_weights = config.model.dtype is Dtype.fp16 and trains_weights(sft)
+    require_engine(distributed, gpus=torch.cuda.device_count(), fp16_weights=fp16_weights)
+    if isinstance(sft, QloraConfig) and loads_on_cpu(distributed):
+        raise ConfigError(
+            f"distributed={distributed.name} with sft_type={sft.name}: quantised weights cannot be cut into shards; "
+            "choose distributed=ddp or deepspeed_zero2"
+        )
+    if passes % ranks:
+        raise ConfigError(
+            f"training.gradient_accumulation_steps={passes}: the forward passes of a step cannot be shared evenly by "
+            f"{ranks} ranks; choose a multiple of {ranks} (a step stays the same whatever the number of ranks)"
+        )

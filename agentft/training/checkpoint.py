@@ -101,7 +101,7 @@ def write_stream(stream: TensorStream, path: Path) -> None:
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 
@@ -116,12 +116,8 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor] | TensorStream], state: Mapping[str, Any]
-) -> Path:
+def save_checkpoint(root: Path, step: int, tensors: Mapping[str, TensorStream], state: Mapping[str, Any]) -> Path:
     """Write a checkpoint under `root` and return its folder; whoever reads it sees all of it or nothing.
-
-    Of a stream one tensor at a time is held.
 
     Raises:
         CheckpointError: the disk refused; earlier checkpoints are untouched.
@@ -131,8 +127,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        for name, group in tensors.items():
-            stream = group if isinstance(group, TensorStream) else stream_of(group)
+        for name, stream in tensors.items():
             write_stream(stream, work / f"{name}.safetensors")
         (work / _STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         _write_manifest(work)
@@ -142,23 +137,13 @@ def save_checkpoint(
         _sync(root)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
+        needed = sum(kind.bytes for stream in tensors.values() for kind in stream.kinds.values())
+        free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
         raise CheckpointError(
-            f"{target}: cannot write the checkpoint: {error}. It needs {_bytes_of(tensors):,} bytes and more for its "
-            f"state, {_free_bytes(root)} are free; earlier checkpoints are intact"
+            f"{target}: cannot write the checkpoint: {error}. It needs {needed:,} bytes and more for its state, {free:,} "
+            "are free; earlier checkpoints are intact"
         ) from error
     return target
-
-
-def _bytes_of(tensors: Mapping[str, Mapping[str, torch.Tensor] | TensorStream]) -> int:
-    streams = (group if isinstance(group, TensorStream) else stream_of(group) for group in tensors.values())
-    return sum(kind.bytes for stream in streams for kind in stream.kinds.values())
-
-
-def _free_bytes(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number"
 
 
 def load_checkpoint(path: Path, *, check: bool = True) -> Checkpoint:
@@ -203,10 +188,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders under `root`, oldest step first, by number and not by name or time."""
     if not root.is_dir():
         return []
-    found = [
-        (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_step_of)
 
 
 def newest_whole(root: Path, *, fallback: bool = True) -> Path | None:
@@ -276,9 +258,7 @@ def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
 
 
 def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+    return int(path.name.removeprefix("step-"))
 
 
 def _write_manifest(folder: Path) -> None:

@@ -248,16 +248,9 @@ def load_optimizer(
     groups: list[dict[str, Any]],
 ) -> None:
     """Put a saved state into an optimiser over whole parameters."""
+    restore_groups(optimizer, groups)
     names = {parameter: name for name, parameter in model.named_parameters()}
     states = slots_by_parameter(tensors, {name for p, name in names.items() if p.requires_grad})
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    packed, index = [], 0
-    for group, saved in zip(optimizer.param_groups, groups, strict=False):
-        packed.append({**saved, "params": list(range(index, index + len(group["params"])))})
-        for parameter in group["params"]:
-            if names[parameter] in states:
-                state[index] = states[names[parameter]]
-            index += 1
-    if len(groups) != len(optimizer.param_groups):
-        restore_groups(optimizer, groups)  # says what differs
-    optimizer.load_state_dict({"state": state, "param_groups": packed})
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {index: states[name] for index, name in enumerate(ordered) if name in states}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from agentft.training.checkpoint import (
 )
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine, build_schedule
-from agentft.training.guards import is_out_of_memory, report_nonfinite, smaller_batch
+from agentft.training.guards import accumulate_within_memory, report_nonfinite
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,6 @@ class TrainOutput:
     counters: Counters
     seconds: dict[str, float]
     """Where this process's time went, by phase."""
-    stopped: bool
-    """The loop was asked to stop before its last step."""
     paused: bool = False
     """It stopped at `training.pause_at_fraction`, and a larger share resumes from there."""
 
@@ -170,7 +168,7 @@ def train_model(job: Job) -> TrainOutput:
             _evaluate(job, counters)
     if counters.step and world.any(job.stop_requested()):
         log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
-        return TrainOutput(counters, clock.seconds, stopped=True)
+        return TrainOutput(counters, clock.seconds)
     end = pause_step(total, job.config.pause_at_fraction)
     job.engine.model.train()
     with progress_bar("training", total, counters.step) as bar:
@@ -180,7 +178,8 @@ def train_model(job: Job) -> TrainOutput:
                 grad_norm = _update(job, counters, batches, step, losses_M)
             rate = float(schedule.get_last_lr()[0])
             schedule.step()
-            _count(counters, step)
+            counters.step, counters.tokens = counters.step + 1, counters.tokens + step.tokens
+            counters.targets += step.targets
             window.add(step)
             of_process.add(step)
             last = counters.step == total
@@ -202,9 +201,9 @@ def train_model(job: Job) -> TrainOutput:
                 log.warning(
                     "%s: saved after step %d of %d", "asked to stop" if asked else "paused", counters.step, total
                 )
-                return TrainOutput(counters, clock.seconds, stopped=True, paused=not asked)
+                return TrainOutput(counters, clock.seconds, paused=not asked)
     # Short of all steps only when the checkpoint had reached `end` before.
-    return TrainOutput(counters, clock.seconds, stopped=counters.step < total, paused=counters.step < total)
+    return TrainOutput(counters, clock.seconds, paused=counters.step < total)
 
 
 def pause_step(total: int, pause_at_fraction: float) -> int:
@@ -295,31 +294,6 @@ def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch]
     return made
 
 
-T = TypeVar("T")
-
-
-def accumulate_within_memory(
-    attempt: Callable[[int], T], size: int, zero_grad: Callable[[], None], *, step: int, alone: bool = True
-) -> tuple[int, T]:
-    """Run `attempt` on one step's micro-batches of `size`, or of half of it, and so on: (the size that fits, its result).
-
-    `attempt` makes gradients and changes nothing else; `zero_grad` drops those of a failed one.
-
-    Raises:
-        TrainingError: one conversation at a time is too much, or other ranks wait in the middle of the step.
-    """
-    while True:
-        try:
-            return size, attempt(size)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            words = " ".join(str(error).split())[:200] or type(error).__name__
-        # After the except clause: the traceback holds the tensors of the attempt.
-        zero_grad()
-        size = smaller_batch(size, words, step=step, alone=alone)
-
-
 def _update(job: Job, counters: Counters, batches: list[Batch], step: Totals, losses_M: torch.Tensor) -> float:
     """Make one optimiser step, or leave it out; set the step's loss and return the gradient's norm before clipping."""
     engine = job.engine
@@ -338,12 +312,6 @@ def _update(job: Job, counters: Counters, batches: list[Batch], step: Totals, lo
         )
         engine.zero_grad()
     return float(grad_norm)
-
-
-def _count(counters: Counters, step: Totals) -> None:
-    counters.step += 1
-    counters.tokens += step.tokens
-    counters.targets += step.targets
 
 
 def _log_values(

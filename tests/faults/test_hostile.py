@@ -151,9 +151,10 @@ def test_x02_pickled_weights_run_nothing_with_or_without_the_flag(marker, ledger
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "random.pkl", "trained.safetensors", "state.json", "manifest.json"])
 def test_x02_a_pickle_in_a_checkpoint_runs_nothing(marker, ledger, tmp_path, name):
-    from agentft.training.checkpoint import load_checkpoint, save_checkpoint
+    from agentft.training.checkpoint import load_checkpoint, save_checkpoint, stream_of
 
-    path = save_checkpoint(tmp_path / "checkpoints", 1, {"trained": {"w": torch.zeros(2)}}, {"counters": {}})
+    weights = stream_of({"w": torch.zeros(2)})
+    path = save_checkpoint(tmp_path / "checkpoints", 1, {"trained": weights}, {"counters": {}})
     (path / name).write_bytes(pickle.dumps(_Payload(marker)))
     with pytest.raises(AgentftError):
         load_checkpoint(path)

@@ -19,7 +19,7 @@ from agentft.evaluation.steps import all_steps
 from agentft.model import attention as tiled
 from agentft.model.attention import take_attention
 from agentft.model.labelled_loss import LabelledLoss
-from agentft.recipes.probe import ask_stock, probe
+from agentft.recipes.probe import Probe, ask_stock
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_an_attention_that_was_asked_for_is_not_replaced_in_silence(architecture
     with pytest.raises(
         ModelError, match=r"model.attention: with agentft_tiled GptOssForCausalLM .* model.attention=auto"
     ):
-        probe(ask_stock(model, pad_id=0), LabelledLoss(model), tiled.TILED, pad_id=0, asked=True)
+        Probe(ask_stock(model, pad_id=0), LabelledLoss(model), 0).run(tiled.TILED, asked=True)
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         take_attention(model, tiled.TILED)
 
@@ -113,13 +113,13 @@ def test_a_faulty_kernel_of_ours_is_found_and_refused(architectures, monkeypatch
     model = architectures.small_model("llama", BF16)
     stock = ask_stock(model, pad_id=0)
     monkeypatch.setattr(torch.Tensor, "masked_fill_", lambda self, *_: self)
-    ways = probe(stock, LabelledLoss(model), tiled.TILED, pad_id=0, asked=False)
+    ways = Probe(stock, LabelledLoss(model), 0).run(tiled.TILED, asked=False)
     assert ways.attention == "sdpa"
     assert "changing the last token moves earlier logits" in ways.left[0]
     monkeypatch.undo()
     monkeypatch.setattr("agentft.model.labelled_loss._summed", lambda logits, targets, weights: logits.float().sum())
     with pytest.raises(ModelError, match="the loss is not that of transformers' own logits"):
-        probe(stock, LabelledLoss(model), tiled.TILED, pad_id=0, asked=False)
+        Probe(stock, LabelledLoss(model), 0).run(tiled.TILED, asked=False)
 
 
 def test_the_probe_leaves_model_and_random_streams_as_they_were(architectures):
@@ -127,7 +127,7 @@ def test_the_probe_leaves_model_and_random_streams_as_they_were(architectures):
     take_attention(model, "sdpa")
     weights = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.random.get_rng_state()
-    probe(ask_stock(model, pad_id=0), LabelledLoss(model), "sdpa", pad_id=0, asked=False)
+    Probe(ask_stock(model, pad_id=0), LabelledLoss(model), 0).run("sdpa", asked=False)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     assert model.config._attn_implementation == "sdpa"

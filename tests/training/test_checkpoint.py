@@ -15,12 +15,14 @@ from agentft.training.checkpoint import (
     newest_whole,
     prune_checkpoints,
     save_checkpoint,
+    stream_of,
 )
 
 
 def _save(root, step):
     tensors = {"trained": {"w": torch.arange(12.0) + step}, "random": {"cpu": torch.get_rng_state()}}
-    return save_checkpoint(root, step, tensors, {"counters": {"step": step}})
+    streams = {name: stream_of(group) for name, group in tensors.items()}
+    return save_checkpoint(root, step, streams, {"counters": {"step": step}})
 
 
 def test_what_is_saved_comes_back(tmp_path):

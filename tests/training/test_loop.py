@@ -115,7 +115,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_model, examples
     first, part_one = _job(tmp_path / "cut", tiny_model(), examples, **more)
     stops = iter([False, False, True])
     outcome = train_model(dataclasses.replace(first, stop_requested=lambda: next(stops)))
-    assert outcome.stopped
     assert outcome.counters.step == 3
     torch.manual_seed(999)  # a new process starts with other random streams
     second, part_two = _job(tmp_path / "cut", tiny_model(), examples, **more)
