@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,8 @@ def _measured(run: RunFolder, step: int) -> list[str]:
 
 def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
     training = trained.training
-    sft = {key: _plain(value) for key, value in asdict(trained.sft_type).items() if key != "default_learning_rate"}
+    sft = asdict(trained.sft_type)
+    del sft["default_learning_rate"]
     if isinstance(trained.sft_type, LoraConfig):
         sft["targets"] = ", ".join(trained.sft_type.targets or trained.model.lora_targets)
     packages = record.get("packages", {})
@@ -148,10 +148,6 @@ def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
         "seed": str(trained.seed),
         "packages": ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if packages.get(name)),
     }
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:
