@@ -44,8 +44,10 @@ def run_on_ranks(
     """
     topology = choose_topology(distributed, gpus=torch.cuda.device_count(), job=Path(folder).name)
     require(topology.ranks)
-    others = f" on this machine, one of {topology.nnodes}; they meet at {topology.endpoint}" * (topology.nnodes > 1)
-    progress.console().print(f"starting {topology.nproc} ranks ({distributed.name}){others}", highlight=False)
+    told = f"starting {topology.nproc} ranks ({distributed.name})"
+    if topology.nnodes > 1:
+        told += f" on this machine, one of {topology.nnodes}; they meet at {topology.endpoint}"
+    progress.console().print(told, highlight=False)
     try:
         return start_ranks(entry, payload, topology, distributed, folder=Path(folder), threads=threads)
     except (RankError, StopSignal) as error:
