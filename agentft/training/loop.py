@@ -178,8 +178,7 @@ def train_model(job: Job) -> TrainOutput:
                 grad_norm = _update(job, counters, batches, step, losses_M)
             rate = float(schedule.get_last_lr()[0])
             schedule.step()
-            counters.step, counters.tokens = counters.step + 1, counters.tokens + step.tokens
-            counters.targets += step.targets
+            _count(counters, step)
             window.add(step)
             of_process.add(step)
             last = counters.step == total
@@ -312,6 +311,12 @@ def _update(job: Job, counters: Counters, batches: list[Batch], step: Totals, lo
         )
         engine.zero_grad()
     return float(grad_norm)
+
+
+def _count(counters: Counters, step: Totals) -> None:
+    counters.step += 1
+    counters.tokens += step.tokens
+    counters.targets += step.targets
 
 
 def _log_values(
