@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from agentft.config import AuditConfig, compose_and_run
+
+if TYPE_CHECKING:
+    from agentft.audits.checks import Finding
 
 FAILED = 3
 """Exit code where an invariant is broken or a finding of `audit.fail_on` was made; 1 and 2 are errors, as elsewhere."""
@@ -12,18 +16,18 @@ FAILED = 3
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    verdicts: list[bool] = []
+    failing: list[Finding] = []
 
     def run(config: AuditConfig) -> float:
         # Imported here: composing, refusing a typo and --help must not wait for the tokenizer's library.
         from agentft.audits.audit import audit
 
-        result = audit(config)
-        verdicts.append(result.passed)
-        return float(result.findings)
+        found = audit(config)
+        failing.extend(found)
+        return float(len(found))
 
     compose_and_run("audit", AuditConfig, run)
-    return 0 if all(verdicts) else FAILED
+    return FAILED if failing else 0
 
 
 if __name__ == "__main__":

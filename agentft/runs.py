@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 from agentft.errors import RunError
 from agentft.provenance import describe_surroundings
-from agentft.secrets import redact_command, redact_strings, redact_text
+from agentft.secrets import redact_command, redact_text, redact_tree
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
 """`paused`: it reached `training.pause_at_fraction`, saved and evaluated; a larger share resumes it."""
@@ -196,7 +196,7 @@ class RunFolder:
             before = read_json(self.record_file)
             record["earlier"] = [*before.pop("earlier", []), before]
         self.write_text(self.config_file, config_yaml)
-        self.write_json(self.record_file, redact_strings(record))
+        self.write_json(self.record_file, redact_tree(record))
 
     def was_started_before(self) -> bool:
         """Return whether `run.json` tells of an earlier start."""
@@ -205,7 +205,7 @@ class RunFolder:
     def add_to_record(self, **fields: Any) -> None:
         """Add to `run.json` what becomes known only after the start."""
         self._must_be_held()
-        self.write_json(self.record_file, redact_strings({**read_json(self.record_file), **fields}))
+        self.write_json(self.record_file, redact_tree({**read_json(self.record_file), **fields}))
 
     def update_status(self, state: RunState, **fields: Any) -> None:
         """Replace `status.json`; fields of earlier updates of this process stay until they are given again."""

@@ -14,8 +14,7 @@ import sys
 import threading
 import traceback
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "<redacted>"
@@ -69,23 +68,6 @@ def is_secret_name(name: str) -> bool:
     return (words[-1] == "key" and before not in _PLAIN_KEYS) or (words[-1] == "token" and before not in _PLAIN_TOKENS)
 
 
-def redact_tree(tree: Any) -> Any:
-    """Return a copy of nested mappings and lists in which every value under a secret name is hidden."""
-    if isinstance(tree, Mapping):
-        return {key: _hide(value) if is_secret_name(str(key)) else redact_tree(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [redact_tree(value) for value in tree]
-    return tree
-
-
-def _hide(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _hide(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_hide(item) for item in value]
-    return value if value is None or isinstance(value, bool) or value == "" else HIDDEN
-
-
 def redact_text(text: str, environ: Mapping[str, str] | None = None) -> str:
     """Return `text` with every value of a secret-named environment variable replaced by `<redacted:NAME>`.
 
@@ -97,19 +79,29 @@ def redact_text(text: str, environ: Mapping[str, str] | None = None) -> str:
     return text
 
 
-def redact_strings(tree: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """Apply `redact_tree`, and `redact_text` to every text in it, keys included."""
-    return _redact_strings(redact_tree(tree), os.environ if environ is None else environ)
-
-
-def _redact_strings(tree: Any, environ: Mapping[str, str]) -> Any:
-    if isinstance(tree, str):
-        return redact_text(str(tree), environ)
-    if isinstance(tree, Mapping):
-        return {_redact_strings(key, environ): _redact_strings(value, environ) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_redact_strings(value, environ) for value in tree]
+def redact_tree(tree: Any, environ: Mapping[str, str] | None = None) -> Any:
+    """Return a copy of nested mappings and lists: every value under a secret name hidden, every text through `redact_text`."""
+    match tree:
+        case str():
+            return redact_text(str(tree), environ)
+        case Mapping():
+            clean = {key: redact_tree(value, environ) for key, value in tree.items()}
+            shown = {key: _hidden(value) if is_secret_name(str(key)) else value for key, value in clean.items()}
+            return {redact_tree(key, environ): value for key, value in shown.items()}
+        case list() | tuple():
+            return [redact_tree(value, environ) for value in tree]
     return tree
+
+
+def _hidden(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _hidden(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_hidden(item) for item in value]
+        case None | bool() | "":
+            return value
+    return HIDDEN
 
 
 def redact_command(command: Sequence[str], environ: Mapping[str, str] | None = None) -> list[str]:
@@ -154,76 +146,56 @@ def _spellings(value: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((value, *quoted)))
 
 
-class RedactingFilter(logging.Filter):
-    """Take secrets out of a log record: its message, its arguments and its traceback. It lets every record pass."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Change only a record that holds a secret."""
-        try:
-            message = record.getMessage()
-        except Exception:  # a wrong format string is reported by logging itself; its arguments are shown there
-            record.msg, record.args = redact_text(f"{record.msg} {record.args!r}"), None
-            return True
-        clean = redact_text(message)
-        if clean != message:
-            record.msg, record.args = clean, None
-        if record.exc_info and record.exc_info[0] is not None:
-            shown = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-            clean = redact_text(shown)
-            if clean != shown:
-                # Formatters print exc_text; those that read exc_info (rich) would print the secret from its source.
-                record.exc_text, record.exc_info = clean, None
-        if record.stack_info:
-            record.stack_info = redact_text(record.stack_info)
-        return True
+def redact_record(record: logging.LogRecord) -> None:
+    """Take secrets out of a log record: its message, its arguments and its traceback. One without secrets is not changed."""
+    try:
+        message = record.getMessage()
+    except Exception:  # a wrong format string is reported by logging itself; its arguments are shown there
+        record.msg, record.args = redact_text(f"{record.msg} {record.args!r}"), None
+        return
+    if (clean := redact_text(message)) != message:
+        record.msg, record.args = clean, None
+    if record.exc_info and record.exc_info[0] is not None:
+        shown = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+        if (clean := redact_text(shown)) != shown:
+            # Formatters print exc_text; those that read exc_info (rich) would print the secret from its source.
+            record.exc_text, record.exc_info = clean, None
+    if record.stack_info:
+        record.stack_info = redact_text(record.stack_info)
 
 
-_installed = False
-
-
+@functools.cache
 def install_log_redaction() -> None:
     """Hide secrets in every log record and traceback of this process, whoever adds handlers afterwards.
 
     Records are cleaned where they are made, because a filter on a logger misses what its children pass up.
     Also covered: uncaught exceptions, of threads too, and the warnings of `Exception ignored in`.
     """
-    global _installed
-    if _installed:
-        return
-    _installed = True
-    redacting = RedactingFilter()
     make_record = logging.getLogRecordFactory()
 
     def make_clean_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        redacting.filter(record)
+        redact_record(record)
         return record
 
     logging.setLogRecordFactory(make_clean_record)
-    next_hook, next_thread_hook, next_unraisable_hook = sys.excepthook, threading.excepthook, sys.unraisablehook
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not _print_redacted(kind, error, trace):
-            next_hook(kind, error, trace)
-
-    def thread_excepthook(args: threading.ExceptHookArgs) -> None:
-        if args.exc_value is None or not _print_redacted(args.exc_type, args.exc_value, args.exc_traceback):
-            next_thread_hook(args)
-
-    def unraisablehook(args: sys.UnraisableHookArgs) -> None:
-        if args.exc_value is None or not _print_redacted(args.exc_type, args.exc_value, args.exc_traceback):
-            next_unraisable_hook(args)
-
-    sys.excepthook, threading.excepthook, sys.unraisablehook = excepthook, thread_excepthook, unraisablehook
+    sys.excepthook = _redacting(sys.excepthook)
+    threading.excepthook = _redacting(threading.excepthook)
+    sys.unraisablehook = _redacting(sys.unraisablehook)
 
 
-def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> bool:
-    """Print the traceback if it holds a secret; return False where the usual way of printing it is safe."""
-    shown = "".join(traceback.format_exception(kind, error, trace))
-    clean = redact_text(shown)
-    if clean == shown:
-        return False
-    if sys.stderr is not None:
-        sys.stderr.write(clean)
-        sys.stderr.flush()
-    return True
+def _redacting(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an exception hook that prints a traceback with a secret itself, and leaves any other to `hook`."""
+
+    def redacted(*args: Any) -> None:
+        # Python's own hook takes three arguments, those of threads and destructors one that holds them.
+        kind, error, trace = args if len(args) == 3 else (args[0].exc_type, args[0].exc_value, args[0].exc_traceback)
+        shown = "" if error is None else "".join(traceback.format_exception(kind, error, trace))
+        clean = redact_text(shown)
+        if clean == shown:
+            hook(*args)
+        elif sys.stderr is not None:
+            sys.stderr.write(clean)
+            sys.stderr.flush()
+
+    return redacted

@@ -1,22 +1,23 @@
-"""Define the base of every dataclass of settings: a number has its range on its field, and one outside of it is refused.
+"""Define the base of every dataclass of settings: a field says in its metadata what it may be, and another value is refused.
 
     rank: int = field(default=8, metadata={"minimum": 1, "maximum": 16384})
 
-`minimum` and `maximum` belong to the range, `above` and `below` do not; `also` is a value beside it (-1 for "all");
-`one_of` lists the values where there are few. Every number has a lower and an upper end, so that neither nan nor inf is
-ever taken.
+`minimum` and `maximum` belong to the range of a number, `above` and `below` do not; `also` is a value beside it (-1 for
+"all"); `one_of` lists the values where there are few. Every number has a lower and an upper end, so that neither nan nor inf
+is ever taken. `choices` are the words that a text may be, and a text with `json` is a JSON object.
 
 `advanced` settings are left out of `--help`, and out of a run's `config.yaml` where they have their default.
 
 `affects` is the first of these that another value changes: `data` (the examples), `losses` (of a training step), `answers`
 (of a model to a step), `results` (scores, reports, exported files); or `nothing` of them. A class sets it for its fields,
-`class X(Settings, affects="losses")`, and a field for itself, `metadata={"affects": "nothing"}`. The name of an option
-affects what the option does.
+`class X(Settings, affects="losses")`, and a field for itself. The name of an option affects what the option does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -68,9 +69,19 @@ class Number:
         return " or ".join([f"{kind} {ends}", *beside, *(["null"] if self.optional else [])])
 
 
-def numbers(schema: type) -> dict[str, Number]:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field; `dataclasses.MISSING` where a value has to be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+hints_of = functools.cache(typing.get_type_hints)
+"""The types of a dataclass's fields, by name."""
+
+
+@functools.cache
+def numbers(schema: type) -> Mapping[str, Number]:
     """Return the fields of a dataclass that hold a number, by name."""
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     found = {}
     for field in dataclasses.fields(schema):
         kinds = set(typing.get_args(hints[field.name])) or {hints[field.name]}
@@ -120,7 +131,7 @@ class Settings:
     """A group of settings. `class X(Settings, group="model")` names the group for messages; a subclass inherits it.
 
     Raises:
-        ConfigError: a number is outside of its range.
+        ConfigError: a value is not what its field may be.
     """
 
     _group = ""
@@ -133,6 +144,24 @@ class Settings:
             cls._affects = affects
 
     def __post_init__(self) -> None:
-        for name, number in numbers(type(self)).items():
+        schema: type = type(self)
+        for name, number in numbers(schema).items():
             if not number.allows(value := getattr(self, name)):
                 raise ConfigError(f"{self._group}{name}={value}: expected {number}")
+        for field in dataclasses.fields(self):
+            name, value = f"{self._group}{field.name}", getattr(self, field.name)
+            if choices := field.metadata.get("choices"):
+                setattr(self, field.name, value := str(value).lower())  # a truth value of YAML comes as `True`
+                if value not in choices:
+                    raise ConfigError(f"{name}={value}: expected one of {', '.join(choices)}")
+            if field.metadata.get("json") and value is not None:
+                _require_object(name, value)
+
+
+def _require_object(name: str, text: str) -> None:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}={text!r}: expected a JSON object")

@@ -27,7 +27,7 @@ from typing import Any, Literal, Self
 
 from agentft.errors import ConfigError, RunError
 from agentft.runs import RunFolder, json_text, read_json, sweep_folder
-from agentft.secrets import redact_command, redact_strings, redact_text
+from agentft.secrets import redact_command, redact_text, redact_tree
 from agentft.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class Tracker:
         if not self._enabled:
             return
         file = self._run.summary_file
-        clean = json.loads(json_text(redact_strings(values)))
+        clean = json.loads(json_text(redact_tree(values)))
         self._run.write_json(file, {**(read_json(file) if file.exists() else {}), **clean})
         self._try("summary", lambda: self._wandb.summary.update(clean))
 
@@ -289,7 +289,7 @@ class Tracker:
         def log() -> None:
             import wandb
 
-            clean = redact_strings(dict(metadata or {}))
+            clean = redact_tree(dict(metadata or {}))
             artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:128], type=kind, metadata=clean)
             # Not Path.as_uri(): W&B takes the address as it stands and would look for a file with %20 in its name.
             artifact.add_reference(f"file://{path.absolute()}")
@@ -348,7 +348,7 @@ class Tracker:
                 dir=str(self.wandb_folder.parent),
                 resume="allow",
                 reinit="finish_previous",
-                config=json.loads(json_text(redact_strings({**self._config_tree, "_agentft": about}))),
+                config=json.loads(json_text(redact_tree({**self._config_tree, "_agentft": about}))),
                 settings=wandb.Settings(**settings),
             )
 

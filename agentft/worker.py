@@ -21,8 +21,7 @@ from pathlib import Path
 from agentft.errors import AgentftError, ConfigError
 from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
-from agentft.recipes.config import TrainConfig
-from agentft.recipes.saved import config_from_yaml
+from agentft.recipes.config import TrainConfig, config_from_yaml, require_typed
 from agentft.signals import StopSignal, StopSignals
 
 
@@ -56,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
         from agentft.recipes.train import train_rank
 
         text = given.config.read_text(encoding="utf-8")
-        config_from_yaml(text, TrainConfig).model.require_typed(TrustConfig(**trust), given.config)
+        model = config_from_yaml(text, TrainConfig).model
+        require_typed(model, TrustConfig(**trust), given.config)
         with signals.at_once():
             train_rank(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -22,6 +23,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tokenised data is kept for the length of the session, apart from the user's own."""
+    # With torch and its like loaded, a third of the time of composing settings would go into looking for cycles.
+    gc.set_threshold(20_000, 20, 20)
     if "AGENTFT_DATA_CACHE" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="agentft-data-cache-")
         os.environ["AGENTFT_DATA_CACHE"] = folder.name

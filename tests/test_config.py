@@ -35,9 +35,9 @@ from agentft.config import (
     to_train_config,
 )
 from agentft.config.compose import without_hydra
-from agentft.config.help import help_text
+from agentft.config.explain import help_text
 from agentft.errors import ConfigError, RunError
-from agentft.recipes.saved import ROOTS, SCHEMAS, primary_config, saved_settings
+from agentft.recipes.config import ROOTS, SCHEMAS, primary_config, saved_settings
 from agentft.secrets import is_secret_name
 from agentft.settings import members
 
@@ -227,6 +227,18 @@ def test_the_command_line_wins_over_the_experiment() -> None:
     assert (config.sft_type.rank, config.model.name, config.sft_type.alpha) == (64, "tiny", 32.0)
 
 
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_settings_that_another_program_names_need_no_sign(sign: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_deepspeed = ("distributed=deepspeed_zero2", f"{sign}distributed.deepspeed.zero_optimization.overlap_comm=true")
+    (typed,) = run(monkeypatch, f"{sign}model.template_args.enable_thinking=false", *of_deepspeed)
+    assert typed.model.template_args == {"enable_thinking": False}
+    assert typed.distributed.deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    first, second = run(monkeypatch, "-m", "hydra/launcher=basic", f"{sign}model.template_args.date=a,b")
+    assert [each.model.template_args for each in (first, second)] == [{"date": "a"}, {"date": "b"}]
+    assert [Path(each.run_dir).name for each in (first, second)] == ["0_date-a", "1_date-b"]
+
+
 def test_the_replaced_options_are_settings() -> None:
     assert set(OLD_OPTIONS.values()) <= set(settings())
 
@@ -261,12 +273,25 @@ MISTAKES = [
     ("sft_type=full sft_type.rank=4", ["sft_type.rank: rank belongs to sft_type=lora", "sft_type=full has"]),
     ("sft_type=full +sft_type.rank=4", ["sft_type.rank: rank belongs to sft_type=lora", "sft_type=full has"]),
     ("dataset.path=x.jsonl", ["dataset.path: path belongs to dataset=local"]),
+    (
+        "experiment=msagent_7b_lora dataset=local dataset.path=x.jsonl",
+        [
+            *("experiment/msagent_7b_lora.yaml: dataset.test_split: ", "belongs to dataset=huggingface"),
+            "leave out dataset=local or that file",
+        ],
+    ),
+    ("experiment=msagent_7b_lora sft_type=full", ["sft_type.rank: rank belongs to sft_type=lora", "sft_type=full has"]),
     ("+unknown=1", ["unknown: no such setting", "there are: dataset"]),
     ("++unknown=1", ["unknown: no such setting"]),
     ("+sft_type.foo=1", ["sft_type.foo: no such setting"]),
     ("++training.epochz=1", ["training.epochz:", "did you mean training.epochs?"]),
     ("--cfg job +unknown=1", ["unknown: no such setting"]),
     ("+sft_type.rank=4", ["sft_type.rank: is there already; leave out the +"]),
+    (
+        "distributed=deepspeed_zero2 +distributed.deepspeed.zero_optimization.stage=1",
+        ["zero_optimization.stage: is there already; leave out the +"],
+    ),
+    ("--cfg job -m seed=1,2", ["not allowed with argument --cfg"]),
     ("~training.epochs", ["training.epochs: settings cannot be removed"]),
     ("~sft_type", ["sft_type: missing"]),
     ("dataset=local", ["dataset.path: missing; give dataset.path=<value>. A file"]),

@@ -92,7 +92,7 @@ def test_only_the_composition_knows_hydra():
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             found = {module.split(".")[0] for module in modules} & {"hydra", "omegaconf"}
             if found and _floor(_room(_module_name(path))) != 5:
-                assert (_module_name(path), found) == ("agentft.recipes.saved", {"omegaconf"}), (
+                assert (_module_name(path), found) == ("agentft.recipes.config", {"omegaconf"}), (
                     f"{path} imports {modules}"
                 )
 
@@ -154,8 +154,10 @@ TAKES_ALL_SETTINGS = {
     "minimal.train": "the teaching recipe",
     "train._require_ranks": "the recipe: asked before the ranks start, and again by each",
     **dict.fromkeys(("train.run_id", "train.choices"), "names a run by all that decides it"),
-    **dict.fromkeys(("saved.objective_of_finished", "saved.changed_settings"), "compares all with a run's own"),
-    **dict.fromkeys(("saved.primary_config", "saved.config_to_yaml", "saved.settings_to_yaml"), "writes config.yaml"),
+    **dict.fromkeys(("config.objective_of_finished", "config.changed_settings"), "compares all with a run's own"),
+    **dict.fromkeys(
+        ("config.primary_config", "config.config_to_yaml", "config.settings_to_yaml"), "writes config.yaml"
+    ),
     **dict.fromkeys(("evaluate.evaluate", "evaluate._evaluate_as", "evaluate._evaluate"), "the recipe"),
     "export.export": "the recipe",
     "export._facts": "the model card names what a run was trained with",

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from agentft.secrets import (
     HIDDEN,
-    RedactingFilter,
     is_secret_name,
     redact_command,
-    redact_strings,
+    redact_record,
     redact_text,
     redact_tree,
 )
@@ -153,7 +152,7 @@ def test_a_value_is_found_in_every_spelling(value):
 def test_texts_and_keys_inside_a_tree_are_cleaned():
     environ = {"X_TOKEN": KEY}
     tree = {"note": f"used {KEY}", KEY: [1, (KEY,)]}
-    assert redact_strings(tree, environ) == {
+    assert redact_tree(tree, environ) == {
         "note": "used <redacted:X_TOKEN>",
         "<redacted:X_TOKEN>": [1, ["<redacted:X_TOKEN>"]],
     }
@@ -178,7 +177,7 @@ def test_a_command_line_is_shown_without_its_secrets():
 def test_a_record_without_a_secret_is_not_touched():
     record = logging.LogRecord("a", logging.INFO, "f.py", 1, "%d of %s", (3, "many"), None)
     before = dict(vars(record))
-    assert RedactingFilter().filter(record)
+    redact_record(record)
     assert vars(record) == before
 
 

@@ -5,24 +5,24 @@ Of a conversation that was looked at counts, digests and a small sample stay; th
 
 from __future__ import annotations
 
-import heapq
+import hashlib
 import json
 import os
 import re
 import sys
 import time
+import unicodedata
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from agentft.audits.checks import Problem, check_calls, check_turns, trace_labels
-from agentft.audits.findings import Findings
-from agentft.audits.overlap import ConversationIndex
+from agentft.audits.checks import Finding, Problem, check_calls, check_turns, empty_findings, trace_labels
 from agentft.audits.report import AuditReport, html_page, print_conversation, print_report
 from agentft.data.config import DatasetConfig
 from agentft.data.conversation import Conversation, Origin
@@ -40,32 +40,22 @@ from agentft.recipes.config import AuditConfig, AuditOptions
 _WIDTH = 120
 """Columns of a report that does not go to a terminal."""
 
-_MAX_SOURCES = 40
-"""Id prefixes above which they are no sources but names; files count instead."""
+_MAX_GROUPS = 400
+"""Files, above which the others count together."""
+
+_SAMPLE = 24
+"""Conversations in the page besides the first example of each finding."""
 
 _MAX_SHOWN_TOKENS = 20_000
 """A longer conversation is no example to look at."""
-
-_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[-_:/.])")
 
 _OF_REJECTIONS = {"duplicate": "duplicate", "observation_without_call": "exec_without_call"}
 _OF_NOTICES = {"duplicate_id_renamed": "duplicate_id"}
 """What the reader has found already -> its code here."""
 
 
-@dataclass(frozen=True, slots=True)
-class AuditResult:
-    """What an audit came to."""
-
-    passed: bool
-    findings: int
-    """Codes that make it fail."""
-    output: Path | None
-    """Folder of the report; None for a view, which writes nothing."""
-
-
-def audit(config: AuditConfig) -> AuditResult:
-    """Audit a dataset, or show one conversation of it.
+def audit(config: AuditConfig) -> list[Finding]:
+    """Audit a dataset and write its report, or show one conversation of it; return the findings that make it fail.
 
     Raises:
         DataError: a source cannot be read, or has no conversation `view`.
@@ -77,7 +67,7 @@ def audit(config: AuditConfig) -> AuditResult:
     if config.view is not None:
         seen = _find(config.dataset, config.view, layout, encoder, text)
         print_conversation(seen, text, _screen(), max_length=config.dataset.max_length)
-        return AuditResult(True, 0, None)
+        return []
     looked = look_at_every_conversation(
         config.dataset,
         layout,
@@ -95,7 +85,7 @@ def audit(config: AuditConfig) -> AuditResult:
     _write(output / "audit.json", json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
     if config.audit.page:
         _write(output / "audit.html", html_page(report, text))
-    return AuditResult(not report.failing, len(report.failing), output)
+    return report.failing
 
 
 def _find(config: DatasetConfig, wanted: str, layout: Layout, encoder: SegmentEncoder, text: TokenText) -> Seen:
@@ -133,104 +123,56 @@ class Seen:
     example: Example
     kinds: np.ndarray[tuple[int], np.dtype[np.int8]]
     """Shape [T]. Of a trained token its span's, of another that of the segment it begins in."""
-    part: str = "neither"
+    part: str
 
     @classmethod
     def of(cls, made: Rendered, text: TokenText, part: str | None = None) -> Seen:
         """Return the longest example, an empty one where the layout cannot hold the conversation."""
-        part = part or "neither"
-        if not made.pieces:
-            empty = Example(made.conversation.id, np.zeros(0, dtype=np.int32), ())
-            return cls(made.conversation, empty, np.zeros(0, dtype=np.int8), part)
-        longest = max(made.pieces, key=lambda piece: len(piece.example))
-        kinds = text.kinds(longest.example.input_ids, longest.segments)
-        for span in longest.example.spans:
-            kinds[span.start : span.stop] = span.kind
-        return cls(made.conversation, longest.example, kinds, part)
+        example, kinds = Example(made.conversation.id, np.zeros(0, dtype=np.int32), ()), np.zeros(0, dtype=np.int8)
+        if made.pieces:
+            longest = max(made.pieces, key=lambda piece: len(piece.example))
+            example, kinds = longest.example, text.kinds(longest.example.input_ids, longest.segments)
+            for span in example.spans:
+                kinds[span.start : span.stop] = span.kind
+        return cls(made.conversation, example, kinds, part or "neither")
 
 
-@dataclass(slots=True)
-class GroupStats:
-    """Sums over a group of conversations."""
-
-    conversations: int = 0
-    rounds: int = 0
-    calls: int = 0
-    observations: int = 0
-    tokens: int = 0
-    trained: int = 0
-    too_long: int = 0
-
-    @property
-    def share_trained(self) -> float:
-        return self.trained / self.tokens if self.tokens else 0.0
+Sums = Counter[str]
+"""Of a group of conversations, by what was counted."""
 
 
-@dataclass(slots=True)
-class Fitting:
-    """What fitting to `dataset.max_length` makes of the conversations of one part."""
-
-    outcomes: dict[str, int] = field(default_factory=dict)
-    """Conversations by `agentft.data.truncation.TruncationKind`."""
-    examples: int = 0
-    tokens: int = 0
-    """Of the examples."""
-    trained: int = 0
-    """Labelled tokens of the examples."""
-    steps: int = 0
-    """What the agents say, step by step, in all conversations of the part."""
-    steps_left_out: int = 0
-    shortened_observations: int = 0
-
-
-@dataclass(slots=True)
-class RewrittenHistory:
-    """Conversations that are several examples, since the chat template rewrites their history; before fitting."""
-
-    conversations: int = 0
-    examples: int = 0
-    tokens: int = 0
-    tokens_of_the_longest: int = 0
-    """Of the longest example of each: what one rendering would cost."""
-
-    def add(self, lengths: Sequence[int]) -> None:
-        """Count the examples of one conversation."""
-        if len(lengths) > 1:
-            self.conversations += 1
-            self.examples += len(lengths)
-            self.tokens += sum(lengths)
-            self.tokens_of_the_longest += max(lengths)
+def _zeros(*names: str) -> Sums:
+    return Counter(dict.fromkeys(names, 0))
 
 
 @dataclass(slots=True)
 class Statistics:
     """What a dataset holds."""
 
-    whole: GroupStats = field(default_factory=GroupStats)
-    by_prefix: dict[str, GroupStats] = field(default_factory=dict)
-    by_file: dict[str, GroupStats] = field(default_factory=dict)
-    by_language: dict[str, GroupStats] = field(default_factory=dict)
-    by_rounds: dict[str, GroupStats] = field(default_factory=dict)
-    by_part: dict[str, GroupStats] = field(default_factory=dict)
-    """`train`, `heldout` and `neither`."""
+    whole: Sums = field(
+        default_factory=lambda: _zeros(
+            "conversations", "rounds", "calls", "observations", "tokens", "trained", "too_long"
+        )
+    )
+    groups: dict[str, dict[str, Sums]] = field(
+        default_factory=lambda: {name: {} for name in ("files_read", "languages", "rounds", "parts")}
+    )
+    """Sums by file, language, number of rounds, and part: `train`, `heldout` and `neither`."""
     tokens_by_kind: Counter[SpanKind] = field(default_factory=Counter)
     lengths: array[int] = field(default_factory=lambda: array("I"))
     """Tokens of each conversation."""
     tools_called: Counter[str] = field(default_factory=Counter)
     tools_offered: Counter[str] = field(default_factory=Counter)
-    offered_per_conversation: Counter[int] = field(default_factory=Counter)
-    called_per_conversation: Counter[int] = field(default_factory=Counter)
-    steps: int = 0
-    fitting: dict[str, Fitting] = field(default_factory=dict)
-    """For `train` and `heldout`, where the part is not empty."""
-    rewritten_history: RewrittenHistory = field(default_factory=RewrittenHistory)
+    steps: Counter[str] = field(default_factory=Counter)
+    """What the agents say, step by step, in all conversations of a part."""
+    fitting: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What fitting to `dataset.max_length` makes of `train` and `heldout`, where the part is not empty."""
+    rewritten_history: Sums = field(
+        default_factory=lambda: _zeros("conversations", "examples", "tokens", "tokens_of_the_longest")
+    )
+    """Conversations that are several examples, since the chat template rewrites their history; the longest example of each
+    is what one rendering would cost."""
     heldout_turns_compared: int = 0
-
-    def by_source(self) -> dict[str, GroupStats]:
-        """Return groups by id prefix where ids have few of them, else by file; commonest first."""
-        few = 1 < len(self.by_prefix) <= _MAX_SOURCES
-        groups = self.by_prefix if few or len(self.by_file) == 1 else self.by_file
-        return dict(sorted(groups.items(), key=lambda item: -item[1].conversations))
 
     def length_at(self, share: float) -> int:
         """Return the tokens that `share` of the conversations do not exceed."""
@@ -246,15 +188,14 @@ class Audit:
         """Take prepared data, whose examples are in `layout`."""
         self.data = data
         self.statistics = Statistics()
-        self.findings = Findings(options.examples)
+        self.findings = empty_findings()
         self._config, self._options = config, options
         self._layout = layout
         self._text = text
         self._stop_token = stop_tokens(layout)[0]
         self._index = ConversationIndex()
-        self._steps: Counter[str] = Counter()
-        """By part."""
-        self._sample: list[tuple[int, int, Seen]] = []
+        self._sample: list[tuple[str, Seen]] = []
+        """Content hash and conversation."""
         self._exemplary: dict[str, Seen] = {}
         """Code -> the conversation of its first example."""
 
@@ -263,15 +204,23 @@ class Audit:
         """Conversations that fitting sets aside: those after the ones that reading does."""
         return self.data.account.rejections[self.data.account.read.rejected.total() :]
 
+    @property
+    def found(self) -> list[Finding]:
+        """What was found, in the order of the codes."""
+        return [finding for finding in self.findings.values() if finding.count]
+
     def look(self, encoder: SegmentEncoder) -> Audit:
         """Look at every conversation, then at all of them together."""
-        for number, made in enumerate(make_examples(self.data.conversations, self._layout, encoder)):
-            self.statistics.rewritten_history.add([len(piece.example) for piece in made.pieces])
-            self._look_at(number, Seen.of(made, self._text, self.data.entries[number].part))
-        self._note_what_reading_found()
-        for reason in self.data.empty_parts:
-            self.findings.add("empty_part", Origin("split", 0), None, reason)
         statistics, data = self.statistics, self.data
+        for number, made in enumerate(make_examples(data.conversations, self._layout, encoder)):
+            lengths = [len(piece.example) for piece in made.pieces]
+            if len(lengths) > 1:
+                cost = {"examples": len(lengths), "tokens": sum(lengths), "tokens_of_the_longest": max(lengths)}
+                statistics.rewritten_history.update(cost, conversations=1)
+            self._look_at(number, Seen.of(made, self._text, data.entries[number].part))
+        self._note_what_reading_found()
+        for reason in data.empty_parts:
+            self.findings["empty_part"].add(Origin("split", 0), None, reason)
         statistics.heldout_turns_compared = self._index.compare(
             data.conversations, [entry.part for entry in data.entries], self.findings, self._options.similarity
         )
@@ -283,21 +232,26 @@ class Audit:
         kept: dict[str, tuple[Seen, list[str]]] = {}
         for code, seen in self._exemplary.items():
             kept.setdefault(seen.conversation.id, (seen, []))[1].append(code)
-        for _, _, seen in sorted(self._sample, key=lambda entry: -entry[0]):
+        for _, seen in _smallest(self._sample):
             kept.setdefault(seen.conversation.id, (seen, []))
         return kept
 
     def _look_at(self, number: int, seen: Seen) -> None:
         self._count(seen)
         self._index.add(seen.conversation)
-        self._keep_in_sample(number, seen)
+        if len(seen.example) <= _MAX_SHOWN_TOKENS:
+            self._sample.append((seen.conversation.content_hash, seen))
+            if len(self._sample) > 4 * _SAMPLE:
+                self._sample = _smallest(self._sample)
         problems = [*check_turns(seen.conversation), *check_calls(seen.conversation)]
         if (problem := self._trace(number, seen)) is not None:
             problems.append(problem)
         if len(seen.example) > self._config.max_length:
             problems.append(self._too_long(number, seen))
-        for problem in problems:
-            self._add(problem, seen)
+        for code, detail, topic in problems:
+            kept = self.findings[code].add(seen.conversation.origin, seen.conversation.id, detail, topic)
+            if kept and len(seen.example) <= _MAX_SHOWN_TOKENS:
+                self._exemplary.setdefault(code, seen)
 
     def _trace(self, number: int, seen: Seen) -> Problem | None:
         """Follow the labels of all examples made of a conversation back to the record."""
@@ -328,89 +282,181 @@ class Audit:
         made = f"split into {len(result.rows)}" if result.kind is TruncationKind.spread else kind
         return Problem("too_long", f"{detail}; {'in training' if seen.part == 'train' else 'held out'}: {made}", kind)
 
-    def _add(self, problem: Problem, seen: Seen) -> None:
-        conversation = seen.conversation
-        kept = self.findings.add(
-            problem.code, conversation.origin, conversation.id, problem.detail, topic=problem.topic
-        )
-        if kept and problem.code not in self._exemplary and len(seen.example) <= _MAX_SHOWN_TOKENS:
-            self._exemplary[problem.code] = seen
-
     def _count(self, seen: Seen) -> None:
-        conversation, length = seen.conversation, len(seen.example)
+        conversation, length, statistics = seen.conversation, len(seen.example), self.statistics
         names = [call.name for call in conversation.tool_calls]
-        results = sum(message.role == "tool" for message in conversation.messages)
-        malformed = sum(len(message.malformed_calls) for message in conversation.messages)
-        found = _PREFIX.match(conversation.id)
-        statistics = self.statistics
-        groups = (
-            (statistics.by_prefix, found[0] if found else "(no prefix)"),
-            (statistics.by_file, conversation.origin.source),
-            (statistics.by_language, conversation.language),
-            (statistics.by_rounds, str(conversation.rounds) if conversation.rounds < 10 else "10 and more"),
-            (statistics.by_part, seen.part),
-        )
-        tallies = [statistics.whole]
-        for group, key in groups:
-            if key not in group and len(group) >= 10 * _MAX_SOURCES:
-                key = "(others)"
-            tallies.append(group.setdefault(key, GroupStats()))
-        for tally in tallies:
-            tally.conversations += 1
-            tally.rounds += conversation.rounds
-            tally.calls += len(names) + malformed
-            tally.observations += results
-            tally.tokens += length
-            tally.trained += seen.example.trained_tokens
-            tally.too_long += length > self._config.max_length
+        sums = {
+            "conversations": 1,
+            "rounds": conversation.rounds,
+            "calls": len(names) + sum(len(message.malformed_calls) for message in conversation.messages),
+            "observations": sum(message.role == "tool" for message in conversation.messages),
+            "tokens": length,
+            "trained": seen.example.trained_tokens,
+            "too_long": int(length > self._config.max_length),
+        }
+        rounds = str(conversation.rounds) if conversation.rounds < 10 else "10 and more"
+        keys = (conversation.origin.source, conversation.language, rounds, seen.part)
+        statistics.whole.update(sums)
+        for group, key in zip(statistics.groups.values(), keys, strict=True):
+            known = key if key in group or len(group) < _MAX_GROUPS else "(others)"
+            group.setdefault(known, Counter()).update(sums)
         statistics.lengths.append(length)
-        steps = len(seen.example.steps())
-        statistics.steps += steps
-        self._steps[seen.part] += steps
+        statistics.steps[seen.part] += len(seen.example.steps())
         counts = np.bincount(seen.kinds, minlength=len(SpanKind)).tolist()
         statistics.tokens_by_kind.update({kind: counts[kind] for kind in SpanKind})
         statistics.tools_called.update(names)
         statistics.tools_offered.update({tool.name for tool in conversation.offered})
-        statistics.offered_per_conversation[len(conversation.offered)] += 1
-        statistics.called_per_conversation[len(set(names))] += 1
-
-    def _keep_in_sample(self, number: int, seen: Seen) -> None:
-        """Keep the conversations with the smallest content hashes: a fair sample, and the same one every time."""
-        size = self._options.sample
-        if size == 0 or len(seen.example) > _MAX_SHOWN_TOKENS:
-            return
-        entry = (-int(seen.conversation.content_hash[:15], 16), number, seen)
-        if len(self._sample) < size:
-            heapq.heappush(self._sample, entry)
-        elif entry > self._sample[0]:
-            heapq.heapreplace(self._sample, entry)
 
     def _note_what_reading_found(self) -> None:
         account = self.data.account
         for rejection in account.rejections:
             if code := _OF_REJECTIONS.get(rejection.reason):
-                self.findings.add(code, rejection.origin, rejection.id, rejection.detail)
+                self.findings[code].add(rejection.origin, rejection.id, rejection.detail)
         for notice_code, code in _OF_NOTICES.items():
-            for notice in account.read.notices_shown.get(notice_code, []):
-                self.findings.add(code, notice.origin, None, notice.detail)
-            # The reader keeps the first few notices only, but counts all: one a conversation.
             finding = self.findings[code]
+            for notice in account.read.notices_shown.get(notice_code, []):
+                finding.add(notice.origin, None, notice.detail)
+            # The reader keeps the first few notices only, but counts all: one a conversation.
             finding.count = finding.conversations = account.read.notices[notice_code]
         rows, allowed = account.read.rows, self._config.max_rejected
         if rows and account.lost / rows > allowed:
             share = f"{account.lost:,} of {rows:,} rows ({account.lost / rows:.1%})"
             detail = f"{share}, dataset.max_rejected={allowed} allows {allowed:.1%}"
-            self.findings.add("too_many_set_aside", Origin("dataset", 0), None, detail)
+            self.findings["too_many_set_aside"].add(Origin("dataset", 0), None, detail)
 
-    def _fitting(self, part: str) -> Fitting:
+    def _fitting(self, part: str) -> dict[str, Any]:
         account, examples = self.data.account, self.data.examples(part)
         changes = [change for change in account.changed if change["part"] == part]
-        return Fitting(
-            dict(account.fitted[part]),
-            len(examples),
-            int(examples.lengths.sum()),
-            examples.trained_tokens,
-            self._steps[part],
-            sum(len(change["steps_left_out"]) for change in changes),
-            sum(change["shortened_observations"] for change in changes),
-        )
+        return {
+            "outcomes": dict(account.fitted[part]),
+            "examples": len(examples),
+            "tokens": int(examples.lengths.sum()),
+            "trained": examples.trained_tokens,
+            "steps": self.statistics.steps[part],
+            "steps_left_out": sum(len(change["steps_left_out"]) for change in changes),
+            "shortened_observations": sum(change["shortened_observations"] for change in changes),
+        }
+
+
+def _smallest(sample: list[tuple[str, Seen]]) -> list[tuple[str, Seen]]:
+    """Return the conversations with the smallest content hashes: a fair sample, and the same one every time."""
+    return sorted(sample, key=lambda entry: entry[0])[:_SAMPLE]
+
+
+# --- What conversations share ---
+
+SHORTEST_COMPARED = 20
+"""Letters and digits of a user turn below which nearly equal says nothing: "Yes, please"."""
+
+_SHINGLE = 5
+_BUCKETS = 32
+_BAND = 4
+_CROWD = 200
+"""Training turns compared for one equal band: bounds the work where a template made a million turns."""
+_EMPTY = np.uint32(0xFFFFFFFF)
+_NOT_WORDS = re.compile(r"[\W_]+")
+
+
+class ConversationIndex:
+    """Digests and sketches of conversations, one after the other: never their texts, about a kilobyte of each at most."""
+
+    def __init__(self) -> None:
+        self._contents = array("Q")
+        self._said = array("Q")
+        self._sketches: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
+        self._owners = array("Q")
+        """Of each sketch."""
+
+    def add(self, conversation: Conversation) -> None:
+        """Enter the next conversation."""
+        turns = [message.text for message in conversation.messages if message.role == "user"]
+        # Not `user_hash`, which the split goes by: what is checked must not be what checks.
+        said = hashlib.blake2b("\x1f".join(" ".join(turn.split()) for turn in turns).encode(), digest_size=8)
+        sketches = [sketch for turn in turns if (sketch := _sketch(turn)) is not None]
+        self._sketches += sketches
+        self._owners.extend([len(self._said)] * len(sketches))
+        self._said.append(int.from_bytes(said.digest(), "big"))
+        self._contents.append(int(conversation.content_hash[:16], 16))
+
+    def compare(
+        self,
+        conversations: Sequence[Conversation],
+        part_of: Sequence[str | None],
+        findings: dict[str, Finding],
+        similarity: float,
+    ) -> int:
+        """Find equal contents and user sides, within the whole and across the split, and held-out user turns that nearly
+        equal one of training. Return the number of held-out turns that were compared.
+
+        Args:
+            conversations: Those that were entered, in their order.
+            part_of: `train`, `heldout` or None for each.
+            similarity: Share of common five-letter runs, case and punctuation aside; estimated within about 0.07.
+        """
+
+        def report(code: str, first: int, other: int, words: str) -> None:
+            earlier, found = conversations[first], conversations[other]
+            findings[code].add(found.origin, found.id, f"{words} {earlier.id!r} ({earlier.origin})")
+
+        repeated: set[int] = set()
+        for what, words, keys in (("content", "content", self._contents), ("user_side", "user side", self._said)):
+            first: dict[int, int] = {}
+            trained: dict[int, int] = {}
+            for number, key in enumerate(keys):
+                if (origin := first.setdefault(key, number)) != number and number not in repeated:
+                    repeated.add(number)
+                    report(f"duplicate_{what}", origin, number, f"the same {words} as")
+                if part_of[number] == "train":
+                    trained.setdefault(key, number)
+            for number, key in enumerate(keys):
+                if part_of[number] == "heldout" and key in trained:
+                    report(f"{what}_straddles", trained[key], number, f"the same {words} as")
+        turns: dict[str | None, list[int]] = defaultdict(list)
+        for turn, owner in enumerate(self._owners):
+            turns[part_of[owner]].append(turn)
+        for other, (alike, turn) in sorted(self._nearest(turns["train"], turns["heldout"]).items()):
+            if alike >= similarity:
+                words = f"about {alike:.0%} of a user turn as in"
+                report("near_duplicate_across_split", self._owners[turn], self._owners[other], words)
+        return len(turns["heldout"])
+
+    def _nearest(self, trained: Sequence[int], held: Sequence[int]) -> dict[int, tuple[float, int]]:
+        """Return how alike the nearest training turn is, and which, of each held-out turn with an equal band of the sketch."""
+        best: dict[int, tuple[float, int]] = {}
+        for start in range(0, _BUCKETS, _BAND):
+            bands: dict[bytes, list[int]] = defaultdict(list)
+            for turn in held:
+                bands[self._sketches[turn][start : start + _BAND].tobytes()].append(turn)
+            bands.pop(_EMPTY.tobytes() * _BAND, None)  # which says nothing
+            met: Counter[bytes] = Counter()
+            for turn in trained:
+                band = self._sketches[turn][start : start + _BAND].tobytes()
+                if band not in bands or met[band] == _CROWD:
+                    continue
+                met[band] += 1
+                for other in bands[band]:
+                    alike = _alike(self._sketches[turn], self._sketches[other])
+                    if alike > best.get(other, (0.0, 0))[0]:
+                        best[other] = (alike, turn)
+        return best
+
+
+def _sketch(turn: str) -> np.ndarray[Any, np.dtype[np.uint32]] | None:
+    """Return a one-permutation MinHash of the five-letter runs of a user turn; None for a short one."""
+    letters = _NOT_WORDS.sub("", unicodedata.normalize("NFKC", turn).casefold())
+    if len(letters) < SHORTEST_COMPARED:
+        return None
+    points = np.frombuffer(letters.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    hashes = np.zeros(len(points) - _SHINGLE + 1, dtype=np.uint64)
+    for offset in range(_SHINGLE):
+        hashes = hashes * np.uint64(0x100000001B3) + points[offset : offset + len(hashes)]
+    hashes = (hashes ^ (hashes >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+    values = (hashes >> np.uint64(32)).astype(np.uint32)
+    sketch = np.full(_BUCKETS, _EMPTY, dtype=np.uint32)
+    np.minimum.at(sketch, ((hashes >> np.uint64(27)) & np.uint64(_BUCKETS - 1)).astype(np.int64), values)
+    return sketch
+
+
+def _alike(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    filled = (one != _EMPTY) | (other != _EMPTY)
+    return float((one == other)[filled].mean())

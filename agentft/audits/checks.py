@@ -1,12 +1,12 @@
-"""Check one conversation: its labels against its record, its calls against the declarations of its tools, its turns.
+"""Find what is wrong with a conversation: its labels, its calls and its turns; collect what was found.
 
 Labels are traced without asking `render.py` what it meant to train: the labelled runs of an example are decoded and compared
 with the words between the tool results in the record's own assistant turns; the masked runs must hold what the system, the
 users and the tools said. If both hold for every run, no label can lie on foreign text. White space is left out of the
-comparison: it is nobody's words.
+comparison, and characters are composed, as some tokenizers do.
 
-A declaration is data from a stranger. Only the keywords of `_KEPT` reach the validator, each with a value of the kind it
-expects: no references (they could fetch), no patterns (they could run for ever), no depth beyond `_MAX_DEPTH`.
+A declaration of a tool is data from a stranger. Only the keywords of `_KEPT` reach the validator, each with a value of the
+kind it expects: no references (they could fetch), no patterns (they could run for ever), no depth beyond `_MAX_DEPTH`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -23,14 +24,125 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from agentft.data.calls import JsonRefused, ToolCall, read_json
-from agentft.data.conversation import Call, Conversation, Message
+from agentft.data.conversation import Call, Conversation, Message, Origin
 from agentft.data.msagent import as_msagent
 from agentft.data.render import thought_text, with_context_only
 from agentft.data.tokens import IGNORE_INDEX, Ids, TokenText
 from agentft.data.tools import OfferedTool
 
-_LEAST_LEAK = 16
-"""Characters of foreign text that count as a leak where a template words the agent's turns anew."""
+# --- Findings ---
+
+
+class Level(StrEnum):
+    """How serious a kind of finding is."""
+
+    broken = "broken"
+    """An invariant of agentft does not hold: training on this data would be wrong. The audit fails."""
+    warning = "warning"
+    """A flaw of the data; the audit fails where `audit.fail_on` names it."""
+    note = "note"
+    """Worth knowing."""
+
+
+CODES: dict[str, tuple[Level, str]] = {
+    "label_in_context": (Level.broken, "a label lies on text that is not the agent's own"),
+    "label_missing": (Level.broken, "words of the agent have no label"),
+    "no_label": (Level.broken, "a conversation that trains nothing"),
+    "user_side_straddles": (Level.broken, "the same user side in training and held-out part"),
+    "content_straddles": (Level.broken, "the same conversation in training and held-out part"),
+    "empty_part": (Level.broken, "the split leaves a part without conversations"),
+    "too_many_set_aside": (Level.broken, "more rows set aside than dataset.max_rejected allows"),
+    "label_untraced": (Level.warning, "labels that could not be traced back to the record's own text"),
+    "unreadable_call": (Level.warning, "a call whose JSON cannot be read"),
+    "unknown_tool": (Level.warning, "a call to a tool that the system text does not offer"),
+    "call_without_tool_list": (Level.warning, "a call where the system text offers no tool at all"),
+    "missing_parameter": (Level.warning, "a call without a parameter that its tool requires"),
+    "undeclared_parameter": (Level.warning, "a call with a parameter that its tool does not declare"),
+    "argument_breaks_schema": (Level.warning, "an argument that its declared type, range or choice does not allow"),
+    "argument_as_text": (Level.note, "an argument of the declared type, but written as text"),
+    "flawed_tool_entry": (Level.warning, "an entry of the tool list that is not in order"),
+    "exec_without_call": (Level.warning, "a tool result that no call asked for; set aside"),
+    "empty_summary": (Level.warning, "a turn that ends with a tool result: nothing is said to the user"),
+    "ends_with_call": (Level.note, "a turn that ends with a call: it teaches calling, not summing up"),
+    "untrained_step": (
+        Level.note,
+        "a step that its source does not want trained: shown as context, not asked in evaluation",
+    ),
+    "duplicate": (Level.warning, "the same id and content once more; set aside"),
+    "duplicate_id": (Level.warning, "the same id with other content; renamed"),
+    "duplicate_content": (Level.warning, "the same content under another id"),
+    "duplicate_user_side": (Level.note, "the same user side with other answers or tools"),
+    "near_duplicate_across_split": (Level.warning, "a held-out user turn that nearly equals one of training"),
+    "too_long": (Level.warning, "longer than dataset.max_length"),
+}
+"""Code -> level and meaning, in the order of a report."""
+
+MAX_EXAMPLES = 5
+"""Places named for each code."""
+
+_MAX_TOPICS = 10_000
+"""Distinct topics counted for one code: bounds memory where every record has a tool name of its own."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a conversation."""
+
+    code: str
+    """As in `CODES`."""
+    detail: str
+    topic: str = ""
+    """The tool or the reason that it is counted under."""
+
+
+class Example(NamedTuple):
+    """One place where something was found."""
+
+    origin: Origin
+    id: str | None
+    detail: str
+
+
+@dataclass(slots=True)
+class Finding:
+    """All places of one code: counted, and the first few kept."""
+
+    code: str
+    count: int = 0
+    conversations: int = 0
+    topics: Counter[str] = field(default_factory=Counter)
+    examples: list[Example] = field(default_factory=list)
+    """At most one a conversation."""
+    last: Origin | None = None
+
+    @property
+    def level(self) -> Level:
+        return CODES[self.code][0]
+
+    @property
+    def meaning(self) -> str:
+        return CODES[self.code][1]
+
+    def add(self, origin: Origin, name: str | None, detail: str, topic: str = "") -> bool:
+        """Count one place in conversation `name`; return whether it became one of the examples."""
+        self.count += 1
+        if topic and (topic in self.topics or len(self.topics) < _MAX_TOPICS):
+            self.topics[topic] += 1
+        if self.last == origin:
+            return False
+        self.last = origin
+        self.conversations += 1
+        if len(self.examples) >= MAX_EXAMPLES:
+            return False
+        self.examples.append(Example(origin, name, detail))
+        return True
+
+
+def empty_findings() -> dict[str, Finding]:
+    """Return a finding without places for every code: memory is bounded by their number."""
+    return {code: Finding(code) for code in CODES}
+
+
+# --- Turns and calls ---
 
 _MAX_DEPTH = 12
 _MAX_ERRORS = 20
@@ -49,27 +161,11 @@ _TYPES = {
 
 _KEPT: dict[str, type | tuple[type, ...]] = {
     "enum": list,
-    "minimum": (int, float),
-    "maximum": (int, float),
-    "exclusiveMinimum": (int, float),
-    "exclusiveMaximum": (int, float),
-    "minLength": int,
-    "maxLength": int,
-    "minItems": int,
-    "maxItems": int,
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), (int, float)),
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), int),
     "additionalProperties": bool,
 }
 """Keyword -> the values it may have here; `type`, `properties`, `items`, `required` and the unions are read apart."""
-
-
-class Problem(NamedTuple):
-    """What is wrong with a conversation."""
-
-    code: str
-    """As in `agentft.audits.findings`."""
-    detail: str
-    topic: str = ""
-    """The tool or the reason that it is counted under."""
 
 
 def check_turns(conversation: Conversation) -> Iterator[Problem]:
@@ -102,7 +198,7 @@ def check_calls(conversation: Conversation) -> Iterator[Problem]:
     for tool in conversation.offered:
         if tool.problem:
             topic = tool.problem.partition(":")[0]
-            yield Problem("flawed_tool_entry", f"tool {tool.name[:60]!r}: {tool.problem}", topic)
+            yield Problem("flawed_tool_entry", f"tool {_shown(tool.name)}: {tool.problem}", topic)
 
 
 def check_request(request: ToolCall, offered: Sequence[OfferedTool]) -> list[Problem]:
@@ -112,11 +208,11 @@ def check_request(request: ToolCall, offered: Sequence[OfferedTool]) -> list[Pro
     """
     name = request.name
     if not offered:
-        return [Problem("call_without_tool_list", f"{_short(name)} is called, no tool is offered", name)]
+        return [Problem("call_without_tool_list", f"{_shown(name)} is called, no tool is offered", name)]
     declared = [tool for tool in offered if tool.name == name]
     if not declared:
-        return [Problem("unknown_tool", f"{_short(name)} is called, it is not in the tool list", name)]
-    return min((_check_declared(request, tool) for tool in declared), key=len)
+        return [Problem("unknown_tool", f"{_shown(name)} is called, it is not in the tool list", name)]
+    return min((_check_declared(request, tool.parameters) for tool in declared), key=len)
 
 
 def schema_of(parameters: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -129,23 +225,22 @@ def _required_names(parameters: Sequence[dict[str, Any]]) -> list[str]:
     return [parameter["name"] for parameter in parameters if _is_true(parameter.get("required"))]
 
 
-def _check_declared(request: ToolCall, tool: OfferedTool) -> list[Problem]:
-    if tool.parameters is None:
+def _check_declared(request: ToolCall, parameters: Sequence[dict[str, Any]] | None) -> list[Problem]:
+    if parameters is None:
         return []
-    given, known = request.arguments, {parameter["name"] for parameter in tool.parameters}
-    tool_name = _short(request.name)
+    given, tool = request.arguments, _shown(request.name)
+    missing = [name for name in _required_names(parameters) if name not in given]
+    undeclared = given.keys() - {parameter["name"] for parameter in parameters}
     problems = [
-        Problem("missing_parameter", f"{tool_name} needs {_short(name)}", f"{request.name}.{name}")
-        for name in _required_names(tool.parameters)
-        if name not in given
+        Problem("missing_parameter", f"{tool} needs {_shown(name)}", f"{request.name}.{name}") for name in missing
     ]
     problems += [
-        Problem("undeclared_parameter", f"{tool_name} does not declare {_short(name)}", f"{request.name}.{name}")
+        Problem("undeclared_parameter", f"{tool} does not declare {_shown(name)}", f"{request.name}.{name}")
         for name in given
-        if name not in known
+        if name in undeclared
     ]
     try:
-        problems.extend(_schema_problems(request, tool.parameters))
+        problems.extend(_schema_problems(request, parameters))
     except RecursionError:
         detail = "the arguments are nested too deeply to check"
         problems.append(Problem("argument_breaks_schema", detail, request.name))
@@ -157,11 +252,11 @@ def _schema_problems(request: ToolCall, parameters: Sequence[dict[str, Any]]) ->
     if validator is None:
         return
     for _, error in zip(range(_MAX_ERRORS), validator.iter_errors(request.arguments), strict=False):
-        path = ".".join(map(str, error.absolute_path))
-        top = str(error.absolute_path[0]) if error.absolute_path else ""
+        path = [str(part) for part in error.absolute_path]
         code = "argument_as_text" if _is_right_as_text(error) else "argument_breaks_schema"
         words = error.message if len(error.message) <= 160 else f"{error.message[:80]}...{error.message[-77:]}"
-        yield Problem(code, f"{_short(request.name)}: {path}: {words}", f"{request.name}.{top}")
+        detail = f"{_shown(request.name)}: {'.'.join(path)}: {words}"
+        yield Problem(code, detail, f"{request.name}.{path[0] if path else ''}")
 
 
 @lru_cache(maxsize=4096)
@@ -231,8 +326,10 @@ def _is_right_as_text(error: Any) -> bool:
     return not isinstance(read, str) and bool(Draft202012Validator(error.schema).is_valid(read))
 
 
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 60 else f"{name[:57]}...")
+# --- Labels ---
+
+_LEAST_LEAK = 16
+"""Characters of foreign text that count as a leak where a template words the agent's turns anew."""
 
 
 @dataclass(slots=True)
@@ -280,13 +377,12 @@ def trace_labels(
 def _runs(input_ids: Ids, labelled: np.ndarray, text: TokenText) -> tuple[list[str], list[str]]:
     """Return masked and labelled runs in turn, squeezed: as many of the one as of the other, then the masked rest."""
     edges = [0, *(np.flatnonzero(np.diff(labelled)) + 1).tolist(), len(input_ids)]
-    runs = [text.text(input_ids[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    runs = [_squeeze(text.text(input_ids[start:stop])) for start, stop in zip(edges, edges[1:], strict=False)]
     if labelled[0]:
         runs.insert(0, "")
     if len(runs) % 2 == 0:
         runs.append("")
-    squeezed = [_squeeze(run) for run in runs]
-    return squeezed[0::2], squeezed[1::2]
+    return runs[0::2], runs[1::2]
 
 
 def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
@@ -304,46 +400,42 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
     for message, context_only in with_context_only(conversation, context_rounds):
         if message.role != "assistant" or context_only:
             context(message.source_text or message.text)
-        else:
-            thought = thought_text(message.reasoning_content) if message.reasoning_content else ""
-            if thought and not message.reasoning_trained:
-                context(thought)
-                thought = ""
-            words.append(thought + message.source_text)
+            continue
+        thought = thought_text(message.reasoning_content) if message.reasoning_content else ""
+        if thought and not message.reasoning_trained:
+            context(thought)
+            thought = ""
+        words.append(thought + message.source_text)
     context("")
     return steps
 
 
 def _compare(masked: list[str], trained: list[str], steps: list[_Step], stop: str) -> Problem | None:
+    """Return the first labelled run that is no step, else a step without labels, else context that is not masked."""
     expected = [step.words + stop for step in steps[:-1]]
-    if trained != expected and _composed(trained) != _composed(expected):
-        return _first_difference(trained, expected)
+    if trained != expected:
+        runs, words = Counter(trained), Counter(expected)
+        missing = list((words - runs).elements())
+        for run in (runs - words).elements():
+            if not any(run in said for said in missing):
+                return Problem("label_in_context", f"labelled, though not what the agent says there: {_shown(run)}")
+        said = missing[0] if missing else expected[0]
+        return Problem("label_missing", f"words of the agent are not labelled as a whole: {_shown(said)}")
     for number, (run, step) in enumerate(zip(masked, steps, strict=True), 1):
-        if (missing := _first_absent(step.context, run)) is not None:
-            return Problem(
-                "label_in_context", f"before step {number}, {_shown(missing)} is not whole among the masked tokens"
-            )
+        at = 0
+        for piece in step.context:
+            if (found := run.find(piece, at)) < 0:
+                detail = f"before step {number}, {_shown(piece)} is not whole among the masked tokens"
+                return Problem("label_in_context", detail)
+            at = found + len(piece)
     return None
 
 
-def _first_difference(trained: list[str], expected: list[str]) -> Problem:
-    """Name labelled runs that are no step: parts of a step that is missing, or foreign text."""
-    runs, steps = Counter(_composed(trained)), Counter(_composed(expected))
-    missing = list((steps - runs).elements())
-    for run in (runs - steps).elements():
-        if not any(run in words for words in missing):
-            return Problem("label_in_context", f"labelled, though not what the agent says there: {_shown(run)}")
-    words = missing[0] if missing else expected[0]
-    return Problem("label_missing", f"words of the agent are not labelled as a whole: {_shown(words)}")
-
-
 def _search(masked: list[str], trained: list[str], steps: list[_Step], source: Conversation) -> Problem | None:
-    """Look for foreign text under the labels, and for it among the masked runs."""
-    own = "".join(step.words for step in steps)
-    own += "".join(map(_strings, source.tool_calls))
+    """Look for foreign text under the labels, and for what the users say among the masked runs."""
+    own = "".join(step.words for step in steps) + "".join(map(_strings, source.tool_calls))
     under_labels = "\n".join(trained)
-    foreign = [piece for step in steps for piece in step.context]
-    for piece in foreign:
+    for piece in (piece for step in steps for piece in step.context):
         if len(piece) >= _LEAST_LEAK and piece in under_labels and piece not in own:
             return Problem("label_in_context", f"labelled, though not the agent's: {_shown(piece)}")
     context = "\n".join(masked)
@@ -368,26 +460,8 @@ def _strings(call: ToolCall) -> str:
     return "\n".join(found)
 
 
-def _first_absent(pieces: list[str], run: str) -> str | None:
-    at = 0
-    for piece in pieces:
-        found = run.find(piece, at)
-        if found < 0:
-            run = unicodedata.normalize("NFC", run)
-            found = run.find(unicodedata.normalize("NFC", piece), at)
-        if found < 0:
-            return piece
-        at = found + len(piece)
-    return None
-
-
-def _composed(texts: list[str]) -> list[str]:
-    """Return characters with their accents in one: some tokenizers normalise what they read."""
-    return [unicodedata.normalize("NFC", text) for text in texts]
-
-
 def _squeeze(text: str) -> str:
-    return "".join(text.split())
+    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 def _shown(text: str) -> str:

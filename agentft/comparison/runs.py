@@ -20,7 +20,7 @@ import yaml
 
 from agentft.errors import EvaluationError, RunError
 from agentft.evaluation.scoring import StepScore
-from agentft.recipes.saved import saved_settings
+from agentft.recipes.config import saved_settings
 from agentft.runs import RunFolder, read_json
 
 AFTER = "after"

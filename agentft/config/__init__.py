@@ -6,10 +6,17 @@ in one line, before torch is imported and before a run folder is made; `HYDRA_FU
 """
 
 from agentft.config.compose import compose, conf_dir, options, register_schemas, to_config, to_train_config
+from agentft.config.explain import OLD_OPTIONS, Setting, settings
 from agentft.config.main import compose_and_run
-from agentft.config.settings import OLD_OPTIONS, Setting, settings
-from agentft.recipes.config import AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
-from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config
+from agentft.recipes.config import (
+    AuditConfig,
+    EvaluateConfig,
+    ExportConfig,
+    TrainConfig,
+    config_from_yaml,
+    config_to_yaml,
+    saved_config,
+)
 
 __all__ = [
     "OLD_OPTIONS",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -24,8 +25,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from agentft.errors import ConfigError
-from agentft.recipes.config import AFFECT_NOTHING, AuditConfig, EvaluateConfig, ExportConfig, TrainConfig
-from agentft.recipes.saved import ROOTS, SCHEMAS, use_new_names
+from agentft.recipes.config import (
+    AFFECT_NOTHING,
+    ROOTS,
+    SCHEMAS,
+    AuditConfig,
+    EvaluateConfig,
+    ExportConfig,
+    TrainConfig,
+    use_new_names,
+)
 from agentft.secrets import is_secret_name
 from agentft.signals import is_slurm_batch_job, slurm_job_id
 
@@ -50,11 +59,47 @@ def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
     return sorted({path.stem for folder in folders or [conf_dir()] for path in (folder / group).glob("*.yaml")})
 
 
+OF_OTHERS = tuple(
+    f"{group}.{each.name}."
+    for group, schemas in SCHEMAS.items()
+    for schema in schemas.values()
+    for each in dataclasses.fields(schema)
+    if each.default_factory is dict
+)
+"""What the settings begin with that another program names: `model.template_args.`, `distributed.deepspeed.`."""
+
+
+def with_keys_of_others(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which such a setting is added where it is not there yet: Hydra wants `++` for it."""
+    return [f"++{override}" if override.startswith(OF_OTHERS) else override for override in overrides]
+
+
+def choices_in(defaults: Sequence[Any], folders: Sequence[Path]) -> dict[str, str]:
+    """Return the option of each group that a defaults list chooses, by itself or by the files that it names; "" for null."""
+    found: dict[str, str] = {}
+    for entry in defaults:
+        if isinstance(entry, str):
+            found |= choices_of(entry, folders)
+        else:
+            found |= {group.split()[-1].lstrip("/"): str(option or "") for group, option in entry.items()}
+    return found
+
+
+def choices_of(config_name: str, folders: Sequence[Path]) -> dict[str, str]:
+    """Return what the defaults list of `train` or `experiment/<name>` chooses; of a file that cannot be read nothing."""
+    path = next((path for folder in folders if (path := folder / f"{config_name}.yaml").is_file()), None)
+    with contextlib.suppress(yaml.YAMLError, OSError, AttributeError):
+        if path is not None:
+            return choices_in(yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []), folders)
+    return {}
+
+
 def dotted(parent: str, name: str) -> str:
     """Return the full name of `name` below `parent`, which is empty at the top."""
     return f"{parent}.{name}" if parent else name
 
 
+@functools.cache
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra as `schema_train`, `model/schema_model`, `sft_type/schema_lora`, ..."""
     plugins = str(Path(__file__).resolve().parent.parent / "plugins")
@@ -190,7 +235,7 @@ def compose(
     register_schemas()
     GlobalHydra.instance().clear()
     with searching(config_dir), hydra.initialize_config_dir(str(conf_dir()), config_name, VERSION_BASE):
-        composed = hydra.compose(config_name, list(overrides), return_hydra_config=True)
+        composed = hydra.compose(config_name, with_keys_of_others(overrides), return_hydra_config=True)
     return composed if with_hydra else without_hydra(composed)
 
 
@@ -218,7 +263,7 @@ def to_config(composed: DictConfig, root: type[C]) -> C:
     """
     settings_only = without_hydra(composed)
     if missing := check_keys(settings_only, root):
-        from agentft.config.errors import missing_value  # which imports this module
+        from agentft.config.explain import missing_value  # which imports this module
 
         raise ConfigError(missing_value(missing, root))
     try:
@@ -245,7 +290,7 @@ def check_keys(settings_only: DictConfig, root: type) -> list[str]:
         for name in map(str, node):
             key = dotted(parent, name)
             if name not in known and schema is not dict:  # a dict holds another program's settings
-                from agentft.config.errors import unknown_setting  # which imports this module
+                from agentft.config.explain import unknown_setting  # which imports this module
 
                 raise ConfigError(unknown_setting(key, root, _schemas_of(settings_only)))
             refers = OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)

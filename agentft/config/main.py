@@ -30,6 +30,8 @@ from agentft.config.compose import (
     VERSION_BASE,
     C,
     check_keys,
+    choices_in,
+    choices_of,
     compose,
     conf_dir,
     old_names,
@@ -38,16 +40,23 @@ from agentft.config.compose import (
     register_schemas,
     searching,
     to_config,
+    with_keys_of_others,
     without_hydra,
 )
-from agentft.config.errors import explain, first_line, unknown_option
-from agentft.config.settings import OLD_OPTIONS, settings
+from agentft.config.explain import OLD_OPTIONS, explain, first_line, help_text, settings, unknown_option
 from agentft.errors import AgentftError, ConfigError, DataError
 from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
 from agentft.provenance import DISTRIBUTION
-from agentft.recipes.config import EvaluateConfig, TrainConfig
-from agentft.recipes.saved import RENAMED, SCHEMAS, primary_config, saved_config
+from agentft.recipes.config import (
+    RENAMED,
+    SCHEMAS,
+    EvaluateConfig,
+    TrainConfig,
+    primary_config,
+    require_typed,
+    saved_config,
+)
 from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
 from agentft.secrets import is_secret_name, redact_text
 from agentft.sweeping.launcher import read_options
@@ -70,20 +79,21 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self) -> None:
         super().__init__(add_help=False)
         self.add_argument("overrides", nargs="*")
-        for short, flag in (("-h", "--help"), ("-r", "--run"), ("-m", "--multirun"), ("-sc", "--shell-completion")):
-            self.add_argument(flag, short, action="store_true")
-        for flag in ("--help-all", "--hydra-help", "--version", "--resolve"):
-            self.add_argument(flag, action="store_true")
-        for short, flag in (
-            ("-cn", "--config-name"),
-            ("-cd", "--config-dir"),
-            ("-cp", "--config-path"),
-            ("-p", "--package"),
+        for names in ("--help -h", "--help-all", "--hydra-help", "--version", "--resolve"):
+            self.add_argument(*names.split(), action="store_true")
+        for names in (
+            "--config-name -cn",
+            "--config-dir -cd",
+            "--config-path -cp",
+            "--package -p",
+            "--experimental-rerun",
         ):
-            self.add_argument(flag, short)
-        self.add_argument("--experimental-rerun")
-        self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-        self.add_argument("--info", "-i", nargs="?", const="all")
+            self.add_argument(*names.split())
+        one_of = self.add_mutually_exclusive_group()
+        for names in ("--run -r", "--multirun -m", "--shell-completion -sc"):
+            one_of.add_argument(*names.split(), action="store_true")
+        one_of.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+        one_of.add_argument("--info", "-i", nargs="?", const="all")
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line; values stay out of the message, since one of them could be a key."""
@@ -101,13 +111,13 @@ def _hint_for_flags(message: str) -> str:
     return "; settings are written name=value, see --help"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read `sys.argv`, where new names take the place of old ones, which are noted in `old_names`.
+def parse_arguments(root: type) -> argparse.Namespace:
+    """Read `sys.argv`, and write into it what Hydra is to read: today's names for old ones, which are noted in `old_names`.
 
     Raises:
         ConfigError: agentft does not take a flag, or `--config-dir` is no folder.
     """
-    words = sys.argv[1:]
+    words = with_keys_of_others(sys.argv[1:])
     for i, word in enumerate(words):
         for old, new in RENAMED.items():
             if (match := re.match(rf"(\+{{0,2}}){re.escape(old)}=", word)) is not None:
@@ -116,6 +126,8 @@ def parse_arguments() -> argparse.Namespace:
         packaged = conf_dir().parent / word
         if i and words[i - 1] in ("--config-dir", "-cd") and not Path(word).is_dir() and packaged.is_dir():
             words[i] = str(packaged)  # `--config-dir sweeps`: the one that came with agentft
+    if root is EvaluateConfig:
+        words = with_evaluation_of_the_run(words)
     sys.argv[1:] = words
     arguments = _Parser().parse_args(words)
     for name, instead in _NOT_TAKEN.items():
@@ -165,6 +177,8 @@ class Command:
     overrides: list[Override]
     run: RunFolder | None = None
     """The run whose own settings take the place of the defaults."""
+    of_run: Sequence[Any] = ()
+    """Its defaults list."""
 
     @property
     def folders(self) -> list[Path]:
@@ -180,17 +194,41 @@ class Command:
             raise ConfigError(reason) from error
 
     def _choices(self) -> dict[str, str]:
-        """Return the option of each group, from the overrides that name one; whatever else is wrong is left out."""
-        chosen = [str(o.input_line) for o in self.overrides if options(o.key_or_group, self.folders)]
-        for lines in (chosen, []):
-            with contextlib.suppress(Exception):
-                composed = compose(self.config_name, lines, self.config_dir, with_hydra=True)
-                return {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
-        return {}
+        """Return the option of each group: what is typed, else what the experiment or the defaults choose."""
+        typed = {o.key_or_group: o.input_line.partition("=")[2] for o in self.overrides if o.input_line}
+        experiment = choices_of(f"experiment/{typed.get('experiment')}", self.folders)
+        defaults = choices_in(self.of_run, self.folders) if self.of_run else choices_of(self.config_name, self.folders)
+        return {**defaults, **experiment, **{group: typed[group] for group in typed if options(group, self.folders)}}
 
 
 OF_THE_RUN = "settings_of_the_run"
 """Name that a run's own settings are composed by."""
+
+AS_TRAINED = ("evaluation=as_trained", f"evaluation={OF_THE_RUN}")
+"""As one types it, and as a run's record has it."""
+
+
+def with_evaluation_of_the_run(words: list[str]) -> list[str]:
+    """Return a command line of `evaluate.py` that changes some `evaluation` settings and takes all others from the run.
+
+    Hydra would otherwise have nothing to change: what is not chosen is null. A sweep leaves this to its jobs.
+
+    Raises:
+        ConfigError: `run=...` cannot be read.
+    """
+    chosen = [word for word in words if word.partition("=")[0].lstrip("+") == "evaluation"]
+    changes = any(word.lstrip("+~").startswith("evaluation.") for word in words)
+    if not {*chosen} <= {*AS_TRAINED} or not (changes or chosen):
+        return words
+    choice = AS_TRAINED[0]
+    runs = _parse_overrides([word for word in words if word.startswith("run=")])
+    if runs and not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.intersection(words):
+        with contextlib.suppress(AgentftError):  # the evaluation itself says what is wrong with the run
+            settings = primary_config(saved_config(str(runs[-1].value())))["evaluation"]
+            node = {"defaults": ["schema_evaluation", "_self_"], **settings}
+            ConfigStore.instance().store(group="evaluation", name=OF_THE_RUN, node=node, provider="agentft")
+            choice = AS_TRAINED[1]
+    return [*(word for word in words if word not in AS_TRAINED), choice]
 
 
 def read_command(config_name: str, arguments: argparse.Namespace, root: type[C]) -> Command:
@@ -224,7 +262,7 @@ def read_command(config_name: str, arguments: argparse.Namespace, root: type[C])
         if typed[group] != getattr(getattr(saved, group), "name", None):
             del node[group]
     ConfigStore.instance().store(name=OF_THE_RUN, node=node, provider="agentft")
-    return dataclasses.replace(command, config_name=OF_THE_RUN, run=run)
+    return dataclasses.replace(command, config_name=OF_THE_RUN, run=run, of_run=node["defaults"])
 
 
 # --- What may not be asked for ---
@@ -279,7 +317,7 @@ def _refuse_unknown_options(command: Command) -> None:
                 raise ConfigError(
                     f"{group}={option}: {group} is a group; give {group}=<option> or {group}.<setting>=<value>"
                 )
-            if option not in found and option not in SCHEMAS.get(group, {}) and option != "null":
+            if option not in {*found, *SCHEMAS.get(group, {}), OF_THE_RUN, "null"}:
                 raise ConfigError(unknown_option(group, option, found))
 
 
@@ -349,7 +387,7 @@ def check_command(command: Command, arguments: argparse.Namespace) -> frozenset[
         return command.compose([*fixed, *(f"{key}={value}" for key, value in values.items())])
 
     def check(composed: DictConfig) -> None:
-        to_config(composed, root).model.require_typed(typed, command.run.config_file if command.run else file)
+        require_typed(to_config(composed, root).model, typed, command.run.config_file if command.run else file)
 
     def first_values() -> dict[str, str]:
         return {key: values[0] for key, values in swept.items() if values}
@@ -380,7 +418,7 @@ def check_command(command: Command, arguments: argparse.Namespace) -> frozenset[
     for key, values in swept.items():
         for value in values:
             check(composed_with(first | {key: value}))
-    return frozenset(swept)
+    return frozenset(key.lstrip("+") for key in swept)
 
 
 # --- Running ---
@@ -397,17 +435,15 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
     """
     outlive_console()
     program = Path(sys.argv[0]).name
-    full_error = os.environ.get(_FULL_ERROR) == "1"
+    wants_traceback = os.environ.get(_FULL_ERROR) == "1"
     if clash := _other_agentft():
         sys.stderr.write(f"{program}: {clash}\n")
     register_schemas()
     old_names.clear()
     swept = None
     try:
-        arguments = parse_arguments()
+        arguments = parse_arguments(root)
         if arguments.help or arguments.help_all:
-            from agentft.config.help import help_text  # needed by nobody else
-
             sys.stdout.write(help_text(program, config_name, arguments.config_dir, every=arguments.help_all))
             return
         if not any(getattr(arguments, flag) for flag in _HYDRA_ANSWERS):
@@ -415,7 +451,7 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
             config_name = command.config_name
             swept = check_command(command, arguments)
     except ConfigError as error:
-        if full_error:
+        if wants_traceback:
             raise
         leave(program, error, 2)
     if old_names:
@@ -433,20 +469,20 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
         try:
-            with environment_as_given():
+            with full_error():
                 return recipe(config)
         except AgentftError as error:
-            if full_error or run.mode == RunMode.MULTIRUN:
+            if wants_traceback or run.mode == RunMode.MULTIRUN:
                 raise
             # Raised through Hydra, it would be announced in Hydra's words too.
             leave(program, error, 2 if isinstance(error, ConfigError) else 1)
 
     entry = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)
     try:
-        with searching(arguments.config_dir), _hydra_raises():
+        with searching(arguments.config_dir), full_error("1"):
             entry()
     except (AgentftError, HydraException, OmegaConfBaseException) as error:
-        if full_error:
+        if wants_traceback:
             raise
         leave(program, error, 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt as error:
@@ -479,33 +515,25 @@ def _readable(folder: str) -> str:
 
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_given: str | None = None
+_GIVEN = os.environ.get(_FULL_ERROR)
 
 
 @contextlib.contextmanager
-def _hydra_raises() -> Iterator[None]:
-    """Let Hydra raise errors, which it prints over many lines before it exits unless this variable is 1."""
-    global _given
-    _given = os.environ.get(_FULL_ERROR)
-    os.environ[_FULL_ERROR] = "1"
+def full_error(value: str | None = _GIVEN) -> Iterator[None]:
+    """Set the variable for as long as this lasts.
+
+    With 1, Hydra raises errors; it prints them over many lines otherwise, and exits. The work itself and the jobs of a sweep,
+    which inherit the environment, have it as it was given.
+    """
+    before = os.environ.get(_FULL_ERROR)
+    _set_full_error(value)
     try:
         yield
     finally:
-        _restore(_given)
+        _set_full_error(before)
 
 
-@contextlib.contextmanager
-def environment_as_given() -> Iterator[None]:
-    """Take that back for as long as this lasts: for the work itself, and the jobs of a sweep, which inherit the environment."""
-    during = os.environ.get(_FULL_ERROR)
-    _restore(_given)
-    try:
-        yield
-    finally:
-        _restore(during)
-
-
-def _restore(value: str | None) -> None:
+def _set_full_error(value: str | None) -> None:
     if value is None:
         os.environ.pop(_FULL_ERROR, None)
     else:

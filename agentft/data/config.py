@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from agentft.errors import ConfigError
 from agentft.settings import SEED, Settings
 
 MAX_WEIGHT = 100
@@ -129,17 +128,13 @@ class SyntheticConfig(DatasetConfig):
 
 
 @dataclass(kw_only=True)
-class WeightedPath(Settings, affects="data"):
+class WeightedPath(Settings, group="dataset.sources", affects="data"):
     """One of several local sources."""
 
     path: str
     """A file or a folder, as `dataset.path`."""
     weight: float = field(default=1.0, metadata={"above": 0, "maximum": MAX_WEIGHT})
     """How often each of its training conversations is shown in an epoch: 0.5 keeps half of them, 2 shows each twice."""
-
-    def __post_init__(self) -> None:
-        self._group = f"dataset.sources: {self.path}: "
-        super().__post_init__()
 
 
 @dataclass(kw_only=True)
@@ -154,18 +149,6 @@ class LocalConfig(DatasetConfig):
     """A file of held-out conversations; null: held out of `path` by `split` and `test_ratio`."""
     format: Format = Format.auto
     """Layout of the records: auto, msagent, openai, sharegpt, xlam, toolace or react."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None and not self.sources:
-            raise ConfigError(
-                "dataset.path: missing; give dataset.path=<value>. A file (json, jsonl, csv, parquet; gz or zst) or a "
-                "folder of such files; several go into dataset.sources"
-            )
-        if self.path is not None and self.sources:
-            raise ConfigError(
-                f"dataset.path={self.path} and dataset.sources: expected one of them; name the path among the sources"
-            )
 
 
 @dataclass(kw_only=True)

@@ -59,17 +59,7 @@ class DistributedConfig(Settings, group="distributed", affects="losses"):
     elastic: ElasticConfig = field(default_factory=ElasticConfig, metadata={"advanced": True})
     """Restarts of a job whose rank dies."""
     deepspeed: dict[str, Any] = field(default_factory=dict, metadata={"advanced": True})
-    """DeepSpeed's own configuration, key by key, for `engine=deepspeed`; `+distributed.deepspeed.<key>` adds one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.engine is EngineKind.single and ((self.nproc or 1) > 1 or (self.nnodes or 1) > 1):
-            raise ConfigError(
-                f"distributed=single is one process; for {self.nproc or 1} x {self.nnodes or 1} choose distributed=ddp, "
-                "fsdp or one of deepspeed_*"
-            )
-        if self.deepspeed and self.engine is not EngineKind.deepspeed:
-            raise ConfigError(f"distributed.deepspeed: given, but distributed.engine={self.engine} does not read it")
+    """DeepSpeed's own configuration, key by key, for `engine=deepspeed`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from agentft.errors import ConfigError
 from agentft.settings import SEED, Settings
 
 BEST_METRICS = (
@@ -70,7 +69,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
         default=16, metadata={"advanced": True, "minimum": 0, "maximum": 1024, "affects": "nothing"}
     )
     """Tokens drafted ahead by prompt look-up and checked in one pass; 0: none. Completions are the same."""
-    best_metric: str = "arg_f1"
+    best_metric: str = field(default="arg_f1", metadata={"choices": BEST_METRICS})
     """Decides the best checkpoint: a metric of completions, generated during training, or `loss`, which decides ties."""
     patience: int = field(default=0, metadata={"minimum": 0, "maximum": 10**6})
     """Evaluations in a row without an improvement after which training stops; 0: never early."""
@@ -88,7 +87,7 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """Name of the model at the endpoint."""
     auth_variable: str = field(default="OPENAI_API_KEY", metadata={"advanced": True, "affects": "nothing"})
     """Environment variable that holds the endpoint's key; without it, requests carry none."""
-    request: str | None = field(default=None, metadata={"advanced": True, "affects": "answers"})
+    request: str | None = field(default=None, metadata={"advanced": True, "json": True, "affects": "answers"})
     """JSON object merged into each request; null removes a field: `{"max_tokens": null, "max_completion_tokens": 512}`.
     Without `tools`, a step is sent as marked text."""
     request_timeout: float = field(
@@ -97,14 +96,6 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
     """Seconds without data from the endpoint after which a request is repeated."""
     retries: int = field(default=5, metadata={"advanced": True, "minimum": 0, "maximum": 1000, "affects": "nothing"})
     """Further attempts of a request that failed or got no answer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.patience and not self.eval_steps:
-            raise ConfigError(f"evaluation.patience={self.patience}: nothing is measured with evaluation.eval_steps=0")
-        if self.best_metric not in BEST_METRICS:
-            raise ConfigError(f"evaluation.best_metric={self.best_metric}: expected one of {', '.join(BEST_METRICS)}")
-        _check_engine(self)
 
     @property
     def generates_during_training(self) -> int:
@@ -133,28 +124,4 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
 
     def request_fields(self) -> dict[str, object]:
         """Return what `request` lays over each request."""
-        try:
-            value = json.loads(self.request or "{}")
-        except ValueError as error:
-            raise ConfigError(f"evaluation.request={self.request!r}: not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ConfigError(f"evaluation.request={self.request!r}: expected a JSON object")
-        return value
-
-
-def _check_engine(config: EvaluationConfig) -> None:
-    if config.engine is Engine.openai:
-        if not (config.base_url or "").startswith(("http://", "https://")):
-            raise ConfigError(
-                f"evaluation.base_url={config.base_url}: evaluation.engine=openai needs the endpoint's address, "
-                "such as http://localhost:8000/v1"
-            )
-        if not config.served_model:
-            raise ConfigError(
-                "evaluation.served_model: evaluation.engine=openai needs the model's name at the endpoint"
-            )
-    elif config.base_url is not None:
-        raise ConfigError(f"evaluation.base_url={config.base_url} is for evaluation.engine=openai")
-    if config.engine is not Engine.transformers and config.mode is Mode.likelihood:
-        raise ConfigError("evaluation.mode=likelihood needs the model's own numbers: evaluation.engine=transformers")
-    config.request_fields()
+        return dict(json.loads(self.request or "{}"))

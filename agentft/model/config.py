@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from agentft.errors import ConfigError
 from agentft.settings import Settings
 
 
@@ -83,19 +82,6 @@ class TrustConfig(Settings, group="model", affects="nothing"):
     trust_remote_code: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Run Python code that comes with the weights. Counts from this command line only."""
 
-    def require_typed(self, typed: TrustConfig, source: object) -> None:
-        """Refuse what `source`, a file, allows and the command line does not.
-
-        Raises:
-            ConfigError: names the setting, and where it stands.
-        """
-        for each in fields(TrustConfig):
-            if getattr(self, each.name) and not getattr(typed, each.name):
-                raise ConfigError(
-                    f"model.{each.name}=true stands in {source} and counts from this command line only; refused. If you "
-                    f"trust where the weights come from, type model.{each.name}=true"
-                )
-
 
 @dataclass(kw_only=True)
 class ModelConfig(TrustConfig, affects="losses"):
@@ -132,7 +118,7 @@ class ModelConfig(TrustConfig, affects="losses"):
     stop_token: str | None = field(default=None, metadata={"advanced": True, "affects": "data"})
     """Token that ends every step of the agent; null: the template's own, for msagent the tokenizer's end-of-sequence token."""
     lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"advanced": True}
+        default_factory=["q_proj", "k_proj", "v_proj", "o_proj"].copy, metadata={"advanced": True}
     )
     """Linear layers that LoRA adapts when `sft_type.targets` is null."""
     learning_rate_scale: float = field(default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1000})
@@ -198,17 +184,6 @@ class LoraConfig(SftConfig):
     start: LoraStart = field(default=LoraStart.zero, metadata={"advanced": True})
     """Initial values of the adapters; with either the model starts as it was loaded."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.targets is not None and (not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1)):
-            raise ConfigError(
-                f"sft_type.targets=[{','.join(self.targets)}]: expected names of layers, or {ALL_LINEAR} alone"
-            )
-        if self.dora and self.start is LoraStart.pissa:
-            raise ConfigError(
-                "sft_type.dora=true with sft_type.start=pissa: one of the two; both redefine the frozen part"
-            )
-
     @property
     def scaling(self) -> float:
         """Factor on B A."""
@@ -234,11 +209,6 @@ class QloraConfig(LoraConfig):
     double_quantization: bool = field(default=True, metadata={"advanced": True})
     """Quantise the scales of the blocks too: 0.4 bits a weight less, in 4 bits only."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dora and self.bits == 8:
-            raise ConfigError("sft_type.dora=true with sft_type.bits=8: peft cannot; use sft_type.bits=4")
-
 
 @dataclass(kw_only=True)
 class FullConfig(SftConfig):
@@ -255,11 +225,6 @@ class FreezeConfig(SftConfig):
     """Train the input embeddings too; where the head is tied to them, both."""
     head: bool = False
     """Train the output head too, and the norm before it; where it is tied to the embeddings, both."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layers == 0 and not (self.embeddings or self.head):
-            raise ConfigError("sft_type.layers=0: nothing would be trained; expected at least 1")
 
 
 def trains_weights(sft: SftConfig) -> bool:

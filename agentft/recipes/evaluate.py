@@ -21,10 +21,16 @@ from agentft.evaluation.openai import OpenAIGenerator
 from agentft.model.adapters import load_trained_state
 from agentft.model.load import choose_compute, load_chat_tokenizer
 from agentft.recipes.components import load_components
-from agentft.recipes.config import EvaluateConfig
+from agentft.recipes.config import (
+    EvaluateConfig,
+    config_from_yaml,
+    config_to_yaml,
+    saved_config,
+    settings_to_yaml,
+    trained_config,
+)
 from agentft.recipes.evaluation_run import Evaluation, own_generator, own_identity, print_report, write_pages
 from agentft.recipes.ranks import rank_of, run_on_ranks, threads_of_rank
-from agentft.recipes.saved import config_from_yaml, config_to_yaml, saved_config, settings_to_yaml, trained_config
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.runtime import ALONE, World
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint, read_state

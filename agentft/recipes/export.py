@@ -26,9 +26,8 @@ from agentft.model.load import choose_layout, load_tokenizer, torch_dtype
 from agentft.model.quantization import require_bitsandbytes
 from agentft.model.shards import write_merged
 from agentft.model.sources import ModelFiles, locate_model
-from agentft.recipes.config import ExportConfig, TrainConfig
+from agentft.recipes.config import ExportConfig, TrainConfig, trained_config
 from agentft.recipes.evaluate import find_checkpoint
-from agentft.recipes.saved import trained_config
 from agentft.runs import RunFolder, json_text, read_json
 from agentft.secrets import redact_text
 from agentft.training.checkpoint import load_checkpoint

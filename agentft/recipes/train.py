@@ -39,7 +39,7 @@ from agentft.recipes.components import (
     set_up_engine,
     workload,
 )
-from agentft.recipes.config import TrainConfig, deciding
+from agentft.recipes.config import TrainConfig, changed_settings, config_from_yaml, config_to_yaml, deciding
 from agentft.recipes.evaluation_run import (
     EvalResult,
     Evaluation,
@@ -52,7 +52,6 @@ from agentft.recipes.evaluation_run import (
 )
 from agentft.recipes.export import write_final
 from agentft.recipes.ranks import rank_of, run_on_ranks, threads_of_rank
-from agentft.recipes.saved import changed_settings, config_from_yaml, config_to_yaml
 from agentft.runs import RunFolder
 from agentft.runtime import ALONE, HEARTBEAT_VARIABLE, World
 from agentft.signals import StopSignal, StopSignals, requeue_slurm_job

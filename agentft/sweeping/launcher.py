@@ -190,9 +190,9 @@ class SweepLauncher(Launcher):
 
         A failed job does not disturb the others; Hydra raises its error when all have ended.
         """
-        from agentft.config.main import environment_as_given  # which has been imported when a sweep begins
+        from agentft.config.main import full_error  # which has been imported when a sweep begins
 
-        with environment_as_given():
+        with full_error():
             return self._launch(job_overrides, initial_job_idx)
 
     def _launch(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from agentft.errors import ConfigError
 from agentft.settings import Settings
 
 
@@ -55,7 +54,7 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     per_device_batch_size: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
     """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens. Halved, with the same conversations in a
     step, where memory runs out."""
-    packing: str = "auto"
+    packing: str = field(default="auto", metadata={"choices": ("auto", "true", "false")})
     """Put several conversations into one row, each attending to itself alone: true, false, or auto, which packs on CUDA only.
     The update is the same; the choice is printed."""
     gradient_accumulation_steps: int = field(default=16, metadata={"minimum": 1, "maximum": 10**5})
@@ -101,9 +100,3 @@ class TrainingConfig(Settings, group="training", affects="losses"):
     """Resume from the previous checkpoint where the newest is damaged; false: refuse."""
     allow_changes: bool = field(default=False, metadata={"advanced": True, "affects": "nothing"})
     """Resume although data, model, settings or threads differ from the checkpoint's; `run.json` names every difference."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.packing = self.packing.lower()
-        if self.packing not in ("auto", "true", "false"):
-            raise ConfigError(f"training.packing={self.packing}: expected auto, true or false")

@@ -20,6 +20,7 @@ from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError
 from agentft.model.sources import byte_tokenizer
+from agentft.recipes.config import require_consistent
 from agentft.runs import RunFolder
 
 
@@ -80,15 +81,15 @@ def test_the_exam_knows_no_weights():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 101.0])
 def test_a_weight_that_is_none_is_refused(weight: float):
-    with pytest.raises(ConfigError, match=r"sources: a\.jsonl: weight=.*: expected a number above 0 and at most 100"):
+    with pytest.raises(ConfigError, match=r"dataset\.sources\.weight=.*: expected a number above 0 and at most 100"):
         WeightedPath(path="a.jsonl", weight=weight)
 
 
 def test_path_and_sources_are_given_one_without_the_other():
     with pytest.raises(ConfigError, match=r"dataset\.path: missing; .*dataset\.sources"):
-        LocalConfig(name="local")
+        require_consistent(LocalConfig(name="local"))
     with pytest.raises(ConfigError, match="expected one of them"):
-        LocalConfig(name="local", path="a.jsonl", sources=[WeightedPath(path="b.jsonl")])
+        require_consistent(LocalConfig(name="local", path="a.jsonl", sources=[WeightedPath(path="b.jsonl")]))
 
 
 def test_a_file_that_two_sources_hold_is_refused(tmp_path: Path):

@@ -18,6 +18,7 @@ from agentft.evaluation.openai import OpenAIGenerator, chat_step, reply_text
 from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.scoring import score_step
 from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.recipes.config import require_consistent
 from agentft.settings import affects
 from tests.evaluation.loopback_chat import LoopbackChat
 
@@ -319,15 +320,16 @@ def test_answers_are_another_model_s_only_where_a_setting_affects_answers():
 
 def test_settings_that_cannot_work_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="base_url"):
-        EvaluationConfig(engine=Engine.openai, served_model="m")
+        require_consistent(EvaluationConfig(engine=Engine.openai, served_model="m"))
     with pytest.raises(ConfigError, match="served_model"):
-        EvaluationConfig(engine=Engine.openai, base_url="http://x/v1")
+        require_consistent(EvaluationConfig(engine=Engine.openai, base_url="http://x/v1"))
     with pytest.raises(ConfigError, match="not JSON"):
         EvaluationConfig(request="{")
     with pytest.raises(ConfigError, match="JSON object"):
         EvaluationConfig(request="[]")
+    served_by = {"base_url": "http://x/v1", "served_model": "m"}
     with pytest.raises(ConfigError, match="likelihood"):
-        EvaluationConfig(engine=Engine.openai, base_url="http://x/v1", served_model="m", mode=Mode.likelihood)
+        require_consistent(EvaluationConfig(engine=Engine.openai, mode=Mode.likelihood, **served_by))
     with pytest.raises(ConfigError, match="name or password"):
         OpenAIGenerator(served("http://me:pw@x/v1"))
     monkeypatch.setenv("OPENAI_API_KEY", "a\nb")

@@ -34,6 +34,7 @@ from agentft.model.config import (
 )
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.quantization import dense_weight, quantization_config, rounded_weight
+from agentft.recipes.config import require_consistent
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import build_optimizer, build_schedule
 
@@ -218,7 +219,7 @@ def test_layers_without_the_lean_forward_are_named_with_their_reason(values, rea
 )
 def test_settings_that_cannot_be_meant_are_refused(values, message: str):
     with pytest.raises(ConfigError, match=message):
-        lora(**values)
+        require_consistent(lora(**values))
 
 
 def test_a_target_that_is_not_there_is_named_with_those_that_are():
@@ -262,7 +263,7 @@ def test_freeze_of_more_blocks_than_there_are_is_refused():
     with pytest.raises(ConfigError, match="the model has 3 blocks"):
         prepare_for_training(tiny(), freeze(layers=4), MODEL)
     with pytest.raises(ConfigError, match="nothing would be trained"):
-        freeze(layers=0)
+        require_consistent(freeze(layers=0))
 
 
 # --- qlora ---
@@ -355,7 +356,7 @@ def test_bits_other_than_4_and_8_are_refused():
     with pytest.raises(ConfigError, match="bits=3: expected 4 or 8"):
         qlora(bits=3)
     with pytest.raises(ConfigError, match="peft cannot"):
-        qlora(bits=8, dora=True)
+        require_consistent(qlora(bits=8, dora=True))
 
 
 @pytest.mark.slow

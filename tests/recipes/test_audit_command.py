@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -13,11 +15,11 @@ import pytest
 
 from agentft import audit as command
 from agentft.audits.audit import audit
-from agentft.audits.findings import CODES
+from agentft.audits.checks import CODES
 from agentft.audits.report import length_bars
 from agentft.config import AuditConfig, compose, register_schemas, settings, to_config
 from agentft.errors import ConfigError
-from agentft.recipes.saved import SCHEMAS
+from agentft.recipes.config import SCHEMAS
 
 CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'
 RESULT = '<|startofexec|>```JSON\n{"high": "14:20"}\n```<|endofexec|>'
@@ -34,9 +36,9 @@ def config(*overrides: str) -> AuditConfig:
     return to_config(compose("audit", ["model=tiny", *overrides]), AuditConfig)
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("audit") / "data.jsonl"
     lines = [line(f"good-{n}", f"question {n} about the tides") for n in range(20)]
     lines.append(line("bad-1", "and the moon?", CALL.replace("tide", "[red]moon\x1b[31m")[:-14] + "<|endofthink|>"))
     lines.append('{"id": "broken-1"}\n')
@@ -53,11 +55,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         return int(stop.code or 0)
 
 
-def test_a_sound_dataset_passes_and_the_report_is_written(data: Path, tmp_path: Path, monkeypatch, capsys):
-    output = tmp_path / "report"
-    ratio = "dataset.test_ratio=0.3"
-    assert run(monkeypatch, "dataset=local", f"dataset.path={data}", ratio, f"output={output}") == 0
-    said = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def report(data: Path) -> tuple[Path, str]:
+    """The folder of an audit that passed, and what it printed."""
+    output, printed = data.parent / "report", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        given = ("dataset=local", f"dataset.path={data}", "dataset.test_ratio=0.3", f"output={output}")
+        assert run(patch, *given) == 0
+    return output, printed.getvalue()
+
+
+def test_a_sound_dataset_passes_and_the_report_is_written(data: Path, report: tuple[Path, str]):
+    output, said = report
     assert "passed" in said
     assert f"{data}:21 bad-1" in said
     assert sorted(path.name for path in output.iterdir()) == [
@@ -160,13 +169,11 @@ def test_the_view_shows_what_is_trained_without_colours_too(data: Path, tmp_path
     assert list(tmp_path.glob("runs")) == []
 
 
-def test_the_words_of_a_dataset_cannot_command_the_terminal(data: Path, tmp_path: Path, monkeypatch, capsys):
-    given = ["dataset=local", f"dataset.path={data}", f"output={tmp_path / 'out'}"]
-    run(monkeypatch, *given)
-    run(monkeypatch, *given, "view=bad-1")
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert "[red]moon" in said
+def test_the_words_of_a_dataset_cannot_command_the_terminal(data: Path, report: tuple[Path, str], monkeypatch, capsys):
+    run(monkeypatch, "dataset=local", f"dataset.path={data}", "view=bad-1")
+    for said in (report[1], capsys.readouterr().out):
+        assert "\x1b" not in said
+        assert "[red]moon" in said
 
 
 class _Reader(HTMLParser):
@@ -193,10 +200,8 @@ class _Reader(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(data: Path, tmp_path: Path, monkeypatch):
-    output = tmp_path / "out"
-    run(monkeypatch, "dataset=local", f"dataset.path={data}", "dataset.test_ratio=0.3", f"output={output}")
-    page = (output / "audit.html").read_text(encoding="utf-8")
+def test_the_page_needs_nothing_else_and_runs_no_script_of_the_dataset(report: tuple[Path, str]):
+    page = (report[0] / "audit.html").read_text(encoding="utf-8")
     reader = _Reader()
     reader.feed(page)
     assert reader.open == []
@@ -310,7 +315,7 @@ def test_bars_meet_the_limit_and_lose_nobody():
 
 def test_every_malformed_record_leaves_the_audit_standing(shared_data: Path, tmp_path: Path):
     composed = config("dataset=local", f"dataset.path={shared_data / 'malformed.jsonl'}", f"output={tmp_path}")
-    assert not audit(composed).passed
+    assert audit(composed)
     numbers = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert numbers["rows"] == 110
     assert {f["code"] for f in numbers["findings"] if f["level"] == "broken"} <= {"empty_part", "too_many_set_aside"}

@@ -11,9 +11,8 @@ import pytest
 
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ConfigError, RunError
-from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.config import EvaluateConfig, TrainConfig, saved_config
 from agentft.recipes.evaluate import evaluate
-from agentft.recipes.saved import saved_config
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.tracking import read_metrics

@@ -14,13 +14,12 @@ import pytest
 from agentft.compare import main as compare
 from agentft.comparison.runs import read_runs
 from agentft.config import compose, register_schemas, to_config, to_train_config
-from agentft.entry import with_run_settings
+from agentft.config.main import with_evaluation_of_the_run
 from agentft.errors import ConfigError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
-from agentft.recipes.config import EvaluateConfig, TrainConfig
+from agentft.recipes.config import EvaluateConfig, TrainConfig, config_to_yaml, saved_config
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.evaluation_run import Validator
-from agentft.recipes.saved import config_to_yaml, saved_config
 from agentft.recipes.train import train
 from agentft.runs import read_json
 from agentft.tracking import read_metrics
@@ -246,18 +245,20 @@ def test_settings_of_a_run_reach_the_command_line_whatever_they_hold(finished, t
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(config_to_yaml(saved), encoding="utf-8")
-        arguments = with_run_settings([f"run={folder}", "evaluation.batch=3"])
+        arguments = with_evaluation_of_the_run([f"run={folder}", "evaluation.batch=3"])
+        assert with_evaluation_of_the_run(arguments) == arguments, "a command that a run has recorded runs again"
         composed = to_config(compose("evaluate", arguments), EvaluateConfig).evaluation
         assert composed == dataclasses.replace(saved.evaluation, batch=3)
     for untouched in (["run=x"], ["run=x", "evaluation=short", "evaluation.batch=3"]):
-        assert with_run_settings(untouched) == untouched
-    assert with_run_settings(["run=nowhere", "evaluation.batch=3"])[0] == "evaluation=default"
+        assert with_evaluation_of_the_run(untouched) == untouched
+    assert with_evaluation_of_the_run(["run=nowhere", "evaluation.batch=3"])[-1] == "evaluation=as_trained"
 
 
 def test_a_sweep_over_runs_leaves_the_settings_of_each_to_its_job(finished):
-    sweep = ["-m", f"run={finished},other", "evaluation.batch=3"]
-    assert with_run_settings(sweep) == ["-m", "evaluation=as_trained", *sweep[1:]]
-    of_a_job = with_run_settings(["evaluation=as_trained", "evaluation.batch=3", f"run={finished}"])
+    for runs in (f"{finished},other", f"{finished}"):
+        sweep = ["-m", f"run={runs}", "evaluation.batch=3,4"]
+        assert with_evaluation_of_the_run(sweep) == [*sweep, "evaluation=as_trained"]
+    of_a_job = with_evaluation_of_the_run(["evaluation=as_trained", "evaluation.batch=3", f"run={finished}"])
     composed = to_config(compose("evaluate", of_a_job), EvaluateConfig).evaluation
     assert composed == dataclasses.replace(saved_config(finished).evaluation, batch=3)
 

@@ -20,7 +20,7 @@ import agentft.worker
 from agentft import entry
 from agentft.errors import ConfigError
 from agentft.model.config import TrustConfig
-from agentft.recipes.saved import saved_config, trained_config
+from agentft.recipes.config import saved_config, trained_config
 from agentft.runs import RunFolder, read_json
 from agentft.tracking import read_metrics
 

@@ -186,7 +186,7 @@ def test_a_finished_evaluation_asked_for_again_is_measured_again(whole, asked):
 
 
 def to_evaluate(run: Path) -> EvaluateConfig:
-    from agentft.recipes.saved import saved_config
+    from agentft.recipes.config import saved_config
 
     return EvaluateConfig(run=str(run), tracking=saved_config(run).tracking)
 

@@ -160,5 +160,5 @@ def test_auto_packs_on_cuda_only(caplog):
     assert choose_row_tokens(asked["auto"], 100, "a packed neighbour moves logits", cuda=True) is None
     with pytest.raises(ConfigError, match="training.packing=true: a packed neighbour moves logits; .*packing=false"):
         choose_row_tokens(asked["true"], 100, "a packed neighbour moves logits", cuda=True)
-    with pytest.raises(ConfigError, match="expected auto, true or false"):
+    with pytest.raises(ConfigError, match="packing=maybe: expected one of auto, true, false"):
         TrainingConfig(learning_rate=1.0, packing="maybe")
