@@ -321,14 +321,12 @@ def _refuse_unknown_options(command: Command) -> None:
                 raise ConfigError(unknown_option(group, option, found))
 
 
-_CALLED_BY_HYDRA = (
-    re.compile(r"hydra\._internal\.core_plugins\.\w+\.\w+"),
-    re.compile(r"hydra_plugins\.[\w.]+(Launcher|Sweeper)"),
-    re.compile(r"optuna\.samplers\.\w+"),
-)
-"""What a `_target_` of Hydra's own node may name: launchers, sweepers and their samplers."""
-
-_LOGGING_CLASSES = ("logging.", "colorlog.", "rich.logging.")
+_MAY_NAME = {
+    "_target_": r"hydra\._internal\.core_plugins\.\w+\.\w+|hydra_plugins\.[\w.]+(Launcher|Sweeper)|optuna\.samplers\.\w+",
+    "class": r"(logging|colorlog|rich\.logging)\..*",
+    **dict.fromkeys(("()", "_partial_", "_args_", "custom_search_space"), r"None"),
+}
+"""Keys of Hydra's own node by which something is called, and what: launchers, sweepers, their samplers, classes of logging."""
 
 
 def _refuse_foreign_calls(hydra_node: DictConfig) -> None:
@@ -351,19 +349,8 @@ def _refuse_foreign_calls(hydra_node: DictConfig) -> None:
                 continue
             if OmegaConf.is_config(value):
                 waiting.append((where, value))
-            elif value is not None and _calls_something_else(str(name), str(value)):
+            elif name in _MAY_NAME and not re.fullmatch(f"None|{_MAY_NAME[name]}", str(value), re.DOTALL):
                 raise ConfigError(f"{where}={value}: refused; agentft calls nothing that a config names")
-
-
-def _calls_something_else(name: str, value: str) -> bool:
-    match name:
-        case "_target_":
-            return not any(allowed.fullmatch(value) for allowed in _CALLED_BY_HYDRA)
-        case "class":
-            return not value.startswith(_LOGGING_CLASSES)
-        case "()" | "_partial_" | "_args_" | "custom_search_space":
-            return True
-    return False
 
 
 def check_command(command: Command, arguments: argparse.Namespace) -> frozenset[str] | None:
