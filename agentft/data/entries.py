@@ -64,8 +64,14 @@ class ConversationResult:
     change: dict[str, Any] | None
     """What of it is not used."""
     rejection: Rejection | None
-    rows: range = range(0)
-    """Numbers of its examples in the files of its part."""
+    first: int = 0
+    count: int = 0
+    """Of its examples in the files of its part, which lie one after the other."""
+
+    @property
+    def rows(self) -> range:
+        """Numbers of its examples."""
+        return range(self.first, self.first + self.count)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,11 +79,14 @@ class Entry:
     """A conversation without its text: what the dataset is divided and ordered by, and what became of it."""
 
     id: str
+    """Until it is known that no other has it."""
     source: str
     """The file or dataset that it comes from."""
     weight: float
-    content_hash: str
-    user_hash: str
+    content: bytes
+    """SHA-256 of all its text."""
+    user: bytes
+    """SHA-256 of its user turns."""
     called_tools: frozenset[str]
     notices: Sequence[ParseWarning]
     """Until they are counted."""
@@ -86,7 +95,15 @@ class Entry:
     part: str | None = None
     result: ConversationResult | None = None
     number: int = -1
-    """Of the conversations that were read."""
+    """Of a conversation that waits: its line."""
+
+    @property
+    def content_hash(self) -> str:
+        return self.content.hex()
+
+    @property
+    def user_hash(self) -> str:
+        return self.user.hex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +136,7 @@ class RowWork:
             conversation, notices = found
             if name is not None:
                 conversation = replace(conversation, id=name)
-            hashes = conversation.content_hash, conversation.user_hash
+            hashes = bytes.fromhex(conversation.content_hash), bytes.fromhex(conversation.user_hash)
             source, tools = conversation.origin.source, conversation.called_tools
             entry = Entry(conversation.id, source, conversation.weight, *hashes, tools, notices)
             results.append(entry)

@@ -289,8 +289,11 @@ class Preparation:
                 raise DataError(f"no {name} conversation is left of {rows} rows; set aside: {reasons}")
         train, heldout = self._writers.values()
         fingerprint = sha256(_weights_text(self._config.span_weights).encode())
-        fingerprint.update(b"".join([train.digests[row] for row in train_rows]) + b"heldout")
-        fingerprint.update(b"".join([heldout.digests[row] for row in heldout_rows]))
+        for row in train_rows:
+            fingerprint.update(train.digests[row])
+        fingerprint.update(b"heldout")
+        for row in heldout_rows:
+            fingerprint.update(heldout.digests[row])
         tools = frozenset[str]().union(*(_result(entry).tools for entry in self.used["train"]))
         hashes = [heldout.content_hashes[row] for row in heldout_rows]
         write_about(self._folder, self.account, fingerprint.hexdigest(), tools, hashes)
@@ -351,13 +354,14 @@ class Preparation:
 
     def _keep(self, entry: Entry) -> None:
         """Keep an entry, and write down what was made of it."""
-        entry.number, entry.notices, entry.called_tools = len(self.entries), (), self._one(entry.called_tools)
-        self.entries.append(entry)
+        entry.id, entry.notices = "", ()
+        entry.weight, entry.called_tools = self._one(entry.weight), self._one(entry.called_tools)
         if self._waiting is not None and entry.line is not None:
             self._waiting.append(entry.line)
-            entry.line = None
+            entry.number, entry.line = len(self.entries), None
         if entry.result is not None:
             self._write_examples(entry, str(entry.part), entry.result)
+        self.entries.append(entry)
 
     def _one(self, value: T) -> T:
         """Return the first of equal values: what many conversations share is held once."""
@@ -369,7 +373,7 @@ class Preparation:
         first = len(writer.digests)
         for example in result.examples:
             writer.append(example)
-        result.rows, result.examples = range(first, len(writer.digests)), ()
+        result.first, result.count, result.examples = first, len(result.examples), ()
         result.notes, result.tools = self._one(result.notes), self._one(result.tools)
         entry.part, entry.result = part, result
 
@@ -406,7 +410,8 @@ class Preparation:
         while len(used) < wanted and position < len(order):
             entries = order[position : position + wanted - len(used)]
             position += len(entries)
-            self._make(part, [entry for entry in dict.fromkeys(entries) if entry.result is None])
+            if self._waited is not None:
+                self._make(part, [entry for entry in dict.fromkeys(entries) if entry.result is None])
             for entry in entries:
                 result = _result(entry)
                 if entry not in shown_before:
@@ -420,8 +425,6 @@ class Preparation:
 
     def _make(self, part: str, entries: list[Entry]) -> None:
         """Make the examples of conversations that wait."""
-        if not entries:
-            return
         batches = (
             [self.conversations.record(entry.number) for entry in entries[at : at + BATCH_CONVERSATIONS]]
             for at in range(0, len(entries), BATCH_CONVERSATIONS)

@@ -10,7 +10,7 @@ Each part of a dataset has a folder:
 | `examples.bin` | name, ids and spans of each example |
 | `conversations.jsonl` | the conversation that each example renders, where it is kept |
 | `*.npy` beside them | where each record begins, and the end of the last |
-| `counts.npy`, `names.json` | tokens, labelled tokens and steps of each example; their names |
+| `counts.npy`, `names.jsonl` | tokens, labelled tokens and steps of each example; their names |
 | `order.npy` | the examples by number in the order of the part; one that is shown more than once occurs again |
 """
 
@@ -241,28 +241,29 @@ class ExampleWriter:
         self._folder = folder
         self._examples, self._conversations = RecordWriter(folder / EXAMPLES), RecordWriter(folder / CONVERSATIONS)
         self._counts = array("q")
-        self._names: list[str] = []
+        self._names = (folder / "names.jsonl").open("w", encoding="utf-8")
         self.digests: list[bytes] = []
         """Of each example."""
         self.content_hashes: list[str] = []
-        """Of the conversation of each."""
+        """Of the conversation of each, where they are kept."""
 
     def append(self, example: PackedExample) -> None:
         """Write an example."""
         self._examples.append(example.record)
         self._conversations.append(example.conversation)
         self._counts.extend((example.tokens, example.trained_tokens, example.steps))
-        self._names.append(example.name)
+        self._names.write(json.dumps(example.name) + "\n")
         self.digests.append(example.digest)
-        self.content_hashes.append(example.content_hash)
+        if example.content_hash:
+            self.content_hashes.append(example.content_hash)
 
     def close(self, order: Sequence[int]) -> None:
         """Finish the files; `order`: the examples by number, counted from 0, as they are to be read."""
         self._examples.close()
         self._conversations.close()
+        self._names.close()
         np.save(self._folder / "counts.npy", np.asarray(self._counts, dtype=np.int64).reshape(-1, 3))
         np.save(self._folder / "order.npy", np.asarray(order, dtype=np.int64))
-        (self._folder / "names.json").write_text(json.dumps(self._names), encoding="utf-8")
 
 
 class StoredExamples(_Stored[Example]):
@@ -272,7 +273,7 @@ class StoredExamples(_Stored[Example]):
         """Open what `ExampleWriter` wrote, in the order that it was given."""
         super().__init__(folder / EXAMPLES, np.load(folder / "order.npy"))
         self._counts: Rows = np.load(folder / "counts.npy")
-        self._names = (folder / "names.json").open("rb")
+        self._names = (folder / "names.jsonl").open("rb")
         self._weights: SpanWeights | None = None
 
     def weighed(self, weights: SpanWeights) -> StoredExamples:
@@ -302,7 +303,7 @@ class StoredExamples(_Stored[Example]):
     def ids(self) -> list[str]:
         """Names of the examples, in order."""
         self._names.seek(0)
-        names = json.load(self._names)
+        names = [json.loads(line) for line in self._names]
         return [names[row] for row in self._rows.tolist()]
 
     @property
