@@ -77,7 +77,7 @@ def test_the_wheel_holds_every_module_config_and_data_file(wheel: Path):
         assert f"agentft/{file.relative_to(ROOT)}" in names
     for file in [*(ROOT / "agentft").rglob("*.py"), *DATA]:
         assert str(file.relative_to(ROOT)) in names
-    assert {".yaml", ".j2", ".css", ".js", ".c"} <= {file.suffix for file in DATA}
+    assert {".yaml", ".j2", ".css", ".js"} <= {file.suffix for file in DATA}
     beside = {name.split("/")[0] for name in names} - {"agentft"}
     assert all(name.endswith(".dist-info") for name in beside), f"the wheel puts {beside} beside the package"
 
