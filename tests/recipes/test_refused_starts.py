@@ -209,7 +209,7 @@ def test_the_traceback_of_a_data_error_is_there_on_request(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1, done.stderr
-    assert done.stderr.splitlines()[-1].endswith("absent.jsonl: no such file or folder")
+    assert done.stderr.splitlines()[-1].startswith("agentft.errors.DataError: absent.jsonl: no such file or folder")
 
 
 def test_a_folder_in_which_a_training_runs_is_refused_in_one_line(run, command):
