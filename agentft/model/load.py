@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -42,7 +43,11 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{files.folder}: cannot load the tokenizer: {error}") from error
+        lacking = "tokenizer.model" in there and "tokenizer.json" not in there and find_spec("sentencepiece") is None
+        reason = (
+            "tokenizer.model needs a package that is not installed: pip install sentencepiece" if lacking else error
+        )
+        raise ModelError(f"{files.folder}: cannot load the tokenizer: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{files.folder}: {type(tokenizer).__name__} is no fast tokenizer (no tokenizer.json)")
     return tokenizer

@@ -1,13 +1,12 @@
-"""Say what is wrong with a step that is not finite or does not fit into memory, and end the training or continue."""
+"""Say what is wrong with a step that is not finite, and end the training or continue; record what held a GPU's memory."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +17,6 @@ from agentft.training.config import NonFinite, TrainingConfig
 from agentft.training.engine import Engine
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 NAME = "out_of_memory-gpu{device}.pickle"
 """A file a device: ranks of one run share its folder."""
@@ -49,57 +46,6 @@ def snapshot_on_out_of_memory(folder: Path) -> None:
     attach: Any = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is not None:
         attach(write)
-
-
-_CPU_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out: torch says it on a CPU in a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)
-
-
-def accumulate_within_memory(
-    attempt: Callable[[int], T], size: int, zero_grad: Callable[[], None], *, step: int, alone: bool = True
-) -> tuple[int, T]:
-    """Run `attempt` on one step's micro-batches of `size`, or of half of it, and so on: (the size that fits, its result).
-
-    `attempt` makes gradients and changes nothing else; `zero_grad` drops those of a failed one.
-
-    Raises:
-        TrainingError: one conversation at a time is too much, or other ranks wait in the middle of the step.
-    """
-    while True:
-        try:
-            return size, attempt(size)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            words = " ".join(str(error).split())[:200] or type(error).__name__
-        # After the except clause: the traceback holds the tensors of the attempt.
-        zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if size == 1:
-            raise TrainingError(
-                f"step {step}: out of memory with one conversation, or one packed row, at a time ({words}). "
-                "training.gradient_checkpointing=true, training.packing=false or a smaller dataset.max_length needs less"
-            )
-        if not alone:
-            raise TrainingError(
-                f"step {step}: out of memory with training.per_device_batch_size={size} ({words}); between several "
-                f"processes it is not halved by itself. training.per_device_batch_size={size // 2} with twice the "
-                "training.gradient_accumulation_steps trains the same, from a new run folder"
-            )
-        log.warning(
-            "step %d: out of memory with training.per_device_batch_size=%d (%s); %d from here on, with the same "
-            "conversations in a step",
-            *(step, size, words, size // 2),
-        )
-        size //= 2
 
 
 def report_nonfinite(

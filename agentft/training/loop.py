@@ -8,6 +8,7 @@ differs is the share of a step's micro-batches, and that rank 0 writes. M micro-
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import math
@@ -16,14 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty_batch, step_groups
 from agentft.data.tokens import Example
-from agentft.errors import ConfigError
+from agentft.errors import ConfigError, TrainingError
 from agentft.progress import progress_bar
 from agentft.runtime import memory_in_use_bytes, share_out
 from agentft.signals import StopSignal
@@ -37,9 +38,11 @@ from agentft.training.checkpoint import (
 )
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine, build_schedule
-from agentft.training.guards import accumulate_within_memory, report_nonfinite
+from agentft.training.guards import report_nonfinite
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +266,53 @@ def seed_micro_batch(seed: int, step: int, ids: Sequence[str]) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
+
+
+_CPU_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out: torch says it on a CPU in a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)
+
+
+def accumulate_within_memory(
+    attempt: Callable[[int], T], size: int, zero_grad: Callable[[], None], *, step: int, alone: bool = True
+) -> tuple[int, T]:
+    """Run `attempt` on one step's micro-batches of `size`, or of half of it, and so on: (the size that fits, its result).
+
+    `attempt` makes gradients and changes nothing else; `zero_grad` drops those of a failed one.
+
+    Raises:
+        TrainingError: one conversation at a time is too much, or other ranks wait in the middle of the step.
+    """
+    while True:
+        try:
+            return size, attempt(size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+        # After the except clause: the traceback holds the tensors of the attempt.
+        zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        found = f"step {step}: out of memory with training.per_device_batch_size={size} ({words})"
+        if size == 1:
+            raise TrainingError(
+                f"step {step}: out of memory with one conversation, or one packed row, at a time ({words}). "
+                "training.gradient_checkpointing=true, training.packing=false or a smaller dataset.max_length needs less"
+            )
+        if not alone:
+            raise TrainingError(
+                f"{found}; between several processes it is not halved by itself. training.per_device_batch_size={size // 2} "
+                "with twice the training.gradient_accumulation_steps trains the same, from a new run folder"
+            )
+        size //= 2
+        log.warning("%s; %d from here on, with the same conversations in a step", found, size)
 
 
 def _accumulate(job: Job, counters: Counters, clock: Clock) -> tuple[list[Batch], Totals, torch.Tensor]:

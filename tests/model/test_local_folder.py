@@ -1,6 +1,7 @@
 """A model from a folder: what `model=auto` finds, and what it refuses before anything is loaded."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from agentft.model.load import load_model, load_tokenizer
 from agentft.model.sources import locate_model, random_folder
 from agentft.runtime import Device
 from tests.data.chat_families import mistral_file
+from tests.model.test_conversion_baichuan import sentencepiece_file
 
 CPU = Device("cpu", "CPU", 1)
 
@@ -73,3 +75,12 @@ def test_a_repository_with_tekken_alone_is_refused_in_a_line(own: bool, folder: 
     with pytest.raises(ModelError, match=r"tekken\.json is the only tokenizer there.*has a tokenizer\.json") as caught:
         load_tokenizer(locate_model(auto(folder)), auto(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="with sentencepiece the file is read")
+def test_a_tokenizer_that_needs_sentencepiece_says_what_to_install(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    sentencepiece_file(folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"tokenizer\.model needs a package.*: pip install sentencepiece$"):
+        load_tokenizer(locate_model(auto(folder)), auto(folder))

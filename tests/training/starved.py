@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from agentft.training.guards import accumulate_within_memory
+from agentft.training.loop import accumulate_within_memory
 
 WIDTH = 3_000
 ROOM = 500_000_000

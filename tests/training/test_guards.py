@@ -15,8 +15,7 @@ import torch
 from agentft.errors import TrainingError
 from agentft.model.adapters import trained_state
 from agentft.training.config import NonFinite
-from agentft.training.guards import accumulate_within_memory, is_out_of_memory
-from agentft.training.loop import train_model
+from agentft.training.loop import accumulate_within_memory, is_out_of_memory, train_model
 from tests.training.test_loop import FULL, LORA
 from tests.training.test_loop import _job as make_job
 
