@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from agentft.data.chat_template import (
+    ESCAPED_MARK,
+    MARK,
     ChatMessage,
     ChatTemplate,
+    MarkedText,
+    StepValues,
     TemplateRefusal,
     Traits,
+    Value,
     answer_to,
     any_of,
     handed_over,
+    mark,
+    marked_message,
     server_messages,
 )
 from agentft.data.conversation import Conversation
-from agentft.data.marked_text import (
-    ESCAPED_MARK,
-    MARK,
-    MarkedText,
-    Region,
-    StepValues,
-    cut_segments,
-    mark,
-    marked_message,
-)
 from agentft.data.msagent import lift_tools
-from agentft.data.render import LaidOut, LeftOut, Rendering, SpanKind
+from agentft.data.render import CALL_KINDS, LaidOut, LeftOut, Rendering, Segment, SpanKind
 
 _SPOKEN = frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call})
 
@@ -91,6 +88,22 @@ class ChatLayout:
         return self.template.render(before, conversation.tools, prompt=True, args=self.traits.manners[reasoning].args)
 
 
+class Region(NamedTuple):
+    """Where a step stands in a rendered text."""
+
+    step: int
+    """Its number among the steps of the conversation."""
+    begin: int
+    """The end of its prompt."""
+    stop: int
+    """The beginning of its stop token."""
+    end: int
+
+
+_Cut = tuple[int, SpanKind]
+"""Where a piece of one kind ends; it begins where the one before it does."""
+
+
 class _Work:
     """One conversation on its way to its renderings."""
 
@@ -112,6 +125,7 @@ class _Work:
             _guarded(list(conversation.tools), self.template.control) if self.spelt else conversation.tools
         )
         self.values = [StepValues.of(self.messages[at]) for at in self.steps]
+        self.no_thought = _no_thought(*self.traits.thought)
 
     def done(self) -> LaidOut:
         """Return the renderings.
@@ -328,9 +342,7 @@ class _Work:
             if ending.text.startswith(before):
                 begin = len(before)
                 begin += len(header) if header and ending.text.startswith(header, begin) else 0
-                empty = (
-                    None if self.values[step].reasoning else _no_thought(*self.traits.thought).match(ending.text, begin)
-                )
+                empty = None if self.values[step].reasoning else self.no_thought.match(ending.text, begin)
                 yield thinking + ending.since(empty.end() if empty else begin)
         # The template drops past reasoning as soon as this step is there: its own text goes behind the prompt all the same.
         spoken = [value for value in ending.values if value.kind in _SPOKEN]
@@ -371,11 +383,50 @@ class _Work:
         return (self._rendering(text, regions, trained),) if trained else ()
 
     def _rendering(self, text: MarkedText, regions: Sequence[Region], trained: Sequence[int]) -> Rendering:
-        calls = {region.step: self.messages[self.steps[region.step]].get("tool_calls", ()) for region in regions}
-        silent = [step for step, at in enumerate(self.steps) if not self.conversation.messages[at].reasoning_trained]
-        thought = self.traits.thought
-        segments = cut_segments(text, regions, calls, trained, self.template.control, silent, _no_thought(*thought))
+        """Cut a text up to the end of its last trained step; `regions` are the steps that are known, in its order."""
+        wanted = set(trained)
+        last = max(region.end for region in regions if region.step in wanted)
+        pieces: list[tuple[int, SpanKind, bool]] = []
+        at = 0
+        for region in regions:
+            if region.end > last:
+                break
+            shown = region.step not in wanted
+            silent = not self.conversation.messages[self.steps[region.step]].reasoning_trained
+            pieces += [(stop, kind, True) for stop, kind in _context(text, at, region.begin)]
+            for stop, kind in self._cut(text, region):
+                pieces.append((stop, kind, shown or (silent and kind is SpanKind.reasoning)))
+            pieces.append((region.end, SpanKind.stop, shown))
+            at = region.end
+        segments = tuple(_join(text, pieces, self.template.control))
         return Rendering(segments, tuple(trained), self.template.control if self.spelt else None)
+
+    def _cut(self, text: MarkedText, region: Region) -> Iterator[_Cut]:
+        """Cut a step at its values and its calls' names and parameters; what lies between is of the kind of its neighbours."""
+        calls = self.messages[self.steps[region.step]].get("tool_calls", ())
+        before: SpanKind | None = None
+        start = region.begin
+        values = text.within(region.begin, region.stop)
+        places = _call_places(text, region, values, calls)
+        for value in (*values, Value(region.stop, region.stop, SpanKind.call_syntax if calls else SpanKind.text)):
+            if value.start > start:
+                if before is None and (thought := self.no_thought.match(text.text, start, value.start)):
+                    start = thought.end()
+                    yield start, SpanKind.reasoning
+                elif SpanKind.reasoning in (before, value.kind):
+                    start, before = thought_end(text.text, start, value, self.template.control), None
+                    yield start, SpanKind.reasoning
+                if before is not SpanKind.call and value.kind not in CALL_KINDS:
+                    yield value.start, SpanKind.text
+                else:
+                    for first, last in places:
+                        if last > start and first < value.start:
+                            yield max(first, start), SpanKind.call_syntax
+                            start = min(last, value.start)
+                            yield start, SpanKind.call
+                    yield value.start, SpanKind.call_syntax
+            yield value.stop, value.kind
+            start, before = value.stop, value.kind
 
 
 def ends_of(header: str, text: MarkedText) -> Iterator[int]:
@@ -385,6 +436,93 @@ def ends_of(header: str, text: MarkedText) -> Iterator[int]:
         while at >= 0:
             yield at + len(header)
             at = text.text.find(header, at + len(header), stop)
+
+
+def _join(
+    text: MarkedText, pieces: Iterable[tuple[int, SpanKind, bool]], control: re.Pattern[str]
+) -> Iterator[Segment]:
+    """Yield pieces, each with whether it is shown only, as segments: neighbours of one fate joined, control tokens apart."""
+    runs: list[tuple[int, SpanKind, bool]] = []
+    end = 0
+    for piece in pieces:
+        if piece[0] > end:
+            end = piece[0]
+            if runs and runs[-1][1:] == piece[1:]:
+                runs[-1] = piece
+            else:
+                runs.append(piece)
+    words = text.text
+    tokens = (found for start, stop in text.gaps(0, end) for found in control.finditer(words, start, stop))
+    token = next(tokens, None)
+    start = 0
+    for stop, kind, context_only in runs:
+        while token is not None and token.start() < stop:
+            if token.start() > start:
+                yield Segment(words[start : token.start()], kind, False, context_only)
+            yield Segment(token[0], kind, True, context_only)
+            start = token.end()
+            token = next(tokens, None)
+        if start < stop:
+            yield Segment(words[start:stop], kind, False, context_only)
+            start = stop
+
+
+def _context(text: MarkedText, start: int, stop: int) -> Iterator[_Cut]:
+    for value in text.within(start, stop):
+        yield value.start, SpanKind.header
+        yield value.stop, value.kind
+    yield stop, SpanKind.header
+
+
+def thought_end(text: str, start: int, after: Value, control: re.Pattern[str]) -> int:
+    """Return where the close of a thought ends: before a text it is all there is, before a call one mark and its blanks."""
+    if after.kind not in CALL_KINDS:
+        return after.start
+    closing = re.compile(rf"\s*(?:{control.pattern}|\S*)\s*").match(text, start, after.start)
+    return closing.end() if closing else start
+
+
+def _call_places(
+    text: MarkedText, region: Region, values: Sequence[Value], calls: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, int]]:
+    """Where the parameters of each call stand: as one JSON object, or its keys and values one by one."""
+    places: list[tuple[int, int]] = []
+    names = iter([value for value in values if value.kind is SpanKind.call])
+    for call in calls:
+        function = call["function"]
+        name = next((v for v in names if text.text[v.start : v.stop] == function["name"].strip()), None)
+        if name is None:
+            break
+        written = json.dumps(function["arguments"], ensure_ascii=False)
+        start = text.text.find(written, name.stop, region.stop)
+        if start >= 0:
+            places.append((start, start + len(written)))
+        else:
+            places += _words(text, name.stop, region.stop, function["arguments"])
+    return sorted(places)
+
+
+def _words(text: MarkedText, start: int, stop: int, arguments: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Find the keys of some arguments, in any order, and behind each its value where that is not a string."""
+    for key, value in arguments.items():
+        place = _word(text, key, start, stop)
+        if place is None:
+            continue
+        yield place
+        if not isinstance(value, str):
+            spelt = json.dumps(value, ensure_ascii=False)
+            place = _word(text, spelt, place[1], stop) or _word(text, str(value), place[1], stop)
+            if place is not None:
+                yield place
+
+
+def _word(text: MarkedText, word: str, start: int, stop: int) -> tuple[int, int] | None:
+    """Find a word in the template's own text."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+    for first, last in text.gaps(start, stop):
+        if found := pattern.search(text.text, first, last):
+            return found.span()
+    return None
 
 
 def _has_reasoning(messages: Sequence[ChatMessage]) -> bool:

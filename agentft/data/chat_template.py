@@ -1,6 +1,8 @@
 """A tokenizer's chat template: rendered as a server renders it, its arguments and its date fixed.
 
-`apply_chat_template` of transformers is what writes; here stands what is handed to it.
+`apply_chat_template` of transformers writes. Marks around the values that it is handed show where each stands in its text.
+They are noncharacters, which Unicode keeps for the inside of a program, and stand just inside the outer blanks of a value, so
+that a template trims, tests and splits it as it would without them.
 """
 
 from __future__ import annotations
@@ -8,11 +10,14 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 from agentft.data.conversation import Conversation, chat_messages
+from agentft.data.render import SpanKind
 from agentft.errors import ConfigError
 
 DEFAULT_DATE = "2026-01-01"
@@ -226,3 +231,189 @@ def _with_date(source: str, day: str) -> str:
     cases = "".join(f"{{%- elif format == {json.dumps(f)} -%}}{date.strftime(f)}" for f in sorted(formats))
     macro = f"{{%- macro {DATE}(format) -%}}{{%- if false -%}}{cases}{{%- endif -%}}{{%- endmacro %}}"
     return macro + ("\n" if source.startswith("\n") else "") + source
+
+
+# --- Marks around values ---
+
+_OPEN = {kind: chr(0xFDD0 + kind) for kind in SpanKind}
+_CLOSE = "\ufdef"
+_KINDS = {mark: kind for kind, mark in _OPEN.items()}
+_VALUE = re.compile(f"([\ufdd0-\ufdee])([^\ufdd0-{_CLOSE}]*){_CLOSE}")
+MARK = re.compile(f"[\ufdd0-{_CLOSE}]")
+"""Any character that is used as a mark."""
+ESCAPED_MARK = re.compile(r"\\u(fd[de][0-9a-f])")
+"""A mark as Python's `repr` and ASCII JSON spell it; templates write lists so."""
+
+_CONTENT = {
+    "system": SpanKind.system,
+    "developer": SpanKind.system,
+    "user": SpanKind.user,
+    "assistant": SpanKind.text,
+    "tool": SpanKind.observation,
+}
+
+
+class Value(NamedTuple):
+    """A value in a rendered text."""
+
+    start: int
+    stop: int
+    kind: SpanKind
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedText:
+    """A rendered text, its marks removed, and where its values are."""
+
+    text: str
+    values: tuple[Value, ...]
+    """In the order of the text."""
+
+    @classmethod
+    def read(cls, rendered: str) -> MarkedText | None:
+        """Take the marks out of a rendered text; None where a template tore some of them apart."""
+        if "\\ufd" in rendered:
+            rendered = ESCAPED_MARK.sub(lambda found: chr(int(found[1], 16)), rendered)
+        pieces = _VALUE.split(rendered)
+        values = []
+        end = 0
+        for at in range(0, len(pieces) - 1, 3):
+            start = end + len(pieces[at])
+            end = start + len(pieces[at + 2])
+            values.append(Value(start, end, _KINDS[pieces[at + 1]]))
+        del pieces[1::3]
+        text = "".join(pieces)
+        return None if not text.isascii() and MARK.search(text) else cls(text, tuple(values))
+
+    def gaps(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of the template's own text between two positions, around the values."""
+        stop = len(self.text) if stop is None else stop
+        for value in self.values[self._values_before(start) :]:
+            if value.start >= stop:
+                break
+            if value.start > start:
+                yield start, value.start
+            start = max(start, value.stop)
+        if start < stop:
+            yield start, stop
+
+    def within(self, start: int, stop: int) -> Sequence[Value]:
+        """Return the values between two positions."""
+        first = self._values_before(start)
+        last = first
+        while last < len(self.values) and self.values[last].stop <= stop:
+            last += 1
+        return self.values[first:last]
+
+    def __add__(self, other: MarkedText) -> MarkedText:
+        """Return both texts as one."""
+        offset = len(self.text)
+        moved = (Value(value.start + offset, value.stop + offset, value.kind) for value in other.values)
+        return MarkedText(self.text + other.text, (*self.values, *moved))
+
+    def since(self, start: int) -> MarkedText:
+        """Return the text from a position on, which is in no value."""
+        values = self.values[self._values_before(start) :]
+        return MarkedText(self.text[start:], tuple(Value(a - start, b - start, kind) for a, b, kind in values))
+
+    def _values_before(self, position: int) -> int:
+        return bisect_right(self.values, position, key=itemgetter(1))
+
+
+class StepValues(NamedTuple):
+    """What a rendered step must hold."""
+
+    reasoning: str
+    text: str
+    """Both without outer blanks; empty where there is none."""
+    calls: int
+    """Values of the calls: their names and the strings among their arguments that are not blank."""
+    names: tuple[str, ...] = ()
+    """Those of the calls; a template may write each more than once."""
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> StepValues:
+        """Read them off an assistant's message as a server hands it over."""
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        count = len(calls) + sum(_strings(call["arguments"]) for call in calls)
+        reasoning = message.get("reasoning_content") or ""
+        return cls(reasoning.strip(), (message.get("content") or "").strip(), count, tuple(c["name"] for c in calls))
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return bool(self.reasoning) + bool(self.text) + self.calls
+
+    def missing(self, text: str, values: Sequence[Value]) -> str | None:
+        """Name what a part of a rendered text lacks: reasoning, text or call; None where it holds this and no other."""
+        calls: list[str] = []
+        found = {SpanKind.reasoning: "", SpanKind.text: ""}
+        for start, stop, kind in values:
+            if kind is SpanKind.call:
+                calls.append(text[start:stop])
+            elif kind in found:
+                found[kind] += text[start:stop]
+        if found[SpanKind.reasoning] != self.reasoning:
+            return "reasoning"
+        if found[SpanKind.text] != self.text:
+            return "text"
+        if len(calls) == self.calls:
+            return None
+        repeated = len(calls) > self.calls and all(calls.count(n) >= self.names.count(n) for n in self.names)
+        return None if repeated and self.names else "call"
+
+
+def mark(text: str, kind: SpanKind) -> str:
+    """Return a value with its marks, a blank one as it is."""
+    core = text.strip()
+    if len(core) == len(text):
+        return f"{_OPEN[kind]}{text}{_CLOSE}" if text else text
+    start = len(text) - len(text.lstrip())
+    return f"{text[:start]}{_OPEN[kind]}{core}{_CLOSE}{text[start + len(core) :]}" if core else text
+
+
+def marked_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as a server hands it over, arguments as objects, with marks around its values."""
+    made = dict(message)
+    if content := message.get("content"):
+        made["content"] = mark(content, _CONTENT[message["role"]])
+    if reasoning := message.get("reasoning_content"):
+        made["reasoning_content"] = mark(reasoning, SpanKind.reasoning)
+    if calls := message.get("tool_calls"):
+        made["tool_calls"] = [
+            {
+                **_marked_id(call),
+                "function": {
+                    "name": mark(call["function"]["name"], SpanKind.call),
+                    "arguments": marked_strings(call["function"]["arguments"], SpanKind.call),
+                },
+            }
+            for call in calls
+        ]
+    return made
+
+
+def _marked_id(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call with marks around the name in its id, which is where Kimi's template writes it."""
+    name = call["function"]["name"]
+    start, found, number = call.get("id", "").partition(f"functions.{name}:")
+    return {**call, "id": f"functions.{mark(name, SpanKind.call)}:{number}"} if found and not start else dict(call)
+
+
+def marked_strings(value: Any, kind: SpanKind) -> Any:
+    """Return a JSON value with marks around its strings, which keys are not."""
+    if isinstance(value, str):
+        return mark(value, kind)
+    if isinstance(value, dict):
+        return {key: marked_strings(each, kind) for key, each in value.items()}
+    if isinstance(value, list):
+        return [marked_strings(each, kind) for each in value]
+    return value
+
+
+def _strings(value: Any) -> int:
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, dict):
+        return sum(map(_strings, value.values()))
+    return sum(map(_strings, value)) if isinstance(value, list) else 0

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from agentft.data.calls import ToolCall
-from agentft.data.chat_layout import ChatLayout, ends_of
+from agentft.data.chat_layout import ChatLayout, ends_of, thought_end
 from agentft.data.chat_template import (
     CallIds,
     ChatTemplate,
     Manner,
+    MarkedText,
     TemplateRefusal,
     Traits,
     answer_to,
     handed_over,
+    marked_message,
     server_messages,
 )
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
-from agentft.data.marked_text import MarkedText, marked_message, thought_end
 from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
 from agentft.errors import ConfigError
 
@@ -71,24 +72,31 @@ def choose_template(
             log.info("layout: msagent, since the model's own chat template cannot be used: %s", problem)
         name = "native" if problem is None else "msagent"
     if name == "msagent":
+        stop_token = stop_token or tokenizer.eos_token
+        if stop_token is None:
+            raise ConfigError("the tokenizer has no end-of-sequence token; set model.stop_token")
         marks = {"<think>", "</think>"} <= tokenizer.get_vocab().keys()
-        return MsagentTemplate(
-            _stop_token(tokenizer, stop_token), thought_tokens=marks, beginning=_beginning(tokenizer)
-        )
+        return MsagentTemplate(str(stop_token), thought_tokens=marks, beginning=_beginning(tokenizer))
     if stop_token is not None:
         raise ConfigError(
             f"model.stop_token={stop_token!r} is for model.template=msagent; a chat template writes its own"
         )
-    if name == "native":
-        return _chat_layout(tokenizer, None, template_args, stable=stable)
+    text = None
     if name in OURS:
-        return _chat_layout(tokenizer, template_text(name), template_args, stable=stable)
-    if name.endswith(".jinja"):
-        path = Path(name)
-        if not path.is_file():
+        text = template_text(name)
+    elif name.endswith(".jinja"):
+        if not Path(name).is_file():
             raise ConfigError(f"model.template={name}: there is no such file in {Path.cwd()}")
-        return _chat_layout(tokenizer, path.read_text(encoding="utf-8"), template_args, stable=stable)
-    raise ConfigError(f"model.template={name!r}: unknown; expected one of {', '.join(NAMES)}, or a file *.jinja")
+        text = Path(name).read_text(encoding="utf-8")
+    elif name != "native":
+        raise ConfigError(f"model.template={name!r}: unknown; expected one of {', '.join(NAMES)}, or a file *.jinja")
+    template = ChatTemplate(tokenizer, text, template_args)
+    traits = probe(template)
+    if not traits.stops:
+        raise ConfigError(
+            "model.template: no token of the tokenizer ends an answer in this chat template; keep model.template=msagent"
+        )
+    return ChatLayout(template, traits, "stable" if stable else "exact")
 
 
 def template_text(name: str) -> str:
@@ -118,18 +126,6 @@ def exported_template(layout: Layout) -> str:
     return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{beginning}{_template_file('msagent')}"
 
 
-def _chat_layout(
-    tokenizer: Any, text: str | None, template_args: Mapping[str, Any] | None, *, stable: bool
-) -> ChatLayout:
-    template = ChatTemplate(tokenizer, text, template_args)
-    traits = probe(template)
-    if not traits.stops:
-        raise ConfigError(
-            "model.template: no token of the tokenizer ends an answer in this chat template; keep model.template=msagent"
-        )
-    return ChatLayout(template, traits, "stable" if stable else "exact")
-
-
 def _why_not_native(tokenizer: Any, template_args: Mapping[str, Any] | None) -> str | None:
     """Return what keeps the tokenizer's own chat template from being the layout; None where nothing does."""
     if not tokenizer.chat_template:
@@ -149,13 +145,6 @@ def _beginning(tokenizer: Any) -> str | None:
     """Return the token that the tokenizer itself puts before every text, None where it puts none."""
     bos = tokenizer.bos_token_id
     return str(tokenizer.bos_token) if bos is not None and tokenizer("").input_ids[:1] == [bos] else None
-
-
-def _stop_token(tokenizer: Any, given: str | None) -> str:
-    stop = given or tokenizer.eos_token
-    if stop is None:
-        raise ConfigError("the tokenizer has no end-of-sequence token; set model.stop_token")
-    return str(stop)
 
 
 # --- What a chat template can say ---
@@ -206,12 +195,10 @@ def probe(template: ChatTemplate) -> Traits:
             traits = replace(trial, tools=True, declarations=_declares(template, trial), problem="")
             break
         traits = replace(traits, problem=problem)
-    try:
-        traits = _with_stops(template, traits)
-    except TemplateRefusal as refusal:
-        return replace(traits, tools=False, problem=traits.problem or str(refusal))
+    traits = _with_stops(template, traits)
     if not traits.stops:
-        return replace(traits, tools=False, problem="no token of the tokenizer ends what the agent says")
+        problem = traits.problem or "no token of the tokenizer ends what the agent says"
+        return replace(traits, tools=False, problem=problem)
     traits = replace(traits, thought=_thought(template, traits))
     hopeful = replace(traits, system=True, parallel_calls=True, text_beside_call=True, reasoning=True)
     first = _TOOLS[1:] if traits.tools else _TALK
@@ -243,9 +230,9 @@ def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
         messages = server_messages(conversation, traits)
         try:
             plain = template.render(handed_over(messages, traits), conversation.tools, prompt=False)
-            text = _marked(template, traits, messages, conversation.tools)
         except TemplateRefusal as refusal:
             return str(refusal)
+        text = _marked(template, traits, messages, conversation.tools)
         if text is None or text.text != plain:
             return "it changes the texts of messages"
         found = {plain[start:stop] for start, stop, _ in text.values}
@@ -293,10 +280,7 @@ def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
 def _closing_tokens(template: ChatTemplate, traits: Traits, ends: Sequence[str]) -> int:
     """Return how many of the tokens behind a call close it, which are those that another call follows too."""
     messages = server_messages(_conversation((_ASK, _BOTH)), traits)
-    try:
-        text = _marked(template, traits, messages, (_TOOL,))
-    except TemplateRefusal:
-        text = None
+    text = _marked(template, traits, messages, (_TOOL,))
     calls = [value for value in text.values if value.kind is SpanKind.call] if text else []
     if text is None or len(calls) < 4:
         return max(len(ends) - 1, 0)
@@ -328,10 +312,7 @@ def _thought(template: ChatTemplate, traits: Traits) -> tuple[str, str]:
     opening = re.compile(rf".*((?:{template.control.pattern}|<\S+>).*)", re.DOTALL)
     for messages in ((_ASK, _TELL), (_ASK, _CALL)):
         conversation = _conversation(_thinking(messages), declared=traits.declarations)
-        try:
-            text = _marked(template, traits, server_messages(conversation, traits), conversation.tools)
-        except TemplateRefusal:
-            text = None
+        text = _marked(template, traits, server_messages(conversation, traits), conversation.tools)
         values = text.values if text else ()
         for before, value, after in zip(values, values[1:], values[2:], strict=False):
             if text is None or value.kind is not SpanKind.reasoning:
@@ -368,36 +349,21 @@ def _described(
     template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
 ) -> Manner | None:
     """Describe how the steps of some conversations begin; None where the first cannot be rendered."""
-    try:
-        before, prompt, text, _ = next(_steps(template, traits, messages, args))
-    except (TemplateRefusal, StopIteration):
+    shown = _rendered(template, traits, messages, args)
+    if shown is None:
         return None
-    if not prompt.startswith(before):
+    before, header = shown.before[0], shown.prompts[0].removeprefix(shown.before[0])
+    if len(before) + len(header) != len(shown.prompts[0]):
         return Manner(args)
-    header = prompt[len(before) :]
-    shared = _common_prefix([header, text.text[len(before) :], _first_header(template, traits, args)])
-    thinking = any(message.reasoning_content for message in messages)
-    others = (messages, _TALK, (_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if traits.tools else ()))
-    whole = bool(header) and not thinking
-    for other in others if whole else ():
-        try:
-            steps = list(_steps(template, traits, other, args))
-        except TemplateRefusal:
-            continue  # Such a conversation is refused later too.
-        ends = list(ends_of(header, steps[0][2]))
-        whole = whole and ends == [len(p) for _, p, _, _ in steps]
-        whole = whole and all(text.text.startswith(p) for _, p, text, _ in steps)
-        whole = whole and all(plain == text.text for _, _, text, plain in steps)
+    talk = _rendered(template, traits, _TALK, args)
+    begun = talk.text.text[len(talk.before[0]) :] if talk else ""
+    shared = _common_prefix([header, shown.text.text[len(before) :], begun])
+    whole = bool(header) and not any(message.reasoning_content for message in messages)
+    if whole:
+        others = ((_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if traits.tools else ()))
+        tried = (shown, talk, *(_rendered(template, traits, other, args) for other in others))
+        whole = all(each.is_whole(header) for each in tried if each)  # What is refused here is refused later too.
     return Manner(args, header, shared, whole)
-
-
-def _first_header(template: ChatTemplate, traits: Traits, args: Mapping[str, Any]) -> str:
-    """Return what a conversation without calls has where its first prompt ends, as history writes it."""
-    try:
-        before, _, text, _ = next(_steps(template, traits, _TALK, args))
-    except (TemplateRefusal, StopIteration):
-        return ""
-    return text.text[len(before) :]
 
 
 def _common_prefix(texts: Sequence[T]) -> T:
@@ -410,21 +376,38 @@ def _common_prefix(texts: Sequence[T]) -> T:
     return first[:length]
 
 
-def _steps(
+class _Rendered(NamedTuple):
+    """A conversation as a template writes it, plain and marked, and by step its prompt, and the text before its header."""
+
+    before: list[str]
+    prompts: list[str]
+    text: MarkedText
+    plain: str
+
+    def is_whole(self, header: str) -> bool:
+        """Return whether all prompts are prefixes of the text, and end where its headers do."""
+        ends = list(ends_of(header, self.text)) == list(map(len, self.prompts))
+        return ends and self.plain == self.text.text and all(map(self.plain.startswith, self.prompts))
+
+
+def _rendered(
     template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
-) -> Iterator[tuple[str, str, MarkedText, str]]:
-    """Yield for each step the text before its prompt's header, its prompt, and the whole text, marked and plain."""
+) -> _Rendered | None:
+    """Render a conversation and the prompts of its steps; None where the template refuses it or changes its values."""
     conversation = _conversation(messages, declared=traits.declarations)
-    handed = server_messages(conversation, traits)
-    whole = [*handed, {"role": "user", "content": "?"}]
-    text = _marked(template, traits, whole, conversation.tools, args)
-    plain = template.render(handed_over(whole, traits), conversation.tools, prompt=False, args=args)
-    if text is None:
-        return
-    for at in conversation.steps:
-        part = handed_over(handed[:at], traits)
-        before = template.render(part, conversation.tools, prompt=False, args=args)
-        yield before, template.render(part, conversation.tools, prompt=True, args=args), text, plain
+    handed = [*server_messages(conversation, traits), {"role": "user", "content": "?"}]
+
+    def render(stop: int | None = None, *, prompt: bool = False) -> str:
+        part = handed_over(handed[:stop], traits)
+        return template.render(part, conversation.tools, prompt=prompt, args=args)
+
+    text = _marked(template, traits, handed, conversation.tools, args)
+    try:
+        before = [render(at) for at in conversation.steps]
+        prompts = [render(at, prompt=True) for at in conversation.steps]
+        return None if text is None else _Rendered(before, prompts, text, render())
+    except TemplateRefusal:
+        return None
 
 
 def _lay_out(template: ChatTemplate, traits: Traits, messages: Sequence[Message]) -> LaidOut | None:
@@ -439,8 +422,12 @@ def _marked(
     tools: Sequence[Any],
     args: Mapping[str, Any] | None = None,
 ) -> MarkedText | None:
+    """Render messages with marks around their values; None where the template refuses them or tears a mark apart."""
     marked = handed_over([marked_message(message) for message in messages], traits)
-    return MarkedText.read(template.render(marked, tools, prompt=False, args=args))
+    try:
+        return MarkedText.read(template.render(marked, tools, prompt=False, args=args))
+    except TemplateRefusal:
+        return None
 
 
 def _thinking(messages: Sequence[Message]) -> tuple[Message, ...]:

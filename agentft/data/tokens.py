@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -57,8 +57,6 @@ Letters = Literal["none", "marks", "all", "named"]
 """Which added tokens a text reads as letters: none, special ones and marks, or all; or the text names one token."""
 
 Places = npt.NDArray[np.int64]
-
-_ENCODE_BATCH = 512
 
 log = logging.getLogger(__name__)
 
@@ -504,13 +502,11 @@ def encode_fast(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T], *,
 def tokenize(
     conversations: Iterable[Conversation], template: MsagentTemplate, encoder: SegmentEncoder, context_rounds: int = 0
 ) -> Iterator[Example]:
-    """Render and encode conversations, a batch at a time, in order; each is one example."""
-    iterator = iter(conversations)
-    while batch := list(islice(iterator, _ENCODE_BATCH)):
-        segments = [template.render(conversation, context_rounds) for conversation in batch]
-        renderings = [(c.id, Rendering(tuple(own), by_chunks=True)) for c, own in zip(batch, segments, strict=True)]
-        for ((example, _),) in encoder.encode(renderings):
-            yield replace(example, context_rounds=context_rounds)
+    """Render and encode conversations one by one; each is one example."""
+    for conversation in conversations:
+        rendering = Rendering(tuple(template.render(conversation, context_rounds)), by_chunks=True)
+        ((example, _),) = encoder.encode([(conversation.id, rendering)])[0]
+        yield replace(example, context_rounds=context_rounds)
 
 
 # --- Texts and ids, exactly ---
@@ -733,14 +729,9 @@ class TokenText:
         self.unknown_id: int | None = tokenizer.unk_token_id
         """Its text is lost: what stands under such a token cannot be traced."""
 
-    def bytes_of(self, ids: Ids) -> bytes:
-        """The bytes under a run of tokens."""
-        table = self._bytes
-        return b"".join([table[index] for index in ids.tolist()])
-
     def text(self, ids: Ids) -> str:
-        """The text under a run of tokens."""
-        return self.bytes_of(ids).decode("utf-8", "replace")
+        """Return the text under a run of tokens."""
+        return b"".join([self._bytes[index] for index in ids.tolist()]).decode("utf-8", "replace")
 
     def pieces(self, ids: Ids) -> Iterator[tuple[str, int]]:
         """(text, number of tokens), a token at a time; tokens that share a character come together."""

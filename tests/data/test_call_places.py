@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from agentft.data.conversation import Call
 from agentft.data.msagent import call_places, parse_assistant
 from agentft.data.render import CALL_KINDS, Rendering, Segment, SpanKind, step_segments
-from agentft.data.tokens import Example, SegmentEncoder, TokenText
+from agentft.data.tokens import Example, SegmentEncoder, vocabulary_bytes
 
 
 def encoded(tokenizer, *texts: list[Segment]) -> list[Example]:
@@ -124,10 +123,10 @@ def test_a_token_with_any_letter_of_name_or_parameters_is_of_the_call(merging_to
     (example,) = encoded(merging_tokenizer, segments)
     kind_of_byte = [segment.kind for segment in segments for _ in segment.text.encode()]
     kind_of_token = [span.kind for span in example.spans for _ in range(span.start, span.stop)]
-    text = TokenText(merging_tokenizer)
+    table = vocabulary_bytes(merging_tokenizer)
     at = straddling = 0
     for kind, index in zip(kind_of_token, example.input_ids, strict=True):
-        under = kind_of_byte[at : at + len(text.bytes_of(np.array([index])))]
+        under = kind_of_byte[at : at + len(table[index])]
         at += len(under)
         assert kind is (SpanKind.call if SpanKind.call in under else under[0])
         straddling += len(set(under)) > 1

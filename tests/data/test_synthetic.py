@@ -32,7 +32,7 @@ from agentft.data.synthetic.catalogue import (
     tools,
     values_of,
 )
-from agentft.data.synthetic.dialogues import KINDS, Author
+from agentft.data.synthetic.dialogues import KINDS, drafts
 from agentft.errors import DataError
 
 FOLDER = Path(synthetic.__file__).parent
@@ -238,11 +238,10 @@ def test_listed_descriptions_of_unseen_tools_are_disjoint():
 
 @pytest.mark.parametrize(("language", "part", "unseen_tools"), SETS)
 def test_every_kind_and_every_tool_occurs(language, part, unseen_tools):
-    author = Author(seed=1, languages={language: 1.0}, part=part, unseen_tools=unseen_tools, max_rounds=3)
+    made = drafts(seed=1, languages={language: 1.0}, part=part, unseen_tools=unseen_tools, max_rounds=3)
     kinds: Counter[str] = Counter()
     descriptions: set[str] = set()
-    for number in range(900):
-        draft = author.draft(number)
+    for draft in itertools.islice(made, 900):
         kinds[draft.kind] += 1
         descriptions |= {tool["description"] for tool in listed_tools({"conversations": draft.conversation}).values()}
     assert set(kinds) == set(KINDS)

@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as numbers
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
@@ -532,39 +533,32 @@ class Draft(NamedTuple):
     """A conversation with what is known about how it came about."""
 
     kind: str
-    language: Language
     conversation: list[dict[str, str]]
 
 
-class Author:
-    """Writes the conversations of one set of arguments, by number."""
+def drafts(
+    *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
+) -> Iterator[Draft]:
+    """Yield conversations without end; each depends on the arguments and its number alone."""
+    chosen = _checked_languages(languages)
+    kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
+    mix = ",".join(f"{language}={share!r}" for language, share in chosen.items())
 
-    def __init__(
-        self, *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
-    ) -> None:
-        self._part: Part = part
-        self._unseen_tools = unseen_tools
-        self._max_rounds = max_rounds
-        self._languages = _checked_languages(languages)
-        self._kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
-        mix = ",".join(f"{language}={share!r}" for language, share in self._languages.items())
-        self._stream = f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}"
-
-    def draft(self, number: int) -> Draft:
-        """Return conversation `number`."""
-        rng = random.Random(f"{self._stream}/{number}")
-        language = _drawn(self._languages, rng)
-        kind = _drawn(self._kinds, rng)
+    def draft(number: int) -> Draft:
+        rng = random.Random(f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}/{number}")
+        language, kind = _drawn(chosen, rng), _drawn(kinds, rng)
         while True:
-            scene = Scene(rng, language, self._part, unseen_tools=self._unseen_tools, max_rounds=self._max_rounds)
+            scene = Scene(rng, language, part, unseen_tools=unseen_tools, max_rounds=max_rounds)
             KINDS[kind].play(scene)
             scene.close_list()
-            if _part_of(scene.turns[0]) == self._part:
+            if _part_of(scene.turns[0]) == part:
                 break
         turns = [{"from": "system", "value": scene.system()}]
         for index, text in enumerate(scene.turns):
             turns.append({"from": "assistant" if index % 2 else "user", "value": text})
-        return Draft(kind, language, turns)
+        return Draft(kind, turns)
+
+    return map(draft, numbers())
 
 
 def _part_of(first_user_turn: str) -> Part:
@@ -602,10 +596,10 @@ def generate(
         raise DataError(f"synthetic data: max_rounds is {max_rounds}, expected 1 or more")
     if part not in get_args(Part):
         raise DataError(f"synthetic data: part is {part!r}, expected one of {', '.join(get_args(Part))}")
-    author = Author(seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds)
+    made = drafts(seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds)
     return (
-        {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": author.draft(number).conversation}
-        for number in range(count)
+        {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": draft.conversation}
+        for number, draft in zip(range(count), made, strict=False)
     )
 
 
