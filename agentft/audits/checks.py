@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agentft.data.calls import JsonRefused, ToolCall, read_json
-from agentft.data.conversation import Call, Conversation, Message, Origin
+from agentft.data.calls import Call, JsonRefused, ToolCall, read_json
+from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.msagent import as_msagent
 from agentft.data.render import thought_text, with_context_only
 from agentft.data.tokens import IGNORE_INDEX, Ids, TokenText

@@ -66,13 +66,12 @@ class CallFailure:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """One span of a reply: what the model wrote where it meant to call."""
+class Call:
+    """What was written as a call: one request, several (a JSON list), or a text that cannot be read."""
 
     source: str
-    """The text between the marks."""
+    """The exact text; in a part of MSAgent text the marks are included."""
     requests: tuple[ToolCall, ...]
-    """The calls in it, several if the span holds an array; empty if the span cannot be read."""
     failure: CallFailure | None
 
 
@@ -376,14 +375,14 @@ def _schema_types(schema: Json) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-Reader = Callable[[str, Mapping[str, Any], Callable[[str], Json]], list[Json | Attempt]]
+Reader = Callable[[str, Mapping[str, Any], Callable[[str], Json]], list[Json | Call]]
 """Body, the template's `content_args`, reader of values -> what calls are made of, and attempts that failed.
 
 Raises `JsonRefused` where nothing can be told apart.
 """
 
 
-def _read_json_body(body: str, args: Mapping[str, Any], read_value: Callable[[str], Json]) -> list[Json | Attempt]:
+def _read_json_body(body: str, args: Mapping[str, Any], read_value: Callable[[str], Json]) -> list[Json | Call]:
     """Read JSON, or a dialect with other quotes or bare keys."""
     delims = args.get("string_delims", ())
     if delims or args.get("unquoted_keys"):
@@ -407,7 +406,7 @@ def _as_json(found: re.Match[str]) -> str:
     return json.dumps(next(each for each in strings if each is not None))
 
 
-def _read_tags(body: str, args: Mapping[str, Any], _: Callable[[str], Json]) -> list[Json | Attempt]:
+def _read_tags(body: str, args: Mapping[str, Any], _: Callable[[str], Json]) -> list[Json | Call]:
     """Read arguments between tags; a value ends at the close behind which only another argument or the end stands."""
     pattern = args["tag_pattern"]
     tag = re.compile(f"\\s*{pattern}(?=\\s*(?:\\Z|{opening_tag(args)}))", re.DOTALL)
@@ -439,7 +438,7 @@ _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _RAW = re.compile(r"""'.*?'(?=\s*(?:,\s*\w+\s*=|\)\s*(?:\]\s*\Z|,)))|"[^"]*\"""", re.DOTALL)
 
 
-def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Json | Attempt]:
+def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Json | Call]:
     """Read a list of calls as Python writes it: `[name(key='text', other=1)]`. No code is run.
 
     A call that cannot be read is an attempt beside the others.
@@ -449,7 +448,7 @@ def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Js
     """
     if len(body) > MAX_PYTHON_CALL_CHARACTERS:
         raise JsonRefused(f"a list of calls of {len(body):,} characters")
-    calls: list[Json | Attempt] = []
+    calls: list[Json | Call] = []
     position = _skip(body, 0, r"\s*\[\s*")
     while _END_OF_LIST.match(body, position) is None:
         start = position
@@ -461,7 +460,7 @@ def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Js
             if ended is None:
                 raise
             position = ended.end()
-            calls.append(Attempt(body[start : ended.start()], (), CallFailure("call_not_json", str(refusal))))
+            calls.append(Call(body[start : ended.start()], (), CallFailure("call_not_json", str(refusal))))
     return calls
 
 

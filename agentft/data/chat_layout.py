@@ -28,6 +28,7 @@ from agentft.data.chat_template import (
     answer_to,
     any_of,
     handed_over,
+    map_strings,
     mark,
     marked_message,
     server_messages,
@@ -121,11 +122,14 @@ class _Work:
         self._check_traits()
         self.spelt, self.tested = self._check_values()
         self.marked = [marked_message(message) for message in self.messages]
-        self.tools: Sequence[Mapping[str, Any]] = (
-            _guarded(list(conversation.tools), self.template.control) if self.spelt else conversation.tools
-        )
+        self.tools: Sequence[Mapping[str, Any]] = conversation.tools
+        if self.spelt:
+            self.tools = map_strings(list(conversation.tools), self._guarded)
         self.values = [StepValues.of(self.messages[at]) for at in self.steps]
         self.no_thought = _no_thought(*self.traits.thought)
+
+    def _guarded(self, text: str) -> str:
+        return mark(text, SpanKind.header) if self.template.control.search(text) else text
 
     def done(self) -> LaidOut:
         """Return the renderings.
@@ -553,15 +557,6 @@ def _keys(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for each in value:
             yield from _keys(each)
-
-
-def _guarded(value: Any, control: re.Pattern[str]) -> Any:
-    """Return a JSON value with marks around those of its strings that spell a control token."""
-    if isinstance(value, str):
-        return mark(value, SpanKind.header) if control.search(value) else value
-    if isinstance(value, dict):
-        return {key: _guarded(each, control) for key, each in value.items()}
-    return [_guarded(each, control) for each in value] if isinstance(value, list) else value
 
 
 @cache

@@ -11,7 +11,7 @@ import datetime
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
@@ -385,7 +385,7 @@ def marked_message(message: Mapping[str, Any]) -> dict[str, Any]:
                 **_marked_id(call),
                 "function": {
                     "name": mark(call["function"]["name"], SpanKind.call),
-                    "arguments": marked_strings(call["function"]["arguments"], SpanKind.call),
+                    "arguments": map_strings(call["function"]["arguments"], lambda text: mark(text, SpanKind.call)),
                 },
             }
             for call in calls
@@ -400,15 +400,13 @@ def _marked_id(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "id": f"functions.{mark(name, SpanKind.call)}:{number}"} if found and not start else dict(call)
 
 
-def marked_strings(value: Any, kind: SpanKind) -> Any:
-    """Return a JSON value with marks around its strings, which keys are not."""
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with its strings changed, but for its keys."""
     if isinstance(value, str):
-        return mark(value, kind)
+        return change(value)
     if isinstance(value, dict):
-        return {key: marked_strings(each, kind) for key, each in value.items()}
-    if isinstance(value, list):
-        return [marked_strings(each, kind) for each in value]
-    return value
+        return {key: map_strings(each, change) for key, each in value.items()}
+    return [map_strings(each, change) for each in value] if isinstance(value, list) else value
 
 
 def _strings(value: Any) -> int:

@@ -1,7 +1,4 @@
-"""The conversation as a value: messages with the fields of the OpenAI chat format, and the user's own tool declarations.
-
-Readers make it once, from whatever layout a record has; rendering, truncation, splits, evaluation and audit only look at it.
-"""
+"""The conversation as a value: messages with the fields of the OpenAI chat format, and the user's own tool declarations."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from itertools import groupby
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
-from agentft.data.calls import CallFailure, Json, ToolCall
+from agentft.data.calls import Call, Json, ToolCall
 from agentft.data.tools import OfferedTool, declared_tools, read_offered_tools
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -31,21 +28,6 @@ class Text:
     """Free text in an assistant's turn of MSAgent text, white space included."""
 
     source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call in MSAgent text: one request, several (a JSON list), or a body that cannot be read."""
-
-    source: str
-    """The exact text, marks included."""
-    requests: tuple[ToolCall, ...]
-    failure: CallFailure | None
-
-    @property
-    def body(self) -> str:
-        """The text between the marks."""
-        return self.source[len(THINK_OPEN) : -len(THINK_CLOSE)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +171,7 @@ class Conversation:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of all that is said and of what is not trained; equal for equal conversations, whatever their ids.
-
-        An MSAgent record is hashed by its own turns, so its hash does not depend on how it is taken apart.
-        """
+        """SHA-256 of all that is said and of what is not trained, whatever the id; an MSAgent record is hashed by its turns."""
         if self.is_msagent:
             turns = [
                 json.dumps(turn, ensure_ascii=False)

@@ -40,10 +40,7 @@ KNOWN = (
 """What a refusal says of the formats."""
 
 _FLAGS = ("weight", "loss", "loss_scale", "train")
-"""By 0 or false a turn is shown and not trained, in OpenAI's fine-tuning format, ms-swift (two) and axolotl.
-
-A step is trained as a whole, since its stop is one. Any other value is not understood, and noted as a field not used.
-"""
+"""By 0 or false a turn is shown and not trained, in OpenAI's fine-tuning format, ms-swift (two) and axolotl."""
 _ROLES: dict[str, str] = {
     **{role: role for role in ("system", "developer", "user", "assistant")},
     "human": "user",

@@ -26,13 +26,12 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, islice
 
-from agentft.data.calls import CallFailure, Json, JsonRefused, ToolCall, is_json, kind_of, read_json, strip_fence
+from agentft.data.calls import Call, CallFailure, Json, JsonRefused, ToolCall, is_json, kind_of, read_json, strip_fence
 from agentft.data.conversation import (
     EXEC_CLOSE,
     EXEC_OPEN,
     THINK_CLOSE,
     THINK_OPEN,
-    Call,
     Conversation,
     Message,
     Observation,
@@ -251,15 +250,17 @@ def _at(value: str, mark: re.Match[str]) -> str:
 
 
 def call_places(call: Call) -> list[CharSpan]:
-    """Return where the names, without their quotes, and the parameters of the requests stand in a call's source, in order.
-
-    In a call that cannot be read nothing can be told apart: its body is one place.
-    """
+    """Return where a call's names, without quotes, and parameters stand in its source; all of it if it cannot be read."""
     if call.failure is not None:
         return [(len(THINK_OPEN), len(call.source) - len(THINK_CLOSE))]
-    text = strip_fence(call.body)
+    text = call_json(call)
     start = call.source.index(text, len(THINK_OPEN))
     return [(start + first, start + last) for first, last in _places(text)]
+
+
+def call_json(call: Call) -> str:
+    """Return what stands between the marks of a call, without its fence."""
+    return strip_fence(call.source[len(THINK_OPEN) : -len(THINK_CLOSE)])
 
 
 def _places(text: str) -> Iterator[CharSpan]:
@@ -450,11 +451,7 @@ def _tells_how_to_call(clause: str) -> bool:
 
 
 def lift_tools(conversation: Conversation) -> Conversation | tuple[str, str]:
-    """Return an MSAgent conversation with the list of its system text as `tools`; others as they are.
-
-    Returned is (reason, detail) where the list cannot be read or the text names marks in words that were not recognised:
-    a prompt in another layout must not ask for marks that are not trained.
-    """
+    """Return an MSAgent conversation with the list of its system text as `tools`, or why it cannot be: (reason, detail)."""
     if conversation.tools or not conversation.is_msagent:
         return conversation
     system = read_system(conversation.system)

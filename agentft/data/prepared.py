@@ -32,12 +32,11 @@ from typing import Any, NamedTuple, Self, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from agentft.data.calls import CallFailure, ToolCall
+from agentft.data.calls import Call, CallFailure, ToolCall
 from agentft.data.config import DatasetConfig, SpanWeights
 from agentft.data.conversation import (
     THINK_CLOSE,
     THINK_OPEN,
-    Call,
     Conversation,
     Message,
     Observation,

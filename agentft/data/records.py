@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data.calls import ToolCall, blank, is_encodable, kind_of, literal, strip_fence
+from agentft.data.calls import Call, ToolCall, blank, is_encodable, kind_of, literal
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Call, Conversation, Message, Origin, Part, Text, chat_messages
+from agentft.data.conversation import Conversation, Message, Origin, Part, Text, chat_messages
 from agentft.data.formats import (
     COLUMNS,
     SHAREGPT_ROLES,
@@ -29,7 +29,7 @@ from agentft.data.formats import (
     understood_flags,
     untrained_flag,
 )
-from agentft.data.msagent import MARK, GrammarError, parse_assistant, turn_messages
+from agentft.data.msagent import MARK, GrammarError, call_json, parse_assistant, turn_messages
 from agentft.data.response import MAY_CALL, REACT, read_by_marks
 from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError
@@ -343,7 +343,7 @@ def _text_oddities(part: Part) -> Iterator[Note]:
         return
     if 0 <= source.find("[") < source.find("{"):
         yield "call_is_a_list", f"{len(part.requests)} requests between one pair of marks"
-    if source.count("\n") > 2 and not _is_strict_json(strip_fence(part.body)):  # two belong to the fence
+    if source.count("\n") > 2 and not _is_strict_json(call_json(part)):  # two belong to the fence
         yield "raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"
     for call in part.requests:
         if not call.arguments and '"parameters"' not in source:

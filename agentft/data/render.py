@@ -1,11 +1,9 @@
 """Decide what is trained, and render conversations as segments in the layout `msagent`.
 
-Training and evaluation both render through here, so a step's generation prompt is by construction the prefix of the
-training text, and a label can only come from a part that the grammar read as the agent's own words.
+Training and evaluation both render through here, so the prompt of a step is by construction the prefix of the training text.
 
-A *step* is what the agent says between two tool results: text, a call, several calls, or the closing summary. Every
-step ends with the stop token, which is trained; parallel calls belong to one step and share its stop, since a stop after
-the first would make the second unreachable in generation.
+A *step* is what the agent says between two tool results: text, a call, several calls, or the closing summary. Every step ends
+with the stop token, which is trained; a stop after the first of parallel calls would make the second unreachable.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from agentft.data.conversation import Call, Conversation, Message, Observation, Part
+from agentft.data.calls import Call
+from agentft.data.conversation import Conversation, Message, Observation, Part
 from agentft.data.msagent import CharSpan, GrammarError, as_msagent, call_places, not_written
 
 
@@ -147,7 +146,9 @@ class MsagentTemplate:
                     step[first:first] = mask_history(thought, context_only=not message.reasoning_trained)
                 segments += mask_history(step, context_only=context_only)
             elif message.source is not None:
-                segments += _result_segments(message.source)
+                for part in message.source:  # the result, and the blanks after it
+                    kind = SpanKind.observation if isinstance(part, Observation) else SpanKind.header
+                    segments.append(Segment(part.source, kind))
             else:
                 segments.append(Segment(message.text, SpanKind.system if message.role == "system" else SpanKind.user))
         return segments
@@ -186,10 +187,7 @@ def thought_text(reasoning: str) -> str:
 
 
 def with_context_only(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
-    """Yield the messages, each with whether it is context alone.
-
-    That are the messages of the first `context_rounds` rounds, and steps that their source does not want trained.
-    """
+    """Yield the messages, each with whether it is context: by its source, or as one of the first `context_rounds` rounds."""
     rounds = 0
     for message in conversation.messages:
         rounds += message.role == "user"
@@ -201,41 +199,25 @@ def mask_history(segments: Iterable[Segment], *, context_only: bool) -> Iterable
     return [segment._replace(context_only=segment.is_assistant) for segment in segments] if context_only else segments
 
 
-def _result_segments(parts: Sequence[Part]) -> Iterator[Segment]:
-    """Yield a tool's result and the blanks after it."""
-    for part in parts:
-        yield Segment(part.source, SpanKind.observation if isinstance(part, Observation) else SpanKind.header)
-
-
 def step_segments(parts: Sequence[Part], stop_token: str) -> list[Segment]:
-    """Lay one step out, source text kept to the byte.
-
-    White space at the edges of a step is context: a step begins with its first visible character and ends with its last
-    one, followed at once by the stop token.
-    """
+    """Lay one step out, source text kept to the byte: the blanks at its edges are context, the stop follows its last word."""
     segments: list[Segment] = []
     source = parts[0].source if len(parts) == 1 else "".join([part.source for part in parts])
     start = len(source) - len(source.lstrip())
     stop = len(source.rstrip())
     if start:
         segments.append(Segment(source[:start], SpanKind.header))
-    _clip(parts, start, stop, segments)
-    segments.append(Segment(stop_token, SpanKind.stop, special=True))
-    if stop < len(source):
-        segments.append(Segment(source[stop:], SpanKind.header))
-    return segments
-
-
-def _clip(parts: Iterable[Part], start: int, stop: int, segments: list[Segment]) -> None:
-    """Add the parts of a step between two character positions of its joined source, which cut texts only."""
     position = 0
     for part in parts:
-        end = position + len(part.source)
         if isinstance(part, Call):
             segments += call_segments(part.source, call_places(part))
         elif text := part.source[max(start - position, 0) : max(stop - position, 0)]:
             segments.append(Segment(text, SpanKind.text))
-        position = end
+        position += len(part.source)
+    segments.append(Segment(stop_token, SpanKind.stop, special=True))
+    if stop < len(source):
+        segments.append(Segment(source[stop:], SpanKind.header))
+    return segments
 
 
 def call_segments(text: str, places: Iterable[CharSpan]) -> list[Segment]:

@@ -31,8 +31,8 @@ from agentft.data.calls import (
     ARGUMENTS,
     CALL_FIELDS,
     READERS,
-    Attempt,
     Bare,
+    Call,
     CallFailure,
     Json,
     JsonRefused,
@@ -88,7 +88,7 @@ class TemplateUnknown(ValueError):  # noqa: N818
 class Said:
     """One step, taken apart."""
 
-    pieces: tuple[str | Attempt, ...]
+    pieces: tuple[str | Call, ...]
     """Texts and calls in their order, nothing stripped."""
     reasoning: str = ""
     thought: bool | None = None
@@ -100,9 +100,9 @@ class Said:
         return "\n".join(piece.strip() for piece in self.pieces if isinstance(piece, str) and piece.strip())
 
     @property
-    def attempts(self) -> tuple[Attempt, ...]:
+    def attempts(self) -> tuple[Call, ...]:
         """Return what was meant as calls, in order."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, Attempt))
+        return tuple(piece for piece in self.pieces if isinstance(piece, Call))
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -127,7 +127,7 @@ class _Region(NamedTuple):
     part: Part
     body: str
     closed: bool = True
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[Call, ...] = ()
     marked: bool = True
 
 
@@ -163,7 +163,7 @@ class _Field:
         """Return whether a region of this field begins in a text, with a mark of more than a sign."""
         return self.part != "reasoning" and any(len(found[0].strip()) > 1 for found in self._begin.finditer(text))
 
-    def read(self, source: str, captures: Mapping[str, str], types: Types) -> tuple[Attempt, ...]:
+    def read(self, source: str, captures: Mapping[str, str], types: Types) -> tuple[Call, ...]:
         """Read the body of a call's region; `captures` are the named groups of its mark."""
         body = source
         if self.head is not None:
@@ -180,16 +180,16 @@ class _Field:
             items = self._read_body(body, self._args, self._read_value)
         except JsonRefused as refusal:
             return (_failed(source, "call_not_json", str(refusal)),)
-        joined: list[Attempt] = []
+        joined: list[Call] = []
         for item in items:
-            attempt = item if isinstance(item, Attempt) else self._attempt(source, item, captures, types)
+            attempt = item if isinstance(item, Call) else self._attempt(source, item, captures, types)
             if joined and attempt.failure is None and joined[-1].failure is None:  # calls that follow each other
                 joined[-1] = replace(joined[-1], requests=joined[-1].requests + attempt.requests)
             else:
                 joined.append(attempt)
         return tuple(joined) or (_failed(source, "call_not_json", "no call between the marks"),)
 
-    def _attempt(self, source: str, item: Json, captures: Mapping[str, str], types: Types) -> Attempt:
+    def _attempt(self, source: str, item: Json, captures: Mapping[str, str], types: Types) -> Call:
         function = _function(_without_letters(item), captures, self._transform)
         as_text = isinstance(function, dict) and any(isinstance(function.get(key), str) for key in ARGUMENTS)
         if as_text and not self._of_datasets:
@@ -203,7 +203,7 @@ class _Field:
             for key, value in call.arguments.items()
         }
         whole = replace(call, name=call.name.strip(), arguments=arguments)
-        return Attempt(source.replace(LETTERS, ""), (whole,), None)
+        return Call(source.replace(LETTERS, ""), (whole,), None)
 
 
 class ResponseTemplate:
@@ -235,7 +235,7 @@ class ResponseTemplate:
             prompt: The end of the prompt, which may have opened a region.
             types: Schema types of parameters, for families that write strings without quotes.
         """
-        pieces: list[str | Attempt] = []
+        pieces: list[str | Call] = []
         thoughts: list[str] = []
         thought: bool | None = None
         for region in self._split(text, prompt, types or {}):
@@ -310,7 +310,7 @@ class ResponseTemplate:
                 stop = min(stop, again)  # a broken call takes no good one behind it along
                 attempts = field.read(text[start:stop], captures, types)
             return _Region("call", text[start:stop], True, attempts), stop
-        first: tuple[Attempt, ...] = ()
+        first: tuple[Call, ...] = ()
         found_closes = field.close.finditer(text, start) if start <= last else iter(())
         closes = list(islice(found_closes, MAX_CLOSING_MARKS_TRIED))
         for close in closes:
@@ -394,8 +394,8 @@ def said_text(ids: Sequence[int], tokenizer: Any, control: Mapping[int, str]) ->
     return pattern.sub(lambda m: m[0][0] + LETTERS + m[0][1:] if next(flags, False) else m[0], text)
 
 
-def _failed(source: str, reason: str, detail: str) -> Attempt:
-    return Attempt(source.replace(LETTERS, ""), (), CallFailure(reason, detail))
+def _failed(source: str, reason: str, detail: str) -> Call:
+    return Call(source.replace(LETTERS, ""), (), CallFailure(reason, detail))
 
 
 def mark_pattern(spec: Mapping[str, Any], key: str) -> re.Pattern[str] | None:
@@ -433,10 +433,7 @@ def _end_of_json(text: str, head: re.Match[str] | None, start: int) -> int:
 
 
 def _function(item: Json, captures: Mapping[str, str], transform: Json) -> Json:
-    """Return the function that a template's `transform` makes of a value.
-
-    An object that names its tool is one already: so no field of it is lost.
-    """
+    """Return the function that a template's `transform` makes of a value; an object that names its tool is one already."""
     if not captures and isinstance(item, dict) and "name" in item:
         return item
     # What was captured comes last: an argument may be called "name", too.
@@ -486,7 +483,7 @@ def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bo
     declared = {tool["function"]["name"] for tool in tools}
     if calls := _pythonic_calls(text) or _bare_calls(text, declared):
         if pythonic or any(call.name in declared or call.arguments for call in calls):
-            return Said((Attempt(text, calls, None),))
+            return Said((Call(text, calls, None),))
     elif pythonic and _PYTHONIC.match(text):
         raise FormatError("call_not_read", "a text in brackets that is no list of calls such as [f(a=1)]")
     return None
@@ -573,7 +570,7 @@ def _pythonic_calls(text: str) -> tuple[ToolCall, ...]:
         calls = read_python(text, {})
     except JsonRefused:
         return ()
-    return () if any(isinstance(call, Attempt) for call in calls) else tuple(map(read_call, calls))
+    return () if any(isinstance(call, Call) for call in calls) else tuple(map(read_call, calls))
 
 
 def _bare_calls(text: str, declared: Collection[str]) -> tuple[ToolCall, ...]:

@@ -1,7 +1,4 @@
-"""Choose the response template that reads a chat template's layout, and write the one that servers read it by.
-
-A layout's template is the first that reads back what the layout says of a few probe conversations.
-"""
+"""Choose the response template that reads back what a layout says of probe conversations, and write the servers' one."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from agentft.data.calls import Attempt, ToolCall, parameter_types, read_call
+from agentft.data.calls import Call, ToolCall, parameter_types, read_call
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
@@ -61,10 +58,7 @@ def trained_steps(layout: ChatLayout, conversation: Conversation) -> Iterator[Tr
 
 
 def choose_response(layout: ChatLayout) -> ResponseTemplate | None:
-    """Return the first response template that reads back what the layout says: the tokenizer's own, else one of ours.
-
-    None where none does, which is said in one line.
-    """
+    """Return the first response template that reads back what the layout says, the tokenizer's own first; None: none does."""
     template = layout.template
     if template not in _chosen:
         probes = list(_probes(layout))
@@ -76,11 +70,7 @@ def choose_response(layout: ChatLayout) -> ResponseTemplate | None:
 
 
 def servers_template(layout: ChatLayout | MsagentTemplate) -> dict[str, Any] | None:
-    """Return the layout's response template for `tokenizer.response_template`, by which transformers reads an answer.
-
-    None where the tokenizer has its own, where no template reads the layout, and where `parse_response` does not read back
-    what ours does.
-    """
+    """Return a response template by which `parse_response` reads the layout back; None: the tokenizer has one, or none does."""
     if isinstance(layout, MsagentTemplate):
         file = files("agentft.data").joinpath("templates", "msagent.response.json")
         own: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -98,7 +88,7 @@ def servers_template(layout: ChatLayout | MsagentTemplate) -> dict[str, Any] | N
         except (ValueError, KeyError) as error:
             log.info("no response template for servers: %s", str(error).partition("\n")[0])
             return None
-        pieces = (read.get("content") or "", Attempt("", tuple(map(read_call, read.get("tool_calls") or ())), None))
+        pieces = (read.get("content") or "", Call("", tuple(map(read_call, read.get("tool_calls") or ())), None))
         said = Said(pieces, (read.get("reasoning_content") or "").strip())
         if part := differs(said, message):
             log.info("no response template for servers: parse_response reads other %s", part)

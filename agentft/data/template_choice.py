@@ -1,7 +1,4 @@
-"""Choose the layout of a run: the model's own chat template where it can say a conversation with tools, else MSAgent's.
-
-What a chat template can say is found out by rendering small conversations with it.
-"""
+"""Choose the layout of a run: the model's own chat template, if small conversations with tools come out of it, or MSAgent's."""
 
 from __future__ import annotations
 
@@ -182,10 +179,7 @@ _BESIDE = (_ASK, replace(_CALL, content="I look."), _RESULT, _TELL, _THANK, _BYE
 
 
 def probe(template: ChatTemplate) -> Traits:
-    """Find out how a template writes conversations.
-
-    Where it cannot say one with tools, `problem` says why, and the other traits are of plain talk.
-    """
+    """Find out how a template writes conversations; where it cannot say tools, the other traits are of plain talk."""
     none = (Manner(), Manner())
     traits = Traits(False, False, False, False, False, False, none, (), ())
     for as_text, content, ids in product((False, True), (False, True), get_args(CallIds)):

@@ -1,17 +1,12 @@
 """Encode renderings into `input_ids` and labels.
 
-The text of a chat template is encoded once, as a server encodes a prompt. The one border that is forced is where a step
-begins, and only where the tokenizer would write a token across it; the steps behind such a border are then trained by an
-example of their own, since no server puts a border into the history of their prompts. In the layout `msagent` a byte-level
-tokenizer takes the context, each text and each call by itself, and every step begins at a border; a tokenizer that puts a
-blank before every text it is given takes the text as a whole there too.
+The text of a chat template is encoded once, as a server encodes a prompt. Where the tokenizer would write a token across the
+beginning of a step, a border is forced there and the step gets an example of its own, since no server puts a border into the
+history of a prompt. In the layout `msagent` a byte-level tokenizer takes the context, each text and each call by itself.
 
-A token that carries any character of a call's name or parameters is of that kind, its other characters notwithstanding:
-`"Husum"}}` ends the parameters, and the braces behind them come along.
+A token that carries any character of a call's name or parameters is of that kind: the braces of `"Husum"}}` come along.
 
-The faster tokenizer is not taken at its word: on the texts that came first the two are compared, id by id, and afterwards on
-every 128th. Where it does not know a tokenizer, or differs at the start, it is not used; where it differs later,
-`TokenizersDisagree` is raised, and who asked begins again with `tokenizers` alone.
+The faster tokenizer is compared with `tokenizers`, id by id, on the first texts and on every 128th afterwards.
 """
 
 from __future__ import annotations
@@ -35,7 +30,7 @@ import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
 from agentft.data.conversation import Conversation
-from agentft.data.render import MsagentTemplate, Rendering, Segment, SpanKind
+from agentft.data.render import TRAINED_KINDS, MsagentTemplate, Rendering, Segment, SpanKind
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +44,7 @@ IGNORE_INDEX = -100
 
 _MARKUP = re.compile(r"<\S+>")
 """Names of added tokens that are marks of a layout, `<tool_call>` for example; runs of spaces and the like are not."""
+_ANYTHING = re.compile(r".*", re.DOTALL)
 
 _LEADS = ("\n", "x", ":")
 """What may stand before a text that continues another, so that a tokenizer puts no blank there; it is taken off again."""
@@ -185,10 +181,7 @@ class SegmentEncoder:
         self._prompt_ends: dict[tuple[str, bool], list[int]] = {}
 
     def for_much_text(self, *, much: bool) -> SegmentEncoder:
-        """One that gives the same ids and comes to be faster, at once where `much` text is known to come.
-
-        What it does may raise `TokenizersDisagree`.
-        """
+        """Return one that becomes faster with much text, at once where it is known to come; see `TokenizersDisagree`."""
         other = copy(self)
         other._text_ids, other._much = {}, much
         return other
@@ -230,14 +223,15 @@ class SegmentEncoder:
         jobs = [_Job(at, _Text(rendering)) for at, (_, rendering) in enumerate(renderings)]
         again: list[_Job] = []
         for job, encoded in zip(jobs, self._encode(jobs, {} if known is None else known), strict=True):
-            crossed = [] if self._by_chunks(job.text) else self._crossed(job.text, encoded)
+            steps = [] if self._by_chunks(job.text) else job.text.steps
+            crossed = [at for at, step in enumerate(steps) if not self._begins_alone(job.text, step, encoded)]
             if crossed:
-                own = set(range(len(job.text.steps))) - set(crossed)
+                own = set(range(len(steps))) - set(crossed)
                 # The steps before the last border have no border in their prompts yet, so they may share its example.
                 before = own if own and max(own) < crossed[-1] else set()
                 for at in crossed:
-                    steps = frozenset({at, *(before if at == crossed[-1] else ())})
-                    again.append(_Job(job.item, job.text, steps, job.text.steps[at].first))
+                    shared = before if at == crossed[-1] else ()
+                    again.append(_Job(job.item, job.text, frozenset({at, *shared}), steps[at].first))
                 job = job._replace(steps=frozenset(own - before))
             if job.steps is None or job.steps:
                 found[job.item].append(_example(renderings[job.item], job, encoded))
@@ -277,9 +271,9 @@ class SegmentEncoder:
             if letters not in self._copies:
                 # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would
                 # type a control token.
-                special = {"none": None, "marks": _is_mark, "all": lambda _: True}[letters]
-                made = Tokenizer.from_str(str(self._json.with_special(special) if special else self._json))
-                made.encode_special_tokens = special is not None
+                pattern = {"none": None, "marks": _MARKUP, "all": _ANYTHING}[letters]
+                made = Tokenizer.from_str(str(self._json.with_special(pattern) if pattern else self._json))
+                made.encode_special_tokens = pattern is not None
                 made.no_truncation()
                 made.no_padding()
                 self._copies[letters] = made
@@ -289,10 +283,7 @@ class SegmentEncoder:
         return text.rendering.by_chunks and self._counts_bytes
 
     def _chunks(self, text: _Text) -> list[_Unit]:
-        """Join neighbours that are encoded together: all context, or a text or call of the agent; named tokens stand alone.
-
-        The agent's words are cut alike whether an example trains them or shows them, so both give the same ids.
-        """
+        """Join neighbours that are encoded together, alike whether they are trained or shown; named tokens stand alone."""
         units: list[_Unit] = []
         joined: list[str] = []
         fate: SpanKind | None = None
@@ -330,7 +321,11 @@ class SegmentEncoder:
     @cached_property
     def _marks(self) -> re.Pattern[str]:
         """Matches the added tokens that a value must not reach."""
-        added = [t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special or _is_mark(t.content)]
+        added = [
+            t.content
+            for t in self._tokenizer.added_tokens_decoder.values()
+            if t.special or _MARKUP.fullmatch(t.content)
+        ]
         return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
     @cached_property
@@ -377,11 +372,8 @@ class SegmentEncoder:
         offsets = encoding.offsets[len(before) :]
         return encoding.ids[len(before) :], [(max(a - len(lead), 0), max(b - len(lead), 0)) for a, b in offsets]
 
-    def _crossed(self, text: _Text, encoded: _Encoded) -> list[int]:
-        """Return the steps, by their position, before which the ids are not those of their prompt alone."""
-        return [at for at, step in enumerate(text.steps) if not self._begins_alone(text, step, encoded)]
-
     def _begins_alone(self, text: _Text, step: _Step, encoded: _Encoded) -> bool:
+        """Return whether the ids before a step are those of its prompt alone."""
         first = encoded.begin[step.first]
         if self._cuts_anywhere:
             return encoded.reach[step.first] == first
@@ -396,10 +388,6 @@ class SegmentEncoder:
                 self._prompt_ends[section, step.section == 0] = expected
         before: list[int] = encoded.ids[max(first - len(expected), 0) : first].tolist()
         return before == expected
-
-
-def _is_mark(content: str) -> bool:
-    return _MARKUP.fullmatch(content) is not None
 
 
 class _Step(NamedTuple):
@@ -478,13 +466,7 @@ def _example(named: tuple[str, Rendering], job: _Job, encoded: _Encoded) -> Enco
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
     """Return the example with a weight for each span; unchanged where all count alike."""
-    by_kind = {
-        SpanKind.reasoning: weights.reasoning,
-        SpanKind.text: weights.text,
-        SpanKind.call: weights.call,
-        SpanKind.call_syntax: weights.call_syntax,
-        SpanKind.stop: weights.stop,
-    }
+    by_kind: dict[SpanKind, float] = {kind: getattr(weights, kind.name) for kind in TRAINED_KINDS}
     if set(by_kind.values()) == {1.0}:
         return example
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))
@@ -579,10 +561,10 @@ class TokenizerJson:
         model = json.dumps(whole.pop("model"), ensure_ascii=False)
         return cls(whole, model)
 
-    def with_special(self, is_special: Any) -> TokenizerJson:
-        """The tokenizer with every added token that `is_special(content)` declared special."""
+    def with_special(self, pattern: re.Pattern[str]) -> TokenizerJson:
+        """Return the tokenizer with every added token that matches declared special."""
         added = [
-            {**token, "special": token["special"] or is_special(token["content"])}
+            {**token, "special": token["special"] or pattern.fullmatch(token["content"]) is not None}
             for token in self.head["added_tokens"]
         ]
         return replace(self, head={**self.head, "added_tokens": added})
@@ -751,10 +733,7 @@ class TokenText:
             yield held.decode("utf-8", "replace"), count
 
     def kinds(self, ids: Ids, segments: Sequence[Segment]) -> np.ndarray[Any, np.dtype[np.int8]]:
-        """The kind of the segment that each token begins in, by counting bytes.
-
-        Where a tokenizer changes the text (a normaliser, a space put in front), positions are stretched to fit.
-        """
+        """Return the kind of the segment that each token begins in, positions stretched where a tokenizer changes text."""
         sizes = [len(s.text) if s.text.isascii() else len(s.text.encode()) for s in segments]
         ends = np.cumsum(sizes)
         lengths = self._lengths[ids]

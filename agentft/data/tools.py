@@ -183,10 +183,7 @@ def lift_numbered(system: str) -> Lifted | None:
 
 
 def _functions_of(tool: OfferedTool) -> tuple[OfferedTool, ...] | None:
-    """Return the functions that an entry of the list declares; None where it says more, or cannot be read.
-
-    An entry may be a plugin around its schema (`plugin_schema_for_model`), and may hold its functions as `paths`.
-    """
+    """Return the functions that an entry declares, maybe as a plugin or as `paths`; None: it says more, or is unreadable."""
     entry = tool.entry
     if entry is None:
         return None
@@ -269,10 +266,7 @@ def declared_tools(tools: Iterable[dict[str, Any]]) -> tuple[OfferedTool, ...]:
 
 
 def read_offered_tools(system: str) -> tuple[OfferedTool, ...]:
-    """Read the numbered tool list of a system text; a text without one offers no tool.
-
-    Equal texts may give the same objects: treat them as read-only.
-    """
+    """Read the numbered tool list of a system text; equal texts may give the same objects, to be left as they are."""
     return _read_remembered(system) if len(system) < _REMEMBERED_CHARACTERS else _read(system)
 
 

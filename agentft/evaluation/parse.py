@@ -1,11 +1,7 @@
-"""Read the text of a model: calls and answer, or the reason why a call is none.
-
-A reply is read in the same way whether it is a prediction or a reference, so a perfect prediction scores 1 by
-construction. What stands between the marks is read by `agentft.data.msagent`, as in training.
+"""Read the text of a model, as a prediction or a reference: calls and answer, or the reason why a call is none.
 
 Mended: trailing commas, Python dicts (single quotes, True, False, None), full-width or curly quotes and full-width
-punctuation, missing closing quotes and brackets at the end, raw text around the object. Whatever else is wrong stays
-wrong.
+punctuation, missing closing quotes and brackets at the end, raw text around the object.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from agentft.data.calls import PYTHON_WORDS, Attempt, CallFailure, ToolCall, strip_fence
+from agentft.data.calls import PYTHON_WORDS, Call, CallFailure, ToolCall, strip_fence
 from agentft.data.conversation import EXEC_OPEN, THINK_CLOSE, THINK_OPEN
 from agentft.data.msagent import call_text, read_call_body
 from agentft.data.response import Said
@@ -65,17 +61,14 @@ def without_end(text: str, ends: Sequence[str] = END_OF_SEQUENCE_TEXTS) -> str:
 
 def with_msagent_calls(said: Said) -> Said:
     """Return a step in which MSAgent calls within its texts are calls: a model that answers with them called all the same."""
-    pieces: list[str | Attempt] = []
+    pieces: list[str | Call] = []
     for piece in said.pieces:
         pieces += parse_reply(piece).pieces if isinstance(piece, str) and THINK_OPEN in piece else (piece,)
     return replace(said, pieces=tuple(pieces))
 
 
 def msagent_text(said: Said) -> str:
-    """Write a step for people and for `agentft.score`, in MSAgent form without its reasoning; it reads as the same.
-
-    Where a text spells a mark that would cut it, a blank stands within the mark.
-    """
+    """Write a step in MSAgent form without its reasoning; a mark that a text spells gets a blank, so it reads as the same."""
     pieces = []
     for piece in said.pieces:
         if isinstance(piece, str):
@@ -87,7 +80,7 @@ def msagent_text(said: Said) -> str:
     return "".join(pieces).strip()
 
 
-def _pieces(text: str, stop_texts: tuple[str, ...]) -> Iterator[str | Attempt]:
+def _pieces(text: str, stop_texts: tuple[str, ...]) -> Iterator[str | Call]:
     """Yield texts and calls up to where the agent's own words end."""
     text = without_end(text, (*END_OF_SEQUENCE_TEXTS, *stop_texts))
     end = 0
@@ -143,10 +136,10 @@ def _unreadable(body: str) -> str:
     return body if isinstance(read_call_body(body), CallFailure) else f"malformed: {body}"
 
 
-def _read_attempt(body: str, *, closed: bool) -> Attempt:
+def _read_attempt(body: str, *, closed: bool) -> Call:
     unclosed = CallFailure("unclosed", f"no {THINK_CLOSE} after the call")
     read = read_call_body(body) if closed else unclosed
-    return Attempt(body, (), read) if isinstance(read, CallFailure) else Attempt(body, read, None)
+    return Call(body, (), read) if isinstance(read, CallFailure) else Call(body, read, None)
 
 
 _CLOSING_QUOTES = {'"': '"', "'": "'", "“": "”“", "＂": "＂", "‘": "’‘", "＇": "＇"}

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from agentft.data.calls import Attempt, CallFailure, parameter_types
+from agentft.data.calls import Call, CallFailure, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
@@ -65,9 +65,7 @@ class ReplyReader:
             said = response.read(kept, prompt, types)
             return said if traits.reasoning else replace(said, thought=None)
         return Said(
-            (Attempt(kept, (), CallFailure("not_read", "no response template reads this layout")),)
-            if calls
-            else (kept,)
+            (Call(kept, (), CallFailure("not_read", "no response template reads this layout")),) if calls else (kept,)
         )
 
     @cached_property
@@ -185,8 +183,8 @@ def all_steps(conversations: Iterable[Conversation], examples: Sequence[Example]
 
 def _said(message: Message) -> Said:
     """Return a message as if it had been read."""
-    attempts = [Attempt("", (call,), None) for call in message.tool_calls]
-    pieces: tuple[str | Attempt, ...] = (*[message.text] * bool(message.text.strip()), *attempts)
+    attempts = [Call("", (call,), None) for call in message.tool_calls]
+    pieces: tuple[str | Call, ...] = (*[message.text] * bool(message.text.strip()), *attempts)
     reasoning = (message.reasoning_content or "").strip()
     return Said(pieces, reasoning, True if reasoning else None)
 

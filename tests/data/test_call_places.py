@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentft.data.conversation import Call
+from agentft.data.calls import Call
 from agentft.data.msagent import call_places, parse_assistant
 from agentft.data.render import CALL_KINDS, Rendering, Segment, SpanKind, step_segments
 from agentft.data.tokens import Example, SegmentEncoder, vocabulary_bytes

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agentft.data.calls import ToolCall
+from agentft.data.calls import Call, ToolCall
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Call, Conversation, Observation, Origin, Text, chat_messages
+from agentft.data.conversation import Conversation, Observation, Origin, Text, chat_messages
 from agentft.data.msagent import MARK, GrammarError, as_msagent, lift_tools
 from agentft.data.prepared import from_line, to_line
 from agentft.data.records import Rejection, read_record

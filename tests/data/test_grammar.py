@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Call, Observation, Part, Text
+from agentft.data.calls import Call
+from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, THINK_CLOSE, THINK_OPEN, Observation, Part, Text
 from agentft.data.msagent import GrammarError, parse_assistant, turn_messages
 
 CALL = THINK_OPEN + '```JSON\n{"api_name": "f", "parameters": {"x": "1"}}\n```' + THINK_CLOSE
@@ -66,7 +67,9 @@ def test_the_sources_of_the_parts_are_the_value_and_nothing_but_a_grammar_error_
     for part in parts:
         if not isinstance(part, Text):
             opening, closing = (THINK_OPEN, THINK_CLOSE) if isinstance(part, Call) else (EXEC_OPEN, EXEC_CLOSE)
-            assert part.source == opening + part.body + closing
+            assert part.source.startswith(opening)
+            assert part.source.endswith(closing)
+            assert isinstance(part, Call) or part.source == opening + part.body + closing
 
 
 @given(st.text(max_size=200))
@@ -150,7 +153,7 @@ def test_a_closing_mark_inside_a_json_string_does_not_close() -> None:
     body = '{"api_name": "f", "parameters": {"x": "write <|endofthink|> at the end"}}'
     part = parse_assistant(f"{THINK_OPEN}{body}{THINK_CLOSE}")[0]
     assert isinstance(part, Call)
-    assert part.body == body
+    assert part.source == f"{THINK_OPEN}{body}{THINK_CLOSE}"
     observation = EXEC_OPEN + '{"r": "say <|endofexec|> now"}' + EXEC_CLOSE
     assert sources_by_type(f"{CALL}\n\n{observation}\nok")[2] == ("Observation", observation)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from agentft.audits.checks import check_request
-from agentft.data.calls import JsonRefused, ToolCall, read_literal
+from agentft.data.calls import Call, JsonRefused, ToolCall, read_literal
 from agentft.data.config import Format
-from agentft.data.conversation import Call, Conversation, Origin
+from agentft.data.conversation import Conversation, Origin
 from agentft.data.msagent import lift_tools
 from agentft.data.records import ParseWarning, Rejection, read_record
 from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local

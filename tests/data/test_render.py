@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agentft.data.conversation import Call, Conversation, Message, Observation, Origin, Text, chat_messages
+from agentft.data.calls import Call
+from agentft.data.conversation import Conversation, Message, Observation, Origin, Text, chat_messages
 from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Rendering, SpanKind
 from agentft.data.template_choice import choose_template, exported_template

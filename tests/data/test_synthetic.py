@@ -33,7 +33,6 @@ from agentft.data.synthetic.catalogue import (
     values_of,
 )
 from agentft.data.synthetic.dialogues import KINDS, drafts
-from agentft.errors import DataError
 
 FOLDER = Path(synthetic.__file__).parent
 SETS = list(itertools.product(("en", "zh"), ("train", "heldout"), (False, True)))
@@ -373,19 +372,3 @@ class TestCatalogue:
                 assert set().union(*(s.slots for s in segments(phrasing))) == wanted, phrasing
             for phrasing in chain.then:
                 assert set().union(*(s.slots for s in segments(phrasing))) == needed, phrasing
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"count": -1}, "count is -1"),
-        ({"count": 1, "max_rounds": 0}, "max_rounds is 0"),
-        ({"count": 1, "languages": {"fr": 1.0}}, "'fr' is unknown"),
-        ({"count": 1, "languages": {}}, "no language"),
-        ({"count": 1, "languages": {"en": -1.0}}, "share of language 'en'"),
-        ({"count": 1, "part": "dev"}, "part is 'dev'"),
-    ],
-)
-def test_arguments_out_of_range_are_refused_before_the_first_record(arguments, message):
-    with pytest.raises(DataError, match=re.escape(message)):
-        generate(**arguments)

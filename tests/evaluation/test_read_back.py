@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from agentft.data.calls import Attempt, ToolCall, parameter_types
+from agentft.data.calls import Call, ToolCall, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
@@ -211,7 +211,7 @@ def test_a_malformed_call_is_an_attempt_beside_the_good_ones(name: str):
     at = text.rindex("get_tide", 0, text.index("Husum"))
     broken = text[:at] + text[at + len("get_tide") :]
     said = read_as(name, broken)
-    attempts = [piece for piece in said.pieces if isinstance(piece, Attempt)]
+    attempts = [piece for piece in said.pieces if isinstance(piece, Call)]
     assert [attempt.failure is not None for attempt in attempts] == [True, False], attempts
     assert said.calls == (ToolCall("get_tide", {"harbour": "Kiel", "days": 1}),)
     written = with_msagent_calls(said)
@@ -229,7 +229,7 @@ def test_a_step_that_breaks_off_anywhere_is_read_without_an_error(name: str):
         assert all(call.name.strip() for call in said.calls)
     whole = read_as(name, text)
     assert whole.calls
-    assert not any(isinstance(piece, Attempt) and piece.failure for piece in whole.pieces)
+    assert not any(isinstance(piece, Call) and piece.failure for piece in whole.pieces)
 
 
 @pytest.mark.parametrize("name", ["lfm2_v2", "lfm2_2_5"])
@@ -263,7 +263,7 @@ def test_what_parse_response_loses_is_kept():
         ('{"days": NaN}', "NaN"),
         ('{"days": [1, {"x": 1, "x": 2}]}', "twice"),
     ):
-        (attempt,) = [piece for piece in read_as("qwen3", HERMES % arguments).pieces if isinstance(piece, Attempt)]
+        (attempt,) = [piece for piece in read_as("qwen3", HERMES % arguments).pieces if isinstance(piece, Call)]
         assert attempt.failure is not None
         assert why in attempt.failure.detail
 

@@ -1,7 +1,4 @@
-"""Write records by number: a kind of dialogue is drawn by its share, and played out on a `Scene`.
-
-The same arguments and number give the same record, whatever was generated before.
-"""
+"""Write records by number: a kind of dialogue is drawn by its share, and played out on a `Scene`."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as numbers
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from agentft.data.synthetic.catalogue import (
     Chain,
@@ -29,7 +26,6 @@ from agentft.data.synthetic.catalogue import (
     shelf,
     values_of,
 )
-from agentft.errors import DataError
 
 DEFAULT_LANGUAGES: Mapping[str, float] = MappingProxyType({"en": 0.9, "zh": 0.1})
 
@@ -132,7 +128,8 @@ class Scene:
         self._values = values_of(language, part)
         self._namer = Namer(rng)
         self._names: dict[str, ToolNames] = {}
-        self._tools: list[Tool] = []
+        self.tools: list[Tool] = []
+        """Those that are listed, in their order."""
         self._is_closed = False
         self._indent = 3 if rng.random() < INDENTED_SHARE else None
 
@@ -262,12 +259,8 @@ class Scene:
             while names.tool in taken:
                 names = self._namer.name(tool, names.description)
             self._names[tool.key] = names
-            self._tools.append(tool)
+            self.tools.append(tool)
         return self._names[tool.key]
-
-    def listed_names(self) -> list[str]:
-        """Return the names of the listed tools in their order; only after `close_list`."""
-        return [self._names[tool.key].tool for tool in self._tools]
 
     def close_list(self, beside: Iterable[str] = ()) -> None:
         """Add distractors, confusable ones first, and shuffle, once; none of the concepts `beside`."""
@@ -279,7 +272,7 @@ class Scene:
         families = {tool.family for tool in self.shelf.tools if tool.key in barred}
         tools = self.shelf.tools
         kin = [tool for family in sorted(families) for tool in tools if tool.family == family]
-        while len(self._tools) < size:
+        while len(self.tools) < size:
             near = [tool for tool in kin if tool.key not in barred]
             if near and self.chance(0.6):
                 distractor = self.pick(near)
@@ -289,14 +282,14 @@ class Scene:
             if distractor.key not in barred:
                 self.names(distractor)
                 barred.add(distractor.key)
-        self.rng.shuffle(self._tools)
+        self.rng.shuffle(self.tools)
 
     def system(self) -> str:
         """Return the system value: an instruction and the numbered list of tools."""
         instruction = self.pick(self.phrases["instructions"])
         if self.at_once:
             instruction += self.phrases["at_once"]
-        lines = [f"{number}. {self._entry(tool)}" for number, tool in enumerate(self._tools, 1)]
+        lines = [f"{number}. {self._entry(tool)}" for number, tool in enumerate(self.tools, 1)]
         return "\n\n".join([instruction + self.phrases["plugins"], *lines])
 
     def _entry(self, tool: Tool) -> str:
@@ -450,7 +443,8 @@ def _small_talk(scene: Scene) -> None:
     if scene.chance(0.1):
         question, reply = scene.pick(scene.phrases["abilities"])
         scene.user(question)
-        scene.assistant(reply.format(names=scene.phrases["name_joint"].join(scene.listed_names())))
+        names = [scene.names(tool).tool for tool in scene.tools]
+        scene.assistant(reply.format(names=scene.phrases["name_joint"].join(names)))
         return
     a, b = scene.rng.sample(range(2, 100), 2)
     person = scene.value("person")[1]
@@ -540,7 +534,7 @@ def drafts(
     *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
 ) -> Iterator[Draft]:
     """Yield conversations without end; each depends on the arguments and its number alone."""
-    chosen = _checked_languages(languages)
+    chosen: dict[Language, float] = {each: languages[each] for each in get_args(Language) if languages.get(each)}
     kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
     mix = ",".join(f"{language}={share!r}" for language, share in chosen.items())
 
@@ -586,16 +580,7 @@ def generate(
         part: `train` and `heldout` share no first user turn, and draw names, places, codes and dates from other values.
         unseen_tools: Make the tools of the two parts disjoint too, whole families of similar tools at a time.
         max_rounds: Most user turns in a conversation; most conversations have one.
-
-    Raises:
-        DataError: an argument is out of range.
     """
-    if count < 0:
-        raise DataError(f"synthetic data: count is {count}, expected 0 or more")
-    if max_rounds < 1:
-        raise DataError(f"synthetic data: max_rounds is {max_rounds}, expected 1 or more")
-    if part not in get_args(Part):
-        raise DataError(f"synthetic data: part is {part!r}, expected one of {', '.join(get_args(Part))}")
     made = drafts(seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds)
     return (
         {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": draft.conversation}
@@ -605,16 +590,3 @@ def generate(
 
 def _drawn(shares: Mapping[_T, float], rng: random.Random) -> _T:
     return rng.choices(list(shares), list(shares.values()))[0]
-
-
-def _checked_languages(languages: Mapping[str, float]) -> dict[Language, float]:
-    known = get_args(Language)
-    for language, share in languages.items():
-        if language not in known:
-            raise DataError(f"synthetic data: language {language!r} is unknown, expected one of {', '.join(known)}")
-        if not 0 <= share < float("inf"):
-            raise DataError(f"synthetic data: share of language {language!r} is {share}, expected 0 or more")
-    positive = {cast("Language", language): float(languages[language]) for language in known if languages.get(language)}
-    if not positive:
-        raise DataError("synthetic data: no language has a share above 0, expected for example {'en': 0.9, 'zh': 0.1}")
-    return positive
