@@ -22,7 +22,6 @@ from agentft.data.chat_template import (
     ChatTemplate,
     MarkedText,
     StepValues,
-    TemplateRefusal,
     Traits,
     Value,
     answer_to,
@@ -36,12 +35,9 @@ from agentft.data.chat_template import (
 from agentft.data.conversation import Conversation
 from agentft.data.msagent import lift_tools
 from agentft.data.render import CALL_KINDS, LaidOut, LeftOut, Rendering, Segment, SpanKind
+from agentft.errors import FormatError
 
 _SPOKEN = frozenset({SpanKind.reasoning, SpanKind.text, SpanKind.call})
-
-
-class _Problem(Exception):  # noqa: N818  # a reason and its detail, on their way to the caller
-    """Why a conversation or a step cannot be said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +53,8 @@ class ChatLayout:
     def identity(self) -> dict[str, Any]:
         """All that decides what is rendered."""
         manners = [dict(manner.args) for manner in self.traits.manners]
-        return {
-            "source": self.template.source,
-            "args": self.template.args,
-            "manners": manners,
-            "rewritten": self.rewritten,
-        }
+        template = self.template
+        return {"source": template.source, "args": template.args, "manners": manners, "rewritten": self.rewritten}
 
     def args(self, *, reasoning: bool) -> dict[str, Any]:
         """Return the template arguments for conversations with or without reasoning, as they are recorded."""
@@ -75,11 +67,8 @@ class ChatLayout:
             return lifted
         try:
             return _Work(self, lifted, context_rounds).done()
-        except _Problem as problem:
-            reason, detail = problem.args
-            return reason, detail
-        except TemplateRefusal as refusal:
-            return "template_refuses", str(refusal)
+        except FormatError as problem:
+            return problem.reason, problem.detail
 
     def prompt(self, conversation: Conversation, step: int) -> str:
         """Return the prompt of a step as a server makes it."""
@@ -112,14 +101,13 @@ class _Work:
         self.layout, self.template, self.traits = layout, layout.template, layout.traits
         self.conversation = conversation
         self.steps = conversation.steps
-        _check_calls(conversation)
         self.messages = server_messages(conversation, self.traits)
         self.reasoning = _has_reasoning(self.messages)
         self.manner = self.traits.manners[self.reasoning]
         self.left_out: list[LeftOut] = []
         self.differ = 0
-        self.trained = self._trained(context_rounds)
         self._check_traits()
+        self.trained = self._trained(context_rounds)
         self.spelt, self.tested = self._check_values()
         self.marked = [marked_message(message) for message in self.messages]
         self.tools: Sequence[Mapping[str, Any]] = conversation.tools
@@ -132,11 +120,7 @@ class _Work:
         return mark(text, SpanKind.header) if self.template.control.search(text) else text
 
     def done(self) -> LaidOut:
-        """Return the renderings.
-
-        Raises:
-            _Problem: no step of it can be trained.
-        """
+        """Return the renderings; raise FormatError where no step can be trained."""
         last = self.steps[self.trained[-1]]
         if self.manner.whole and not self.tested and (one := self._by_headers(last, self.manner.header)):
             return LaidOut(self.conversation, (one,), tuple(self.left_out))
@@ -146,7 +130,7 @@ class _Work:
             renderings = self._exact(last)
         if not renderings:
             first = self.left_out[0]
-            raise _Problem(first.reason, f"step {first.step + 1}: {first.detail}")
+            raise FormatError(first.reason, f"step {first.step + 1}: {first.detail}")
         return LaidOut(self.conversation, renderings, tuple(sorted(self.left_out)), self.differ)
 
     def _trained(self, context_rounds: int) -> list[int]:
@@ -163,39 +147,41 @@ class _Work:
                     self.left_out.append(LeftOut(step, "empty_step", "the agent says nothing here"))
             step += 1
         if not trained:
-            raise _Problem("no_label", "nothing that the agent says here is to be trained")
+            raise FormatError("no_label", "nothing that the agent says here is to be trained")
         return trained
 
     def _check_traits(self) -> None:
         traits, messages = self.traits, self.conversation.messages
+        for failure in (call.failure for message in messages for call in message.malformed_calls if call.failure):
+            raise FormatError("call_without_native_form", f"{failure.reason}: {failure.detail}")
         calls = [message for message in messages if message.tool_calls]
         if not traits.tools and calls:
-            raise _Problem("template_has_no_tools", traits.problem)
+            raise FormatError("template_has_no_tools", traits.problem)
         if not traits.declarations and self.conversation.tools:
-            raise _Problem("template_has_no_tools", "it leaves the declarations of tools out")
+            raise FormatError("template_has_no_tools", "it leaves the declarations of tools out")
         if not traits.system and self.conversation.system.strip():
-            raise _Problem("template_has_no_system", "it leaves a system text out")
+            raise FormatError("template_has_no_system", "it leaves a system text out")
         if not traits.reasoning and self.reasoning:
-            raise _Problem("template_has_no_reasoning", "it leaves reasoning out; set dataset.reasoning=drop")
+            raise FormatError("template_has_no_reasoning", "it leaves reasoning out; set dataset.reasoning=drop")
         if not traits.parallel_calls and any(len(message.tool_calls) > 1 for message in calls):
-            raise _Problem(
+            raise FormatError(
                 "template_takes_one_call_a_step", f"a step has {max(len(m.tool_calls) for m in calls)} calls"
             )
         if not traits.text_beside_call and any(message.text.strip() for message in calls):
-            raise _Problem("template_has_no_text_beside_calls", "it leaves the text of a step with calls out")
+            raise FormatError("template_has_no_text_beside_calls", "it leaves the text of a step with calls out")
 
     def _check_values(self) -> tuple[bool, bool]:
         """Say whether a value spells a control token, and whether one holds what the template looks for."""
         everything = json.dumps([self.messages, self.conversation.tools], ensure_ascii=False)
         marks = MARK if "\\ufd" not in everything else re.compile(f"{MARK.pattern}|{ESCAPED_MARK.pattern}")
         if not (everything.isascii() and marks is MARK) and (found := marks.search(everything)):
-            raise _Problem("text_holds_a_noncharacter", f"{found[0]!a}, which no text should hold")
+            raise FormatError("text_holds_a_noncharacter", f"{found[0]!a}, which no text should hold")
         tested = any(text in everything for text in self.template.tested)
         if not self.template.control_in_json.search(everything):
             return False, tested
         for where, name in _names(self.messages, list(self.conversation.tools)):
             if found := self.template.control.search(name):
-                raise _Problem("name_holds_a_control_token", f"{where} {name!r} holds {found.group()}")
+                raise FormatError("name_holds_a_control_token", f"{where} {name!r} holds {found.group()}")
         return True, tested
 
     def _render(self, stop: int, after: Sequence[ChatMessage] = (), *, prompt: bool = False) -> MarkedText:
@@ -206,7 +192,7 @@ class _Work:
         )
         text = MarkedText.read(rendered)
         if text is None:
-            raise _Problem("template_changes_values", "it splits or cuts the text of a message")
+            raise FormatError("template_changes_values", "it splits or cuts the text of a message")
         return text
 
     def _prompt(self, step: int) -> MarkedText:
@@ -215,7 +201,9 @@ class _Work:
             before = handed_over(self.messages[: self.steps[step]], self.traits)
             plain = self.template.render(before, self.conversation.tools, prompt=True, args=self.manner.args)
             if plain != text.text:
-                raise _Problem("template_changes_values", "it writes a message otherwise for what its text begins with")
+                raise FormatError(
+                    "template_changes_values", "it writes a message otherwise for what its text begins with"
+                )
         return text
 
     def _next(self, last: int) -> list[ChatMessage]:
@@ -234,7 +222,7 @@ class _Work:
         """Find all steps in one rendering by the header before each; None where they are not all there."""
         try:
             text = self._render(last + 1, self._next(last))
-        except (TemplateRefusal, _Problem):
+        except FormatError:
             return None
         begins = list(ends_of(header, text))
         known = self.steps[: self.trained[-1] + 1]
@@ -276,13 +264,13 @@ class _Work:
     def _exact(self, last: int) -> tuple[Rendering, ...]:
         """Let the steps that share a history share a rendering, and give every other one its own, as it is served."""
         shared: list[tuple[MarkedText, list[Region]]] = []
-        with suppress(TemplateRefusal, _Problem):  # Where the dummy is refused, each step is rendered by itself.
+        with suppress(FormatError):  # Where the dummy is refused, each step is rendered by itself.
             shared.append((self._render(last + 1, self._next(last)), []))
         for step in reversed(self.trained):
             try:
                 prompt = self._prompt(step)
                 if not self._holds_context(prompt, self.steps[step]):
-                    raise _Problem("template_drops_messages", "a message before this step is not in its prompt")
+                    raise FormatError("template_drops_messages", "a message before this step is not in its prompt")
                 region = None
                 # What already has a step comes first: the whole may end its steps otherwise than they are said.
                 for text, regions in sorted(shared, key=lambda each: not each[1]):
@@ -292,10 +280,8 @@ class _Work:
                 if region is None:
                     text, region = self._alone(step, prompt)
                     shared.append((text, [region]))
-            except _Problem as problem:
-                self.left_out.append(LeftOut(step, *problem.args))
-            except TemplateRefusal as refusal:
-                self.left_out.append(LeftOut(step, "template_refuses", str(refusal)))
+            except FormatError as problem:
+                self.left_out.append(LeftOut(step, problem.reason, problem.detail))
         renderings = [
             self._rendering(text, regions[::-1], [region.step for region in regions[::-1]])
             for text, regions in shared
@@ -319,8 +305,8 @@ class _Work:
             if number == 0 and text.text.startswith(prompt.text):
                 lacking = lacking or self._region(text, step, len(prompt.text))[1]
         if lacking in ("reasoning", "text", "call"):
-            raise _Problem(f"template_drops_{lacking}", f"the {lacking} of this step is not written")
-        raise _Problem(
+            raise FormatError(f"template_drops_{lacking}", f"the {lacking} of this step is not written")
+        raise FormatError(
             "template_cannot_continue", "what the template writes for this step does not continue its prompt"
         )
 
@@ -329,7 +315,7 @@ class _Work:
         at = self.steps[step]
         ending = self._render(at + 1)
         yield ending
-        with suppress(TemplateRefusal, _Problem):
+        with suppress(FormatError):
             followed = self._render(at + 1, self._next(at))
             yield followed
         called = bool(self.messages[at].get("tool_calls"))
@@ -370,7 +356,7 @@ class _Work:
         for step, begin in enumerate(begins):
             try:
                 prompt = self._prompt(step) if step in self.trained else None
-            except (_Problem, TemplateRefusal):
+            except FormatError:
                 prompt = None
             served = prompt is not None and text.text.startswith(prompt.text)
             region, missing = self._region(text, step, len(prompt.text) if prompt and served else begin)
@@ -531,12 +517,6 @@ def _word(text: MarkedText, word: str, start: int, stop: int) -> tuple[int, int]
 
 def _has_reasoning(messages: Sequence[ChatMessage]) -> bool:
     return any(message.get("reasoning_content", "").strip() for message in messages)
-
-
-def _check_calls(conversation: Conversation) -> None:
-    for call in (call for message in conversation.messages for call in message.malformed_calls):
-        assert call.failure is not None
-        raise _Problem("call_without_native_form", f"{call.failure.reason}: {call.failure.detail}")
 
 
 def _names(messages: Sequence[ChatMessage], tools: Any) -> Iterator[tuple[str, str]]:

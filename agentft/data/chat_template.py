@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from agentft.data.conversation import Conversation, chat_messages
 from agentft.data.render import SpanKind
-from agentft.errors import ConfigError
+from agentft.errors import ConfigError, FormatError
 
 DEFAULT_DATE = "2026-01-01"
 """The day that templates are shown which ask for one: data, cache and resumed runs must not change at midnight."""
@@ -36,10 +36,6 @@ _FORMAT = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _TESTED = re.compile(r"""(?:startswith|endswith|split|replace)\(\s*(['"])(.*?)\1|(['"])([^'"]*)\3 +(?:not +)?in """)
 _TELLING = re.compile(r"(?=.*\W)\S.+\S")
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
-
-
-class TemplateRefusal(Exception):  # noqa: N818  # what happened, not whose error it is
-    """A chat template that raised, in its own words."""
 
 
 class ChatTemplate:
@@ -84,7 +80,7 @@ class ChatTemplate:
         """Return the text of messages, with the generation prompt behind them for `prompt`.
 
         Raises:
-            TemplateRefusal: the template raised.
+            FormatError: the template raised; the detail has its words.
         """
         from jinja2 import TemplateError
 
@@ -100,7 +96,7 @@ class ChatTemplate:
                 **given,
             )
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise TemplateRefusal(" ".join(str(error).split())) from None
+            raise FormatError("template_refuses", " ".join(str(error).split())) from None
         return text
 
 

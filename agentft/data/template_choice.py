@@ -18,7 +18,6 @@ from agentft.data.chat_template import (
     ChatTemplate,
     Manner,
     MarkedText,
-    TemplateRefusal,
     Traits,
     answer_to,
     handed_over,
@@ -27,7 +26,7 @@ from agentft.data.chat_template import (
 )
 from agentft.data.conversation import Conversation, Message, Origin, chat_messages
 from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
-from agentft.errors import ConfigError
+from agentft.errors import ConfigError, FormatError
 
 OURS = ("chatml", "qwen2.5", "qwen3", "llama3")
 NAMES = ("auto", "native", "msagent", *OURS)
@@ -224,8 +223,8 @@ def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
         messages = server_messages(conversation, traits)
         try:
             plain = template.render(handed_over(messages, traits), conversation.tools, prompt=False)
-        except TemplateRefusal as refusal:
-            return str(refusal)
+        except FormatError as refusal:
+            return refusal.detail
         text = _marked(template, traits, messages, conversation.tools)
         if text is None or text.text != plain:
             return "it changes the texts of messages"
@@ -239,7 +238,7 @@ def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
 def _declares(template: ChatTemplate, traits: Traits) -> bool:
     try:
         return _DESCRIPTION in template.render(handed_over(chat_messages((_ASK,)), traits), (_TOOL,), prompt=True)
-    except TemplateRefusal:
+    except FormatError:
         return False
 
 
@@ -400,7 +399,7 @@ def _rendered(
         before = [render(at) for at in conversation.steps]
         prompts = [render(at, prompt=True) for at in conversation.steps]
         return None if text is None else _Rendered(before, prompts, text, render())
-    except TemplateRefusal:
+    except FormatError:
         return None
 
 
@@ -420,7 +419,7 @@ def _marked(
     marked = handed_over([marked_message(message) for message in messages], traits)
     try:
         return MarkedText.read(template.render(marked, tools, prompt=False, args=args))
-    except TemplateRefusal:
+    except FormatError:
         return None
 
 
