@@ -148,18 +148,10 @@ def _beginning(tokenizer: Any) -> str | None:
 T = TypeVar("T", str, Sequence[str])
 
 _DESCRIPTION = "Tells how hard the wind blows."
-_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "wind",
-        "description": _DESCRIPTION,
-        "parameters": {
-            "type": "object",
-            "properties": {"place": {"type": "string", "description": "A harbour."}},
-            "required": ["place"],
-        },
-    },
-}
+_PARAMETERS = {"place": {"type": "string", "description": "A harbour."}}
+_SCHEMA = {"type": "object", "properties": _PARAMETERS, "required": ["place"]}
+_FUNCTION = {"name": "wind", "description": _DESCRIPTION, "parameters": _SCHEMA}
+_TOOL: dict[str, Any] = {"type": "function", "function": _FUNCTION}
 _SYSTEM = Message("system", "Be brief.")
 _ASK = Message("user", "Is it windy in Husum?")
 _CALL = Message("assistant", tool_calls=(ToolCall("wind", {"place": "Husum"}),))

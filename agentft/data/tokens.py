@@ -256,11 +256,8 @@ class SegmentEncoder:
         if letters == "named":
             return [np.array([self.special_id(text)], dtype=np.int32) for text in texts]
         if letters not in self._text_ids:
-            tokenizer = self._copy(letters)
-            slow = self._much is None or letters == "all"  # Of those there is never much.
-            self._text_ids.setdefault(
-                letters, TextIds(tokenizer) if slow else FastIds(tokenizer, much=bool(self._much))
-            )
+            much = None if letters == "all" else self._much  # Of those there is never much.
+            self._text_ids.setdefault(letters, TextIds(self._copy(letters), much=much))
         return self._text_ids[letters].encode(texts)
 
     def _copy(self, letters: Letters) -> Tokenizer:
@@ -621,37 +618,23 @@ class TokenizersDisagree(Exception):  # noqa: N818  # what happened, not whose e
 
 
 class TextIds:
-    """Encodes texts by `tokenizers`."""
+    """Encodes texts by `tokenizers`; much text by `fastokens`, if that is found to give the same ids."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Take a tokenizer that cuts nothing and pads nothing; whether it reads special tokens in text is its own affair."""
+    def __init__(self, tokenizer: Tokenizer, *, much: bool | None = None) -> None:
+        """Take a tokenizer that cuts nothing and pads nothing.
+
+        Args:
+            much: More text is to come than repays the loading of `fastokens`; None: it is never loaded.
+        """
         self.tokenizer = tokenizer
-
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, shape [T]. May be called by several threads; uses all cores."""
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
-
-    def settle(self) -> bool:
-        """Say whether it is known what will encode the texts from here on."""
-        return True
-
-
-class FastIds(TextIds):
-    """Encodes by `tokenizers` until there is much text, then by `fastokens`, if that is found to give the same ids."""
-
-    def __init__(self, tokenizer: Tokenizer, *, much: bool) -> None:
-        """Begin with `tokenizer`; `much`: more is to come than repays the loading. Else that has to show first."""
-        super().__init__(tokenizer)
         self._repaid = 0 if much else max(_WORTH_LOADING * tokenizer.get_vocab_size(), _LEAST_MUCH)
         self._fast: _Fastokens | None = None
-        self._proof: list[str] = []
-        """Texts that came first."""
+        self._proof: list[str] | None = None if much is None else []
+        """Texts that came first; None: it is settled which of the two encodes."""
         self._characters = self._texts = 0
-        self._is_settled = False
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text.
+        """Return the ids of each text, shape [T]. May be called by several threads; uses all cores.
 
         Raises:
             TokenizersDisagree: of a text that was encoded by both.
@@ -662,25 +645,31 @@ class FastIds(TextIds):
             self._texts += len(texts)
             self._require_equal(texts[first::CHECKED], ids[first::CHECKED])
             return ids
-        if self._characters < _PROOF:
-            self._proof += texts
-        self._characters += sum(map(len, texts))
-        return super().encode(texts)
+        if self._proof is not None:
+            if self._characters < _PROOF:
+                self._proof += texts
+            self._characters += sum(map(len, texts))
+        return self.by_tokenizers(texts)
+
+    def by_tokenizers(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text by `tokenizers`."""
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
 
     def settle(self) -> bool:
-        """Load the faster one if that is worth it by now; to be called between two batches, by whoever hands them out."""
-        if not self._is_settled and self._proof and self._characters >= self._repaid:
+        """Load the faster one if that is worth it by now, between two batches; return whether it is known what encodes."""
+        if self._proof and self._characters >= self._repaid:
             try:
                 fast = _Fastokens(self.tokenizer)
                 self._require_equal(self._proof, fast.encode(self._proof))
                 self._fast = fast
             except (ImportError, ValueError, RuntimeError, TokenizersDisagree) as error:
                 log.warning("data: encoded by tokenizers alone, which is slower: %s", error)
-            self._is_settled, self._proof = True, []
-        return self._is_settled
+            self._proof = None
+        return self._proof is None
 
     def _require_equal(self, texts: Sequence[str], found: Sequence[Ids]) -> None:
-        for text, ours, theirs in zip(texts, found, super().encode(texts), strict=True):
+        for text, ours, theirs in zip(texts, found, self.by_tokenizers(texts), strict=True):
             if not np.array_equal(ours, theirs):
                 raise TokenizersDisagree(text[:80])
 

@@ -18,7 +18,6 @@ from agentft.data import synthetic, tokens
 from agentft.data.render import Rendering, Segment, SpanKind
 from agentft.data.tokens import (
     CHECKED,
-    FastIds,
     KnownIds,
     SegmentEncoder,
     TextIds,
@@ -101,7 +100,6 @@ def both(family: str):
     fast.encode([("", said(text)) for text in _corpus()])
     assert fast.settle()
     ids = fast._text_ids["marks"]
-    assert isinstance(ids, FastIds)
     assert ids._fast is not None, "fastokens does not take this family"
     return TextIds(slow._copy("marks")), ids
 
@@ -218,7 +216,7 @@ def same(found, expected) -> bool:
 
 def test_it_is_not_loaded_before_it_is_repaid_nor_without_a_proof(few_texts):
     reference, texts = few_texts
-    modest, much = FastIds(reference.tokenizer, much=False), FastIds(reference.tokenizer, much=True)
+    modest, much = TextIds(reference.tokenizer, much=False), TextIds(reference.tokenizer, much=True)
     assert not much.settle(), "nothing to compare on"
     for ids in (modest, much):
         assert same(ids.encode(texts), reference.encode(texts))
@@ -243,7 +241,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
 def test_one_that_differs_at_the_start_is_never_used(few_texts, monkeypatch, caplog):
     reference, texts = few_texts
     spoil(monkeypatch, "harbour 13")
-    ids = FastIds(reference.tokenizer, much=True)
+    ids = TextIds(reference.tokenizer, much=True)
     ids.encode(texts)
     with caplog.at_level(logging.WARNING, "agentft"):
         assert ids.settle()
@@ -281,12 +279,12 @@ def test_one_that_differs_later_is_caught_and_all_is_done_again(few_texts, monke
 
 def test_every_so_many_texts_one_is_encoded_by_both(few_texts, monkeypatch):
     reference, texts = few_texts
-    ids = FastIds(reference.tokenizer, much=True)
+    ids = TextIds(reference.tokenizer, much=True)
     ids.encode(texts)
     ids.settle()
     asked: list[str] = []
-    encode = TextIds.encode
-    monkeypatch.setattr(TextIds, "encode", lambda self, given: (asked.extend(given), encode(self, given))[1])
+    encode = TextIds.by_tokenizers
+    monkeypatch.setattr(TextIds, "by_tokenizers", lambda self, given: (asked.extend(given), encode(self, given))[1])
     numbered = [f"text {n}" for n in range(5 * CHECKED + 1)]
     for start in range(0, len(numbered), 37):
         ids.encode(numbered[start : start + 37])
@@ -303,7 +301,7 @@ def test_a_disagreement_survives_the_way_between_processes():
 def test_a_tokenizer_that_it_does_not_know_is_left_to_the_other(caplog):
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    ids = FastIds(backend, much=True)
+    ids = TextIds(backend, much=True)
     ids.encode(["a b"])
     with caplog.at_level(logging.WARNING, "agentft"):
         assert ids.settle()
@@ -314,8 +312,8 @@ def test_a_tokenizer_that_it_does_not_know_is_left_to_the_other(caplog):
 def test_a_text_that_comes_again_is_encoded_once(monkeypatch):
     encoder = SegmentEncoder(tokenizer_of("gpt2"))
     asked: list[str] = []
-    encode = TextIds.encode
-    monkeypatch.setattr(TextIds, "encode", lambda self, texts: (asked.extend(texts), encode(self, texts))[1])
+    encode = TextIds.by_tokenizers
+    monkeypatch.setattr(TextIds, "by_tokenizers", lambda self, texts: (asked.extend(texts), encode(self, texts))[1])
     renderings = [(name, said("Hello", name)) for name in ("a", "b")]
     known: KnownIds = {}
     first, again = encoder.encode(renderings, known), encoder.encode(renderings, known)

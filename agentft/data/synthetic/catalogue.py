@@ -1,8 +1,7 @@
 """Load the tools, chains, phrases and pools of values of the dataset from the YAML files beside this module.
 
-Held-out records draw from other values than training records: word lists give every third entry to the held-out part,
-numbers in codes, amounts, dates and times those of one rest modulo five. Small counts and enumerations are shared: there are
-too few of them to split.
+Held-out records draw from other values than training records: every third word of a list, and in codes, amounts, dates and
+times the numbers of one rest modulo five. Small counts and enumerations are too few to be split.
 """
 
 from __future__ import annotations
@@ -218,13 +217,12 @@ class Shelf:
     @cached_property
     def incomplete(self) -> tuple[tuple[Tool, str, tuple[str, ...]], ...]:
         """Tools, a required parameter that can go unsaid, and the phrasings that leave it out."""
-        needed = [(tool, p.key) for tool in self.tools for p in tool.parameters if p.required]
-        found = [(tool, key, tuple(ask for ask in tool.asks if _alone_in_brackets(ask, key))) for tool, key in needed]
-        return tuple(each for each in found if each[2])
-
-
-def _alone_in_brackets(phrasing: str, key: str) -> bool:
-    return any(segment.bracketed and segment.slots == {key} for segment in segments(phrasing))
+        found = []
+        for tool in self.tools:
+            for key in (p.key for p in tool.parameters if p.required):
+                asks = [a for a in tool.asks if any(s.bracketed and s.slots == {key} for s in segments(a))]
+                found += [(tool, key, tuple(asks))] * bool(asks)
+        return tuple(found)
 
 
 @cache
