@@ -18,8 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-Json = Any
-"""A value as `json.loads` returns it."""
+from agentft.data.calls import Json
 
 Language = Literal["en", "zh"]
 Part = Literal["train", "heldout"]

@@ -11,9 +11,9 @@ from itertools import count as numbers
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, get_args
 
+from agentft.data.calls import Json
 from agentft.data.synthetic.catalogue import (
     Chain,
-    Json,
     Language,
     Part,
     Tool,
@@ -65,32 +65,6 @@ class ToolNames(NamedTuple):
     """Slot -> name."""
 
 
-class Namer:
-    """Names the tools of one conversation, all in one style."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._style: str = rng.choices(list(_STYLES), list(_STYLES.values()))[0]
-        self._prefix = "".join(rng.choice(_ONSETS) + rng.choice(_RHYMES) for _ in range(2))
-        self._version = rng.randrange(2, 5)
-
-    def name(self, tool: Tool, description: str) -> ToolNames:
-        """Draw names for `tool`."""
-        words = self._rng.choice(tool.names).split()
-        snake, camel = "_".join(words), _camel(words)
-        name = {
-            "camel": camel,
-            "capitalized": camel[0].upper() + camel[1:],
-            "dotted": f"{tool.family}.{snake}",
-            "prefixed": f"{self._prefix}_{snake}",
-            "versioned": f"{snake}_v{self._version}",
-        }.get(self._style, snake)
-        parameters = {p.key: self._rng.choice(p.names) for p in tool.parameters}
-        if self._style in ("camel", "capitalized"):
-            parameters = {slot: _camel(written.split("_")) for slot, written in parameters.items()}
-        return ToolNames(name, description, parameters)
-
-
 def _camel(words: Sequence[str]) -> str:
     return words[0] + "".join(word.capitalize() for word in words[1:])
 
@@ -126,7 +100,9 @@ class Scene:
         self.turns: list[str] = []
         self.at_once = False
         self._values = values_of(language, part)
-        self._namer = Namer(rng)
+        self._style: str = rng.choices(list(_STYLES), list(_STYLES.values()))[0]
+        self._prefix = "".join(rng.choice(_ONSETS) + rng.choice(_RHYMES) for _ in range(2))
+        self._version = rng.randrange(2, 5)
         self._names: dict[str, ToolNames] = {}
         self.tools: list[Tool] = []
         """Those that are listed, in their order."""
@@ -255,12 +231,28 @@ class Scene:
         """Return the names of `tool` here; from now on it is listed."""
         if tool.key not in self._names:
             taken = {names.tool for names in self._names.values()}
-            names = self._namer.name(tool, self.pick(tool.descriptions))
-            while names.tool in taken:
-                names = self._namer.name(tool, names.description)
+            description = self.pick(tool.descriptions)
+            while (names := self._named(tool, description)).tool in taken:
+                pass
             self._names[tool.key] = names
             self.tools.append(tool)
         return self._names[tool.key]
+
+    def _named(self, tool: Tool, description: str) -> ToolNames:
+        """Draw names for `tool` in the style of the conversation."""
+        words = self.rng.choice(tool.names).split()
+        snake, camel = "_".join(words), _camel(words)
+        name = {
+            "camel": camel,
+            "capitalized": camel[0].upper() + camel[1:],
+            "dotted": f"{tool.family}.{snake}",
+            "prefixed": f"{self._prefix}_{snake}",
+            "versioned": f"{snake}_v{self._version}",
+        }.get(self._style, snake)
+        parameters = {p.key: self.rng.choice(p.names) for p in tool.parameters}
+        if self._style in ("camel", "capitalized"):
+            parameters = {slot: _camel(written.split("_")) for slot, written in parameters.items()}
+        return ToolNames(name, description, parameters)
 
     def close_list(self, beside: Iterable[str] = ()) -> None:
         """Add distractors, confusable ones first, and shuffle, once; none of the concepts `beside`."""
@@ -524,7 +516,7 @@ def _misspelt(scene: Scene, text: str) -> str:
 
 
 class Draft(NamedTuple):
-    """A conversation with what is known about how it came about."""
+    """A conversation of a kind."""
 
     kind: str
     conversation: list[dict[str, str]]
