@@ -153,12 +153,6 @@ class Conversation:
         return declared_tools(self.tools) if self.tools else read_offered_tools(self.system)
 
     @property
-    def offered_of_calls(self) -> tuple[OfferedTool, ...]:
-        """Those of them that are declared for calls made here; all that an MSAgent system text lists."""
-        called = self.called_tools if self.tools else frozenset()
-        return declared_tools(t for t in self.tools if t["function"]["name"] in called) if self.tools else self.offered
-
-    @property
     def language(self) -> str:
         """`zh` where a user's message holds a Chinese character, else `en`."""
         return "zh" if any(m.role == "user" and _CJK.search(m.text) for m in self.messages) else "en"

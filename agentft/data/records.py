@@ -304,12 +304,12 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
 
 def _oddities(conversation: Conversation) -> Iterator[Note]:
     """Yield everything that a tool-call metric or a native chat template must cope with."""
-    offered = conversation.offered_of_calls
+    offered = conversation.offered
     tools = {tool.name: tool for tool in offered}
     for tool in offered:
         if tool.problem:
             yield "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}"
-    for call in conversation.tool_calls if offered or conversation.tools else ():
+    for call in conversation.tool_calls if offered else ():
         yield from _call_oddities(call, tools.get(call.name))
     for message in conversation.messages:
         for part in message.source or ():
