@@ -26,7 +26,7 @@ import numpy as np
 from agentft.data.calls import Call, JsonRefused, ToolCall, read_json
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.msagent import as_msagent
-from agentft.data.render import thought_text, with_context_only
+from agentft.data.render import thought_text
 from agentft.data.tokens import IGNORE_INDEX, Ids, TokenText
 from agentft.data.tools import OfferedTool
 
@@ -397,7 +397,7 @@ def _steps(conversation: Conversation, context_rounds: int) -> list[_Step]:
         words.clear()
         steps[-1].context.append(_squeeze(source))
 
-    for message, context_only in with_context_only(conversation, context_rounds):
+    for message, context_only in conversation.with_context_only(context_rounds):
         if message.role != "assistant" or context_only:
             context(message.source_text or message.text)
             continue

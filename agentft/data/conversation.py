@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from json.encoder import encode_basestring
@@ -151,6 +152,13 @@ class Conversation:
     def offered(self) -> tuple[OfferedTool, ...]:
         """The tools that are declared, or that an MSAgent system text lists."""
         return declared_tools(self.tools) if self.tools else read_offered_tools(self.system)
+
+    def with_context_only(self, rounds: int) -> Iterator[tuple[Message, bool]]:
+        """Yield the messages, each with whether it is context alone: of the first `rounds` rounds, or not to be trained."""
+        begun = 0
+        for message in self.messages:
+            begun += message.role == "user"
+            yield message, 0 < begun <= rounds or not message.trained
 
     @property
     def language(self) -> str:

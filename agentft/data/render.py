@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from agentft.data.calls import Call
-from agentft.data.conversation import Conversation, Message, Observation, Part
+from agentft.data.conversation import Conversation, Observation, Part
 from agentft.data.msagent import CharSpan, GrammarError, as_msagent, call_places, not_written
 
 
@@ -132,7 +132,7 @@ class MsagentTemplate:
         """Lay the whole conversation out; joined texts without stops are the original text."""
         segments = [Segment(self.beginning, SpanKind.header, special=True)] if self.beginning else []
         agent_speaks = False
-        for message, context_only in with_context_only(as_msagent(conversation), context_rounds):
+        for message, context_only in as_msagent(conversation).with_context_only(context_rounds):
             if message.source is None or not agent_speaks:
                 separator = "\n\n" if len(segments) > bool(self.beginning) else ""
                 role = message.role if message.source is None else "assistant"
@@ -173,7 +173,7 @@ class MsagentTemplate:
             return error.reason, error.detail
         agent = (
             context_only
-            for message, context_only in with_context_only(conversation, context_rounds)
+            for message, context_only in conversation.with_context_only(context_rounds)
             if message.role == "assistant"
         )
         steps = tuple(number for number, context_only in enumerate(agent) if not context_only)
@@ -184,14 +184,6 @@ class MsagentTemplate:
 def thought_text(reasoning: str) -> str:
     """Return a thought as the layout `msagent` writes it."""
     return f"<think>\n{reasoning}\n</think>\n\n"
-
-
-def with_context_only(conversation: Conversation, context_rounds: int) -> Iterator[tuple[Message, bool]]:
-    """Yield the messages, each with whether it is context: by its source, or as one of the first `context_rounds` rounds."""
-    rounds = 0
-    for message in conversation.messages:
-        rounds += message.role == "user"
-        yield message, 0 < rounds <= context_rounds or not message.trained
 
 
 def mask_history(segments: Iterable[Segment], *, context_only: bool) -> Iterable[Segment]:

@@ -22,7 +22,7 @@ from agentft.data.config import TooLong
 from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, Conversation, Message, Observation
 from agentft.data.msagent import result_message
 from agentft.data.records import part_id
-from agentft.data.render import LaidOut, Segment, with_context_only
+from agentft.data.render import LaidOut, Segment
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import EncodedRendering, Example, KnownIds, SegmentEncoder
 
@@ -111,7 +111,7 @@ def _pieces(
 ) -> Iterator[Piece]:
     """Yield the examples of a conversation, each with a conversation that marks the steps that it trains."""
     conversation = laid_out.conversation
-    agent = [shown for m, shown in with_context_only(conversation, context_rounds) if m.role == "assistant"]
+    agent = [shown for m, shown in conversation.with_context_only(context_rounds) if m.role == "assistant"]
     if len(found) == 1 and found[0][0].steps == tuple(step for step, shown in enumerate(agent) if not shown):
         (((example, _), segments),) = found
         example = replace(example, context_rounds=context_rounds) if context_rounds else example

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from agentft.settings import SEED, Settings
 
@@ -116,11 +115,6 @@ class EvaluationConfig(Settings, group="evaluation", affects="results"):
             return [1.0, -loss, -loss]
         value = measured.get(self.best_metric)
         return [0.0, 0.0, -loss] if value is None else [1.0, value, -loss]
-
-    def decides_completions(self) -> dict[str, Any]:
-        """Return the settings that affect a completion, without those that are null."""
-        deciding = [each.name for each in fields(self) if each.metadata.get("affects") == "answers"]
-        return {name: value for name in deciding if (value := getattr(self, name)) is not None}
 
     def request_fields(self) -> dict[str, object]:
         """Return what `request` lays over each request."""

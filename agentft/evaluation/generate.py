@@ -17,7 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from agentft.errors import EvaluationError
+from agentft.evaluation.config import EvaluationConfig
 from agentft.evaluation.ragged_decoding import KVCache, RaggedModel, RaggedSequence
 from agentft.evaluation.steps import Step
 from agentft.model.labelled_loss import causal_model
@@ -162,6 +163,12 @@ class PredictionCache:
         # ASCII, so that a lone surrogate of a served model survives and no other letter counts as the end of a line.
         self._file.write((redact_text(json.dumps(row)) + "\n").encode())
         self._file.flush()
+
+
+def deciding_settings(config: EvaluationConfig) -> dict[str, Any]:
+    """Return the settings that affect a completion, without those that are null."""
+    deciding = [each.name for each in fields(config) if each.metadata.get("affects") == "answers"]
+    return {name: value for name in deciding if (value := getattr(config, name)) is not None}
 
 
 _KEY = ("conversation_id", "step", "context_hash")

@@ -77,15 +77,6 @@ class Likelihood:
             "bootstrap": bootstrap_facts(bootstrap_samples, seed),
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one plain object a conversation: its nats and tokens by kind."""
-        return [
-            {"conversation_id": name}
-            | {f"nats_{kind.name}": float(nats) for kind, nats in zip(KINDS, nats_K, strict=True)}
-            | {f"tokens_{kind.name}": int(tokens) for kind, tokens in zip(KINDS, tokens_K, strict=True)}
-            for name, nats_K, tokens_K in zip(self.ids, self.nats_GK, self.tokens_GK, strict=True)
-        ]
-
 
 def _perplexity(loss: Metric) -> Metric:
     value, low, high = (

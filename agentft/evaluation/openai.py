@@ -31,7 +31,7 @@ from agentft.data.conversation import THINK_CLOSE, THINK_OPEN, Conversation, Mes
 from agentft.data.msagent import MARK, lift_tools
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.evaluation.generate import Completion, Finish, OnCompletion
+from agentft.evaluation.generate import Completion, Finish, OnCompletion, deciding_settings
 from agentft.evaluation.steps import Step
 from agentft.secrets import redact_text
 
@@ -197,7 +197,7 @@ class OpenAIGenerator:
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides a completion beside its step; never the key."""
-        return self._config.decides_completions() | {"layout": _LAYOUT}
+        return deciding_settings(self._config) | {"layout": _LAYOUT}
 
     def generate(self, steps: Sequence[Step], on_completion: OnCompletion | None = None) -> list[Completion]:
         """Complete all steps and return them in the order given; `on_completion` is called with each in this thread.

@@ -20,12 +20,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from agentft.errors import EvaluationError
 from agentft.model.attention import attention_set_to
-from agentft.model.labelled_loss import causal_model
 
 NAME = "agentft_ragged"
 """The name of the attention in transformers."""
@@ -100,10 +98,10 @@ class _Pass:
 class RaggedModel:
     """A causal language model of transformers that predicts the next token of every sequence of a ragged batch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         _register()
         self._model = model
-        self._config = causal_model(model).config
+        self._config = model.config  # of a model with adapters that of its base
         self._layers = int(self._config.num_hidden_layers)
         self._device = next(model.parameters()).device
 

@@ -16,7 +16,7 @@ from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
 from agentft.data.msagent import GrammarError, as_msagent, read_system
-from agentft.data.render import MsagentTemplate, with_context_only
+from agentft.data.render import MsagentTemplate
 from agentft.data.response import Said, said_text, thought_template
 from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
@@ -164,7 +164,7 @@ def conversation_steps(conversation: Conversation, example: Example, template: L
     # A chat template also says what MSAgent text cannot.
     with suppress(GrammarError) if reader is not None else nullcontext():
         conversation = as_msagent(conversation)
-    messages = enumerate(with_context_only(conversation, example.context_rounds))
+    messages = enumerate(conversation.with_context_only(example.context_rounds))
     asked = [at for at, (message, context_only) in messages if message.role == "assistant" and not context_only]
     return [
         Step(

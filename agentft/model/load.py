@@ -141,11 +141,8 @@ class ChatTokenizer:
     tokenizer: Any
     template: Layout
     encoder: SegmentEncoder
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Of the tokens that end an answer."""
-        return tuple(self.encoder.special_id(token) for token in stop_tokens(self.template))
+    stop_ids: tuple[int, ...]
+    """Of the tokens that end an answer."""
 
     @property
     def pad_id(self) -> int:
@@ -163,7 +160,8 @@ def load_chat_tokenizer(config: ModelConfig) -> ChatTokenizer:
     """
     files = locate_model(config)
     tokenizer = load_tokenizer(files, config)
-    return ChatTokenizer(files, tokenizer, choose_layout(config, tokenizer), SegmentEncoder(tokenizer))
+    layout, encoder = choose_layout(config, tokenizer), SegmentEncoder(tokenizer)
+    return ChatTokenizer(files, tokenizer, layout, encoder, tuple(map(encoder.special_id, stop_tokens(layout))))
 
 
 def load_model(

@@ -29,13 +29,13 @@ from agentft.evaluation.generate import (
     OnCompletion,
     PredictionCache,
     StockGenerator,
+    deciding_settings,
 )
 from agentft.evaluation.likelihood import Likelihood
 from agentft.evaluation.metrics import METRICS, PAPER_NAMES, aggregate, conversation_sums, score_records
 from agentft.evaluation.replay import Episode, replay, replay_report
 from agentft.evaluation.scoring import StepRecord, StepScore
 from agentft.evaluation.steps import Step, all_steps
-from agentft.model.adapters import trained_state
 from agentft.model.load import ChatTokenizer
 from agentft.progress import console, progress_bar
 from agentft.runs import RunFolder, read_json
@@ -106,7 +106,7 @@ def own_identity(components: TrainingComponents, config: EvaluationConfig) -> di
     """Return all that decides a completion of the loaded model, with its weights as they are now, beside its context."""
     model = components.objective.model
     parameter = next(model.parameters())
-    return config.decides_completions() | {
+    return deciding_settings(config) | {
         "model": components.chat.files.fingerprint,
         "weights": weights_digest(model),
         "dtype": str(parameter.dtype),
@@ -142,7 +142,7 @@ def require_own_model(config: EvaluationConfig) -> None:
 def weights_digest(model: nn.Module) -> str:
     """Return 16 hex digits of what training has made of the trained parameters."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(trained_state(model).items()):
+    for name, tensor in sorted((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad):
         digest.update(name.encode())
         # A copy: a storage that numpy has seen can never be freed, which sharded engines do between passes.
         digest.update(tensor.cpu().clone().reshape(-1).view(torch.uint8).numpy().data)
@@ -209,9 +209,7 @@ class Evaluation:
             piece_of={each.id: each.piece_of for each in self.data.heldout if each.piece_of is not None},
         )
         seconds = round(time.perf_counter() - started, 3)
-        self.run.write_json(
-            self.run.metrics(self.name), {**report, "conversations": found.rows(), **about, "seconds": seconds}
-        )
+        self.run.write_json(self.run.metrics(self.name), {**report, **about, "seconds": seconds})
         for metric, value in report["metrics"].items():
             if value["value"] is not None:
                 log.info("%s: %s %s", self.name, metric, _shown(value))

@@ -14,6 +14,7 @@ from agentft.data.template_choice import exported_template
 from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
+from agentft.evaluation.generate import deciding_settings
 from agentft.evaluation.openai import OpenAIGenerator, chat_step, reply_text
 from agentft.evaluation.parse import parse_reply
 from agentft.evaluation.scoring import score_step
@@ -315,7 +316,7 @@ def test_answers_are_another_model_s_only_where_a_setting_affects_answers():
         if OpenAIGenerator(dataclasses.replace(config, **{name: value})).identity != before
     }
     assert changing == {name for name in others if affects(EvaluationConfig)[name] == "answers"}
-    assert EvaluationConfig().decides_completions() == {"engine": "transformers", "max_new_tokens": 512}
+    assert deciding_settings(EvaluationConfig()) == {"engine": "transformers", "max_new_tokens": 512}
 
 
 def test_settings_that_cannot_work_are_refused(monkeypatch):
