@@ -283,14 +283,13 @@ class Tracker:
         self._run.write_json(file, {**(read_json(file) if file.exists() else {}), **clean})
         self._try("summary", lambda: self._wandb.summary.update(clean))
 
-    def artifact(self, name: str, kind: str, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    def artifact(self, name: str, kind: str, path: Path) -> None:
         """Register a file or folder (data manifest, adapter) in W&B by address and checksums; its content stays here."""
 
         def log() -> None:
             import wandb
 
-            clean = redact_tree(dict(metadata or {}))
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:128], type=kind, metadata=clean)
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:128], type=kind)
             # Not Path.as_uri(): W&B takes the address as it stands and would look for a file with %20 in its name.
             artifact.add_reference(f"file://{path.absolute()}")
             self._wandb.log_artifact(artifact)
@@ -354,22 +353,14 @@ class Tracker:
 
     def _define_axes(self) -> None:
         self._wandb.define_metric(STEP)
-        for prefix in ("train", "eval"):
-            self._define_axis(prefix)
-
-    def _define_axis(self, prefix: str) -> None:
-        self._defined.add(prefix)
-        self._wandb.define_metric(f"{prefix}/*", step_metric=STEP)
+        self._wandb.define_metric("*", step_metric=STEP)
 
     def _log_to_wandb(self, values: Mapping[str, float | int | None], step: int) -> None:
         known = {key: value for key, value in values.items() if value is not None}
-        for key in known:
-            prefix, _, name = key.rpartition("/")
-            if prefix and prefix not in self._defined:
-                self._define_axis(prefix)
-            if prefix == "eval" and key not in self._defined:
+        for key in known.keys() - self._defined:
+            if key.startswith("eval/"):
                 self._defined.add(key)
-                least = re.search("loss|perplexity|error|fail|invalid|missed|false|seconds", name) is not None
+                least = re.search("loss|perplexity|error|fail|invalid|missed|false|seconds", key) is not None
                 self._wandb.define_metric(key, step_metric=STEP, summary="min,last" if least else "max,last")
         self._wandb.log({**known, STEP: step})
 

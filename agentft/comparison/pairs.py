@@ -221,7 +221,7 @@ def compare_runs(
         )
         for m, name in enumerate(names)
     }
-    p_values = {name: flips[name].p for name in HEADLINE if name in flips and not math.isnan(flips[name].p)}
+    p_values = {name: flips[name][0] for name in HEADLINE if name in flips and not math.isnan(flips[name][0])}
     corrected = holm(p_values)
     strictest = SIGNIFICANT / max(1, len(p_values))
     metrics = {
@@ -233,8 +233,8 @@ def compare_runs(
             low=finite_or_none(found.low[m]),
             high=finite_or_none(found.high[m]),
             se=finite_or_none(found.se_cr1[m]),
-            p=finite_or_none(flips[name].p),
-            p_exact=flips[name].exact,
+            p=finite_or_none(flips[name][0]),
+            p_exact=flips[name][1],
             p_holm=corrected.get(name),
             needed_conversations=needed_conversations(
                 found.values[m],

@@ -242,7 +242,7 @@ def read_offered_tool(value: Any) -> OfferedTool | None:
     """Read a tool name, or an object with `name` and `parameters`; None if it is neither.
 
     `parameters` may be MSAgent-Bench's list of `{"name": ...}`, a JSON schema with `properties`, or a mapping from
-    parameter name to anything. MSAgent-Bench's `paths` and OpenAI's wrapper `function` are looked into.
+    parameter name to anything. OpenAI's wrapper `function` is looked into.
     """
     if isinstance(value, str):
         return OfferedTool(value)
@@ -250,13 +250,7 @@ def read_offered_tool(value: Any) -> OfferedTool | None:
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    parameters = _parameter_names(value.get("parameters"))
-    paths = value.get("paths")
-    if parameters is None and isinstance(paths, list):
-        listed = [_parameter_names(path.get("parameters")) for path in paths if isinstance(path, dict)]
-        known = [names for names in listed if names is not None]
-        parameters = tuple(dict.fromkeys(name for names in known for name in names)) if known else None
-    return OfferedTool(value["name"], parameters)
+    return OfferedTool(value["name"], _parameter_names(value.get("parameters")))
 
 
 def _parameter_names(parameters: Any) -> tuple[str, ...] | None:

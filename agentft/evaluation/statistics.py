@@ -92,18 +92,8 @@ def _resampled_ratios(runs: list[tuple[Floats, Floats]], count: int, seed: int) 
     return [_ratio(top, bottom) for top, bottom in zip(parts[::2], parts[1::2], strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class FlipTest:
-    """Two-sided p value of a sign-flip (exchange) test."""
-
-    p: float
-    exact: bool
-    patterns: int
-    """Sign patterns enumerated or drawn."""
-
-
-def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> FlipTest:
-    """Exchange the runs conversation by conversation and see how often the difference is as large as observed.
+def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> tuple[float, bool]:
+    """Return the two-sided p of exchanging the runs conversation by conversation, and whether all patterns were tried.
 
     Under the null hypothesis it does not matter which run said what within a conversation. For a metric whose
     denominator is given by the references this is the sign-flip test on per-conversation differences; exchanging
@@ -118,7 +108,7 @@ def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> Fl
     a_sums, b_sums = a_G2.sum(axis=0), b_G2.sum(axis=0)
     observed = abs(float(_exchanged(a_sums, b_sums, np.zeros((1, 2)))[0]))
     if math.isnan(observed):
-        return FlipTest(p=math.nan, exact=True, patterns=0)
+        return math.nan, True
     exact = differing <= MOST_EXACT_FLIPS
     patterns = 2**differing if exact else samples
     hits = valid = 0
@@ -133,7 +123,7 @@ def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> Fl
         statistics = np.abs(_exchanged(a_sums, b_sums, flips.astype(np.float64) @ delta_K2))
         valid += int(np.isfinite(statistics).sum())
         hits += int((statistics >= observed - _TIE).sum())
-    return FlipTest(p=hits / valid if exact else (1 + hits) / (1 + valid), exact=exact, patterns=patterns)
+    return hits / valid if exact else (1 + hits) / (1 + valid), exact
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:

@@ -196,7 +196,7 @@ class Evaluation:
             return self._write(generator, identity, reuse)
         if self.world.is_main:
             return run_on_main(self.world, generator, lambda all_ranks: self._write(all_ranks, identity, reuse))
-        with PredictionCache(self._file_of_rank(self.world.rank), generator, identity) as kept:
+        with PredictionCache(self._working_file(f"-rank-{self.world.rank}"), generator, identity) as kept:
             return run_on_main(self.world, kept, lambda _: None)
 
     def by_likelihood(self, components: TrainingComponents, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,8 +220,9 @@ class Evaluation:
         started = time.perf_counter()
         steps = heldout_steps(self.data, self.chat.template, self.config.conversations)
         known, seconds = self._finished(identity) if reuse else ([], 0.0)
-        working = [self._partial(""), *self._files_of_ranks()]
-        with PredictionCache(working[0], generator, identity, others=working[1:], known=known) as kept:
+        own = self._working_file()
+        working = [own, *sorted(own.parent.glob(f"{glob.escape(own.stem)}-rank-*.jsonl"))]
+        with PredictionCache(own, generator, identity, others=working[1:], known=known) as kept:
             asked = WithProgressBar(self.name, kept)
             result = self._replayed(asked, steps) if self.config.mode is Mode.replay else self._scored(asked, steps)
         seconds += time.perf_counter() - started
@@ -290,15 +291,8 @@ class Evaluation:
         rows = [json.loads(line) for line in text.split("\n") if line]
         return [row | {"text": row.get("raw", row["prediction"])} for row in rows], float(report["seconds"])
 
-    def _partial(self, suffix: str) -> Path:
-        return self.run.predictions(f"{self.name}.partial{suffix}")
-
-    def _file_of_rank(self, rank: int) -> Path:
-        return self._partial(f"-rank-{rank}")
-
-    def _files_of_ranks(self) -> list[Path]:
-        first = self._file_of_rank(1)
-        return sorted(first.parent.glob(glob.escape(first.stem.removesuffix("1")) + "*.jsonl"))
+    def _working_file(self, rank: str = "") -> Path:
+        return self.run.predictions(f"{self.name}.partial{rank}")
 
 
 def _rows(

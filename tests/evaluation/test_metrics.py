@@ -193,7 +193,6 @@ def test_offered_tools_hold_for_the_whole_conversation() -> None:
         ({"name": "weather", "parameters": {"type": "object"}}, ()),
         ({"name": "weather", "parameters": {"city": "string", "day": "string"}}, ("city", "day")),
         ({"type": "function", "function": {"name": "weather", "parameters": {"city": {}}}}, ("city",)),
-        ({"name": "weather", "paths": [{"name": "weather", "parameters": [{"name": "city"}]}]}, ("city",)),
     ],
 )
 def test_offered_tools_come_in_several_forms(offered: Any, parameters: tuple[str, ...] | None) -> None:
