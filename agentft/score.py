@@ -33,7 +33,7 @@ from agentft.evaluation.metrics import (
     score_records,
 )
 from agentft.evaluation.parse import parse_reply, with_msagent_calls, without_end
-from agentft.evaluation.scoring import OfferedTool, StepRecord, read_offered_tool
+from agentft.evaluation.steps import OfferedTool, StepRecord, read_offered_tool
 from agentft.progress import outlive_console
 
 _NEEDED: dict[str, tuple[type, str]] = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from agentft.evaluation.metrics import aggregate, score_records
-from agentft.evaluation.scoring import StepRecord
+from agentft.evaluation.steps import StepRecord
 from agentft.score import read_records
 
 Result = TypeVar("Result")

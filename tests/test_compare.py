@@ -23,7 +23,7 @@ from agentft.comparison.ranking import csv_text, differing_settings, markdown, r
 from agentft.comparison.runs import read_run, read_runs
 from agentft.errors import ConfigError, RunError
 from agentft.evaluation.metrics import aggregate
-from agentft.evaluation.scoring import StepScore
+from agentft.evaluation.steps import StepScore
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -24,7 +24,6 @@ from agentft.evaluation.metrics import (
     finite_or_none,
     score_records,
 )
-from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.statistics import (
     INDICATIVE_BELOW,
     SIGNIFICANT,
@@ -34,6 +33,7 @@ from agentft.evaluation.statistics import (
     needed_conversations,
     sign_flip_test,
 )
+from agentft.evaluation.steps import StepScore
 from agentft.score import read_records
 
 if TYPE_CHECKING:

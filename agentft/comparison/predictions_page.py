@@ -13,7 +13,7 @@ from agentft.comparison.render import render_page
 from agentft.data.calls import ToolCall
 from agentft.evaluation.matching import align_calls, strictly_equal
 from agentft.evaluation.parse import parse_reply
-from agentft.evaluation.scoring import read_offered_tool
+from agentft.evaluation.steps import read_offered_tool
 
 MOST_STEPS = 2_000
 """Steps on one page, the wrong ones first; a browser opens these at once."""

@@ -20,8 +20,8 @@ from agentft.comparison.pairs import compare_runs
 from agentft.comparison.runs import AFTER, NUMBERS, ComparedRun, saved_scores
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
-from agentft.evaluation.scoring import StepScore
 from agentft.evaluation.statistics import INDICATIVE_BELOW, SIGNIFICANT, holm
+from agentft.evaluation.steps import StepScore
 from agentft.recipes.config import AFFECT_NOTHING
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import psutil
 import yaml
 
 from agentft.errors import EvaluationError, RunError
-from agentft.evaluation.scoring import StepScore
+from agentft.evaluation.steps import StepScore
 from agentft.recipes.config import saved_settings
 from agentft.runs import RunFolder, read_json
 

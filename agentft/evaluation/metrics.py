@@ -18,8 +18,8 @@ import numpy as np
 from agentft.errors import EvaluationError
 from agentft.evaluation.legacy import LegacyMetric, legacy_metrics
 from agentft.evaluation.matching import TOKENIZER_NAME
-from agentft.evaluation.scoring import StepRecord, StepScore, complete_records, score_step
 from agentft.evaluation.statistics import INDICATIVE_BELOW, Floats, ratio_intervals
+from agentft.evaluation.steps import StepRecord, StepScore, complete_records, score_step
 
 SCORING_VERSION = "v2"
 """Part of the signature; changes whenever any value changes on any input."""

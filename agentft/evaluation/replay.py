@@ -24,8 +24,7 @@ from agentft.data.truncation import make_examples
 from agentft.evaluation.generate import Completion, Generator
 from agentft.evaluation.metrics import Metric, bootstrap_facts, interval_metrics, signature
 from agentft.evaluation.parse import own_words
-from agentft.evaluation.scoring import StepRecord, StepScore, score_step
-from agentft.evaluation.steps import Step, conversation_steps
+from agentft.evaluation.steps import Step, StepRecord, StepScore, conversation_steps, score_step
 
 METRICS = ("steps_until_divergence", "conv_replay_success")
 

@@ -34,8 +34,7 @@ from agentft.evaluation.generate import (
 from agentft.evaluation.likelihood import Likelihood
 from agentft.evaluation.metrics import METRICS, PAPER_NAMES, aggregate, conversation_sums, score_records
 from agentft.evaluation.replay import Episode, replay, replay_report
-from agentft.evaluation.scoring import StepRecord, StepScore
-from agentft.evaluation.steps import Step, all_steps
+from agentft.evaluation.steps import Step, StepRecord, StepScore, all_steps
 from agentft.model.load import ChatTokenizer
 from agentft.progress import console, progress_bar
 from agentft.runs import RunFolder, read_json

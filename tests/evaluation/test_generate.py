@@ -13,8 +13,7 @@ from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
 from agentft.evaluation import ragged_decoding
 from agentft.evaluation.generate import GreedyGenerator
-from agentft.evaluation.scoring import score_step
-from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.evaluation.steps import all_steps, conversation_steps, score_step
 
 
 @pytest.fixture(scope="module")

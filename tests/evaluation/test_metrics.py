@@ -15,7 +15,7 @@ from agentft.data.calls import ToolCall
 from agentft.errors import EvaluationError
 from agentft.evaluation.matching import align_calls, compare_calls, lenient_parameters, strictly_equal
 from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
-from agentft.evaluation.scoring import OfferedTool, StepRecord, StepScore, read_offered_tool, score_step
+from agentft.evaluation.steps import OfferedTool, StepRecord, StepScore, read_offered_tool, score_step
 
 
 def body(name: str, parameters: dict[str, Any] | None = None, **extras: Any) -> dict[str, Any]:

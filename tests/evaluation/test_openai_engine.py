@@ -17,8 +17,7 @@ from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.generate import deciding_settings
 from agentft.evaluation.openai import OpenAIGenerator, chat_step, reply_text
 from agentft.evaluation.parse import parse_reply
-from agentft.evaluation.scoring import score_step
-from agentft.evaluation.steps import all_steps, conversation_steps
+from agentft.evaluation.steps import all_steps, conversation_steps, score_step
 from agentft.recipes.config import require_consistent
 from agentft.settings import affects
 from tests.evaluation.loopback_chat import LoopbackChat

@@ -21,8 +21,7 @@ from agentft.data.tokens import SegmentEncoder, tokenize
 from agentft.evaluation.generate import read_completion
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.parse import msagent_text, with_msagent_calls
-from agentft.evaluation.scoring import score_step
-from agentft.evaluation.steps import ReplyReader, Step, conversation_steps
+from agentft.evaluation.steps import ReplyReader, Step, conversation_steps, score_step
 from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import (
     NO_TOOLS,

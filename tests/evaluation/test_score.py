@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentft.evaluation.scoring import StepScore
+from agentft.evaluation.steps import StepScore
 from agentft.score import main
 
 CALL = '<|startofthink|>```JSON\n{"api_name": "天气", "parameters": {"city": "北京"}}\n```<|endofthink|>'

@@ -14,7 +14,6 @@ import pytest
 from agentft.comparison.pairs import compare_runs
 from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import aggregate, score_records
-from agentft.evaluation.scoring import StepRecord, StepScore
 from agentft.evaluation.statistics import (
     Floats,
     difference_intervals,
@@ -24,6 +23,7 @@ from agentft.evaluation.statistics import (
     ratio_intervals,
     sign_flip_test,
 )
+from agentft.evaluation.steps import StepRecord, StepScore
 
 RIGHT = '<|startofthink|>{"api_name": "a", "parameters": {"x": 1}}<|endofthink|>'
 WRONG = RIGHT.replace("1", "2")
