@@ -242,10 +242,7 @@ class Tracker:
         self._try("log", lambda: self._log_to_wandb(values, step))
 
     def rewind(self, step: int) -> None:
-        """Take the lines after `step` out of `metrics.jsonl`: a run resumed there measures them again.
-
-        They are kept in `metrics.jsonl.rewound`. A dashboard shows both, one over the other.
-        """
+        """Move the lines after `step`, which a run resumed there measures again, to `metrics.jsonl.rewound`."""
         if self._metrics is None:
             return
         file = self._run.metrics_file

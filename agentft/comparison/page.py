@@ -47,10 +47,9 @@ class SampleFit:
 
 
 def fit_sample_curve(sizes: Sequence[float], values: Sequence[float]) -> SampleFit | None:
-    """Fit `value = ceiling - d * size^-k`, the law of learning curves; below four sizes `a + b log2(size)`.
+    """Fit `value = ceiling - d * size^-k`, the law of learning curves, k on a grid; below four sizes `a + b log2(size)`.
 
-    None for fewer than three different sizes. The exponent is searched on a grid and the rest by least squares, so the
-    result is the same on every machine.
+    None for fewer than three different sizes.
     """
     distinct = len(set(sizes))
     if distinct < 3:

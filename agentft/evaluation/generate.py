@@ -72,9 +72,8 @@ class Generator(Protocol):
 class PredictionCache:
     """A generator that keeps its completions in a file and takes from it those that are there: a context manager.
 
-    The first line of the file holds the identity of the model; every further line is one completion. Lines are handed to
-    the system whole, so SIGKILL costs at most the completions under way. Completions of another identity (other weights,
-    engine, settings) are not used.
+    The first line of the file holds the identity of the model, every further one a completion; those of another identity
+    are not used. Lines are handed to the system whole, so SIGKILL costs at most the completions under way.
     """
 
     def __init__(
@@ -438,10 +437,7 @@ def _end(step: Step, ids: Sequence[int], tokenizer: Any, stop_ids: Sequence[int]
 
 
 def _in_order(steps: Sequence[Step]) -> list[list[tuple[int, Step]]]:
-    """Return the steps by conversation, each with its place in `steps`.
-
-    Long conversations come first, so that running out of memory happens at once; those that begin alike stand together.
-    """
+    """Return the steps by conversation, each with its place: long ones first, those that begin alike together."""
     ordered = sorted(enumerate(steps), key=lambda item: (item[1].conversation.id, item[1].start))
     groups = [list(group) for _, group in groupby(ordered, key=lambda item: item[1].conversation.id)]
     longest: dict[bytes, int] = {}
@@ -449,7 +445,7 @@ def _in_order(steps: Sequence[Step]) -> list[list[tuple[int, Step]]]:
     def beginning(group: list[tuple[int, Step]]) -> bytes:
         return group[0][1].input_ids[:_SHARED_BEGINNING].tobytes()
 
-    for group in groups:
+    for group in groups:  # the longest first, so that running out of memory happens at once
         longest[beginning(group)] = max(longest.get(beginning(group), 0), group[-1][1].start)
     return sorted(groups, key=lambda g: (-longest[beginning(g)], beginning(g), g[-1][1].input_ids.tolist()))
 

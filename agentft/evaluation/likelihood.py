@@ -1,7 +1,6 @@
 """Measure how likely a model finds the references, by kind of token; nothing is generated.
 
-One forward pass a conversation gives the loss of every trained token, so this is cheap enough for each evaluation during
-training. It says how well a model knows the words; whether it calls well is told by completions only.
+It is cheap enough for each evaluation during training. Whether a model calls well is told by completions only.
 
 Axes: B batch, T positions, N labelled positions, D hidden width, G conversations, K kinds.
 """
@@ -94,10 +93,9 @@ def measure_likelihood(
     autocast: torch.dtype | None = None,
     stock: bool = False,
 ) -> Likelihood:
-    """Measure `examples` without dropout, `batch` in a forward pass; the model's mode and random streams stay as they were.
+    """Measure `examples` without dropout, `batch` in a forward pass, fp32 weights multiplied in `autocast`.
 
-    `autocast` is the number format in which fp32 weights are multiplied; `stock` takes the logits of the model's own
-    forward pass, which does more to them than its head. `pad_id` may be any id.
+    `stock` takes the logits of the model's own forward pass, which does more to them than its head. `pad_id` may be any id.
 
     Raises:
         DataError: the examples hold no label.

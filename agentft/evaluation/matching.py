@@ -243,9 +243,8 @@ _MASKS = 1024
 def cjk_tokens(text: str) -> list[str]:
     """Return the tokens of `cjk-char-v2`: one Han, kana or hangul character or another run of letters and digits each.
 
-    NFKC, lower case. Combining marks belong to the letter before them: vowel signs of Indic scripts tell words apart.
-    Joiners inside a word and everything else are dropped. On ASCII text the tokens are those of `rouge_score`'s own
-    tokenizer without stemming.
+    NFKC, lower case; combining marks belong to the letter before them, everything else is dropped. On ASCII text the
+    tokens are those of `rouge_score`'s own tokenizer without stemming.
     """
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).lower().translate(_JOINERS))
 

@@ -1,11 +1,9 @@
 """Generate completions at any endpoint for OpenAI's chat completions: a served model or a commercial one.
 
-A step's history becomes messages with native tool calls, and the tools that the system text lists become `tools`, as a
-chat template would be given them. Where the list cannot be read, everything is sent in the marks of the text instead. The
-reply, content and tool calls, becomes one text in MSAgent form, read and scored like any other.
+A step's history becomes messages with native tool calls, and the tools that the system text lists become `tools`; where
+the list cannot be read, everything is sent in the marks of the text. The reply becomes one text in MSAgent form.
 
-Standard library only. The key comes from the environment, goes to the endpoint's own address and nowhere else: redirects
-are not followed, and nothing that is raised or logged holds it.
+The key comes from the environment and goes to the endpoint's own address alone; nothing that is raised or logged holds it.
 """
 
 from __future__ import annotations

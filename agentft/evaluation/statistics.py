@@ -95,12 +95,9 @@ def _resampled_ratios(runs: list[tuple[Floats, Floats]], count: int, seed: int) 
 def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> tuple[float, bool]:
     """Return the two-sided p of exchanging the runs conversation by conversation, and whether all patterns were tried.
 
-    Under the null hypothesis it does not matter which run said what within a conversation. For a metric whose
-    denominator is given by the references this is the sign-flip test on per-conversation differences; exchanging
-    numerator and denominator together extends it to the others.
-
-    `a_G2` and `b_G2` hold numerator and denominator of each conversation. Where more than `MOST_EXACT_FLIPS` of them
-    differ, `samples` patterns are drawn, and p is (1 + hits)/(1 + samples).
+    Where the references give the denominator this is the sign-flip test on per-conversation differences; exchanging
+    numerator and denominator together, the two columns of `a_G2` and `b_G2`, extends it to the other metrics. Where more
+    than `MOST_EXACT_FLIPS` conversations differ, `samples` patterns are drawn, and p is (1 + hits)/(1 + samples).
     """
     # A conversation on which both runs agree cannot change the statistic: exchanging it is no pattern of its own.
     delta_K2 = (b_G2 - a_G2)[(a_G2 != b_G2).any(axis=1)]

@@ -184,9 +184,8 @@ class Evaluation:
     ) -> EvalResult | None:
         """Complete the held-out steps, teacher-forced or in replay, score them and write the files.
 
-        All ranks generate, and rank 0 gets the result. Completions are kept as they come, on other ranks in files of their
-        own until rank 0 has them: an evaluation that is killed continues from all of them, on any number of ranks. They
-        count for an equal `identity` only. With `reuse`, those of a finished evaluation are read instead of generated again.
+        All ranks generate, and rank 0 gets the result. Completions are kept as they come, each rank's in a file of its own: an
+        evaluation that is killed continues from all that have an equal `identity`. `reuse` reads a finished one again.
 
         Raises:
             EvaluationError: a reference cannot be read and `evaluation.allow_bad_references` is false.
