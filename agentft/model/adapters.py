@@ -1,9 +1,7 @@
 """Choose what is trained: adapters on a frozen model, its last blocks, or the model itself.
 
-PiSSA's paper, and peft, take s B0 A0 out of the frozen weight. Here the weight stays as it is and a second, frozen adapter
-takes it out: y = W x + s B A x - s B0 A0 x. That is the same function, W keeps its bits (in bf16 and in 4 bits the difference
-would be rounded), and a checkpoint that holds both adapters needs nothing recomputed: singular vectors differ in sign and
-last bits from one machine to the next.
+PiSSA's paper, and peft, take s B0 A0 out of the frozen weight. Here a second, frozen adapter takes it out: y = W x + s B A x -
+s B0 A0 x. So W keeps its bits, and a checkpoint holds both adapters: singular vectors differ from one machine to the next.
 """
 
 from __future__ import annotations
@@ -46,11 +44,7 @@ _SEED = 20240403
 
 
 def train_last_blocks(model: Any, sft: FreezeConfig) -> Any:
-    """Freeze `model` but for what `sft` names, which becomes fp32.
-
-    Raises:
-        ConfigError: the model has fewer blocks.
-    """
+    """Freeze `model` but for what `sft` names, which becomes fp32; raise ConfigError where it has fewer blocks."""
     decoder = model.get_decoder()
     blocks = decoder.layers
     if sft.layers > len(blocks):
@@ -146,8 +140,7 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
 
 
 def _draw(adapted: Any) -> None:
-    """Draw A anew as peft does, which rounds it to the dtype of the layer beside it: here that dtype, and the device,
-    decide nothing, so an engine that casts the layer later begins with the same adapters."""
+    """Draw A anew as peft does, but in fp32 on the CPU: dtype and device of the layer beside it decide nothing."""
     from peft.tuners.lora import LoraLayer
 
     for module in adapted.modules():
@@ -175,11 +168,7 @@ def peft_config(sft: LoraConfig, targets: list[str]) -> Any:
 
 
 def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list[str]:
-    """Return the last names of the layers to adapt, sorted.
-
-    Raises:
-        ConfigError: no linear layer has such a name.
-    """
+    """Return the last names of the layers to adapt, sorted; raise ConfigError where no linear layer has such a name."""
     head = model.get_output_embeddings()
     linear = {
         name.rsplit(".", 1)[-1]
@@ -205,10 +194,9 @@ def write_adapter(
     base: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Write an adapter as plain peft reads it beside the model as it came; a PiSSA start is folded into twice the rank.
+    """Write an adapter, by its names in training, as peft reads it; a PiSSA start is folded into twice the rank.
 
     Args:
-        state: tensors by their names in training.
         base: what peft loads the model from.
         revision: of that base on its hub.
     """
@@ -228,11 +216,7 @@ def write_adapter(
 
 
 def plain_adapter_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors under the names that peft saves.
-
-    Each is joined with its frozen one, where it has one, into an adapter of twice the rank: [B, -B0] [A; A0]. The scaling
-    stays that of the single rank.
-    """
+    """Return an adapter's tensors by peft's names, each joined with its frozen one: [B, -B0] [A; A0], scaled as before."""
     plain = {}
     for name, tensor in state.items():
         if is_start(name):
@@ -346,11 +330,7 @@ def kept_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy saved parameters into the model, which must train exactly those.
-
-    Raises:
-        ConfigError: names or shapes differ.
-    """
+    """Copy saved parameters into the model; raise ConfigError unless it trains exactly those."""
     current = kept_parameters(model)
     require_same_parameters({name: tuple(p.shape) for name, p in current.items()}, state)
     with torch.no_grad():
@@ -359,11 +339,7 @@ def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -
 
 
 def require_same_parameters(current: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse saved weights that are not those of the kept parameters, given by name and shape.
-
-    Raises:
-        ConfigError: names or shapes differ.
-    """
+    """Raise ConfigError for saved weights that are not those of the kept parameters, given by name and shape."""
     if current.keys() != state.keys():
         odd = sorted(current.keys() ^ state.keys())
         raise ConfigError(f"the saved weights train other parameters than this model: {', '.join(odd[:4])} ...")
@@ -377,8 +353,7 @@ def save_final(
 ) -> None:
     """Write the adapter (or the whole model) as safetensors with its tokenizer, loadable without agentft.
 
-    `weights` are the parameters by name (of an adapter the kept ones), where the engine keeps them in shards and the model
-    does not have them whole.
+    `weights` are the parameters by name (of an adapter the kept ones), where the model holds them in shards.
     """
     if isinstance(sft, LoraConfig):
         state = {name: t.cpu() for name, t in (trained_state(model) if weights is None else weights).items()}

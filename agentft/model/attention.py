@@ -1,12 +1,7 @@
 """Choose how a model attends, and compute it in bf16 on a CPU by matrix products, at twice the speed of torch's kernel there.
 
-torch's CPU flash kernel reaches a fifth of the cores' bf16 matrix rate. Here queries are taken in tiles, each against the
-keys it may see, so every product is a plain batched one, and the query heads that share a key-value head are one product.
-The weights of short rows are kept for the backward pass; those of long rows are computed again. Of packed rows only the
-blocks on the diagonal are computed.
-
-On CUDA transformers hands a mask of booleans to flex attention as numbers to add, which changes the scores by one instead of
-hiding a position. Generation passes such masks, so they go to the plain kernel here.
+Queries are taken in tiles, each against the keys it may see, so every product is a plain batched one. The weights of short
+rows are kept for the backward pass; of packed rows only the blocks on the diagonal are computed.
 
 Axes: B batch, H query heads, G key-value heads, N = H / G, T positions, D head width, W tile width, K keys seen.
 """
@@ -98,14 +93,14 @@ class TiledCausalAttention(torch.autograd.Function):
 
 
 def tiles(boundaries: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """First key that a tile of queries sees, its first query, and the position after its last one."""
+    """Yield the first key that a tile of queries sees, its first query, and the position after its last one."""
     for first, end in pairwise(boundaries):
         for start in range(first, end, TILE):
             yield first, start, min(start + TILE, end)
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, first: int, start: int, stop: int) -> torch.Tensor:
-    """Attention weights of one tile of queries: `[B G, N, W, K]` with K = stop - first."""
+    """Return the attention weights of one tile of queries: `[B G, N, W, K]` with K = stop - first."""
     tile = query[:, :, start:stop]
     scores = torch.bmm(tile.flatten(1, 2), key[:, first:stop].transpose(1, 2)).view(*tile.shape[:3], stop - first)
     future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
@@ -127,12 +122,9 @@ def tiled_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: tiled for whole causal rows in bf16, torch's own kernels for all else.
+    """Return the attended values, `[B, T, H, D]`, and no weights: tiled for whole causal rows in bf16, else by torch's kernels.
 
     Packed rows come with their boundaries (`cu_seq_lens_q`) and with the block-diagonal mask that says the same.
-
-    Returns:
-        The attended values, `[B, T, H, D]`, and no weights.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -154,10 +146,9 @@ def tiled_attention_forward(
 
 
 def flex_or_plain(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """Attention as transformers calls it.
+    """Return the attended values, `[B, T, H, D]`, and no weights, as transformers calls it; masks of booleans go to SDPA.
 
-    Returns:
-        The attended values, `[B, T, H, D]`, and no weights.
+    transformers hands such masks, which generation passes, to flex attention as numbers to add: scores would change by one.
     """
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,12 +1,8 @@
 """Rewrite checkpoints of architectures that transformers lacks as ones that it has, once, without running their code.
 
-First-generation Qwen (`model_type: qwen`) is Qwen2 under other names. Layer by layer: `attn.c_attn` holds query, key and value
-as one matrix, rows q | k | v, with bias; the feed-forward part is `c_proj(w1(x) * silu(w2(x)))`, so `w2` is Qwen2's gate and
-`w1` its up-projection, each half of `intermediate_size` wide; heads are not grouped; input and output embeddings are separate.
-Positions are rotary, the norms RMSNorm. Up to `seq_length` positions that is Qwen2 exactly, in fp32 to the last bit.
-
-Baichuan-7B is Llama with query, key and value in one matrix (`W_pack`). Baichuan-13B (ALiBi positions) and Baichuan2
-(normalised output head) compute something else and are refused.
+First-generation Qwen (`model_type: qwen`) is, up to `seq_length` positions, Qwen2 exactly: `attn.c_attn` holds the rows q | k |
+v, with bias, and the feed-forward part is `c_proj(w1(x) * silu(w2(x)))`, each of the two half of `intermediate_size` wide.
+Baichuan-7B is Llama with query, key and value in one matrix (`W_pack`); Baichuan-13B and Baichuan2 are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ import torch
 
 from agentft.cache import build_once, cache_root
 from agentft.errors import ModelError
-from agentft.model.shards import check_free_disk, empty_model, holds_weights, read_json, rewrite_weights, weight_files
+from agentft.model.shards import empty_model, holds_weights, read_json, rewrite_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +39,6 @@ class OldLayout(NamedTuple):
     """Yields what a tensor becomes."""
     tokenizer: Callable[[Path], Any]
     """Folder -> fast tokenizer with the same ids. Raises ModelError where the file is missing or damaged."""
-
-
-RECORD = "agentft_conversion.json"
-"""File in a converted folder that says what it was made from."""
 
 
 def needs_conversion(settings: Mapping[str, Any]) -> bool:
@@ -79,7 +71,6 @@ def converted_folder(
         import transformers
 
         log.info("converting %s (%s -> %s)", source, settings["model_type"], layout.target)
-        check_free_disk(folder, sum(size for _, size, _ in states), "the converted copy")
         tokenizer = layout.tokenizer(source)
         values = {"eos_token_id": tokenizer.eos_token_id, **target_settings}
         if len(tokenizer) > values["vocab_size"]:
@@ -92,8 +83,6 @@ def converted_folder(
         rewrite_weights(files, folder, layout.rename, expected)
         hf_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        record = {"from": settings["model_type"], "to": hf_config.model_type, "source_fingerprint": fingerprint}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     return build_once(folder_in_cache, build, is_whole=holds_weights)
 
@@ -251,11 +240,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def qwen_tokenizer(source: Path) -> Any:
-    """Build the fast tokenizer that gives the ids of `qwen.tiktoken`.
-
-    Raises:
-        ModelError: see `read_ranks`.
-    """
+    """Build the fast tokenizer that gives the ids of `qwen.tiktoken`."""
     from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -332,11 +317,7 @@ _BPE = 2
 
 
 def read_sentencepiece(path: Path) -> Any:
-    """Read a `tokenizer.model` as SentencePiece's `ModelProto`.
-
-    Raises:
-        ModelError: missing, or no byte-pair model.
-    """
+    """Read a `tokenizer.model` as SentencePiece's `ModelProto`; raise ModelError where it is missing, or no byte-pair model."""
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -351,11 +332,7 @@ def read_sentencepiece(path: Path) -> Any:
 
 
 def baichuan_tokenizer(source: Path) -> Any:
-    """Build the fast tokenizer that gives the ids of `tokenizer.model`; neither start nor end of text is added to ids.
-
-    Raises:
-        ModelError: see `read_sentencepiece`.
-    """
+    """Build the fast tokenizer that gives the ids of `tokenizer.model`; neither start nor end of text is added to ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 

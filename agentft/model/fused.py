@@ -1,13 +1,10 @@
 """Give layers a leaner forward pass with the same mathematics: ours beside adapters, Liger's kernels on CUDA.
 
-- A linear layer with a LoRA branch: peft casts the input to fp32 once per adapted layer, draws a dropout mask per element,
-  and keeps all of these for the backward pass. Here the branch runs in the model's dtype from fp32 master weights, a random
-  number masks four elements, and kept are the input (which neighbours share), a byte an element and the rank-wide product.
-- RMSNorm: transformers keeps three fp32 copies of its input, ours the input and one number a row.
-- The gated activation: two tensors are kept instead of three.
+- A linear layer with a LoRA branch keeps its input, a byte an element and the rank-wide product for the backward pass, where
+  peft keeps an fp32 copy and a mask for each adapted layer.
+- RMSNorm keeps its input and a number a row in place of three fp32 copies, the gated activation two tensors in place of three.
 
-Liger's kernels serve any training method. The loss stays ours (`labelled_loss.py`): Liger's has no weight for each row, keeps
-losses in the logits' own bf16, and asks the device for numbers in the middle of a step.
+Liger's kernels serve any training method; the loss stays ours (`labelled_loss.py`), since Liger's has no weight for each row.
 
 Axes: M rows (batch x positions), I input width, O output width, R rank.
 """
@@ -244,7 +241,7 @@ def _mlp_forward(module: Any, liger: LigerKernels | None) -> Callable[..., torch
 
 
 def _attention_forward(module: Any, liger: LigerKernels) -> Callable[..., Any]:
-    """The attention layer of transformers' Llama family with other rotary positions; with a cache the layer's own."""
+    """Return the forward pass of the Llama family's attention on Liger's rotary positions; with a cache its own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     stock = module.forward

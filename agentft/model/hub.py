@@ -1,7 +1,6 @@
 """Fetch a model from a hub and push one to it: names checked before anything is written, contents before anything is loaded.
 
-Each hub's own client is used, with its cache and its login; it resumes broken downloads by itself. What was fetched is
-recorded below agentft's cache, so that it is checked once, and `model.offline` finds it without the network.
+What was fetched is recorded below agentft's cache, so that it is checked once, and `model.offline` finds it.
 """
 
 from __future__ import annotations
@@ -44,16 +43,14 @@ class RemoteFile:
 
     def fits(self, path: Path) -> bool:
         """Return whether the file at `path` has this size and content, as far as the hub has said."""
-        if self.size is not None and path.stat().st_size != self.size:
+        size, wanted = path.stat().st_size, self.sha256 or self.git_sha1
+        if self.size not in (None, size):
             return False
-        start = b"" if self.sha256 else b"blob %d\0" % path.stat().st_size
-        wanted, digest = self.sha256 or self.git_sha1, hashlib.sha256() if self.sha256 else hashlib.sha1(start)
         if wanted is None:
             return True
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size)
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest() == wanted.lower()
+            return hashlib.file_digest(file, lambda: digest).hexdigest() == wanted.lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +177,10 @@ def fetch(
     """Fetch settings, tokenizer and weights of a model, or find them in the cache.
 
     Pickled weights are taken only with `allow_pickle` and where there are no others, Python files only with
-    `trust_remote_code`. With `settings_alone` config.json comes without the rest, so that a model's size is known before its
-    weights are asked for.
+    `trust_remote_code`; with `settings_alone` nothing but config.json.
 
     Raises:
-        ModelError: unknown id or revision, no access, no network, a file name that leads out of the folder, contents
-            that are not what the hub lists, a full disk, or nothing usable in the repository; one line each.
+        ModelError: the hub has no such model or refuses, its files are not safe or not as listed, or the disk is full.
     """
     if not MODEL_ID.fullmatch(model_id) or ".." in model_id:
         raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
@@ -318,8 +313,6 @@ def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException)
         return f"{asked}: not allowed; {hub.login}"
     if status == 404 or "NotExistError" in names:
         return f"{asked}: no such model, revision or file; check model.id and model.revision"
-    if "OfflineModeIsEnabled" in names:
-        return f"{asked}: HF_HUB_OFFLINE is set; with model.offline=true the cache is used"
     if names & {"ConnectionError", "TransportError", "TimeoutError", "NetworkError", "IncompleteBody"}:
         return (
             f"{asked}: no connection to the hub ({type(causes[-1]).__name__}). What has arrived is kept: run again to "
@@ -352,11 +345,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def parse_target(push: str) -> tuple[str, str]:
-    """Read `modelscope:owner/name` as hub and id.
-
-    Raises:
-        ConfigError: another form.
-    """
+    """Read `modelscope:owner/name` as hub and id; raise ConfigError for another form."""
     hub, _, model_id = push.partition(":")
     if hub not in HUBS or "/" not in model_id or not MODEL_ID.fullmatch(model_id) or ".." in model_id:
         raise ConfigError(f"push={push}: expected modelscope:owner/name or huggingface:owner/name")

@@ -48,10 +48,9 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def stock_logits(model: nn.Module, input_ids_BT: torch.Tensor, at_N: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """Return the logits `[N, V]` of the model's own forward pass at positions of the flattened batch.
+    """Return the logits `[N, V]` of the model's own forward pass, which may scale or cap them, at positions of the flat batch.
 
-    Slower than the output head alone, and right where a model scales or caps what its head says. Logits are made of the
-    columns that hold a chosen position, where the model can be told so.
+    Logits are made of the columns that hold a chosen position, where the model can be told so.
     """
     causal, length = causal_model(model), input_ids_BT.shape[1]
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
@@ -131,8 +130,7 @@ def predicting_positions(labels_BT: torch.Tensor) -> torch.Tensor:
 def packed_arguments(batch: Batch) -> dict[str, Any]:
     """Return what tells a transformers model where the conversations of a packed row begin; nothing for a padded batch.
 
-    Positions that start again give torch's kernels a block-diagonal mask; flash attention and our own tiles read the
-    boundaries and leave out what the mask would hide.
+    Of positions that start again torch's kernels make a mask; flash attention and our own tiles read the boundaries.
     """
     if batch.boundaries is None:
         return {}

@@ -60,14 +60,6 @@ def resolve_dtype(requested: Dtype, device: Device) -> Dtype:
     return Dtype.bf16 if computes_in_bf16(device) else Dtype.fp32
 
 
-def choose_dtype(requested: Dtype, device: Device) -> torch.dtype:
-    """Resolve `auto`, and say to what."""
-    chosen = resolve_dtype(requested, device)
-    if requested is Dtype.auto:
-        log.info("model.dtype=auto: %s on %s", chosen, device.name)
-    return torch_dtype(chosen)
-
-
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """Return torch's own name of a number format, `auto` excepted."""
     return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
@@ -116,7 +108,10 @@ def choose_compute(config: ModelConfig, sft: SftConfig, device: Device, *, compi
         ModelError: something that was asked for cannot run here.
     """
     import_peft()
-    dtype = choose_dtype(config.dtype, device)
+    chosen = resolve_dtype(config.dtype, device)
+    if config.dtype is Dtype.auto:
+        log.info("model.dtype=auto: %s on %s", chosen, device.name)
+    dtype = torch_dtype(chosen)
     attention = choose_attention(config.attention, device, dtype)
     quantization = quantization_config(sft, dtype)
     liger = None if compiles else choose_kernels(config.kernels, device)
@@ -152,12 +147,7 @@ class ChatTokenizer:
 
 
 def load_chat_tokenizer(config: ModelConfig) -> ChatTokenizer:
-    """Find or fetch the model's files, and load its tokenizer and chat template.
-
-    Raises:
-        ModelError: see `locate_model` and `load_tokenizer`.
-        ConfigError: see `choose_layout`.
-    """
+    """Find or fetch the model's files, and load its tokenizer and chat template."""
     files = locate_model(config)
     tokenizer = load_tokenizer(files, config)
     layout, encoder = choose_layout(config, tokenizer), SegmentEncoder(tokenizer)
@@ -175,9 +165,8 @@ def load_model(
 ) -> torch.nn.Module:
     """Load the weights in `dtype` onto `device`, in evaluation mode; `quantization` from `quantization_config`.
 
-    An `attention` that the model's own code does not know leaves it with eager attention, or with the only one it has.
-    With `dtype` None they keep the files' own. On a CPU they are then the mapped files: no copy is made, what is not
-    touched is not read, and all processes of a machine share the pages.
+    An `attention` that the model's own code does not know leaves it with eager attention, or with the only one it has. With
+    `dtype` None the weights keep the files' own; on a CPU they are then the mapped files, which processes share.
 
     Raises:
         ModelError: the weights cannot be loaded.

@@ -1,22 +1,20 @@
 """Estimate the memory of a fine-tuning from config.json alone, before weights are fetched.
 
-Parameters are counted on the model itself, built without memory for its weights. What a block keeps for the backward pass
-follows from the sizes of its matrices, to a tenth for decoders of the Llama family. Counted is what lives at the end of the
-forward pass; the allocator's gaps, the CUDA context (about 0.5 GB) and short-lived buffers take about a tenth more.
-
-Weights, gradients and Adam's state as in Rajbhandari et al., 2020 (ZeRO, arXiv 1910.02054, section 3.1); activations in
-the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section 4), counted anew for SwiGLU blocks with grouped heads.
+Counted is what lives at the end of the forward pass, to a tenth for decoders of the Llama family; the allocator's gaps, the
+CUDA context and short-lived buffers take about a tenth more. Weights, gradients and Adam's state as in Rajbhandari et al.,
+2020 (ZeRO, arXiv 1910.02054, section 3.1); activations in the manner of Korthikanti et al., 2022 (arXiv 2205.05198, section
+4), counted anew for SwiGLU blocks with grouped heads.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -56,29 +54,16 @@ class DeviceMemory:
     total: int
 
 
-def device_memory(device: Device) -> DeviceMemory | None:
-    """Return the memory of `device`: of the GPU, or of this machine or container; None where nobody tells."""
+def device_memory(device: Device) -> DeviceMemory:
+    """Return the memory of `device`: of the GPU, or of this machine or container."""
     if device.is_cuda:
         return DeviceMemory(*torch.cuda.mem_get_info())
-    limits = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        page = os.sysconf("SC_PAGE_SIZE")
-        limits.append(DeviceMemory(_available(page), os.sysconf("SC_PHYS_PAGES") * page))
+    machine = psutil.virtual_memory()
+    limits = [DeviceMemory(machine.available, machine.total)]
     for limit, used in _CGROUPS:
         if (most := _number(Path(limit))) is not None:
             limits.append(DeviceMemory(most - (_number(Path(used)) or 0), most))
-    if not limits:
-        return None
     return DeviceMemory(min(each.free for each in limits), min(each.total for each in limits))
-
-
-def _available(page: int) -> int:
-    """Return the memory that can be had without swapping: Linux's own estimate, else pages that are free."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * page if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
 
 
 def _number(path: Path) -> int | None:
@@ -222,13 +207,10 @@ def estimate_memory(
 
 
 def _frozen_bytes(total: int, quantised: int, b: int, sft: LoraConfig) -> int:
-    """Bytes of the frozen weights: b each, or those of the blocks' matrices in 4 or 8 bits with their scales.
-
-    A scale of 4 bytes for 64 weights (0.5 bits each), itself in 8 bits by blocks of 256 with double quantisation (0.127
-    bits); in 8 bits one for each row.
-    """
+    """Return the bytes of the frozen weights: b each, or those of the blocks' matrices in 4 or 8 bits with their scales."""
     if not isinstance(sft, QloraConfig):
         return total * b
+    # 4 bytes for 64 weights, themselves in 8 bits by blocks of 256 with double quantisation; in 8 bits one for each row.
     scale = (8 / 64 + 32 / (64 * 256) if sft.double_quantization else 32 / 64) if sft.bits == 4 else 0.0
     return (total - quantised) * b + round(quantised * (sft.bits + scale) / 8)
 
@@ -236,7 +218,7 @@ def _frozen_bytes(total: int, quantised: int, b: int, sft: LoraConfig) -> int:
 def _kept_bytes(
     model: Any, matrices: Mapping[str, nn.Linear], config: ModelConfig, sft: SftConfig, work: Workload, b: int
 ) -> float:
-    """Bytes that all blocks keep of each position.
+    """Return the bytes that all blocks keep of each position.
 
     The leaner layers of `fused.py` keep about what the matrices put out: the inputs of norms, query, key, value, gate and up,
     and what attention puts out. Stock ones keep gate's SiLU besides, and norms an fp32 copy; adapters of peft compute in
@@ -280,19 +262,17 @@ class Fit(StrEnum):
     """How an estimate compares with a device."""
 
     fits = "fits"
-    """With a tenth to spare; also where nobody tells how much there is."""
+    """With a tenth to spare."""
     tight = "tight"
     """Less than that is free."""
     impossible = "impossible"
     """Even an empty device is too small by far, by a quarter of its whole memory and more."""
 
 
-def judge(estimate: MemoryEstimate, memory: DeviceMemory | None, device_name: str) -> tuple[Fit, str]:
+def judge(estimate: MemoryEstimate, memory: DeviceMemory, device_name: str) -> tuple[Fit, str]:
     """Compare with the device, and say in one line what was found."""
-    line = f"memory: {estimate}"
-    if memory is None:
-        return Fit.fits, line
-    line += f"; free on {device_name}: {_gigabytes(memory.free)} of {_gigabytes(memory.total)} GB"
+    free, total = _gigabytes(memory.free), _gigabytes(memory.total)
+    line = f"memory: {estimate}; free on {device_name}: {free} of {total} GB"
     if estimate.total * 1.1 <= memory.free:
         return Fit.fits, line
     if estimate.total <= memory.total * FAR:

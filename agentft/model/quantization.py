@@ -21,11 +21,7 @@ INSTALL = "pip install bitsandbytes"
 
 
 def require_bitsandbytes(sft: SftConfig) -> None:
-    """Refuse a quantised base where the package is not installed.
-
-    Raises:
-        ModelError: with the line that installs it.
-    """
+    """Raise ModelError for a quantised base where the package is not installed."""
     if isinstance(sft, QloraConfig) and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"sft_type={sft.name} needs the package bitsandbytes: {INSTALL}")
 
@@ -54,11 +50,7 @@ def quantization_config(sft: SftConfig, dtype: torch.dtype) -> Any:
 
 
 def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without the kernels that it would fetch from a hub and run.
-
-    Raises:
-        ModelError: it does not start here.
-    """
+    """Import bitsandbytes without the kernels that it would fetch from a hub and run, or raise ModelError."""
     with _without_hub_kernels():
         try:
             import bitsandbytes
@@ -93,10 +85,7 @@ def _without_hub_kernels() -> Iterator[None]:
 
 
 def keep_weights_as_quantized(model: torch.nn.Module) -> None:
-    """Keep 4-bit layers from repacking themselves on a CPU with bf16 when they first run outside training.
-
-    That repacking rounds the scales, so an evaluation in the middle of a training would change the frozen weights.
-    """
+    """Keep 4-bit layers from repacking themselves in an evaluation on a CPU with bf16, which would round their scales."""
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):

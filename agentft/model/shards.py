@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import pickle
 import re
-import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from agentft.errors import ModelError
 from agentft.model.adapters import plain_adapter_state
@@ -59,11 +58,7 @@ def _problem(name: Any) -> str | None:
 
 
 def file_inside(folder: Path, name: str, origin: str) -> Path:
-    """Return the file `name` of `folder`, which may be a symbolic link only inside the model's own storage.
-
-    Raises:
-        ModelError: the name is refused, there is no such file, or a link leads out of the folder.
-    """
+    """Return the file `name` of `folder`; raise ModelError for an unsafe name, no such file, or a link out of the folder."""
     check_file_names([name], origin)
     path = folder / name
     if not path.is_file():
@@ -77,11 +72,7 @@ def file_inside(folder: Path, name: str, origin: str) -> Path:
 
 
 def shard_files(index: Path) -> list[Path]:
-    """Return the weight files that a shard index (`*.index.json`) names, each checked and present.
-
-    Raises:
-        ModelError: the index is not JSON, or names a file outside its folder or one that is missing.
-    """
+    """Return the weight files that a shard index (`*.index.json`) names, each checked and present, or raise ModelError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: expected a `weight_map` from tensor to file")
@@ -90,11 +81,7 @@ def shard_files(index: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that came with a model.
-
-    Raises:
-        ModelError: not readable as a JSON object.
-    """
+    """Read a JSON object that came with a model; raise ModelError where it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -141,8 +128,6 @@ def weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
 
 def holds_weights(folder: Path) -> bool:
     """Return True where every weight file of a folder is there, with as many bytes as its header tells of."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         for file in weight_files(folder, allow_pickle=False):
             with safe_open(file, framework="numpy"):
@@ -187,8 +172,6 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ModelError: the file is damaged, or a pickle that holds anything but tensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -239,12 +222,11 @@ def rewrite_weights(
 
     try:
         written = _write_shards(renamed(), folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ModelError(
-                f"{folder.parent}: the disk is full; make room or set model.cache_dir to another disk"
-            ) from error
-        raise ModelError(f"{folder.parent}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder.parent}: the weights cannot be written ({error}); if the disk is full, make room or choose another one: "
+            "model.cache_dir for a conversion, out for an export"
+        ) from error
     if missing := sorted(expected.keys() - written):
         raise ModelError(
             f"{folder.name}: the checkpoint lacks {len(missing)} tensors, such as {', '.join(missing[:3])}; "
@@ -284,21 +266,6 @@ def _write_shards(tensors: Renamed, folder: Path) -> set[str]:
     return {*weight_map}
 
 
-def check_free_disk(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        ModelError: fewer than `needed` bytes are free where `folder` is or will be.
-    """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ModelError(
-            f"{existing}: {what} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; "
-            "make room or set model.cache_dir to a folder on another disk"
-        )
-
-
 _PREFIX = "base_model.model."
 """What peft puts before the names of the model's own modules."""
 
@@ -326,7 +293,6 @@ def write_merged(
         ModelError: the state does not belong to this base, or the disk is full.
     """
     files = weight_files(base, allow_pickle=allow_pickle)
-    check_free_disk(folder, sum(file.stat().st_size for file in files), "the merged model")
     expected, matrices, head = _layout(base)
     adapter = plain_adapter_state(dict(state)) if isinstance(sft, LoraConfig) else {}
     adapted = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapter}

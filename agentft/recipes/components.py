@@ -74,7 +74,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Say what the training needs at its peak, and choose gradient checkpointing where that is left open.
 
-    It is then used on CUDA alone: where the estimate does not fit without it, or there is no estimate.
+    It is then used on CUDA alone, where the estimate does not fit without it or there is none.
 
     Raises:
         ModelError: it cannot fit by far, and `check` is `refuse`; or the model has no config.json.
@@ -83,7 +83,7 @@ def plan_memory(
     if check is MemoryCheck.off:
         return without_estimate
     settings, dtype, memory = model_settings(config), resolve_dtype(config.dtype, device), device_memory(device)
-    if memory is not None and not device.is_cuda:
+    if not device.is_cuda:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the ranks of a machine share its memory
         memory = DeviceMemory(memory.free // here, memory.total // here)
     try:
@@ -215,10 +215,7 @@ def load_components(
 
 
 def loads_mapped(sft: SftConfig, distributed: DistributedConfig) -> bool:
-    """Return whether weights are loaded as the mapped files, in their number format, for the engine to cast its part.
-
-    Not where an adapter is computed from them: it would not be that of a job on one device.
-    """
+    """Return whether weights are loaded as the mapped files, for the engine to cast its part: not if they make an adapter."""
     if isinstance(sft, LoraConfig):
         computed = sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig)
         return loads_on_cpu(distributed) and not computed
@@ -248,9 +245,7 @@ def set_up_engine(
 def compile_blocks(model: torch.nn.Module) -> int:
     """Let torch compile every block of the decoder for rows of any length, at its first use; return how many there are.
 
-    The mathematics is that of the plain blocks; sums may be taken in another order. One compilation serves all blocks, since
-    they are alike. Layers get the forward pass back that they came with: the compiler fuses that itself, and cannot see into
-    steps of autograd written by hand.
+    Layers get back the forward pass that they came with: the compiler cannot see into steps of autograd written by hand.
     """
     decoder: Any = causal_model(model).get_decoder()
     for module in decoder.modules():
@@ -261,7 +256,7 @@ def compile_blocks(model: torch.nn.Module) -> int:
 
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
-"""Packages whose release can change a loss in its last bits."""
+"""Packages whose release can change the last bits of a loss."""
 
 
 def run_fingerprint(

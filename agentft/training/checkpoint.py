@@ -1,8 +1,4 @@
-"""Write, read and choose checkpoints: written beside their place, synced, renamed, read only if every digest holds.
-
-A safetensors file is a JSON header of names, dtypes, shapes and offsets, then the bytes; all of the header is known before
-the first tensor is made (https://github.com/huggingface/safetensors#format).
-"""
+"""Write, read and choose checkpoints: written beside their place, synced, renamed, read only if every digest holds."""
 
 from __future__ import annotations
 
@@ -81,7 +77,7 @@ def stream_of(tensors: Mapping[str, torch.Tensor]) -> TensorStream:
 
 
 def write_stream(stream: TensorStream, path: Path) -> None:
-    """Write a stream as one safetensors file, holding one tensor at a time."""
+    """Write a stream as one file of https://github.com/huggingface/safetensors#format, holding one tensor at a time."""
     # Wide numbers first, so that every tensor is aligned.
     names = sorted(stream.kinds, key=lambda name: -stream.kinds[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -150,7 +146,7 @@ def load_checkpoint(path: Path, *, check: bool = True) -> Checkpoint:
     """Read a checkpoint after checking every file against the manifest, unless that has just been done.
 
     Raises:
-        CheckpointError: a file is missing, extra, of another size or of another digest.
+        CheckpointError: it is damaged.
     """
     if check and (problem := find_damage(path)):
         raise CheckpointError(f"{path}: {problem}")
@@ -195,8 +191,7 @@ def newest_whole(root: Path, *, fallback: bool = True) -> Path | None:
     """Return the newest checkpoint that is whole, saying loudly which were not; None where there are none at all.
 
     Raises:
-        CheckpointError: all of them are damaged, or the newest is and `fallback` is off. Starting afresh then is the
-            user's decision.
+        CheckpointError: all of them are damaged, or the newest is and `fallback` is off.
     """
     paths = list_checkpoints(root)
     for path in reversed(paths):
@@ -228,8 +223,7 @@ def set_aside(path: Path) -> Path:
 def clear_unfinished(root: Path, after: int) -> None:
     """Make room before a training resumes from step `after`; only the process that holds the run folder may do this.
 
-    What a killed process left half written or half deleted is removed. Checkpoints of later steps, which could not be
-    used, are set aside: the retention must not count them.
+    What a killed process left half done is removed, and checkpoints of later steps, which could not be used, are set aside.
 
     Raises:
         CheckpointError: such a checkpoint cannot be renamed.

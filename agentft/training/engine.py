@@ -1,8 +1,7 @@
 """Hold the model in training, its optimiser and its schedule: on one device here, on many in `agentft.distributed`.
 
-What every engine keeps to: after `micro_batch(last=True)` the gradient is the sum over all ranks and all
-micro-batches of what was given to `backward`, and a checkpoint holds whole tensors by parameter name, whatever the engine
-and the number of ranks were.
+With every engine the gradient after `micro_batch(last=True)` is the sum over all ranks and micro-batches of what was given to
+`backward`, and a checkpoint holds whole tensors by parameter name.
 """
 
 from __future__ import annotations
@@ -211,11 +210,7 @@ def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def restore_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Put `plain_groups` back.
-
-    Raises:
-        CheckpointError: another number of groups.
-    """
+    """Put `plain_groups` back; raise CheckpointError for another number of groups."""
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
             f"the checkpoint's optimiser has {len(groups)} groups of parameters, this one {len(optimizer.param_groups)}"
@@ -225,11 +220,7 @@ def restore_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]
 
 
 def slots_by_parameter(tensors: Mapping[str, torch.Tensor], known: set[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """Sort `<parameter>.<slot>` by parameter.
-
-    Raises:
-        CheckpointError: a tensor belongs to no known parameter.
-    """
+    """Sort `<parameter>.<slot>` by parameter; raise CheckpointError for a tensor of no known one."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition(".")

@@ -61,8 +61,7 @@ def report_nonfinite(
     """Say why step `step`, counted from 1, does not change the weights: the same on every rank.
 
     Args:
-        losses_M: Summed losses of this rank's M micro-batches, which are `batches`.
-        grad_norm: Norm of the gradient of all ranks before clipping.
+        losses_M: Summed losses of this rank's `batches`.
         in_a_row: Steps left out one after the other, this one among them.
 
     Raises:

@@ -1,8 +1,7 @@
 """Train, in the open: batches, loss, backward, clip, step, log, evaluate, save.
 
-One step's loss is the sum of its cross-entropies over the sum of its labelled tokens, whatever micro-batches and ranks
-they fell on; so 8 micro-batches of 1, 2 of 4, and 4 on each of 2 ranks are the same update. Every rank runs this loop; what
-differs is the share of a step's micro-batches, and that rank 0 writes. M micro-batches of one rank's step.
+One step's loss is the sum of its cross-entropies over the sum of its labelled tokens, whatever micro-batches and ranks they
+fell on. Every rank runs this loop on its share of a step; rank 0 writes. Axes: M micro-batches of one rank's step.
 """
 
 from __future__ import annotations
@@ -216,14 +215,13 @@ def pause_step(total: int, pause_at_fraction: float) -> int:
 def choose_row_tokens(config: TrainingConfig, max_length: int, leak: str | None, *, cuda: bool) -> int | None:
     """Return the tokens of a packed row, or None for padded micro-batches, and say what `auto` took.
 
-    On a CPU, time goes with the tokens that are not padding, whatever row they are in; a longer row only costs cache.
-
     Args:
         leak: What packed conversations do to each other in this model, in words; None: nothing.
 
     Raises:
         ConfigError: packing was asked for, and packed conversations would not be computed as if each were alone.
     """
+    # On a CPU time goes with the tokens that are not padding, whatever row they are in.
     packs = config.packing == "true" or (config.packing == "auto" and cuda and leak is None)
     if config.packing == "true" and leak is not None:
         raise ConfigError(f"training.packing=true: {leak}; training.packing=false pads instead")
@@ -257,10 +255,7 @@ def _measure(job: Job, batches: list[Batch]) -> Totals:
 
 
 def seed_micro_batch(seed: int, step: int, ids: Sequence[str]) -> None:
-    """Let all that one micro-batch draws, such as dropout, follow from the step and its conversations.
-
-    So it is the same on any rank and after a resume, and what an evaluation draws changes nothing.
-    """
+    """Let what one micro-batch draws, such as dropout, follow from its step and conversations: so on any rank, or resumed."""
     digest = hashlib.sha256(repr((seed, step, *ids)).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     random.seed(number)

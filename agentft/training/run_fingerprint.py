@@ -34,8 +34,8 @@ def require_same(
 ) -> dict[str, str]:
     """Return what differs where that is allowed, and log it.
 
-    A training may move to another engine or number of ranks: its next losses are then equal but for the order in which they
-    are summed. It may have other threads and devices then, too.
+    A training may move to another engine or number of ranks, then with other threads and devices: its next losses are equal but
+    for the order in which they are summed.
 
     Raises:
         CheckpointError: something differs and may not.

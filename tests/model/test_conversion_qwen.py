@@ -6,6 +6,7 @@ Axes: B batch, T positions, H heads, D head width, C width.
 
 import json
 import math
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -355,9 +356,17 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         converted(source, tmp_path / "cache")
 
 
-def test_a_full_disk_is_said_before_the_conversion_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_the_system_refuses_to_write_ends_in_a_line_and_leaves_nothing(tmp_path: Path) -> None:
     settings = old_settings()
     source = old_folder(tmp_path / "old", settings, random_state(settings))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(ModelError, match="model.cache_dir"):
-        converted(source, tmp_path / "cache")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(
+            ModelError, match=r"the weights cannot be written \(.*too large.*\).*model\.cache_dir"
+        ) as caught:
+            converted(source, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size]

@@ -301,7 +301,8 @@ def test_one_line_names_every_kind() -> None:
     assert str(found) == (
         "weights 2.00 + trained 0.01 + gradients 0.00 + optimizer 0.00 + activations 0.50 + logits 0.00 = 2.51 GB"
     )
-    assert judge(found, None, "somewhere") == (Fit.fits, f"memory: {found}")
+    told = f"memory: {found}; free on a card: 9.00 of 10.00 GB"
+    assert judge(found, DeviceMemory(9 * 10**9, 10**10), "a card") == (Fit.fits, told)
 
 
 def test_what_is_not_counted_is_refused() -> None:
@@ -313,7 +314,6 @@ def test_what_is_not_counted_is_refused() -> None:
 
 def test_memory_of_this_machine_is_a_plausible_number() -> None:
     memory = device_memory(Device("cpu", "CPU", 1))
-    assert memory is not None
     assert 10**7 < memory.free <= memory.total < 10**14
 
 
