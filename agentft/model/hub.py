@@ -20,6 +20,7 @@ from typing import Any
 
 from agentft.cache import cache_root
 from agentft.errors import ConfigError, ModelError
+from agentft.model.config import ModelConfig
 from agentft.model.shards import check_file_names, pickle_refusal, read_json
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class RemoteFile:
     size: int | None
     sha256: str | None = None
     git_sha1: str | None = None
-    """Git's name of the file's content, where the hub gives no sha256."""
+    """Git's name of the file's content; counts where the hub gives no sha256."""
 
     def fits(self, path: Path) -> bool:
         """Return whether the file at `path` has this size and content, as far as the hub has said."""
@@ -114,9 +115,7 @@ class HuggingFace:
     def list_files(self, model_id: str, revision: str | None) -> Listing:
         info = self._api().model_info(model_id, revision=revision, files_metadata=True)
         files = {
-            entry.rfilename: RemoteFile(entry.size, entry.lfs.sha256)
-            if entry.lfs
-            else RemoteFile(entry.size, None, entry.blob_id)
+            entry.rfilename: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
             for entry in info.siblings or []
         }
         if not info.sha:
@@ -126,11 +125,8 @@ class HuggingFace:
     def download(
         self, model_id: str, revision: str | None, listing: Listing, names: list[str], cache_dir: str | None
     ) -> Path:
-        patterns = [glob.escape(name) for name in names]
-        api = self._api()
-        return Path(
-            api.snapshot_download(model_id, revision=listing.commit, cache_dir=cache_dir, allow_patterns=patterns)
-        )
+        where = {"revision": listing.commit, "cache_dir": cache_dir}
+        return Path(self._api().snapshot_download(model_id, allow_patterns=[glob.escape(n) for n in names], **where))
 
     def cached(self, model_id: str, revision: str | None, cache_dir: str | None) -> Path:
         """Return the folder of an earlier download, without the network."""
@@ -163,18 +159,8 @@ class FetchedModel:
     """What the asked revision stood for."""
 
 
-def fetch(
-    hub: Hub,
-    model_id: str,
-    revision: str | None,
-    cache_dir: str | None,
-    *,
-    offline: bool = False,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    settings_alone: bool = False,
-) -> FetchedModel:
-    """Fetch settings, tokenizer and weights of a model, or find them in the cache.
+def fetch(config: ModelConfig, model_id: str, *, settings_alone: bool = False) -> FetchedModel:
+    """Fetch settings, tokenizer and weights of a model on the hub `config.source`, or find them in the cache.
 
     Pickled weights are taken only with `allow_pickle` and where there are no others, Python files only with
     `trust_remote_code`; with `settings_alone` nothing but config.json.
@@ -182,17 +168,18 @@ def fetch(
     Raises:
         ModelError: the hub has no such model or refuses, its files are not safe or not as listed, or the disk is full.
     """
+    hub, revision, cache_dir = HUBS[config.source](), config.revision, config.cache_dir
     if not MODEL_ID.fullmatch(model_id) or ".." in model_id:
         raise ModelError(f"{hub.name}: {model_id!r} is no model id; expected owner/name (a folder: model.source=local)")
     key = hashlib.sha256(json.dumps([hub.name, model_id, revision, cache_dir]).encode()).hexdigest()[:16]
     record = cache_root(cache_dir) / "hubs" / f"{model_id.replace('/', '--')}-{key}.json"
-    if offline:
+    if config.offline:
         return _from_cache(hub, model_id, revision, cache_dir, record)
     origin = f"{hub.name}: {model_id}"
     try:
         listing = hub.list_files(model_id, revision)
         check_file_names(listing.files, origin)
-        names = wanted_files(listing.files, origin, allow_pickle, trust_remote_code)
+        names = wanted_files(listing.files, origin, config.allow_pickle, config.trust_remote_code)
         names = [SETTINGS] if settings_alone else names
         if (known := _recorded(record, listing.commit, names)) is not None:
             return known

@@ -158,13 +158,17 @@ def chunked_cross_entropy(
     if at_once and _is_frozen_linear(head):
         loss: torch.Tensor = FrozenHeadLoss.apply(hidden_ND, head.weight, targets_N, weights_N)  # type: ignore[no-untyped-call]
         return loss
+
+    def summed(hidden_ND: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+        return _summed(head(hidden_ND), targets_N, weights_N)
+
     if len(targets_N) <= CHUNK:
-        return _head_loss(hidden_ND, targets_N, head, weights_N)
+        return summed(hidden_ND, targets_N, weights_N)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for at in range(0, len(targets_N), CHUNK):
         piece = slice(at, at + CHUNK)
         weights = None if weights_N is None else weights_N[piece]
-        total = total + checkpoint(_head_loss, hidden_ND[piece], targets_N[piece], head, weights, use_reentrant=False)
+        total = total + checkpoint(summed, hidden_ND[piece], targets_N[piece], weights, use_reentrant=False)
     return total
 
 
@@ -215,12 +219,6 @@ def _is_frozen_linear(head: Any) -> bool:
     is_linear = bool(type(head) is nn.Linear)
     bias: Any = getattr(head, "bias", None)
     return is_linear and bias is None and not head.weight.requires_grad and bool(head.weight.is_contiguous())
-
-
-def _head_loss(
-    hidden_ND: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, weights_N: torch.Tensor | None
-) -> torch.Tensor:
-    return _summed(head(hidden_ND), targets_N, weights_N)
 
 
 def _summed(logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:

@@ -77,16 +77,7 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def _fetched(config: ModelConfig, *, settings_alone: bool = False) -> FetchedModel:
-    return fetch(
-        HUBS[config.source](),
-        config.id or _needed(config, f"{config.source}_id"),
-        config.revision,
-        config.cache_dir,
-        offline=config.offline,
-        allow_pickle=config.allow_pickle,
-        trust_remote_code=config.trust_remote_code,
-        settings_alone=settings_alone,
-    )
+    return fetch(config, config.id or _needed(config, f"{config.source}_id"), settings_alone=settings_alone)
 
 
 def _needed(config: ModelConfig, field: str) -> str:

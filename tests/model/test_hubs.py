@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from agentft.model.sources import check_remote_code, locate_model
 from tests.model.loopback_hubs import COMMIT, Repository, serve
 
 HUBS = ["modelscope", "huggingface"]
-DOWNLOADS: dict[str, Any] = {name: partial(hub.fetch, client()) for name, client in hub.HUBS.items()}
 ENDPOINTS = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}
 NOWHERE = "http://127.0.0.1:9"
 """A port that nothing listens on."""
@@ -67,8 +65,16 @@ def served(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
         yield stand_in
 
 
-def download(name: str, cache: Path, model_id: str = "owner/small", revision: str | None = None, **more: bool) -> Any:
-    return DOWNLOADS[name](model_id, revision, str(cache), **more)
+def download(
+    name: str,
+    cache: Path,
+    model_id: str = "owner/small",
+    revision: str | None = None,
+    settings_alone: bool = False,
+    **more: bool,
+) -> Any:
+    config = ModelConfig(name="small", source=ModelSource(name), revision=revision, cache_dir=str(cache), **more)
+    return hub.fetch(config, model_id, settings_alone=settings_alone)
 
 
 def refused(name: str, cache: Path, *args: Any, **more: bool) -> str:
@@ -116,10 +122,8 @@ def test_the_revision_is_resolved_and_the_second_time_only_asked_for(
 
 
 def test_settings_come_without_weights_and_are_not_fetched_twice(name: str, served: Repository, tmp_path: Path) -> None:
-    client: hub.Hub = {"modelscope": ModelScope, "huggingface": HuggingFace}[name]()
-
     def settings(**more: bool) -> Any:
-        fetched = hub.fetch(client, "owner/small", None, str(tmp_path), settings_alone=True, **more)
+        fetched = download(name, tmp_path, settings_alone=True, **more)
         return json.loads((fetched.folder / "config.json").read_text())
 
     assert settings() == {"model_type": "llama"}
