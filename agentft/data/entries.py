@@ -1,16 +1,12 @@
 """Turn rows into conversations and examples, in batches on all cores, and divide the conversations by what is kept of each.
 
-Python's part of the work holds the interpreter's lock, so only processes share it out. They are the workers of a `DataLoader`,
-forked late and from a quiet process: they find the tokenizers loaded, cost no import, and a short preparation, which would not
-repay them, has none. The work keeps no state between batches, so they can be worked on anywhere and in any order.
+Batches are worked on by forked workers of a `DataLoader`, which find the tokenizers loaded; a short preparation has none.
 
-All that decides a conversation's part and its place there comes from hashes of content, so nothing depends on the order of a
-file, on the sample size or on what else is in it. The held-out set is fixed before sampling: every sample size has the same
-evaluation, and so has every mixture of sources.
+Hashes of content decide a conversation's part and its place there: the order of a file and the sample size change nothing, so
+every sample size has the same held-out conversations.
 
-A weight is a number of showings: 0.5 keeps half of a source's conversations, 2 shows each twice, 2.5 each twice and half of
-them a third time. Both samples and weights are nested: a smaller sample is the beginning of a larger one, and a greater
-weight adds showings without moving or dropping any.
+A weight is a number of showings in an epoch: 0.5 keeps half of a source's conversations, 2.5 shows each twice and half of
+them a third time. A smaller sample is the beginning of a larger one; a greater weight adds showings and moves none.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from itertools import chain
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from traceback import format_exc
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from agentft.data.config import DatasetConfig, Format, Split, TooLong
 from agentft.data.conversation import Conversation
@@ -47,7 +43,6 @@ BATCH_CONVERSATIONS, _BATCH_CHARACTERS = 64, 250_000
 
 B = TypeVar("B")
 R = TypeVar("R")
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -244,18 +239,18 @@ def process_count(asked: int) -> int:
 
 
 def in_order(
-    work: Callable[[B], R], batches: Iterable[B], *, processes: int, ready: Callable[[], bool]
+    work: Callable[[B], R], batches: Iterable[B], workers: int, ready: Callable[[], bool]
 ) -> Iterator[tuple[B, R]]:
     """Yield each batch with its result.
 
     Args:
-        processes: At most; 1: only this one.
+        workers: Processes, as of `dataset.workers`.
         ready: Asked between two batches until it is true: loads what much work needs, so that forked processes share it.
 
     Raises:
         DataError: a process was killed. What `work` raises is raised here.
     """
-    batches, is_ready = iter(batches), False
+    batches, is_ready, processes = iter(batches), False, process_count(workers)
     for number, batch in enumerate(batches):
         is_ready = is_ready or (number > 0 and ready())
         if is_ready and processes > 1:
@@ -345,27 +340,7 @@ def _begin(parent: int, _: int) -> None:
 # --- Which part, in which order, how often ---
 
 
-class Divisible(Protocol):
-    """What decides a conversation's part and its place there: of a conversation, or of an entry."""
-
-    @property
-    def content_hash(self) -> str:
-        """Digest of all its text, hexadecimal."""
-
-    @property
-    def user_hash(self) -> str:
-        """Digest of its user turns, hexadecimal."""
-
-    @property
-    def weight(self) -> float:
-        """Of its source."""
-
-    @property
-    def called_tools(self) -> frozenset[str]:
-        """Names of the tools that it calls."""
-
-
-D = TypeVar("D", bound=Divisible)
+D = TypeVar("D", Conversation, Entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +355,7 @@ class Parts(Generic[D]):
     """Conversations in neither part, counted by reason."""
 
 
-def divide(conversations: Iterable[D], *, split: Split, test_ratio: float, seed: int) -> Parts[D]:
+def divide(pool: Sequence[D], *, split: Split, test_ratio: float, seed: int) -> Parts[D]:
     """Divide conversations into a training and a held-out part.
 
     Conversations with the same user side go to the same part, whatever the agent answered. With `unseen_tools` one that calls
@@ -389,7 +364,6 @@ def divide(conversations: Iterable[D], *, split: Split, test_ratio: float, seed:
     Raises:
         DataError: a part would be empty.
     """
-    pool = list(conversations)
     by_tools = split is Split.unseen_tools
     heldout_tools = _heldout_tools(pool, test_ratio, seed) if by_tools else frozenset()
     parts: Parts[D] = Parts([], [])
@@ -412,13 +386,12 @@ def divide(conversations: Iterable[D], *, split: Split, test_ratio: float, seed:
     return _ordered(parts, seed)
 
 
-def keep_apart(train: Iterable[D], heldout: Iterable[D], *, seed: int) -> Parts[D]:
+def keep_apart(train: Sequence[D], heldout: Sequence[D], *, seed: int) -> Parts[D]:
     """Order two parts that have sources of their own; what the held-out users say too is not trained on."""
-    given, held = list(train), list(heldout)
-    users = {conversation.user_hash for conversation in held}
-    parts = Parts([c for c in given if c.user_hash not in users], held)
-    if len(parts.train) < len(given):
-        parts.set_aside["held_out_too"] = len(given) - len(parts.train)
+    users = {conversation.user_hash for conversation in heldout}
+    parts = Parts([c for c in train if c.user_hash not in users], list(heldout))
+    if len(parts.train) < len(train):
+        parts.set_aside["held_out_too"] = len(train) - len(parts.train)
     return _ordered(parts, seed)
 
 
@@ -429,13 +402,13 @@ def _ordered(parts: Parts[D], seed: int) -> Parts[D]:
     return Parts(train, in_sample_order(parts.heldout, seed), parts.set_aside)
 
 
-def _heldout_tools(pool: Sequence[Divisible], test_ratio: float, seed: int) -> frozenset[str]:
+def _heldout_tools(pool: Sequence[D], test_ratio: float, seed: int) -> frozenset[str]:
     """Hold tools out, by hash of the name, until about `test_ratio` of the calling conversations use them."""
     uses = Counter(name for conversation in pool for name in conversation.called_tools)
     target = test_ratio * sum(bool(conversation.called_tools) for conversation in pool)
     heldout: set[str] = set()
     covered = 0
-    for name in _sort_by_hash(sorted(uses), key=lambda tool: tool, seed=seed):
+    for name in sorted(uses, key=lambda tool: _hash_key(f"order-{seed}-{tool}")):
         if covered >= target:
             break
         heldout.add(name)
@@ -448,7 +421,7 @@ def is_held_out(user_hash: str, seed: int, test_ratio: float) -> bool:
     return _hash_share(f"split-{seed}-{user_hash}") < test_ratio
 
 
-def showing_keys(conversation: Divisible, seed: int) -> list[bytes]:
+def showing_keys(conversation: Conversation | Entry, seed: int) -> list[bytes]:
     """Return a sort key for each showing of a conversation in an epoch; none where its source's weight leaves it out.
 
     The first showing has the key of an unweighted conversation: a weight of 1 changes nothing.
@@ -471,12 +444,7 @@ def in_showing_order(conversations: Iterable[D], seed: int) -> list[D]:
 
 def in_sample_order(conversations: Sequence[D], seed: int) -> list[D]:
     """Order conversations so that the first n are the sample of size n: larger samples contain the smaller ones."""
-    return _sort_by_hash(conversations, key=lambda conversation: conversation.content_hash, seed=seed)
-
-
-def _sort_by_hash(items: Sequence[T], *, key: Callable[[T], str], seed: int) -> list[T]:
-    """Sort by a seeded hash of each item's own key, equal keys in their given order."""
-    return sorted(items, key=lambda item: _hash_key(f"order-{seed}-{key(item)}"))
+    return sorted(conversations, key=lambda conversation: _hash_key(f"order-{seed}-{conversation.content_hash}"))
 
 
 def _hash_share(key: str) -> float:

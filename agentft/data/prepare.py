@@ -1,14 +1,10 @@
 """Prepare a dataset: from its settings to tokenised training examples and held-out conversations, with every row accounted for.
 
-Row -> conversation -> part -> examples, in batches that all cores share (`entries.py`). Which part a conversation belongs to is
-a matter of its own content, so where all are wanted each is made into examples as it is read; the order of the sample is a
-list of examples afterwards. Where a sample is wanted, or the tools that are held out are to be counted first, conversations
-wait in a file, and those that are wanted are made in the order of the sample.
+Row -> conversation -> part -> examples, in batches that all cores share (`entries.py`). Where all conversations are wanted
+each is made into examples as it is read. Where a sample is wanted, or the tools that are held out are to be counted first,
+they wait in a file, and those of the sample are made in its order. An `Entry` of each stays in memory, less than a kilobyte.
 
-Texts are in memory while their batch is. What stays of a conversation is an `Entry`, less than a kilobyte.
-
-Prepared data is cached under a key of all that decides it: the bytes of the sources, the settings, the layout, the tokenizer,
-the code that reads and writes, and the versions of what it calls.
+Prepared data is cached under a key of all that decides it, see `key_ingredients`.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -49,7 +45,6 @@ from agentft.data.entries import (
     in_order,
     keep_apart,
     killed_worker_in_words,
-    process_count,
 )
 from agentft.data.prepared import (
     ExampleWriter,
@@ -82,8 +77,6 @@ _NOT_IN_KEY = {name for name, what in affects(DatasetConfig).items() if what == 
 _STARTED = psutil.Process().create_time()
 """Taken on import: a process that is forked later goes on with the code of the one that imported it."""
 
-B = TypeVar("B")
-R = TypeVar("R")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -332,7 +325,7 @@ class Preparation:
         deduplicator = Deduplicator(self.account.read)
         first = len(self.entries)
         with progress_bar("reading", None) as bar:
-            for batch, results in self._on_all_cores(read, batches_of(rows), ready):
+            for batch, results in in_order(read, batches_of(rows), self._config.workers, ready):
                 for row, found in zip(batch, results, strict=True):
                     if isinstance(found, Rejection):
                         self.account.rejections.append(deduplicator.reject(row, found))
@@ -346,11 +339,6 @@ class Preparation:
                     self._keep(entry)
                 bar.advance(len(results))
         return self.entries[first:]
-
-    def _on_all_cores(
-        self, work: Callable[[B], R], batches: Iterable[B], ready: Callable[[], bool]
-    ) -> Iterator[tuple[B, R]]:
-        return in_order(work, batches, processes=process_count(self._config.workers), ready=ready)
 
     def _keep(self, entry: Entry) -> None:
         """Keep an entry, and write down what was made of it."""
@@ -416,7 +404,12 @@ class Preparation:
                 result = _result(entry)
                 if entry not in shown_before:
                     outcomes[str(result.kind)] += 1
-                    self._count(result)
+                    for code in result.notes:
+                        account.layout[bounded_code(code, account.layout)] += 1
+                    if result.change is not None:
+                        account.changed.append(result.change)
+                    if result.rejection is not None:
+                        account.rejections.append(result.rejection)
                 shown_before.add(entry)
                 if result.rejection is None:
                     used.append(entry)
@@ -431,19 +424,11 @@ class Preparation:
         )
         unmade = iter(entries)
         with progress_bar(f"tokenising {part}", len(entries)) as bar:
-            for _, made in self._on_all_cores(partial(self.work.make, part=part), batches, self.work.encoder.settle):
+            work = partial(self.work.make, part=part)
+            for _, made in in_order(work, batches, self._config.workers, self.work.encoder.settle):
                 for result in made:
                     self._write_examples(next(unmade), part, result)
                 bar.advance(len(made))
-
-    def _count(self, result: ConversationResult) -> None:
-        """Account for a conversation when it is shown for the first time."""
-        for code in result.notes:
-            self.account.layout[bounded_code(code, self.account.layout)] += 1
-        if result.change is not None:
-            self.account.changed.append(result.change)
-        if result.rejection is not None:
-            self.account.rejections.append(result.rejection)
 
 
 def _result(entry: Entry) -> ConversationResult:

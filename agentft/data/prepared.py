@@ -10,7 +10,7 @@ Each part of a dataset has a folder:
 | `examples.bin` | name, ids and spans of each example |
 | `conversations.jsonl` | the conversation that each example renders, where it is kept |
 | `*.npy` beside them | where each record begins, and the end of the last |
-| `counts.npy`, `names.jsonl` | tokens, labelled tokens and steps of each example; their names |
+| `counts.npy` | tokens, labelled tokens and steps of each example |
 | `order.npy` | the examples by number in the order of the part; one that is shown more than once occurs again |
 """
 
@@ -197,7 +197,6 @@ class StoredConversations(_Stored[Conversation]):
 class PackedExample(NamedTuple):
     """An example as it is written: small, and quick to hand from one process to another."""
 
-    name: str
     record: bytes
     """Its name, ids and spans, and how many rounds are context; the ids take 2 bytes where the vocabulary allows it, else 4."""
     tokens: int
@@ -221,7 +220,6 @@ def pack(example: Example, largest_id: int, rendered: Conversation | None = None
     header = f"{len(name)} {len(ids)} {example.context_rounds} ".encode()
     record = b"".join((header, name, ids, array("i", numbers).tobytes()))
     return PackedExample(
-        example.id,
         record,
         len(example),
         example.trained_tokens,
@@ -240,7 +238,6 @@ class ExampleWriter:
         self._folder = folder
         self._examples, self._conversations = RecordWriter(folder / EXAMPLES), RecordWriter(folder / CONVERSATIONS)
         self._counts = array("q")
-        self._names = (folder / "names.jsonl").open("w", encoding="utf-8")
         self.digests: list[bytes] = []
         """Of each example."""
         self.content_hashes: list[str] = []
@@ -251,7 +248,6 @@ class ExampleWriter:
         self._examples.append(example.record)
         self._conversations.append(example.conversation)
         self._counts.extend((example.tokens, example.trained_tokens, example.steps))
-        self._names.write(json.dumps(example.name) + "\n")
         self.digests.append(example.digest)
         if example.content_hash:
             self.content_hashes.append(example.content_hash)
@@ -260,7 +256,6 @@ class ExampleWriter:
         """Finish the files; `order`: the examples by number, counted from 0, as they are to be read."""
         self._examples.close()
         self._conversations.close()
-        self._names.close()
         np.save(self._folder / "counts.npy", np.asarray(self._counts, dtype=np.int64).reshape(-1, 3))
         np.save(self._folder / "order.npy", np.asarray(order, dtype=np.int64))
 
@@ -272,7 +267,6 @@ class StoredExamples(_Stored[Example]):
         """Open what `ExampleWriter` wrote, in the order that it was given."""
         super().__init__(folder / EXAMPLES, np.load(folder / "order.npy"))
         self._counts: Rows = np.load(folder / "counts.npy")
-        self._names = (folder / "names.jsonl").open("rb")
         self._weights: SpanWeights | None = None
 
     def weighed(self, weights: SpanWeights) -> StoredExamples:
@@ -301,9 +295,8 @@ class StoredExamples(_Stored[Example]):
     @property
     def ids(self) -> list[str]:
         """Names of the examples, in order."""
-        self._names.seek(0)
-        names = [json.loads(line) for line in self._names]
-        return [names[row] for row in self._rows.tolist()]
+        heads = (self.record(row).split(b" ", 3) for row in self._rows.tolist())
+        return [rest[: int(name_bytes)].decode() for name_bytes, _, _, rest in heads]
 
     @property
     def lengths(self) -> Rows:
@@ -365,16 +358,10 @@ class PreparationStats:
         if self.read.kept or not self.rejections:
             return
         firsts = {rejection.reason: rejection for rejection in reversed(self.rejections)}
-        shown = list(self.reasons().items())
         lines = [f"none of {self.read.rows:,} rows can be used; they were set aside for:"]
-        lines += [
-            f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail};"
-            for reason, count in shown[:3]
-        ]
-        if len(shown) > 3:
-            lines.append("  " + ", ".join(f"{count:,} {reason}" for reason, count in shown[3:])[:300] + ";")
-        lines.append(f"  known formats (dataset.format): {KNOWN}")
-        raise DataError("\n".join(line[:400] for line in lines))
+        for reason, count in list(self.reasons().items())[:4]:
+            lines.append(f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail};"[:400])
+        raise DataError("\n".join([*lines, f"  known formats (dataset.format): {KNOWN}"]))
 
     def check_losses(self, config: DatasetConfig) -> None:
         """Refuse data of which too much is set aside.
@@ -402,31 +389,26 @@ class PreparationStats:
         """Return all of it as JSON, each object with the name of its class."""
 
         def fields(value: Any) -> dict[str, Any]:
-            values = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-            return {"class": type(value).__name__, **values}
+            return {"class": type(value).__name__} | {
+                part.name: getattr(value, part.name) for part in dataclasses.fields(value)
+            }
 
         return json.dumps(self, ensure_ascii=False, default=fields)
 
     @staticmethod
     def from_json(text: str) -> PreparationStats:
         """Read what `to_json` wrote: equal statistics, their counts in the same order."""
+        kinds = {
+            kind.__name__: kind for kind in (PreparationStats, ReadReport, SourceCount, Rejection, ParseWarning, Origin)
+        }
 
         def rebuilt(values: dict[str, Any]) -> Any:
-            kind = _STORED.get(str(values.get("class")))
-            if kind is None:
-                return values
-            counters = {part.name for part in dataclasses.fields(kind) if part.default_factory is Counter}
-            return kind(**{n: Counter(v) if n in counters else v for n, v in values.items() if n != "class"})
+            if "class" in values:
+                return kinds[values.pop("class")](**values)
+            return Counter(values) if all(isinstance(value, int) for value in values.values()) else values
 
         stats: PreparationStats = json.loads(text, object_hook=rebuilt)
-        for parts in (stats.by_source, stats.fitted):
-            parts.update({part: Counter(counts) for part, counts in parts.items()})
         return stats
-
-
-_STORED: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (PreparationStats, ReadReport, SourceCount, Rejection, ParseWarning, Origin)
-}
 
 
 # --- Prepared data ---

@@ -4,16 +4,13 @@
     for item in read_conversations(rows, report=report):       # Conversation | Rejection
         ...
 
-Nothing is dropped in silence: each row becomes a `Conversation` or a `Rejection`, and a `ReadReport` counts both.
+Each row becomes a `Conversation` or a `Rejection`, and a `ReadReport` counts both.
 
-Local files are read as the bytes they are. Lines end at the byte `\n` and nowhere else: U+2028 and U+0085 are text. A line that
-cannot be decoded or parsed is set aside alone; the file goes on. Memory is bounded by `MAX_LINE_BYTES`, whatever a line or a
-compressed file holds.
+Lines of local files end at the byte `\n` and nowhere else: U+2028 and U+0085 are text. A line that cannot be decoded or parsed
+is set aside alone. Memory is bounded by `MAX_LINE_BYTES`, whatever a line or a compressed file holds.
 
-A hub is read through its own client, which reads its settings from the environment when it is first imported. `datasets`:
-`HF_ENDPOINT` (another hub), `HF_HOME` (where downloads go), `HF_TOKEN`, `HF_HUB_OFFLINE`. `modelscope`: `MODELSCOPE_ENDPOINT`,
-`MODELSCOPE_CACHE`, `MODELSCOPE_API_TOKEN`; it downloads every split of a dataset and asks the hub at each load, so it fails
-without the hub even where all files are cached. A copy read as `dataset=local` needs no hub. No code of a dataset is run.
+A hub is read through its own client, with the client's own environment variables; no code of a dataset is run. `modelscope`
+asks its hub at each load, so it fails without the hub even where all files are cached.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from agentft.cache import file_digest
 from agentft.data import synthetic
@@ -59,15 +56,6 @@ _TABLES = (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst")
 _LFS_ADVICE = "a Git LFS pointer, not the data: run `git lfs pull` in its repository, or download the file itself"
 _UTF8_BOM = b"\xef\xbb\xbf"
-_FOREIGN: dict[str, tuple[bytes, ...]] = {
-    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
-    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
-    "UTF-32LE": (b"{\0\0\0", b"[\0\0\0"),
-    "UTF-16LE": (b"{\0", b"[\0"),
-    "UTF-16BE": (b"\0{", b"\0["),
-    "UTF-32BE": (b"\0\0\0{", b"\0\0\0["),
-}
-"""Encoding -> how a file in it begins: a byte order mark, or the zero bytes of ASCII text."""
 _PIECE_CHARACTERS = 1024 * 1024
 _TABLE_ROWS_AT_ONCE = 256
 
@@ -200,13 +188,13 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             own = any(heldout_files(Path(source.path)) for source in sources)
             if own and config.test_path is None:
                 log.info("data: test and validation files beside training files are held out, and not trained on")
-            test: Any = config.test_path or [replace(source, part="heldout") for source in sources]
-            heldout = read_local(test, report=report) if own or config.test_path is not None else None
+            test = config.test_path or (own and [replace(source, part="heldout") for source in sources])
             train = read_local([replace(source, part="train") for source in sources], report=report)
-            return DatasetRows(train, heldout, config.format)
+            return DatasetRows(train, read_local(test, report=report) if test else None, config.format)
         case HubConfig():
+            train = read_hub(config, config.train_split)
             heldout = None if config.test_split is None else read_hub(config, config.test_split)
-            return DatasetRows(read_hub(config, config.train_split), heldout, config.format)
+            return DatasetRows(train, heldout, config.format)
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 
@@ -496,17 +484,17 @@ def _read_file(path: Path) -> Iterator[FileItem]:
     try:
         with _open_bytes(path) as stream:
             start = stream.peek(4)[:4]
-            if encoding := next((name for name, starts in _FOREIGN.items() if start.startswith(starts)), None):
+            encoding = json.detect_encoding(start).upper()
+            if not encoding.startswith("UTF-8") and start.strip(b"\0"):
+                encoding = encoding.replace("-LE", "LE").replace("-BE", "BE")  # as iconv spells it
                 detail = f"the whole file is {encoding}; convert it: iconv -f {encoding} -t UTF-8"
                 yield 0, FormatError("not_utf8", detail)
                 return
             if start.startswith(_UTF8_BOM):
                 stream.read(len(_UTF8_BOM))
-            if suffix == ".csv":
-                items = _read_csv(stream, path)
-            else:
-                items = _read_lines(stream) if _is_line_based(path, suffix) else _read_values(stream)
-            for number, item in items:
+            is_line_based = suffix != ".csv" and _is_line_based(path, suffix)
+            read = _read_csv if suffix == ".csv" else _read_lines if is_line_based else _read_values
+            for number, item in read(stream):
                 yield number, item
     except Exception as error:
         # The one of zstandard by its name: it is imported only where a .zst file is read.
@@ -617,7 +605,7 @@ def _object_with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object_with_distinct_keys)
 
 
-def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
+def _read_values(stream: io.BufferedReader) -> Iterator[FileItem]:
     """Read the elements of an array, or values one after the other; the number is the element's, from 1."""
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     buffer = text.read(_PIECE_CHARACTERS).lstrip(" \t\r\n\0")
@@ -640,26 +628,22 @@ def _read_values(stream: BinaryIO) -> Iterator[FileItem]:
                 problem = str(error)
             else:
                 if end < len(buffer) or ended:  # a number or word that ends with the buffer may go on in the next piece
-                    is_text = is_encodable(buffer[at:end])
-                    yield (
-                        number,
-                        value if is_text else FormatError("not_utf8", "the element holds bytes that are no UTF-8"),
-                    )
+                    if not is_encodable(buffer[at:end]):
+                        value = FormatError("not_utf8", "the element holds bytes that are no UTF-8")
+                    yield number, value
                     number, at = number + 1, end
                     continue
         if ended or len(buffer) - at > MAX_LINE_BYTES:
             if in_array or at < len(buffer):
-                detail = (
-                    f"element {number}: {problem}, or longer than {MAX_LINE_BYTES:,}; the rest of the file is not read"
-                )
-                yield number, FormatError("not_json", detail)
+                limit = f"or longer than {MAX_LINE_BYTES:,}; the rest of the file is not read"
+                yield number, FormatError("not_json", f"element {number}: {problem}, {limit}")
             return
         piece = text.read(wanted)
         wanted = min(2 * wanted, MAX_LINE_BYTES)  # doubled, so that a long element is not parsed many times over
         buffer, at, ended = buffer[at:] + piece, 0, not piece
 
 
-def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:
+def _read_csv(stream: io.BufferedReader) -> Iterator[FileItem]:
     """Read rows as objects, numbered by the line they begin on; the first line names the columns."""
     csv.field_size_limit(MAX_LINE_BYTES)
     rows = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""), strict=True)
@@ -675,7 +659,6 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:
             continue
         if not header:
             header = row
-            _require_columns(path, header)
         elif not row:
             yield line, _BLANK
         elif len(row) != len(header):
@@ -686,22 +669,14 @@ def _read_csv(stream: BinaryIO, path: Path) -> Iterator[FileItem]:
             yield line, dict(zip(header, row, strict=True))
 
 
-def _require_columns(path: Path, names: list[str]) -> None:
-    if not {"conversations", "messages"} & set(names) and not {"query", "answers"} <= set(names):
-        found = ", ".join(names)[:200]
-        raise DataError(f"{path}: no column 'messages' or 'conversations' (nor 'query' and 'answers'), found {found!r}")
-
-
 def _read_table(path: Path, suffix: str) -> Iterator[FileItem]:
     """Read rows as objects, in small batches."""
     import pyarrow
     import pyarrow.parquet
 
-    is_parquet = suffix == ".parquet"
-    number = 0
+    is_parquet, number = suffix == ".parquet", 0
     try:
         with pyarrow.parquet.ParquetFile(path) if is_parquet else pyarrow.ipc.open_stream(path) as file:
-            _require_columns(path, (file.schema_arrow if is_parquet else file.schema).names)
             for batch in file.iter_batches(batch_size=_TABLE_ROWS_AT_ONCE) if is_parquet else file:
                 for start in range(0, len(batch), _TABLE_ROWS_AT_ONCE):
                     for row in batch.slice(start, _TABLE_ROWS_AT_ONCE).to_pylist():
@@ -721,33 +696,23 @@ def _without_nulls(value: Any, *, top: bool = True) -> Any:
 # --- Hubs ---
 
 
-def read_hub(config: HubConfig, split: str) -> Iterator[RawRow | Rejection]:
-    """Read rows of one split; `conversations` may be a list or, as in MSAgent-Bench, the text of one.
+def read_hub(config: HubConfig, split: str) -> Iterator[RawRow]:
+    """Load one split and return its rows; `conversations` may be a list or, as in MSAgent-Bench, the text of one.
 
     Raises:
         DataError: the id is no `owner/name`, or the client cannot load the split; the message says what it said.
     """
-    _require_hub_id(config)
-    return _read_split(config, split)
-
-
-def _read_split(config: HubConfig, split: str) -> Iterator[RawRow]:
-    number = 0
-    for number, row in enumerate(_load_split(config, split), 1):
-        yield RawRow(Origin(config.id, number), _without_nulls(row))
-    if number == 0:
+    rows = _load_split(config, split)
+    if len(rows) == 0:
         raise DataError(f"{config.id}: split {split!r} holds no record")
+    return (RawRow(Origin(config.id, number), _without_nulls(row)) for number, row in enumerate(rows, 1))
 
 
-def _require_hub_id(config: HubConfig) -> None:
+def _load_split(config: HubConfig, split: str) -> Any:
     if not _DATASET_ID.fullmatch(config.id):
         raise DataError(f"{config.id!r} is no dataset id; expected owner/name, such as damo/MSAgent-Bench")
     if Path(config.id).exists():
         raise DataError(f"{config.id}: a local path of this name would be read in place of the hub; use dataset=local")
-
-
-def _load_split(config: HubConfig, split: str) -> Any:
-    _require_hub_id(config)
     hub = "Hugging Face" if isinstance(config, HuggingFaceConfig) else "ModelScope"
     chosen = {} if config.cache_dir is None else {"cache_dir": config.cache_dir}
     try:

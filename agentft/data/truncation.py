@@ -1,12 +1,10 @@
 """Make examples of conversations in a layout, and fit them to `dataset.max_length` by their structure, never by cutting tokens.
 
-What survives in every case: the system text with its tools, the question of the round, and each step that is trained,
-whole. What gives way, in this order: long tool results are shortened, visibly; then the oldest rounds go. With `split`
-the rounds are spread over several examples instead, so that every step is trained once. What still does not fit is set
-aside, and each of these outcomes is counted and listed.
+The system text with its tools, the question of a round and each step that is trained stay whole. Long tool results are
+shortened, visibly; then the oldest rounds go. With `split` the rounds are spread over several examples instead, so that every
+step is trained once. What still does not fit is set aside. Each outcome is counted and listed.
 
-Most conversations are one example. Where a chat template rewrites history, a conversation is several; each is a piece of
-its own, whose conversation marks the steps that its example trains.
+A conversation is one example, or several where a chat template rewrites history; each marks the steps that it trains.
 """
 
 from __future__ import annotations
@@ -268,7 +266,7 @@ class Truncator:
         if whole.problem is not None:
             return _set_aside(conversation, 0, *whole.problem)
         if not whole.trains:
-            return _set_aside(conversation, tokens, "no_label", _why_no_label(conversation))
+            return _set_aside(conversation, tokens, "no_label", "the agent says nothing here that is to be trained")
         if tokens <= self.max_length:
             return TruncationResult(conversation, tokens, TruncationKind.whole, whole.pieces, notes=whole.notes)
         found = None
@@ -380,12 +378,6 @@ class Truncator:
                 high = limit - 1
             limit = (low + high) // 2
         return fitting
-
-
-def _why_no_label(conversation: Conversation) -> str:
-    if not all(message.trained for message in conversation.messages):
-        return "nothing that the agent says here is to be trained, as its messages say"
-    return "the agent says nothing in this conversation"
 
 
 def _set_aside(conversation: Conversation, tokens: int, reason: str, detail: str) -> TruncationResult:

@@ -30,7 +30,7 @@ def always() -> bool:
 
 @linux
 def test_results_come_in_order_from_forked_processes():
-    done = list(in_order(work, range(40), processes=2, ready=always))
+    done = list(in_order(work, range(40), workers=2, ready=always))
     assert [(number, square) for number, (square, _) in done] == [(n, n * n) for n in range(40)]
     pids = [pid for _, (_, pid) in done]
     assert pids[0] == os.getpid(), "the first batch is done here"
@@ -40,7 +40,7 @@ def test_results_come_in_order_from_forked_processes():
 
 @pytest.mark.parametrize(("processes", "ready"), [(1, True), (3, False)])
 def test_without_processes_or_before_there_is_much_threads_do_it(processes, ready):
-    done = list(in_order(work, range(20), processes=processes, ready=lambda: ready))
+    done = list(in_order(work, range(20), workers=processes, ready=lambda: ready))
     assert [square for _, (square, _) in done] == [n * n for n in range(20)]
     assert {pid for _, (_, pid) in done} == {os.getpid()}
 
@@ -53,7 +53,7 @@ def test_it_forks_when_it_becomes_ready_and_asks_no_more_then():
         asked.append(len(asked))
         return len(asked) == 4
 
-    done = list(in_order(work, range(30), processes=2, ready=ready))
+    done = list(in_order(work, range(30), workers=2, ready=ready))
     assert [square for _, (square, _) in done] == [n * n for n in range(30)]
     here = [number for number, (_, pid) in done if pid == os.getpid()]
     assert here == [0, 1, 2, 3]
@@ -63,7 +63,7 @@ def test_it_forks_when_it_becomes_ready_and_asks_no_more_then():
 def test_a_single_batch_forks_nothing(monkeypatch):
     """A fork shows all that its parent holds by then."""
     monkeypatch.setattr(entries, "_in_processes", None)
-    assert [square for _, (square, _) in in_order(work, range(1), processes=2, ready=always)] == [0]
+    assert [square for _, (square, _) in in_order(work, range(1), workers=2, ready=always)] == [0]
 
 
 @linux
@@ -76,7 +76,7 @@ def test_no_batch_is_read_far_ahead():
             read.append(number)
             yield number
 
-    for done, _ in enumerate(in_order(work, batches(), processes=2, ready=always)):
+    for done, _ in enumerate(in_order(work, batches(), workers=2, ready=always)):
         assert len(read) - done < 12
 
 
@@ -93,7 +93,7 @@ def refuse(number: int) -> int:
 @linux
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_work_raises_is_raised_here(processes):
-    results = in_order(refuse, range(100), processes=processes, ready=always)
+    results = in_order(refuse, range(100), workers=processes, ready=always)
     with pytest.raises(OddError, match="batch 7"):
         list(results)
 
@@ -107,7 +107,7 @@ def die(number: int) -> int:
 @linux
 def test_a_killed_process_is_an_error_in_words():
     with pytest.raises(DataError, match=r"was killed, by want of memory perhaps; dataset\.workers=1"):
-        list(in_order(die, range(50), processes=2, ready=always))
+        list(in_order(die, range(50), workers=2, ready=always))
 
 
 def die_while_writing(number: int) -> bytes:
@@ -120,7 +120,7 @@ def die_while_writing(number: int) -> bytes:
 @linux
 def test_a_process_killed_while_it_writes_a_result_is_an_error_too():
     with pytest.raises(DataError, match="was killed"):
-        list(in_order(die_while_writing, range(50), processes=2, ready=always))
+        list(in_order(die_while_writing, range(50), workers=2, ready=always))
 
 
 def ask_for_signals(_: int) -> list[str]:
@@ -132,7 +132,7 @@ def test_the_handlers_of_the_parent_are_not_those_of_its_workers():
     """Ctrl-C and a scheduler's signals, sent to all processes of a job, are the parent's alone, which ends its workers."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        (_, _), (_, found) = in_order(ask_for_signals, range(2), processes=2, ready=always)
+        (_, _), (_, found) = in_order(ask_for_signals, range(2), workers=2, ready=always)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert found == [str(signal.SIG_IGN)] * 3
@@ -150,7 +150,7 @@ def work(number):
     time.sleep(0.2)
     return number
 
-for number, _ in in_order(work, range(10_000), processes=2, ready=lambda: True):
+for number, _ in in_order(work, range(10_000), workers=2, ready=lambda: True):
     pass
 """
 
