@@ -474,13 +474,11 @@ def rewritten_history(prepared: PreparedData) -> dict[str, int]:
 
 def log_summary(prepared: PreparedData, seconds: float) -> None:
     """Log what was prepared, what was set aside and what it costs."""
-    account, files = prepared.account, prepared.account.read.files
+    account = prepared.account
     tokens = int(prepared.train.lengths.sum())
     log.info(
-        "data: %d rows%s%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
+        "data: %d rows -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
         account.read.rows,
-        f" of {files[0]}" if files else "",
-        f" and {len(files) - 1} more files" if len(files) > 1 else "",
         account.used("train"),
         account.used("heldout"),
         f"{tokens:,}",
@@ -516,8 +514,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
     """Write what the run trains on and is measured by, and every row that was set aside, into the run folder."""
     account, read = prepared.account, prepared.account.read
     sources = [
-        {"source": name, "weight": source.weight, "rows": source.rows, "kept": source.kept}
-        | {part: used[name] for part, used in account.by_source.items()}
+        {"source": name, **dataclasses.asdict(source)} | {part: used[name] for part, used in account.by_source.items()}
         for name, source in read.sources.items()
     ]
     run.write_json(

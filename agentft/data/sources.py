@@ -375,19 +375,19 @@ def read_local(paths: LocalSources, *, report: ReadReport | None = None) -> Iter
 def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
     for source in sources:
         path = Path(source.path)
+        folder = path if path.is_dir() else None
         report.sources.setdefault(str(source.path), SourceCount(source.weight))
-        if not path.is_dir():
-            if source.part != "heldout":
-                yield from _read_source(path, None, source, report)
-            continue
         own = heldout_files(path) if source.part != "all" else []
-        files = [file for file in _folder_files(path, report.skipped_files) if file not in own]
         if source.part == "heldout":
             files = own
-        elif not files:
-            raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
+        elif folder is None:
+            files = [path]
+        else:
+            files = [file for file in _folder_files(folder, report.skipped_files) if file not in own]
+            if not files:
+                raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
         for file in files:
-            yield from _read_source(file, path, source, report)
+            yield from _read_source(file, folder, source, report)
 
 
 def _read_source(
