@@ -81,7 +81,7 @@ def audit(config: AuditConfig) -> list[Finding]:
     with (output / "report.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for target in (_screen(), Console(file=file, width=_WIDTH, markup=False, emoji=False, highlight=False)):
             print_report(report, target)
-    _write(output / "rejected.jsonl", looked.data.account.rejected_lines())
+    _write(output / "rejected.jsonl", looked.data.stats.rejected_lines())
     _write(output / "audit.json", json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
     if config.audit.page:
         _write(output / "audit.html", html_page(report, text))
@@ -202,7 +202,7 @@ class Audit:
     @property
     def unfit(self) -> list[Rejection]:
         """Conversations that fitting sets aside: those after the ones that reading does."""
-        return self.data.account.rejections[self.data.account.read.rejected.total() :]
+        return self.data.stats.rejections[self.data.stats.read.rejected.total() :]
 
     @property
     def found(self) -> list[Finding]:
@@ -224,7 +224,7 @@ class Audit:
         statistics.heldout_turns_compared = self._index.compare(
             data.conversations, [entry.part for entry in data.entries], self.findings, self._options.similarity
         )
-        statistics.fitting = {part: self._fitting(part) for part, outcomes in data.account.fitted.items() if outcomes}
+        statistics.fitting = {part: self._fitting(part) for part, outcomes in data.stats.fitted.items() if outcomes}
         return self
 
     def shown(self) -> dict[str, tuple[Seen, list[str]]]:
@@ -308,27 +308,27 @@ class Audit:
         statistics.tools_offered.update({tool.name for tool in conversation.offered})
 
     def _note_what_reading_found(self) -> None:
-        account = self.data.account
-        for rejection in account.rejections:
+        stats = self.data.stats
+        for rejection in stats.rejections:
             if code := _OF_REJECTIONS.get(rejection.reason):
                 self.findings[code].add(rejection.origin, rejection.id, rejection.detail)
         for notice_code, code in _OF_NOTICES.items():
             finding = self.findings[code]
-            for notice in account.read.notices_shown.get(notice_code, []):
+            for notice in stats.read.notices_shown.get(notice_code, []):
                 finding.add(notice.origin, None, notice.detail)
             # The reader keeps the first few notices only, but counts all: one a conversation.
-            finding.count = finding.conversations = account.read.notices[notice_code]
-        rows, allowed = account.read.rows, self._config.max_rejected
-        if rows and account.lost / rows > allowed:
-            share = f"{account.lost:,} of {rows:,} rows ({account.lost / rows:.1%})"
+            finding.count = finding.conversations = stats.read.notices[notice_code]
+        rows, allowed = stats.read.rows, self._config.max_rejected
+        if rows and stats.lost / rows > allowed:
+            share = f"{stats.lost:,} of {rows:,} rows ({stats.lost / rows:.1%})"
             detail = f"{share}, dataset.max_rejected={allowed} allows {allowed:.1%}"
             self.findings["too_many_set_aside"].add(Origin("dataset", 0), None, detail)
 
     def _fitting(self, part: str) -> dict[str, Any]:
-        account, examples = self.data.account, self.data.examples(part)
-        changes = [change for change in account.changed if change["part"] == part]
+        stats, examples = self.data.stats, self.data.examples(part)
+        changes = [change for change in stats.changed if change["part"] == part]
         return {
-            "outcomes": dict(account.fitted[part]),
+            "outcomes": dict(stats.fitted[part]),
             "examples": len(examples),
             "tokens": int(examples.lengths.sum()),
             "trained": examples.trained_tokens,

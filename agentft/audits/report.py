@@ -116,7 +116,7 @@ class AuditReport:
 
     @property
     def read(self) -> ReadReport:
-        return self.audit.data.account.read
+        return self.audit.data.stats.read
 
     @property
     def failing(self) -> list[Finding]:
@@ -126,7 +126,7 @@ class AuditReport:
 
     def shown_of(self, source: str) -> dict[str, int]:
         """Return the conversations of a source by part, in training as often as an epoch shows them."""
-        return {part: counts[source] for part, counts in self.audit.data.account.by_source.items()}
+        return {part: counts[source] for part, counts in self.audit.data.stats.by_source.items()}
 
     def level_of(self, finding: Finding) -> str:
         """Return `broken`, `fails` (chosen by `audit.fail_on`), `warning` or `note`."""
@@ -151,10 +151,10 @@ class AuditReport:
             "too_long": config.dataset.too_long.value,
             "fitting": statistics.fitting,
             "rewritten_history": statistics.rewritten_history,
-            "in_neither_part": dict(self.audit.data.account.left_out),
+            "in_neither_part": dict(self.audit.data.stats.left_out),
             "sources_read": {name: asdict(count) | self.shown_of(name) for name, count in read.sources.items()},
             "notices": dict(read.notices.most_common()),
-            "layout": dict(self.audit.data.account.layout.most_common()),
+            "layout": dict(self.audit.data.stats.layout.most_common()),
             "whole": statistics.whole,
             **statistics.groups,
             "steps": statistics.steps.total(),
@@ -185,7 +185,7 @@ class AuditReport:
         whole = self.audit.statistics.whole
         # What is a finding of its own stands below.
         quirks = Counter({code: count for code, count in self.read.notices.items() if code not in CODES})
-        notes = (("Read with a notice", quirks), ("Written otherwise by the layout", self.audit.data.account.layout))
+        notes = (("Read with a notice", quirks), ("Written otherwise by the layout", self.audit.data.stats.layout))
         return (
             f"{self.read.rows:,} rows: {whole['conversations']:,} conversations read, {whole['too_long']:,} of them longer "
             f"than {self.config.dataset.max_length:,} tokens; {self.read.rejected.total():,} set aside in reading, "
@@ -273,7 +273,7 @@ class Panel:
 
 def panels(report: AuditReport) -> Iterator[Panel]:
     """Yield what a dataset holds, one subject after the other."""
-    statistics, account, config = report.audit.statistics, report.audit.data.account, report.config.dataset
+    statistics, stats, config = report.audit.statistics, report.audit.data.stats, report.config.dataset
     whole, groups = statistics.whole, statistics.groups
     if statistics.lengths:
         bars = length_bars(statistics.lengths, config.max_length)
@@ -292,7 +292,7 @@ def panels(report: AuditReport) -> Iterator[Panel]:
     if statistics.fitting:
         words = f"dataset.too_long={config.too_long.value}; held-out conversations: "
         words += policy_of("heldout", config.too_long).value
-        words += "".join(f"; in neither part: {count:,} {reason}" for reason, count in account.left_out.items())
+        words += "".join(f"; in neither part: {count:,} {reason}" for reason, count in stats.left_out.items())
         parts = [_fitting(statistics.fitting.get(part)) for part in ("train", "heldout")]
         rows = [[name, *(part[name] for part in parts)] for name in parts[0]]
         yield Panel("Fitting to max_length", words, ("", "training", "held out"), [rows])

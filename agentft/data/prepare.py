@@ -95,7 +95,7 @@ def prepare_data(config: DatasetConfig, template: Layout, encoder: SegmentEncode
         with tempfile.TemporaryDirectory(prefix="agentft-data-") as folder:
             build_data(config, template, encoder, Path(folder))
             prepared = open_prepared(Path(folder), config)
-    prepared.account.check_losses(config)
+    prepared.stats.check_losses(config)
     log_summary(prepared, time.perf_counter() - started)
     return prepared
 
@@ -233,7 +233,7 @@ class Preparation:
     def __init__(self, work: RowWork, folder: Path) -> None:
         """Begin the files of a prepared dataset in an empty folder."""
         self.work = work
-        self.account = PreparationStats()
+        self.stats = PreparationStats()
         self.entries: list[Entry] = []
         """Every conversation, in the order of the sources."""
         self.used: dict[str, list[Entry]] = {}
@@ -277,8 +277,8 @@ class Preparation:
         train_rows, heldout_rows = self.run()
         for part, name in PARTS.items():
             if not self.used[part]:
-                self.account.check_losses(self._config)
-                rows, reasons = self.account.read.rows, self.account.reasons()
+                self.stats.check_losses(self._config)
+                rows, reasons = self.stats.read.rows, self.stats.reasons()
                 raise DataError(f"no {name} conversation is left of {rows} rows; set aside: {reasons}")
         train, heldout = self._writers.values()
         fingerprint = sha256(_weights_text(self._config.span_weights).encode())
@@ -289,7 +289,7 @@ class Preparation:
             fingerprint.update(heldout.digests[row])
         tools = frozenset[str]().union(*(_result(entry).tools for entry in self.used["train"]))
         hashes = [heldout.content_hashes[row] for row in heldout_rows]
-        write_about(self._folder, self.account, fingerprint.hexdigest(), tools, hashes)
+        write_about(self._folder, self.stats, fingerprint.hexdigest(), tools, hashes)
 
     def run(self) -> list[list[int]]:
         """Write the examples of both parts; return their numbers in order."""
@@ -309,7 +309,7 @@ class Preparation:
     def _read_sources(self) -> tuple[list[Entry], list[Entry] | None]:
         """Read the training source and, where there is one, the held-out source."""
         config = self._config
-        rows = open_rows(config, self.account.read)
+        rows = open_rows(config, self.stats.read)
         parts_are_known = config.split is Split.content or rows.heldout is not None
         if self.work.keeps_all or config.max_samples >= 0 or not parts_are_known:
             self._waiting = RecordWriter(self._folder / _WAITING)
@@ -322,17 +322,17 @@ class Preparation:
         read = partial(self.work.read, form=form, part=part, waits=waits)
         # Reading alone needs no tokenizer; else processes are forked when it is loaded.
         ready = (lambda: True) if waits else self.work.encoder.settle
-        deduplicator = Deduplicator(self.account.read)
+        deduplicator = Deduplicator(self.stats.read)
         first = len(self.entries)
         with progress_bar("reading", None) as bar:
             for batch, results in in_order(read, batches_of(rows), self._config.workers, ready):
                 for row, found in zip(batch, results, strict=True):
                     if isinstance(found, Rejection):
-                        self.account.rejections.append(deduplicator.reject(row, found))
+                        self.stats.rejections.append(deduplicator.reject(row, found))
                         continue
                     name = deduplicator.accept(row, found.id, found.content_hash, found.notices)
                     if isinstance(name, Rejection):
-                        self.account.rejections.append(name)
+                        self.stats.rejections.append(name)
                         continue
                     (entry,) = [found] if name == found.id else read([row], name=name)
                     assert isinstance(entry, Entry)
@@ -368,7 +368,7 @@ class Preparation:
     def _divide(self, train: list[Entry], heldout: list[Entry] | None) -> Parts[Entry]:
         config, keeps_all = self._config, self.work.keeps_all
         if not keeps_all:
-            self.account.check_any()
+            self.stats.check_any()
         if heldout is not None:
             parts = keep_apart(train, heldout, seed=config.seed)
             given = (("training", parts.train), ("held-out", parts.heldout))
@@ -382,7 +382,7 @@ class Preparation:
                 if not keeps_all:
                     raise
                 parts, self.empty_parts = Parts([], []), [str(error)]
-        self.account.left_out.update(parts.set_aside)
+        self.stats.left_out.update(parts.set_aside)
         return parts
 
     def _sample(self, part: str, order: list[Entry], size: int) -> None:
@@ -391,7 +391,7 @@ class Preparation:
             text = "dataset: a sample of %d was asked for, the %s part has %d conversations"
             log.warning(text, size, part, len(order))
         wanted = len(order) if size < 0 else min(size, len(order))
-        account, outcomes, sources = self.account, Counter[str](), Counter[str]()
+        stats, outcomes, sources = self.stats, Counter[str](), Counter[str]()
         used: list[Entry] = []
         shown_before: set[Entry] = set()
         position = 0
@@ -405,16 +405,16 @@ class Preparation:
                 if entry not in shown_before:
                     outcomes[str(result.kind)] += 1
                     for code in result.notes:
-                        account.layout[bounded_code(code, account.layout)] += 1
+                        stats.layout[bounded_code(code, stats.layout)] += 1
                     if result.change is not None:
-                        account.changed.append(result.change)
+                        stats.changed.append(result.change)
                     if result.rejection is not None:
-                        account.rejections.append(result.rejection)
+                        stats.rejections.append(result.rejection)
                 shown_before.add(entry)
                 if result.rejection is None:
                     used.append(entry)
-                    sources[account.read.source_of(entry.source)] += 1
-        self.used[part], account.fitted[part], account.by_source[part] = used, outcomes, sources
+                    sources[stats.read.source_of(entry.source)] += 1
+        self.used[part], stats.fitted[part], stats.by_source[part] = used, outcomes, sources
 
     def _make(self, part: str, entries: list[Entry]) -> None:
         """Make the examples of conversations that wait."""

@@ -1,4 +1,4 @@
-"""Keep prepared data on the disk and read it from there: conversations, tokenised examples, and the account of every row.
+"""Keep prepared data on the disk and read it from there: conversations, tokenised examples, and where every row went.
 
 A stored conversation is a line of JSON: its id, what it is a piece of, its origin, its weight, its tools and its messages.
 Of MSAgent text the parts are stored; their calls are read again by what read them the first time.
@@ -426,16 +426,16 @@ class PreparedData:
     fingerprint: str
     """Digest of the training ids, labels and weights in their order, and of the held-out ones."""
     heldout_content_hashes: list[str]
-    account: PreparationStats
+    stats: PreparationStats
 
 
 def write_about(
-    folder: Path, account: PreparationStats, fingerprint: str, train_tools: Iterable[str], content_hashes: list[str]
+    folder: Path, stats: PreparationStats, fingerprint: str, train_tools: Iterable[str], content_hashes: list[str]
 ) -> None:
     """Write what `PreparedData` holds beside the examples."""
     about = {"fingerprint": fingerprint, "train_tools": sorted(train_tools), "heldout_content_hashes": content_hashes}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    (folder / "account.json").write_text(account.to_json(), encoding="utf-8")
+    (folder / "stats.json").write_text(stats.to_json(), encoding="utf-8")
 
 
 def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
@@ -449,7 +449,7 @@ def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
         train_tools=frozenset(about["train_tools"]),
         fingerprint=about["fingerprint"],
         heldout_content_hashes=about["heldout_content_hashes"],
-        account=PreparationStats.from_json((folder / "account.json").read_text(encoding="utf-8")),
+        stats=PreparationStats.from_json((folder / "stats.json").read_text(encoding="utf-8")),
     )
 
 
@@ -457,7 +457,7 @@ def rewritten_history(prepared: PreparedData) -> dict[str, int]:
     """Return what it costs that a chat template rewrites history: conversations of several renderings, their examples,
     their tokens, and the tokens of the longest rendering of each.
     """
-    fitted = {name for change in prepared.account.changed for name in change["examples"]}
+    fitted = {name for change in prepared.stats.changed for name in change["examples"]}
     lengths = dict(zip(prepared.train.ids, prepared.train.lengths.tolist(), strict=True))
     by_whole: dict[str, list[int]] = {}
     for name, tokens in lengths.items():
@@ -474,22 +474,22 @@ def rewritten_history(prepared: PreparedData) -> dict[str, int]:
 
 def log_summary(prepared: PreparedData, seconds: float) -> None:
     """Log what was prepared, what was set aside and what it costs."""
-    account = prepared.account
+    stats = prepared.stats
     tokens = int(prepared.train.lengths.sum())
     log.info(
         "data: %d rows -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
-        account.read.rows,
-        account.used("train"),
-        account.used("heldout"),
+        stats.read.rows,
+        stats.used("train"),
+        stats.used("heldout"),
         f"{tokens:,}",
         100 * prepared.train.trained_tokens / tokens,
         seconds,
     )
-    if account.rejections:
-        log.warning("data: %d rows set aside: %s", len(account.rejections), account.reasons())
-    for part, outcomes in account.fitted.items():
+    if stats.rejections:
+        log.warning("data: %d rows set aside: %s", len(stats.rejections), stats.reasons())
+    for part, outcomes in stats.fitted.items():
         if set(outcomes) - {str(TruncationKind.whole)}:
-            steps = sum(len(change["steps_left_out"]) for change in account.changed if change["part"] == part)
+            steps = sum(len(change["steps_left_out"]) for change in stats.changed if change["part"] == part)
             log.warning("data: fitting to dataset.max_length, %s: %s; %d steps left out", part, dict(outcomes), steps)
     if (cost := rewritten_history(prepared))["conversations"]:
         once = tokens - cost["tokens"] + cost["tokens_of_the_longest"]
@@ -502,9 +502,9 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
             tokens / once,
         )
     for words, counts in (
-        ("written otherwise by model.template", account.layout),
-        ("in neither part", account.left_out),
-        ("kept, and noted", account.read.notices),
+        ("written otherwise by model.template", stats.layout),
+        ("in neither part", stats.left_out),
+        ("kept, and noted", stats.read.notices),
     ):
         if counts:
             log.info("data: %s: %s", words, dict(counts.most_common()))
@@ -512,9 +512,9 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
 
 def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
     """Write what the run trains on and is measured by, and every row that was set aside, into the run folder."""
-    account, read = prepared.account, prepared.account.read
+    stats, read = prepared.stats, prepared.stats.read
     sources = [
-        {"source": name, **dataclasses.asdict(source)} | {part: used[name] for part, used in account.by_source.items()}
+        {"source": name, **dataclasses.asdict(source)} | {part: used[name] for part, used in stats.by_source.items()}
         for name, source in read.sources.items()
     ]
     run.write_json(
@@ -526,15 +526,15 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "sources": sources,
             "skipped_files": read.skipped_files,
             "blank_lines": read.blank_lines,
-            "set_aside": account.reasons(),
-            "in_neither_part": dict(account.left_out),
+            "set_aside": stats.reasons(),
+            "in_neither_part": dict(stats.left_out),
             "notices": dict(read.notices),
-            "layout": dict(account.layout),
+            "layout": dict(stats.layout),
             "rewritten_history": rewritten_history(prepared),
-            "fitting": {"outcomes": account.fitted, "changed": account.changed},
+            "fitting": {"outcomes": stats.fitted, "changed": stats.changed},
             "train": {
                 "examples": len(prepared.train),
-                "conversations": account.used("train"),
+                "conversations": stats.used("train"),
                 "tokens": int(prepared.train.lengths.sum()),
                 "labelled_tokens": prepared.train.trained_tokens,
                 "steps": prepared.train.steps,
@@ -543,11 +543,11 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             },
             "heldout": {
                 "examples": len(prepared.heldout),
-                "conversations": account.used("heldout"),
+                "conversations": stats.used("heldout"),
                 "steps": prepared.heldout_examples.steps,
                 "ids": prepared.heldout_examples.ids,
                 "content_hashes": prepared.heldout_content_hashes,
             },
         },
     )
-    run.write_text(run.rejected_file, account.rejected_lines())
+    run.write_text(run.rejected_file, stats.rejected_lines())

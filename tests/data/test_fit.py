@@ -232,7 +232,7 @@ def prepared(path: Path, template, encoder, **settings):
 def test_held_out_questions_are_asked_whatever_training_leaves_out(long_file, template, encoder):
     data = prepared(long_file, template, encoder, too_long=TooLong.fit)
     steps = all_steps(data.heldout, data.heldout_examples, template)
-    left_out = sum(len(c["steps_left_out"]) for c in data.account.changed if c["part"] == "heldout")
+    left_out = sum(len(c["steps_left_out"]) for c in data.stats.changed if c["part"] == "heldout")
     assert left_out == 0
     long, short = (
         sum(c.id.startswith(x) and (c.id.endswith("/part-1") or x == "s") for c in data.heldout) for x in "rs"

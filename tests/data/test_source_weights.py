@@ -152,5 +152,5 @@ def test_a_conversation_shown_twice_is_set_aside_once(tmp_path: Path):
     config = LocalConfig(name="local", sources=[WeightedPath(path=str(path), weight=3.0)], test_ratio=0.2)
     tokenizer = byte_tokenizer()
     prepared = prepare_data(config, choose_template("msagent", tokenizer), SegmentEncoder(tokenizer))
-    assert prepared.account.reasons() == {"too_long": 1}
-    assert [change["id"] for change in prepared.account.changed] == ["long-0"]
+    assert prepared.stats.reasons() == {"too_long": 1}
+    assert [change["id"] for change in prepared.stats.changed] == ["long-0"]

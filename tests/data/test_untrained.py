@@ -178,10 +178,10 @@ def test_a_conversation_of_which_nothing_is_to_be_trained_is_set_aside(tmp_path,
         row["messages"].append({"role": "assistant", "content": f"a {n}", "weight": int(n % 4 != 0)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = LocalConfig(name="local", path=str(path), test_ratio=0.3, max_rejected=0.5, cache=False)
-    account = prepare_data(config, template, encoder).account
-    assert account.reasons() == {"no_label": 10}
-    assert "is to be trained" in account.rejections[0].detail
-    assert account.read.notices["step_not_trained"] == 10
+    stats = prepare_data(config, template, encoder).stats
+    assert stats.reasons() == {"no_label": 10}
+    assert "is to be trained" in stats.rejections[0].detail
+    assert stats.read.notices["step_not_trained"] == 10
 
 
 def test_a_held_out_prompt_ends_before_the_thought_of_its_step(tmp_path, template, encoder, byte_tokenizer):

@@ -251,21 +251,21 @@ def test_the_audit_says_what_a_training_run_will_make_of_every_part(too_long: st
         *("dataset.test_ratio=0.3", "dataset.max_length=1000", f"dataset.too_long={too_long}"),
     )
     numbers, prepared = numbers_of(composed), prepared_by(composed)
-    account = prepared.account
+    stats = prepared.stats
     for part, examples in (("train", prepared.train), ("heldout", prepared.heldout_examples)):
         fitting = numbers["fitting"][part]
-        assert fitting["outcomes"] == dict(account.fitted[part])
+        assert fitting["outcomes"] == dict(stats.fitted[part])
         assert fitting["examples"] == len(examples)
         assert fitting["tokens"] == sum(map(len, examples))
         assert fitting["trained"] == sum(example.trained_tokens for example in examples)
-        left_out = sum(len(change["steps_left_out"]) for change in account.changed if change["part"] == part)
+        left_out = sum(len(change["steps_left_out"]) for change in stats.changed if change["part"] == part)
         assert fitting["steps_left_out"] == left_out
         sources_given = {name: count[part] for name, count in numbers["sources_read"].items()}
-        assert sources_given == {name: account.by_source[part][name] for name in sources_given}
-    assert numbers["in_neither_part"] == dict(account.left_out)
+        assert sources_given == {name: stats.by_source[part][name] for name in sources_given}
+    assert numbers["in_neither_part"] == dict(stats.left_out)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert sorted(each["id"] for each in rejected) == sorted(each.id for each in account.rejections)
-    assert numbers["set_aside_in_fitting"] == account.reasons()
+    assert sorted(each["id"] for each in rejected) == sorted(each.id for each in stats.rejections)
+    assert numbers["set_aside_in_fitting"] == stats.reasons()
     assert numbers["parts"]["train"]["too_long"] > 3
 
 

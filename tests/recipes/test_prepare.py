@@ -97,7 +97,7 @@ def test_streaming_gives_what_the_short_way_in_memory_gives(case, data_file, tem
     assert [show(example) for example in prepared.heldout_examples] == [show(piece.example) for piece in heldout]
     assert list(prepared.heldout) == [piece.conversation for piece in heldout]
     assert prepared.train_tools == {call.name for p in train for call in p.conversation.tool_calls}
-    assert prepared.account.fitted == outcomes
+    assert prepared.stats.fitted == outcomes
     manifest = json.loads(manifest_of(prepared, tmp_path)[0])
     assert manifest["train"]["ids"] == [piece.example.id for piece in train]
     assert manifest["train"]["tokens"] == sum(len(piece.example) for piece in train)
@@ -127,7 +127,7 @@ def forks(monkeypatch) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 @pytest.mark.parametrize("case", [*CASES, "fit", "weights"])
 def test_forked_processes_prepare_what_one_process_prepares(case, data_file, template, encoder, tmp_path, forks):
-    """Examples, exam, account and every id: repetitions and equal ids stand in other batches than what they repeat."""
+    """Examples, exam, stats and every id: repetitions and equal ids stand in other batches than what they repeat."""
     changes = CASES.get(case, {"too_long": TooLong.fit})
     if case == "weights":
         sources = [WeightedPath(path=str(data_file), weight=1.4)]
@@ -139,9 +139,9 @@ def test_forked_processes_prepare_what_one_process_prepares(case, data_file, tem
     assert forked.fingerprint == alone.fingerprint
     assert [show(example) for example in forked.train] == [show(example) for example in alone.train]
     assert list(forked.heldout) == list(alone.heldout)
-    assert forked.account.to_json() == alone.account.to_json()
-    assert forked.account.read.notices["duplicate_id_renamed"] == 1
-    assert forked.account.read.rejected["duplicate"] == 1
+    assert forked.stats.to_json() == alone.stats.to_json()
+    assert forked.stats.read.notices["duplicate_id_renamed"] == 1
+    assert forked.stats.read.rejected["duplicate"] == 1
 
 
 def test_tokenizers_that_disagree_in_a_forked_process_are_found_and_all_is_prepared_again(
@@ -159,7 +159,7 @@ def test_tokenizers_that_disagree_in_a_forked_process_are_found_and_all_is_prepa
         found = prepare_data(settings(data_file, cache=False, workers=2), template, encoder)
     assert "begun again with tokenizers alone" in caplog.text
     assert found.fingerprint == expected.fingerprint
-    assert found.account == expected.account
+    assert found.stats == expected.stats
 
 
 def test_a_dataset_is_large_by_its_bytes_or_number_before_it_is_read(tmp_path):
@@ -192,8 +192,8 @@ def test_sources_with_weights_and_an_exam_of_its_own_are_prepared_as_in_memory(d
         train, heldout, _ = in_memory(config, template, encoder)
         assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
         assert list(prepared.heldout) == [piece.conversation for piece in heldout]
-        assert prepared.account.left_out["held_out_too"] == 5
-        assert prepared.account.left_out["left_out_by_weight"] > 10
+        assert prepared.stats.left_out["held_out_too"] == 5
+        assert prepared.stats.left_out["left_out_by_weight"] > 10
     assert max(Counter(prepared.train.ids).values()) > 1
 
 
@@ -253,22 +253,22 @@ def test_from_the_cache_everything_is_the_same_byte_for_byte(data_file, template
     assert manifest_of(kept, tmp_path) == manifest_of(cached, tmp_path) == manifest_of(fresh, tmp_path)
     assert [show(e) for e in cached.train] == [show(e) for e in fresh.train]
     assert list(cached.heldout) == list(fresh.heldout)
-    assert kept.account == cached.account == fresh.account
-    assert kept.account.reasons() == {"too_long": kept.account.reasons()["too_long"], "not_json": 1, "duplicate": 1}
+    assert kept.stats == cached.stats == fresh.stats
+    assert kept.stats.reasons() == {"too_long": kept.stats.reasons()["too_long"], "not_json": 1, "duplicate": 1}
 
 
 def test_every_part_of_an_account_survives_its_file(data_file, template, encoder):
-    account = prepare_data(settings(data_file, cache=False), template, encoder).account
-    account.layout.update(["z", "a", "a"])
-    account.left_out.update(["held_out_too"])
-    assert account.read.notices_shown
-    assert account.changed
+    stats = prepare_data(settings(data_file, cache=False), template, encoder).stats
+    stats.layout.update(["z", "a", "a"])
+    stats.left_out.update(["held_out_too"])
+    assert stats.read.notices_shown
+    assert stats.changed
     for part in dataclasses.fields(PreparationStats):
-        assert getattr(account, part.name), part.name
-    again = PreparationStats.from_json(account.to_json())
-    assert again == account
+        assert getattr(stats, part.name), part.name
+    again = PreparationStats.from_json(stats.to_json())
+    assert again == stats
     assert type(again.read.notices) is Counter
-    assert list(again.layout.items()) == list(account.layout.items())
+    assert list(again.layout.items()) == list(stats.layout.items())
 
 
 def test_jobs_that_differ_in_nothing_that_decides_tokens_share_the_cache(data_file, template, encoder, cache):
@@ -372,7 +372,7 @@ def _spoil(file: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a changed bit": lambda entry: _spoil(entry / "train" / "examples.bin"),
     "a cut file": lambda entry: os.truncate(entry / "heldout" / "counts.npy", 200),
-    "a lost file": lambda entry: (entry / "account.json").unlink(),
+    "a lost file": lambda entry: (entry / "stats.json").unlink(),
     "no manifest": lambda entry: (entry / "manifest.json").unlink(),
     "half a manifest": lambda entry: os.truncate(entry / "manifest.json", 100),
 }
@@ -388,7 +388,7 @@ def test_a_damaged_entry_is_built_anew_and_said(damage, data_file, template, enc
     assert after.fingerprint == before.fingerprint
     assert entries(cache) == [entry]
     caplog.clear()
-    assert prepare_data(settings(data_file), template, encoder).account == after.account
+    assert prepare_data(settings(data_file), template, encoder).stats == after.stats
     assert "damaged" not in caplog.text
 
 
@@ -530,8 +530,8 @@ def test_a_snapshots_own_test_files_are_the_exam(template, encoder, tmp_path):
     data = prepare_data(config, template, encoder)
     assert sorted(data.train.ids) == [f"train{n}" for n in range(5)]
     assert sorted(data.heldout_examples.ids) == ["test0", "test1", "validation0"]
-    assert data.account.read.notices["field_not_carried:mood"] == 8
-    assert [(source.rows, source.kept) for source in data.account.read.sources.values()] == [(8, 8)]
+    assert data.stats.read.notices["field_not_carried:mood"] == 8
+    assert [(source.rows, source.kept) for source in data.stats.read.sources.values()] == [(8, 8)]
 
 
 def test_what_the_layout_leaves_out_of_declarations_is_counted_by_name(template, encoder, tmp_path):
@@ -542,7 +542,7 @@ def test_what_the_layout_leaves_out_of_declarations_is_counted_by_name(template,
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = LocalConfig(name="local", path=str(tmp_path / "a.jsonl"), test_ratio=0.3, cache=False)
     parts = ("$defs", "additionalProperties", "strict")
-    assert prepare_data(config, template, encoder).account.layout == {f"schema_part_not_written:{p}": 20 for p in parts}
+    assert prepare_data(config, template, encoder).stats.layout == {f"schema_part_not_written:{p}": 20 for p in parts}
 
 
 @pytest.mark.parametrize("row", [{"query": "q", "response": "a"}, {"data": [{"messages": []}]}, {"text": "a"}])
@@ -577,11 +577,11 @@ def test_what_rewritten_history_costs_is_said(tmp_path, caplog):
         with caplog.at_level("INFO"):
             prepared = prepare_data(settings(path, max_length=4000), layout, SegmentEncoder(tokenizer))
         cost = rewritten_history(prepared)
-        conversations = prepared.account.used("train")
+        conversations = prepared.stats.used("train")
         assert len(prepared.train) == kept * conversations
         assert (cost["conversations"], cost["examples"]) == (
             (conversations, 3 * conversations) if kept == 3 else (0, 0)
         )
         said = [record for record in caplog.records if "rewrites history" in record.message]
         assert [record.levelname for record in said] == (["WARNING"] if cost["tokens"] else [])
-    assert prepared.account.layout["step_left_out_template_drops_reasoning"] == 2 * 20, "and those steps are named"
+    assert prepared.stats.layout["step_left_out_template_drops_reasoning"] == 2 * 20, "and those steps are named"
