@@ -36,8 +36,7 @@ def cache_root(configured: str | None) -> Path:
 def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callable[[Path], bool]) -> Path:
     """Return `target`, made by `build(folder)` where it is not there yet or is not whole.
 
-    Processes that need it at once wait for the one that builds. `build` fills a temporary folder beside `target`, which
-    gets its name when it is complete and `is_whole` says so.
+    Others wait for the process that builds: in a temporary folder, renamed when `is_whole` says so.
 
     Raises:
         ModelError: `build` has left the folder incomplete.

@@ -1,9 +1,7 @@
 """Examples -> steps of micro-batches: a plan that depends on the seed and the step number alone.
 
-Because step k can be asked for directly, resuming needs no replay: the step number is the data position.
-
-A micro-batch is padded (one example a row) or packed (its examples end to end in one row, each seeing itself alone). Which
-of the two changes the number of positions that are computed, never the step's examples or its loss.
+The step number is the data position, so resuming needs no replay. A micro-batch is padded (one example a row) or packed (its
+examples end to end in one row, each seeing itself alone); neither changes a step's examples or its loss.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ Ids = npt.NDArray[np.int64]
 class Batch:
     """Right-padded examples, or packed ones in a single row. B rows, T positions.
 
-    There is no attention mask: padding stands on the right, where causal attention never looks, and packed examples are
-    told apart by `boundaries`; without a mask attention takes its fast causal path.
+    No attention mask is needed: causal attention never looks right, and `boundaries` tell packed examples apart.
     """
 
     ids: tuple[str, ...]
@@ -77,8 +74,7 @@ class Batch:
 class StepPlan:
     """Which examples each step trains on.
 
-    Epochs are seeded permutations laid end to end; a step takes the next `examples_per_step` of that stream, so every
-    example is seen once per epoch and none is dropped at an epoch's end.
+    Epochs are seeded permutations laid end to end; a step takes the next `examples_per_step` of that stream.
     """
 
     examples: int
@@ -138,12 +134,11 @@ def pack_rows(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int]
     room: list[int] = []
     for index in sorted(indices, key=lambda index: -lengths[index]):
         fits = [row for row, left in enumerate(room) if left >= lengths[index]]
-        if fits:
-            row = min(fits, key=lambda row: room[row])
-        else:
-            row = len(rows)
+        if not fits:
+            fits = [len(rows)]
             rows.append([])
             room.append(row_tokens)
+        row = min(fits, key=lambda row: room[row])
         rows[row].append(index)
         room[row] -= lengths[index]
     return rows

@@ -371,10 +371,8 @@ class Preparation:
             self.stats.check_any()
         if heldout is not None:
             parts = keep_apart(train, heldout, seed=config.seed)
-            given = (("training", parts.train), ("held-out", parts.heldout))
-            self.empty_parts = [
-                f"no conversation is left for the {name} part" for name, entries in given if not entries
-            ]
+            empty = (part for part in PARTS if not getattr(parts, part))
+            self.empty_parts = [f"no conversation is left for the {PARTS[part]} part" for part in empty]
         else:
             try:
                 parts = divide(train, split=config.split, test_ratio=config.test_ratio, seed=config.seed)

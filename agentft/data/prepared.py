@@ -1,7 +1,6 @@
 """Keep prepared data on the disk and read it from there: conversations, tokenised examples, and where every row went.
 
-A stored conversation is a line of JSON: its id, what it is a piece of, its origin, its weight, its tools and its messages.
-Of MSAgent text the parts are stored; their calls are read again by what read them the first time.
+A stored conversation is a line of JSON. Of MSAgent text the parts are stored, and their calls are read again.
 
 Each part of a dataset has a folder:
 
@@ -211,9 +210,7 @@ class PackedExample(NamedTuple):
 
 
 def pack(example: Example, largest_id: int, rendered: Conversation | None = None) -> PackedExample:
-    """Lay an example out as it is written, of a vocabulary with ids up to `largest_id`. Its span weights are a setting and
-    not written.
-    """
+    """Lay an example out as it is written, without span weights; `largest_id`: of its vocabulary."""
     numbers = [number for span in example.spans for number in span]
     ids = example.input_ids.astype(np.uint16 if largest_id < 2**16 else np.uint32).tobytes()
     name = example.id.encode()
@@ -454,9 +451,7 @@ def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
 
 
 def rewritten_history(prepared: PreparedData) -> dict[str, int]:
-    """Return what it costs that a chat template rewrites history: conversations of several renderings, their examples,
-    their tokens, and the tokens of the longest rendering of each.
-    """
+    """Count the conversations that a chat template renders several times, and the tokens of all and of the longest."""
     fitted = {name for change in prepared.stats.changed for name in change["examples"]}
     lengths = dict(zip(prepared.train.ids, prepared.train.lengths.tolist(), strict=True))
     by_whole: dict[str, list[int]] = {}

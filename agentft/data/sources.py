@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agentft.cache import file_digest
 from agentft.data import synthetic
@@ -42,6 +42,7 @@ from agentft.data.config import (
     Reasoning,
     Split,
     SyntheticConfig,
+    WeightedPath,
 )
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import ParseWarning, Rejection, read_record
@@ -85,19 +86,6 @@ class RawRow:
 
 
 Rows = Iterable[RawRow | Rejection]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalSource:
-    """A file or folder with the relative weight of its conversations."""
-
-    path: str | Path
-    weight: float = 1.0
-    part: Literal["all", "train", "heldout"] = "all"
-    """Of a folder that is a snapshot of a hub: the files that it holds out itself, or the others."""
-
-
-LocalSources = str | Path | LocalSource | Sequence[str | Path | LocalSource]
 
 
 @dataclass(slots=True)
@@ -188,9 +176,12 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             own = any(heldout_files(Path(source.path)) for source in sources)
             if own and config.test_path is None:
                 log.info("data: test and validation files beside training files are held out, and not trained on")
-            test = config.test_path or (own and [replace(source, part="heldout") for source in sources])
-            train = read_local([replace(source, part="train") for source in sources], report=report)
-            return DatasetRows(train, read_local(test, report=report) if test else None, config.format)
+            train, heldout = read_local(sources, part="train", report=report), None
+            if config.test_path is not None:
+                heldout = read_local(config.test_path, report=report)
+            elif own:
+                heldout = read_local(sources, part="heldout", report=report)
+            return DatasetRows(train, heldout, config.format)
         case HubConfig():
             train = read_hub(config, config.train_split)
             heldout = None if config.test_split is None else read_hub(config, config.test_split)
@@ -222,7 +213,7 @@ def source_digests(config: DatasetConfig) -> Any:
     """
     match config:
         case LocalConfig():
-            test = None if config.test_path is None else _digest_local([LocalSource(config.test_path)])
+            test = None if config.test_path is None else _digest_local([WeightedPath(path=config.test_path)])
             return [_digest_local(_local_sources(config)), test]
         case HubConfig():
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
@@ -234,7 +225,7 @@ def source_digests(config: DatasetConfig) -> Any:
             return []  # made from the settings alone
 
 
-def _digest_local(sources: Sequence[LocalSource]) -> list[list[Any]]:
+def _digest_local(sources: Sequence[WeightedPath]) -> list[list[Any]]:
     """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
     found: list[list[Any]] = []
     for path in (Path(source.path) for source in sources):
@@ -259,10 +250,8 @@ def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRo
         yield RawRow(Origin(f"synthetic-{part}", number), record)
 
 
-def _local_sources(config: LocalConfig) -> list[LocalSource]:
-    if config.path is not None:
-        return [LocalSource(config.path)]
-    return [LocalSource(source.path, source.weight) for source in config.sources]
+def _local_sources(config: LocalConfig) -> list[WeightedPath]:
+    return config.sources if config.path is None else [WeightedPath(path=config.path)]
 
 
 def read_conversations(
@@ -345,20 +334,23 @@ class Deduplicator:
 # --- Local files ---
 
 
-def read_local(paths: LocalSources, *, report: ReadReport | None = None) -> Iterator[RawRow | Rejection]:
+def read_local(
+    paths: str | Path | Sequence[str | Path | WeightedPath], *, part: str = "all", report: ReadReport | None = None
+) -> Iterator[RawRow | Rejection]:
     """Read rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
+
+    Args:
+        part: `heldout`: of folders that are a snapshot of a hub the files that they hold out; `train`: the others.
 
     Raises:
         DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
     """
-    given = [paths] if isinstance(paths, (str, Path, LocalSource)) else list(paths)
-    sources = [source if isinstance(source, LocalSource) else LocalSource(source) for source in given]
+    given = [paths] if isinstance(paths, (str, Path)) else paths
+    sources = [source if isinstance(source, WeightedPath) else WeightedPath(path=str(source)) for source in given]
     if not sources:
         raise DataError("no path given")
     places = [Path(source.path).resolve() for source in sources]
     for at, source in enumerate(sources):
-        if not source.weight > 0:
-            raise DataError(f"{source.path}: weight {source.weight} is not positive")
         if not Path(source.path).exists():
             kinds = ", ".join(_SUFFIXES)
             raise DataError(
@@ -369,16 +361,16 @@ def read_local(paths: LocalSources, *, report: ReadReport | None = None) -> Iter
             if other != at and places[at].is_relative_to(place):
                 where = "given twice" if places[at] == place else f"inside {sources[other].path}, which is given too"
                 raise DataError(f"{source.path}: {where}; name each file once")
-    return _read_sources(sources, report if report is not None else ReadReport())
+    return _read_sources(sources, part, report if report is not None else ReadReport())
 
 
-def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[RawRow | Rejection]:
+def _read_sources(sources: list[WeightedPath], part: str, report: ReadReport) -> Iterator[RawRow | Rejection]:
     for source in sources:
         path = Path(source.path)
         folder = path if path.is_dir() else None
-        report.sources.setdefault(str(source.path), SourceCount(source.weight))
-        own = heldout_files(path) if source.part != "all" else []
-        if source.part == "heldout":
+        report.sources.setdefault(source.path, SourceCount(source.weight))
+        own = heldout_files(path) if part != "all" else []
+        if part == "heldout":
             files = own
         elif folder is None:
             files = [path]
@@ -391,14 +383,14 @@ def _read_sources(sources: list[LocalSource], report: ReadReport) -> Iterator[Ra
 
 
 def _read_source(
-    file: Path, folder: Path | None, source: LocalSource, report: ReadReport
+    file: Path, folder: Path | None, source: WeightedPath, report: ReadReport
 ) -> Iterator[RawRow | Rejection]:
     """Read one file; one of a folder that cannot be read costs itself alone."""
     # A file name that is no UTF-8 must not break the report that names it.
     name = str(file if folder else source.path).encode("utf-8", "backslashreplace").decode()
     report.files.append(name)
     if folder:
-        report.source_of_file[name] = str(source.path)
+        report.source_of_file[name] = source.path
     rows = 0
     try:
         refusal = _refusal(file, folder)

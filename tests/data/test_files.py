@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from agentft.data import sources
+from agentft.data.config import WeightedPath
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import ParseWarning, Rejection
-from agentft.data.sources import LocalSource, RawRow, ReadReport, heldout_files, read_conversations, read_local
+from agentft.data.sources import RawRow, ReadReport, heldout_files, read_conversations, read_local
 from agentft.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -223,7 +224,7 @@ def test_a_folder_is_its_files_sorted_and_nothing_outside_it(tmp_path: Path) -> 
 def test_several_sources_keep_their_weights(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines("a"))
     (tmp_path / "b.jsonl").write_bytes(lines("b"))
-    rows = read_local([LocalSource(tmp_path / "a.jsonl", 0.5), tmp_path / "b.jsonl"])
+    rows = read_local([WeightedPath(path=str(tmp_path / "a.jsonl"), weight=0.5), tmp_path / "b.jsonl"])
     assert [(item.id, item.weight) for item in read_conversations(rows)] == [("a", 0.5), ("b", 1.0)]
 
 
@@ -233,8 +234,6 @@ def test_a_source_that_is_not_there_is_an_error_before_anything_is_read(tmp_path
         read_local([tmp_path / "a.jsonl", tmp_path / "missing.jsonl"])
     with pytest.raises(DataError, match="no path"):
         read_local([])
-    with pytest.raises(DataError, match="weight"):
-        read_local(LocalSource(tmp_path / "a.jsonl", 0.0))
 
 
 @pytest.mark.parametrize(
@@ -321,8 +320,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, parts: bool) -> None:
         "dataset_info.json",
         "dataset_dict.json",
     }
-    sources = [LocalSource(tmp_path / "saved", part=part) for part in ("train", "heldout")]
-    ids = [[item.id for item in read_conversations(read_local(source))] for source in sources if parts]
+    rows = [read_local(tmp_path / "saved", part=part) for part in ("train", "heldout") if parts]
+    ids = [[item.id for item in read_conversations(each)] for each in rows]
     assert ids == ([["c", "a"], ["b"]] if parts else [])
 
 

@@ -15,7 +15,7 @@ from agentft.data.entries import divide, in_showing_order
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.data.records import read_record
-from agentft.data.sources import LocalSource, ReadReport, read_conversations, read_local
+from agentft.data.sources import ReadReport, read_conversations, read_local
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError
@@ -95,7 +95,7 @@ def test_path_and_sources_are_given_one_without_the_other():
 def test_a_file_that_two_sources_hold_is_refused(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps(record(1)))
     with pytest.raises(DataError, match=r"a\.jsonl: inside .*, which is given too"):
-        read_local([tmp_path, LocalSource(tmp_path / "a.jsonl", 2.0)])
+        read_local([tmp_path, WeightedPath(path=str(tmp_path / "a.jsonl"), weight=2.0)])
     with pytest.raises(DataError, match=r"a\.jsonl: given twice"):
         read_local([tmp_path / "a.jsonl", tmp_path / "." / "a.jsonl"])
 
@@ -117,11 +117,7 @@ def write_sources(folder: Path) -> LocalConfig:
 def test_the_rows_of_a_folder_count_for_the_folder(tmp_path: Path):
     config = write_sources(tmp_path)
     report = ReadReport()
-    list(
-        read_conversations(
-            read_local([LocalSource(s.path, s.weight) for s in config.sources], report=report), report=report
-        )
-    )
+    list(read_conversations(read_local(config.sources, report=report), report=report))
     counts = {Path(name).name: (s.weight, s.rows, s.kept) for name, s in report.sources.items()}
     assert counts == {"a.jsonl": (2.0, 30, 29), "parts": (0.5, 20, 20)}
 
