@@ -281,12 +281,9 @@ class Preparation:
                 rows, reasons = self.stats.read.rows, self.stats.reasons()
                 raise DataError(f"no {name} conversation is left of {rows} rows; set aside: {reasons}")
         train, heldout = self._writers.values()
-        fingerprint = sha256(_weights_text(self._config.span_weights).encode())
-        for row in train_rows:
-            fingerprint.update(train.digests[row])
-        fingerprint.update(b"heldout")
-        for row in heldout_rows:
-            fingerprint.update(heldout.digests[row])
+        digests = [train.digests[row] for row in train_rows], [heldout.digests[row] for row in heldout_rows]
+        weights = _weights_text(self._config.span_weights).encode()
+        fingerprint = sha256(weights + b"heldout".join(map(b"".join, digests)))
         tools = frozenset[str]().union(*(_result(entry).tools for entry in self.used["train"]))
         hashes = [heldout.content_hashes[row] for row in heldout_rows]
         write_about(self._folder, self.stats, fingerprint.hexdigest(), tools, hashes)
