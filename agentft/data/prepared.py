@@ -469,11 +469,13 @@ def rewritten_history(prepared: PreparedData) -> dict[str, int]:
 
 def log_summary(prepared: PreparedData, seconds: float) -> None:
     """Log what was prepared, what was set aside and what it costs."""
-    stats = prepared.stats
+    stats, files = prepared.stats, prepared.stats.read.files
     tokens = int(prepared.train.lengths.sum())
     log.info(
-        "data: %d rows -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
+        "data: %d rows%s%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
         stats.read.rows,
+        f" of {files[0]}" if files else "",
+        f" and {len(files) - 1} more files" if len(files) > 1 else "",
         stats.used("train"),
         stats.used("heldout"),
         f"{tokens:,}",
