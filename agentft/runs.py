@@ -11,20 +11,23 @@ import dataclasses
 import enum
 import errno
 import functools
+import importlib.metadata
 import json
 import logging
 import math
 import os
+import platform
 import shutil
 import socket
-import tempfile
+import subprocess
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from agentft.errors import RunError
-from agentft.provenance import describe_surroundings
+from agentft.runtime import available_cores
 from agentft.secrets import redact_command, redact_text, redact_tree
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
@@ -287,6 +290,11 @@ def sweep_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     return Path(named).absolute() if named else None
 
 
+def readable(path: Path) -> str:
+    """Return `path` relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def _file_name(name: str) -> str:
     if not name or name.startswith(".") or any(letter in name for letter in "/\\\0"):
         raise RunError(f"{name!r} cannot name a file of a run folder; expected a word such as heldout")
@@ -308,16 +316,15 @@ def _close_locks_in_forked_children() -> None:
 
 def _replace(target: Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
-        Path(temporary).replace(target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # the rename survives a power cut too, where a folder can be synced
         folder = os.open(target.parent, os.O_RDONLY)
@@ -325,13 +332,6 @@ def _replace(target: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def utc_now() -> str:
@@ -382,3 +382,72 @@ def write_out(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+# --- The surroundings of a run ---
+
+DISTRIBUTION = "agentft-hydra"
+"""Name of this project's package; what is imported is called `agentft`."""
+
+_PACKAGES = (
+    *(DISTRIBUTION, "torch", "transformers", "tokenizers", "peft", "safetensors", "gguf", "accelerate", "deepspeed"),
+    *("flash-attn", "bitsandbytes", "modelscope", "datasets", "pyarrow", "numpy", "rouge-score"),
+    *("hydra-core", "omegaconf", "wandb", "rich", "liger-kernel"),
+)
+_ENVIRONMENT = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "LANG", "LC_ALL", "SLURM_JOB_ID"),
+    *("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"),
+)
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """Return what `run.json` records of code, versions, machine and environment."""
+    return {
+        "git": git_state(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": available_cores()},
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "working_folder": str(Path.cwd()),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Revision of the agentft checkout and whether tracked files differ from it; the reason where there is none."""
+    package = Path(__file__).parent
+    try:
+        # An installed agentft may lie inside some other project's repository: only one that tracks this file counts.
+        _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
+        revision = _git(package, "rev-parse", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    except subprocess.CalledProcessError:
+        return {"revision": None, "dirty": None, "reason": "agentft does not run from a git checkout with a commit"}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"revision": None, "dirty": None, "reason": f"git cannot be asked: {type(error).__name__}"}
+    return {"revision": revision, "dirty": bool(changed), "changed": changed.splitlines()[:20]}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+    return done.stdout.strip("\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that can change a result; those not installed are left out."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -27,7 +27,6 @@ FLOORS = {
         "settings",
         "secrets",
         "runs",
-        "provenance",
         "outfile",
         "runtime",
         "tracking",

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentft import provenance
+from agentft import runs
 from agentft.errors import RunError
-from agentft.provenance import git_state
-from agentft.runs import RunFolder, json_text, read_json
+from agentft.runs import RunFolder, git_state, json_text, read_json
 
 KEY = "sentinel-0123456789abcdef"
 
@@ -306,11 +305,11 @@ def test_git_state_is_that_of_the_repository_that_tracks_agentft(tmp_path, monke
             ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    module = tmp_path / "agentft" / "provenance.py"
+    module = tmp_path / "agentft" / "runs.py"
     module.parent.mkdir()
     module.write_text("1")
     (tmp_path / "other").write_text("1")
-    monkeypatch.setattr(provenance, "__file__", str(module))
+    monkeypatch.setattr(runs, "__file__", str(module))
     git("init", "-q")
     git("add", "other")
     git("commit", "-qm", "only another project's file")
@@ -319,7 +318,7 @@ def test_git_state_is_that_of_the_repository_that_tracks_agentft(tmp_path, monke
     git("commit", "-qm", "all")
     assert git_state() == {"revision": git("rev-parse", "HEAD").strip(), "dirty": False, "changed": []}
     module.write_text("2")
-    assert git_state()["changed"] == [" M agentft/provenance.py"]
+    assert git_state()["changed"] == [" M agentft/runs.py"]
     assert git_state()["dirty"] is True
 
 

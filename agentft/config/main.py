@@ -47,7 +47,6 @@ from agentft.config.explain import OLD_OPTIONS, explain, first_line, help_text, 
 from agentft.errors import AgentftError, ConfigError, DataError
 from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
-from agentft.provenance import DISTRIBUTION
 from agentft.recipes.config import (
     RENAMED,
     SCHEMAS,
@@ -57,7 +56,7 @@ from agentft.recipes.config import (
     require_typed,
     saved_config,
 )
-from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
+from agentft.runs import DISTRIBUTION, SWEEP_FOLDER_VARIABLE, RunFolder, readable
 from agentft.secrets import is_secret_name, redact_text
 from agentft.sweeping.launcher import read_options
 from agentft.training.config import Resume
@@ -450,9 +449,9 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
         run = HydraConfig.get()
         training: object = config  # mypy would take the three kinds of config for one
         if isinstance(training, TrainConfig):
-            training.run_dir = _readable(run.runtime.output_dir)
+            training.run_dir = readable(Path(run.runtime.output_dir))
         if isinstance(training, EvaluateConfig) and Path(run.runtime.output_dir).absolute() != Path.cwd():
-            training.output = training.output or _readable(run.runtime.output_dir)
+            training.output = training.output or readable(Path(run.runtime.output_dir))
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
         try:
@@ -493,12 +492,6 @@ def leave(program: str, message: object, code: int) -> NoReturn:
     lines = str(message).splitlines() if isinstance(message, DataError) else [" ".join(str(message).split())]
     sys.stderr.write(redact_text(f"{program}: " + "\n".join(lines[:_ACCOUNT_LINES])) + "\n")
     raise SystemExit(code)
-
-
-def _readable(folder: str) -> str:
-    """Return a folder relative to the working directory where it lies below it."""
-    path = Path(folder)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"

@@ -29,13 +29,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from agentft import errors
+from agentft import errors, progress
 from agentft.distributed import forkserver
-from agentft.distributed.config import DistributedConfig, LaunchTopology
-from agentft.errors import AgentftError, RankError
-from agentft.runtime import HEARTBEAT_VARIABLE, available_cores
+from agentft.distributed.config import DistributedConfig, LaunchTopology, choose_topology
+from agentft.errors import AgentftError, ConfigError, RankError
+from agentft.runs import RunFolder, RunState, read_json
+from agentft.runtime import HEARTBEAT_VARIABLE, World, available_cores, join_world, leave_world
 from agentft.secrets import redact_text
 from agentft.signals import STARTED_BY, STOPS, StopSignal, StopSignals, describe_exit, die_with
+
+log = logging.getLogger(__name__)
 
 Entry = Callable[[str], Any]
 """A top-level function that runs one rank: resolved configuration -> a small result that can be pickled."""
@@ -51,6 +54,53 @@ _LOUD = (
     "torch.multiprocessing.spawn",
 )
 """Loggers of torch's agent; three of them have levels of their own."""
+
+
+def run_on_ranks(
+    entry: Entry,
+    payload: str,
+    distributed: DistributedConfig,
+    *,
+    folder: str,
+    threads: int | None,
+    require: Callable[[int], None] = lambda ranks: None,
+) -> Any:
+    """Start the ranks of this machine, each with the settings in `payload`, and return what the first of all returns.
+
+    Args:
+        folder: Where rank 0 writes.
+        threads: CPU threads of a rank; None: an even share of the cores.
+        require: Told how many ranks there will be on all machines, before any starts; raises if they cannot run.
+
+    Raises:
+        ConfigError: the settings, the launcher and the devices do not go together.
+        RankError: a rank has died or hung.
+    """
+    import torch
+
+    topology = choose_topology(distributed, gpus=torch.cuda.device_count(), job=Path(folder).name)
+    require(topology.ranks)
+    told = f"starting {topology.nproc} ranks ({distributed.name})"
+    if topology.nnodes > 1:
+        told += f" on this machine, one of {topology.nnodes}; they meet at {topology.endpoint}"
+    progress.console().print(told, highlight=False)
+    try:
+        return start_ranks(entry, payload, topology, distributed, folder=Path(folder), threads=threads)
+    except (RankError, StopSignal) as error:
+        if topology.node <= 0:
+            _note_end(RunFolder(Path(folder)), error)
+        raise
+
+
+def _note_end(run: RunFolder, error: RankError | StopSignal) -> None:
+    """Say in the run's status how it ended, where the rank that writes it could not."""
+    if not run.status_file.is_file() or read_json(run.status_file).get("state") != "running":
+        return
+    with RunFolder.create(run.path) as own:
+        progress.set_up_logging(own.log_file)
+        state: RunState = "stopped" if isinstance(error, StopSignal) else "failed"
+        own.update_status(state, error=f"{type(error).__name__}: {error}")
+        log.error("%s", error)
 
 
 def start_ranks(
@@ -154,6 +204,35 @@ def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent:
                 failure = RankFailure(rank, os.getpid(), time.time(), kind, message, trace)
                 (folder / f"failure-{rank}.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
                 raise
+
+
+@contextmanager
+def rank_of(distributed: DistributedConfig, folder: str) -> Iterator[World]:
+    """Join the other ranks for the body, wherever they were started from; `folder` is where rank 0 will write.
+
+    Raises:
+        ConfigError: the ranks were given different folders.
+    """
+    import torch
+
+    world = join_world("cuda" if torch.cuda.device_count() else "cpu", distributed.timeout + 60)
+    try:
+        folders = sorted(set(world.gather(folder)))
+        if len(folders) > 1:
+            raise ConfigError(
+                f"run_dir: the machines have different ones ({', '.join(folders)}); give run_dir=... "
+                "alike on each, on a disk that all of them see"
+            )
+        world.heartbeat("starting")
+        yield world
+    finally:
+        leave_world()
+
+
+def threads_of_rank() -> int:
+    """Return the CPU threads of this rank: what its launcher gave it, else an even share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() else max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # --- Failures ---

@@ -14,6 +14,7 @@ from agentft import progress, runtime
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import PreparedData
 from agentft.distributed.config import DistributedConfig, EngineKind
+from agentft.distributed.launch import rank_of, run_on_ranks, threads_of_rank
 from agentft.errors import CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import Engine, Mode
 from agentft.evaluation.generate import Generator
@@ -30,7 +31,6 @@ from agentft.recipes.config import (
     trained_config,
 )
 from agentft.recipes.evaluation_run import Evaluation, own_generator, own_identity, print_report, write_pages
-from agentft.recipes.ranks import rank_of, run_on_ranks, threads_of_rank
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.runtime import ALONE, World
 from agentft.training.checkpoint import list_checkpoints, load_checkpoint, read_state

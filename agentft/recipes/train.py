@@ -23,7 +23,7 @@ from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.distributed.config import EngineKind, require_engine
 from agentft.distributed.engines import loads_on_cpu
-from agentft.distributed.launch import as_stop
+from agentft.distributed.launch import as_stop, rank_of, run_on_ranks, threads_of_rank
 from agentft.errors import AgentftError, CheckpointError, ConfigError, RunError
 from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import count_parameters
@@ -51,7 +51,6 @@ from agentft.recipes.evaluation_run import (
     write_pages,
 )
 from agentft.recipes.export import write_final
-from agentft.recipes.ranks import rank_of, run_on_ranks, threads_of_rank
 from agentft.runs import RunFolder
 from agentft.runtime import ALONE, HEARTBEAT_VARIABLE, World
 from agentft.signals import StopSignal, StopSignals, requeue_slurm_job

@@ -22,7 +22,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agentft.errors import ConfigError, RunError
-from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder
+from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder, readable
 from agentft.signals import REQUEUED_BY_LAUNCHER, StopSignals, requeue_slurm_job, slurm_job_id
 from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import LOG, Display, Job, config_hash, earlier_jobs, varying
@@ -348,11 +348,6 @@ def quoted(text: str) -> str:
     if re.fullmatch(r"[A-Za-z_./][\w./-]*/[\w./-]*", text, flags=re.ASCII):
         return text
     return QuotedString(text=text, quote=Quote.double).with_quotes()
-
-
-def readable(path: Path) -> str:
-    """Return `path` relative to the working directory where it lies below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 class _FailedJob(JobReturn):
