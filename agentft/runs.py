@@ -78,10 +78,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, setting: str = "run_dir") -> Self:
-        """Make the folder if need be and take it for this process; refused while another process has it.
-
-        In the folder of a run not a byte changes before `begin` or the first write. `setting` is what names the folder.
-        """
+        """Make and lock the folder, which the setting `setting` names; in one of a run nothing changes before `begin`."""
         run = cls(path, setting=setting)
         run._take_lock()
         if not run.has_run():
@@ -179,10 +176,7 @@ class RunFolder:
     def write_record(
         self, *, config_yaml: str, command: list[str], choices: Mapping[str, str] | None, extra: Mapping[str, Any]
     ) -> None:
-        """Write `config.yaml` and `run.json`; the record of earlier starts is kept under `earlier`.
-
-        `extra` is what only the caller knows (devices, threads, run id) and stands beside the rest.
-        """
+        """Write `config.yaml` and `run.json`, with `extra` from the caller and the records of earlier starts."""
         self._must_be_held()
         record: dict[str, Any] = {
             "command": redact_command(command),

@@ -1,8 +1,7 @@
 """Describe what a process of a job runs on: its device, threads and seeds, and its rank among the other processes.
 
-A job on one process has a world of one, in which every exchange returns what it was given. Between several processes
-objects and small numbers go through gloo on the CPU, tensors through the device's own backend. Exchanges are collective:
-every rank makes the same ones in the same order. torch is imported inside the functions.
+In a world of one every exchange returns what it was given. Exchanges are collective: every rank makes the same ones in the
+same order. torch is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -103,13 +102,6 @@ def memory_in_use_bytes(kind: str) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def torch_device(device: Device) -> torch.device:
-    """Return torch's own object for a device."""
-    import torch
-
-    return torch.device(device.kind)
-
-
 # --- World ---
 
 HEARTBEAT_VARIABLE = "AGENTFT_HEARTBEAT_DIR"
@@ -190,21 +182,14 @@ class World:
         return self.totals([flag])[0] > 0
 
     def heartbeat(self, where: str) -> None:
-        """Write down how far this rank is, for whoever watches: a rank that has hung is the one that stays behind.
-
-        Costs one small write to a file, and nothing where nobody watches.
-        """
+        """Write down how far this rank is, where somebody watches: one that has hung stays behind."""
         if folder := os.environ.get(HEARTBEAT_VARIABLE):
             line = f"{time.time():.3f} {os.getpid()} {where}\n"
             Path(folder, f"rank-{self.rank}").write_text(line, encoding="utf-8")
 
     @contextmanager
     def keep_alive(self, where: str) -> Iterator[None]:
-        """Send heartbeats during work of unknown length, of which some ranks may do all while others wait for them.
-
-        They go on, on every rank, as long as one rank computes, reads or writes. Ranks that only wait do none of these, so a
-        hang inside is still seen.
-        """
+        """Send heartbeats on every rank as long as one of them computes, reads or writes: for work of unknown length."""
         self.heartbeat(where)
         if HEARTBEAT_VARIABLE not in os.environ:
             yield

@@ -1,11 +1,8 @@
 """Handle the signals that ask a process to end: SIGTERM, SIGUSR1 or SIGUSR2 before a time limit, SIGHUP, Ctrl-C.
 
-A training notes the request and saves after the step it is in. Everywhere else (loading, answering) the request ends the
-work at once, as Ctrl-C does; what those phases had done so far is on disk already. A job of SLURM that is about to lose its
-place asks to be queued again; it resumes from where it saved.
-
-SLURM and terminals signal every process of a job. The one that a person started answers; those that it started itself obey
-it (`distributed/launch.py`, `sweeping/runner.py`), since the same request reaches them from several sides.
+A training saves after the step it is in; everywhere else the request ends the work at once. SLURM and terminals signal every
+process of a job: the one that a person started answers, and those that it started obey it (`distributed/launch.py`,
+`sweeping/runner.py`).
 """
 
 from __future__ import annotations
@@ -158,10 +155,7 @@ def describe_exit(code: int) -> tuple[str, str | None]:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel end this process when the thread that started it ends, in whatever way. Linux only; else nothing.
-
-    Where `parent`, the process of that thread, is gone already, this one ends here.
-    """
+    """Have the kernel end this process when the thread of `parent` that started it ends. Linux only; else nothing."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -187,10 +181,7 @@ def is_slurm_batch_job() -> bool:
 
 
 def requeue_slurm_job() -> bool:
-    """Ask SLURM to queue this job again, and return whether it agreed; the log tells why not.
-
-    Only one process of a job asks: the first task, and of a sweep the launcher.
-    """
+    """Ask SLURM, by the first task or a sweep's launcher, to queue this job again; return whether it agreed."""
     job = slurm_job_id()
     if job is None or os.environ.get(REQUEUED_BY_LAUNCHER) == job or os.environ.get("SLURM_PROCID", "0") != "0":
         return False

@@ -150,7 +150,7 @@ class BrokenDiskError(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("broken", ["fsync", "fchmod", "replace"])
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
     run = RunFolder(tmp_path)
     run.write_text(run.summary_file, "old")

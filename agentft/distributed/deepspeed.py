@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentft.data.batches import Batch
-from agentft.distributed.engines import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
+from agentft.distributed.engines import ShardedEngine, blocks_of, wanted_dtype, whole_shape
 from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.runtime import World
 from agentft.training.checkpoint import TensorSpec, TensorStream
@@ -42,11 +41,8 @@ class DeepSpeedEngine(ShardedEngine):
         fp16: bool = False,
         frozen: torch.dtype | None = None,
     ) -> None:
-        deepspeed = _import_deepspeed()
-        self.world = world
-        self.model = objective.model
-        dtype = sharded_dtype(objective)
-        self.autocast = objective.autocast
+        super().__init__(objective, world, fp16=fp16)
+        deepspeed, dtype = _import_deepspeed(), self._computes_in
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         # Before weights are cut into shards, which makes all of them vectors: decay is for matrices.
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
@@ -58,27 +54,19 @@ class DeepSpeedEngine(ShardedEngine):
             causal_model(self.model).get_input_embeddings().register_forward_hook(_require_gradient)
         configuration = _configuration(settings, config, dtype)
         _cast(objective, dtype or torch.float32, frozen, cut_by=configuration if self.stage == 3 else None)
-        engine, *_ = deepspeed.initialize(
-            model=objective,
-            optimizer=self.optimizer,
-            config=configuration,
-            dist_init_required=False,
+        self._wrapped, *_ = deepspeed.initialize(
+            model=objective, optimizer=self.optimizer, config=configuration, dist_init_required=False
         )
-        self._engine: Any = engine
-        self._zero: Any = engine.optimizer
+        self._engine: Any = self._wrapped
+        self._zero: Any = self._engine.optimizer
         self._api: Any = deepspeed.utils
         self._gathered: Any = deepspeed.zero.GatheredParameters
-        self._scale = LossScale(enabled=fp16)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         # DeepSpeed multiplies the loss by it, and takes it out again when it clips; `backward` multiplies by the ranks.
         self._zero.loss_scaler.cur_scale = self._divisor()
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        loss: torch.Tensor = self._engine(batch)
-        return loss
 
     def backward(self, share: torch.Tensor) -> None:
         # DeepSpeed takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.

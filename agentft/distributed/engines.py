@@ -44,8 +44,7 @@ def make_engine(
 ) -> Engine:
     """Hand the model, as loaded and the same on every rank, and its loss to the engine that the settings name.
 
-    Its `autocast` says what a full fine-tuning computes in; engines with shards cast the weights themselves then and clear
-    it. They keep frozen weights in `frozen`; None: as they were loaded. `fp16` scales the loss.
+    Engines with shards keep frozen weights in `frozen`; None: as they were loaded. `fp16` scales the loss.
     """
     match config.engine:
         case EngineKind.single:
@@ -106,11 +105,10 @@ class DdpEngine(SingleEngine):
 
 
 class LossScale:
-    """The factor of the loss in the backward pass; 1 where fp16 is not in use.
+    """The factor of the loss in the backward pass under fp16, by the rule and in the saved form of torch's `GradScaler`.
 
-    The rule and the saved form are those of torch's `GradScaler`, which knows one device: halved after a step whose gradient
-    is not finite, doubled after 2,000 that are. Whether it is finite is read off the norm over all ranks, so every rank decides
-    alike. Micikevicius et al., 2018, Mixed Precision Training (arXiv 1710.03740).
+    Whether a gradient is finite is read off the norm over all ranks, so every rank decides alike. Micikevicius et al., 2018,
+    Mixed Precision Training (arXiv 1710.03740).
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -155,15 +153,24 @@ class LossScale:
 class ShardedEngine:
     """The part of an engine with shards that does not ask who cuts the parameters.
 
-    The model is loaded with its files' own number format: its weights are then the mapped files themselves, which no rank
-    copies. They are cast once they are cut (FSDP2) or a block at a time before that (ZeRO), so a rank never holds more than
-    its shard and the block in work.
+    Weights are loaded as the mapped files themselves, and cast once they are cut (FSDP2) or a block at a time before that
+    (ZeRO), so a rank never holds more than its shard and the block in work.
     """
 
-    world: World
-    model: nn.Module
     optimizer: torch.optim.Optimizer
-    _scale: LossScale
+    autocast: torch.dtype | None = None
+
+    def __init__(self, objective: LabelledLoss, world: World, *, fp16: bool) -> None:
+        self.world, self.model = world, objective.model
+        # Autocast would keep the cast copy of every gathered weight until the end of the pass, which is the whole model; so
+        # what is trained is cast to this before it is gathered.
+        self._computes_in, objective.autocast = objective.autocast, None
+        self._scale = LossScale(enabled=fp16)
+        self._wrapped: nn.Module = objective
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self._wrapped(batch)
+        return loss
 
     def settings(self) -> dict[str, Any]:
         return {"groups": plain_groups(self.optimizer), "scaler": self._scale.state()}
@@ -211,12 +218,3 @@ def wanted_dtype(parameter: nn.Parameter, trained: torch.dtype, frozen: torch.dt
     if not parameter.is_floating_point():
         return parameter.dtype
     return trained if parameter.requires_grad else (frozen or parameter.dtype)
-
-
-def sharded_dtype(objective: LabelledLoss) -> torch.dtype | None:
-    """Return the dtype that trained weights are cast to in shards, before they are gathered, and end the autocast.
-
-    Autocast would keep the cast copy of every gathered weight until the end of the pass, which is the whole model.
-    """
-    dtype, objective.autocast = objective.autocast, None
-    return dtype

@@ -27,10 +27,9 @@ T = TypeVar("T")
 
 
 def run_on_main(world: World, generator: Generator, work: Callable[[Generator], T]) -> T | None:
-    """Run `work` on rank 0 with a generator that all ranks share; elsewhere generate until it is done.
+    """Run `work` on rank 0 with a generator that all ranks share; elsewhere generate until it is done, and return None.
 
-    Returns the result of `work` on rank 0 and None on the others. Where `work` or somebody's answering fails, all ranks
-    leave together: with the error where it was raised, with a `RankError` elsewhere.
+    Where `work` or a rank fails, all leave together: with the error where it was raised, with a `RankError` elsewhere.
     """
     if world.size == 1:
         return work(generator)

@@ -44,11 +44,10 @@ server_pid: int | None = None
 def fork_server(
     modules: Sequence[str], *, for_ranks: bool, environment: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Start the server if it does not run; within the body `multiprocessing`'s context `forkserver` uses it.
+    """Start the server, which imports `modules` in `environment`, if none runs; `multiprocessing` uses it within the body.
 
-    A process has one server at most, which keeps the `modules` that it was started with: what it imports, while
-    `environment` is set. One for ranks ends with this process. Any other outlives it for as long as a job runs, and
-    refuses to start where the modules have started threads.
+    One for ranks ends with this process. Any other outlives it for as long as a job runs, and refuses to start where the
+    modules have started threads.
     """
     orders = {
         "modules": list(modules),
@@ -83,9 +82,6 @@ def fork_program(
     at_import: Mapping[str, str],
 ) -> BaseProcess:
     """Start a Python program by a fork, its output appended to `log`; it runs and ends as in an interpreter of its own.
-
-    `command` is the interpreter, a script or `-m` and a module, and arguments. The server imports `modules`, with the
-    variables `at_import`, once for all programs.
 
     Raises:
         RunError: the server could not start, or has died.
@@ -172,9 +168,7 @@ def _serve(modules: Sequence[str], agent: int | None, environment: Mapping[str, 
         die_with(agent)
     with _silence():
         for name in modules:
-            with contextlib.suppress(
-                Exception
-            ):  # a module that cannot be imported is left to the programs that need it
+            with contextlib.suppress(Exception):  # left to the programs that need it
                 importlib.import_module(name)
     threads = len(list(Path("/proc/self/task").iterdir())) if agent is None else 1
     if threads > 1:

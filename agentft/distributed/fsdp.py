@@ -18,8 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from agentft.data.batches import Batch
-from agentft.distributed.engines import LossScale, ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
+from agentft.distributed.engines import ShardedEngine, blocks_of, wanted_dtype
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.runtime import World
 from agentft.training.checkpoint import TensorSpec, TensorStream
@@ -44,21 +43,17 @@ class FsdpEngine(ShardedEngine):
         fp16: bool = False,
         frozen: torch.dtype | None = None,
     ) -> None:
-        self.world = world
-        self.model = objective.model
-        self._objective = objective
+        super().__init__(objective, world, fp16=fp16)
         parameters = list(self.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self._waits = trained < _FEW * sum(p.numel() for p in parameters)
         self._shard(objective, frozen)
-        self.autocast = objective.autocast
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
-        self._scale = LossScale(enabled=fp16)
 
     def _shard(self, objective: LabelledLoss, frozen: torch.dtype | None) -> None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(kind, (self.world.size,))
-        dtype = sharded_dtype(objective)
+        dtype = self._computes_in
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
         self._blocks = blocks = typing.cast("list[Any]", blocks_of(self.model, self.name))
         for block in blocks:
@@ -73,17 +68,10 @@ class FsdpEngine(ShardedEngine):
         root: Any = objective
         root._get_fsdp_state()._lazy_init()
 
-    def _sharded(self) -> list[Any]:
-        return [module for module in self._objective.modules() if isinstance(module, FSDPModule)]
-
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        root: Any = self._objective
+        root: Any = self._wrapped
         root.set_requires_gradient_sync(last or not self._waits)
         return nullcontext()
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        loss: torch.Tensor = self._objective(batch)
-        return loss
 
     def backward(self, share: torch.Tensor) -> None:
         # FSDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
@@ -112,14 +100,15 @@ class FsdpEngine(ShardedEngine):
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
+        shards: list[Any] = [module for module in self._wrapped.modules() if isinstance(module, FSDPModule)]
         try:
             for block in self._blocks:
                 block.set_reshard_after_forward(False)
-            for module in self._sharded():
+            for module in shards:
                 module.unshard()
             yield
         finally:
-            for module in self._sharded():
+            for module in shards:
                 module.reshard()
             for block in self._blocks:
                 block.set_reshard_after_forward(True)

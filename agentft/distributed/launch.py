@@ -1,13 +1,11 @@
 """Start the ranks of a job, watch and stop them, and return the result of rank 0 or the first failure.
 
-The program composes its configuration once and stays as the agent of its machine: torch's `elastic_launch` starts the
-ranks, starts them again where `elastic.max_restarts` allows it, and ends them all when one has died. Each rank is a fresh
-process that gets the resolved configuration as text. Between machines the agents meet at `LaunchTopology.endpoint`.
+The program stays as the agent of its machine, with torch's `elastic_launch`. Each rank is a fresh process that gets the
+resolved configuration as text. Agent and ranks exchange words by files in a temporary folder: heartbeats, errors, stops.
 
-Agent and ranks exchange words by files in a folder of their own. Each rank writes a heartbeat whenever it enters a phase
-(`World.heartbeat`), and its error. A signal to a process group, or to a job of SLURM, reaches agent, server and ranks alike,
-and torch's agent passes one on; so in the ranks, the server that they are forked from, and what they start all stop signals
-stay blocked. The agent writes a stop into the folder, and a thread in each rank does as the signal would have done.
+A signal to a process group or a SLURM job reaches agent, server and ranks alike. So all stop signals stay blocked in ranks,
+the server that they are forked from, and what they start; the agent writes a stop into the folder, and a thread in each
+rank does as the signal would have done.
 """
 
 from __future__ import annotations
@@ -114,8 +112,7 @@ def start_ranks(
 ) -> Any:
     """Run `entry(payload)` on every rank of this machine and return the result of its first.
 
-    The output of ranks besides rank 0 goes into `ranks/` of the run folder `folder`. Each has so many CPU `threads`; None:
-    the cores shared out evenly.
+    The output of ranks besides rank 0 goes into `ranks/` of the run folder `folder`.
 
     Raises:
         RankError: a rank died, hung, or the machines did not meet; the failed rank's traceback comes first.
@@ -183,11 +180,9 @@ def start_ranks(
 
 
 def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent: int) -> Any:
-    """Run one rank; what it raises is written down for the agent before the process ends.
+    """Run one rank with the `environment` of this job; what it raises is written down for the agent.
 
     A stop is returned: for torch's agent an error of one rank is a reason to end the others, which may still save.
-
-    The server that ranks are forked from has the environment of the first job in this program; this is the present one.
     """
     os.environ.update({name: value for name, value in environment.items() if not _ELASTIC.fullmatch(name)})
     os.environ.pop("TORCHELASTIC_ERROR_FILE", None)  # into which torch would write the error as it is, secrets included
@@ -288,11 +283,7 @@ def _read_failures(folder: Path) -> dict[int, RankFailure]:
 
 
 def explain(failures: Mapping[int, RankFailure], *, hang: str | None, logs: Path) -> AgentftError:
-    """Return the error that the job ends with.
-
-    An error that a rank raised for the user comes back as it was; anything else as a `RankError` that begins with the
-    traceback of the rank that failed first.
-    """
+    """Return the error that the job ends with: one that a rank raised for the user as it was, else a `RankError`."""
     if hang is not None:
         return RankError(f"{hang}. The output of the ranks is in {logs}")
     first = min(failures.values(), key=lambda each: (_tells_of_a_loss(each.message), each.time, each.rank))

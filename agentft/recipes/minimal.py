@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> list[float]:
         for batch in batches:
             seed_micro_batch(config.seed, step, batch.ids)
             with torch.autocast(device.kind, dtype=compute.dtype, enabled=autocast):
-                loss = summed_loss(model, batch.to(runtime.torch_device(device)))
+                loss = summed_loss(model, batch.to(torch.device(device.kind)))
             torch.autograd.backward(loss / weight)
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm or torch.inf)

@@ -135,7 +135,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         plan=plan,
         config=config.training,
         pad_id=components.chat.pad_id,
-        device=runtime.torch_device(components.device),
+        device=torch.device(components.device.kind),
         checkpoints=run.checkpoints,
         fingerprint=fingerprint,
         start=start,

@@ -1,10 +1,7 @@
 """Hand the jobs of a sweep to SLURM, by submitit, or to Ray: executors beside `runner.ThisMachine`.
 
-Before SLURM's time limit, and where a job is preempted, submitit puts it into the queue again; it resumes from its last
-checkpoint. `cluster=local` runs the same on this machine, with processes standing for nodes.
-
-What Ray runs does nothing but start the job's command and wait for it. All machines must see the sweep folder under the same
-path and have agentft installed as this one has.
+Before SLURM's time limit, and where a job is preempted, submitit puts it into the queue again. All machines must see the
+sweep folder under the same path and have agentft installed as this one has.
 """
 
 from __future__ import annotations
@@ -145,9 +142,6 @@ def _words(error: Exception) -> str:
 FOLDER = ".submitit"
 """In the sweep folder: what submitit keeps of each job, its own log among it."""
 
-_LONGEST_NAME = 80
-"""Of a SLURM job, `<sweep>_<job>`: `squeue` cuts it at what its own format asks for."""
-
 
 class NodeTask:
     """Runs on each node of a job. The first node's log and exit code are the job's."""
@@ -199,7 +193,7 @@ class Slurm(Queue):
             raise ConfigError(f"hydra/launcher=slurm: {_words(error)}") from error
 
     def submit(self, job: Job, on_node: NodeJob) -> Any:
-        self._executor.update_parameters(name=f"{job.folder.parent.name}_{job.name}"[:_LONGEST_NAME])
+        self._executor.update_parameters(name=f"{job.folder.parent.name}_{job.name}"[:80])
         try:
             return self._executor.submit(NodeTask(on_node))
         except Exception as error:  # submitit has no class of its own for `sbatch` said no

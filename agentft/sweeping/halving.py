@@ -1,9 +1,8 @@
 """Successive halving: every job trains to the first rung, the best of them are promoted to the next, the others stay there.
 
-A rung is a share of a job's own steps. Up to it a job is exactly the beginning of its full training: the schedule is that
-of all steps (`training.pause_at_fraction`), and a promoted job resumes from its checkpoint. What counts at a rung is
-the evaluation of the weights there (`arg_f1`), then the held-out loss. All jobs reach a rung before any is sent on, so the
-outcome does not depend on which machine was faster. (Jamieson and Talwalkar, 2016, arXiv 1502.07943.)
+A rung is a share of a job's own steps (`training.pause_at_fraction`), up to which it is exactly the beginning of its full
+training. All jobs reach a rung before any is sent on, so the outcome does not depend on which machine was faster. (Jamieson
+and Talwalkar, 2016, arXiv 1502.07943.)
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def run_halving(
 ) -> signal.Signals | None:
     """Take `jobs` up the rungs; `run` runs some of them and returns the signal that ended it early, as this does.
 
-    What a job came to at a rung stands in its `job.json`, so the same call again repeats nothing. A job that failed is
-    left out of the choice; when a later call brings it through, the choice is made anew with it.
+    Results at a rung stand in `job.json`, so the same call again repeats nothing. A failed job is left out of the choice.
     """
     # Those that an earlier sweep without halving has finished have nothing to win here.
     competing = [job for job in jobs if job.state != "finished" or job.rungs]

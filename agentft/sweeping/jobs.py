@@ -1,7 +1,6 @@
 """Record each job of a sweep in its `job.json`, and show how far all of them are.
 
-`status.json` is written by the run itself. What a run cannot know (that it was killed, its exit code, that it never started)
-is in `job.json` beside it, which only the launcher writes.
+What a run cannot know (that it was killed, that it never started) is there, beside `status.json`, which the run writes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Run jobs on slots until none is left: start, watch, limit, try again, and stop all of them when asked to.
 
-Whatever the executor, a job is a process of its own with its run folder, `job.json` and `job.log`; the pool, which decides
-what is tried again, limited and reported, sees only attempts. Here is the executor for this machine; those that hand jobs
-to SLURM or Ray are in `agentft.sweeping.backends`.
+The pool sees only attempts. Here is the executor for this machine; those for SLURM and Ray are in `agentft.sweeping.backends`.
 """
 
 from __future__ import annotations
