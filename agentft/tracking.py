@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 
 from agentft.errors import ConfigError, RunError
 from agentft.runs import RunFolder, json_text, read_json, sweep_folder
+from agentft.runtime import environment_variables
 from agentft.secrets import redact_command, redact_text, redact_tree
 from agentft.settings import Settings
 
@@ -294,7 +295,7 @@ class Tracker:
         self._try("artifact", log)
 
     def _start_wandb(self) -> None:
-        self._cleanup.enter_context(_environment(self._variables(self.wandb_folder)))
+        self._cleanup.enter_context(environment_variables(self._variables(self.wandb_folder)))
         modes: list[WandbMode] = ["online", "offline"] if self.mode == "online" else [self.mode]
         for mode in modes:
             try:
@@ -309,7 +310,7 @@ class Tracker:
             _log.warning("W&B logs offline from here; upload later with: wandb sync %s", self._wandb.settings.sync_dir)
         self._try("define_metric", self._define_axes)
 
-    def _variables(self, folder: Path) -> dict[str, str]:
+    def _variables(self, folder: Path) -> dict[str, str | None]:
         """Return the environment of W&B for this run. Artifacts staged in the user's own folder would stay behind on a move."""
         own = {"WANDB_DATA_DIR": str(folder / "data"), "WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_SILENT": "true"}
         if self.mode == "offline":
@@ -406,21 +407,6 @@ def _forget_service() -> None:
         import wandb
 
         wandb.teardown()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables inside the block: the next run of this process has its own folders."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ from agentft.recipes.config import (
     saved_config,
 )
 from agentft.runs import DISTRIBUTION, SWEEP_FOLDER_VARIABLE, RunFolder, readable
+from agentft.runtime import environment_variables
 from agentft.secrets import is_secret_name, redact_text
 from agentft.sweeping.launcher import read_options
 from agentft.training.config import Resume
@@ -498,23 +499,9 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 _GIVEN = os.environ.get(_FULL_ERROR)
 
 
-@contextlib.contextmanager
-def full_error(value: str | None = _GIVEN) -> Iterator[None]:
-    """Set the variable for as long as this lasts.
+def full_error(value: str | None = _GIVEN) -> contextlib.AbstractContextManager[None]:
+    """Set the variable inside the block: with 1 Hydra raises errors, which it prints over many lines otherwise, and exits.
 
-    With 1, Hydra raises errors; it prints them over many lines otherwise, and exits. The work itself and the jobs of a sweep,
-    which inherit the environment, have it as it was given.
+    The work itself and the jobs of a sweep, which inherit the environment, have it as it was given.
     """
-    before = os.environ.get(_FULL_ERROR)
-    _set_full_error(value)
-    try:
-        yield
-    finally:
-        _set_full_error(before)
-
-
-def _set_full_error(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(_FULL_ERROR, None)
-    else:
-        os.environ[_FULL_ERROR] = value
+    return environment_variables({_FULL_ERROR: value})

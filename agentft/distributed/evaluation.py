@@ -8,18 +8,15 @@ rank 0 gets all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import nn
 
 from agentft.data.tokens import Example
 from agentft.distributed.launch import BROKE_OFF
 from agentft.errors import RankError
 from agentft.evaluation.generate import Completion, Finish, Generator, OnCompletion
-from agentft.evaluation.likelihood import Likelihood, measure_likelihood
+from agentft.evaluation.likelihood import Likelihood
 from agentft.evaluation.steps import Step
 from agentft.runtime import World, share_out
 
@@ -124,17 +121,9 @@ def shares_of(steps: Sequence[Step], ranks: int) -> list[list[int]]:
 
 
 def likelihood_on_ranks(
-    world: World,
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    batch: int,
-    pad_id: int,
-    autocast: torch.dtype | None = None,
-    stock: bool = False,
+    world: World, examples: Sequence[Example], measure: Callable[[Sequence[Example]], Likelihood]
 ) -> Likelihood:
-    """Measure `examples` as `measure_likelihood` does, each on one rank; every rank gets the whole result."""
-    measure = partial(measure_likelihood, model, batch=batch, pad_id=pad_id, autocast=autocast, stock=stock)
+    """Return `measure(examples)`, each example measured on one rank; every rank gets the whole result."""
     if world.size == 1:
         return measure(examples)
     shares = share_out([len(example) for example in examples], world.size)

@@ -26,6 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from agentft.errors import RunError
+from agentft.runtime import environment_variables, set_variables
 from agentft.signals import STOPS, die_with
 
 GONE = "the process that jobs are forked from has died"
@@ -56,11 +57,8 @@ def fork_server(
     }
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     safe = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", _ORDERS: json.dumps(orders)}
-    own = {**(environment or {}), **safe}
-    before = {name: os.environ.get(name) for name in own}
     forkserver.set_forkserver_preload([__name__])
-    os.environ.update(own)
-    try:
+    with environment_variables({**(environment or {}), **safe}):
         # Blocked and not ignored: one that comes meanwhile waits for this process. Each by itself, as the first unblocks two.
         for start in (resource_tracker.ensure_running, forkserver.ensure_running):
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -69,8 +67,6 @@ def fork_server(
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield
-    finally:
-        _set_variables(before)
 
 
 def fork_program(
@@ -144,14 +140,6 @@ def _end_by_interrupt(interrupts: list[BaseException]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def _set_variables(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 def _redirect(descriptor: int) -> None:
     """Send the process's output there, and close the descriptor."""
     os.dup2(descriptor, 1)
@@ -163,7 +151,7 @@ def _serve(modules: Sequence[str], agent: int | None, environment: Mapping[str, 
     """Prepare this process, the server, before `multiprocessing` takes requests in it."""
     global server_pid
     server_pid = os.getpid()
-    _set_variables(environment)
+    set_variables(environment)
     if agent is not None:
         die_with(agent)
     with _silence():

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from agentft.evaluation.generate import (
     StockGenerator,
     deciding_settings,
 )
-from agentft.evaluation.likelihood import Likelihood
+from agentft.evaluation.likelihood import Likelihood, measure_likelihood
 from agentft.evaluation.metrics import METRICS, PAPER_NAMES, aggregate, conversation_sums, score_records
 from agentft.evaluation.replay import Episode, replay, replay_report
 from agentft.evaluation.steps import Step, StepRecord, StepScore, all_steps
@@ -157,15 +158,15 @@ def heldout_steps(data: PreparedData, template: Layout, conversations: int) -> l
 def heldout_likelihood(components: TrainingComponents, config: EvaluationConfig, world: World) -> Likelihood:
     """Measure the references of the held-out conversations with the loaded model, each on one rank."""
     examples, count = components.data.heldout_examples, config.conversations
-    return likelihood_on_ranks(
-        world,
+    measure = partial(
+        measure_likelihood,
         components.model,
-        examples if count < 0 else examples[:count],
         batch=config.batch,
         pad_id=components.chat.pad_id,
         autocast=components.objective.autocast,
         stock=components.probed.stock_logits,
     )
+    return likelihood_on_ranks(world, examples if count < 0 else examples[:count], measure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +235,8 @@ class Evaluation:
             "predictions_sha256": _digest(file.read_text(encoding="utf-8")),
         }
         self.run.write_json(self.run.metrics(self.name), {**result.report, **about})
-        for partial in working:
-            partial.unlink(missing_ok=True)
+        for left in working:
+            left.unlink(missing_ok=True)
         return result
 
     def _scored(self, generator: Generator, steps: Sequence[Step]) -> EvalResult:

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
 from agentft.distributed.launch import start_ranks
 from agentft.errors import RankError
 from agentft.evaluation.generate import GreedyGenerator
+from agentft.evaluation.likelihood import measure_likelihood
 from agentft.evaluation.steps import all_steps
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
@@ -172,7 +174,9 @@ def examine(found: Case, world: World) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
     with found.engine.unsharded():
         model = found.engine.model.eval()
-        likelihood = likelihood_on_ranks(world, model, found.job.examples, batch=2, pad_id=0)
+        likelihood = likelihood_on_ranks(
+            world, found.job.examples, partial(measure_likelihood, model, batch=2, pad_id=0)
+        )
         stop = tokenizer.eos_token_id
         generator = GreedyGenerator(model, tokenizer, stop_ids=[stop], batch=2, max_new_tokens=3)
         template = MsagentTemplate(tokenizer.eos_token)
