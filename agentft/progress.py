@@ -63,10 +63,7 @@ _log_file: Path | None = None
 
 
 def outlive_console() -> None:
-    """From here on no write to standard output or error fails, whoever makes it, the interpreter at its exit included.
-
-    Streams that something else has put in their place (a notebook, a test) stay as they are.
-    """
+    """From here on no write to standard output or error fails; streams that a notebook has put in their place stay."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by who started this process
@@ -111,10 +108,7 @@ def console() -> Console:
 
 
 def set_up_logging(log_file: Path, *, held: bool = False) -> None:
-    """Send log lines to the console in short form, and to `log_file` with time and module.
-
-    Held, the lines for the file wait in memory for `open_log_file`: a start that is refused leaves no trace.
-    """
+    """Send log lines to the console, and to `log_file` with time and module; held, they wait for `open_log_file`."""
     from rich.logging import RichHandler
 
     global _log_file

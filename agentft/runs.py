@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import threading
@@ -96,14 +95,10 @@ class RunFolder:
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Return the folder of a run that was started before; nothing in it changes and its lock is not taken."""
         run = cls(path)
-        if not run.path.is_dir():
-            found = "is a file" if run.path.exists() else "does not exist"
-            raise RunError(f"{run.path} {found}; expected a run folder that train.py made")
         missing = [file.name for file in (run.config_file, run.record_file) if not file.is_file()]
         if missing:
-            found = ", ".join(sorted(entry.name for entry in run.path.iterdir())[:8]) or "nothing"
             raise RunError(
-                f"{run.path} is not a run folder: {' and '.join(missing)} not there (found: {found}); "
+                f"{run.path} is not a run folder: {' and '.join(missing)} not there; "
                 "expected the folder that train.py named, for example runs/<name>"
             )
         return run
@@ -164,10 +159,7 @@ class RunFolder:
         try:
             _replace(target, content)
         except OSError as error:
-            free = "an unknown number of"
-            with contextlib.suppress(OSError):
-                free = f"{shutil.disk_usage(self.path).free:,}"
-            raise RunError(f"{target}: cannot be written: {error.strerror}; {free} bytes are free") from error
+            raise RunError(f"{target}: cannot be written: {error.strerror}") from error
 
     def write_json(self, path: Path, value: Any) -> None:
         """Replace a JSON file as a whole; see `json_text` for what becomes of NaN."""

@@ -49,16 +49,12 @@ class StopSignal(KeyboardInterrupt):
 
     @property
     def asks_for_another_turn(self) -> bool:
-        """SIGUSR1 announces the end of a job's time. SIGTERM may be a user's `scancel`, which means it; on SIGUSR2
-        submitit, which sends it, queues the job again itself."""
+        """Return whether it announces the end of a job's time; SIGUSR2 is submitit's, which queues the job again itself."""
         return self.signal.name == "SIGUSR1"
 
 
 class StopSignals:
-    """Notices `STOPS` inside its `with` block; those that the process was told to ignore stay ignored.
-
-    Outside the main thread, where Python takes no signals, it does nothing.
-    """
+    """Notices `STOPS` inside its `with` block, in the main thread; those that the process ignores stay ignored."""
 
     _standing: ClassVar[StopSignals | None] = None
 

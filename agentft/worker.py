@@ -6,8 +6,7 @@ The file is a resolved configuration, such as the `config.yaml` of a run folder;
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29400 -m agentft.worker --config job.yaml
 
 What allows pickles or code counts from the command line only: `--config job.yaml model.allow_pickle=true`.
-Nothing is composed in a rank, so all ranks have the same settings. `agentft.recipes.train.train` starts ranks by itself
-and needs none of this.
+`agentft.recipes.train.train` starts ranks by itself and needs none of this.
 """
 
 from __future__ import annotations
@@ -26,17 +25,11 @@ from agentft.signals import StopSignal, StopSignals
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the program with its command line.
-
-    Raises:
-        AgentftError: what the training raises, or settings that cannot be read.
-    """
+    """Run the program with its command line. Raises AgentftError."""
     outlive_console()
     parser = argparse.ArgumentParser(prog="python -m agentft.worker", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, help="resolved configuration, as in a run folder")
-    parser.add_argument(
-        "--write", type=Path, help="write such a file from the settings that follow, and do nothing else"
-    )
+    parser.add_argument("--write", type=Path, help="only write such a file, from the settings that follow")
     parser.add_argument("settings", nargs="*", help="with --write: as for train.py, and run_dir=...")
     given = parser.parse_args(arguments)
     if given.write is not None:
@@ -48,9 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     trust = {each.name: f"model.{each.name}=true" in given.settings for each in fields(TrustConfig)}
     if given.config is None or len(given.settings) > sum(trust.values()):
-        raise ConfigError(
-            "--config <file> is needed, and settings belong to --write; see python -m agentft.worker --help"
-        )
+        raise ConfigError("--config <file> is needed, and settings belong to --write; see --help")
     with StopSignals() as signals, signals.deferred():
         from agentft.recipes.train import train_rank
 

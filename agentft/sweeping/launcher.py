@@ -186,10 +186,7 @@ class SweepLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run what is not finished yet, and return an outcome for each job.
-
-        A failed job does not disturb the others; Hydra raises its error when all have ended.
-        """
+        """Run what is not finished yet, and return an outcome for each job."""
         from agentft.config.main import full_error  # which has been imported when a sweep begins
 
         with full_error():
