@@ -408,10 +408,8 @@ def git_state() -> dict[str, Any]:
         _git(package, "ls-files", "--error-unmatch", Path(__file__).name)
         revision = _git(package, "rev-parse", "HEAD")
         changed = _git(package, "status", "--porcelain", "--untracked-files=no")
-    except subprocess.CalledProcessError:
-        return {"revision": None, "dirty": None, "reason": "agentft does not run from a git checkout with a commit"}
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"revision": None, "dirty": None, "reason": f"git cannot be asked: {type(error).__name__}"}
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"revision": None, "dirty": None, "reason": f"no git checkout with a commit: {type(error).__name__}"}
     return {"revision": revision, "dirty": bool(changed), "changed": changed.splitlines()[:20]}
 
 

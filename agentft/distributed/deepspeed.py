@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentft.distributed.engines import ShardedEngine, blocks_of, wanted_dtype, whole_shape
+from agentft.distributed.engines import ShardedEngine, blocks_of, sharded_dtype, wanted_dtype, whole_shape
 from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.runtime import World
 from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
-from agentft.training.engine import build_optimizer
 
 _STEP = "step"
 """The one slot of AdamW that is a number: DeepSpeed keeps it once for a whole partition."""
@@ -41,11 +40,10 @@ class DeepSpeedEngine(ShardedEngine):
         fp16: bool = False,
         frozen: torch.dtype | None = None,
     ) -> None:
-        super().__init__(objective, world, fp16=fp16)
-        deepspeed, dtype = _import_deepspeed(), self._computes_in
+        deepspeed, dtype = _import_deepspeed(), sharded_dtype(objective)
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         # Before weights are cut into shards, which makes all of them vectors: decay is for matrices.
-        self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
+        super().__init__(objective, config, fp16=fp16, world=world)
         if self.stage == 3:
             # Blocks are gathered whole, since our layers read weights without calling the modules that own them.
             deepspeed.utils.set_z3_leaf_modules(objective, [type(blocks_of(self.model, self.name)[0])])
@@ -54,23 +52,22 @@ class DeepSpeedEngine(ShardedEngine):
             causal_model(self.model).get_input_embeddings().register_forward_hook(_require_gradient)
         configuration = _configuration(settings, config, dtype)
         _cast(objective, dtype or torch.float32, frozen, cut_by=configuration if self.stage == 3 else None)
-        self._wrapped, *_ = deepspeed.initialize(
+        self.objective, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=configuration, dist_init_required=False
         )
-        self._engine: Any = self._wrapped
-        self._zero: Any = self._engine.optimizer
+        self._zero: Any = self.objective.optimizer
         self._api: Any = deepspeed.utils
         self._gathered: Any = deepspeed.zero.GatheredParameters
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         # DeepSpeed multiplies the loss by it, and takes it out again when it clips; `backward` multiplies by the ranks.
         self._zero.loss_scaler.cur_scale = self._divisor()
-        self._engine.set_gradient_accumulation_boundary(last)
+        self.objective.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, share: torch.Tensor) -> None:
         # DeepSpeed takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
-        self._engine.backward(share * self.world.size, scale_wrt_gas=False)
+        self.objective.backward(share * self.world.size, scale_wrt_gas=False)
 
     def clip(self, limit: float) -> torch.Tensor:
         # The limit stands in DeepSpeed's configuration, which clips in `step`.
@@ -94,7 +91,7 @@ class DeepSpeedEngine(ShardedEngine):
         if not self._scale.finite:
             self.zero_grad()
             return
-        self._engine.step()
+        self.objective.step()
         self._scale.update()
 
     def zero_grad(self) -> None:
@@ -149,13 +146,13 @@ class DeepSpeedEngine(ShardedEngine):
         kept, states = self._take_up(weights, optimizer, settings)
         self._make_room(states)
         for name, parameter in kept.items():
-            value = weights[name].to(self._engine.device)
+            value = weights[name].to(self.objective.device)
             with torch.no_grad(), self._gathered([parameter], modifier_rank=0, enabled=self.stage == 3):
                 parameter.data.copy_(value)
             self._api.safe_set_full_fp32_param(parameter, value)
             for slot, tensor in states.get(name, {}).items():
                 if slot != _STEP:
-                    self._api.safe_set_full_optimizer_state(parameter, tensor.to(self._engine.device), slot)
+                    self._api.safe_set_full_optimizer_state(parameter, tensor.to(self.objective.device), slot)
 
     def _make_room(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Make the state that AdamW makes in its first step, for `load` to fill."""

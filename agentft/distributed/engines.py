@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from agentft.data.batches import Batch
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.errors import ConfigError
 from agentft.model.adapters import kept_parameters, require_same_parameters
@@ -22,9 +21,7 @@ from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.runtime import World
 from agentft.training.checkpoint import TensorStream
 from agentft.training.config import TrainingConfig
-from agentft.training.engine import Engine, SingleEngine, plain_groups, restore_groups, slots_by_parameter
-
-_GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
+from agentft.training.engine import Engine, SingleEngine, restore_groups, slots_by_parameter
 
 
 def loads_on_cpu(config: DistributedConfig) -> bool:
@@ -77,7 +74,7 @@ class DdpEngine(SingleEngine):
         # those of a mapped file would copy it.
         for parameter in kept_parameters(self.model).values():
             dist.broadcast(parameter.data, src=0)
-        self._wrapped = DistributedDataParallel(
+        self.objective = DistributedDataParallel(
             objective,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
@@ -85,95 +82,15 @@ class DdpEngine(SingleEngine):
         )
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if last else self._wrapped.no_sync()
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        loss: torch.Tensor = self._wrapped(batch)
-        return loss
-
-    def backward(self, share: torch.Tensor) -> None:
-        # DDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already. Under fp16 the
-        # loss keeps its size, so that the same steps overflow as on one process.
-        super().backward(share if self._scales else share * self.world.size)
-
-    def clip(self, limit: float) -> torch.Tensor:
-        if self._scales:
-            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.world.size)
-        return super().clip(limit)
+        return nullcontext() if last else self.objective.no_sync()
 
 
-class LossScale:
-    """The factor of the loss in the backward pass under fp16, by the rule and in the saved form of torch's `GradScaler`.
-
-    Whether a gradient is finite is read off the norm over all ranks, so every rank decides alike. Micikevicius et al., 2018,
-    Mixed Precision Training (arXiv 1710.03740).
-    """
-
-    def __init__(self, *, enabled: bool) -> None:
-        self.enabled = enabled
-        self.factor = 65536.0 if enabled else 1.0
-        self.finite = True
-        """The gradient of this step can be taken; else the step is left out."""
-        self._good_steps = 0
-
-    def check(self, norm: torch.Tensor) -> None:
-        """Note whether the gradient of this step is finite, by its norm."""
-        self.finite = not self.enabled or bool(torch.isfinite(norm))
-
-    def update(self) -> None:
-        """Set the factor of the next step."""
-        if self.enabled:
-            self._good_steps = self._good_steps + 1 if self.finite else 0
-            if not self.finite:
-                self.factor *= _BACKOFF
-            elif self._good_steps == _INTERVAL:
-                self.factor, self._good_steps = self.factor * _GROWTH, 0
-        self.finite = True
-
-    def state(self) -> dict[str, Any]:
-        """Return what `torch.amp.GradScaler.state_dict` would; empty where it is not in use."""
-        if not self.enabled:
-            return {}
-        return {
-            "scale": self.factor,
-            "growth_factor": _GROWTH,
-            "backoff_factor": _BACKOFF,
-            "growth_interval": _INTERVAL,
-            "_growth_tracker": self._good_steps,
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state, of `GradScaler` too."""
-        if self.enabled and state:
-            self.factor, self._good_steps = float(state["scale"]), int(state["_growth_tracker"])
-
-
-class ShardedEngine:
+class ShardedEngine(SingleEngine):
     """The part of an engine with shards that does not ask who cuts the parameters.
 
     Weights are loaded as the mapped files themselves, and cast once they are cut (FSDP2) or a block at a time before that
     (ZeRO), so a rank never holds more than its shard and the block in work.
     """
-
-    optimizer: torch.optim.Optimizer
-    autocast: torch.dtype | None = None
-
-    def __init__(self, objective: LabelledLoss, world: World, *, fp16: bool) -> None:
-        self.world, self.model = world, objective.model
-        # Autocast would keep the cast copy of every gathered weight until the end of the pass, which is the whole model; so
-        # what is trained is cast to this before it is gathered.
-        self._computes_in, objective.autocast = objective.autocast, None
-        self._scale = LossScale(enabled=fp16)
-        self._wrapped: nn.Module = objective
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        loss: torch.Tensor = self._wrapped(batch)
-        return loss
-
-    def settings(self) -> dict[str, Any]:
-        return {"groups": plain_groups(self.optimizer), "scaler": self._scale.state()}
 
     def weights(self, *, frozen: bool = False) -> TensorStream:
         return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))
@@ -218,3 +135,12 @@ def wanted_dtype(parameter: nn.Parameter, trained: torch.dtype, frozen: torch.dt
     if not parameter.is_floating_point():
         return parameter.dtype
     return trained if parameter.requires_grad else (frozen or parameter.dtype)
+
+
+def sharded_dtype(objective: LabelledLoss) -> torch.dtype | None:
+    """Return the dtype that trained weights are cast to in shards, before they are gathered, and end the autocast.
+
+    Autocast would keep the cast copy of every gathered weight until the end of the pass, which is the whole model.
+    """
+    dtype, objective.autocast = objective.autocast, None
+    return dtype

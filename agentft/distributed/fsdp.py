@@ -6,7 +6,6 @@ bf16 and adapters in fp32 live in one block.
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,12 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from agentft.distributed.engines import ShardedEngine, blocks_of, wanted_dtype
+from agentft.distributed.engines import ShardedEngine, blocks_of, sharded_dtype, wanted_dtype
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.runtime import World
 from agentft.training.checkpoint import TensorSpec, TensorStream
 from agentft.training.config import TrainingConfig
-from agentft.training.engine import build_optimizer
 
 _FEW = 0.1
 """Share of trained parameters below which their whole gradients may wait on each rank for the end of a step."""
@@ -43,19 +41,18 @@ class FsdpEngine(ShardedEngine):
         fp16: bool = False,
         frozen: torch.dtype | None = None,
     ) -> None:
-        super().__init__(objective, world, fp16=fp16)
-        parameters = list(self.model.parameters())
+        parameters = list(objective.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self._waits = trained < _FEW * sum(p.numel() for p in parameters)
-        self._shard(objective, frozen)
-        self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
+        self._shard(objective, world, frozen)
+        super().__init__(objective, config, fp16=fp16, world=world)
 
-    def _shard(self, objective: LabelledLoss, frozen: torch.dtype | None) -> None:
+    def _shard(self, objective: LabelledLoss, world: World, frozen: torch.dtype | None) -> None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        mesh = init_device_mesh(kind, (self.world.size,))
-        dtype = self._computes_in
+        mesh = init_device_mesh(kind, (world.size,))
+        dtype = sharded_dtype(objective)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-        self._blocks = blocks = typing.cast("list[Any]", blocks_of(self.model, self.name))
+        self._blocks = blocks = typing.cast("list[Any]", blocks_of(objective.model, self.name))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
@@ -69,38 +66,12 @@ class FsdpEngine(ShardedEngine):
         root._get_fsdp_state()._lazy_init()
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        root: Any = self._wrapped
-        root.set_requires_gradient_sync(last or not self._waits)
+        self.objective.set_requires_gradient_sync(last or not self._waits)
         return nullcontext()
-
-    def backward(self, share: torch.Tensor) -> None:
-        # FSDP takes the mean over ranks; the step's loss is a sum, whose denominator all ranks share already.
-        factor = self._scale.factor if self._scale.enabled else self.world.size
-        (share * factor).backward()  # type: ignore[no-untyped-call]
-
-    def clip(self, limit: float) -> torch.Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self._scale.enabled:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.world.size / self._scale.factor)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._scale.check(norm)
-        return norm
-
-    def step(self) -> None:
-        if self._scale.finite:
-            self.optimizer.step()
-        self.zero_grad()
-
-    def zero_grad(self) -> None:
-        self._scale.update()
-        self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        shards: list[Any] = [module for module in self._wrapped.modules() if isinstance(module, FSDPModule)]
+        shards: list[Any] = [module for module in self.objective.modules() if isinstance(module, FSDPModule)]
         try:
             for block in self._blocks:
                 block.set_reshard_after_forward(False)

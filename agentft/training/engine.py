@@ -132,8 +132,59 @@ class Engine(Protocol):
         """
 
 
+_GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
+
+
+class LossScale:
+    """The factor of the loss in the backward pass under fp16, by the rule and in the saved form of torch's `GradScaler`.
+
+    Whether a gradient is finite is read off the norm over all ranks, so every rank decides alike. Micikevicius et al., 2018,
+    Mixed Precision Training (arXiv 1710.03740).
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.factor = 65536.0 if enabled else 1.0
+        self.finite = True
+        """The gradient of this step can be taken; else the step is left out."""
+        self._good_steps = 0
+        self._checked = False
+
+    def check(self, norm: torch.Tensor) -> None:
+        """Note whether the gradient of this step is finite, by its norm."""
+        self.finite = not self.enabled or bool(torch.isfinite(norm))
+        self._checked = True
+
+    def update(self) -> None:
+        """Set the factor of the next step, where the gradient of this one was checked."""
+        if self.enabled and self._checked:
+            self._good_steps = self._good_steps + 1 if self.finite else 0
+            if not self.finite:
+                self.factor *= _BACKOFF
+            elif self._good_steps == _INTERVAL:
+                self.factor, self._good_steps = self.factor * _GROWTH, 0
+        self.finite, self._checked = True, False
+
+    def state(self) -> dict[str, Any]:
+        """Return what `torch.amp.GradScaler.state_dict` would; empty where it is not in use."""
+        if not self.enabled:
+            return {}
+        return {
+            "scale": self.factor,
+            "growth_factor": _GROWTH,
+            "backoff_factor": _BACKOFF,
+            "growth_interval": _INTERVAL,
+            "_growth_tracker": self._good_steps,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state, of `GradScaler` too."""
+        if self.enabled and state:
+            self.factor, self._good_steps = float(state["scale"]), int(state["_growth_tracker"])
+
+
 class SingleEngine:
-    """One process, one device, plain torch."""
+    """One process, one device, plain torch; the others are like it where they do not say otherwise."""
 
     name = "single"
 
@@ -141,14 +192,11 @@ class SingleEngine:
         self, objective: LabelledLoss, config: TrainingConfig, *, fp16: bool = False, world: World = ALONE
     ) -> None:
         self.world = world
-        self.objective = objective
+        self.objective: Any = objective
         self.model = objective.model
         self.autocast = objective.autocast
         self.optimizer: torch.optim.Optimizer = build_optimizer(objective, config)
-        self._scales = fp16
-        device_type = next(objective.parameters()).device.type
-        self._scaler = torch.amp.GradScaler(device_type, enabled=fp16)
-        self._unscaled = False
+        self._scale = LossScale(enabled=fp16)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -158,22 +206,29 @@ class SingleEngine:
         return loss
 
     def backward(self, share: torch.Tensor) -> None:
-        self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        # DDP and FSDP take the mean over ranks; the step's loss is a sum, whose denominator all ranks share already. Under
+        # fp16 the loss keeps its size, so that the same steps overflow as on one process.
+        factor = self._scale.factor if self._scale.enabled else self.world.size
+        (share * factor).backward()  # type: ignore[no-untyped-call]
 
     def clip(self, limit: float) -> torch.Tensor:
-        self._scaler.unscale_(self.optimizer)
-        self._unscaled = True
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        if self._scale.enabled:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.world.size / self._scale.factor)
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._scale.check(whole)
+        return whole
 
     def step(self) -> None:
-        self._scaler.step(self.optimizer)
+        if self._scale.finite:
+            self.optimizer.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        if self._unscaled:  # the scaler takes one `update` for each `unscale_`
-            self._scaler.update()
-            self._unscaled = False
+        self._scale.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
@@ -194,14 +249,14 @@ class SingleEngine:
         )
 
     def settings(self) -> dict[str, Any]:
-        return {"groups": plain_groups(self.optimizer), "scaler": self._scaler.state_dict()}
+        return {"groups": plain_groups(self.optimizer), "scaler": self._scale.state()}
 
     def load(
         self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
     ) -> None:
         load_trained_state(self.model, dict(weights))
         load_optimizer(self.optimizer, self.model, optimizer, settings["groups"])
-        self._scaler.load_state_dict(dict(settings.get("scaler", {})))
+        self._scale.load(settings.get("scaler", {}))
 
 
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
