@@ -174,11 +174,7 @@ def is_encodable(text: str) -> bool:
 
 
 def read_literal(text: str) -> Any:
-    """Read JSON text, or else the text of a Python literal.
-
-    Raises:
-        JsonRefused: neither of both, or over a limit; the message says which.
-    """
+    """Read JSON text, or else a Python literal; raise JsonRefused where it is neither of both, or over a limit."""
     if (turns := _read_turns_repr(text)) is not None:
         return turns
     try:
@@ -215,11 +211,7 @@ def read_literal(text: str) -> Any:
 
 
 def literal(text: str, reason: str) -> Any:
-    """Read JSON text or a Python literal.
-
-    Raises:
-        FormatError: it is neither; with that reason.
-    """
+    """Read JSON text or a Python literal; raise FormatError with the `reason` where it is neither."""
     try:
         return read_literal(text)
     except JsonRefused as error:
@@ -272,11 +264,7 @@ def read_id(value: object) -> str | None:
 
 
 def read_call(call: object) -> ToolCall:
-    """Read a call given as an object, its arguments as an object or JSON text; fields without a meaning are its extras.
-
-    Raises:
-        FormatError: it has no name, or its arguments cannot be told.
-    """
+    """Read a call given as an object, arguments as an object or JSON text; raise FormatError where they cannot be told."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict):
         raise FormatError("call_not_an_object", "a call is no object with name and arguments")
@@ -439,13 +427,7 @@ _RAW = re.compile(r"""'.*?'(?=\s*(?:,\s*\w+\s*=|\)\s*(?:\]\s*\Z|,)))|"[^"]*\""""
 
 
 def read_python(body: str, args: Mapping[str, Any], _: object = None) -> list[Json | Call]:
-    """Read a list of calls as Python writes it: `[name(key='text', other=1)]`. No code is run.
-
-    A call that cannot be read is an attempt beside the others.
-
-    Raises:
-        JsonRefused: it is no list, or one too long to be read.
-    """
+    """Read a list of calls such as `[name(key='text', other=1)]`, running no code; raise JsonRefused where it is no list."""
     if len(body) > MAX_PYTHON_CALL_CHARACTERS:
         raise JsonRefused(f"a list of calls of {len(body):,} characters")
     calls: list[Json | Call] = []

@@ -44,11 +44,7 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
     ) -> None:
-        """Take the template of `tokenizer`, a tokenizer of transformers, unless another is given.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Take the template of `tokenizer`, a tokenizer of transformers, unless another is given; one there must be."""
         self.tokenizer = tokenizer
         self.args = dict(template_args or {})
         """What is recorded: the given arguments, and the day where the template asks for the date."""
@@ -77,11 +73,7 @@ class ChatTemplate:
         prompt: bool,
         args: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text of messages, with the generation prompt behind them for `prompt`.
-
-        Raises:
-            FormatError: the template raised; the detail has its words.
-        """
+        """Return the text of messages, for `prompt` with the generation prompt; raise FormatError where the template raises."""
         from jinja2 import TemplateError
 
         given = {**self.args, **(args or {})}

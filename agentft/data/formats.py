@@ -220,11 +220,7 @@ class _Chat:
             raise FormatError("call_id_twice", f"two calls of one step have the id {max(ids, key=ids.count)!r}")
 
     def finish(self) -> Read:
-        """Leave out what follows the agent's last message, and return what was read.
-
-        Raises:
-            FormatError: the agent says nothing.
-        """
+        """Return what was read up to the agent's last message; raise FormatError where it says nothing."""
         self._end_step()
         while self._messages and self._messages[-1].role not in ("assistant", "tool"):
             left_out = self._messages.pop()

@@ -306,11 +306,7 @@ def result_message(observation: Observation, *blanks: Part) -> Message:
 
 
 def turn_messages(parts: Iterable[Part], *, trained: bool = True) -> list[Message]:
-    """Cut an assistant's turn of MSAgent text into its steps and the results between them.
-
-    Args:
-        trained: False where the source shows the turn and does not want its steps trained.
-    """
+    """Cut an assistant's turn of MSAgent text into its steps, `trained` or only shown, and the results between them."""
     messages: list[Message] = []
     run: list[Part] = []
     for part in (*parts, None):
@@ -331,11 +327,7 @@ def turn_messages(parts: Iterable[Part], *, trained: bool = True) -> list[Messag
 
 
 def as_msagent(conversation: Conversation) -> Conversation:
-    """Return the conversation with the MSAgent text of all its messages; one that was read from such text as it is.
-
-    Raises:
-        GrammarError: it holds what MSAgent text cannot say.
-    """
+    """Return the conversation with MSAgent text in all its messages; raise GrammarError where that cannot say it."""
     if conversation.is_msagent:
         return conversation
     messages: list[Message] = []

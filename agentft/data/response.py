@@ -210,13 +210,10 @@ class ResponseTemplate:
     """A way to write reasoning, text and calls."""
 
     def __init__(self, name: str, spec: Mapping[str, Any], *, of_datasets: bool = False) -> None:
-        """Read a response template.
+        """Read a response template; raise TemplateUnknown of a field, a content or a pattern that is not known.
 
         Args:
             of_datasets: Calls may be Python literals, and their arguments JSON text, as some datasets write them.
-
-        Raises:
-            TemplateUnknown: it has a field, a content or a pattern that is not known.
         """
         self.name = name
         self.spec = spec
@@ -490,11 +487,7 @@ def read_text_calls(text: str, tools: Sequence[dict[str, Json]], *, pythonic: bo
 
 
 def split_thought(text: str) -> tuple[str | None, str]:
-    """Return the thought that a text begins with, and the text after it.
-
-    Raises:
-        FormatError: the thought has no end.
-    """
+    """Return the thought that a text begins with, and the text after it; raise FormatError where it has no end."""
     if "</think>" not in text:
         if text.lstrip().startswith("<think>"):
             raise FormatError("thought_never_closed", "a text opens <think> and never closes it")
@@ -528,11 +521,7 @@ def _json_of(text: str, brackets: str) -> Json | None:
 
 
 def read_react(text: str) -> Iterator[tuple[Literal["step", "result"], str, ToolCall | None]]:
-    """Yield the steps and results of ReAct text: an observation follows its action, the final answer ends.
-
-    Raises:
-        FormatError: the lines are in another order, or an action cannot be read.
-    """
+    """Yield the steps and results of ReAct text; raise FormatError where its lines are in another order, or unreadable."""
     labels = list(_REACT_LABEL.finditer(text))
     ends = [label.start() for label in labels[1:]] + [len(text)] * bool(labels)
     words = [text[: labels[0].start()].strip() if labels else text.strip()]

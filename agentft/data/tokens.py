@@ -196,11 +196,7 @@ class SegmentEncoder:
         return hashlib.sha256(str(self._json).encode()).hexdigest()
 
     def special_id(self, token: str) -> int:
-        """Return the id of a special token.
-
-        Raises:
-            ConfigError: the vocabulary has no such token, or one that only text can reach.
-        """
+        """Return the id of a special token; raise ConfigError where the vocabulary has none of that name."""
         if token not in self._vocabulary:
             raise ConfigError(
                 f"{token!r} is not in the tokenizer's vocabulary; model.stop_token or model.template asks for it"
@@ -621,11 +617,7 @@ class TextIds:
     """Encodes texts by `tokenizers`; much text by `fastokens`, if that is found to give the same ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, much: bool | None = None) -> None:
-        """Take a tokenizer that cuts nothing and pads nothing.
-
-        Args:
-            much: More text is to come than repays the loading of `fastokens`; None: it is never loaded.
-        """
+        """Take a tokenizer that cuts and pads nothing; `much` text repays loading `fastokens`, None never loads it."""
         self.tokenizer = tokenizer
         self._repaid = 0 if much else max(_WORTH_LOADING * tokenizer.get_vocab_size(), _LEAST_MUCH)
         self._fast: _Fastokens | None = None
@@ -634,11 +626,7 @@ class TextIds:
         self._characters = self._texts = 0
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, shape [T]. May be called by several threads; uses all cores.
-
-        Raises:
-            TokenizersDisagree: of a text that was encoded by both.
-        """
+        """Return the ids of each text, shape [T], on all cores; raise TokenizersDisagree of a text encoded by both."""
         if self._fast is not None:
             ids = self._fast.encode(texts)
             first = -self._texts % CHECKED

@@ -81,11 +81,7 @@ class Lifted:
 
 
 def read_tools(tools: object) -> Tools:
-    """Read a column of declarations: a list, or the text of one.
-
-    Raises:
-        FormatError: it is no list of objects with names.
-    """
+    """Read a column of declarations, a list or its text; raise FormatError where it is no list of objects with names."""
     if isinstance(tools, str):
         tools = literal(tools, "tools_unreadable") if tools.strip() else []
     if not isinstance(tools, (list, type(None))):
