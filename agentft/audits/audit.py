@@ -49,10 +49,6 @@ _SAMPLE = 24
 _MAX_SHOWN_TOKENS = 20_000
 """A longer conversation is no example to look at."""
 
-_OF_REJECTIONS = {"duplicate": "duplicate", "observation_without_call": "exec_without_call"}
-_OF_NOTICES = {"duplicate_id_renamed": "duplicate_id"}
-"""What the reader has found already -> its code here."""
-
 
 def audit(config: AuditConfig) -> list[Finding]:
     """Audit a dataset and write its report, or show one conversation of it; return the findings that make it fail.
@@ -193,7 +189,6 @@ class Audit:
         self._layout = layout
         self._text = text
         self._stop_token = stop_tokens(layout)[0]
-        self._index = ConversationIndex()
         self._sample: list[tuple[str, Seen]] = []
         """Content hash and conversation."""
         self._exemplary: dict[str, Seen] = {}
@@ -218,12 +213,12 @@ class Audit:
                 cost = {"examples": len(lengths), "tokens": sum(lengths), "tokens_of_the_longest": max(lengths)}
                 statistics.rewritten_history.update(cost, conversations=1)
             self._look_at(number, Seen.of(made, self._text, data.entries[number].part))
-        self._note_what_reading_found()
+        self._check_what_is_set_aside()
         for reason in data.empty_parts:
             self.findings["empty_part"].add(Origin("split", 0), None, reason)
-        statistics.heldout_turns_compared = self._index.compare(
-            data.conversations, [entry.part for entry in data.entries], self.findings, self._options.similarity
-        )
+        parts = [entry.part for entry in data.entries]
+        compared = compare(data.conversations, parts, self.findings, self._options.similarity)
+        statistics.heldout_turns_compared = compared
         statistics.fitting = {part: self._fitting(part) for part, outcomes in data.stats.fitted.items() if outcomes}
         return self
 
@@ -238,7 +233,6 @@ class Audit:
 
     def _look_at(self, number: int, seen: Seen) -> None:
         self._count(seen)
-        self._index.add(seen.conversation)
         if len(seen.example) <= _MAX_SHOWN_TOKENS:
             self._sample.append((seen.conversation.content_hash, seen))
             if len(self._sample) > 4 * _SAMPLE:
@@ -307,17 +301,8 @@ class Audit:
         statistics.tools_called.update(names)
         statistics.tools_offered.update({tool.name for tool in conversation.offered})
 
-    def _note_what_reading_found(self) -> None:
+    def _check_what_is_set_aside(self) -> None:
         stats = self.data.stats
-        for rejection in stats.rejections:
-            if code := _OF_REJECTIONS.get(rejection.reason):
-                self.findings[code].add(rejection.origin, rejection.id, rejection.detail)
-        for notice_code, code in _OF_NOTICES.items():
-            finding = self.findings[code]
-            for notice in stats.read.notices_shown.get(notice_code, []):
-                finding.add(notice.origin, None, notice.detail)
-            # The reader keeps the first few notices only, but counts all: one a conversation.
-            finding.count = finding.conversations = stats.read.notices[notice_code]
         rows, allowed = stats.read.rows, self._config.max_rejected
         if rows and stats.lost / rows > allowed:
             share = f"{stats.lost:,} of {rows:,} rows ({stats.lost / rows:.1%})"
@@ -357,91 +342,82 @@ _EMPTY = np.uint32(0xFFFFFFFF)
 _NOT_WORDS = re.compile(r"[\W_]+")
 
 
-class ConversationIndex:
-    """Digests and sketches of conversations, one after the other: never their texts, about a kilobyte of each at most."""
+_Turn = tuple[int, np.ndarray[Any, np.dtype[np.uint32]]]
+"""Number of the conversation, and sketch of a user turn."""
 
-    def __init__(self) -> None:
-        self._contents = array("Q")
-        self._said = array("Q")
-        self._sketches: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
-        self._owners = array("Q")
-        """Of each sketch."""
 
-    def add(self, conversation: Conversation) -> None:
-        """Enter the next conversation."""
-        turns = [message.text for message in conversation.messages if message.role == "user"]
+def compare(
+    conversations: Sequence[Conversation],
+    part_of: Sequence[str | None],
+    findings: dict[str, Finding],
+    similarity: float,
+) -> int:
+    """Find equal contents and user sides, and held-out user turns that nearly equal one of training; count those compared.
+
+    Digests and sketches are kept, about a kilobyte of each conversation at most, and never texts.
+
+    Args:
+        part_of: `train`, `heldout` or None for each.
+        similarity: Share of common five-letter runs, case and punctuation aside; estimated within about 0.07.
+    """
+    contents, said = array("Q"), array("Q")
+    turns: dict[str | None, list[_Turn]] = defaultdict(list)
+    for number, conversation in enumerate(conversations):
+        texts = [message.text for message in conversation.messages if message.role == "user"]
         # Not `user_hash`, which the split goes by: what is checked must not be what checks.
-        said = hashlib.blake2b("\x1f".join(" ".join(turn.split()) for turn in turns).encode(), digest_size=8)
-        sketches = [sketch for turn in turns if (sketch := _sketch(turn)) is not None]
-        self._sketches += sketches
-        self._owners.extend([len(self._said)] * len(sketches))
-        self._said.append(int.from_bytes(said.digest(), "big"))
-        self._contents.append(int(conversation.content_hash[:16], 16))
+        side = hashlib.blake2b("\x1f".join(" ".join(text.split()) for text in texts).encode(), digest_size=8)
+        contents.append(int(conversation.content_hash[:16], 16))
+        said.append(int.from_bytes(side.digest(), "big"))
+        sketches = (sketch(text) for text in texts if part_of[number] is not None)
+        turns[part_of[number]] += [(number, each) for each in sketches if each is not None]
 
-    def compare(
-        self,
-        conversations: Sequence[Conversation],
-        part_of: Sequence[str | None],
-        findings: dict[str, Finding],
-        similarity: float,
-    ) -> int:
-        """Find equal contents and user sides, within the whole and across the split, and held-out user turns that nearly
-        equal one of training. Return the number of held-out turns that were compared.
+    def report(code: str, first: int, other: int, words: str) -> None:
+        earlier, found = conversations[first], conversations[other]
+        findings[code].add(found.origin, found.id, f"{words} {earlier.id!r} ({earlier.origin})")
 
-        Args:
-            conversations: Those that were entered, in their order.
-            part_of: `train`, `heldout` or None for each.
-            similarity: Share of common five-letter runs, case and punctuation aside; estimated within about 0.07.
-        """
-
-        def report(code: str, first: int, other: int, words: str) -> None:
-            earlier, found = conversations[first], conversations[other]
-            findings[code].add(found.origin, found.id, f"{words} {earlier.id!r} ({earlier.origin})")
-
-        repeated: set[int] = set()
-        for what, words, keys in (("content", "content", self._contents), ("user_side", "user side", self._said)):
-            first: dict[int, int] = {}
-            trained: dict[int, int] = {}
-            for number, key in enumerate(keys):
-                if (origin := first.setdefault(key, number)) != number and number not in repeated:
-                    repeated.add(number)
-                    report(f"duplicate_{what}", origin, number, f"the same {words} as")
-                if part_of[number] == "train":
-                    trained.setdefault(key, number)
-            for number, key in enumerate(keys):
-                if part_of[number] == "heldout" and key in trained:
-                    report(f"{what}_straddles", trained[key], number, f"the same {words} as")
-        turns: dict[str | None, list[int]] = defaultdict(list)
-        for turn, owner in enumerate(self._owners):
-            turns[part_of[owner]].append(turn)
-        for other, (alike, turn) in sorted(self._nearest(turns["train"], turns["heldout"]).items()):
-            if alike >= similarity:
-                words = f"about {alike:.0%} of a user turn as in"
-                report("near_duplicate_across_split", self._owners[turn], self._owners[other], words)
-        return len(turns["heldout"])
-
-    def _nearest(self, trained: Sequence[int], held: Sequence[int]) -> dict[int, tuple[float, int]]:
-        """Return how alike the nearest training turn is, and which, of each held-out turn with an equal band of the sketch."""
-        best: dict[int, tuple[float, int]] = {}
-        for start in range(0, _BUCKETS, _BAND):
-            bands: dict[bytes, list[int]] = defaultdict(list)
-            for turn in held:
-                bands[self._sketches[turn][start : start + _BAND].tobytes()].append(turn)
-            bands.pop(_EMPTY.tobytes() * _BAND, None)  # which says nothing
-            met: Counter[bytes] = Counter()
-            for turn in trained:
-                band = self._sketches[turn][start : start + _BAND].tobytes()
-                if band not in bands or met[band] == _CROWD:
-                    continue
-                met[band] += 1
-                for other in bands[band]:
-                    alike = _alike(self._sketches[turn], self._sketches[other])
-                    if alike > best.get(other, (0.0, 0))[0]:
-                        best[other] = (alike, turn)
-        return best
+    repeated: set[int] = set()
+    for what, words, keys in (("content", "content", contents), ("user_side", "user side", said)):
+        first: dict[int, int] = {}
+        trained: dict[int, int] = {}
+        for number, key in enumerate(keys):
+            if (origin := first.setdefault(key, number)) != number and number not in repeated:
+                repeated.add(number)
+                report(f"duplicate_{what}", origin, number, f"the same {words} as")
+            if part_of[number] == "train":
+                trained.setdefault(key, number)
+        for number, key in enumerate(keys):
+            if part_of[number] == "heldout" and key in trained:
+                report(f"{what}_straddles", trained[key], number, f"the same {words} as")
+    for turn, (alike, owner) in sorted(_nearest(turns["train"], turns["heldout"]).items()):
+        if alike >= similarity:
+            words = f"about {alike:.0%} of a user turn as in"
+            report("near_duplicate_across_split", owner, turns["heldout"][turn][0], words)
+    return len(turns["heldout"])
 
 
-def _sketch(turn: str) -> np.ndarray[Any, np.dtype[np.uint32]] | None:
+def _nearest(trained: Sequence[_Turn], held: Sequence[_Turn]) -> dict[int, tuple[float, int]]:
+    """Return how alike the nearest training turn is, and whose, of each held-out turn with an equal band of the sketch."""
+    best: dict[int, tuple[float, int]] = {}
+    for start in range(0, _BUCKETS, _BAND):
+        bands: dict[bytes, list[int]] = defaultdict(list)
+        for turn, (_, other) in enumerate(held):
+            bands[other[start : start + _BAND].tobytes()].append(turn)
+        bands.pop(_EMPTY.tobytes() * _BAND, None)  # which says nothing
+        met: Counter[bytes] = Counter()
+        for owner, one in trained:
+            band = one[start : start + _BAND].tobytes()
+            if band not in bands or met[band] == _CROWD:
+                continue
+            met[band] += 1
+            for turn in bands[band]:
+                other = held[turn][1]
+                alike = float((one == other)[(one != _EMPTY) | (other != _EMPTY)].mean())
+                if alike > best.get(turn, (0.0, 0))[0]:
+                    best[turn] = (alike, owner)
+    return best
+
+
+def sketch(turn: str) -> np.ndarray[Any, np.dtype[np.uint32]] | None:
     """Return a one-permutation MinHash of the five-letter runs of a user turn; None for a short one."""
     letters = _NOT_WORDS.sub("", unicodedata.normalize("NFKC", turn).casefold())
     if len(letters) < SHORTEST_COMPARED:
@@ -452,11 +428,6 @@ def _sketch(turn: str) -> np.ndarray[Any, np.dtype[np.uint32]] | None:
         hashes = hashes * np.uint64(0x100000001B3) + points[offset : offset + len(hashes)]
     hashes = (hashes ^ (hashes >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
     values = (hashes >> np.uint64(32)).astype(np.uint32)
-    sketch = np.full(_BUCKETS, _EMPTY, dtype=np.uint32)
-    np.minimum.at(sketch, ((hashes >> np.uint64(27)) & np.uint64(_BUCKETS - 1)).astype(np.int64), values)
-    return sketch
-
-
-def _alike(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    filled = (one != _EMPTY) | (other != _EMPTY)
-    return float((one == other)[filled].mean())
+    lowest = np.full(_BUCKETS, _EMPTY, dtype=np.uint32)
+    np.minimum.at(lowest, ((hashes >> np.uint64(27)) & np.uint64(_BUCKETS - 1)).astype(np.int64), values)
+    return lowest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -241,27 +242,14 @@ def _topics(finding: Finding) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One bar of a histogram."""
-
-    label: str
-    count: int
-    share: float
-    """Of the highest bar."""
-    over: bool
-    """Above `dataset.max_length`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Panel:
-    """A heading, and below it bars, shares of all tokens, a table, a sentence: those of them that are given."""
+    """A heading, and below it shares of all tokens, a table, a sentence: those of them that are given."""
 
     heading: str
     words: str = ""
     header: Sequence[str] = ()
     groups: Iterable[Iterable[Sequence[object]]] = ()
     """Rows of the table, with a line between the groups."""
-    bars: Sequence[Bar] = ()
     shares: Sequence[tuple[str, str]] = ()
     """Name and width of each kind of text."""
 
@@ -280,8 +268,11 @@ def panels(report: AuditReport) -> Iterator[Panel]:
         highest = max(count for _, _, count in bars)
         points = ", ".join(f"{share:.0%} ≤ {statistics.length_at(share):,}" for share in (0.5, 0.9, 0.99, 1.0))
         words = f"{points}; {whole['too_long']:,} are longer than dataset.max_length={config.max_length:,}"
-        drawn = [Bar(f"{a:,} – {b:,}", count, count / highest, a > config.max_length) for a, b, count in bars]
-        yield Panel("Length in tokens", words, ("from – to", "conversations", ""), bars=drawn)
+        rows = [
+            [f"{a:,} – {b:,}", count, ("▒" if a > config.max_length else "█") * math.ceil(40 * count / highest)]
+            for a, b, count in bars
+        ]
+        yield Panel("Length in tokens", words, ("from – to", "conversations", ""), [rows])
     if len(report.read.sources) > 1:
         shown = {name: report.shown_of(name) for name in report.read.sources}
         rows = [
@@ -403,9 +394,6 @@ def _print_panel(panel: Panel, console: Console) -> None:
             for row in rows:
                 table.add_row(*map(visible, row))
             table.add_section()
-        for bar in panel.bars:
-            drawn = ("▒" if bar.over else "█") * round(40 * bar.share) or ("▏" if bar.count else "")
-            table.add_row(bar.label, f"{bar.count:,}", drawn, style="red" if bar.over else None)
         console.print(table)
     if panel.words:
         console.print(visible(panel.words))

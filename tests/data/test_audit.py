@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from agentft.audits.audit import Audit, ConversationIndex
+from agentft.audits.audit import Audit, compare, sketch
 from agentft.audits.checks import CODES, Finding, Level, check_request, empty_findings, schema_of, trace_labels
 from agentft.data.calls import ToolCall
 from agentft.data.config import LocalConfig, TooLong
@@ -274,10 +274,7 @@ def test_every_quality_finding_is_made_where_it_is_and_nowhere_else(audited):
         "missing_parameter": 1,
         "argument_breaks_schema": 1,
         "call_without_tool_list": 1,
-        "exec_without_call": 1,
         "flawed_tool_entry": 1,
-        "duplicate": 1,
-        "duplicate_id": 1,
         "duplicate_content": 1,
         "duplicate_user_side": 1,
     }
@@ -285,7 +282,9 @@ def test_every_quality_finding_is_made_where_it_is_and_nowhere_else(audited):
     assert (by_code["unknown_tool"].id, str(by_code["unknown_tool"].origin)) == ("unknown", "data.jsonl:3")
     assert by_code["unreadable_call"].detail.startswith("not_json: ")
     assert audit.findings["unreadable_call"].topics == {"not_json": 1}
-    assert by_code["exec_without_call"].id == "uncalled"
+    read = audit.data.stats.read
+    assert read.rejected == {"observation_without_call": 1, "duplicate": 1}
+    assert read.notices["duplicate_id_renamed"] == 1
     assert by_code["duplicate_content"].detail == "the same content as 'sound-1' (data.jsonl:1)"
     assert not [finding.code for finding in audit.found if finding.level is Level.broken]
 
@@ -327,10 +326,8 @@ def test_a_split_that_leaves_a_part_empty_breaks_the_audit(audited):
 def compared(records: list[dict], parts: list[str | None]) -> tuple[dict[str, Finding], int]:
     """Findings of conversations that are divided as given, and the held-out user turns that were compared."""
     conversations = [conversation(value, line) for line, value in enumerate(records, 1)]
-    index, findings = ConversationIndex(), empty_findings()
-    for each in conversations:
-        index.add(each)
-    return findings, index.compare(conversations, parts, findings, 0.8)
+    findings = empty_findings()
+    return findings, compare(conversations, parts, findings, 0.8)
 
 
 def test_the_split_that_training_makes_holds(audited):
@@ -395,9 +392,10 @@ def test_memory_holds_no_texts(audited):
         audit._exemplary.clear()
         for finding in audit.findings.values():
             finding.examples.clear()  # how many there are is bounded, and tested below
-        return len(pickle.dumps((audit._index, audit.statistics, audit.findings)))
+        return len(pickle.dumps((audit.statistics, audit.findings)))
 
     assert kept(2000) == pytest.approx(kept(200), rel=0.01)
+    assert sketch("question " * 2000).nbytes == sketch("question " * 20).nbytes == 128
 
 
 def test_findings_are_bounded_and_say_where(audited):
