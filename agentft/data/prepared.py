@@ -45,7 +45,7 @@ from agentft.data.conversation import (
 )
 from agentft.data.formats import KNOWN
 from agentft.data.msagent import read_call_body, result_message, step_message
-from agentft.data.records import ParseWarning, Rejection
+from agentft.data.records import Rejection
 from agentft.data.render import SpanKind
 from agentft.data.sources import ReadReport, SourceCount
 from agentft.data.tokens import Example, Span, weigh
@@ -395,9 +395,7 @@ class PreparationStats:
     @staticmethod
     def from_json(text: str) -> PreparationStats:
         """Read what `to_json` wrote: equal statistics, their counts in the same order."""
-        kinds = {
-            kind.__name__: kind for kind in (PreparationStats, ReadReport, SourceCount, Rejection, ParseWarning, Origin)
-        }
+        kinds = {kind.__name__: kind for kind in (PreparationStats, ReadReport, SourceCount, Rejection, Origin)}
 
         def rebuilt(values: dict[str, Any]) -> Any:
             if "class" in values:

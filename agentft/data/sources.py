@@ -60,7 +60,6 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 _PIECE_CHARACTERS = 1024 * 1024
 _TABLE_ROWS_AT_ONCE = 256
 
-_NOTICES_SHOWN_PER_CODE = 20
 _MAX_NAMES_NOTED = 40
 """Names of columns or fields under one code; a record with names of its own would fill the memory."""
 _TRAIN_NAME = re.compile(r"train(?:ing)?(?:[-_.]|\Z)", re.IGNORECASE)
@@ -106,8 +105,6 @@ class ReadReport:
     """By reason, duplicates included."""
     notices: Counter[str] = field(default_factory=Counter)
     """By code; the conversations they belong to were kept."""
-    notices_shown: dict[str, list[ParseWarning]] = field(default_factory=dict)
-    """The first few of each code."""
     files: list[str] = field(default_factory=list)
     sources: dict[str, SourceCount] = field(default_factory=dict)
     """Each source as it was given, a file, a folder or a dataset: what it gave."""
@@ -128,13 +125,9 @@ class ReadReport:
         return self.source_of_file.get(file, file)
 
     def note(self, notices: Iterable[ParseWarning]) -> None:
-        """Count notices and keep the first few of each code."""
+        """Count notices by code."""
         for notice in notices:
-            code = bounded_code(notice.code, self.notices)
-            self.notices[code] += 1
-            shown = self.notices_shown.setdefault(code, [])
-            if len(shown) < _NOTICES_SHOWN_PER_CODE:
-                shown.append(notice)
+            self.notices[bounded_code(notice.code, self.notices)] += 1
 
 
 def bounded_code(code: str, counted: Counter[str]) -> str:
