@@ -122,14 +122,13 @@ def redact_command(command: Sequence[str], environ: Mapping[str, str] | None = N
 
 def _secrets(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return (spelling of a value, name of its variable), longest first, so that no secret is cut in two by a shorter one."""
-    found: dict[str, str] = {}
-    for name in sorted(environ):
-        if is_secret_name(name):
-            value = environ[name]
-            for stripped in (value, value.strip()):
-                if len(stripped) >= MIN_SECRET_LENGTH:
-                    for spelling in _spellings(stripped):
-                        found.setdefault(spelling, name)
+    found = {
+        spelling: name
+        for name in sorted(filter(is_secret_name, environ), reverse=True)  # of two with one value, the first counts
+        for value in (environ[name], environ[name].strip())
+        if len(value) >= MIN_SECRET_LENGTH
+        for spelling in _spellings(value)
+    }
     return sorted(found.items(), key=lambda item: (-len(item[0]), item[0]))
 
 

@@ -64,19 +64,16 @@ def audit(config: AuditConfig) -> list[Finding]:
         seen = _find(config.dataset, config.view, layout, encoder, text)
         print_conversation(seen, text, _screen(), max_length=config.dataset.max_length)
         return []
-    looked = look_at_every_conversation(
-        config.dataset,
-        layout,
-        encoder,
-        lambda data, encoder: Audit(config.dataset, config.audit, data, layout, text).look(encoder),
-    )
+
+    def look(data: Preparation, encoder: SegmentEncoder) -> Audit:
+        return Audit(config.dataset, config.audit, data, layout, text).look(encoder)
+
+    looked = look_at_every_conversation(config.dataset, layout, encoder, look)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    report = AuditReport(config, looked, output, time.perf_counter() - started)
-    # utf-8 whatever the terminal: a report must not fail at the words it reports.
-    with (output / "report.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for target in (_screen(), Console(file=file, width=_WIDTH, markup=False, emoji=False, highlight=False)):
-            print_report(report, target)
+    report, screen = AuditReport(config, looked, output, time.perf_counter() - started), _screen()
+    print_report(report, screen)
+    _write(output / "report.txt", screen.export_text())
     _write(output / "rejected.jsonl", looked.data.stats.rejected_lines())
     _write(output / "audit.json", json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
     if config.audit.page:
@@ -96,18 +93,17 @@ def _find(config: DatasetConfig, wanted: str, layout: Layout, encoder: SegmentEn
                 raise DataError(f"view={wanted}: {item.origin}: set aside, {item.reason}: {item.detail}")
             (made,) = make_examples([item], layout, encoder)
             return Seen.of(made, text)
-    raise DataError(
-        f"view={wanted}: none of {read.rows:,} conversations has that id; a report names ids beside file:line"
-    )
+    raise DataError(f"view={wanted}: none of {read.rows:,} conversations has that id; a report names ids")
 
 
 def _screen() -> Console:
     # The dataset's words are shown as they are: no markup, no emoji codes.
     wide = sys.stdout.isatty() or "COLUMNS" in os.environ  # rich reads it
-    return Console(width=None if wide else _WIDTH, markup=False, emoji=False, highlight=False)
+    return Console(width=None if wide else _WIDTH, markup=False, emoji=False, highlight=False, record=True)
 
 
 def _write(path: Path, text: str) -> None:
+    # utf-8 whatever the terminal: a report must not fail at the words it reports.
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
@@ -189,8 +185,7 @@ class Audit:
         self._layout = layout
         self._text = text
         self._stop_token = stop_tokens(layout)[0]
-        self._sample: list[tuple[str, Seen]] = []
-        """Content hash and conversation."""
+        self._sample: list[Seen] = []
         self._exemplary: dict[str, Seen] = {}
         """Code -> the conversation of its first example."""
 
@@ -227,14 +222,14 @@ class Audit:
         kept: dict[str, tuple[Seen, list[str]]] = {}
         for code, seen in self._exemplary.items():
             kept.setdefault(seen.conversation.id, (seen, []))[1].append(code)
-        for _, seen in _smallest(self._sample):
+        for seen in _smallest(self._sample):
             kept.setdefault(seen.conversation.id, (seen, []))
         return kept
 
     def _look_at(self, number: int, seen: Seen) -> None:
         self._count(seen)
         if len(seen.example) <= _MAX_SHOWN_TOKENS:
-            self._sample.append((seen.conversation.content_hash, seen))
+            self._sample.append(seen)
             if len(self._sample) > 4 * _SAMPLE:
                 self._sample = _smallest(self._sample)
         problems = [*check_turns(seen.conversation), *check_calls(seen.conversation)]
@@ -323,9 +318,9 @@ class Audit:
         }
 
 
-def _smallest(sample: list[tuple[str, Seen]]) -> list[tuple[str, Seen]]:
+def _smallest(sample: list[Seen]) -> list[Seen]:
     """Return the conversations with the smallest content hashes: a fair sample, and the same one every time."""
-    return sorted(sample, key=lambda entry: entry[0])[:_SAMPLE]
+    return sorted(sample, key=lambda seen: seen.conversation.content_hash)[:_SAMPLE]
 
 
 # --- What conversations share ---

@@ -98,6 +98,11 @@ class Example(NamedTuple):
     id: str | None
     detail: str
 
+    @property
+    def place(self) -> str:
+        """Return `file:line id`, as far as there is one."""
+        return " ".join(([str(self.origin)] if self.origin.line else []) + ([self.id] if self.id else []))
+
 
 @dataclass(slots=True)
 class Finding:
@@ -118,6 +123,22 @@ class Finding:
     @property
     def meaning(self) -> str:
         return CODES[self.code][1]
+
+    @property
+    def extent(self) -> str:
+        """Return how often and in how many conversations; nothing for what concerns the dataset as a whole."""
+        if self.last is not None and self.last.line == 0 and self.count == 1:
+            return ""
+        each = f"{self.conversations:,} conversation{'s' if self.conversations != 1 else ''}"
+        return each if self.count == self.conversations else f"{self.count:,} in {each}"
+
+    @property
+    def commonest(self) -> str:
+        """Return the commonest tools or reasons, counted; nothing where there is only one."""
+        if len(self.topics) < 2:
+            return ""
+        more = f", … {len(self.topics):,} in all" if len(self.topics) > 5 else ""
+        return ", ".join(f"{topic[:60]} {count:,}" for topic, count in self.topics.most_common(5)) + more
 
     def add(self, origin: Origin, name: str | None, detail: str, topic: str = "") -> bool:
         """Count one place in conversation `name`; return whether it became one of the examples."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentft.audits.checks import CODES, Example, Finding, Level
+from agentft.audits.checks import CODES, Finding, Level
 from agentft.comparison.render import render_page, visible
 from agentft.data.entries import policy_of
 from agentft.data.render import TRAINED_KINDS, SpanKind
@@ -205,7 +205,7 @@ class AuditReport:
                 return f"passed, but the labels of {untraced:,} conversations could not be traced to their records"
             return "passed: every label is on the agent's own words, and the parts of the split share no user side"
         return "failed: " + ", ".join(
-            finding.code + (f" ({found})" if (found := extent(finding)) else "") for finding in self.failing
+            finding.code + (f" ({finding.extent})" if finding.extent else "") for finding in self.failing
         )
 
 
@@ -218,27 +218,6 @@ def length_bars(lengths: Sequence[int], max_length: int) -> list[tuple[int, int,
     last = max(counts)
     stops = [*borders[1 : last + 1], max(max(lengths), borders[last] + 1)]
     return [(borders[number] + 1, stop, counts[number]) for number, stop in enumerate(stops)]
-
-
-def extent(finding: Finding) -> str:
-    """Return how often and in how many conversations; nothing for what concerns the dataset as a whole."""
-    if finding.last is not None and finding.last.line == 0 and finding.count == 1:
-        return ""
-    each = f"{finding.conversations:,} conversation{'s' if finding.conversations != 1 else ''}"
-    return each if finding.count == finding.conversations else f"{finding.count:,} in {each}"
-
-
-def place(example: Example) -> str:
-    """Return `file:line id`, as far as there is one."""
-    return " ".join(([str(example.origin)] if example.origin.line else []) + ([example.id] if example.id else []))
-
-
-def _topics(finding: Finding) -> str:
-    """Return the commonest tools or reasons of a finding; nothing where there is only one."""
-    if len(finding.topics) < 2:
-        return ""
-    more = f", … {len(finding.topics):,} in all" if len(finding.topics) > 5 else ""
-    return ", ".join(f"{visible(topic)[:60]} {count:,}" for topic, count in finding.topics.most_common(5)) + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,13 +347,13 @@ def print_report(report: AuditReport, console: Console) -> None:
     for panel in panels(report):
         _print_panel(panel, console)
     for finding in report.audit.found:
-        level, found = report.level_of(finding), extent(finding)
-        meaning = f"  {found}: {finding.meaning}" if found else f"  {finding.meaning}"
+        level = report.level_of(finding)
+        meaning = f"  {finding.extent}: {finding.meaning}" if finding.extent else f"  {finding.meaning}"
         console.print(Text.assemble((f"{level:<8}", _LEVEL_STYLE[level]), (finding.code, "bold"), meaning))
-        if topics := _topics(finding):
-            console.print(Text(f"        by topic: {topics}", "bright_black"))
+        if topics := finding.commonest:
+            console.print(Text(visible(f"        by topic: {topics}"), "bright_black"))
         for example in finding.examples:
-            words = ": ".join(part for part in (place(example), example.detail) if part)
+            words = ": ".join(part for part in (example.place, example.detail) if part)
             console.print(Text(visible(f"        {words}")), soft_wrap=True)
     console.print(Text(report.verdict(), "bold red" if report.failing else "bold green"))
     page = " · audit.html" if config.audit.page else ""
@@ -408,16 +387,7 @@ def html_page(report: AuditReport, text: TokenText) -> str:
         title=f"Audit of {config.dataset.name} for {config.model.name}",
         report=report,
         files=", ".join(report.read.files[:8]),
-        findings=[
-            {
-                "found": finding,
-                "level": report.level_of(finding),
-                "extent": extent(finding),
-                "topics": _topics(finding),
-                "examples": [(place(each), anchors.get(each.id or ""), each.detail) for each in finding.examples],
-            }
-            for finding in report.audit.found
-        ],
+        anchors=anchors,
         panels=panels(report),
         shown=f"{len(shown)} of {report.audit.statistics.whole['conversations']:,}",
         conversations=(

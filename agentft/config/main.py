@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -68,8 +68,8 @@ _HYDRA_ANSWERS = ("hydra_help", "info", "shell_completion", "version")
 """Flags that nothing is run for."""
 
 _NOT_TAKEN = {
-    "config_path": "--config-dir adds a folder to conf/",
-    "experimental_rerun": "use --config-dir <run folder> --config-name config",
+    "config-path": "not supported; --config-dir adds a folder to conf/",
+    "experimental-rerun": "not supported; use --config-dir <run folder> --config-name config",
 }
 
 
@@ -81,13 +81,7 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument("overrides", nargs="*")
         for names in ("--help -h", "--help-all", "--hydra-help", "--version", "--resolve"):
             self.add_argument(*names.split(), action="store_true")
-        for names in (
-            "--config-name -cn",
-            "--config-dir -cd",
-            "--config-path -cp",
-            "--package -p",
-            "--experimental-rerun",
-        ):
+        for names in ("--config-name -cn", "--config-dir -cd", "--package -p"):
             self.add_argument(*names.split())
         one_of = self.add_mutually_exclusive_group()
         for names in ("--run -r", "--multirun -m", "--shell-completion -sc"):
@@ -97,18 +91,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line; values stay out of the message, since one of them could be a key."""
-        raise ConfigError(re.sub(r"=\S*", "=...", message) + _hint_for_flags(message))
-
-
-def _hint_for_flags(message: str) -> str:
-    found = re.search(r"unrecognized arguments: (?:--)?([\w.]+)", message)
-    if found is None:
-        return "; see --help"
-    if found[1] in OLD_OPTIONS and "--" in message:
-        return f"; --{found[1]} is now {OLD_OPTIONS[found[1]]}=..."
-    if "--" not in message:
-        return "; put flags such as --cfg or -m before all settings"
-    return "; settings are written name=value, see --help"
+        flag = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+        if flag is not None and flag[1] in _NOT_TAKEN:
+            raise ConfigError(f"--{flag[1]}: {_NOT_TAKEN[flag[1]]}")
+        hint = "settings are written name=value; put flags such as --cfg or -m before all settings; see --help"
+        if flag is not None and flag[1] in OLD_OPTIONS:
+            hint = f"--{flag[1]} is now {OLD_OPTIONS[flag[1]]}=..."
+        raise ConfigError(re.sub(r"=\S*", "=...", message) + f"; {hint}")
 
 
 def parse_arguments(root: type) -> argparse.Namespace:
@@ -130,9 +119,6 @@ def parse_arguments(root: type) -> argparse.Namespace:
         words = with_evaluation_of_the_run(words)
     sys.argv[1:] = words
     arguments = _Parser().parse_args(words)
-    for name, instead in _NOT_TAKEN.items():
-        if getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: not supported; {instead}")
     if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
         raise ConfigError(f"--config-dir {arguments.config_dir}: no such folder")
     return arguments
@@ -148,15 +134,11 @@ def _parse_overrides(lines: Sequence[str]) -> list[Override]:
     for line in lines:
         try:
             parsed += parser.parse_overrides([line])
-        except OverrideParseException as error:
-            name = line.partition("=")[0]
-            reason = f" ({first_line(error)})" if "=" in line and "Lexer" not in str(error) else ""
-            expected = (
-                "name=value; text with spaces, brackets or letters beyond ASCII in double quotes: 'name=\"a, b\"'"
-            )
-            raise ConfigError(f"{name}: cannot be read{reason}; expected {expected}") from error
         except HydraException as error:
-            raise ConfigError(f"{line.partition('=')[0]}: {first_line(error)}") from error
+            reason = f" ({first_line(error)})" if "=" in line and "Lexer" not in str(error) else ""
+            quotes = "text with spaces, brackets or letters beyond ASCII in double quotes: 'name=\"a, b\"'"
+            name = line.partition("=")[0]
+            raise ConfigError(f"{name}: cannot be read{reason}; expected name=value; {quotes}") from error
     return parsed
 
 
@@ -370,16 +352,15 @@ def check_command(command: Command, arguments: argparse.Namespace) -> frozenset[
     typed = TrustConfig(**{each.name: f"model.{each.name}" in given for each in dataclasses.fields(TrustConfig)})
     file = f"a file of {command.config_dir}" if command.config_dir else "a config file"
 
-    def composed_with(values: Mapping[str, str]) -> DictConfig:
+    def composed_with(chosen: dict[str, str]) -> DictConfig:
+        """Compose the first value of each swept setting, but those `chosen`."""
+        values = {key: values[0] for key, values in swept.items() if values} | chosen
         return command.compose([*fixed, *(f"{key}={value}" for key, value in values.items())])
 
     def check(composed: DictConfig) -> None:
         require_typed(to_config(composed, root).model, typed, command.run.config_file if command.run else file)
 
-    def first_values() -> dict[str, str]:
-        return {key: values[0] for key, values in swept.items() if values}
-
-    composed = composed_with(first_values())
+    composed = composed_with({})
     _refuse_foreign_calls(composed.hydra)
     if arguments.cfg is not None:
         check_keys(without_hydra(composed), root)
@@ -401,10 +382,9 @@ def check_command(command: Command, arguments: argparse.Namespace) -> frozenset[
     for override in _parse_overrides([f"{key}={value}" for key, value in params.items()]):
         if override.get_key_element() not in given:
             swept[override.get_key_element()] = _values_of(override)
-    first = first_values()
     for key, values in swept.items():
         for value in values:
-            check(composed_with(first | {key: value}))
+            check(composed_with({key: value}))
     return frozenset(key.lstrip("+") for key in swept)
 
 
@@ -448,11 +428,12 @@ def compose_and_run(config_name: str, root: type[C], recipe: Callable[[C], float
     def task(composed: DictConfig) -> float | None:
         config = to_config(composed, root)
         run = HydraConfig.get()
+        folder = readable(Path(run.runtime.output_dir))
         training: object = config  # mypy would take the three kinds of config for one
         if isinstance(training, TrainConfig):
-            training.run_dir = readable(Path(run.runtime.output_dir))
+            training.run_dir = folder
         if isinstance(training, EvaluateConfig) and Path(run.runtime.output_dir).absolute() != Path.cwd():
-            training.output = training.output or readable(Path(run.runtime.output_dir))
+            training.output = training.output or folder
         if run.mode == RunMode.MULTIRUN:
             os.environ[SWEEP_FOLDER_VARIABLE] = str(Path(run.sweep.dir).absolute())
         try:

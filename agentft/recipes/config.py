@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -460,12 +460,12 @@ def trained_config(run_dir: str | Path, typed: TrustConfig) -> TrainConfig:
 # --- A start in the folder of a run ---
 
 _DECIDED_LATER = (
-    *("threads", "model.dtype", "model.attention", "model.kernels", "model.context", "model.learning_rate_scale"),
-    *("model.source", "model.id", "model.modelscope_id", "model.huggingface_id", "model.revision", "model.path"),
-    *("model.wheel", "dataset.path", "dataset.test_path", "dataset.sources", "dataset.id", "dataset.revision"),
-    *("evaluation", "experiment"),
+    *("threads.", "model.dtype.", "model.attention.", "model.kernels.", "model.context.", "model.learning_rate_scale."),
+    *("model.source.", "model.id.", "model.modelscope_id.", "model.huggingface_id.", "model.revision.", "model.path."),
+    *("model.wheel.", "dataset.path.", "dataset.test_path.", "dataset.sources.", "dataset.id.", "dataset.revision."),
+    *("evaluation.", "experiment."),
 )
-"""Settings whose change may change no training: the digests of what is loaded decide."""
+"""Settings and groups whose change may change no training, each with a dot: the digests of what is loaded decide."""
 
 
 def objective_of_finished(config: TrainConfig) -> tuple[float | None] | None:
@@ -488,7 +488,7 @@ def objective_of_finished(config: TrainConfig) -> tuple[float | None] | None:
     if any(run.checkpoints.glob("step-*")):
         if config.training.resume is Resume.never:
             raise ConfigError(f"{where} has checkpoints; training.resume=auto resumes from the newest")
-        others = {name: change for name, change in changed.items() if not _is_below(name, _DECIDED_LATER)}
+        others = {name: change for name, change in changed.items() if not f"{name}.".startswith(_DECIDED_LATER)}
         if others and not config.training.allow_changes:
             raise ConfigError(
                 f"{where} belongs to another training: {described(others)}. Give another run_dir, or resume anyway "
@@ -514,7 +514,3 @@ def _own(settings: dict[str, Any], others: dict[str, Any]) -> Iterator[tuple[str
         named = isinstance(values, dict) and "name" in values
         same = not named or values["name"] == others[group]["name"]
         yield group, values if same else values["name"]
-
-
-def _is_below(name: str, groups: Sequence[str]) -> bool:
-    return any(name == each or name.startswith(f"{each}.") for each in groups)
