@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from threading import Lock
@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from agentft.data.config import SpanWeights
 from agentft.data.conversation import Conversation
-from agentft.data.render import TRAINED_KINDS, MsagentTemplate, Rendering, Segment, SpanKind
+from agentft.data.render import MsagentTemplate, Rendering, Segment, SpanKind
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -459,7 +459,7 @@ def _example(named: tuple[str, Rendering], job: _Job, encoded: _Encoded) -> Enco
 
 def weigh(example: Example, weights: SpanWeights) -> Example:
     """Return the example with a weight for each span; unchanged where all count alike."""
-    by_kind: dict[SpanKind, float] = {kind: getattr(weights, kind.name) for kind in TRAINED_KINDS}
+    by_kind: dict[SpanKind, float] = {SpanKind[each.name]: getattr(weights, each.name) for each in fields(weights)}
     if set(by_kind.values()) == {1.0}:
         return example
     return replace(example, span_weights=tuple(by_kind[span.kind] for span in example.spans))

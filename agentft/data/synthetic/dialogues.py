@@ -526,7 +526,8 @@ def drafts(
     *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
 ) -> Iterator[Draft]:
     """Yield conversations without end; each depends on the arguments and its number alone."""
-    chosen: dict[Language, float] = {each: languages[each] for each in get_args(Language) if languages.get(each)}
+    known: tuple[Language, ...] = get_args(Language)
+    chosen = {each: float(languages[each]) for each in known if languages.get(each)}
     kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
     mix = ",".join(f"{language}={share!r}" for language, share in chosen.items())
 
