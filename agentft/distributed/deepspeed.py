@@ -174,9 +174,9 @@ class DeepSpeedEngine(ShardedEngine):
             self._zero._link_all_hp_params()
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _stream(self, tensors: Mapping[str, nn.Parameter]) -> TensorStream:
+    def _stream(self, tensors: Mapping[str, Any]) -> TensorStream:
         def gather(name: str) -> torch.Tensor:
-            parameter = tensors[name]
+            parameter: nn.Parameter = tensors[name]
             if parameter.requires_grad:
                 whole: torch.Tensor = self._api.safe_get_full_fp32_param(parameter)
                 return whole.view(specs[name].shape)

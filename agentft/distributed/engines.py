@@ -19,7 +19,6 @@ from agentft.errors import ConfigError
 from agentft.model.adapters import kept_parameters, require_same_parameters
 from agentft.model.labelled_loss import LabelledLoss, causal_model
 from agentft.runtime import World
-from agentft.training.checkpoint import TensorStream
 from agentft.training.config import TrainingConfig
 from agentft.training.engine import Engine, SingleEngine, restore_groups, slots_by_parameter
 
@@ -91,12 +90,6 @@ class ShardedEngine(SingleEngine):
     Weights are loaded as the mapped files themselves, and cast once they are cut (FSDP2) or a block at a time before that
     (ZeRO), so a rank never holds more than its shard and the block in work.
     """
-
-    def weights(self, *, frozen: bool = False) -> TensorStream:
-        return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))
-
-    def _stream(self, tensors: Mapping[str, Any]) -> TensorStream:
-        raise NotImplementedError
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

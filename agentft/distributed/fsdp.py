@@ -84,16 +84,6 @@ class FsdpEngine(ShardedEngine):
             for block in self._blocks:
                 block.set_reshard_after_forward(True)
 
-    def optimizer_state(self) -> TensorStream:
-        states = self.optimizer.state
-        return self._stream(
-            {
-                f"{name}.{slot}": torch.as_tensor(value)
-                for name, parameter in self._trained().items()
-                for slot, value in states.get(parameter, {}).items()
-            }
-        )
-
     def load(
         self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
     ) -> None:
@@ -107,7 +97,7 @@ class FsdpEngine(ShardedEngine):
                     for slot, value in states[name].items()
                 }
 
-    def _stream(self, tensors: Mapping[str, torch.Tensor]) -> TensorStream:
+    def _stream(self, tensors: Mapping[str, Any]) -> TensorStream:
         def gather(name: str) -> torch.Tensor:
             tensor = tensors[name].detach()
             return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

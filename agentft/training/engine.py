@@ -17,7 +17,7 @@ from torch import nn
 
 from agentft.data.batches import Batch
 from agentft.errors import CheckpointError
-from agentft.model.adapters import load_trained_state, trained_state
+from agentft.model.adapters import kept_parameters, load_trained_state
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.runtime import ALONE, World
 from agentft.training.checkpoint import TensorStream, stream_of
@@ -236,17 +236,20 @@ class SingleEngine:
         yield
 
     def weights(self, *, frozen: bool = False) -> TensorStream:
-        return stream_of(dict(self.model.named_parameters()) if frozen else trained_state(self.model))
+        return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))
 
     def optimizer_state(self) -> TensorStream:
         names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        return stream_of(
+        return self._stream(
             {
                 f"{names[parameter]}.{slot}": torch.as_tensor(value)
                 for parameter, slots in self.optimizer.state.items()
                 for slot, value in slots.items()
             }
         )
+
+    def _stream(self, tensors: Mapping[str, Any]) -> TensorStream:
+        return stream_of({name: tensor.detach() for name, tensor in tensors.items()})
 
     def settings(self) -> dict[str, Any]:
         return {"groups": plain_groups(self.optimizer), "scaler": self._scale.state()}
