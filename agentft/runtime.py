@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,26 +67,6 @@ def computes_in_bf16(device: Device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def set_variables(values: Mapping[str, str | None]) -> None:
-    """Set environment variables; those of value None are removed."""
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-@contextmanager
-def environment_variables(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Set environment variables, as `set_variables` does, inside the block."""
-    before = {name: os.environ.get(name) for name in values}
-    set_variables(values)
-    try:
-        yield
-    finally:
-        set_variables(before)
 
 
 def seed_everything(seed: int) -> None:

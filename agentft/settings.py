@@ -18,9 +18,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
@@ -165,3 +167,23 @@ def _require_object(name: str, text: str) -> None:
         raise ConfigError(f"{name}={text!r}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{name}={text!r}: expected a JSON object")
+
+
+def set_variables(values: Mapping[str, str | None]) -> None:
+    """Set environment variables; those of value None are removed."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def environment_variables(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, as `set_variables` does, inside the block."""
+    before = {name: os.environ.get(name) for name in values}
+    set_variables(values)
+    try:
+        yield
+    finally:
+        set_variables(before)

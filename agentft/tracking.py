@@ -27,9 +27,8 @@ from typing import Any, Literal, Self
 
 from agentft.errors import ConfigError, RunError
 from agentft.runs import RunFolder, json_text, read_json, sweep_folder
-from agentft.runtime import environment_variables
 from agentft.secrets import redact_command, redact_text, redact_tree
-from agentft.settings import Settings
+from agentft.settings import Settings, environment_variables
 
 _log = logging.getLogger(__name__)
 

@@ -57,8 +57,8 @@ from agentft.recipes.config import (
     saved_config,
 )
 from agentft.runs import DISTRIBUTION, SWEEP_FOLDER_VARIABLE, RunFolder, readable
-from agentft.runtime import environment_variables
 from agentft.secrets import is_secret_name, redact_text
+from agentft.settings import environment_variables
 from agentft.sweeping.launcher import read_options
 from agentft.training.config import Resume
 

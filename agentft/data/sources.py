@@ -85,6 +85,7 @@ class RawRow:
 
 
 Rows = Iterable[RawRow | Rejection]
+Source = str | Path | WeightedPath
 
 
 @dataclass(slots=True)
@@ -166,7 +167,7 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
             )
         case LocalConfig():
             sources = _local_sources(config)
-            own = any(heldout_files(Path(source.path)) for source in sources)
+            own = any(heldout_files(Path(name)) for name, _ in map(_path_and_weight, sources))
             if own and config.test_path is None:
                 log.info("data: test and validation files beside training files are held out, and not trained on")
             train, heldout = read_local(sources, part="train", report=report), None
@@ -189,7 +190,7 @@ def is_large(config: DatasetConfig) -> bool:
         case SyntheticConfig():
             return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
         case LocalConfig() if config.max_samples < 0:
-            paths = [Path(source.path) for source in _local_sources(config)]
+            paths = [Path(name) for name, _ in map(_path_and_weight, _local_sources(config))]
             files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
             return sum(file.stat().st_size for file in files if file.is_file()) > _LARGE_BYTES
         case _:
@@ -206,7 +207,7 @@ def source_digests(config: DatasetConfig) -> Any:
     """
     match config:
         case LocalConfig():
-            test = None if config.test_path is None else _digest_local([WeightedPath(path=config.test_path)])
+            test = None if config.test_path is None else _digest_local([config.test_path])
             return [_digest_local(_local_sources(config)), test]
         case HubConfig():
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
@@ -218,10 +219,10 @@ def source_digests(config: DatasetConfig) -> Any:
             return []  # made from the settings alone
 
 
-def _digest_local(sources: Sequence[WeightedPath]) -> list[list[Any]]:
+def _digest_local(sources: Sequence[Source]) -> list[list[Any]]:
     """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
     found: list[list[Any]] = []
-    for path in (Path(source.path) for source in sources):
+    for path in (Path(name) for name, _ in map(_path_and_weight, sources)):
         skipped: list[str] = []
         for file in _folder_files(path, skipped) if path.is_dir() else [path]:
             refusal = _refusal(file, path if path.is_dir() else None)
@@ -243,8 +244,12 @@ def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRo
         yield RawRow(Origin(f"synthetic-{part}", number), record)
 
 
-def _local_sources(config: LocalConfig) -> list[WeightedPath]:
-    return config.sources if config.path is None else [WeightedPath(path=config.path)]
+def _local_sources(config: LocalConfig) -> Sequence[Source]:
+    return config.sources if config.path is None else [config.path]
+
+
+def _path_and_weight(source: Source) -> tuple[str, float]:
+    return (source.path, source.weight) if isinstance(source, WeightedPath) else (str(source), 1.0)
 
 
 def read_conversations(
@@ -328,7 +333,7 @@ class Deduplicator:
 
 
 def read_local(
-    paths: str | Path | Sequence[str | Path | WeightedPath], *, part: str = "all", report: ReadReport | None = None
+    paths: Source | Sequence[Source], *, part: str = "all", report: ReadReport | None = None
 ) -> Iterator[RawRow | Rejection]:
     """Read rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
 
@@ -338,30 +343,28 @@ def read_local(
     Raises:
         DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
     """
-    given = [paths] if isinstance(paths, (str, Path)) else paths
-    sources = [source if isinstance(source, WeightedPath) else WeightedPath(path=str(source)) for source in given]
+    given = [paths] if isinstance(paths, str | Path | WeightedPath) else paths
+    sources = [_path_and_weight(source) for source in given]
     if not sources:
         raise DataError("no path given")
-    places = [Path(source.path).resolve() for source in sources]
-    for at, source in enumerate(sources):
-        if not Path(source.path).exists():
+    places = [Path(name).resolve() for name, _ in sources]
+    for at, (name, _) in enumerate(sources):
+        if not Path(name).exists():
             kinds = ", ".join(_SUFFIXES)
-            raise DataError(
-                f"{source.path}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them"
-            )
+            raise DataError(f"{name}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them")
         # A file that two sources hold would have two weights, and be a duplicate of itself.
         for other, place in enumerate(places):
             if other != at and places[at].is_relative_to(place):
-                where = "given twice" if places[at] == place else f"inside {sources[other].path}, which is given too"
-                raise DataError(f"{source.path}: {where}; name each file once")
+                where = "given twice" if places[at] == place else f"inside {sources[other][0]}, which is given too"
+                raise DataError(f"{name}: {where}; name each file once")
     return _read_sources(sources, part, report if report is not None else ReadReport())
 
 
-def _read_sources(sources: list[WeightedPath], part: str, report: ReadReport) -> Iterator[RawRow | Rejection]:
-    for source in sources:
-        path = Path(source.path)
+def _read_sources(sources: list[tuple[str, float]], part: str, report: ReadReport) -> Iterator[RawRow | Rejection]:
+    for source, weight in sources:
+        path = Path(source)
         folder = path if path.is_dir() else None
-        report.sources.setdefault(source.path, SourceCount(source.weight))
+        report.sources.setdefault(source, SourceCount(weight))
         own = heldout_files(path) if part != "all" else []
         if part == "heldout":
             files = own
@@ -372,18 +375,18 @@ def _read_sources(sources: list[WeightedPath], part: str, report: ReadReport) ->
             if not files:
                 raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
         for file in files:
-            yield from _read_source(file, folder, source, report)
+            yield from _read_source(file, folder, source, weight, report)
 
 
 def _read_source(
-    file: Path, folder: Path | None, source: WeightedPath, report: ReadReport
+    file: Path, folder: Path | None, source: str, weight: float, report: ReadReport
 ) -> Iterator[RawRow | Rejection]:
     """Read one file; one of a folder that cannot be read costs itself alone."""
     # A file name that is no UTF-8 must not break the report that names it.
-    name = str(file if folder else source.path).encode("utf-8", "backslashreplace").decode()
+    name = str(file if folder else source).encode("utf-8", "backslashreplace").decode()
     report.files.append(name)
     if folder:
-        report.source_of_file[name] = source.path
+        report.source_of_file[name] = source
     rows = 0
     try:
         refusal = _refusal(file, folder)
@@ -396,7 +399,7 @@ def _read_source(
             if isinstance(item, FormatError):
                 yield Rejection(origin, item.reason, item.detail)
             else:
-                yield RawRow(origin, item, source.weight)
+                yield RawRow(origin, item, weight)
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error}") from error
     if rows == 0:

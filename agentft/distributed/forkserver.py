@@ -26,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from agentft.errors import RunError
-from agentft.runtime import environment_variables, set_variables
+from agentft.settings import environment_variables, set_variables
 from agentft.signals import STOPS, die_with
 
 GONE = "the process that jobs are forked from has died"
