@@ -18,6 +18,7 @@ from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
 from agentft.data.response import PARTS, ResponseTemplate, Said, TemplateUnknown, mark_pattern, our_templates
+from agentft.errors import FormatError
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +86,11 @@ def servers_template(layout: ChatLayout | MsagentTemplate) -> dict[str, Any] | N
         text = step.text + layout.traits.stops[0]
         try:
             read = tokenizer.parse_response(text, spec, prefix=step.prompt, tools=list(tools))
-        except (ValueError, KeyError) as error:
+            calls = tuple(map(read_call, read.get("tool_calls") or ()))
+        except (ValueError, KeyError, FormatError) as error:
             log.info("no response template for servers: %s", str(error).partition("\n")[0])
             return None
-        pieces = (read.get("content") or "", Call("", tuple(map(read_call, read.get("tool_calls") or ())), None))
+        pieces = (read.get("content") or "", Call("", calls, None))
         said = Said(pieces, (read.get("reasoning_content") or "").strip())
         if part := differs(said, message):
             log.info("no response template for servers: parse_response reads other %s", part)
@@ -101,10 +103,11 @@ def _for_transformers(response: ResponseTemplate, layout: ChatLayout, prompts: S
     headers = [manner.header for manner in layout.traits.manners if manner.header]
     header = "".join(signs[0] for signs in takewhile(lambda signs: len(set(signs)) == 1, zip(*headers, strict=False)))
     opened = [found.start() for f in response.fields if f.part == "reasoning" and (found := f.open.search(header))]
-    anchors = {header[: min(opened, default=None)]: None}
+    header = header[: min(opened, default=None)]
+    anchors = {header: None} if header else {}
     for prompt in prompts:
-        behind = prompt.rpartition(next(iter(anchors)))[2]
-        if _RESULT in behind:  # no header stands between a result and the answer
+        behind = prompt.rpartition(header)[2] if header else prompt
+        if not header or _RESULT in behind:  # no header stands between a result, or a user, and the answer
             anchors[behind[[*layout.template.control.finditer(behind)][-1].start() :]] = None
     stops = "|".join(map(re.escape, dict.fromkeys((*layout.traits.stops, *layout.traits.call_stops))))
     fields: dict[str, Any] = {}

@@ -138,8 +138,9 @@ def test_a_template_is_read_by_the_response_template_of_its_family(name: str):
     assert response.name == FAMILIES[name]
 
 
-SERVERS_DO_NOT_READ = {"lfm2_v2", "lfm2_2_5", "gemma4_v5"}
-"""`parse_response` knows no list of calls as Python writes it, and reads other reasoning of Gemma 4."""
+SERVERS_DO_NOT_READ = {"lfm2_v2", "lfm2_2_5", "gemma4_v5", "devstral", "phi4"}
+"""`parse_response` knows no list of calls as Python writes it, reads other reasoning of Gemma 4, needs a text before an answer
+that Devstral's template does not have everywhere, and hands over Phi-4's list of calls as it stands."""
 
 
 @pytest.mark.parametrize(
