@@ -421,6 +421,8 @@ class PreparedData:
     fingerprint: str
     """Digest of the training ids, labels and weights in their order, and of the held-out ones."""
     heldout_content_hashes: list[str]
+    rewritten_history: dict[str, int]
+    """What it costs that a chat template rewrites history, as `rewritten_history` counts it: names are read once for it."""
     stats: PreparationStats
 
 
@@ -436,6 +438,7 @@ def write_about(
 def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
     """Open the files of a prepared dataset; they may lose their names afterwards."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    stats = PreparationStats.from_json((folder / "stats.json").read_text(encoding="utf-8"))
     train, heldout = StoredExamples(folder / "train"), StoredExamples(folder / "heldout")
     return PreparedData(
         train=train.weighed(config.span_weights),
@@ -444,14 +447,15 @@ def open_prepared(folder: Path, config: DatasetConfig) -> PreparedData:
         train_tools=frozenset(about["train_tools"]),
         fingerprint=about["fingerprint"],
         heldout_content_hashes=about["heldout_content_hashes"],
-        stats=PreparationStats.from_json((folder / "stats.json").read_text(encoding="utf-8")),
+        rewritten_history=rewritten_history(train, stats),
+        stats=stats,
     )
 
 
-def rewritten_history(prepared: PreparedData) -> dict[str, int]:
+def rewritten_history(train: StoredExamples, stats: PreparationStats) -> dict[str, int]:
     """Count the conversations that a chat template renders several times, and the tokens of all and of the longest."""
-    fitted = {name for change in prepared.stats.changed for name in change["examples"]}
-    lengths = dict(zip(prepared.train.ids, prepared.train.lengths.tolist(), strict=True))
+    fitted = {name for change in stats.changed for name in change["examples"]}
+    lengths = dict(zip(train.ids, train.lengths.tolist(), strict=True))
     by_whole: dict[str, list[int]] = {}
     for name, tokens in lengths.items():
         whole, part, _ = name.rpartition("/part-")
@@ -486,7 +490,7 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
         if set(outcomes) - {str(TruncationKind.whole)}:
             steps = sum(len(change["steps_left_out"]) for change in stats.changed if change["part"] == part)
             log.warning("data: fitting to dataset.max_length, %s: %s; %d steps left out", part, dict(outcomes), steps)
-    if (cost := rewritten_history(prepared))["conversations"]:
+    if (cost := prepared.rewritten_history)["conversations"]:
         once = tokens - cost["tokens"] + cost["tokens_of_the_longest"]
         log.log(
             logging.WARNING if tokens > 1.5 * once else logging.INFO,
@@ -525,7 +529,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "in_neither_part": dict(stats.left_out),
             "notices": dict(read.notices),
             "layout": dict(stats.layout),
-            "rewritten_history": rewritten_history(prepared),
+            "rewritten_history": prepared.rewritten_history,
             "fitting": {"outcomes": stats.fitted, "changed": stats.changed},
             "train": {
                 "examples": len(prepared.train),

@@ -37,7 +37,6 @@ from agentft.data.prepare import prepare_data
 from agentft.data.prepared import (
     PreparationStats,
     PreparedData,
-    rewritten_history,
     write_manifest,
 )
 from agentft.data.render import MsagentTemplate
@@ -576,7 +575,7 @@ def test_what_rewritten_history_costs_is_said(tmp_path, caplog):
         layout = choose_template("native", tokenizer, stable=stable)
         with caplog.at_level("INFO"):
             prepared = prepare_data(settings(path, max_length=4000), layout, SegmentEncoder(tokenizer))
-        cost = rewritten_history(prepared)
+        cost = prepared.rewritten_history
         conversations = prepared.stats.used("train")
         assert len(prepared.train) == kept * conversations
         assert (cost["conversations"], cost["examples"]) == (
