@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentft.data.calls import parameter_types
+from agentft.data.calls import Said, parameter_types
 from agentft.data.conversation import THINK_OPEN
-from agentft.data.response import ResponseTemplate, Said, our_templates, read_by_marks
+from agentft.data.response import ResponseTemplate, our_templates, read_by_marks
 from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import (
     LEGACY_NAMES,

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from agentft.evaluation.statistics import Floats, ratio_intervals
+from agentft.evaluation.metrics import Floats, ratio_intervals
 
 TRUTH = 0.87
 CORRELATION = 0.3

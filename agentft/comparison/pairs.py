@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,27 +18,32 @@ import numpy as np
 from agentft.comparison.runs import AFTER, predictions_file, saved_scores
 from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import (
+    CELLS_PER_CHUNK,
     HEADLINE,
+    INDICATIVE_BELOW,
     METRICS,
+    Floats,
     MetricDefinition,
     conversation_sums,
-    finite_or_none,
-    score_records,
-)
-from agentft.evaluation.statistics import (
-    INDICATIVE_BELOW,
-    SIGNIFICANT,
     difference_intervals,
-    holm,
-    mcnemar_exact,
-    needed_conversations,
-    sign_flip_test,
+    finite_or_none,
+    ratio,
+    score_records,
 )
 from agentft.evaluation.steps import StepScore
 from agentft.score import read_records
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+SIGNIFICANT = 0.05
+
+MOST_EXACT_FLIPS = 20
+"""Up to 2**20 sign patterns are enumerated; beyond, they are drawn."""
+
+_TIE = 1e-12
+"""Statistics nearer than this are equal: rounding must not decide a p value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,3 +336,74 @@ def _points(value: float | None, sign: str = "+") -> str:
 
 def _p_text(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# --- Tests ---
+
+
+def sign_flip_test(a_G2: Floats, b_G2: Floats, *, samples: int, seed: int) -> tuple[float, bool]:
+    """Return the two-sided p of exchanging the runs conversation by conversation, and whether all patterns were tried.
+
+    Where the references give the denominator this is the sign-flip test on per-conversation differences; exchanging
+    numerator and denominator together, the two columns of `a_G2` and `b_G2`, extends it to the other metrics. Where more
+    than `MOST_EXACT_FLIPS` conversations differ, `samples` patterns are drawn, and p is (1 + hits)/(1 + samples).
+    """
+    # A conversation on which both runs agree cannot change the statistic: exchanging it is no pattern of its own.
+    delta_K2 = (b_G2 - a_G2)[(a_G2 != b_G2).any(axis=1)]
+    differing = len(delta_K2)
+    a_sums, b_sums = a_G2.sum(axis=0), b_G2.sum(axis=0)
+    observed = abs(float(_exchanged(a_sums, b_sums, np.zeros((1, 2)))[0]))
+    if math.isnan(observed):
+        return math.nan, True
+    exact = differing <= MOST_EXACT_FLIPS
+    patterns = 2**differing if exact else samples
+    hits = valid = 0
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CELLS_PER_CHUNK // max(1, differing))
+    for start in range(0, patterns, chunk):
+        size = min(chunk, patterns - start)
+        if exact:
+            flips = (np.arange(start, start + size)[:, None] >> np.arange(differing)) & 1
+        else:
+            flips = rng.integers(0, 2, size=(size, differing))
+        statistics = np.abs(_exchanged(a_sums, b_sums, flips.astype(np.float64) @ delta_K2))
+        valid += int(np.isfinite(statistics).sum())
+        hits += int((statistics >= observed - _TIE).sum())
+    return hits / valid if exact else (1 + hits) / (1 + valid), exact
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Return the two-sided exact p of McNemar's test on steps that only the first, or only the second run has right."""
+    discordant = only_a + only_b
+    tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / (1 << discordant))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return Holm's adjusted p values: the k-th smallest times (count - k + 1), never decreasing, at most 1."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: (item[1], item[0]))):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def needed_conversations(
+    difference: float, se: float, conversations: int, *, power: float = 0.8, level: float = 0.05
+) -> int | None:
+    """Return how many conversations would show `difference` at `level` (two-sided) with the given power.
+
+    The spread per conversation is taken from the observed paired standard error `se` at `conversations`:
+    n = conversations * ((z_(1 - level/2) + z_power) * se / difference)^2. None where that is not defined.
+    """
+    if difference == 0 or not math.isfinite(difference) or not math.isfinite(se) or se == 0:
+        return None
+    normal = NormalDist()
+    effect = (normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) * se / difference
+    return max(2, math.ceil(conversations * effect**2))
+
+
+def _exchanged(a_sums: Floats, b_sums: Floats, moved_D2: Floats) -> Floats:
+    a_D2, b_D2 = a_sums + moved_D2, b_sums - moved_D2
+    return ratio(b_D2[:, 0], b_D2[:, 1]) - ratio(a_D2[:, 0], a_D2[:, 1])

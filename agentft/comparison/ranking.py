@@ -16,11 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from agentft.comparison.pairs import compare_runs
+from agentft.comparison.pairs import SIGNIFICANT, compare_runs, holm
 from agentft.comparison.runs import AFTER, NUMBERS, ComparedRun, saved_scores
 from agentft.errors import ConfigError, EvaluationError
-from agentft.evaluation.metrics import HEADLINE, METRICS_BY_NAME
-from agentft.evaluation.statistics import INDICATIVE_BELOW, SIGNIFICANT, holm
+from agentft.evaluation.metrics import HEADLINE, INDICATIVE_BELOW, METRICS_BY_NAME
 from agentft.evaluation.steps import StepScore
 from agentft.recipes.config import AFFECT_NOTHING
 

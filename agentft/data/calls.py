@@ -75,6 +75,43 @@ class Call:
     failure: CallFailure | None
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One step, taken apart."""
+
+    pieces: tuple[str | Call, ...]
+    """Texts and calls in their order, nothing stripped."""
+    reasoning: str = ""
+    thought: bool | None = None
+    """Every thought was opened and closed; None: there is none."""
+
+    @property
+    def text(self) -> str:
+        """The texts, trimmed and joined by line breaks."""
+        return "\n".join(piece.strip() for piece in self.pieces if isinstance(piece, str) and piece.strip())
+
+    @property
+    def attempts(self) -> tuple[Call, ...]:
+        """Return what was meant as calls, in order."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, Call))
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """The calls that can be read."""
+        return tuple(call for attempt in self.attempts for call in attempt.requests)
+
+    @property
+    def failures(self) -> tuple[CallFailure, ...]:
+        """Return why the others cannot."""
+        return tuple(attempt.failure for attempt in self.attempts if attempt.failure is not None)
+
+    @property
+    def words_after_call(self) -> bool:
+        """Return whether words stand behind a call."""
+        texts = [isinstance(piece, str) for piece in self.pieces if not isinstance(piece, str) or piece.strip()]
+        return False in texts and any(texts[texts.index(False) :])
+
+
 def strip_fence(text: str) -> str:
     """Return `text` without a surrounding Markdown code fence; the fence may be absent or lack its end."""
     text = text.strip()

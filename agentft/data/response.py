@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from itertools import groupby, islice
@@ -36,6 +36,7 @@ from agentft.data.calls import (
     CallFailure,
     Json,
     JsonRefused,
+    Said,
     ToolCall,
     Types,
     literal,
@@ -82,43 +83,6 @@ REACT = re.compile(r"^[ \t]*Action[ \t]*[:：].*\n\s*Action Input[ \t]*[:：]", 
 
 class TemplateUnknown(ValueError):  # noqa: N818
     """A response template of a form that is not known here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One step, taken apart."""
-
-    pieces: tuple[str | Call, ...]
-    """Texts and calls in their order, nothing stripped."""
-    reasoning: str = ""
-    thought: bool | None = None
-    """Every thought was opened and closed; None: there is none."""
-
-    @property
-    def text(self) -> str:
-        """The texts, trimmed and joined by line breaks."""
-        return "\n".join(piece.strip() for piece in self.pieces if isinstance(piece, str) and piece.strip())
-
-    @property
-    def attempts(self) -> tuple[Call, ...]:
-        """Return what was meant as calls, in order."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, Call))
-
-    @property
-    def calls(self) -> tuple[ToolCall, ...]:
-        """The calls that can be read."""
-        return tuple(call for attempt in self.attempts for call in attempt.requests)
-
-    @property
-    def failures(self) -> tuple[CallFailure, ...]:
-        """Return why the others cannot."""
-        return tuple(attempt.failure for attempt in self.attempts if attempt.failure is not None)
-
-    @property
-    def words_after_call(self) -> bool:
-        """Return whether words stand behind a call."""
-        texts = [isinstance(piece, str) for piece in self.pieces if not isinstance(piece, str) or piece.strip()]
-        return False in texts and any(texts[texts.index(False) :])
 
 
 class _Region(NamedTuple):

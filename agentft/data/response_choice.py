@@ -12,12 +12,12 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from agentft.data.calls import Call, ToolCall, parameter_types, read_call
+from agentft.data.calls import Call, Said, ToolCall, parameter_types, read_call
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message, Origin
 from agentft.data.render import LaidOut, MsagentTemplate, SpanKind
-from agentft.data.response import PARTS, ResponseTemplate, Said, TemplateUnknown, mark_pattern, our_templates
+from agentft.data.response import PARTS, ResponseTemplate, TemplateUnknown, mark_pattern, our_templates
 from agentft.errors import FormatError
 
 log = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from torch import nn
 
 from agentft.errors import EvaluationError
 from agentft.evaluation.config import EvaluationConfig
-from agentft.evaluation.ragged_decoding import KVCache, RaggedModel, RaggedSequence
 from agentft.evaluation.steps import Step
+from agentft.model.attention import KVCache, RaggedModel, RaggedSequence
 from agentft.model.labelled_loss import causal_model
 from agentft.secrets import redact_text
 

@@ -23,8 +23,7 @@ from agentft.data.render import TRAINED_KINDS
 from agentft.data.tokens import Example
 from agentft.errors import DataError
 from agentft.evaluation.generate import eval_mode
-from agentft.evaluation.metrics import SCORING_VERSION, Metric, bootstrap_facts, interval_metrics
-from agentft.evaluation.statistics import Floats
+from agentft.evaluation.metrics import SCORING_VERSION, Floats, Metric, bootstrap_facts, interval_metrics
 from agentft.model.labelled_loss import last_states, output_head, stock_logits
 
 KINDS = tuple(sorted(TRAINED_KINDS))

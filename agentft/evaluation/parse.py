@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from agentft.data.calls import PYTHON_WORDS, Call, CallFailure, ToolCall, strip_fence
+from agentft.data.calls import PYTHON_WORDS, Call, CallFailure, Said, ToolCall, strip_fence
 from agentft.data.conversation import EXEC_OPEN, THINK_CLOSE, THINK_OPEN
 from agentft.data.msagent import call_text, read_call_body
-from agentft.data.response import Said
 
 END_OF_SEQUENCE_TEXTS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 """How the end tokens of common models read when they are decoded to text."""

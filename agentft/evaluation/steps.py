@@ -19,18 +19,25 @@ from functools import cached_property
 from itertools import takewhile, zip_longest
 from typing import Any
 
-from agentft.data.calls import Call, CallFailure, ToolCall, parameter_types
+from agentft.data.calls import Call, CallFailure, Said, ToolCall, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import any_of
 from agentft.data.conversation import Conversation, Message
 from agentft.data.msagent import GrammarError, as_msagent, read_system
 from agentft.data.render import MsagentTemplate
-from agentft.data.response import Said, said_text, thought_template
+from agentft.data.response import said_text, thought_template
 from agentft.data.response_choice import choose_response
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, Ids
-from agentft.evaluation.legacy import LegacyStep, legacy_step
-from agentft.evaluation.matching import CallPair, align_calls, detect_language, rouge_l, strictly_equal
+from agentft.evaluation.matching import (
+    CallPair,
+    LegacyStep,
+    align_calls,
+    detect_language,
+    legacy_step,
+    rouge_l,
+    strictly_equal,
+)
 from agentft.evaluation.parse import (
     END_OF_SEQUENCE_TEXTS,
     USER_TAGS,

@@ -26,8 +26,7 @@ from agentft.data.render import SpanKind
 from agentft.data.tokens import Example, Span
 from agentft.errors import ModelError
 from agentft.evaluation.generate import greedy_ids
-from agentft.evaluation.ragged_decoding import KVCache, RaggedModel, RaggedSequence
-from agentft.model.attention import attention_of, take_attention
+from agentft.model.attention import KVCache, RaggedModel, RaggedSequence, attention_of, take_attention
 from agentft.model.labelled_loss import LabelledLoss, causal_model, last_states, output_head, packed_arguments
 
 log = logging.getLogger(__name__)

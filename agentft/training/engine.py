@@ -7,8 +7,8 @@ With every engine the gradient after `micro_batch(last=True)` is the sum over al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -187,6 +187,7 @@ class SingleEngine:
     """One process, one device, plain torch; the others are like it where they do not say otherwise."""
 
     name = "single"
+    unsharded: staticmethod[[], AbstractContextManager[None]] = staticmethod(nullcontext)
 
     def __init__(
         self, objective: LabelledLoss, config: TrainingConfig, *, fp16: bool = False, world: World = ALONE
@@ -230,10 +231,6 @@ class SingleEngine:
     def zero_grad(self) -> None:
         self._scale.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-    @contextmanager
-    def unsharded(self) -> Iterator[None]:
-        yield
 
     def weights(self, *, frozen: bool = False) -> TensorStream:
         return self._stream(dict(self.model.named_parameters()) if frozen else kept_parameters(self.model))

@@ -11,9 +11,9 @@ from agentft.data.conversation import Origin
 from agentft.data.records import read_record
 from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
-from agentft.evaluation import ragged_decoding
 from agentft.evaluation.generate import GreedyGenerator
 from agentft.evaluation.steps import all_steps, conversation_steps, score_step
+from agentft.model import attention
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_both_attention_kernels_equal_the_definition(position, length, window):
         for row, (first, last) in enumerate(seen):
             weights = torch.softmax(0.3 * keys[head // 3, first:last].double() @ query[head, row].double(), 0)
             expected[head, row] = weights @ values[head // 3, first:last].double()
-    for kernel in (ragged_decoding._attend_by_products, ragged_decoding._attend_fused):
+    for kernel in (attention._attend_by_products, attention._attend_fused):
         found = kernel(query, keys, values, position, 0.3, window)
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from agentft.evaluation.legacy import LegacyStep, legacy_metrics, legacy_step
+from agentft.evaluation.matching import LegacyStep, legacy_metrics, legacy_step
 
 
 def call(body: str) -> str:

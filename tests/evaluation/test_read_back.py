@@ -9,12 +9,12 @@ from functools import cache
 
 import pytest
 
-from agentft.data.calls import Call, ToolCall, parameter_types
+from agentft.data.calls import Call, Said, ToolCall, parameter_types
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatTemplate
 from agentft.data.conversation import Conversation, Message
 from agentft.data.render import LaidOut
-from agentft.data.response import Said, our_templates
+from agentft.data.response import our_templates
 from agentft.data.response_choice import choose_response, differs, servers_template, trained_steps
 from agentft.data.template_choice import OURS, choose_template, probe
 from agentft.data.tokens import SegmentEncoder, tokenize

@@ -11,18 +11,9 @@ import random
 import numpy as np
 import pytest
 
-from agentft.comparison.pairs import compare_runs
+from agentft.comparison.pairs import compare_runs, holm, mcnemar_exact, needed_conversations, sign_flip_test
 from agentft.errors import EvaluationError
-from agentft.evaluation.metrics import aggregate, score_records
-from agentft.evaluation.statistics import (
-    Floats,
-    difference_intervals,
-    holm,
-    mcnemar_exact,
-    needed_conversations,
-    ratio_intervals,
-    sign_flip_test,
-)
+from agentft.evaluation.metrics import Floats, aggregate, difference_intervals, ratio_intervals, score_records
 from agentft.evaluation.steps import StepRecord, StepScore
 
 RIGHT = '<|startofthink|>{"api_name": "a", "parameters": {"x": 1}}<|endofthink|>'
