@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agentft.data.calls import parameter_types, typed
 from agentft.data.chat_layout import ChatLayout
 from agentft.data.chat_template import ChatMessage, handed_over, server_messages
 from agentft.data.conversation import Conversation, Origin, chat_messages
@@ -98,7 +97,7 @@ def row_of_records(name: str, talks: Sequence[Conversation]) -> tuple[str, ...]:
         equal += checked.equal == len(talk.steps)
         back += checked.back == len(talk.steps)
         if checked.back < len(talk.steps):
-            reasons["value_against_its_schema" if _against_schema(talk) else "not_read_back"] += 1
+            reasons["not_read_back"] += 1
         if layout.traits.reasoning:
             kept += check(layout, name, _thinking(talk)).kept == len(talk.steps)
     return (
@@ -198,16 +197,6 @@ def _thinking(talk: Conversation) -> Conversation:
     thought = "The user wants this; here is what I do next."
     messages = (replace(m, reasoning_content=thought) if m.role == "assistant" else m for m in talk.messages)
     return replace(talk, messages=tuple(messages))
-
-
-def _against_schema(talk: Conversation) -> bool:
-    """Say whether an argument is of another type than is declared, which no text without quotes can tell."""
-    types = parameter_types(talk.tools)
-    return any(
-        typed(value if isinstance(value, str) else json.dumps(value), types.get((call.name, key), ())) != value
-        for call in talk.tool_calls
-        for key, value in call.arguments.items()
-    )
 
 
 def _unsaid(layout: ChatLayout, talk: Conversation) -> set[str]:

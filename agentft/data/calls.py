@@ -361,7 +361,7 @@ def typed(text: str, types: Sequence[str]) -> Json:
 
 
 def parameter_types(tools: Sequence[Mapping[str, Any]], calls: Sequence[ToolCall] = ()) -> dict[Any, tuple[str, ...]]:
-    """Return the schema types of parameters; where no schema gives one, those of the values in known calls."""
+    """Return the types of parameters: those of the values in known calls first, then those of the schema."""
     found: dict[Any, tuple[str, ...]] = {}
     for call in calls:
         for key, value in call.arguments.items():
@@ -374,9 +374,9 @@ def parameter_types(tools: Sequence[Mapping[str, Any]], calls: Sequence[ToolCall
         for key, value in properties.items() if isinstance(properties, Mapping) else ():
             declared = _schema_types(value)
             if declared:
-                # Of several that are declared, the one that is used comes first.
+                # The one that is used comes first, even against the schema: what was said is read back as it was said.
                 used = found.get((function.get("name"), key), ())
-                found[function.get("name"), key] = (*(t for t in used if t in declared), *declared)
+                found[function.get("name"), key] = (*(t for t in used if t in declared), *used, *declared)
     return found
 
 

@@ -44,7 +44,6 @@ IGNORE_INDEX = -100
 
 _MARKUP = re.compile(r"<\S+>")
 """Names of added tokens that are marks of a layout, `<tool_call>` for example; runs of spaces and the like are not."""
-_ANYTHING = re.compile(r".*", re.DOTALL)
 
 _LEADS = ("\n", "x", ":")
 """What may stand before a text that continues another, so that a tokenizer puts no blank there; it is taken off again."""
@@ -167,9 +166,11 @@ class SegmentEncoder:
     def __init__(self, tokenizer: Any) -> None:
         """Take the Rust tokenizer out of `tokenizer`, a fast tokenizer of transformers."""
         self._tokenizer = tokenizer
-        self._json = TokenizerJson.of(tokenizer.backend_tokenizer)
-        self._counts_bytes = self._json.keeps_every_byte
-        self._cuts_anywhere = self._json.cuts_anywhere
+        self._counts_bytes = keeps_every_byte(tokenizer.backend_tokenizer)
+        self._cuts_anywhere = all(
+            part["type"] == "Metaspace" for part in _parts(tokenizer.backend_tokenizer, "pre_tokenizer")
+        )
+        """A border between two tokens cuts a text in two with the same ids alone: no pattern looks ahead."""
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.largest_id = max(self._vocabulary.values())
         """The greatest id of the vocabulary, added tokens included."""
@@ -193,7 +194,7 @@ class SegmentEncoder:
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the ids of a text."""
-        return hashlib.sha256(str(self._json).encode()).hexdigest()
+        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     def special_id(self, token: str) -> int:
         """Return the id of a special token; raise ConfigError where the vocabulary has none of that name."""
@@ -262,11 +263,15 @@ class SegmentEncoder:
 
         with self._lock:
             if letters not in self._copies:
+                made = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
                 # Qwen adds `<tool_call>` and the like as ordinary tokens, which text reaches: a user who types one would
-                # type a control token.
-                pattern = {"none": None, "marks": _MARKUP, "all": _ANYTHING}[letters]
-                made = Tokenizer.from_str(str(self._json.with_special(pattern) if pattern else self._json))
-                made.encode_special_tokens = pattern is not None
+                # type a control token. What is special can be letters.
+                added = made.get_added_tokens_decoder().values() if letters != "none" else ()
+                letter_tokens = [token for token in added if letters == "all" or _MARKUP.fullmatch(token.content)]
+                for token in letter_tokens:
+                    token.special = True
+                made.add_special_tokens(letter_tokens)
+                made.encode_special_tokens = letters != "none"
                 made.no_truncation()
                 made.no_padding()
                 self._copies[letters] = made
@@ -323,7 +328,12 @@ class SegmentEncoder:
 
     @cached_property
     def _lengths(self) -> Places:
-        return byte_level_lengths(self._tokenizer)
+        """By id, how many bytes it stands for in a byte-level vocabulary, where each character of a token is a byte."""
+        lengths = np.zeros(self.largest_id + 1, dtype=np.int64)
+        lengths[list(self._vocabulary.values())] = list(map(len, self._vocabulary))
+        for index, token in self._tokenizer.added_tokens_decoder.items():
+            lengths[index] = len(str(token).encode())
+        return lengths
 
     def _by_bytes(self, job: _Job, parts: Sequence[Ids]) -> _Encoded | None:
         """Place tokens by counting their bytes; None where the tokenizer changed the text."""
@@ -507,16 +517,6 @@ def vocabulary_bytes(tokenizer: Any) -> list[bytes]:
     return table
 
 
-def byte_level_lengths(tokenizer: Any) -> npt.NDArray[np.int64]:
-    """By id, how many bytes it stands for in a byte-level vocabulary, where each character of a token is a byte."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    lengths = np.zeros(max(vocabulary.values(), default=0) + 1, dtype=np.int64)
-    lengths[list(vocabulary.values())] = list(map(len, vocabulary))
-    for index, token in tokenizer.added_tokens_decoder.items():
-        lengths[index] = len(str(token).encode())
-    return lengths
-
-
 def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte in a byte-level vocabulary: printable bytes are themselves, the others follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -530,67 +530,30 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return token.replace(_SPACE, " ").encode()
 
 
-_MODEL = ',"model":{'
-"""Within a string its quotes would be escaped, so it is found only where the model begins."""
+def keeps_every_byte(backend: Tokenizer) -> bool:
+    """Return whether the ids of a text in NFC spell its bytes: byte-level BPE, nothing put before, stripped or replaced."""
+    from tokenizers.models import BPE
+
+    splitters = _parts(backend, "pre_tokenizer")
+    return (
+        isinstance(backend.model, BPE)
+        and all(part["type"] == "NFC" for part in _parts(backend, "normalizer"))
+        and any(part["type"] == "ByteLevel" for part in splitters)
+        and not any(part.get("add_prefix_space") for part in splitters)
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizerJson:
-    """What `Tokenizer.to_str()` writes; reading the model's vocabulary as well would take most of the time."""
+def _parts(backend: Tokenizer, stage: Literal["normalizer", "pre_tokenizer"]) -> list[dict[str, Any]]:
+    """Return the JSON of a stage's parts; of a copy without the vocabulary, whose reading would take most of the time."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
 
-    head: dict[str, Any]
-    """Everything but the model."""
-    model: str
-    """The object of the model."""
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> TokenizerJson:
-        """The JSON of a `tokenizers.Tokenizer`."""
-        text = tokenizer.to_str()
-        head, found, model = text.partition(_MODEL)
-        if found:
-            return cls(json.loads(head + "}"), "{" + model[:-1])
-        whole = json.loads(text)
-        model = json.dumps(whole.pop("model"), ensure_ascii=False)
-        return cls(whole, model)
-
-    def with_special(self, pattern: re.Pattern[str]) -> TokenizerJson:
-        """Return the tokenizer with every added token that matches declared special."""
-        added = [
-            {**token, "special": token["special"] or pattern.fullmatch(token["content"]) is not None}
-            for token in self.head["added_tokens"]
-        ]
-        return replace(self, head={**self.head, "added_tokens": added})
-
-    def __str__(self) -> str:
-        return json.dumps(self.head, ensure_ascii=False)[:-1] + _MODEL + self.model[1:] + "}"
-
-    @property
-    def keeps_every_byte(self) -> bool:
-        """Return whether the ids of a text in NFC spell its bytes: byte-level BPE, nothing put before, stripped or replaced."""
-        normalizers = {part["type"] for part in _parts(self.head["normalizer"], "normalizers")}
-        splitters = list(_parts(self.head["pre_tokenizer"], "pretokenizers"))
-        return (
-            self.model.startswith('{"type":"BPE"')
-            and normalizers <= {"NFC"}
-            and any(part["type"] == "ByteLevel" for part in splitters)
-            and not any(part.get("add_prefix_space") for part in splitters)
-        )
-
-    @property
-    def cuts_anywhere(self) -> bool:
-        """Return whether a border between two tokens cuts a text in two with the same ids alone: no pattern looks ahead."""
-        return all(part["type"] == "Metaspace" for part in _parts(self.head["pre_tokenizer"], "pretokenizers"))
-
-
-def _parts(stage: dict[str, Any] | None, of_sequence: str) -> Iterator[dict[str, Any]]:
-    if stage is None:
-        return
-    if stage["type"] != "Sequence":
-        yield stage
-        return
-    for part in stage[of_sequence]:
-        yield from _parts(part, of_sequence)
+    bare = Tokenizer(BPE())
+    setattr(bare, stage, getattr(backend, stage))
+    parts = [json.loads(bare.to_str())[stage]]
+    for part in parts:
+        parts += (part or {}).get("normalizers", ()) or (part or {}).get("pretokenizers", ())
+    return [part for part in parts if part and part["type"] != "Sequence"]
 
 
 CHECKED = 128

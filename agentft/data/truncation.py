@@ -10,7 +10,7 @@ A conversation is one example, or several where a chat template rewrites history
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
@@ -136,31 +136,26 @@ class Rounds:
     """A conversation as its system message and its rounds: a question and what the agent made of it."""
 
     def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
+        self._whole = conversation
         starts = [at for at, message in enumerate(conversation.messages) if message.role == "user"]
-        ends = [*starts[1:], len(conversation.messages)]
-        self._head = conversation.messages[: starts[0]]
-        self._rounds = [conversation.messages[start:end] for start, end in zip(starts, ends, strict=True)]
-        self._steps = [sum(message.role == "assistant" for message in messages) for messages in self._rounds]
+        self._borders = [*starts, len(conversation.messages)]
+        self.head = starts[0]
+        """Messages before the first question."""
 
     def __len__(self) -> int:
-        return len(self._rounds)
+        return len(self._borders) - 1
 
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The messages of all rounds."""
-        return tuple(message for messages in self._rounds for message in messages)
+    def part(self, name: str, first: int, last: int, after: Sequence[Message] = ()) -> Conversation:
+        """Return the rounds `first` to `last`, exclusive, under the system message, and `after` behind them."""
+        messages, borders = self._whole.messages, self._borders
+        shown = (*messages[: self.head], *messages[borders[first] : borders[last]], *after)
+        piece_of = None if name == self._whole.id else self._whole.id
+        return replace(self._whole, id=name, messages=shown, piece_of=piece_of)
 
-    def part(self, name: str, first: int, last: int) -> Conversation:
-        """Return the rounds `first` to `last`, exclusive, under the system message."""
-        turns = (message for round_ in self._rounds[first:last] for message in round_)
-        whole = self._conversation.id
-        piece_of = None if name == whole else whole
-        return replace(self._conversation, id=name, messages=(*self._head, *turns), piece_of=piece_of)
-
-    def steps_before(self, first: int) -> int:
-        """Return how many steps the rounds before `first` hold."""
-        return sum(self._steps[:first])
+    def steps(self, first: int, last: int) -> range:
+        """Return the numbers of the steps of some rounds."""
+        border = self._borders
+        return range(*(sum(at < border[number] for at in self._whole.steps) for number in (first, last)))
 
 
 def shorten_observations(conversation: Conversation, limit: int) -> Conversation:
@@ -195,13 +190,6 @@ def _result_length(message: Message) -> int:
     return max(
         (len(part.body) for part in message.source or () if isinstance(part, Observation)), default=len(message.text)
     )
-
-
-def _count_shortened(conversation: Conversation, parts: Iterable[Conversation]) -> int:
-    """Count the tool results of parts of a conversation that are not those of the conversation."""
-    whole = {message.text for message in conversation.messages if message.role == "tool"}
-    shown = {message.text for part in parts for message in part.messages if message.role == "tool"}
-    return len(shown - whole)
 
 
 # --- Fitting to a length ---
@@ -239,13 +227,6 @@ class TruncationResult:
     """Codes of what the layout writes otherwise than the source."""
 
 
-class _Sizes(NamedTuple):
-    """Lengths in tokens, to choose what to try: rounds tokenised together may differ from their sum by a token or two."""
-
-    head: int
-    rounds: list[int]
-
-
 @dataclass(frozen=True, slots=True)
 class Truncator:
     """Renders, tokenises and fits a batch of conversations."""
@@ -279,83 +260,62 @@ class Truncator:
         (made,) = render_all([conversation], self.template, self.encoder, self._known, context_rounds)
         return made
 
-    def _sizes(self, rounds: Rounds) -> _Sizes:
-        """Measure each round and the system message before them, in tokens."""
-        alone = [self._render(rounds.part("", at, at + 1)).tokens for at in range(len(rounds))]
-        if len(alone) < 2:
-            return _Sizes(0, alone)
-        head = alone[0] + alone[1] - self._render(rounds.part("", 0, 2)).tokens
-        return _Sizes(head, [size - head for size in alone])
+    def _most(
+        self, low: int, high: int, make: Callable[[int], Rendered], precision: int = 0
+    ) -> tuple[int, Rendered] | None:
+        """Return the greatest number of which what is made fits, to a precision; None where not even the lowest does."""
+        found = None
+        number = low
+        while low <= high and (found is None or high - low >= precision):
+            made = make(number)
+            if made.tokens <= self.max_length:
+                found, low = (number, made), number + 1
+            elif found is None:
+                return None
+            else:
+                high = number - 1
+            number = (low + high) // 2
+        return found
 
     def _newest_rounds(self, conversation: Conversation, tokens: int) -> TruncationResult | None:
         """Keep as many of the newest rounds as fit with their tool results shortened."""
         rounds = Rounds(conversation)
-        sizes = self._sizes(Rounds(shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS)))
-        for first in range(len(rounds)):
-            if first + 1 < len(rounds) and sizes.head + sum(sizes.rounds[first:]) > self.max_length:
-                continue
-            made = self._shortened(rounds.part(conversation.id, first, len(rounds)))
-            if made is not None and made.trains:
-                outcome = TruncationKind.rounds_left_out if first else TruncationKind.shortened
-                left_out = tuple(range(rounds.steps_before(first)))
-                shortened = _count_shortened(conversation, [piece.conversation for piece in made.pieces])
-                return TruncationResult(
-                    conversation, tokens, outcome, made.pieces, shortened, left_out, notes=made.notes
-                )
-        return None
+        last = len(rounds)
+        shortest = Rounds(shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS))
+        most = self._most(1, last, lambda count: self._render(shortest.part(conversation.id, last - count, last)))
+        if most is None:
+            return None
+        first = last - most[0]
+        made = self._shortened(rounds.part(conversation.id, first, last))
+        if made is None or not made.trains:
+            return None
+        outcome = TruncationKind.rounds_left_out if first else TruncationKind.shortened
+        return _result(conversation, tokens, outcome, [made], rounds.steps(0, first))
 
     def _split(self, conversation: Conversation, tokens: int) -> TruncationResult | None:
         """Put every round in one example, in order; examples begin with as many of the rounds before as fit."""
         rounds = Rounds(conversation)
-        sizes = self._sizes(rounds)
         parts: list[Rendered] = []
         left_out: list[int] = []
         first = 0
         while first < len(rounds):
-            name = part_id(conversation.id, len(parts) + 1)
-            made = self._longest_from(rounds, sizes, name, first)
+            count, made = self._next_part(rounds, part_id(conversation.id, len(parts) + 1), first)
             if made is None:
-                made = self._shortened(rounds.part(name, first, first + 1))
-            if made is None:
-                left_out += range(rounds.steps_before(first), rounds.steps_before(first + 1))
-                first += 1
-                continue
-            if made.trains:
-                parts.append(self._with_context(rounds, sizes, made, first))
-            first += made.conversation.rounds
-        if not parts:
-            return None
-        shortened = _count_shortened(conversation, (made.conversation for made in parts))
-        pieces = tuple(piece for made in parts for piece in made.pieces)
-        notes = tuple(note for made in parts for note in made.notes)
-        return TruncationResult(
-            conversation, tokens, TruncationKind.spread, pieces, shortened, tuple(left_out), notes=notes
-        )
+                left_out += rounds.steps(first, first + 1)
+            elif made.trains:
+                parts.append(made)
+            first += count
+        return _result(conversation, tokens, TruncationKind.spread, parts, left_out) if parts else None
 
-    def _longest_from(self, rounds: Rounds, sizes: _Sizes, name: str, first: int) -> Rendered | None:
-        """Take the rounds from `first` on, as many as fit unchanged."""
-        last = first + 1
-        while last < len(rounds) and sizes.head + sum(sizes.rounds[first : last + 1]) <= self.max_length:
-            last += 1
-        for end in range(last, first, -1):
-            made = self._render(rounds.part(name, first, end))
-            if made.tokens <= self.max_length:
-                return made
-        return None
-
-    def _with_context(self, rounds: Rounds, sizes: _Sizes, made: Rendered, first: int) -> Rendered:
-        """Put as many rounds before it as fit, shown and not trained."""
-        # Its own rounds may have been shortened, so they are taken as they are.
-        own = Rounds(made.conversation).messages
-        context = 0
-        while context < first and made.tokens + sum(sizes.rounds[first - context - 1 : first]) <= self.max_length:
-            context += 1
-        for count in range(context, 0, -1):
-            before = rounds.part(made.conversation.id, first - count, first)
-            longer = self._render(replace(before, messages=(*before.messages, *own)), count)
-            if longer.tokens <= self.max_length:
-                return longer
-        return made
+    def _next_part(self, rounds: Rounds, name: str, first: int) -> tuple[int, Rendered | None]:
+        """Return how many rounds from `first` on share an example, and the example; None: one alone is too long."""
+        most = self._most(1, len(rounds) - first, lambda n: self._render(rounds.part(name, first, first + n)))
+        count, made = most or (1, self._shortened(rounds.part(name, first, first + 1)))
+        if made is None or not made.trains:
+            return count, made
+        own = made.conversation.messages[rounds.head :]  # which may be shortened
+        longer = self._most(1, first, lambda n: self._render(rounds.part(name, first - n, first, own), n))
+        return count, longer[1] if longer else made
 
     def _shortened(self, conversation: Conversation) -> Rendered | None:
         """Cut the tool results to the greatest common length that fits; None where none does."""
@@ -365,19 +325,23 @@ class Truncator:
         longest = max((_result_length(m) for m in conversation.messages if m.role == "tool"), default=0)
         if longest <= MIN_OBSERVATION_CHARACTERS:
             return None
-        fitting: Rendered | None = None
-        low, high = MIN_OBSERVATION_CHARACTERS, longest
-        limit = low
-        while low <= high and (fitting is None or high - low >= _PRECISION):
-            made = self._render(shorten_observations(conversation, limit))
-            if made.tokens <= self.max_length:
-                fitting, low = made, limit + 1
-            elif fitting is None:
-                return None
-            else:
-                high = limit - 1
-            limit = (low + high) // 2
-        return fitting
+        most = self._most(
+            MIN_OBSERVATION_CHARACTERS,
+            longest,
+            lambda limit: self._render(shorten_observations(conversation, limit)),
+            _PRECISION,
+        )
+        return most[1] if most else None
+
+
+def _result(
+    conversation: Conversation, tokens: int, outcome: TruncationKind, parts: Sequence[Rendered], left_out: Iterable[int]
+) -> TruncationResult:
+    pieces = tuple(piece for made in parts for piece in made.pieces)
+    notes = tuple(note for made in parts for note in made.notes)
+    whole = {message.text for message in conversation.messages if message.role == "tool"}
+    shown = {m.text for made in parts for m in made.conversation.messages if m.role == "tool"}
+    return TruncationResult(conversation, tokens, outcome, pieces, len(shown - whole), tuple(left_out), notes=notes)
 
 
 def _set_aside(conversation: Conversation, tokens: int, reason: str, detail: str) -> TruncationResult:

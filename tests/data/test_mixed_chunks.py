@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agentft.data.render import MsagentTemplate, Rendering, Segment, SpanKind
 from agentft.data.sources import read_conversations, read_local
-from agentft.data.tokens import SegmentEncoder, Span, _Job, _Text, byte_level_lengths, vocabulary_bytes
+from agentft.data.tokens import SegmentEncoder, Span, _Job, _Text, vocabulary_bytes
 
 
 @cache
@@ -79,4 +79,4 @@ def test_the_length_of_a_token_is_that_of_its_bytes(with_added: bool):
     made = tokenizer()
     if with_added:
         made.add_tokens(["<工具>"])
-    assert byte_level_lengths(made).tolist() == [len(token) for token in vocabulary_bytes(made)]
+    assert SegmentEncoder(made)._lengths.tolist() == [len(token) for token in vocabulary_bytes(made)]

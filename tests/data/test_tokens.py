@@ -21,10 +21,10 @@ from agentft.data.tokens import (
     KnownIds,
     SegmentEncoder,
     TextIds,
-    TokenizerJson,
     TokenizersDisagree,
     byte_level_alphabet,
     encode_fast,
+    keeps_every_byte,
 )
 
 GPT4 = (
@@ -326,21 +326,20 @@ def test_a_text_that_comes_again_is_encoded_once(monkeypatch):
 
 
 @pytest.mark.parametrize("family", SPLITTERS)
-def test_the_json_of_a_tokenizer_is_the_tokenizer(family: str):
-    backend = tokenizer_of(family).backend_tokenizer
-    text = str(TokenizerJson.of(backend))
-    assert json.loads(text) == json.loads(backend.to_str())
-    assert TokenizerJson.of(backend).keeps_every_byte
-
-
-def test_the_json_of_a_tokenizer_is_read_also_where_the_model_is_hard_to_find():
-    class Backend:
-        def to_str(self) -> str:
-            return json.dumps({"added_tokens": [], "normalizer": None, "model": {"type": "BPE", "vocab": {}}}, indent=1)
-
-    found = TokenizerJson.of(Backend())
-    assert found.head == {"added_tokens": [], "normalizer": None}
-    assert json.loads(str(found)) == json.loads(Backend().to_str())
+def test_families_keep_every_byte_and_copies_differ_in_what_is_special_alone(family: str):
+    encoder, backend = SegmentEncoder(tokenizer_of(family)), tokenizer_of(family).backend_tokenizer
+    assert keeps_every_byte(backend)
+    given = json.loads(backend.to_str())
+    for letters in ("none", "marks", "all"):
+        made = json.loads(encoder._copy(letters).to_str())
+        special = {token["content"] for token in made["added_tokens"] if token["special"]}
+        expected = {"<|im_end|>"}
+        if family == "qwen2" and letters != "none":
+            expected |= {"<tool_call>", "</tool_call>"} | ({"\u2028\u2028"} if letters == "all" else set())
+        assert special == expected
+        for token in (*made["added_tokens"], *given["added_tokens"]):
+            token["special"] = None
+        assert made == given
 
 
 @pytest.mark.parametrize(
@@ -356,4 +355,4 @@ def test_a_tokenizer_that_writes_a_text_otherwise_does_not_keep_every_byte(name,
     backend.pre_tokenizer = splitter
     if normalizer is not None:
         backend.normalizer = normalizer
-    assert not TokenizerJson.of(backend).keeps_every_byte, name
+    assert not keeps_every_byte(backend), name

@@ -294,6 +294,28 @@ def test_a_value_without_quotes_has_the_type_of_its_schema(key: str, value: str,
     assert said.calls == (ToolCall("get_tide", {key: read}),)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_think", "glm4moe", "minimax_m2"])
+@pytest.mark.parametrize(("key", "value"), [("harbour", 75001), ("harbour", None), ("days", "3"), ("days", True)])
+def test_a_value_against_its_schema_is_read_back_as_the_record_has_it(name: str, key: str, value: object):
+    layout = layout_of(name, "merging")
+    plain = conversation("plain")
+    told = Message("assistant", tool_calls=(ToolCall("get_tide", {key: value}, id="call_1"),))
+    ((step, message),) = made_steps(layout, name, replace(plain, messages=(*plain.messages[:2], told)))
+    assert not differs(read(step), message)
+    assert step.reader is not None
+    assert score_step(step.record(step.reader.decode(step.input_ids[step.start : step.stop].tolist()))).is_exact
+
+
+def test_exception_a_record_that_gives_a_parameter_two_types_is_read_back_by_its_schema():
+    layout = layout_of("qwen3_5_think", "merging")
+    plain = conversation("plain")
+    calls = tuple(ToolCall("get_tide", {"harbour": value}, id=f"call_{value}") for value in (75001, "Husum"))
+    talk = replace(plain, messages=(*plain.messages[:2], Message("assistant", tool_calls=calls)))
+    ((step, message),) = made_steps(layout, "qwen3_5_think", talk)
+    assert differs(read(step), message) == "calls"
+    assert [call.arguments["harbour"] for call in read(step).calls] == ["75001", "Husum"]
+
+
 def test_a_key_twice_is_malformed_in_xml_too():
     said = read_as("qwen3_5_think", XML % (PARAMETER % ("days", "1") + PARAMETER % ("days", "2")))
     assert len(with_msagent_calls(said).failures) == 1
