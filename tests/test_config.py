@@ -278,7 +278,10 @@ MISTAKES = [
     (
         "experiment=msagent_7b_lora dataset=local dataset.path=x.jsonl",
         [
-            *("experiment/msagent_7b_lora.yaml: dataset.test_split: ", "belongs to dataset=huggingface"),
+            *(
+                "experiment/msagent_7b_lora.yaml: dataset.test_split: ",
+                "belongs to dataset=modelscope and dataset=huggingface",
+            ),
             "leave out dataset=local or that file",
         ],
     ),
@@ -327,8 +330,8 @@ MISTAKES = [
     ("hydra/launcher=nope", ["hydra/launcher=nope: no such option"]),
     ("--config-name nope", ["--config-name nope: no such file"]),
     ("--config-dir nope", ["--config-dir nope: no such folder"]),
-    ("--config-path nope", ["--config-path: not supported"]),
-    ("--experimental-rerun nope", ["--experimental-rerun: not supported"]),
+    ("--config-path nope", ["unrecognized arguments: --config-path"]),
+    ("--experimental-rerun nope", ["unrecognized arguments: --experimental-rerun"]),
     ("seed=1 --cfg job seed=2", ["put flags such as --cfg or -m before all settings"]),
     ("tracking.api_key=hunter2", ["tracking.api_key:", "environment"]),
     ("+wandb_api_key=hunter2", ["wandb_api_key:", "environment"]),

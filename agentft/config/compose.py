@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import hydra
-import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -72,26 +71,6 @@ OF_OTHERS = tuple(
 def with_keys_of_others(overrides: Sequence[str]) -> list[str]:
     """Return overrides in which such a setting is added where it is not there yet: Hydra wants `++` for it."""
     return [f"++{override}" if override.startswith(OF_OTHERS) else override for override in overrides]
-
-
-def choices_in(defaults: Sequence[Any], folders: Sequence[Path]) -> dict[str, str]:
-    """Return the option of each group that a defaults list chooses, by itself or by the files that it names; "" for null."""
-    found: dict[str, str] = {}
-    for entry in defaults:
-        if isinstance(entry, str):
-            found |= choices_of(entry, folders)
-        else:
-            found |= {group.split()[-1].lstrip("/"): str(option or "") for group, option in entry.items()}
-    return found
-
-
-def choices_of(config_name: str, folders: Sequence[Path]) -> dict[str, str]:
-    """Return what the defaults list of `train` or `experiment/<name>` chooses; of a file that cannot be read nothing."""
-    path = next((path for folder in folders if (path := folder / f"{config_name}.yaml").is_file()), None)
-    with contextlib.suppress(yaml.YAMLError, OSError, AttributeError):
-        if path is not None:
-            return choices_in(yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []), folders)
-    return {}
 
 
 def dotted(parent: str, name: str) -> str:
@@ -292,7 +271,7 @@ def check_keys(settings_only: DictConfig, root: type) -> list[str]:
             if name not in known and schema is not dict:  # a dict holds another program's settings
                 from agentft.config.explain import unknown_setting  # which imports this module
 
-                raise ConfigError(unknown_setting(key, root, _schemas_of(settings_only)))
+                raise ConfigError(unknown_setting(key, root, schemas_of(settings_only)))
             refers = OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
             if not refers and isinstance(node[name], DictConfig):
                 waiting.append((key, node[name]))
@@ -312,7 +291,7 @@ def _texts_in(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _texts_in(item, dotted(key, str(name)))
 
 
-def _schemas_of(composed: DictConfig) -> dict[str, str]:
+def schemas_of(composed: DictConfig) -> dict[str, str]:
     """Return the schema of each group in a composed config, from the classes of its nodes."""
     return {
         group: name

@@ -21,7 +21,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from agentft.config.compose import OF_OTHERS, choices_of, compose, conf_dir, dotted, options
+from agentft.config.compose import OF_OTHERS, compose, conf_dir, dotted, options, schemas_of
 from agentft.model.config import TrustConfig
 from agentft.recipes.config import RENAMED, ROOTS, SCHEMAS, TrainConfig
 from agentft.settings import Number, accepted, default_of, hints_of, members, numbers
@@ -68,30 +68,15 @@ class Setting:
         return not any(dataclasses.is_dataclass(part) for part in (self.hint, *typing.get_args(self.hint)))
 
 
-def settings(
-    root: type = TrainConfig, choices: Mapping[str, str] | None = None, folders: Sequence[Path] = ()
-) -> dict[str, Setting]:
-    """Return every setting by its dotted name; of a group without a choice, those of all its schemas."""
+def settings(root: type = TrainConfig, schemas: Mapping[str, str] | None = None) -> dict[str, Setting]:
+    """Return every setting by its dotted name; of a group that `schemas` gives no schema, those of all its schemas."""
     found = dict(_settings_of(root, ""))
-    for group in SCHEMAS:
+    for group, known in SCHEMAS.items():
         if group in found and found[group].hint is not TrustConfig:
-            chosen = _schema_of(group, (choices or {}).get(group), folders or [conf_dir()])
-            for schema in [chosen] if chosen is not None else reversed(SCHEMAS[group].values()):
+            chosen = (schemas or {}).get(group)
+            for schema in [known[chosen]] if chosen is not None else reversed(known.values()):
                 found.update(_settings_of(schema, f"{group}."))
     return found
-
-
-def _schema_of(group: str, option: str | None, folders: Sequence[Path]) -> type | None:
-    """Return the class of an option, by the defaults list of its file."""
-    if option is None or option in SCHEMAS[group]:
-        return SCHEMAS[group].get(option or "")
-    for folder in folders:
-        path = folder / group / f"{option}.yaml"
-        if path.is_file():
-            for base in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []):
-                if isinstance(base, str) and base not in ("_self_", option):
-                    return _schema_of(group, base, folders)
-    return None
 
 
 def _settings_of(schema: type, prefix: str, *, advanced: bool = False) -> Iterator[tuple[str, Setting]]:
@@ -131,14 +116,14 @@ def first_line(error: BaseException) -> str:
 
 
 def explain(
-    error: Exception, overrides: Sequence[Override], root: type, choices: Mapping[str, str], folders: Sequence[Path]
+    error: Exception, overrides: Sequence[Override], root: type, schemas: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
-    """Return what Hydra or OmegaConf refused of a composition; `choices` are the options of the groups."""
+    """Return what Hydra or OmegaConf refused of a composition; `schemas` names that of each group."""
+    known = settings(root, schemas)
     for override in overrides:
         key = override.key_or_group
-        is_known = options(key, folders) or key in settings(root, choices, folders)
-        if not (is_known or key.startswith(("hydra", *OF_OTHERS))):
-            return unknown_setting(key, root, choices, folders)
+        if not (options(key, folders) or key in known or key.startswith(("hydra", *OF_OTHERS))):
+            return unknown_setting(key, root, schemas)
         if override.is_add() and f"already at '{key}'" in str(error):
             return f"{key}: is there already; leave out the +"
         if override.is_delete():
@@ -158,11 +143,11 @@ def explain(
     where = f"{in_file[1]}.yaml: " if in_file else ""
     key = getattr(origin, "full_key", None) or next(iter(re.findall(r"full_key: (\S+)", text)), "")
     if key and re.search(r"Key '.*' (not in|is not in struct)", text):
-        line = where + unknown_setting(key, root, choices, folders)
+        line = where + unknown_setting(key, root, schemas)
         typed = next((o.input_line for o in overrides if where and o.key_or_group == key.partition(".")[0]), None)
         return line + (f"; leave out {typed} or that file" if typed else "")
     if key and (isinstance(origin, ValidationError) or "ValidationError" in text):
-        return where + wrong_value(key, text, overrides, settings(root, choices, folders))
+        return where + wrong_value(key, text, overrides, known)
     if isinstance(origin, AssertionError):  # OmegaConf, for model.shape.hidden=8 while model.shape is null
         nested = [o.key_or_group for o in overrides if o.key_or_group.count(".") > 1]
         return f"{', '.join(nested)}: what it belongs to is null; give the whole, <setting>={{<name>:<value>}}"
@@ -189,21 +174,17 @@ def wrong_value(key: str, text: str, overrides: Sequence[Override], known: Mappi
     return f"{shown}: expected {accepted(known[key].hint, known[key].number)}{hint}"
 
 
-def unknown_setting(key: str, root: type, choices: Mapping[str, str], folders: Sequence[Path] = ()) -> str:
+def unknown_setting(key: str, root: type, schemas: Mapping[str, str]) -> str:
     """Return `sft_type.rnak: no such setting; did you mean sft_type.rank? (sft_type=lora has: alpha, dropout, ...)`"""
     if key.startswith("hydra."):
         return f"{key}: no such setting of Hydra; see --hydra-help and --cfg hydra"
     if key.split(".")[-1] == "_target_":
         return f"{key}: refused; agentft calls nothing that a config names"
-    known = settings(root, choices, folders)
+    known = settings(root, schemas)
     group, _, rest = key.partition(".")
-    owners = [
-        f"{group}={option}"
-        for option in options(group, folders)
-        if group in SCHEMAS and key in settings(root, {**choices, group: option}, folders)
-    ]
+    owners = [_owner(group, name) for name in SCHEMAS.get(group, ()) if key in settings(root, {**schemas, group: name})]
     if owners:
-        return f"{key}: {rest} belongs to {' and '.join(owners)}{_has(group, known, choices)}"
+        return f"{key}: {rest} belongs to {' and '.join(owners)}{_has(group, known, schemas)}"
     # The deepest part that exists, and what is wrong below it.
     parent, _, name = key.rpartition(".")
     while parent and not any(other.startswith(f"{parent}.") for other in known):
@@ -220,15 +201,20 @@ def unknown_setting(key: str, root: type, choices: Mapping[str, str], folders: S
     )
     suggestion = next(filter(None, suggestions), None)
     hint = f"; did you mean {suggestion}?" if suggestion else ""
-    return f"{key}: no such setting{hint}{_has(parent, known, choices)}"
+    return f"{key}: no such setting{hint}{_has(parent, known, schemas)}"
 
 
-def _has(parent: str, known: Mapping[str, Setting], choices: Mapping[str, str]) -> str:
+def _has(parent: str, known: Mapping[str, Setting], schemas: Mapping[str, str]) -> str:
     """Return ` (sft_type=lora has: alpha, dropout, ...)`; of many names nothing, since a long list hides the answer."""
     names = sorted({key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == parent} - {"name"})
-    chosen = choices.get(parent, "").removeprefix("schema_") if parent in SCHEMAS else ""
-    owner = f"{parent}={chosen} has" if chosen else f"{parent} has" if parent else "there are"
+    owner = (
+        f"{_owner(parent, schemas[parent])} has" if parent in schemas else f"{parent} has" if parent else "there are"
+    )
     return f" ({owner}: {', '.join(names)})" if len(names) < 14 else ""
+
+
+def _owner(group: str, schema: str) -> str:
+    return f"{group}={schema.removeprefix('schema_')}" if len(SCHEMAS[group]) > 1 else group
 
 
 def missing_value(keys: Sequence[str], root: type) -> str:
@@ -287,11 +273,12 @@ _AS_MODULES = {"audit": "-m agentft.audit", "export": "-m agentft.export"}
 def help_text(program: str, config_name: str, config_dir: str | None = None, *, every: bool = False) -> str:
     """Return what `--help` prints; `every` lists the advanced settings and those of all options, too."""
     folders = [conf_dir()] + ([Path(config_dir)] if config_dir is not None else [])
-    chosen = choices_of(config_name, folders)
+    composed = compose(config_name, config_dir=config_dir, with_hydra=True)
+    choices = [each for each in composed.hydra.runtime.choices.items() if options(each[0], folders)]
     started = f"python {_AS_MODULES.get(config_name, program)}" if program.endswith(".py") else program
     lines = [f"usage: {started} [flags] [group=option ...] [setting=value ...]", ""]
     lines.append("Groups and their options (* is the default):")
-    for group, default in chosen.items():
+    for group, default in reversed(choices):
         for i, option in enumerate(options(group, folders)):
             path = next(p for folder in folders if (p := folder / group / f"{option}.yaml").is_file())
             star = "*" if option == default else " "
@@ -312,9 +299,8 @@ def help_text(program: str, config_name: str, config_dir: str | None = None, *, 
         "",
         f"{'All settings' if every else 'Settings'}, with their defaults; their ranges: docs/configuration.md",
     ]
-    composed = compose(config_name)
-    root = ROOTS[f"schema_{config_name}"]
-    listed = {name: setting for name, setting in settings(root, {} if every else chosen).items() if setting.is_value}
+    root, schemas = ROOTS[f"schema_{config_name}"], {} if every else schemas_of(composed)
+    listed = {name: setting for name, setting in settings(root, schemas).items() if setting.is_value}
     shown = [name for name, setting in listed.items() if every or not setting.advanced]
     by_group = {
         group: [name for name in shown if name.rpartition(".")[0].partition(".")[0] == group]

@@ -30,14 +30,13 @@ from agentft.config.compose import (
     VERSION_BASE,
     C,
     check_keys,
-    choices_in,
-    choices_of,
     compose,
     conf_dir,
     old_names,
     options,
     register_resolvers,
     register_schemas,
+    schemas_of,
     searching,
     to_config,
     with_keys_of_others,
@@ -67,11 +66,6 @@ from agentft.training.config import Resume
 _HYDRA_ANSWERS = ("hydra_help", "info", "shell_completion", "version")
 """Flags that nothing is run for."""
 
-_NOT_TAKEN = {
-    "config-path": "not supported; --config-dir adds a folder to conf/",
-    "experimental-rerun": "not supported; use --config-dir <run folder> --config-name config",
-}
-
 
 class _Parser(argparse.ArgumentParser):
     """Hydra's flags; `hydra.main` reads them again."""
@@ -92,8 +86,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the command line; values stay out of the message, since one of them could be a key."""
         flag = re.search(r"unrecognized arguments: --([\w.-]+)", message)
-        if flag is not None and flag[1] in _NOT_TAKEN:
-            raise ConfigError(f"--{flag[1]}: {_NOT_TAKEN[flag[1]]}")
         hint = "settings are written name=value; put flags such as --cfg or -m before all settings; see --help"
         if flag is not None and flag[1] in OLD_OPTIONS:
             hint = f"--{flag[1]} is now {OLD_OPTIONS[flag[1]]}=..."
@@ -159,8 +151,6 @@ class Command:
     overrides: list[Override]
     run: RunFolder | None = None
     """The run whose own settings take the place of the defaults."""
-    of_run: Sequence[Any] = ()
-    """Its defaults list."""
 
     @property
     def folders(self) -> list[Path]:
@@ -172,15 +162,16 @@ class Command:
         try:
             return compose(self.config_name, lines, self.config_dir, with_hydra=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError, TypeError) as error:
-            reason = explain(error, self.overrides, self.root, self._choices(), self.folders)
+            reason = explain(error, self.overrides, self.root, self._schemas(lines), self.folders)
             raise ConfigError(reason) from error
 
-    def _choices(self) -> dict[str, str]:
-        """Return the option of each group: what is typed, else what the experiment or the defaults choose."""
-        typed = {o.key_or_group: o.input_line.partition("=")[2] for o in self.overrides if o.input_line}
-        experiment = choices_of(f"experiment/{typed.get('experiment')}", self.folders)
-        defaults = choices_in(self.of_run, self.folders) if self.of_run else choices_of(self.config_name, self.folders)
-        return {**defaults, **experiment, **{group: typed[group] for group in typed if options(group, self.folders)}}
+    def _schemas(self, lines: Sequence[str]) -> dict[str, str]:
+        """Return the schema of each group: by the options in `lines`, or without the experiment where that is what fails."""
+        chosen = [line for line in lines if line.partition("=")[0] in (*SCHEMAS, "experiment")]
+        for some in (chosen, [line for line in chosen if not line.startswith("experiment=")], []):
+            with contextlib.suppress(Exception):
+                return schemas_of(compose(self.config_name, some, self.config_dir))
+        return {}
 
 
 OF_THE_RUN = "settings_of_the_run"
@@ -244,7 +235,7 @@ def read_command(config_name: str, arguments: argparse.Namespace, root: type[C])
         if typed[group] != getattr(getattr(saved, group), "name", None):
             del node[group]
     ConfigStore.instance().store(name=OF_THE_RUN, node=node, provider="agentft")
-    return dataclasses.replace(command, config_name=OF_THE_RUN, run=run, of_run=node["defaults"])
+    return dataclasses.replace(command, config_name=OF_THE_RUN, run=run)
 
 
 # --- What may not be asked for ---

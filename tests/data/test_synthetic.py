@@ -23,14 +23,15 @@ from agentft.data import synthetic
 from agentft.data.msagent import read_call_body
 from agentft.data.synthetic import generate
 from agentft.data.synthetic.catalogue import (
+    BRACKETS,
     base_pool,
     chains,
     heldout_families,
     read_yaml,
-    segments,
     shelf,
+    slots_of,
     tools,
-    values_of,
+    value_pools,
 )
 from agentft.data.synthetic.dialogues import KINDS, drafts
 
@@ -214,7 +215,7 @@ def test_train_and_heldout_draw_from_other_values(language):
         drawn = []
         for part in ("train", "heldout"):
             rng = random.Random("values")
-            drawn.append({values_of(language, part).draw(pool, rng)[1] for _ in range(300)})
+            drawn.append({value_pools(language, part).draw(pool, rng)[1] for _ in range(300)})
         assert not drawn[0] & drawn[1], pool
 
 
@@ -240,9 +241,9 @@ def test_every_kind_and_every_tool_occurs(language, part, unseen_tools):
     made = drafts(seed=1, languages={language: 1.0}, part=part, unseen_tools=unseen_tools, max_rounds=3)
     kinds: Counter[str] = Counter()
     descriptions: set[str] = set()
-    for draft in itertools.islice(made, 900):
-        kinds[draft.kind] += 1
-        descriptions |= {tool["description"] for tool in listed_tools({"conversations": draft.conversation}).values()}
+    for kind, conversation in itertools.islice(made, 900):
+        kinds[kind] += 1
+        descriptions |= {tool["description"] for tool in listed_tools({"conversations": conversation}).values()}
     assert set(kinds) == set(KINDS)
     assert 0.28 < kinds["single_call"] / 900 < 0.44
     for tool in shelf(language, part, unseen_tools).tools:
@@ -331,14 +332,14 @@ class TestCatalogue:
             optional = {p.key for p in tool.parameters if not p.required}
             slots = {p.key for p in tool.parameters}
             for ask in tool.asks:
-                assert set().union(*(s.slots for s in segments(ask))) == slots, (tool.key, ask)
-                bare = set().union(*(s.slots for s in segments(ask) if not s.bracketed))
+                assert slots_of(ask) == slots, (tool.key, ask)
+                bare = slots_of(BRACKETS.sub("", ask))
                 assert not bare & optional, (tool.key, ask)
             for both in tool.both:
                 required = {p.key for p in tool.parameters if p.required}
-                assert set().union(*(s.slots for s in segments(both))) == required | {f"{tool.again}2"}, both
+                assert slots_of(both) == required | {f"{tool.again}2"}, both
             for summary in tool.summaries:
-                mentioned = set().union(*(s.slots for s in segments(summary)))
+                mentioned = slots_of(summary)
                 assert mentioned <= (slots - optional) | set(tool.result), (tool.key, summary)
             assert len(tool.asks) >= 2
             assert 2 <= len(tool.summaries) <= 4
@@ -346,7 +347,7 @@ class TestCatalogue:
     @pytest.mark.parametrize("language", ["en", "zh"])
     def test_every_pool_exists_in_both_parts(self, language):
         for part in ("train", "heldout"):
-            pools = values_of(language, part).pools()
+            pools = value_pools(language, part).pools()
             for tool in shelf(language, part, False).tools:
                 assert all(base_pool(p.pool) in pools for p in tool.parameters), tool.key
                 named = [source for source in tool.result.values() if isinstance(source, str)]
@@ -369,6 +370,6 @@ class TestCatalogue:
             wanted = {p.key for p in first.parameters if p.required} | needed
             assert chain.at_once
             for phrasing in chain.at_once:
-                assert set().union(*(s.slots for s in segments(phrasing))) == wanted, phrasing
+                assert slots_of(phrasing) == wanted, phrasing
             for phrasing in chain.then:
-                assert set().union(*(s.slots for s in segments(phrasing))) == needed, phrasing
+                assert slots_of(phrasing) == needed, phrasing

@@ -11,10 +11,10 @@ import re
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 
@@ -29,7 +29,7 @@ Value = tuple[Json, str]
 
 _HELDOUT_WORD_OF = 3
 _HELDOUT_NUMBER_OF = 5
-SLOT = re.compile(r"\{(\w+)\}")
+_SLOT = re.compile(r"\{(\w+)\}")
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 _COUNTS = ("minutes", "percent", "guests", "nights", "years", "days", "quantity", "principal", "height")
@@ -39,7 +39,8 @@ _TYPES: dict[str, JsonType] = {
     **dict.fromkeys(("on_off", "lock_unlock", "with_without"), "boolean"),
 }
 
-_BRACKETS = re.compile(r"\[([^\]]*)\]")
+BRACKETS = re.compile(r"\[([^\]]*)\]")
+"""Parts of a phrasing that are said only where a word for each of their slots is there."""
 
 # A tenth of the time of the loader in Python; both read every scalar as text, so that `on` stays a word.
 _Loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
@@ -77,7 +78,7 @@ Derived = Callable[[Mapping[str, Json]], Json]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a tool. Its pool (see `Values`) gives both its values and its JSON type."""
+    """A parameter of a tool. Its pool (see `ValuePools`) gives both its values and its JSON type."""
 
     key: str
     """The slot it fills in phrasings; the name a conversation shows is one of `names`."""
@@ -219,7 +220,7 @@ class Shelf:
         found = []
         for tool in self.tools:
             for key in (p.key for p in tool.parameters if p.required):
-                asks = [a for a in tool.asks if any(s.bracketed and s.slots == {key} for s in segments(a))]
+                asks = [ask for ask in tool.asks if any(slots_of(part) == {key} for part in BRACKETS.findall(ask))]
                 found += [(tool, key, tuple(asks))] * bool(asks)
         return tuple(found)
 
@@ -233,85 +234,67 @@ def shelf(language: Language, part: Part, unseen_tools: bool) -> Shelf:
     return Shelf(language, chosen)
 
 
-class Segment(NamedTuple):
-    """A piece of a phrasing and the slots in it."""
+@cache
+def slots_of(phrasing: str) -> frozenset[str]:
+    """Return the slots in a phrasing."""
+    return frozenset(_SLOT.findall(phrasing))
 
-    text: str
-    slots: frozenset[str]
-    bracketed: bool
+
+def fill(phrasing: str, words: Mapping[str, str]) -> str:
+    """Put `words` into the slots of `phrasing`, leaving out the brackets for which one is missing."""
+    known = words.keys()
+    return BRACKETS.sub(lambda found: found[1] if slots_of(found[1]) <= known else "", phrasing).format_map(words)
 
 
 @cache
-def segments(phrasing: str) -> tuple[Segment, ...]:
-    """Split a phrasing at its square brackets."""
-    pieces = enumerate(_BRACKETS.split(phrasing))
-    return tuple(Segment(text, frozenset(SLOT.findall(text)), index % 2 == 1) for index, text in pieces if text)
-
-
-def fill(phrasing: str, spoken: Mapping[str, str]) -> str:
-    """Say `phrasing` with the words in `spoken`, leaving out the brackets for which a word is missing."""
-    known = spoken.keys()
-    return "".join(
-        segment.text.format_map(spoken) if segment.slots else segment.text
-        for segment in segments(phrasing)
-        if not segment.bracketed or segment.slots <= known
-    )
-
-
-@cache
-def values_of(language: Language, part: Part) -> Values:
+def value_pools(language: Language, part: Part) -> ValuePools:
     """Return the pools of one language and part, made once."""
-    return Values(language, part)
+    return ValuePools(language, part)
 
 
-class Values:
+class ValuePools:
     """Draws values by the name of a pool."""
 
     def __init__(self, language: Language, part: Part) -> None:
         self._heldout = part == "heldout"
         self._zh = language == "zh"
-        words = read_yaml(f"{language}.yaml")
+        words, numbers = read_yaml(f"{language}.yaml"), read_yaml("numbers.yaml")
         split = words["split"] | ({"word": list(words["dictionary"])} if "dictionary" in words else {})
         lists: dict[str, Sequence[str]] = {pool: self._share(each) for pool, each in split.items()}
         self._lists = lists | words["shared"] | words["enumerations"]
-        self._numbers = read_yaml("numbers.yaml")
-        self._booleans, self._composed = words["booleans"], words["composed"] | self._numbers["composed"]
+        self._booleans: dict[str, list[str]] = words["booleans"]
         self._makers = self._named_makers()
+        for pool, (low, high) in numbers["shared"].items():
+            self._makers[pool] = partial(random.Random.randint, a=int(low), b=int(high))
+        for pool, (low, high) in numbers["split"].items():
+            self._makers[pool] = partial(self._integer, low=int(low), high=int(high))
+        for pool, entry in (words["composed"] | numbers["composed"]).items():
+            self._makers[pool] = partial(self._compose, entry)
+        for pool, each in self._lists.items():
+            self._makers[pool] = partial(random.Random.choice, seq=each)
 
     def draw(self, pool: str, rng: random.Random) -> Value:
         """Draw from `pool`."""
         if pool in self._booleans:
             truth = rng.random() < 0.6
             return truth, self._booleans[pool][0 if truth else 1]
-        value: Json
-        if pool in self._lists:
-            value = rng.choice(self._lists[pool])
-        elif pool in self._composed:
-            value = self._compose(pool, rng)
-        elif pool in self._numbers["split"]:
-            value = self._integer(rng, *map(int, self._numbers["split"][pool]))
-        elif pool in self._numbers["shared"]:
-            value = rng.randint(*map(int, self._numbers["shared"][pool]))
-        else:
-            value = self._makers[pool](rng)
+        value = self._makers[pool](rng)
         return value, str(value)
 
-    def _compose(self, pool: str, rng: random.Random) -> str:
-        """Say a value of several words; the file of the language explains how."""
-        composed = self._composed[pool]
+    def pools(self) -> frozenset[str]:
+        """Return the names that `draw` knows."""
+        return frozenset({*self._booleans, *self._makers})
+
+    def _compose(self, composed: Mapping[str, Any], rng: random.Random) -> str:
+        """Put a value together from others; the file of the language explains how."""
         said = {part: self.draw(part, rng)[1] for part in composed.get("first", ())}
         text: str = composed["say"][0]
         if "shares" in composed:
             text = composed["say"][bisect(list(accumulate(map(float, composed["shares"]))), rng.random())]
-        for part in SLOT.findall(text):
+        for part in _SLOT.findall(text):
             if part not in said:
                 said[part] = self.draw(part, rng)[1]
         return text.format_map(said)
-
-    def pools(self) -> frozenset[str]:
-        """Return the names that `draw` knows."""
-        numbers = (*self._numbers["split"], *self._numbers["shared"])
-        return frozenset({*self._lists, *self._booleans, *self._composed, *numbers, *self._makers})
 
     def _share(self, words: Sequence[str]) -> tuple[str, ...]:
         every = _HELDOUT_WORD_OF

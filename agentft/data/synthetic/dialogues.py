@@ -24,7 +24,7 @@ from agentft.data.synthetic.catalogue import (
     json_type,
     read_yaml,
     shelf,
-    values_of,
+    value_pools,
 )
 
 DEFAULT_LANGUAGES: Mapping[str, float] = MappingProxyType({"en": 0.9, "zh": 0.1})
@@ -69,21 +69,25 @@ def _camel(words: Sequence[str]) -> str:
     return words[0] + "".join(word.capitalize() for word in words[1:])
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A tool and the parameters that a user wants it called with."""
 
     tool: Tool
-    values: dict[str, Json]
-    spoken: dict[str, str]
+    parameters: dict[str, Value]
+
+    @property
+    def words(self) -> dict[str, str]:
+        return words_of(self.parameters)
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a tool returned, and the words for it together with those of its request."""
+def values_of(drawn: Mapping[str, Value]) -> dict[str, Json]:
+    """Return the values as a call and its result hold them."""
+    return {name: value for name, (value, _) in drawn.items()}
 
-    observation: dict[str, Json]
-    spoken: dict[str, str]
+
+def words_of(drawn: Mapping[str, Value]) -> dict[str, str]:
+    """Return the words that people say for the values."""
+    return {name: words for name, (_, words) in drawn.items()}
 
 
 class Scene:
@@ -99,7 +103,7 @@ class Scene:
         self.max_rounds = max_rounds
         self.turns: list[str] = []
         self.at_once = False
-        self._values = values_of(language, part)
+        self._values = value_pools(language, part)
         self._style: str = rng.choices(list(_STYLES), list(_STYLES.values()))[0]
         self._prefix = "".join(rng.choice(_ONSETS) + rng.choice(_RHYMES) for _ in range(2))
         self._version = rng.randrange(2, 5)
@@ -134,41 +138,37 @@ class Scene:
         self, tool: Tool, given: Mapping[str, Value] = MappingProxyType({}), *, optional: bool = True
     ) -> Request:
         """Draw the parameters of `tool` that are not `given`; some optional ones unless `optional` is false."""
-        values: dict[str, Json] = {}
-        spoken: dict[str, str] = {}
+        drawn: dict[str, Value] = {}
         taken: set[str] = set()
         for parameter in tool.parameters:
             if parameter.key in given:
-                value, words = given[parameter.key]
+                drawn[parameter.key] = given[parameter.key]
             elif parameter.required or (optional and self.chance(OPTIONAL_SHARE)):
-                value, words = self.value(parameter.pool, taken)
+                drawn[parameter.key] = self.value(parameter.pool, taken)
             else:
                 continue
-            values[parameter.key], spoken[parameter.key] = value, words
             if json_type(parameter.pool) == "string":
-                taken.add(words)
-        return Request(tool, values, spoken)
+                taken.add(drawn[parameter.key][1])
+        return Request(tool, drawn)
 
     def changed(self, request: Request, key: str, value: Value | None = None) -> Request:
         """Return the same request with another value of `key`."""
         if value is None:
-            value = self.value(request.tool.parameter(key).pool, request.spoken.values())
-        return Request(request.tool, {**request.values, key: value[0]}, {**request.spoken, key: value[1]})
+            value = self.value(request.tool.parameter(key).pool, request.words.values())
+        return Request(request.tool, {**request.parameters, key: value})
 
-    def result(self, request: Request) -> Result:
-        """Return what the tool returns."""
-        known = dict(request.values)
-        spoken = dict(request.spoken)
-        observation: dict[str, Json] = {}
+    def result(self, request: Request) -> dict[str, Value]:
+        """Return the fields of what the tool returns."""
+        known, result = dict(request.parameters), {}
         for name, source in request.tool.result.items():
             if isinstance(source, str):
-                value, words = self._returned(source, spoken.values())
+                result[name] = self._returned(source, words_of(known).values())
             else:
-                value = source(known)
+                value = source(values_of(known))
                 words = self.phrases["list_joint"].join(value) if isinstance(value, list) else str(value)
-            observation[name] = known[name] = value
-            spoken[name] = words
-        return Result(observation, spoken)
+                result[name] = value, words
+            known[name] = result[name]
+        return result
 
     def _returned(self, pool: str, unlike: Iterable[str]) -> Value:
         if not pool.endswith("*2"):
@@ -189,10 +189,10 @@ class Scene:
         """Append an assistant turn."""
         self.turns.append(text)
 
-    def answer(self, request: Request, before: str = "") -> Result:
+    def answer(self, request: Request, before: str = "") -> dict[str, Value]:
         """Append a turn of a call, its result and the summary, after whatever it holds `before`; return the result."""
         result = self.result(request)
-        self.assistant(before + self.executed(request, result.observation) + self.summary(request.tool, result))
+        self.assistant(before + self.executed(request, values_of(result)) + self.summary(request, result))
         return result
 
     def fail(self, request: Request, error: str) -> None:
@@ -202,16 +202,16 @@ class Scene:
 
     def ask(self, request: Request) -> str:
         """Return the user's words for `request`."""
-        return fill(self.pick(request.tool.asks), request.spoken)
+        return fill(self.pick(request.tool.asks), request.words)
 
-    def summary(self, tool: Tool, result: Result) -> str:
+    def summary(self, request: Request, result: Mapping[str, Value]) -> str:
         """Return the assistant's words for `result`."""
-        return self._sentence(fill(self.pick(tool.summaries), result.spoken))
+        return self._sentence(fill(self.pick(request.tool.summaries), {**request.words, **words_of(result)}))
 
     def call(self, request: Request) -> str:
         """Return the call between its marks."""
         names = self.names(request.tool)
-        parameters = {names.parameters[key]: value for key, value in request.values.items()}
+        parameters = {names.parameters[key]: value for key, (value, _) in request.parameters.items()}
         body = self._json({"api_name": names.tool, "parameters": parameters})
         return f"<|startofthink|>```JSON\n{body}\n```<|endofthink|>"
 
@@ -332,14 +332,14 @@ def _call_without_result(scene: Scene) -> None:
 
 def _result_without_summary(scene: Scene) -> None:
     request = _asked(scene)
-    scene.assistant(scene.executed(request, scene.result(request).observation).rstrip("\n"))
+    scene.assistant(scene.executed(request, values_of(scene.result(request))).rstrip("\n"))
 
 
 def _several_calls(scene: Scene) -> None:
     requests = _two_requests(scene)
     answered = [(request, scene.result(request)) for request in requests]
-    calls = [scene.executed(request, result.observation) for request, result in answered]
-    summaries = [scene.summary(request.tool, result) for request, result in answered]
+    calls = [scene.executed(request, values_of(result)) for request, result in answered]
+    summaries = [scene.summary(request, result) for request, result in answered]
     scene.assistant("".join(calls) + scene.phrases["between_summaries"].join(summaries))
 
 
@@ -353,8 +353,8 @@ def _chained_calls(scene: Scene) -> None:
     first = scene.request(scene.shelf.by_key[chain.tools[0]], optional=False)
     result = scene.result(first)
     second = _linked(scene, chain, result)
-    scene.user(fill(scene.pick(chain.at_once), {**first.spoken, **second.spoken}))
-    scene.answer(second, scene.executed(first, result.observation))
+    scene.user(fill(scene.pick(chain.at_once), {**first.words, **second.words}))
+    scene.answer(second, scene.executed(first, values_of(result)))
 
 
 def _several_rounds(scene: Scene) -> None:
@@ -370,11 +370,11 @@ def _several_rounds(scene: Scene) -> None:
         if chains and choice < 0.5 and tools_left:
             chain = scene.pick(chains)
             request = _linked(scene, chain, result)
-            scene.user(fill(scene.pick(chain.then), request.spoken))
+            scene.user(fill(scene.pick(chain.then), request.words))
             tools_left -= 1
         elif request.tool.again and choice < 0.7:
             request = scene.changed(request, request.tool.again)
-            scene.user(scene.say("again", value=request.spoken[request.tool.again]))
+            scene.user(scene.say("again", value=request.words[request.tool.again]))
         elif choice < 0.9 and tools_left:
             request = _asked(scene)
             tools_left -= 1
@@ -397,11 +397,11 @@ def _failed_call(scene: Scene) -> None:
 def _corrected_by_tool(scene: Scene) -> None:
     tool, key = scene.pick(scene.shelf.misspellable)
     meant = scene.request(tool)
-    wrong = _misspelt(scene, meant.spoken[key])
+    wrong = _misspelt(scene, meant.words[key])
     said = scene.changed(meant, key, (wrong, wrong))
     scene.user(scene.ask(said))
     error = scene.phrases["unknown"].format(what=tool.parameter(key).description, value=wrong)
-    refused = scene.executed(said, {"error": error, "did_you_mean": meant.values[key]})
+    refused = scene.executed(said, {"error": error, "did_you_mean": meant.parameters[key][0]})
     scene.answer(meant, refused)
 
 
@@ -410,17 +410,17 @@ def _corrected_by_user(scene: Scene) -> None:
     meant = scene.changed(said, said.tool.again)
     scene.user(scene.ask(said))
     scene.fail(said, _not_found(scene, said))
-    scene.user(scene.say("corrections", value=meant.spoken[meant.tool.again]))
+    scene.user(scene.say("corrections", value=meant.words[meant.tool.again]))
     scene.answer(meant)
 
 
 def _missing_parameter(scene: Scene) -> None:
     tool, key, asks = scene.pick(scene.shelf.incomplete)
     request = scene.request(tool)
-    said = {slot: words for slot, words in request.spoken.items() if slot != key}
+    said = {slot: words for slot, words in request.words.items() if slot != key}
     scene.user(fill(scene.pick(asks), said))
     scene.assistant(scene.say("questions", what=tool.parameter(key).description))
-    scene.user(scene.say("replies", value=request.spoken[key]))
+    scene.user(scene.say("replies", value=request.words[key]))
     scene.answer(request)
 
 
@@ -477,7 +477,7 @@ KINDS: dict[str, DialogueType] = {
 
 def _not_found(scene: Scene, request: Request) -> str:
     key, words = request.tool.again, str(scene.phrases["not_found"])
-    return words.format(what=request.tool.parameter(key).description, value=request.spoken[key])
+    return words.format(what=request.tool.parameter(key).description, value=request.words[key])
 
 
 def _two_requests(scene: Scene) -> tuple[Request, Request]:
@@ -486,7 +486,7 @@ def _two_requests(scene: Scene) -> tuple[Request, Request]:
         tool = scene.pick([tool for tool in scene.shelf.tools if tool.both])
         first = scene.request(tool, optional=False)
         second = scene.changed(first, tool.again)
-        words = {**first.spoken, f"{tool.again}2": second.spoken[tool.again]}
+        words = {**first.words, f"{tool.again}2": second.words[tool.again]}
         scene.user(fill(scene.pick(tool.both), words))
         return first, second
     tools = [scene.pick(scene.shelf.tools)] * 2
@@ -497,9 +497,9 @@ def _two_requests(scene: Scene) -> tuple[Request, Request]:
     return first, second
 
 
-def _linked(scene: Scene, chain: Chain, result: Result) -> Request:
+def _linked(scene: Scene, chain: Chain, result: Mapping[str, Value]) -> Request:
     """Return the request for the second tool of a chain, given what the first returned."""
-    given = {key: (result.observation[name], result.spoken[name]) for key, name in chain.links.items()}
+    given = {key: result[name] for key, name in chain.links.items()}
     return scene.request(scene.shelf.by_key[chain.tools[1]], given, optional=False)
 
 
@@ -515,23 +515,16 @@ def _misspelt(scene: Scene, text: str) -> str:
     return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
 
-class Draft(NamedTuple):
-    """A conversation of a kind."""
-
-    kind: str
-    conversation: list[dict[str, str]]
-
-
 def drafts(
     *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
-) -> Iterator[Draft]:
-    """Yield conversations without end; each depends on the arguments and its number alone."""
+) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Yield kinds and conversations without end; each depends on the arguments and its number alone."""
     known: tuple[Language, ...] = get_args(Language)
     chosen = {each: float(languages[each]) for each in known if languages.get(each)}
     kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
     mix = ",".join(f"{language}={share!r}" for language, share in chosen.items())
 
-    def draft(number: int) -> Draft:
+    def draft(number: int) -> tuple[str, list[dict[str, str]]]:
         rng = random.Random(f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}/{number}")
         language, kind = _drawn(chosen, rng), _drawn(kinds, rng)
         while True:
@@ -543,7 +536,7 @@ def drafts(
         turns = [{"from": "system", "value": scene.system()}]
         for index, text in enumerate(scene.turns):
             turns.append({"from": "assistant" if index % 2 else "user", "value": text})
-        return Draft(kind, turns)
+        return kind, turns
 
     return map(draft, numbers())
 
@@ -576,8 +569,8 @@ def generate(
     """
     made = drafts(seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds)
     return (
-        {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": draft.conversation}
-        for number, draft in zip(range(count), made, strict=False)
+        {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": conversation}
+        for number, (_, conversation) in zip(range(count), made, strict=False)
     )
 
 
