@@ -145,6 +145,15 @@ def open_log_file() -> None:
         _tell_of_lost_consoles()
 
 
+def duration(seconds: float | None) -> str:
+    """Return a time as people say it: `95 s`, `12.5 min`, `3.0 h`; of None nothing."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def progress_bar(title: str, total: float | None, done: float = 0) -> Iterator[Bar]:
     """Show a bar with share, speed words, elapsed time and time left while the body runs; None: the end is not known."""

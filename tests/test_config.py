@@ -17,7 +17,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from agentft.config import (
-    OLD_OPTIONS,
     EvaluateConfig,
     ExportConfig,
     Setting,
@@ -200,13 +199,19 @@ def test_the_old_command_has_each_value_of_its_table() -> None:
     assert config.distributed.name == "single"
 
 
+def old_table() -> set[str]:
+    """Return the dotted settings that the page names for options of the old script."""
+    page = (conf_dir().parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--.*\| (.*) \|$", page, flags=re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+\.\w+)", row)}
+
+
 def test_the_old_command_spells_out_what_the_old_table_says() -> None:
     """A default that changes must not change the experiment, so the file holds each value itself."""
     text = yaml.safe_load((conf_dir() / "experiment" / "msagent_7b_lora.yaml").read_text(encoding="utf-8"))
-    for old, new in OLD_OPTIONS.items():
-        if "." in new:
-            group, name = new.split(".")
-            assert name in text[group], f"--{old}"
+    for key in old_table():
+        group, _, name = key.partition(".")
+        assert name in text[group], key
 
 
 def test_full_fine_tuning_has_the_smaller_learning_rate() -> None:
@@ -242,7 +247,8 @@ def test_settings_that_another_program_names_need_no_sign(sign: str, monkeypatch
 
 
 def test_the_replaced_options_are_settings() -> None:
-    assert set(OLD_OPTIONS.values()) <= set(settings())
+    assert len(old_table()) == 15
+    assert old_table() <= set(settings())
 
 
 # --- What is refused, and in which words ---
@@ -261,7 +267,7 @@ MISTAKES = [
     ("lora_rank=4", ["lora_rank:", "did you mean sft_type.rank?"]),
     ("~dataset.form", ["dataset.form:", "did you mean dataset.format?"]),
     ("training.draws=5", ["training.draws:", "did you mean evaluation.bootstrap_samples?"]),
-    ("--lora_rank 4", ["--lora_rank is now sft_type.rank=..."]),
+    ("--lora_rank 4", ["unrecognized arguments: --lora_rank", "settings are written name=value"]),
     ("sft_type.rank=abc", ["sft_type.rank=abc: expected a whole number"]),
     ("sft_type.rank=null", ["sft_type.rank=null: expected a whole number"]),
     ("dataset.max_samples=1.5", ["dataset.max_samples=1.5: expected a whole number"]),
@@ -559,7 +565,7 @@ def test_a_default_config_writes_at_most_seventy_settings_and_help_shows_no_more
     tree = yaml.safe_load(config_to_yaml(composed()))
     written = [key for group, values in tree.items() for key in (values if isinstance(values, dict) else [group])]
     assert len(written) - 1 <= 70, "without the defaults list"
-    chosen = {"model": "smollm2-135m", "sft_type": "lora", "dataset": "synthetic"}
+    chosen = {"sft_type": "schema_lora", "dataset": "schema_synthetic"}
     shown = [key for key, setting in settings(TrainConfig, chosen).items() if setting.is_value and not setting.advanced]
     assert len(shown) <= 70
     text = help_text("train.py", "train")

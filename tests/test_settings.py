@@ -161,7 +161,7 @@ def test_the_command_line_refuses_each_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = settings(TrainConfig, {"sft_type": "qlora", "dataset": "synthetic"})
+    shown = settings(TrainConfig, {"sft_type": "schema_qlora", "dataset": "schema_synthetic"})
     typed = {key: setting.number for key, setting in shown.items() if setting.number is not None}
     launcher = {f"hydra.launcher.{name}": number for name, number in numbers(LocalOptions).items()}
     for key, number in (typed | launcher).items():

@@ -21,6 +21,7 @@ from agentft.comparison.runs import AFTER, NUMBERS, ComparedRun, saved_scores
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.metrics import HEADLINE, INDICATIVE_BELOW, METRICS_BY_NAME
 from agentft.evaluation.steps import StepScore
+from agentft.progress import duration
 from agentft.recipes.config import AFFECT_NOTHING
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def table_cells(
         columns.append((name, _marked([_score(run, name, 0 if short else 1) for run in runs], runs, name)))
     losses = [Cell("" if run.loss is None else f"{run.loss:.4f}") for run in runs]
     columns.append(("loss" if short else "held-out loss", _marked(losses, runs, "loss")))
-    columns.append(("time", [Cell(_duration(run.seconds), sorted_by=run.seconds) for run in runs]))
+    columns.append(("time", [Cell(duration(run.seconds), sorted_by=run.seconds) for run in runs]))
     sizes = [run.peak_memory_bytes for run in runs]
     if any(sizes) and not short:
         columns.append(("memory", [Cell("" if n is None else f"{n / 2**30:.2f} GiB", sorted_by=n) for n in sizes]))
@@ -316,11 +317,3 @@ def _score(run: ComparedRun, name: str, digits: int) -> Cell:
     if score.low is None or score.high is None:
         return Cell(text)
     return Cell(text, f"[{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]")
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

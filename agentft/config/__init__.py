@@ -6,7 +6,7 @@ in one line, before torch is imported and before a run folder is made; `HYDRA_FU
 """
 
 from agentft.config.compose import compose, conf_dir, options, register_schemas, to_config, to_train_config
-from agentft.config.explain import OLD_OPTIONS, Setting, settings
+from agentft.config.explain import Setting, settings
 from agentft.config.main import compose_and_run
 from agentft.recipes.config import (
     AuditConfig,
@@ -19,7 +19,6 @@ from agentft.recipes.config import (
 )
 
 __all__ = [
-    "OLD_OPTIONS",
     "AuditConfig",
     "EvaluateConfig",
     "ExportConfig",

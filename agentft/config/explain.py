@@ -26,29 +26,6 @@ from agentft.model.config import TrustConfig
 from agentft.recipes.config import RENAMED, ROOTS, SCHEMAS, TrainConfig
 from agentft.settings import Number, accepted, default_of, hints_of, members, numbers
 
-OLD_OPTIONS = {
-    "model_type": "model",
-    "sft_type": "sft_type",
-    "output_dir": "output_dir",
-    "dataset": "dataset",
-    "dataset_sample": "dataset.max_samples",
-    "dataset_test_ratio": "dataset.test_ratio",
-    "max_length": "dataset.max_length",
-    "dtype": "model.dtype",
-    "lora_rank": "sft_type.rank",
-    "lora_alpha": "sft_type.alpha",
-    "lora_dropout_p": "sft_type.dropout",
-    "batch_size": "training.per_device_batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "learning_rate": "training.learning_rate",
-    "eval_steps": "evaluation.eval_steps",
-    "save_steps": "training.save_steps",
-    "save_total_limit": "training.save_total_limit",
-    "logging_steps": "training.logging_steps",
-    "use_flash_attn": "model.attention",
-}
-"""Options of the script `llm_sft.py` that agentft replaces, and where each now is."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -192,7 +169,7 @@ def unknown_setting(key: str, root: type, schemas: Mapping[str, str]) -> str:
     last = key.rpartition(".")[2]
     by_name = {other.rpartition(".")[2]: other for other in reversed(known)}
     near = nearest(name, [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent])
-    now = {old.partition(".")[2]: new for old, new in RENAMED.items()} | OLD_OPTIONS
+    now = {old.partition(".")[2]: new for old, new in RENAMED.items()}
     suggestions = (
         RENAMED.get(key),
         near and dotted(parent, near),

@@ -42,7 +42,7 @@ from agentft.config.compose import (
     with_keys_of_others,
     without_hydra,
 )
-from agentft.config.explain import OLD_OPTIONS, explain, first_line, help_text, settings, unknown_option
+from agentft.config.explain import explain, first_line, help_text, settings, unknown_option
 from agentft.errors import AgentftError, ConfigError, DataError
 from agentft.model.config import TrustConfig
 from agentft.progress import outlive_console
@@ -85,10 +85,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line; values stay out of the message, since one of them could be a key."""
-        flag = re.search(r"unrecognized arguments: --([\w.-]+)", message)
         hint = "settings are written name=value; put flags such as --cfg or -m before all settings; see --help"
-        if flag is not None and flag[1] in OLD_OPTIONS:
-            hint = f"--{flag[1]} is now {OLD_OPTIONS[flag[1]]}=..."
         raise ConfigError(re.sub(r"=\S*", "=...", message) + f"; {hint}")
 
 

@@ -29,7 +29,7 @@ from typing import Any, Self
 
 from agentft import errors, progress
 from agentft.distributed import forkserver
-from agentft.distributed.config import DistributedConfig, LaunchTopology, choose_topology
+from agentft.distributed.config import DistributedConfig, choose_topology
 from agentft.errors import AgentftError, ConfigError, RankError
 from agentft.runs import RunFolder, RunState, read_json
 from agentft.runtime import HEARTBEAT_VARIABLE, World, available_cores, join_world, leave_world
@@ -63,18 +63,24 @@ def run_on_ranks(
     threads: int | None,
     require: Callable[[int], None] = lambda ranks: None,
 ) -> Any:
-    """Start the ranks of this machine, each with the settings in `payload`, and return what the first of all returns.
+    """Run `entry(payload)` on every rank of this machine and return the result of its first.
 
     Args:
-        folder: Where rank 0 writes.
+        folder: Where rank 0 writes; the output of the others goes into its `ranks/`.
         threads: CPU threads of a rank; None: an even share of the cores.
         require: Told how many ranks there will be on all machines, before any starts; raises if they cannot run.
 
     Raises:
         ConfigError: the settings, the launcher and the devices do not go together.
-        RankError: a rank has died or hung.
+        RankError: a rank died, hung, or the machines did not meet; the failed rank's traceback comes first.
+        StopSignal: a signal to this process ended the job; its ranks have saved what they could, and ended.
+        AgentftError: whatever a rank raised for the user.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     topology = choose_topology(distributed, gpus=torch.cuda.device_count(), job=Path(folder).name)
     require(topology.ranks)
@@ -82,49 +88,7 @@ def run_on_ranks(
     if topology.nnodes > 1:
         told += f" on this machine, one of {topology.nnodes}; they meet at {topology.endpoint}"
     progress.console().print(told, highlight=False)
-    try:
-        return start_ranks(entry, payload, topology, distributed, folder=Path(folder), threads=threads)
-    except (RankError, StopSignal) as error:
-        if topology.node <= 0:
-            _note_end(RunFolder(Path(folder)), error)
-        raise
-
-
-def _note_end(run: RunFolder, error: RankError | StopSignal) -> None:
-    """Say in the run's status how it ended, where the rank that writes it could not."""
-    if not run.status_file.is_file() or read_json(run.status_file).get("state") != "running":
-        return
-    with RunFolder.create(run.path) as own:
-        progress.set_up_logging(own.log_file)
-        state: RunState = "stopped" if isinstance(error, StopSignal) else "failed"
-        own.update_status(state, error=f"{type(error).__name__}: {error}")
-        log.error("%s", error)
-
-
-def start_ranks(
-    entry: Entry,
-    payload: str,
-    topology: LaunchTopology,
-    config: DistributedConfig,
-    *,
-    folder: Path,
-    threads: int | None,
-) -> Any:
-    """Run `entry(payload)` on every rank of this machine and return the result of its first.
-
-    The output of ranks besides rank 0 goes into `ranks/` of the run folder `folder`.
-
-    Raises:
-        RankError: a rank died, hung, or the machines did not meet; the failed rank's traceback comes first.
-        StopSignal: a signal to this process ended the job; its ranks have saved what they could, and ended.
-        AgentftError: whatever a rank raised for the user.
-    """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logs = folder / "ranks"
+    logs = Path(folder) / "ranks"
     logs.mkdir(parents=True, exist_ok=True)
     quiet = {rank: Std.ALL for rank in range(topology.nproc) if rank or topology.node > 0}
     launch = LaunchConfig(
@@ -136,11 +100,11 @@ def start_ranks(
         rdzv_endpoint=topology.endpoint,
         rdzv_configs={"is_host": topology.node == 0} if topology.node >= 0 else {},
         local_addr="127.0.0.1" if topology.nnodes == 1 else None,
-        max_restarts=config.elastic.max_restarts,
+        max_restarts=distributed.elastic.max_restarts,
         monitor_interval=0.2,
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
-        shutdown_timeout=config.elastic.grace,
+        shutdown_timeout=distributed.elastic.grace,
         signals_to_handle="",  # they are heard by `_telling`, and torch would end ranks in the middle of their save
     )
     for name in _LOUD:  # `explain` says what happened; torch would print several screens of it
@@ -150,9 +114,10 @@ def start_ranks(
         # A store of its own for every attempt: the agents of several machines count attempts differently.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with (
+        _noting_the_end(RunFolder(folder), topology.node),
         tempfile.TemporaryDirectory(prefix="agentft-ranks-", ignore_cleanup_errors=True) as temporary,
         _telling(heartbeats := Path(temporary), machines=topology.nnodes) as signals,
-        _hang_watch(heartbeats, config.timeout) as hangs,
+        _hang_watch(heartbeats, distributed.timeout) as hangs,
     ):
         share = threads or max(1, available_cores() // topology.nproc)
         environment = {
@@ -177,6 +142,21 @@ def start_ranks(
     if isinstance(first, StopSignal):
         raise first
     return first
+
+
+@contextmanager
+def _noting_the_end(run: RunFolder, node: int) -> Iterator[None]:
+    """Say in the run's status how the body ended, where the rank that writes it could not; on the first machine alone."""
+    try:
+        yield
+    except (RankError, StopSignal) as error:
+        if node <= 0 and run.status_file.is_file() and read_json(run.status_file).get("state") == "running":
+            with RunFolder.create(run.path) as own:
+                progress.set_up_logging(own.log_file)
+                state: RunState = "stopped" if isinstance(error, StopSignal) else "failed"
+                own.update_status(state, error=f"{type(error).__name__}: {error}")
+                log.error("%s", error)
+        raise
 
 
 def _run_rank(entry: Entry, payload: str, environment: Mapping[str, str], agent: int) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from jinja2 import Template
 from safetensors import SafetensorError
 
 from agentft.data.render import MsagentTemplate
@@ -70,63 +70,27 @@ def model_card(run: RunFolder, model: ModelConfig, facts: Mapping[str, str], ste
     base = model.id or model.huggingface_id or model.modelscope_id or model.wheel or model.name
     if model.source is ModelSource.local:
         base = model.name  # a folder of the machine that trained says nothing to others
-    front = {
-        "base_model": base,
-        "library_name": "peft" if adapter_alone else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["agent", "tool-use", "agentft"],
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {base}, fine-tuned for tools",
-        "",
-        f"{'An adapter beside' if adapter_alone else 'A whole model made from'} `{base}`, step {step} of a run of agentft.",
-        "Licence and terms are those of the base model" + (f": {model.notes}" if model.notes else "."),
-        "",
-        *_usage(model.template, adapter_alone),
-        "",
-        *_measured(run, step),
-        "## How it was trained",
-        "",
-        *_table(facts),
-    ]
-    return "\n".join(lines) + "\n"
+    path = Path(__file__).parent / "templates" / "model_card.md.j2"
+    card = Template(path.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    measured = _measured(run, step)
+    return str(
+        card.render(base=base, model=model, facts=facts, step=step, adapter_alone=adapter_alone, measured=measured)
+    )
 
 
-def _usage(template: str, adapter_alone: bool) -> list[str]:
-    how = "peft.AutoPeftModelForCausalLM" if adapter_alone else "transformers.AutoModelForCausalLM"
-    lines = [
-        "## Use",
-        "",
-        f"Load with `{how}`; the chat template writes the layout of training (`{template}`), and",
-        "`generation_config.json` stops where training stopped: greedy, at the token that ends a step. A tool's result is a",
-        "message of the role `tool`.",
-    ]
-    if template == "msagent":
-        lines += [
-            "The tools stand in the system text as a numbered list of JSON, and calls come between `<|startofthink|>` and",
-            '`<|endofthink|>`. Where a server offers stop texts, give it `"<|startofexec|>"`.',
-        ]
-    return lines
-
-
-def _measured(run: RunFolder, step: int) -> list[str]:
+def _measured(run: RunFolder, step: int) -> dict[str, str]:
     """Return what the run measured at its end; nothing for a checkpoint of another step."""
     try:
         metrics = read_json(run.metrics("after"))["metrics"]
         if read_json(run.summary_file)["steps"] != step:
-            return []
+            return {}
     except (RunError, KeyError):
-        return []
-    rows = {
+        return {}
+    return {
         name: f"{values['value']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
         for name, values in metrics.items()
         if all(isinstance(values.get(key), int | float) for key in ("value", "low", "high"))
     }
-    return ["## Measured on held-out conversations", "", "With 95 % intervals.", "", *_table(rows), ""] if rows else []
 
 
 def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
@@ -147,10 +111,6 @@ def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
         "seed": str(trained.seed),
         "packages": ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if packages.get(name)),
     }
-
-
-def _table(rows: Mapping[str, str]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from agentft.errors import RunError
-from agentft.progress import console
+from agentft.progress import console, duration
 from agentft.recipes.config import deciding
 from agentft.runs import RunFolder, read_json
 from agentft.secrets import redact_text
@@ -143,8 +143,7 @@ def earlier_jobs(sweep: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted([*sweep.glob(f"*/{FILE}"), *sweep.glob(f"*/*/{FILE}")]):
         record = read_or_empty(path)
-        key = record.get("config_hash", record.get("identity"))  # as older versions call it
-        if isinstance(key, str):
+        if isinstance(key := record.get("config_hash"), str):
             found.setdefault(key, (path.parent, record))
     return found
 
@@ -188,7 +187,7 @@ _COLOURS: dict[JobState, str] = {
     "paused": "yellow",
     "finished": "green",
 }
-"""In the order in which a table that is too long for the terminal keeps them."""
+"""In the order of the live table, which the terminal cuts off at its end."""
 _COLUMNS = ("step", "loss", "held-out", "arg_f1", "time")
 
 
@@ -221,7 +220,7 @@ class Display:
         """Print that a job started or ended, where there is no live table."""
         if self._live is not None:
             return
-        took = _duration(job.seconds)
+        took = duration(job.seconds)
         match job.state:
             case "running":
                 attempt = f" (attempt {job.attempts})" if job.attempts > 1 else ""
@@ -253,15 +252,10 @@ class Display:
         table = Table(title=f"{self._sweep.name}: {title}{self._left()}", title_justify="left")
         for name in ("job", "overrides", "state", *_COLUMNS):
             table.add_column(name, justify="right" if name in _COLUMNS else "left")
-        room, shown = max(4, self.console.height - 6), list(self._jobs)
-        if len(shown) > room:
-            shown = sorted(shown, key=lambda job: (list(_COLOURS).index(job.state), job.number))[: room - 1]
-        for job in shown:
+        for job in sorted(self._jobs, key=lambda job: (list(_COLOURS).index(job.state), job.number)):
             swept = " ".join(map(short_override, job.swept))
             state = Text(job.outcome[:70], _COLOURS[job.state])
             table.add_row(str(job.number), Text(swept), state, *_progress(job))
-        if len(shown) < len(self._jobs):
-            table.add_row("…", f"{len(self._jobs) - len(shown)} more")
         return table
 
     def _left(self) -> str:
@@ -270,7 +264,7 @@ class Display:
         todo = sum(job.state in ("waiting", "running") for job in self._jobs)
         if not done or not todo:
             return ""
-        return f"; about {_duration(sum(done) / len(done) * todo / min(todo, self._slots))} left"
+        return f"; about {duration(sum(done) / len(done) * todo / min(todo, self._slots))} left"
 
 
 def short_override(override: str) -> str:
@@ -298,18 +292,9 @@ def _progress(job: Job) -> list[str]:
         _number(status.get("train_loss")),
         _number(status.get("eval_loss")),
         metric,
-        _duration(seconds),
+        duration(seconds),
     ]
 
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else ""
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min" if minutes < 100 and rest == 0 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

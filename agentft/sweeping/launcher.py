@@ -189,10 +189,6 @@ class SweepLauncher(Launcher):
         """Run what is not finished yet, and return an outcome for each job."""
         from agentft.config.main import full_error  # which has been imported when a sweep begins
 
-        with full_error():
-            return self._launch(job_overrides, initial_job_idx)
-
-    def _launch(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
         setup_globals()
         options, sweep = self.options, Path(str(self.config.hydra.sweep.dir)).absolute()
         halving = None if options.eta is None else Halving(options.eta, options.rungs)
@@ -200,7 +196,7 @@ class SweepLauncher(Launcher):
         if (own := slurm_job_id()) is not None:
             os.environ[REQUEUED_BY_LAUNCHER] = own  # for the jobs, which do not ask themselves
         with RunFolder.create(sweep, setting="hydra.sweep.dir"):  # two launchers would start every job twice
-            jobs, configs = self._plan(sweep, job_overrides, first_number, slots[0].threads)
+            jobs, configs = self._plan(sweep, job_overrides, initial_job_idx, slots[0].threads)
             distinct = list({job.config_hash: job for job in jobs}.values())
             for job in distinct:
                 job.write()
@@ -211,6 +207,7 @@ class SweepLauncher(Launcher):
             # For a single job, importing once is importing no less.
             modules = ("agentft.config", recipe, "peft", "transformers.models.auto") if recipe and waiting[1:] else ()
             with (
+                full_error(),  # jobs have it as it was given
                 StopSignals.shared() as signals,
                 signals.at_once(),  # one that came while jobs were composed, too; a repetition leaves the report alone
                 contextlib.closing(options.make_executor(slots[0], sweep, modules, display.say)) as executor,

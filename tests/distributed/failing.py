@@ -16,8 +16,8 @@ from typing import Any
 
 import torch  # noqa: F401  # as the recipes do: loaded once, by the server that ranks are forked from
 
-from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind, choose_topology
-from agentft.distributed.launch import start_ranks
+from agentft.distributed.config import DistributedConfig, ElasticConfig, EngineKind
+from agentft.distributed.launch import run_on_ranks
 from agentft.errors import AgentftError, ConfigError
 from agentft.runtime import World, join_world, leave_world
 
@@ -78,9 +78,9 @@ def prepare(case: str, folder: Path, world: World) -> str:
 
 def measure(case: str, folder: Path) -> dict[str, Any]:
     config = dataclasses.replace(DistributedConfig(name="test", engine=EngineKind.ddp, nproc=2), **CASES[case])
-    topology = choose_topology(config, gpus=0, job=case, environ={})
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks, whatever the machine has
     try:
-        result = start_ranks(rank, json.dumps([case, str(folder)]), topology, config, folder=folder, threads=1)
+        result = run_on_ranks(rank, json.dumps([case, str(folder)]), config, folder=str(folder), threads=1)
     except AgentftError as error:
         died = float((folder / f"{case}.died").read_text())
         return {"error": str(error), "kind": type(error).__name__, "seconds": time.time() - died}

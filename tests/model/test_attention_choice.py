@@ -7,7 +7,6 @@ import logging
 import pytest
 import torch
 
-from agentft.config import OLD_OPTIONS
 from agentft.errors import ModelError
 from agentft.model import attention
 from agentft.model.attention import choose_attention
@@ -36,10 +35,6 @@ def test_auto_takes_flash_where_it_is_there_and_fits_and_says_what_it_took(
     with caplog.at_level(logging.INFO):
         assert choose_attention(Attention.auto, device, dtype) == chosen
     assert f"model.attention=auto: {option}\n" in caplog.text
-
-
-def test_the_old_option_means_auto():
-    assert OLD_OPTIONS["use_flash_attn"] == "model.attention"
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (GPU, torch.float32)])

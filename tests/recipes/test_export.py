@@ -138,7 +138,7 @@ def test_plain_transformers_says_what_the_evaluation_said(method: str, tmp_path,
     assert str(tmp_path) not in text
     assert "not-to-be-seen-anywhere" not in text
     card = (out / "README.md").read_text("utf-8")
-    assert card.startswith("---\nbase_model: tiny\n")
+    assert card.startswith('---\nbase_model: "tiny"\n')
     assert "| arg_f1 |" in card or "Measured" not in card
     assert sorted(path.name for path in out.iterdir()) == [
         *("README.md", "chat_template.jinja", "config.json", "configuration.json", "generation_config.json"),
