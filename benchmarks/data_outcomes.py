@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]  # the latter for the records that the tests use
 
 from agentft.data.conversation import Origin  # noqa: E402
-from agentft.data.records import ParseWarning, Rejection, read_record  # noqa: E402
-from agentft.data.sources import ReadReport, read_conversations, read_local  # noqa: E402
+from agentft.data.records import Rejection, read_record  # noqa: E402
+from agentft.data.sources import read_conversations, read_local  # noqa: E402
+from agentft.data.stats import PreparationStats  # noqa: E402
 from agentft.errors import DataError  # noqa: E402
 
 REPAIRS = {"missing_system", "empty_system", "id_missing", "id_number", "tool_entry_flawed"}
@@ -33,8 +34,8 @@ def outcome_of(record: dict[str, object]) -> tuple[str, str]:
     outcome = read_record(record, Origin("malformed.jsonl", 1))
     if isinstance(outcome, Rejection):
         return "skip", outcome.reason
-    notices: list[ParseWarning] = outcome[1]
-    codes = sorted({n.code for n in notices if not n.code.startswith("column_not_used:")} - REPAIRS)
+    notices: list[str] = outcome[1]
+    codes = sorted({code for code in notices if not code.startswith("column_not_used:")} - REPAIRS)
     return ("care", ", ".join(codes)) if codes else ("load", "")
 
 
@@ -81,9 +82,9 @@ def malformed_files(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     rows = []
     for name, said in manifest.items():
-        report = ReadReport()
+        report = PreparationStats()
         try:
-            list(read_conversations(read_local(folder / name, report=report), report=report))
+            list(read_conversations(read_local(folder / name, stats=report), stats=report))
         except DataError as error:
             words = str(error).removeprefix(f"{folder / name}: ")
             rows.append((name, str(said["readable_records"]), "0", f"refused: {words}"))
@@ -97,8 +98,8 @@ def genuine(folder: Path) -> None:
     """Print how many genuine records become conversations."""
     rows = []
     for name in ("train.jsonl", "dev.jsonl"):
-        report = ReadReport()
-        list(read_conversations(read_local(folder / name, report=report), report=report))
+        report = PreparationStats()
+        list(read_conversations(read_local(folder / name, stats=report), stats=report))
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.rejected.items()))
         rows.append((name, f"{report.rows:,}", f"{report.kept:,}", f"{report.kept / report.rows:.2%}", reasons or "–"))
     print_table(("genuine", "records", "conversations", "share", "set aside"), rows)

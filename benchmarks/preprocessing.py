@@ -90,7 +90,7 @@ def run_agentft(
         name="local", path=str(path), max_length=MAX_LENGTH, too_long=TooLong[too_long], max_rejected=1.0, cache=cache
     )
     prepared = prepare_data(config, layout, encoder)
-    return prepared.stats.read.kept, int(prepared.train.lengths.sum())
+    return prepared.stats.kept, int(prepared.train.lengths.sum())
 
 
 def run_one_pass(path: Path, tokenizer: Any) -> tuple[int, int]:

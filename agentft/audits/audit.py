@@ -29,7 +29,8 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import Preparation, look_at_every_conversation
 from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate, SpanKind
-from agentft.data.sources import ReadReport, open_rows, read_conversations
+from agentft.data.sources import open_rows, read_conversations
+from agentft.data.stats import PreparationStats
 from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.tokens import Example, SegmentEncoder, TokenText
 from agentft.data.truncation import Rendered, TruncationKind, make_examples
@@ -83,17 +84,17 @@ def audit(config: AuditConfig) -> list[Finding]:
 
 def _find(config: DatasetConfig, wanted: str, layout: Layout, encoder: SegmentEncoder, text: TokenText) -> Seen:
     """Read until the conversation of that id comes, and tokenise it."""
-    read = ReadReport()
-    rows = open_rows(config, read)
-    for source in (rows.train, rows.heldout or ()):
-        for item in read_conversations(source, form=rows.form, reasoning=config.reasoning, report=read):
+    stats = PreparationStats()
+    train, heldout, form = open_rows(config, stats)
+    for source in (train, heldout or ()):
+        for item in read_conversations(source, form=form, reasoning=config.reasoning, stats=stats):
             if item.id != wanted:
                 continue
             if isinstance(item, Rejection):
                 raise DataError(f"view={wanted}: {item.origin}: set aside, {item.reason}: {item.detail}")
             (made,) = make_examples([item], layout, encoder)
             return Seen.of(made, text)
-    raise DataError(f"view={wanted}: none of {read.rows:,} conversations has that id; a report names ids")
+    raise DataError(f"view={wanted}: none of {stats.rows:,} conversations has that id; a report names ids")
 
 
 def _screen() -> Console:
@@ -192,7 +193,7 @@ class Audit:
     @property
     def unfit(self) -> list[Rejection]:
         """Conversations that fitting sets aside: those after the ones that reading does."""
-        return self.data.stats.rejections[self.data.stats.read.rejected.total() :]
+        return self.data.stats.rejections[self.data.stats.rejected.total() :]
 
     @property
     def found(self) -> list[Finding]:
@@ -298,7 +299,7 @@ class Audit:
 
     def _check_what_is_set_aside(self) -> None:
         stats = self.data.stats
-        rows, allowed = stats.read.rows, self._config.max_rejected
+        rows, allowed = stats.rows, self._config.max_rejected
         if rows and stats.lost / rows > allowed:
             share = f"{stats.lost:,} of {rows:,} rows ({stats.lost / rows:.1%})"
             detail = f"{share}, dataset.max_rejected={allowed} allows {allowed:.1%}"

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from agentft.audits.checks import CODES, Finding, Level
 from agentft.comparison.render import render_page, visible
 from agentft.data.entries import policy_of
 from agentft.data.render import TRAINED_KINDS, SpanKind
-from agentft.data.sources import ReadReport
+from agentft.data.stats import PreparationStats
 from agentft.data.tokens import IGNORE_INDEX, TokenText
 from agentft.data.truncation import TruncationKind
 from agentft.recipes.config import AuditConfig
@@ -116,18 +116,14 @@ class AuditReport:
     seconds: float
 
     @property
-    def read(self) -> ReadReport:
-        return self.audit.data.stats.read
+    def stats(self) -> PreparationStats:
+        return self.audit.data.stats
 
     @property
     def failing(self) -> list[Finding]:
         """The findings that make the audit fail: broken invariants, and the codes that the user chose."""
         chosen = self.config.audit.fail_on
         return [finding for finding in self.audit.found if finding.level is Level.broken or finding.code in chosen]
-
-    def shown_of(self, source: str) -> dict[str, int]:
-        """Return the conversations of a source by part, in training as often as an epoch shows them."""
-        return {part: counts[source] for part, counts in self.audit.data.stats.by_source.items()}
 
     def level_of(self, finding: Finding) -> str:
         """Return `broken`, `fails` (chosen by `audit.fail_on`), `warning` or `note`."""
@@ -136,26 +132,26 @@ class AuditReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return every number of the report."""
-        config, read, statistics = self.config, self.read, self.audit.statistics
+        config, stats, statistics = self.config, self.stats, self.audit.statistics
         kept = statistics.whole["conversations"] - len(self.audit.unfit)
         return {
             "model": config.model.name,
             "dataset": config.dataset.name,
             "max_length": config.dataset.max_length,
             "seconds": round(self.seconds, 3),
-            "rows": read.rows,
-            "files": read.files,
-            "blank_lines": read.blank_lines,
-            "kept_share": kept / read.rows if read.rows else 0.0,
-            "set_aside": dict(read.rejected.most_common()),
+            "rows": stats.rows,
+            "files": stats.files,
+            "blank_lines": stats.blank_lines,
+            "kept_share": kept / stats.rows if stats.rows else 0.0,
+            "set_aside": dict(stats.rejected.most_common()),
             "set_aside_in_fitting": dict(Counter(rejection.reason for rejection in self.audit.unfit).most_common()),
             "too_long": config.dataset.too_long.value,
             "fitting": statistics.fitting,
             "rewritten_history": statistics.rewritten_history,
-            "in_neither_part": dict(self.audit.data.stats.left_out),
-            "sources_read": {name: asdict(count) | self.shown_of(name) for name, count in read.sources.items()},
-            "notices": dict(read.notices.most_common()),
-            "layout": dict(self.audit.data.stats.layout.most_common()),
+            "in_neither_part": dict(stats.left_out),
+            "sources_read": stats.by_source(),
+            "notices": dict(stats.notices.most_common()),
+            "layout": dict(stats.layout.most_common()),
             "whole": statistics.whole,
             **statistics.groups,
             "steps": statistics.steps.total(),
@@ -185,11 +181,11 @@ class AuditReport:
         """Return where the rows went, in one line."""
         whole = self.audit.statistics.whole
         # What is a finding of its own stands below.
-        quirks = Counter({code: count for code, count in self.read.notices.items() if code not in CODES})
-        notes = (("Read with a notice", quirks), ("Written otherwise by the layout", self.audit.data.stats.layout))
+        quirks = Counter({code: count for code, count in self.stats.notices.items() if code not in CODES})
+        notes = (("Read with a notice", quirks), ("Written otherwise by the layout", self.stats.layout))
         return (
-            f"{self.read.rows:,} rows: {whole['conversations']:,} conversations read, {whole['too_long']:,} of them longer "
-            f"than {self.config.dataset.max_length:,} tokens; {self.read.rejected.total():,} set aside in reading, "
+            f"{self.stats.rows:,} rows: {whole['conversations']:,} conversations read, {whole['too_long']:,} of them longer "
+            f"than {self.config.dataset.max_length:,} tokens; {self.stats.rejected.total():,} set aside in reading, "
             f"{len(self.audit.unfit):,} in fitting. "
             f"{whole['tokens']:,} tokens, {whole['trained']:,} trained ({_share(whole)}), in {self.seconds:.1f} s"
         ) + "".join(
@@ -252,11 +248,10 @@ def panels(report: AuditReport) -> Iterator[Panel]:
             for a, b, count in bars
         ]
         yield Panel("Length in tokens", words, ("from – to", "conversations", ""), [rows])
-    if len(report.read.sources) > 1:
-        shown = {name: report.shown_of(name) for name in report.read.sources}
+    if len(report.stats.sources) > 1:
         rows = [
-            [name, f"{count.weight:g}", count.rows, count.kept, *(shown[name].get(p, 0) for p in ("train", "heldout"))]
-            for name, count in report.read.sources.items()
+            [name, f"{counts.pop('weight'):g}", *map(int, counts.values())]
+            for name, counts in report.stats.by_source().items()
         ]
         yield Panel("Sources", "", ("", "weight", "rows", "kept", "shown in an epoch", "held out"), [rows])
     if statistics.fitting:
@@ -302,8 +297,8 @@ def panels(report: AuditReport) -> Iterator[Panel]:
     )
     rows = [[name[:60], calls, offered[name]] for name, calls in called.most_common(_MOST_CALLED)]
     yield Panel("Tools", words, ("most called", "requests", "offered in"), [rows])
-    if report.read.rejected:
-        rows = [list(each) for each in report.read.rejected.most_common()]
+    if report.stats.rejected:
+        rows = [list(each) for each in report.stats.rejected.most_common()]
         yield Panel("Set aside in reading", "each of them in rejected.jsonl", ("reason", "rows"), [rows])
 
 
@@ -342,7 +337,7 @@ def print_report(report: AuditReport, console: Console) -> None:
 
     config = report.config
     console.rule(f"audit of {config.dataset.name} for {config.model.name} ({config.model.template})")
-    console.print(visible(", ".join(report.read.files[:8]) or config.dataset.name))
+    console.print(visible(", ".join(report.stats.files[:8]) or config.dataset.name))
     console.print(report.headline())
     for panel in panels(report):
         _print_panel(panel, console)
@@ -386,7 +381,7 @@ def html_page(report: AuditReport, text: TokenText) -> str:
         "audit",
         title=f"Audit of {config.dataset.name} for {config.model.name}",
         report=report,
-        files=", ".join(report.read.files[:8]),
+        files=", ".join(report.stats.files[:8]),
         anchors=anchors,
         panels=panels(report),
         shown=f"{len(shown)} of {report.audit.statistics.whole['conversations']:,}",

@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 from agentft.data.config import DatasetConfig, Format, Split, TooLong
 from agentft.data.conversation import Conversation
 from agentft.data.prepared import PackedExample, from_line, pack, to_line
-from agentft.data.records import ParseWarning, Rejection
+from agentft.data.records import Rejection
 from agentft.data.sources import RawRow, read_row
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
@@ -83,7 +83,7 @@ class Entry:
     user: bytes
     """SHA-256 of its user turns."""
     called_tools: frozenset[str]
-    notices: Sequence[ParseWarning]
+    notices: Sequence[str]
     """Until they are counted."""
     line: bytes | None = None
     """The conversation as it is stored, until it is written; None where its examples are made at once."""

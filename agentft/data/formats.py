@@ -15,7 +15,7 @@ calls by id or name where the record has them, else by their order.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,16 +68,13 @@ TOOL_COLUMNS = ("tools", "functions", "available_tools")
 COLUMNS = frozenset({"id", "messages", "conversations", "system", *TOOL_COLUMNS})
 XLAM_COLUMNS = frozenset({"id", "query", "tools", "answers"})
 
-Note = tuple[str, str]
-"""Code and detail of what was understood in a way that a reader should know of."""
-
 Read = tuple[tuple[Message, ...], Tools]
 """The messages of a record and the tools that it declares beside them."""
 
 
-def untrained_flag(turn: Mapping[Any, Any]) -> str | None:
-    """Return `field value`, as the turn has it, by which a turn says that it is not trained; None where it does not."""
-    return next((f"{f} {str(turn[f]).lower()}" for f in _FLAGS if _is_flag(turn.get(f)) and not turn[f]), None)
+def is_trained(turn: Mapping[Any, Any]) -> bool:
+    """Return False where a field of the turn says that it is shown and not trained."""
+    return not any(_is_flag(turn.get(field)) and not turn[field] for field in _FLAGS)
 
 
 def understood_flags(turn: Mapping[Any, Any], *, agent: bool) -> frozenset[str]:
@@ -94,7 +91,12 @@ def key_name(key: object) -> str:
     return re.sub(r"[^\w$.-]", "_", key)[:40] if isinstance(key, str) else type(key).__name__
 
 
-def read_xlam(record: Mapping[Any, Any], notes: list[Note]) -> Read:
+def unused(kind: str, record: Mapping[Any, Any], known: Collection[str]) -> list[str]:
+    """Return a code, `kind` and name, for each field that has a value and no meaning."""
+    return [f"{kind}:{key_name(key)}" for key, value in record.items() if key not in known and not blank(value)]
+
+
+def read_xlam(record: Mapping[Any, Any], notes: list[str]) -> Read:
     """Read a question, the tools, and the calls that answer it."""
     chat = _Chat(notes, read_tools(record.get("tools")), Format.xlam)
     chat.add_plain("user", chat.text(record.get("query"), 1), None, 1)
@@ -106,7 +108,7 @@ def read_xlam(record: Mapping[Any, Any], notes: list[Note]) -> Read:
     return chat.finish()
 
 
-def read_chat(record: Mapping[Any, Any], form: Format, notes: list[Note]) -> Read:
+def read_chat(record: Mapping[Any, Any], form: Format, notes: list[str]) -> Read:
     """Read a record of messages, by whatever names; `form` says how calls stand in text where it is react or toolace."""
     field = "messages" if record.get("conversations") is None else "conversations"
     turns = record.get(field)
@@ -119,7 +121,7 @@ def read_chat(record: Mapping[Any, Any], form: Format, notes: list[Note]) -> Rea
     column = next((column for column in TOOL_COLUMNS if not blank(record.get(column))), None)
     of_system = column is None and begins_with_system  # some keep the tools in the system message
     if column == "available_tools":
-        notes.append((f"tools_from_column:{column}", f"column {column!r} holds the tools"))
+        notes.append(f"tools_from_column:{column}")
     chat = _Chat(notes, read_tools(first.get("tools") if of_system else record.get(column or "")), form)
     chat.toolbench = any(isinstance(turn, dict) and turn.get("from") == "function" for turn in turns)
     system = "" if blank(record.get("system")) else chat.text(record["system"], 0)
@@ -136,7 +138,7 @@ def read_chat(record: Mapping[Any, Any], form: Format, notes: list[Note]) -> Rea
 class _Chat:
     """Reads messages one by one; the words and calls of one step, wherever they stand, become one message."""
 
-    def __init__(self, notes: list[Note], tools: Tools, form: Format) -> None:
+    def __init__(self, notes: list[str], tools: Tools, form: Format) -> None:
         self.toolbench = False
         """Texts that look like ReAct are."""
         self._notes = notes
@@ -157,7 +159,7 @@ class _Chat:
         if role is None:
             detail = f"message {number} has the role {given[:40]!r}; known are {', '.join(_ROLES)}"
             raise FormatError("unknown_role", detail)
-        self._note_fields(turn, role, number, known)
+        self._note_fields(turn, role, known)
         content = turn.get("content", turn.get("value"))
         name = turn["name"] if isinstance(turn.get("name"), str) and turn["name"] else None
         if role == "call":
@@ -183,20 +185,20 @@ class _Chat:
             listed, given = ({tool["function"]["name"] for tool in tools} for tools in (lifted.tools, self._tools))
             if not given or listed == given:
                 text, self._tools = lifted.text, self._tools or lifted.tools
-                self._note("tools_lifted", "the tools are taken out of the system text", number)
+                self._notes.append("tools_lifted")
                 if lifted.words_left_out:
-                    self._note("words_about_calls_left_out", "so are its words about how to write a call", number)
+                    self._notes.append("words_about_calls_left_out")
                 if not text:
                     return
             else:
-                self._note("tools_in_system_too", "the system text lists other tools than the record", number)
+                self._notes.append("tools_in_system_too")
         self._end_step()
         self._messages.append(Message(role, text, name=name))
 
     def add_step(self, step: Message, number: int) -> None:
         """Add what the agent says; a call right after its words, or after another call, belongs to the same step."""
-        for field in dict.fromkeys(key_name(field) for call in step.tool_calls for field in call.extras):
-            self._note(f"field_not_carried:{field}", f"{field} of a call", number)
+        fields = dict.fromkeys(key_name(field) for call in step.tool_calls for field in call.extras)
+        self._notes += [f"field_not_carried:{field}" for field in fields]
         calls = tuple(replace(call, extras={}) for call in step.tool_calls)
         if not any(message.role == "user" for message in self._messages):
             raise FormatError(
@@ -223,8 +225,7 @@ class _Chat:
         """Return what was read up to the agent's last message; raise FormatError where it says nothing."""
         self._end_step()
         while self._messages and self._messages[-1].role not in ("assistant", "tool"):
-            left_out = self._messages.pop()
-            self._notes.append((f"last_{left_out.role}_left_out", "nothing of the agent follows it"))
+            self._notes.append(f"last_{self._messages.pop().role}_left_out")
         if not any(message.role == "assistant" for message in self._messages):
             raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
         return tuple(self._messages), self._tools
@@ -262,11 +263,11 @@ class _Chat:
             thought, text = split_thought(self.text(content, number))
             content = literal(text, "call_not_json")
         calls = tuple(map(read_call, content if isinstance(content, list) else [content]))
-        reasoning, trained = self._reasoning(turn, thought, number), self._is_trained(turn, number)
+        reasoning, trained = self._reasoning(turn, thought, number), self._is_trained(turn)
         self.add_step(Message("assistant", None, reasoning, calls, trained=trained), number)
 
     def _read_assistant(self, turn: Mapping[str, Any], content: object, name: str | None, number: int) -> None:
-        trained = self._is_trained(turn, number)
+        trained = self._is_trained(turn)
         calls = list(map(read_call, self._tool_calls(turn, number)))
         thought: str | None = None
         text: str | None = None
@@ -294,13 +295,13 @@ class _Chat:
                 detail = f"message {number} holds a thought in <think> and one in other marks"
                 raise FormatError("two_reasonings", detail)
             if found.words_after_call:
-                self._note("words_after_a_call", "its words stand before its calls now", number)
+                self._notes.append("words_after_a_call")
             text, calls, thought = found.text or None, [*calls, *found.calls], thought or found.reasoning
         elif text is not None and REACT.search(text):
             raise FormatError("form_react", "ReAct text (Action / Action Input), which dataset.format=react reads")
         reasoning = self._reasoning(turn, thought, number)
         if self._messages and self._messages[-1].role == "assistant":
-            self._note("messages_joined", "it and the message before are one step", number)
+            self._notes.append("messages_joined")
         self.add_step(Message("assistant", text, reasoning, tuple(calls), name=name, trained=trained), number)
 
     def _read_blocks(self, content: Sequence[Any], number: int) -> tuple[str | None, str | None, list[ToolCall]]:
@@ -317,7 +318,7 @@ class _Chat:
             else:
                 words.append(block)
                 if calls:
-                    self._note("words_after_a_call", "its words stand before its calls now", number)
+                    self._notes.append("words_after_a_call")
         return "\n".join(thoughts) or None, self.text(words, number) if words else None, calls
 
     def _tool_calls(self, turn: Mapping[str, Any], number: int) -> list[Any]:
@@ -341,15 +342,14 @@ class _Chat:
         if len({text.strip() for text in given.values()}) > 1:
             raise FormatError("two_reasonings", f"message {number}: {' and '.join(given)} say different things")
         for field, text in given.items():
-            self._note(f"reasoning_from:{field.strip('<>')}", "its reasoning is read", number)
+            self._notes.append(f"reasoning_from:{field.strip('<>')}")
             return str(text)
         return None
 
-    def _is_trained(self, turn: Mapping[Any, Any], number: int) -> bool:
-        flag = untrained_flag(turn)
-        if flag is not None:
-            self._note("step_not_trained", f"shown, not trained ({flag})", number)
-        return flag is None
+    def _is_trained(self, turn: Mapping[Any, Any]) -> bool:
+        trained = is_trained(turn)
+        self._notes += ["step_not_trained"] * (not trained)
+        return trained
 
     def _add_result(self, text: str, call_id: str | None, name: str | None) -> None:
         """Add a tool's result: to the call of its id, else to the first of its name, else to the first without one."""
@@ -372,17 +372,12 @@ class _Chat:
             raise FormatError("result_missing", "a call has no result, while a parallel call after it has one")
         self._open = []
 
-    def _note(self, code: str, detail: str, number: int) -> None:
-        self._notes.append((code, f"message {number}: {detail}"))
-
-    def _note_fields(self, turn: Mapping[Any, Any], role: str, number: int, others: Sequence[str]) -> None:
+    def _note_fields(self, turn: Mapping[Any, Any], role: str, others: Sequence[str]) -> None:
         known = {"role" if "role" in turn else "from", "content" if "content" in turn else "value", *others}
         known |= understood_flags(turn, agent=role in ("assistant", "call"))
         fields = _FIELDS.get(role, ("name",))
         known.update(field for field in fields if field not in _REASONING or isinstance(turn.get(field), str))
-        for key, value in turn.items():
-            if key not in known and not blank(value):
-                self._note(f"field_not_carried:{key_name(key)}", key_name(key), number)
+        self._notes += unused("field_not_carried", turn, known)
 
     def text(self, content: object, number: int) -> str:
         """Return the text of a message; of a list of parts the text parts, a line each, as a server joins them."""
@@ -401,10 +396,7 @@ class _Chat:
 
     def _note_block(self, block: Mapping[Any, Any]) -> None:
         known = _BLOCKS.get(block.get("type", "text"), frozenset())
-        for key, value in block.items():
-            if key != "type" and key not in known and not blank(value):
-                detail = f"{key_name(key)} of a part of a content"
-                self._notes.append((f"field_not_carried:{key_name(key)}", detail))
+        self._notes += unused("field_not_carried", block, known | {"type"})
 
 
 def _is_text_block(block: Any) -> bool:

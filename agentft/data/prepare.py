@@ -48,7 +48,6 @@ from agentft.data.entries import (
 )
 from agentft.data.prepared import (
     ExampleWriter,
-    PreparationStats,
     PreparedData,
     RecordWriter,
     StoredConversations,
@@ -59,7 +58,8 @@ from agentft.data.prepared import (
 )
 from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate
-from agentft.data.sources import Deduplicator, RawRow, bounded_code, is_large, open_rows, source_digests
+from agentft.data.sources import RawRow, is_large, open_rows, source_digests
+from agentft.data.stats import Deduplicator, PreparationStats, count_codes
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder, encode_fast
 from agentft.errors import DataError
@@ -278,8 +278,8 @@ class Preparation:
         for part, name in PARTS.items():
             if not self.used[part]:
                 self.stats.check_losses(self._config)
-                rows, reasons = self.stats.read.rows, self.stats.reasons()
-                raise DataError(f"no {name} conversation is left of {rows} rows; set aside: {reasons}")
+                reasons = self.stats.reasons()
+                raise DataError(f"no {name} conversation is left of {self.stats.rows} rows; set aside: {reasons}")
         train, heldout = self._writers.values()
         digests = [train.digests[row] for row in train_rows], [heldout.digests[row] for row in heldout_rows]
         weights = _weights_text(self._config.span_weights).encode()
@@ -306,12 +306,12 @@ class Preparation:
     def _read_sources(self) -> tuple[list[Entry], list[Entry] | None]:
         """Read the training source and, where there is one, the held-out source."""
         config = self._config
-        rows = open_rows(config, self.stats.read)
-        parts_are_known = config.split is Split.content or rows.heldout is not None
+        train_rows, heldout_rows, form = open_rows(config, self.stats)
+        parts_are_known = config.split is Split.content or heldout_rows is not None
         if self.work.keeps_all or config.max_samples >= 0 or not parts_are_known:
             self._waiting = RecordWriter(self._folder / _WAITING)
-        train = self._read(rows.train, rows.form, None if rows.heldout is None else "train")
-        return train, None if rows.heldout is None else self._read(rows.heldout, rows.form, "heldout")
+        train = self._read(train_rows, form, None if heldout_rows is None else "train")
+        return train, None if heldout_rows is None else self._read(heldout_rows, form, "heldout")
 
     def _read(self, rows: Iterable[RawRow | Rejection], form: Format, part: str | None) -> list[Entry]:
         """Read one source; `part`: the one it is for."""
@@ -319,21 +319,21 @@ class Preparation:
         read = partial(self.work.read, form=form, part=part, waits=waits)
         # Reading alone needs no tokenizer; else processes are forked when it is loaded.
         ready = (lambda: True) if waits else self.work.encoder.settle
-        deduplicator = Deduplicator(self.stats.read)
+        deduplicator = Deduplicator(self.stats)
         first = len(self.entries)
         with progress_bar("reading", None) as bar:
             for batch, results in in_order(read, batches_of(rows), self._config.workers, ready):
                 for row, found in zip(batch, results, strict=True):
                     if isinstance(found, Rejection):
-                        self.stats.rejections.append(deduplicator.reject(row, found))
+                        deduplicator.reject(found)
                         continue
-                    name = deduplicator.accept(row, found.id, found.content_hash, found.notices)
-                    if isinstance(name, Rejection):
-                        self.stats.rejections.append(name)
-                        continue
-                    (entry,) = [found] if name == found.id else read([row], name=name)
-                    assert isinstance(entry, Entry)
-                    self._keep(entry)
+                    name = deduplicator.accept(row.origin, found.id, found.content_hash, found.notices)
+                    if name == found.id:
+                        self._keep(found)
+                    elif isinstance(name, str):
+                        (renamed,) = read([row], name=name)
+                        assert isinstance(renamed, Entry)
+                        self._keep(renamed)
                 bar.advance(len(results))
         return self.entries[first:]
 
@@ -386,7 +386,9 @@ class Preparation:
             text = "dataset: a sample of %d was asked for, the %s part has %d conversations"
             log.warning(text, size, part, len(order))
         wanted = len(order) if size < 0 else min(size, len(order))
-        stats, outcomes, sources = self.stats, Counter[str](), Counter[str]()
+        stats, outcomes = self.stats, Counter[str]()
+        for source in stats.sources.values():
+            source.used[part] = 0
         used: list[Entry] = []
         shown_before: set[Entry] = set()
         position = 0
@@ -399,8 +401,7 @@ class Preparation:
                 result = _result(entry)
                 if entry not in shown_before:
                     outcomes[str(result.kind)] += 1
-                    for code in result.notes:
-                        stats.layout[bounded_code(code, stats.layout)] += 1
+                    count_codes(result.notes, stats.layout)
                     if result.change is not None:
                         stats.changed.append(result.change)
                     if result.rejection is not None:
@@ -408,8 +409,8 @@ class Preparation:
                 shown_before.add(entry)
                 if result.rejection is None:
                     used.append(entry)
-                    sources[stats.read.source_of(entry.source)] += 1
-        self.used[part], stats.fitted[part], stats.by_source[part] = used, outcomes, sources
+                    stats.source_of(entry.source).used[part] += 1
+        self.used[part], stats.fitted[part] = used, outcomes
 
     def _make(self, part: str, entries: list[Entry]) -> None:
         """Make the examples of conversations that wait."""

@@ -1,4 +1,4 @@
-"""Keep prepared data on the disk and read it from there: conversations, tokenised examples, and where every row went.
+"""Keep prepared data on the disk and read it from there: conversations, and tokenised examples.
 
 A stored conversation is a line of JSON. Of MSAgent text the parts are stored, and their calls are read again.
 
@@ -15,15 +15,13 @@ Each part of a dataset has a folder:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, overload
@@ -43,14 +41,11 @@ from agentft.data.conversation import (
     Part,
     Text,
 )
-from agentft.data.formats import KNOWN
 from agentft.data.msagent import read_call_body, result_message, step_message
-from agentft.data.records import Rejection
 from agentft.data.render import SpanKind
-from agentft.data.sources import ReadReport, SourceCount
+from agentft.data.stats import PreparationStats
 from agentft.data.tokens import Example, Span, weigh
 from agentft.data.truncation import TruncationKind
-from agentft.errors import DataError
 from agentft.runs import RunFolder
 
 EXAMPLES, CONVERSATIONS = "examples.bin", "conversations.jsonl"
@@ -312,100 +307,6 @@ class StoredExamples(_Stored[Example]):
         return int(self._counts[self._rows, 2].sum())
 
 
-# --- What became of the rows ---
-
-
-@dataclass
-class PreparationStats:
-    """Where every row went."""
-
-    read: ReadReport = field(default_factory=ReadReport)
-    rejections: list[Rejection] = field(default_factory=list)
-    """Rows set aside, in reading or because they do not fit."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Usable conversations in neither part, by reason."""
-    by_source: dict[str, Counter[str]] = field(default_factory=dict)
-    """Part -> conversations used by source; in training each as often as an epoch shows it."""
-    fitted: dict[str, Counter[str]] = field(default_factory=dict)
-    """Part -> what became of its conversations, see `agentft.data.truncation.TruncationKind`."""
-    changed: list[dict[str, Any]] = field(default_factory=list)
-    """Every conversation that is not used whole, and what of it is not used."""
-    layout: Counter[str] = field(default_factory=Counter)
-    """What the template writes otherwise than the source."""
-
-    def reasons(self) -> dict[str, int]:
-        """Return the rows set aside by reason, commonest first."""
-        return dict(Counter(rejection.reason for rejection in self.rejections).most_common())
-
-    @property
-    def lost(self) -> int:
-        """Rows set aside; a repetition is no loss."""
-        return sum(rejection.reason != "duplicate" for rejection in self.rejections)
-
-    def used(self, part: str) -> int:
-        """Return the conversations of a part that gave at least one example."""
-        return sum(count for kind, count in self.fitted[part].items() if kind != TruncationKind.set_aside)
-
-    def check_any(self) -> None:
-        """Refuse data of which every row was set aside in reading.
-
-        Raises:
-            DataError: the commonest reasons, each with its first row, and the formats that are known.
-        """
-        if self.read.kept or not self.rejections:
-            return
-        firsts = {rejection.reason: rejection for rejection in reversed(self.rejections)}
-        lines = [f"none of {self.read.rows:,} rows can be used; they were set aside for:"]
-        for reason, count in list(self.reasons().items())[:4]:
-            lines.append(f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail};"[:400])
-        raise DataError("\n".join([*lines, f"  known formats (dataset.format): {KNOWN}"]))
-
-    def check_losses(self, config: DatasetConfig) -> None:
-        """Refuse data of which too much is set aside.
-
-        Raises:
-            DataError: more than `dataset.max_rejected` of the rows, duplicates not counted.
-        """
-        rows = self.read.rows
-        if rows and self.lost / rows > config.max_rejected:
-            examples = "; ".join(f"{r.origin}: {r.reason}: {r.detail}" for r in self.rejections[:3])
-            raise DataError(
-                f"{self.lost} of {rows} rows were set aside, more than dataset.max_rejected={config.max_rejected} allows: "
-                f"{self.reasons()}; for example {examples}"
-            )
-
-    def rejected_lines(self) -> str:
-        """Return a line of JSON for every row that was set aside."""
-        lines = (
-            {"source": r.origin.source, "line": r.origin.line, "id": r.id, "reason": r.reason, "detail": r.detail}
-            for r in self.rejections
-        )
-        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-    def to_json(self) -> str:
-        """Return all of it as JSON, each object with the name of its class."""
-
-        def fields(value: Any) -> dict[str, Any]:
-            return {"class": type(value).__name__} | {
-                part.name: getattr(value, part.name) for part in dataclasses.fields(value)
-            }
-
-        return json.dumps(self, ensure_ascii=False, default=fields)
-
-    @staticmethod
-    def from_json(text: str) -> PreparationStats:
-        """Read what `to_json` wrote: equal statistics, their counts in the same order."""
-        kinds = {kind.__name__: kind for kind in (PreparationStats, ReadReport, SourceCount, Rejection, Origin)}
-
-        def rebuilt(values: dict[str, Any]) -> Any:
-            if "class" in values:
-                return kinds[values.pop("class")](**values)
-            return Counter(values) if all(isinstance(value, int) for value in values.values()) else values
-
-        stats: PreparationStats = json.loads(text, object_hook=rebuilt)
-        return stats
-
-
 # --- Prepared data ---
 
 
@@ -471,11 +372,11 @@ def rewritten_history(train: StoredExamples, stats: PreparationStats) -> dict[st
 
 def log_summary(prepared: PreparedData, seconds: float) -> None:
     """Log what was prepared, what was set aside and what it costs."""
-    stats, files = prepared.stats, prepared.stats.read.files
+    stats, files = prepared.stats, prepared.stats.files
     tokens = int(prepared.train.lengths.sum())
     log.info(
         "data: %d rows%s%s -> %d training and %d held-out conversations; %s tokens, %.0f %% of them labelled (%.1f s)",
-        stats.read.rows,
+        stats.rows,
         f" of {files[0]}" if files else "",
         f" and {len(files) - 1} more files" if len(files) > 1 else "",
         stats.used("train"),
@@ -503,7 +404,7 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
     for words, counts in (
         ("written otherwise by model.template", stats.layout),
         ("in neither part", stats.left_out),
-        ("kept, and noted", stats.read.notices),
+        ("kept, and noted", stats.notices),
     ):
         if counts:
             log.info("data: %s: %s", words, dict(counts.most_common()))
@@ -511,23 +412,19 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
 
 def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
     """Write what the run trains on and is measured by, and every row that was set aside, into the run folder."""
-    stats, read = prepared.stats, prepared.stats.read
-    sources = [
-        {"source": name, **dataclasses.asdict(source)} | {part: used[name] for part, used in stats.by_source.items()}
-        for name, source in read.sources.items()
-    ]
+    stats = prepared.stats
     run.write_json(
         run.data_manifest,
         {
             "fingerprint": prepared.fingerprint,
-            "rows": read.rows,
-            "files": read.files,
-            "sources": sources,
-            "skipped_files": read.skipped_files,
-            "blank_lines": read.blank_lines,
+            "rows": stats.rows,
+            "files": stats.files,
+            "sources": [{"source": name} | counts for name, counts in stats.by_source().items()],
+            "skipped_files": stats.skipped_files,
+            "blank_lines": stats.blank_lines,
             "set_aside": stats.reasons(),
             "in_neither_part": dict(stats.left_out),
-            "notices": dict(read.notices),
+            "notices": dict(stats.notices),
             "layout": dict(stats.layout),
             "rewritten_history": prepared.rewritten_history,
             "fitting": {"outcomes": stats.fitted, "changed": stats.changed},

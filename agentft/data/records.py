@@ -9,29 +9,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from agentft.data.calls import Call, ToolCall, blank, is_encodable, kind_of, literal
+from agentft.data.calls import Call, is_encodable, kind_of, literal
 from agentft.data.config import Format, Reasoning
-from agentft.data.conversation import Conversation, Message, Origin, Part, Text, chat_messages
+from agentft.data.conversation import Conversation, Message, Observation, Origin, Part, Text, chat_messages
 from agentft.data.formats import (
     COLUMNS,
     SHAREGPT_ROLES,
     TOOL_COLUMNS,
     XLAM_COLUMNS,
-    Note,
     Read,
+    is_trained,
     key_name,
     read_chat,
     read_xlam,
     understood_flags,
-    untrained_flag,
+    unused,
 )
 from agentft.data.msagent import MARK, GrammarError, call_json, parse_assistant, turn_messages
 from agentft.data.response import MAY_CALL, REACT, read_by_marks
-from agentft.data.tools import OfferedTool
 from agentft.errors import FormatError
 
 MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
@@ -40,6 +39,11 @@ MAX_RECORD_CHARACTERS = 16 * 1024 * 1024
 _MAX_ID_CHARACTERS = 200
 _PART_ID = re.compile(r"/part-[0-9]+\Z")
 _QUESTION_AND_ANSWER = {"query": "response", "instruction": "output", "prompt": "completion", "question": "answer"}
+_MARK_INSIDE: dict[type, str] = {
+    Call: "mark_inside_call",
+    Text: "marks_quoted_in_text",
+    Observation: "mark_inside_observation",
+}
 _MSAGENT_ROLES = ("system", "user", "assistant")
 
 
@@ -54,15 +58,6 @@ class Rejection:
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ParseWarning:
-    """Something odd that was understood: the conversation is kept, and the code is counted."""
-
-    origin: Origin
-    code: str
-    detail: str
-
-
 def part_id(whole: str, number: int) -> str:
     """Return the id of a part of a conversation that is split, counted from 1. No record has such an id: see `_read_id`."""
     return f"{whole}/part-{number}"
@@ -75,15 +70,15 @@ def read_record(
     form: Format = Format.auto,
     weight: float = 1.0,
     reasoning: Reasoning = Reasoning.keep,
-) -> tuple[Conversation, list[ParseWarning]] | Rejection:
-    """Read one record. Never raises, whatever `value` is: a record that cannot be used is a `Rejection`.
+) -> tuple[Conversation, list[str]] | Rejection:
+    """Read one record, with a code for each oddity. Never raises: what cannot be used, whatever it is, is a `Rejection`.
 
     Args:
         form: `auto` takes every format that a record shows; the name of one takes that format alone. ReAct text is read
             only when named, since ordinary prose can hold its keywords.
         reasoning: What becomes of reasoning: trained, left out and counted, or shown as context.
     """
-    notes: list[Note] = []
+    notes: list[str] = []
     record_id: str | None = None
     try:
         if not isinstance(value, dict):
@@ -100,7 +95,7 @@ def read_record(
         return Rejection(origin, "too_deep", "nested too deep to be read", record_id)
     except FormatError as refusal:
         return Rejection(origin, refusal.reason, _writable(refusal.detail), record_id)
-    return conversation, [ParseWarning(origin, code, _writable(detail)) for code, detail in notes]
+    return conversation, notes
 
 
 def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "sharegpt", "xlam"]:
@@ -129,7 +124,7 @@ def recognise(record: Mapping[Any, Any]) -> Literal["msagent", "openai", "shareg
     return "sharegpt" if beside or any(MAY_CALL.search(text) and read_by_marks(text) for text in said) else "msagent"
 
 
-def _read(record: dict[Any, Any], form: Format, notes: list[Note]) -> Read:
+def _read(record: dict[Any, Any], form: Format, notes: list[str]) -> Read:
     turns = record.get("conversations")
     if isinstance(turns, str):
         turns = _read_turns_text(turns)
@@ -140,43 +135,40 @@ def _read(record: dict[Any, Any], form: Format, notes: list[Note]) -> Read:
             raise FormatError("conversations_missing", _what_is_there(record))
         if not isinstance(turns, list):
             raise FormatError("conversations_not_a_list", f"'conversations' is {kind_of(turns)}, expected a list")
-        notes += _unused_columns(record, COLUMNS)
+        notes += unused("column_not_used", record, COLUMNS)
         return _read_msagent(turns, notes), ()
     if form not in ("auto", "react", "toolace", found):
         detail = f"the record has the format {found}, not {form}; select it with dataset.format={found} (or auto)"
         raise FormatError(f"form_{found}", detail)
     xlam = found == "xlam" and form not in (Format.react, Format.toolace)
-    notes += _unused_columns(record, XLAM_COLUMNS if xlam else COLUMNS)
+    notes += unused("column_not_used", record, XLAM_COLUMNS if xlam else COLUMNS)
     messages, tools = read_xlam(record, notes) if xlam else read_chat(record, form, notes)
     if not any(message.role in ("system", "developer") for message in messages):
-        notes.append(("missing_system", "no system message"))
+        notes.append("missing_system")
     return messages, tools
 
 
-def _read_id(value: object, notes: list[Note]) -> str | None:
+def _read_id(value: object, notes: list[str]) -> str | None:
     """Return the id as text, or None where the content must give one."""
     if isinstance(value, str) and value and len(value) <= _MAX_ID_CHARACTERS and is_encodable(value):
         if _PART_ID.search(value) is None:
             return value
-        detail = f"id {value!r} is spelt like a part of a longer conversation; made from the content instead"
-        notes.append(("id_of_a_part", detail))
+        notes.append("id_of_a_part")
         return None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
-        notes.append(("id_number", f"id {value} is a number, used as text"))
+        notes.append("id_number")
         return str(value)
-    code = "id_missing" if value is None or (isinstance(value, str) and not value) else "id_unusable"
-    notes.append((code, f"id is {kind_of(value)}; made from the content instead"))
+    notes.append("id_missing" if value is None or value == "" else "id_unusable")
     return None
 
 
-def _with_reasoning(messages: tuple[Message, ...], reasoning: Reasoning, notes: list[Note]) -> tuple[Message, ...]:
+def _with_reasoning(messages: tuple[Message, ...], reasoning: Reasoning, notes: list[str]) -> tuple[Message, ...]:
     """Apply `dataset.reasoning` to messages, each change noted."""
     if reasoning is Reasoning.keep:
         return messages
     code = "reasoning_dropped" if reasoning is Reasoning.drop else "reasoning_not_trained"
     change: Any = {"reasoning_content": None} if reasoning is Reasoning.drop else {"reasoning_trained": False}
-    thinking = [number for number, message in enumerate(messages, 1) if message.reasoning_content is not None]
-    notes += [(code, f"message {number}: dataset.reasoning={reasoning}") for number in thinking]
+    notes += [code] * sum(message.reasoning_content is not None for message in messages)
     return tuple(m if m.reasoning_content is None else replace(m, **change) for m in messages)
 
 
@@ -204,13 +196,7 @@ def _check_size(characters: int) -> None:
         raise FormatError("too_long", f"more than {MAX_RECORD_CHARACTERS:,} characters")
 
 
-def _unused_columns(record: Mapping[Any, Any], known: Collection[str]) -> list[Note]:
-    """Return a note for each column that has a value and no meaning."""
-    names = [key_name(key) for key, value in record.items() if key not in known and not blank(value)]
-    return [(f"column_not_used:{name}", f"column {name!r}") for name in names]
-
-
-def _read_msagent(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
+def _read_msagent(turns: list[Any], notes: list[str]) -> tuple[Message, ...]:
     """Read the turns of an MSAgent record: at most one system turn, first; then user and assistant in turn."""
     if not turns:
         raise FormatError("conversations_empty", "'conversations' is an empty list")
@@ -221,19 +207,18 @@ def _read_msagent(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
         role, value = _read_turn(turn, number)
         characters += len(value)
         _check_size(characters)
-        flag = None
+        trained = True
         if len(turn) > 2:
             known = ("from", "value", *understood_flags(turn, agent=role == "assistant"))
-            for name in sorted(key_name(key) for key in turn if key not in known):
-                notes.append((f"field_not_carried:{name}", f"turn {number}: {name} not used"))
-            flag = untrained_flag(turn)
+            notes += sorted(f"field_not_carried:{key_name(key)}" for key in turn if key not in known)
+            trained = is_trained(turn)
         empty = not value or value.isspace()
         if role == "system":
             if messages:
                 reason = "two_system_turns" if number == 2 and messages[0].role == "system" else "system_in_middle"
                 raise FormatError(reason, f"turn {number} is a system turn; only the first may be")
             if empty:
-                notes.append(("empty_system", "the system value is blank"))
+                notes.append("empty_system")
             messages.append(Message("system", value))
             continue
         if role != expected:
@@ -247,20 +232,19 @@ def _read_msagent(turns: list[Any], notes: list[Note]) -> tuple[Message, ...]:
             messages.append(Message("user", value))
             expected = "assistant"
             continue
-        said = turn_messages(_parse_turn(value, number), trained=flag is None)
-        messages += said
+        read = turn_messages(_parse_turn(value, number), trained=trained)
+        messages += read
         expected = "user"
-        for step in range(sum(message.role == "assistant" for message in said) if flag else 0):
-            notes.append(("step_not_trained", f"turn {number}, step {step + 1}: shown, not trained ({flag})"))
+        notes += ["step_not_trained" for message in read if message.role == "assistant" and not trained]
     if expected == "assistant":
         messages.pop()
-        notes.append(("last_user_left_out", "nothing of the agent follows it"))
+        notes.append("last_user_left_out")
         if not any(message.role == "assistant" for message in messages):
             raise FormatError("ends_with_user", "the agent says nothing: there is nothing to train")
     if messages[-1].role == "system":
         raise FormatError("no_user_turn", "only a system turn")
     if messages[0].role != "system":
-        notes.append(("missing_system", "no system turn"))
+        notes.append("missing_system")
     return tuple(messages)
 
 
@@ -302,52 +286,39 @@ def _parse_turn(value: str, number: int) -> tuple[Part, ...]:
     return parts
 
 
-def _oddities(conversation: Conversation) -> Iterator[Note]:
-    """Yield everything that a tool-call metric or a native chat template must cope with."""
+def _oddities(conversation: Conversation) -> Iterator[str]:
+    """Yield a code for everything that a tool-call metric or a native chat template must cope with."""
     offered = conversation.offered
     tools = {tool.name: tool for tool in offered}
-    for tool in offered:
-        if tool.problem:
-            yield "tool_entry_flawed", f"tool {tool.name[:80]!r}: {tool.problem}"
+    yield from ("tool_entry_flawed" for tool in offered if tool.problem)
     for call in conversation.tool_calls if offered else ():
-        yield from _call_oddities(call, tools.get(call.name))
+        if (tool := tools.get(call.name)) is None:
+            yield "unknown_tool"
+        elif (declared := tool.parameter_names) is not None and not declared.issuperset(call.arguments):
+            yield "undeclared_parameter"
     for message in conversation.messages:
         for part in message.source or ():
             yield from _text_oddities(part)
 
 
-def _call_oddities(call: ToolCall, tool: OfferedTool | None) -> Iterator[Note]:
-    """Yield what a call does not share with the list of tools."""
-    if tool is None:
-        yield "unknown_tool", f"{call.name[:80]!r} is not in the tool list"
-    elif (declared := tool.parameter_names) is not None and not declared.issuperset(call.arguments):
-        extra = ", ".join(sorted(set(call.arguments) - declared))
-        yield "undeclared_parameter", f"{call.name[:80]!r} does not declare {extra[:80]}"
-
-
-def _text_oddities(part: Part) -> Iterator[Note]:
+def _text_oddities(part: Part) -> Iterator[str]:
     """Yield what is odd about the MSAgent text of a part."""
     source = part.source
     own = 0 if isinstance(part, Text) else 2  # marks of the part itself, which need no search
     if source.count("<|") > own and len(MARK.findall(source)) > own:
-        if isinstance(part, Call):
-            yield "mark_inside_call", "a JSON string of a call holds a mark"
-        elif isinstance(part, Text):
-            yield "marks_quoted_in_text", "a text of the assistant quotes marks"
-        else:
-            yield "mark_inside_observation", "a string of an observation holds a mark"
+        yield _MARK_INSIDE[type(part)]
     if not isinstance(part, Call):
         return
     if part.failure is not None:
-        yield f"call_{part.failure.reason}", part.failure.detail
+        yield f"call_{part.failure.reason}"
         return
     if 0 <= source.find("[") < source.find("{"):
-        yield "call_is_a_list", f"{len(part.requests)} requests between one pair of marks"
+        yield "call_is_a_list"
     if source.count("\n") > 2 and not _is_strict_json(call_json(part)):  # two belong to the fence
-        yield "raw_control_character_in_call", "a JSON string of a call holds a raw line break or the like"
+        yield "raw_control_character_in_call"
     for call in part.requests:
         if not call.arguments and '"parameters"' not in source:
-            yield "call_without_parameters", f"call to {call.name[:80]!r} has no field 'parameters'"
+            yield "call_without_parameters"
 
 
 def _check_texts(conversation: Conversation) -> None:

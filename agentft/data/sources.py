@@ -1,10 +1,10 @@
 """Open the sources of a dataset: local files, a hub, or the generator; and read their rows as conversations.
 
-    rows = read_local("train.jsonl", report=report)            # or a folder, or several with weights
-    for item in read_conversations(rows, report=report):       # Conversation | Rejection
+    rows = read_local("train.jsonl", stats=stats)            # or a folder, or several with weights
+    for item in read_conversations(rows, stats=stats):       # Conversation | Rejection
         ...
 
-Each row becomes a `Conversation` or a `Rejection`, and a `ReadReport` counts both.
+Each row becomes a `Conversation` or a `Rejection`, and `PreparationStats` count both.
 
 Lines of local files end at the byte `\n` and nowhere else: U+2028 and U+0085 are text. A line that cannot be decoded or parsed
 is set aside alone. Memory is bounded by `MAX_LINE_BYTES`, whatever a line or a compressed file holds.
@@ -26,9 +26,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agentft.cache import file_digest
 from agentft.data import synthetic
@@ -45,7 +45,8 @@ from agentft.data.config import (
     WeightedPath,
 )
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.records import ParseWarning, Rejection, read_record
+from agentft.data.records import Rejection, read_record
+from agentft.data.stats import Deduplicator, PreparationStats, SourceCount
 from agentft.errors import ConfigError, DataError, FormatError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -59,9 +60,6 @@ _LFS_ADVICE = "a Git LFS pointer, not the data: run `git lfs pull` in its reposi
 _UTF8_BOM = b"\xef\xbb\xbf"
 _PIECE_CHARACTERS = 1024 * 1024
 _TABLE_ROWS_AT_ONCE = 256
-
-_MAX_NAMES_NOTED = 40
-"""Names of columns or fields under one code; a record with names of its own would fill the memory."""
 _TRAIN_NAME = re.compile(r"train(?:ing)?(?:[-_.]|\Z)", re.IGNORECASE)
 _HELDOUT_NAME = re.compile(r"(?:test|validation|valid|val|dev|eval)(?:[-_.]|\Z)", re.IGNORECASE)
 """How hubs call the files and folders of a split."""
@@ -87,72 +85,11 @@ class RawRow:
 Rows = Iterable[RawRow | Rejection]
 Source = str | Path | WeightedPath
 
-
-@dataclass(slots=True)
-class SourceCount:
-    """What one source gave."""
-
-    weight: float = 1.0
-    rows: int = 0
-    kept: int = 0
-
-
-@dataclass(slots=True)
-class ReadReport:
-    """What became of everything that was read. Filled while the streams are consumed."""
-
-    kept: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    """By reason, duplicates included."""
-    notices: Counter[str] = field(default_factory=Counter)
-    """By code; the conversations they belong to were kept."""
-    files: list[str] = field(default_factory=list)
-    sources: dict[str, SourceCount] = field(default_factory=dict)
-    """Each source as it was given, a file, a folder or a dataset: what it gave."""
-    source_of_file: dict[str, str] = field(default_factory=dict)
-    """File of a folder -> the folder."""
-    skipped_files: list[str] = field(default_factory=list)
-    """Files of a folder whose names say that they hold no data."""
-    blank_lines: int = 0
-    """Blank lines and lines of NUL padding."""
-
-    @property
-    def rows(self) -> int:
-        """Everything that was read, blank lines aside."""
-        return self.kept + self.rejected.total()
-
-    def source_of(self, file: str) -> str:
-        """Return the source, as it was given, that a file or dataset belongs to."""
-        return self.source_of_file.get(file, file)
-
-    def note(self, notices: Iterable[ParseWarning]) -> None:
-        """Count notices by code."""
-        for notice in notices:
-            self.notices[bounded_code(notice.code, self.notices)] += 1
-
-
-def bounded_code(code: str, counted: Counter[str]) -> str:
-    """Return the code to count under: where one ends with a name, and many names are counted, one for all further names."""
-    kind, colon, _ = code.partition(":")
-    if not colon or code in counted or sum(known.startswith(kind + ":") for known in counted) < _MAX_NAMES_NOTED:
-        return code
-    return f"{kind}:other_names"
-
-
 # --- Datasets ---
 
 
-@dataclass(frozen=True, slots=True)
-class DatasetRows:
-    """Rows of the training source and, where the dataset has one of its own for it, of the held-out source."""
-
-    train: Rows
-    heldout: Rows | None
-    form: Format
-
-
-def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
-    """Open the source or sources of a dataset.
+def open_rows(config: DatasetConfig, stats: PreparationStats) -> tuple[Rows, Rows | None, Format]:
+    """Return the rows of the training source and, where it has one of its own, of the held-out source; and their format.
 
     Raises:
         DataError: a path is missing or holds nothing.
@@ -160,26 +97,19 @@ def open_rows(config: DatasetConfig, report: ReadReport) -> DatasetRows:
     """
     match config:
         case SyntheticConfig():
-            return DatasetRows(
-                _synthetic(config, "train", config.conversations),
-                _synthetic(config, "heldout", config.heldout),
-                Format.msagent,
-            )
+            return _synthetic(config, "train"), _synthetic(config, "heldout"), Format.msagent
         case LocalConfig():
             sources = _local_sources(config)
             own = any(heldout_files(Path(name)) for name, _ in map(_path_and_weight, sources))
             if own and config.test_path is None:
                 log.info("data: test and validation files beside training files are held out, and not trained on")
-            train, heldout = read_local(sources, part="train", report=report), None
+            train = read_local(sources, part="train", stats=stats)
             if config.test_path is not None:
-                heldout = read_local(config.test_path, report=report)
-            elif own:
-                heldout = read_local(sources, part="heldout", report=report)
-            return DatasetRows(train, heldout, config.format)
+                return train, read_local(config.test_path, stats=stats), config.format
+            return train, read_local(sources, part="heldout", stats=stats) if own else None, config.format
         case HubConfig():
-            train = read_hub(config, config.train_split)
             heldout = None if config.test_split is None else read_hub(config, config.test_split)
-            return DatasetRows(train, heldout, config.format)
+            return read_hub(config, config.train_split), heldout, config.format
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 
@@ -231,9 +161,9 @@ def _digest_local(sources: Sequence[Source]) -> list[list[Any]]:
     return found
 
 
-def _synthetic(config: SyntheticConfig, part: Any, count: int) -> Iterator[RawRow]:
+def _synthetic(config: SyntheticConfig, part: Literal["train", "heldout"]) -> Iterator[RawRow]:
     records = synthetic.generate(
-        count,
+        config.conversations if part == "train" else config.heldout,
         seed=config.seed,
         languages={"en": 1 - config.chinese, "zh": config.chinese},
         part=part,
@@ -253,87 +183,36 @@ def _path_and_weight(source: Source) -> tuple[str, float]:
 
 
 def read_conversations(
-    rows: Rows, *, form: Format = Format.auto, reasoning: Reasoning = Reasoning.keep, report: ReadReport | None = None
+    rows: Rows,
+    *,
+    form: Format = Format.auto,
+    reasoning: Reasoning = Reasoning.keep,
+    stats: PreparationStats | None = None,
 ) -> Iterator[Conversation | Rejection]:
     """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
-    deduplicator = Deduplicator(report if report is not None else ReadReport())
+    deduplicator = Deduplicator(stats if stats is not None else PreparationStats())
     for row in rows:
         found = read_row(row, form, reasoning)
         if isinstance(found, Rejection):
-            yield deduplicator.reject(row, found)
+            yield deduplicator.reject(found)
             continue
         conversation, notices = found
-        name = deduplicator.accept(row, conversation.id, conversation.content_hash, notices)
+        name = deduplicator.accept(row.origin, conversation.id, conversation.content_hash, notices)
         yield name if isinstance(name, Rejection) else replace(conversation, id=name)
 
 
-def read_row(
-    row: RawRow | Rejection, form: Format, reasoning: Reasoning
-) -> tuple[Conversation, list[ParseWarning]] | Rejection:
+def read_row(row: RawRow | Rejection, form: Format, reasoning: Reasoning) -> tuple[Conversation, list[str]] | Rejection:
     """Read one row as a conversation."""
     if isinstance(row, Rejection):
         return row
     return read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
 
 
-class Deduplicator:
-    """Counts the rows of a source in their order, and gives no two conversations one id."""
-
-    def __init__(self, report: ReadReport) -> None:
-        self._report = report
-        self._contents: dict[str, str] = {}
-        """Id -> content hash."""
-        self._renamed: dict[str, set[str]] = {}
-        """For an id met with several contents: the further ones."""
-
-    def reject(self, row: RawRow | Rejection, rejection: Rejection) -> Rejection:
-        """Count a row that cannot be used, and return why."""
-        self._report.rejected[rejection.reason] += 1
-        self._count(row, kept=False)
-        return rejection
-
-    def accept(
-        self, row: RawRow | Rejection, name: str, content_hash: str, notices: Sequence[ParseWarning]
-    ) -> str | Rejection:
-        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
-        unique = self._unique(name, content_hash)
-        if unique is None:
-            return self.reject(row, Rejection(row.origin, "duplicate", "the same id and content came before", name))
-        self._report.note(notices)
-        if unique != name:
-            detail = f"id {name!r} came before with other content; this one is {unique!r}"
-            self._report.note([ParseWarning(row.origin, "duplicate_id_renamed", detail)])
-        self._report.kept += 1
-        self._count(row, kept=True)
-        return unique
-
-    def _unique(self, name: str, content_hash: str) -> str | None:
-        """Return the id to use, or None for a repetition of what came before."""
-        if name not in self._contents:
-            self._contents[name] = content_hash
-            return name
-        copies = self._renamed.setdefault(name, set())
-        if content_hash == self._contents[name] or content_hash in copies:
-            return None
-        number = len(copies) + 2
-        while (unique := f"{name}#{number}") in self._contents:
-            number += 1
-        copies.add(content_hash)
-        self._contents[unique] = content_hash
-        return unique
-
-    def _count(self, row: RawRow | Rejection, *, kept: bool) -> None:
-        name, weight = self._report.source_of(row.origin.source), getattr(row, "weight", 1.0)
-        source = self._report.sources.setdefault(name, SourceCount(weight))
-        source.rows += 1
-        source.kept += kept
-
-
 # --- Local files ---
 
 
 def read_local(
-    paths: Source | Sequence[Source], *, part: str = "all", report: ReadReport | None = None
+    paths: Source | Sequence[Source], *, part: str = "all", stats: PreparationStats | None = None
 ) -> Iterator[RawRow | Rejection]:
     """Read rows of local files: json, jsonl, csv (also .gz and .zst), parquet and arrow; a folder stands for its files, sorted.
 
@@ -357,42 +236,42 @@ def read_local(
             if other != at and places[at].is_relative_to(place):
                 where = "given twice" if places[at] == place else f"inside {sources[other][0]}, which is given too"
                 raise DataError(f"{name}: {where}; name each file once")
-    return _read_sources(sources, part, report if report is not None else ReadReport())
+    return _read_sources(sources, part, stats if stats is not None else PreparationStats())
 
 
-def _read_sources(sources: list[tuple[str, float]], part: str, report: ReadReport) -> Iterator[RawRow | Rejection]:
+def _read_sources(sources: list[tuple[str, float]], part: str, stats: PreparationStats) -> Iterator[RawRow | Rejection]:
     for source, weight in sources:
         path = Path(source)
         folder = path if path.is_dir() else None
-        report.sources.setdefault(source, SourceCount(weight))
+        stats.sources.setdefault(source, SourceCount(weight))
         own = heldout_files(path) if part != "all" else []
         if part == "heldout":
             files = own
         elif folder is None:
             files = [path]
         else:
-            files = [file for file in _folder_files(folder, report.skipped_files) if file not in own]
+            files = [file for file in _folder_files(folder, stats.skipped_files) if file not in own]
             if not files:
                 raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
         for file in files:
-            yield from _read_source(file, folder, source, weight, report)
+            yield from _read_source(file, folder, source, weight, stats)
 
 
 def _read_source(
-    file: Path, folder: Path | None, source: str, weight: float, report: ReadReport
+    file: Path, folder: Path | None, source: str, weight: float, stats: PreparationStats
 ) -> Iterator[RawRow | Rejection]:
     """Read one file; one of a folder that cannot be read costs itself alone."""
     # A file name that is no UTF-8 must not break the report that names it.
     name = str(file if folder else source).encode("utf-8", "backslashreplace").decode()
-    report.files.append(name)
+    stats.files.append(name)
     if folder:
-        report.source_of_file[name] = source
+        stats.source_of_file[name] = source
     rows = 0
     try:
         refusal = _refusal(file, folder)
         for line, item in () if refusal else _read_file(file):
             if item is _BLANK:
-                report.blank_lines += 1
+                stats.blank_lines += 1
                 continue
             rows += 1
             origin = Origin(name, line)

@@ -224,7 +224,7 @@ def _outcome(record: dict[str, Any], form: Format, path: Path, change: Callable[
         return "refused"
     if before[0] != after[0]:
         return "carried"
-    names = {code.partition(":")[2] for code in (notice.code for notice in after[1])}
+    names = {code.partition(":")[2] for code in after[1]}
     return "counted" if names & {"zz_unknown", *map(str, path)} else "lost"
 
 

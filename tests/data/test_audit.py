@@ -282,7 +282,7 @@ def test_every_quality_finding_is_made_where_it_is_and_nowhere_else(audited):
     assert (by_code["unknown_tool"].id, str(by_code["unknown_tool"].origin)) == ("unknown", "data.jsonl:3")
     assert by_code["unreadable_call"].detail.startswith("not_json: ")
     assert audit.findings["unreadable_call"].topics == {"not_json": 1}
-    read = audit.data.stats.read
+    read = audit.data.stats
     assert read.rejected == {"observation_without_call": 1, "duplicate": 1}
     assert read.notices["duplicate_id_renamed"] == 1
     assert by_code["duplicate_content"].detail == "the same content as 'sound-1' (data.jsonl:1)"

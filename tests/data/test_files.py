@@ -13,9 +13,10 @@ import pytest
 
 from agentft.data import sources
 from agentft.data.config import WeightedPath
-from agentft.data.conversation import Conversation, Origin
-from agentft.data.records import ParseWarning, Rejection
-from agentft.data.sources import RawRow, ReadReport, heldout_files, read_conversations, read_local
+from agentft.data.conversation import Conversation
+from agentft.data.records import Rejection
+from agentft.data.sources import RawRow, heldout_files, read_conversations, read_local
+from agentft.data.stats import PreparationStats, count_codes
 from agentft.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,10 +30,10 @@ def lines(*names: str) -> bytes:
     return b"".join(json.dumps(record(name), ensure_ascii=False).encode() + b"\n" for name in names)
 
 
-def outcome(path: object, report: ReadReport | None = None) -> list[str]:
+def outcome(path: object, report: PreparationStats | None = None) -> list[str]:
     """Ids of what was kept and reasons of what was not, each with its line."""
-    report = report or ReadReport()
-    items = read_conversations(read_local(path, report=report), report=report)
+    report = report or PreparationStats()
+    items = read_conversations(read_local(path, stats=report), stats=report)
     return [f"{i.origin.line}:{i.id if isinstance(i, Conversation) else i.reason}" for i in items]
 
 
@@ -60,7 +61,7 @@ def test_a_line_that_cannot_be_read_costs_itself_alone(tmp_path: Path) -> None:
 def test_blank_lines_and_padding_are_counted_and_no_loss(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf\r\n" + lines("a").replace(b"\n", b"\r\n") + b"  \n" + lines("b")[:-1] + b"\0" * 600)
-    report = ReadReport()
+    report = PreparationStats()
     assert outcome(path, report) == ["2:a", "4:b"]
     assert report.blank_lines == 2
 
@@ -207,7 +208,7 @@ def test_a_folder_is_its_files_sorted_and_nothing_outside_it(tmp_path: Path) -> 
     (folder / "inner.jsonl").symlink_to(folder / "a.jsonl")
     (folder / "up").symlink_to(tmp_path, target_is_directory=True)
     os.mkfifo(folder / "pipe.jsonl")
-    report = ReadReport()
+    report = PreparationStats()
     assert outcome(folder, report) == [
         "1:a",
         "1:b",
@@ -263,7 +264,7 @@ def test_a_source_without_a_record_is_an_error_that_names_it(
 def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines("a", "a", "b") + b"nonsense\n")
-    report = ReadReport()
+    report = PreparationStats()
     outcome(path, report)
     assert (report.rows, report.kept) == (4, 2)
     assert report.rejected == {"duplicate": 1, "not_json": 1}
@@ -313,7 +314,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, parts: bool) -> None:
     made = datasets.Dataset.from_list([record(name, f"say {name}") for name in "abc"])
     saved = datasets.DatasetDict({"train": made.select([2, 0]), "test": made.select([1])}) if parts else made
     saved.save_to_disk(tmp_path / "saved")
-    report = ReadReport()
+    report = PreparationStats()
     assert outcome(tmp_path / "saved", report) == (["1:b", "1:c", "2:a"] if parts else ["1:a", "2:b", "3:c"])
     assert {Path(name).name for name in report.skipped_files} <= {
         "state.json",
@@ -346,11 +347,9 @@ def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path, name: str) -> None
 
 
 def test_names_that_are_noted_are_bounded() -> None:
-    report = ReadReport()
+    report = PreparationStats()
     for number in range(100):
-        report.note(
-            [ParseWarning(Origin("a", 1), f"column_not_used:{number}", "d"), ParseWarning(Origin("a", 1), "plain", "d")]
-        )
+        count_codes([f"column_not_used:{number}", "plain"], report.notices)
     assert len(report.notices) == 42
     assert report.notices["column_not_used:other_names"] == 60
     assert report.notices["plain"] == 100

@@ -86,7 +86,7 @@ def codes(record: object, form: Format = Format.auto) -> set[str]:
     """The codes of what was noted, but for what every record of this file lacks."""
     outcome = read_record(record, ORIGIN, form=form)
     assert not isinstance(outcome, Rejection), outcome
-    return {notice.code for notice in outcome[1]} - {"id_missing", "missing_system", "unknown_tool"}
+    return set(outcome[1]) - {"id_missing", "missing_system", "unknown_tool"}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -371,7 +371,7 @@ def test_reasoning_is_trained_or_left_out_or_shown(how: Reasoning, layout: str, 
     (made,) = make_examples([conversation], template, encoder)
     assert made.problem is None
     thoughts = [thought for piece in made.pieces for thought in thoughts_of(piece.segments) if THOUGHT in thought[1]]
-    counted = [notice.code for notice in notices if notice.code in ("reasoning_dropped", "reasoning_not_trained")]
+    counted = [code for code in notices if code in ("reasoning_dropped", "reasoning_not_trained")]
     assert counted == {"keep": [], "drop": ["reasoning_dropped"], "context": ["reasoning_not_trained"]}[how]
     assert [trained for trained, _ in thoughts] == {"keep": [True], "drop": [], "context": [False]}[how]
     labelled = "".join(byte_tokenizer.decode(p.example.labels[p.example.labels >= 0]) for p in made.pieces)

@@ -212,8 +212,7 @@ def require_sound(outcome: object) -> bool:
     assert isinstance(outcome, tuple)
     conversation, notices = outcome
     assert isinstance(conversation, Conversation)
-    for notice in notices:
-        f"{notice.code} {notice.detail}".encode()
+    " ".join(notices).encode()
     assert to_line(from_line(to_line(conversation))) == to_line(conversation)
     lift_tools(conversation)
     waiting: list[ToolCall] = []

@@ -22,7 +22,8 @@ from agentft.data.calls import read_literal
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import Rejection, read_record
-from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
+from agentft.data.sources import RawRow, read_conversations, read_local
+from agentft.data.stats import PreparationStats
 from agentft.errors import DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -118,7 +119,7 @@ def test_a_malformed_record_has_the_outcome_that_is_suggested(record: dict) -> N
     outcome = read_record(record, Origin("malformed.jsonl", 1))
     if record["defect"] == "ends_with_user":
         assert not isinstance(outcome, Rejection)
-        assert outcome[1][-1].code == "last_user_left_out"
+        assert outcome[1][-1] == "last_user_left_out"
         assert [turn.text for turn in outcome[0].turns] == [turn["value"] for turn in record["conversations"][:-1]]
         return
     if record["suggest"] == "skip":
@@ -128,7 +129,7 @@ def test_a_malformed_record_has_the_outcome_that_is_suggested(record: dict) -> N
         return
     assert not isinstance(outcome, Rejection), outcome
     conversation, notices = outcome
-    codes = {notice.code for notice in notices if not notice.code.startswith("column_not_used:")}
+    codes = {code for code in notices if not code.startswith("column_not_used:")}
     if record["suggest"] == "care":
         assert CARE[record["defect"]] in codes
     else:
@@ -164,8 +165,8 @@ def test_rejected_forms_say_how_to_select_them() -> None:
 
 
 def test_the_whole_set_read_as_one_stream_counts_every_record() -> None:
-    report = ReadReport()
-    outcomes = list(read_conversations(read_local(DATA / "malformed.jsonl", report=report), report=report))
+    report = PreparationStats()
+    outcomes = list(read_conversations(read_local(DATA / "malformed.jsonl", stats=report), stats=report))
     suggested = Counter(record["suggest"] for record in malformed())
     assert len(outcomes) == report.rows == sum(suggested.values()) == 110
     assert report.rejected["duplicate"] == 1
@@ -218,8 +219,8 @@ def test_the_reason_for_a_foreign_encoding_says_how_to_convert() -> None:
 
 
 def test_the_folder_of_malformed_files_reads_to_its_end() -> None:
-    report = ReadReport()
-    outcomes = list(read_conversations(read_local(DATA / "malformed_files", report=report), report=report))
+    report = PreparationStats()
+    outcomes = list(read_conversations(read_local(DATA / "malformed_files", stats=report), stats=report))
     assert len(outcomes) == report.rows
     assert len(report.files) == len(FILES) + 1  # manifest.json is a .json file like any other
     assert report.rejected["empty_file"] == 2

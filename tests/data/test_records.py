@@ -10,8 +10,9 @@ from agentft.data.calls import Call, JsonRefused, ToolCall, read_literal
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.msagent import lift_tools
-from agentft.data.records import ParseWarning, Rejection, read_record
-from agentft.data.sources import RawRow, ReadReport, read_conversations, read_local
+from agentft.data.records import Rejection, read_record
+from agentft.data.sources import RawRow, read_conversations, read_local
+from agentft.data.stats import PreparationStats
 from agentft.data.tools import read_offered_tools
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -25,7 +26,7 @@ def record(*turns: tuple[str, str], **fields: object) -> dict:
     return {"id": "a", "conversations": [{"from": role, "value": value} for role, value in turns], **fields}
 
 
-def read(value: object, **options: object) -> tuple[Conversation, list[ParseWarning]]:
+def read(value: object, **options: object) -> tuple[Conversation, list[str]]:
     outcome = read_record(value, ORIGIN, **options)
     assert not isinstance(outcome, Rejection), outcome
     return outcome
@@ -114,7 +115,7 @@ def test_a_missing_id_is_made_from_the_content_and_stays_the_same() -> None:
     first, notices = read(without)
     again, _ = read(without | {"id": None})
     assert first.id == again.id == "content-" + first.content_hash[:16]
-    assert [notice.code for notice in notices] == ["id_missing"]
+    assert notices == ["id_missing"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_missing_id_is_made_from_the_content_and_stays_the_same() -> None:
 def test_an_id_that_is_no_name_is_replaced(bad_id: object) -> None:
     conversation, notices = read(GOOD | {"id": bad_id})
     assert conversation.id.startswith("content-")
-    assert [notice.code for notice in notices] == ["id_unusable"]
+    assert notices == ["id_unusable"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_a_lone_surrogate_escaped_in_a_call_makes_the_call_unreadable() -> None:
     body = '{"api_name": "f", "parameters": {"x": "\\ud800"}}'
     conversation, notices = read(record(("user", "a"), ("assistant", f"<|startofthink|>{body}<|endofthink|>")))
     assert any(message.malformed_calls for message in conversation.messages)
-    assert "call_not_json" in [notice.code for notice in notices]
+    assert "call_not_json" in notices
 
 
 def test_half_a_surrogate_pair_in_the_tool_list_costs_the_entry_only() -> None:
@@ -252,8 +253,8 @@ def test_duplicates_are_dropped_and_other_content_is_renamed() -> None:
     other = record(("user", "other"), ("assistant", "x"))
     third = record(("user", "third"), ("assistant", "x"))
     values = [GOOD, GOOD, other, other, GOOD | {"id": "a#2"}, third, {"conversations": third["conversations"]}]
-    report = ReadReport()
-    outcomes = list(read_conversations((RawRow(Origin("f", n), v) for n, v in enumerate(values, 1)), report=report))
+    report = PreparationStats()
+    outcomes = list(read_conversations((RawRow(Origin("f", n), v) for n, v in enumerate(values, 1)), stats=report))
     ids = [o.id if isinstance(o, Conversation) else o.reason for o in outcomes]
     assert ids[:6] == ["a", "duplicate", "a#2", "duplicate", "a#2#2", "a#3"]
     assert ids[6].startswith("content-")
@@ -263,9 +264,9 @@ def test_duplicates_are_dropped_and_other_content_is_renamed() -> None:
 
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data folder is not beside the repository")
 def test_every_clean_record_is_kept() -> None:
-    report = ReadReport()
+    report = PreparationStats()
     conversations = list(
-        read_conversations(read_local([DATA / "train.jsonl", DATA / "dev.jsonl"], report=report), report=report)
+        read_conversations(read_local([DATA / "train.jsonl", DATA / "dev.jsonl"], stats=report), stats=report)
     )
     assert (report.kept, report.rejected.total()) == (7229 + 303, 0)
     parts = [p for c in conversations if isinstance(c, Conversation) for m in c.messages for p in m.source or ()]

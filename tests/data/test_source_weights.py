@@ -15,7 +15,8 @@ from agentft.data.entries import divide, in_showing_order
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.data.records import read_record
-from agentft.data.sources import ReadReport, read_conversations, read_local
+from agentft.data.sources import read_conversations, read_local
+from agentft.data.stats import PreparationStats
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError
@@ -116,8 +117,8 @@ def write_sources(folder: Path) -> LocalConfig:
 
 def test_the_rows_of_a_folder_count_for_the_folder(tmp_path: Path):
     config = write_sources(tmp_path)
-    report = ReadReport()
-    list(read_conversations(read_local(config.sources, report=report), report=report))
+    report = PreparationStats()
+    list(read_conversations(read_local(config.sources, stats=report), stats=report))
     counts = {Path(name).name: (s.weight, s.rows, s.kept) for name, s in report.sources.items()}
     assert counts == {"a.jsonl": (2.0, 30, 29), "parts": (0.5, 20, 20)}
 

@@ -12,8 +12,9 @@ from agentft.data.config import Format, LocalConfig, Reasoning, TooLong
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import from_line, to_line
-from agentft.data.records import ParseWarning, Rejection, read_record
-from agentft.data.sources import RawRow, ReadReport, read_conversations
+from agentft.data.records import Rejection, read_record
+from agentft.data.sources import RawRow, read_conversations
+from agentft.data.stats import PreparationStats
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import IGNORE_INDEX, TokenText, tokenize
 from agentft.data.truncation import TruncationKind, Truncator, make_examples
@@ -40,14 +41,14 @@ def openai(*, first: dict | None = None, second: dict | None = None, last: dict 
     }
 
 
-def read(record: object, form: Format = Format.auto) -> tuple[Conversation, list[ParseWarning]]:
+def read(record: object, form: Format = Format.auto) -> tuple[Conversation, list[str]]:
     outcome = read_record(record, Origin("x", 1), form=form)
     assert not isinstance(outcome, Rejection), outcome
     return outcome
 
 
-def codes(notices: list[ParseWarning]) -> list[str]:
-    return [notice.code for notice in notices if notice.code not in ("missing_system", "id_missing")]
+def codes(notices: list[str]) -> list[str]:
+    return [code for code in notices if code not in ("missing_system", "id_missing")]
 
 
 def steps_trained(conversation: Conversation) -> list[bool]:
@@ -181,7 +182,7 @@ def test_a_conversation_of_which_nothing_is_to_be_trained_is_set_aside(tmp_path,
     stats = prepare_data(config, template, encoder).stats
     assert stats.reasons() == {"no_label": 10}
     assert "is to be trained" in stats.rejections[0].detail
-    assert stats.read.notices["step_not_trained"] == 10
+    assert stats.notices["step_not_trained"] == 10
 
 
 def test_a_held_out_prompt_ends_before_the_thought_of_its_step(tmp_path, template, encoder, byte_tokenizer):
@@ -208,8 +209,8 @@ def test_a_record_cannot_have_the_id_of_a_part_of_another(tmp_path, template, en
     short = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
     ids = ("x", "x/part-1", "x/1", "x/part-", "x/part-1b")
     rows = [RawRow(Origin("x", n), {"id": name, "conversations": short if n else long}) for n, name in enumerate(ids)]
-    report = ReadReport()
-    conversations = [each for each in read_conversations(rows, report=report) if isinstance(each, Conversation)]
+    report = PreparationStats()
+    conversations = [each for each in read_conversations(rows, stats=report) if isinstance(each, Conversation)]
     assert report.notices["id_of_a_part"] == 1
     assert [c.id for c in conversations] == ["x", conversations[1].id, "x/1", "x/part-", "x/part-1b"]
     assert conversations[1].id.startswith("content-")

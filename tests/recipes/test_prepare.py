@@ -35,12 +35,12 @@ from agentft.data.conversation import Conversation
 from agentft.data.entries import divide, keep_apart
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import (
-    PreparationStats,
     PreparedData,
     write_manifest,
 )
 from agentft.data.render import MsagentTemplate
 from agentft.data.sources import is_large, read_conversations, read_local
+from agentft.data.stats import PreparationStats
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import Truncator
@@ -139,8 +139,8 @@ def test_forked_processes_prepare_what_one_process_prepares(case, data_file, tem
     assert [show(example) for example in forked.train] == [show(example) for example in alone.train]
     assert list(forked.heldout) == list(alone.heldout)
     assert forked.stats.to_json() == alone.stats.to_json()
-    assert forked.stats.read.notices["duplicate_id_renamed"] == 1
-    assert forked.stats.read.rejected["duplicate"] == 1
+    assert forked.stats.notices["duplicate_id_renamed"] == 1
+    assert forked.stats.rejected["duplicate"] == 1
 
 
 def test_tokenizers_that_disagree_in_a_forked_process_are_found_and_all_is_prepared_again(
@@ -260,13 +260,15 @@ def test_every_part_of_an_account_survives_its_file(data_file, template, encoder
     stats = prepare_data(settings(data_file, cache=False), template, encoder).stats
     stats.layout.update(["z", "a", "a"])
     stats.left_out.update(["held_out_too"])
-    assert stats.read.notices
+    stats.skipped_files.append("README.md")
+    stats.source_of_file["a.jsonl"] = "folder"
+    assert stats.notices
     assert stats.changed
     for part in dataclasses.fields(PreparationStats):
         assert getattr(stats, part.name), part.name
     again = PreparationStats.from_json(stats.to_json())
     assert again == stats
-    assert type(again.read.notices) is Counter
+    assert type(again.notices) is Counter
     assert list(again.layout.items()) == list(stats.layout.items())
 
 
@@ -529,8 +531,8 @@ def test_a_snapshots_own_test_files_are_the_exam(template, encoder, tmp_path):
     data = prepare_data(config, template, encoder)
     assert sorted(data.train.ids) == [f"train{n}" for n in range(5)]
     assert sorted(data.heldout_examples.ids) == ["test0", "test1", "validation0"]
-    assert data.stats.read.notices["field_not_carried:mood"] == 8
-    assert [(source.rows, source.kept) for source in data.stats.read.sources.values()] == [(8, 8)]
+    assert data.stats.notices["field_not_carried:mood"] == 8
+    assert [(source.rows, source.kept) for source in data.stats.sources.values()] == [(8, 8)]
 
 
 def test_what_the_layout_leaves_out_of_declarations_is_counted_by_name(template, encoder, tmp_path):
