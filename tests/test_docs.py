@@ -60,7 +60,7 @@ HYDRA_PROGRAMS = {
     "agentft.audit": ("audit", AuditConfig),
     "agentft.export": ("export", ExportConfig),
 }
-READERS = ("agentft.compare", "agentft.score", "agentft.read", "agentft.dashboard", "agentft.worker")
+READERS = ("agentft.compare", "agentft.score", "agentft.read", "agentft.dashboard")
 
 PLACES = {
     "compare runs/lora_rank ": "compare runs ",

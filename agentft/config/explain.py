@@ -214,35 +214,6 @@ def nearest(word: str, words: Sequence[str]) -> str | None:
 
 # --- Help ---
 
-_EXAMPLES = {
-    "train": """\
-  python train.py                                        a small model on synthetic conversations, minutes on a laptop
-  python train.py sft_type.rank=16 training.epochs=2     other values, by their dotted names
-  python train.py dataset=local dataset.path=my.jsonl    your own conversations
-  python train.py experiment=msagent_7b_lora             a whole setting from conf/experiment/
-  python train.py -m sft_type.rank=4,16 training.learning_rate=1e-4,3e-4     a sweep, 2 x 2 jobs
-  python train.py --config-dir sweeps --config-name lora_rank_lr             a sweep from a file
-  python train.py --config-dir runs/<run> --config-name config               a finished run again, in a new folder
-  python train.py run_dir=runs/<run>                     resume an interrupted run, by its own settings
-""",
-    "evaluate": """\
-  python evaluate.py run=runs/<run>                      the final weights of a run
-  python evaluate.py run=runs/<run> checkpoint=best evaluation.conversations=50
-""",
-    "export": """\
-  python -m agentft.export run=runs/<run>                        a whole model, for transformers, vLLM and the hubs
-  python -m agentft.export run=runs/<run> merge=false out=mine   the adapter alone
-  python -m agentft.export run=runs/<run> push=modelscope:owner/name         and upload it, private unless private=false
-""",
-    "audit": """\
-  python -m agentft.audit dataset=local dataset.path=my.jsonl     what is in it, what is trained, what is wrong
-  python -m agentft.audit dataset=local dataset.path=my.jsonl view=<id>       one conversation with its labels
-  python -m agentft.audit dataset=local dataset.path=my.jsonl audit.fail_on=[unknown_tool,unreadable_call]
-Exit code 0: all is well; 3: an invariant is broken, or a finding of audit.fail_on was made.
-""",
-}
-
-
 _AS_MODULES = {"audit": "-m agentft.audit", "export": "-m agentft.export"}
 """Entry points inside the package, and how they are started."""
 
@@ -261,7 +232,7 @@ def help_text(program: str, config_name: str, config_dir: str | None = None, *, 
             star = "*" if option == default else " "
             words = textwrap.shorten(_first_sentence(path), 80, placeholder=" ...")
             lines.append(f"  {group if i == 0 else '':<12} {star}{option:<20} {words}")
-    examples = _EXAMPLES.get(config_name, "").rstrip()
+    examples = str(composed.hydra.help.footer).rstrip()
     if not program.endswith(".py"):
         examples = re.sub(r"python (-m agentft\.|)(\w+)(\.py|)(?= )", r"agentft-\2", examples)
     lines += ["", "Examples:", examples, ""]

@@ -57,7 +57,9 @@ class Program(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_consistent(*vars(self).values(), self)
+        for group in (*vars(self).values(), self):
+            if (line := _contradiction(group)) is not None:
+                raise ConfigError(line)
 
 
 @dataclass(kw_only=True)
@@ -157,18 +159,8 @@ class ExportConfig(Program, affects="results"):
 # --- What does not go together ---
 
 
-def require_consistent(*groups: object) -> None:
-    """Refuse settings that do not go together, within a group or between the groups of a program.
-
-    Raises:
-        ConfigError: names them in one line.
-    """
-    for group in groups:
-        if (line := _contradiction(group)) is not None:
-            raise ConfigError(line)
-
-
 def _contradiction(group: object) -> str | None:
+    """Return in one line what does not go together within a group, or between the groups of a program."""
     match group:
         case LocalConfig(path=None, sources=[]):
             return (

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +113,8 @@ def _facts(trained: TrainConfig, record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class ExportResult:
-    """What an export came to."""
-
-    folder: Path
-    address: str | None = None
-    """Where it was pushed to."""
-
-
-def export(config: ExportConfig) -> ExportResult:
-    """Write `config.checkpoint` of the run `config.run` into a folder of its own, and push it where that is asked for.
+def export(config: ExportConfig) -> Path:
+    """Write `config.checkpoint` of the run `config.run` into a folder of its own, push it where asked, and return the folder.
 
     Raises:
         RunError: no such run, the folder is taken, or the base is no longer what was trained on.
@@ -175,12 +166,10 @@ def export(config: ExportConfig) -> ExportResult:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log.info("exported: %s (%s)", target, "the adapter alone" if adapter_alone else "a whole model")
-    if config.push is None:
-        return ExportResult(target)
-    message = redact_text(f"agentft run {run.path.name}, step {checkpoint.step}")
-    address = push_folder(target, config.push, private=config.private, message=message)
-    log.info("pushed: %s", address)
-    return ExportResult(target, address)
+    if config.push is not None:
+        message = redact_text(f"agentft run {run.path.name}, step {checkpoint.step}")
+        log.info("pushed: %s", push_folder(target, config.push, private=config.private, message=message))
+    return target
 
 
 def _stop_ids(layout: Layout, tokenizer: Any) -> int | list[int]:

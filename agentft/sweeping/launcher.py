@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -26,7 +26,7 @@ from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder, readable
 from agentft.signals import REQUEUED_BY_LAUNCHER, StopSignals, requeue_slurm_job, slurm_job_id
 from agentft.sweeping.halving import Halving, run_halving
 from agentft.sweeping.jobs import LOG, Display, Job, config_hash, earlier_jobs, varying
-from agentft.sweeping.runner import Executor, Pool, Rules, Slot, ThisMachine, make_slots, visible_gpus
+from agentft.sweeping.runner import Executor, LaunchOptions, Pool, Say, Slot, ThisMachine, make_slots, visible_gpus
 
 _OURS = ("hydra.run.dir", "hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
 """How overrides begin that concern the sweep and not a job."""
@@ -37,33 +37,7 @@ _EXPLAINED = 5
 _RECIPES = {"TrainConfig": "agentft.recipes.train", "EvaluateConfig": "agentft.recipes.evaluate"}
 """Schema of a program's settings -> what its jobs import."""
 
-Say = Callable[[str], None]
-"""Prints a line beside the live table."""
-
 # --- Settings of the launchers ---
-
-
-@dataclass(kw_only=True)
-class LaunchOptions(Rules):
-    """`hydra.launcher.*` of every launcher of ours."""
-
-    _target_: str = "hydra_plugins.agentft_launcher.AgentftLauncher"
-    place: str = "agentft"
-    """Where jobs run; set by the choice of the launcher."""
-    slots: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
-    """Jobs at a time; null: visible GPUs // gpus_per_job, without a GPU cores // threads_per_job; in a queue, all."""
-    eta: int | None = field(default=None, metadata={"minimum": 2, "maximum": 1000})
-    """Successive halving: one job in `eta` is promoted from each rung; null: all jobs run to their end."""
-    rungs: int = field(default=3, metadata={"minimum": 2, "maximum": 100})
-    """Rungs of successive halving; the last is the end, each other at 1 / eta of the steps of the next."""
-
-    def make_slots(self, jobs: int) -> list[Slot]:
-        """Return the slots for a sweep of so many jobs."""
-        raise NotImplementedError
-
-    def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
-        """Return what starts the jobs on slots like `slot`; `modules` are those that a job imports."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)

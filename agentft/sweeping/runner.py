@@ -54,6 +54,10 @@ class Slot:
         return variables | {"OPENBLAS_NUM_THREADS": "1"}
 
 
+Say = Callable[[str], None]
+"""Prints a line beside the live table."""
+
+
 def make_slots(
     slots: int | None, gpus_per_job: int, threads_per_job: int | None, gpus: list[str], cores: int | None = None
 ) -> list[Slot]:
@@ -210,7 +214,7 @@ def start_interpreter(
 class ThisMachine(Executor):
     """Jobs as processes of this machine: forked from one that has imported the libraries, where that is sound."""
 
-    def __init__(self, modules: Sequence[str], slot: Slot, say: Callable[[str], None]) -> None:
+    def __init__(self, modules: Sequence[str], slot: Slot, say: Say) -> None:
         """`modules` are what forked jobs find imported; none: every job is a fresh interpreter."""
         self._modules = () if slot.gpus else modules  # CUDA does not survive a fork
         self._slot = slot
@@ -247,14 +251,31 @@ def whole_environment(own: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class Rules(Settings, group="hydra.launcher", affects="nothing"):
-    """Settings that hold for every job."""
+class LaunchOptions(Settings, group="hydra.launcher", affects="nothing"):
+    """`hydra.launcher.*` of every launcher of ours."""
 
+    _target_: str = "hydra_plugins.agentft_launcher.AgentftLauncher"
+    place: str = "agentft"
+    """Where jobs run; set by the choice of the launcher."""
     retry: int = field(default=0, metadata={"minimum": 0, "maximum": 1000})
     time_limit: float | None = field(default=None, metadata={"above": 0, "maximum": 10**6})
     """Minutes of one attempt."""
     grace: float = field(default=20.0, metadata={"minimum": 0, "maximum": 86400})
     """Seconds between asking a job to end and killing it."""
+    slots: int | None = field(default=None, metadata={"minimum": 1, "maximum": 10**5})
+    """Jobs at a time; null: visible GPUs // gpus_per_job, without a GPU cores // threads_per_job; in a queue, all."""
+    eta: int | None = field(default=None, metadata={"minimum": 2, "maximum": 1000})
+    """Successive halving: one job in `eta` is promoted from each rung; null: all jobs run to their end."""
+    rungs: int = field(default=3, metadata={"minimum": 2, "maximum": 100})
+    """Rungs of successive halving; the last is the end, each other at 1 / eta of the steps of the next."""
+
+    def make_slots(self, jobs: int) -> list[Slot]:
+        """Return the slots for a sweep of so many jobs."""
+        raise NotImplementedError
+
+    def make_executor(self, slot: Slot, sweep: Path, modules: Sequence[str], say: Say) -> Executor:
+        """Return what starts the jobs on slots like `slot`; `modules` are those that a job imports."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -274,10 +295,10 @@ class Pool:
     """Runs jobs, and shows them as they start and end."""
 
     def __init__(
-        self, slots: Sequence[Slot], rules: Rules, executor: Executor, signals: StopSignals, display: Display
+        self, slots: Sequence[Slot], options: LaunchOptions, executor: Executor, signals: StopSignals, display: Display
     ) -> None:
         self._free = deque(slots)
-        self._rules, self._executor, self._signals, self._display = rules, executor, signals, display
+        self._options, self._executor, self._signals, self._display = options, executor, signals, display
         self._running: list[_Running] = []
         self._insisted = False
         """A person has pressed Ctrl-C again and does not want to wait."""
@@ -285,7 +306,7 @@ class Pool:
     def run(self, jobs: Sequence[Job]) -> signal.Signals | None:
         """Run all `jobs`; returns the signal that ended the sweep early, if one did."""
         waiting = deque(jobs)
-        tries = {id(job): 1 + self._rules.retry for job in jobs}
+        tries = {id(job): 1 + self._options.retry for job in jobs}
         with self._signals.deferred(self._hear):
             try:
                 while self._running or (waiting and not self._signals.is_requested()):
@@ -328,7 +349,7 @@ class Pool:
         self._insisted = insists
 
     def _stop_what_must_stop(self, because: str | None = None) -> None:
-        minutes, requested = self._rules.time_limit, self._signals.requested
+        minutes, requested = self._options.time_limit, self._signals.requested
         insisted, self._insisted = self._insisted, False
         for entry in self._running:
             if entry.attempt.stop_began is not None:
@@ -342,7 +363,7 @@ class Pool:
             else:
                 entry.limit = because
             if entry.limit is not None:
-                entry.attempt.stop(self._rules.grace)
+                entry.attempt.stop(self._options.grace)
 
     def _take_ended(self) -> list[tuple[Job, bool]]:
         """Take the jobs that have ended off their slots, and say of each whether another try may help."""

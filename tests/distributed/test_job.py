@@ -158,22 +158,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _write_settings(folder: Path, *settings: str) -> Path:
-    file = folder / "job.yaml"
-    write = [
-        sys.executable,
-        "-m",
-        "agentft.worker",
-        "--write",
-        str(file),
-        *TINY,
-        f"run_dir={folder / 'run'}",
-        *settings,
-    ]
-    subprocess.run(write, cwd=ROOT, env=_environment(), check=True)
-    return file
-
-
 def _all_end_well(commands: list[list[str]]) -> None:
     """Run programs side by side."""
     running = [
@@ -198,19 +182,19 @@ def expected(tmp_path_factory) -> list[float]:
 
 @pytest.mark.slow
 def test_torchrun_starts_the_same_ranks(tmp_path, expected):
-    settings = _write_settings(tmp_path, "distributed=fsdp")
+    worker = ["-m", "agentft.worker", *TINY, f"run_dir={tmp_path / 'run'}", "distributed=fsdp"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    _all_end_well([[*torchrun, "-m", "agentft.worker", "--config", str(settings)]])
+    _all_end_well([[*torchrun, *worker]])
     assert _losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
 
 
 @pytest.mark.slow
 def test_torchrun_on_two_machines_trains_one_model(tmp_path, expected):
     """Two agents of torchrun stand for two machines: the line of docs/distributed.md."""
-    settings = _write_settings(tmp_path, "distributed=ddp")
+    worker = ["-m", "agentft.worker", *TINY, f"run_dir={tmp_path / 'run'}", "distributed=ddp"]
     endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *endpoint]
-    _all_end_well([[*torchrun, "-m", "agentft.worker", "--config", str(settings)]] * 2)
+    _all_end_well([[*torchrun, *worker]] * 2)
     assert _losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
 
 

@@ -122,7 +122,7 @@ def test_plain_transformers_says_what_the_evaluation_said(method: str, tmp_path,
         pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
     monkeypatch.setenv("SOME_API_TOKEN", "not-to-be-seen-anywhere")
     run, config = run_of(tmp_path / "run", *RUNS[method], "model.notes='of not-to-be-seen-anywhere'")
-    out = export(ExportConfig(run=str(run))).folder
+    out = export(ExportConfig(run=str(run)))
     assert out == run / "export"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype is torch.float32
@@ -150,7 +150,7 @@ def test_the_adapter_alone_says_what_the_evaluation_said(tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     run, config = run_of(tmp_path / "run", "sft_type.start=pissa", "sft_type.rslora=true")
-    out = export(ExportConfig(run=str(run), merge=False, out=str(tmp_path / "mine"))).folder
+    out = export(ExportConfig(run=str(run), merge=False, out=str(tmp_path / "mine")))
     assert out == tmp_path / "mine"
     assert not (out / "model.safetensors").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -175,7 +175,7 @@ def test_a_converted_model_is_exported_as_what_it_became(tmp_path):
     register_schemas()
     config = to_train_config(compose("train", [*overrides, *of_old, f"run_dir='{tmp_path}/run'"]))
     run = train(config).run_dir
-    out = export(ExportConfig(run=str(run))).folder
+    out = export(ExportConfig(run=str(run)))
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "Qwen2ForCausalLM"
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -204,7 +204,7 @@ def test_the_card_of_an_earlier_checkpoint_does_not_show_what_the_last_was_measu
     run, _ = run_of(tmp_path / "run", "training.save_steps=2", "evaluation.bootstrap_samples=20")
     cards = {}
     for checkpoint in ("2", "last"):
-        out = export(ExportConfig(run=str(run), checkpoint=checkpoint, out=str(tmp_path / checkpoint))).folder
+        out = export(ExportConfig(run=str(run), checkpoint=checkpoint, out=str(tmp_path / checkpoint)))
         cards[checkpoint] = (out / "README.md").read_text("utf-8")
     assert "Measured on held-out conversations" in cards["last"]
     assert "Measured" not in cards["2"]

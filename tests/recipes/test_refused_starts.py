@@ -16,9 +16,7 @@ import yaml
 
 import agentft.audit
 import agentft.export
-import agentft.worker
-from agentft import entry
-from agentft.errors import ConfigError
+from agentft import entry, worker
 from agentft.model.config import TrustConfig
 from agentft.recipes.config import saved_config, trained_config
 from agentft.runs import RunFolder, read_json
@@ -52,6 +50,7 @@ TRAINED = [
 PROGRAMS: dict[str, Callable[[], object]] = {
     "train": entry.train,
     "evaluate": entry.evaluate,
+    "worker": worker.main,
     "export": agentft.export.main,
     "audit": agentft.audit.main,
 }
@@ -298,6 +297,7 @@ def received(request, run) -> str:
     [
         "train run_dir=run",
         "train --config-dir run --config-name config",
+        "worker --config-dir run --config-name config",
         "train --config-dir run model=theirs",
         "train -m --config-dir run model=tiny,theirs",
         "audit --config-dir run model=theirs",
@@ -321,12 +321,3 @@ def test_what_the_command_line_allows_counts(received, run, command):
     assert getattr(trained_config(run, typed).model, received)
     code, said = command(f"evaluate run=run model.{received}=true checkpoint=7")
     assert (code, "checkpoint=7: not there" in said) == (1, True)
-
-
-def test_a_rank_that_is_started_by_hand_takes_no_permission_from_its_file(received, run):
-    before = digest(run)
-    with pytest.raises(ConfigError, match=f"model.{received}=true stands in .*config.yaml"):
-        agentft.worker.main(["--config", str(run / "config.yaml")])
-    with pytest.raises(ConfigError, match="settings belong to --write"):
-        agentft.worker.main(["--config", str(run / "config.yaml"), f"model.{received}=true", "seed=1"])
-    assert digest(run) == before

@@ -32,13 +32,6 @@ _HELDOUT_NUMBER_OF = 5
 _SLOT = re.compile(r"\{(\w+)\}")
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
-_COUNTS = ("minutes", "percent", "guests", "nights", "years", "days", "quantity", "principal", "height")
-_TYPES: dict[str, JsonType] = {
-    **dict.fromkeys(_COUNTS, "integer"),
-    **dict.fromkeys(("amount", "interest", "kilograms", "measure", "setpoint", "budget", "mass"), "number"),
-    **dict.fromkeys(("on_off", "lock_unlock", "with_without"), "boolean"),
-}
-
 BRACKETS = re.compile(r"\[([^\]]*)\]")
 """Parts of a phrasing that are said only where a word for each of their slots is there."""
 
@@ -62,9 +55,11 @@ def plain_number(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
+@cache
 def json_type(pool: str) -> JsonType:
     """Return the JSON type of a parameter that draws from `pool`."""
-    return _TYPES.get(base_pool(pool), "string")
+    types: Mapping[JsonType, list[str]] = read_yaml("numbers.yaml")["types"]
+    return next((name for name, pools in types.items() if base_pool(pool) in pools), "string")
 
 
 def enum_values(pool: str, language: Language) -> tuple[str, ...]:
