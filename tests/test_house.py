@@ -148,7 +148,9 @@ ROOTS = {"TrainConfig", "EvaluateConfig", "AuditConfig", "ExportConfig"}
 NODES = {f"{kind}Config": kind for kind in ("Model", "Dataset", "Distributed", "Training", "Evaluation", "Tracking")}
 NODES |= {f"{kind}Config": "Sft" for kind in ("Sft", "Lora", "Qlora", "Full", "Freeze")} | {"AuditOptions": "Audit"}
 TAKES_ALL_SETTINGS = {
-    **dict.fromkeys(("entry._train", "entry._evaluate", "audit.run", "export.run"), "hands them to its recipe"),
+    **dict.fromkeys(
+        ("entry._train", "entry._evaluate", "worker._train", "audit.run", "export.run"), "hands them to its recipe"
+    ),
     **dict.fromkeys(("train.train", "train._train_as", "train._train", "train.load_for_training"), "the recipe"),
     "minimal.train": "the teaching recipe",
     "train._require_ranks": "the recipe: asked before the ranks start, and again by each",
