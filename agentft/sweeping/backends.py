@@ -7,15 +7,14 @@ sweep folder under the same path and have agentft installed as this one has.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from agentft.errors import ConfigError, RunError
@@ -25,33 +24,50 @@ from agentft.sweeping.runner import Attempt, Executor, JobProcess, last_change, 
 # --- On the node ---
 
 
-@dataclass(frozen=True)
-class NodeJob:
-    """A job as any machine with the same files can run it: small, and nothing but text."""
+class NodeTask:
+    """A job as a node runs it. SLURM calls it on each of the job's nodes: the first one's log and exit code are the job's."""
 
-    command: list[str]
-    environment: dict[str, str]
-    log: str
-    command_line: str
-    """The command for a shell, to stand above its output."""
-    working_folder: str
-    """In which the command's paths are meant."""
-    grace: float
+    def __init__(self, job: Job, grace: float) -> None:
+        self.job, self._grace = job, grace
+        self._folder = str(Path.cwd())
+        self._process: JobProcess | None = None
 
-    def start(self) -> JobProcess:
-        """Start the job on the machine where this is called; it ends with the thread that called."""
-        command = [*_TIED, *self.command] if sys.platform == "linux" else self.command
-        write_header(Path(self.log), self.command_line)
-        return start_interpreter(command, self.environment, Path(self.log), self.working_folder)
+    def run(self, stop: threading.Event, log: str = LOG, more: Mapping[str, str] = MappingProxyType({})) -> int:
+        """Return the exit code of the job, run here with `more` in its environment; once `stop` is set it is ended first.
 
-    def wait(self, process: JobProcess, stop: threading.Event) -> int:
-        """Return the exit code of the job; once `stop` is set it is ended first."""
+        It dies with the thread that called.
+        """
+        path, command = self.job.folder / log, self.job.command
+        write_header(path, self.job.command_line)
+        tied = [*_TIED, *command] if sys.platform == "linux" else command
+        self._process = process = start_interpreter(tied, {**self.job.environment, **more}, path, self._folder)
         while (code := process.poll()) is None:
             if stop.wait(_LOOK_SECONDS):
                 if process.stop_began is None:
-                    process.stop(self.grace)
+                    process.stop(self._grace)
                 time.sleep(_LOOK_SECONDS)
         return code
+
+    def __call__(self) -> int:
+        import submitit
+
+        node, stop = submitit.JobEnvironment(), threading.Event()
+        # SLURM asks a cancelled job by SIGTERM, which submitit would pass over.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        return self.run(stop, f"{LOG}.node{node.global_rank}" if node.global_rank else LOG, nodes_of(node))
+
+    def checkpoint(self) -> Any:
+        """End the job, which saves, and return what starts again; submitit calls this in the job's last seconds."""
+        import submitit
+
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop(self._grace)
+            until = time.monotonic() + self._grace
+            while process.poll() is None and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS)
+        return submitit.helpers.DelayedSubmission(self)
 
 
 _LOOK_SECONDS = 0.1
@@ -79,11 +95,9 @@ class Queue(Executor):
 
     def start(self, job: Job) -> Attempt:
         """Put the job into the queue. Raises RunError where it is refused."""
-        log, here = job.folder / LOG, str(Path.cwd())
-        on_node = NodeJob(job.command, job.environment, str(log), job.command_line, here, self._grace)
-        return QueuedAttempt(self, self.submit(job, on_node), log)
+        return QueuedAttempt(self, self.submit(NodeTask(job, self._grace)), job.folder / LOG)
 
-    def submit(self, job: Job, on_node: NodeJob) -> Any:
+    def submit(self, task: NodeTask) -> Any:
         """Put a job into the queue and return what the cluster knows it by."""
         raise NotImplementedError
 
@@ -143,38 +157,6 @@ FOLDER = ".submitit"
 """In the sweep folder: what submitit keeps of each job, its own log among it."""
 
 
-class NodeTask:
-    """Runs on each node of a job. The first node's log and exit code are the job's."""
-
-    def __init__(self, job: NodeJob) -> None:
-        self.job = job
-        self._process: JobProcess | None = None
-
-    def __call__(self) -> int:
-        import submitit
-
-        node = submitit.JobEnvironment()
-        log = self.job.log if node.global_rank == 0 else f"{self.job.log}.node{node.global_rank}"
-        stop = threading.Event()
-        # SLURM asks a cancelled job by SIGTERM, which submitit would pass over.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        job = dataclasses.replace(self.job, log=log, environment=self.job.environment | nodes_of(node))
-        self._process = process = job.start()
-        return job.wait(process, stop)
-
-    def checkpoint(self) -> Any:
-        """End the job, which saves, and return what starts again; submitit calls this in the job's last seconds."""
-        import submitit
-
-        if self._process is not None:
-            self._process.stop(self.job.grace)
-            until = time.monotonic() + self.job.grace
-            while self._process.poll() is None and time.monotonic() < until:
-                time.sleep(_LOOK_SECONDS)
-        return submitit.helpers.DelayedSubmission(NodeTask(self.job))
-
-
 class Slurm(Queue):
     """SLURM's queue, by submitit."""
 
@@ -192,10 +174,10 @@ class Slurm(Queue):
         except (RuntimeError, NameError, AssertionError) as error:
             raise ConfigError(f"hydra/launcher=slurm: {_words(error)}") from error
 
-    def submit(self, job: Job, on_node: NodeJob) -> Any:
-        self._executor.update_parameters(name=f"{job.folder.parent.name}_{job.name}"[:80])
+    def submit(self, task: NodeTask) -> Any:
+        self._executor.update_parameters(name=f"{task.job.folder.parent.name}_{task.job.name}"[:80])
         try:
-            return self._executor.submit(NodeTask(on_node))
+            return self._executor.submit(task)
         except Exception as error:  # submitit has no class of its own for `sbatch` said no
             raise RunError(f"not submitted: {_words(error)}") from error
 
@@ -253,9 +235,9 @@ class RayCluster(Queue):
         needs = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
         self._agent = ray.remote(NodeAgent).options(**needs)
 
-    def submit(self, job: Job, on_node: NodeJob) -> Any:
+    def submit(self, task: NodeTask) -> Any:
         agent = self._agent.remote()
-        return agent, agent.run.remote(on_node)
+        return agent, agent.run.remote(task)
 
     def ask(self, handle: Any) -> int | None:
         agent, reference = handle
@@ -285,9 +267,9 @@ class NodeAgent:
     def __init__(self) -> None:
         self._stop = threading.Event()
 
-    def run(self, job: NodeJob) -> int:
+    def run(self, task: NodeTask) -> int:
         """Run the job to its end."""
-        return job.wait(job.start(), self._stop)
+        return task.run(self._stop)
 
     def stop(self) -> None:
         """End the job, which ends `run`."""
