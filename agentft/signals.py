@@ -47,11 +47,6 @@ class StopSignal(KeyboardInterrupt):
         """Return, by convention, 128 and the number: 143 of SIGTERM, 130 of Ctrl-C, 138 of SIGUSR1."""
         return 128 + self.signal
 
-    @property
-    def asks_for_another_turn(self) -> bool:
-        """Return whether it announces the end of a job's time; SIGUSR2 is submitit's, which queues the job again itself."""
-        return self.signal.name == "SIGUSR1"
-
 
 class StopSignals:
     """Notices `STOPS` inside its `with` block, in the main thread; those that the process ignores stay ignored."""

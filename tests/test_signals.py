@@ -109,7 +109,7 @@ def test_what_another_rank_has_heard_counts_here_and_comes_but_once():
 def test_a_stop_passes_from_a_rank_to_its_agent_as_it_is():
     stop = pickle.loads(pickle.dumps(StopSignal(signal.SIGUSR1, " after step 3")))
     assert (str(stop), stop.exit_code) == ("stopped by SIGUSR1 after step 3", 138)
-    assert stop.asks_for_another_turn
+    assert stop.signal is signal.SIGUSR1
 
 
 def test_long_work_within_a_deferred_block_ends_at_once():

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from agentft import errors, progress
 from agentft.distributed import forkserver
@@ -134,7 +134,10 @@ def run_on_ranks(
                 signals.raise_if_requested()
             failures = _read_failures(heartbeats)
             for rank, failure in error.failures.items():
-                failures.setdefault(rank, RankFailure.of_exit(rank, failure.pid, failure.exitcode))
+                ended, _ = describe_exit(failure.exitcode)
+                if failure.exitcode == forkserver.SERVER_DIED:
+                    ended += ", or the process that ranks are forked from has died"
+                failures.setdefault(rank, RankFailure(rank, failure.pid, 0.0, "", f"ended: {ended}", ""))
             raise explain(failures, hang=hangs[-1] if hangs else None, logs=logs) from None
         except RendezvousError as error:
             raise RankError(f"the {topology.nnodes} machines did not meet at {topology.endpoint}: {error}") from error
@@ -244,12 +247,6 @@ class RankFailure:
     """Name of the exception; empty where the process ended without one."""
     message: str
     traceback: str
-
-    @classmethod
-    def of_exit(cls, rank: int, pid: int, code: int) -> Self:
-        """Return the end of a process that raised nothing, by its exit code; negative: the signal that ended it."""
-        died = ", or the process that ranks are forked from has died" if code == forkserver.SERVER_DIED else ""
-        return cls(rank, pid, 0.0, "", f"ended: {describe_exit(code)[0]}{died}", "")
 
 
 def _read_failures(folder: Path) -> dict[int, RankFailure]:

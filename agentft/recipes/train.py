@@ -367,7 +367,7 @@ def _another_turn_asked_for() -> Iterator[None]:
     try:
         yield
     except StopSignal as stop:
-        if stop.asks_for_another_turn:
+        if stop.signal.name == "SIGUSR1":  # SIGUSR2 is submitit's, which queues the job again itself
             requeue_slurm_job()
         raise
 

@@ -176,7 +176,10 @@ class SweepLauncher(Launcher):
                 job.write()
             waiting = [job for job in distinct if job.state != "finished"]
             display = Display(sweep, distinct, len(slots))
-            display.say(_describe(distinct, slots))
+            before = f", {len(distinct) - len(waiting)} finished before" if len(waiting) < len(distinct) else ""
+            share = f"{len(slots[0].gpus)} GPU(s), " if slots[0].gpus else ""
+            share += f"{slots[0].threads} thread(s)"
+            display.say(f"sweep of {len(distinct)} jobs{before}; {len(slots)} at a time, each with {share}")
             recipe = _RECIPES.get(getattr(OmegaConf.get_type(self.config), "__name__", ""))
             # For a single job, importing once is importing no less.
             modules = ("agentft.config", recipe, "peft", "transformers.models.auto") if recipe and waiting[1:] else ()
@@ -266,13 +269,6 @@ class SweepLauncher(Launcher):
         if not any(str(o).startswith("hydra.sweep.dir=") for o in self.config.hydra.overrides.hydra):
             again.append(f"hydra.sweep.dir={quoted(readable(sweep))}")  # so that finished jobs are found
         display.say(f"run only these again: {shlex.join(again)}")
-
-
-def _describe(jobs: Sequence[Job], slots: Sequence[Slot]) -> str:
-    before = sum(job.state == "finished" for job in jobs)
-    done = f", {before} finished before" if before else ""
-    gpus = f"{len(slots[0].gpus)} GPU(s), " if slots[0].gpus else ""
-    return f"sweep of {len(jobs)} jobs{done}; {len(slots)} at a time, each with {gpus}{slots[0].threads} thread(s)"
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:

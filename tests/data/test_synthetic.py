@@ -33,7 +33,7 @@ from agentft.data.synthetic.catalogue import (
     tools,
     value_pools,
 )
-from agentft.data.synthetic.dialogues import KINDS, drafts
+from agentft.data.synthetic.dialogues import KINDS, draft
 
 FOLDER = Path(synthetic.__file__).parent
 SETS = list(itertools.product(("en", "zh"), ("train", "heldout"), (False, True)))
@@ -238,10 +238,10 @@ def test_listed_descriptions_of_unseen_tools_are_disjoint():
 
 @pytest.mark.parametrize(("language", "part", "unseen_tools"), SETS)
 def test_every_kind_and_every_tool_occurs(language, part, unseen_tools):
-    made = drafts(seed=1, languages={language: 1.0}, part=part, unseen_tools=unseen_tools, max_rounds=3)
+    chosen = {"seed": 1, "languages": {language: 1.0}, "part": part, "unseen_tools": unseen_tools, "max_rounds": 3}
     kinds: Counter[str] = Counter()
     descriptions: set[str] = set()
-    for kind, conversation in itertools.islice(made, 900):
+    for kind, conversation in (draft(number, **chosen) for number in range(900)):
         kinds[kind] += 1
         descriptions |= {tool["description"] for tool in listed_tools({"conversations": conversation}).values()}
     assert set(kinds) == set(KINDS)

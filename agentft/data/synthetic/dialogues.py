@@ -7,7 +7,6 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count as numbers
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -515,30 +514,25 @@ def _misspelt(scene: Scene, text: str) -> str:
     return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
 
-def drafts(
-    *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
-) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Yield kinds and conversations without end; each depends on the arguments and its number alone."""
+def draft(
+    number: int, *, seed: int, languages: Mapping[str, float], part: Part, unseen_tools: bool, max_rounds: int
+) -> tuple[str, list[dict[str, str]]]:
+    """Return kind and turns of a conversation; they depend on the arguments alone."""
     known: tuple[Language, ...] = get_args(Language)
     chosen = {each: float(languages[each]) for each in known if languages.get(each)}
     kinds = {name: kind.share for name, kind in KINDS.items() if kind.rounds <= max_rounds}
     mix = ",".join(f"{language}={share!r}" for language, share in chosen.items())
-
-    def draft(number: int) -> tuple[str, list[dict[str, str]]]:
-        rng = random.Random(f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}/{number}")
-        language, kind = _drawn(chosen, rng), _drawn(kinds, rng)
-        while True:
-            scene = Scene(rng, language, part, unseen_tools=unseen_tools, max_rounds=max_rounds)
-            KINDS[kind].play(scene)
-            scene.close_list()
-            if _part_of(scene.turns[0]) == part:
-                break
-        turns = [{"from": "system", "value": scene.system()}]
-        for index, text in enumerate(scene.turns):
-            turns.append({"from": "assistant" if index % 2 else "user", "value": text})
-        return kind, turns
-
-    return map(draft, numbers())
+    rng = random.Random(f"synthetic/{part}/{seed}/{unseen_tools}/{mix}/{max_rounds}/{number}")
+    language, kind = _drawn(chosen, rng), _drawn(kinds, rng)
+    while True:
+        scene = Scene(rng, language, part, unseen_tools=unseen_tools, max_rounds=max_rounds)
+        KINDS[kind].play(scene)
+        scene.close_list()
+        if _part_of(scene.turns[0]) == part:
+            break
+    roles = ("user", "assistant")
+    turns = [{"from": roles[index % 2], "value": text} for index, text in enumerate(scene.turns)]
+    return kind, [{"from": "system", "value": scene.system()}, *turns]
 
 
 def _part_of(first_user_turn: str) -> Part:
@@ -567,11 +561,11 @@ def generate(
         unseen_tools: Make the tools of the two parts disjoint too, whole families of similar tools at a time.
         max_rounds: Most user turns in a conversation; most conversations have one.
     """
-    made = drafts(seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds)
-    return (
-        {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": conversation}
-        for number, (_, conversation) in zip(range(count), made, strict=False)
-    )
+    for number in range(count):
+        _, turns = draft(
+            number, seed=seed, languages=languages, part=part, unseen_tools=unseen_tools, max_rounds=max_rounds
+        )
+        yield {"id": f"synthetic-{part}-{seed}-{number:06d}", "conversations": turns}
 
 
 def _drawn(shares: Mapping[_T, float], rng: random.Random) -> _T:
