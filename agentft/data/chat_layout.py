@@ -122,12 +122,9 @@ class _Work:
     def done(self) -> LaidOut:
         """Return the renderings; raise FormatError where no step can be trained."""
         last = self.steps[self.trained[-1]]
-        if self.manner.whole and not self.tested and (one := self._by_headers(last, self.manner.header)):
-            return LaidOut(self.conversation, (one,), tuple(self.left_out))
-        if self.layout.rewritten == "stable" and self.manner.shared_header:
-            renderings = self._stable(last)
-        else:
-            renderings = self._exact(last)
+        told = self.manner.whole and not self.tested
+        stable = self.layout.rewritten == "stable" and self.manner.shared_header and not told
+        renderings = self._stable(last) if stable else self._exact(last)
         if not renderings:
             first = self.left_out[0]
             raise FormatError(first.reason, f"step {first.step + 1}: {first.detail}")
@@ -204,6 +201,8 @@ class _Work:
                 raise FormatError(
                     "template_changes_values", "it writes a message otherwise for what its text begins with"
                 )
+        if not self._holds_context(text, self.steps[step]):
+            raise FormatError("template_drops_messages", "a message before this step is not in its prompt")
         return text
 
     def _next(self, last: int) -> list[ChatMessage]:
@@ -218,24 +217,12 @@ class _Work:
             results.append(message)
         return results or [answer_to(call) for call in calls]
 
-    def _by_headers(self, last: int, header: str) -> Rendering | None:
-        """Find all steps in one rendering by the header before each; None where they are not all there."""
-        try:
-            text = self._render(last + 1, self._next(last))
-        except FormatError:
-            return None
-        begins = list(ends_of(header, text))
-        known = self.steps[: self.trained[-1] + 1]
-        if len(begins) != len(known) or not self._holds_context(text, last):
-            return None
-        regions = []
-        for step, (begin, limit) in enumerate(zip(begins, [*begins[1:], len(text.text)], strict=True)):
-            region, missing = self._region(text, step, begin)
-            if missing is None and region.end <= limit:
-                regions.append(region)
-            elif step in self.trained:
-                return None
-        return self._rendering(text, regions, self.trained)
+    def _prompts_in(self, text: MarkedText, last: int) -> dict[int, MarkedText]:
+        """Return the prompts of all steps as they begin one rendering, where the header behind each tells; else none."""
+        ends = list(ends_of(self.manner.header, text)) if self.manner.whole and not self.tested else []
+        if len(ends) != self.trained[-1] + 1 or not self._holds_context(text, last):
+            return {}
+        return {step: MarkedText(text.text[:end], tuple(text.within(0, end))) for step, end in enumerate(ends)}
 
     def _holds_context(self, text: MarkedText, last: int) -> bool:
         """Say whether all that is not the agent's is in the text."""
@@ -264,13 +251,14 @@ class _Work:
     def _exact(self, last: int) -> tuple[Rendering, ...]:
         """Let the steps that share a history share a rendering, and give every other one its own, as it is served."""
         shared: list[tuple[MarkedText, list[Region]]] = []
+        prompts: dict[int, MarkedText] = {}
         with suppress(FormatError):  # Where the dummy is refused, each step is rendered by itself.
-            shared.append((self._render(last + 1, self._next(last)), []))
+            whole = self._render(last + 1, self._next(last))
+            shared.append((whole, []))
+            prompts = self._prompts_in(whole, last)
         for step in reversed(self.trained):
             try:
-                prompt = self._prompt(step)
-                if not self._holds_context(prompt, self.steps[step]):
-                    raise FormatError("template_drops_messages", "a message before this step is not in its prompt")
+                prompt = prompts.get(step) or self._prompt(step)
                 region = None
                 # What already has a step comes first: the whole may end its steps otherwise than they are said.
                 for text, regions in sorted(shared, key=lambda each: not each[1]):
@@ -282,11 +270,7 @@ class _Work:
                     shared.append((text, [region]))
             except FormatError as problem:
                 self.left_out.append(LeftOut(step, problem.reason, problem.detail))
-        renderings = [
-            self._rendering(text, regions[::-1], [region.step for region in regions[::-1]])
-            for text, regions in shared
-            if regions
-        ]
+        renderings = [self._rendering(text, regions[::-1]) for text, regions in shared if regions]
         return tuple(sorted(renderings, key=lambda rendering: rendering.steps))
 
     def _fitting(self, text: MarkedText, step: int, prompt: MarkedText) -> Region | None:
@@ -349,47 +333,37 @@ class _Work:
         """Train the steps that the one rendering holds whole, and count those whose prompt is another than served."""
         text = self._render(last + 1, self._next(last) if self.messages[last].get("tool_calls") else ())
         begins = list(ends_of(self.manner.shared_header, text))
-        known = self.steps[: self.trained[-1] + 1]
-        if len(begins) != len(known):
+        if len(begins) != self.trained[-1] + 1:
             return self._exact(last)
-        regions, trained = [], []
-        for step, begin in enumerate(begins):
+        regions = []
+        for step in self.trained:
             try:
-                prompt = self._prompt(step) if step in self.trained else None
+                prompt = self._prompt(step).text
+                served = text.text.startswith(prompt)
             except FormatError:
-                prompt = None
-            served = prompt is not None and text.text.startswith(prompt.text)
-            region, missing = self._region(text, step, len(prompt.text) if prompt and served else begin)
-            if missing is None:
-                regions.append(region)
-            if step not in self.trained:
-                continue
+                served = False
+            region, missing = self._region(text, step, len(prompt) if served else begins[step])
             if missing:
                 detail = f"the {missing} of this step is not written once the conversation goes on"
                 self.left_out.append(LeftOut(step, f"template_drops_{missing}", detail))
             else:
-                trained.append(step)
+                regions.append(region)
                 self.differ += not served
-        return (self._rendering(text, regions, trained),) if trained else ()
+        return (self._rendering(text, regions),) if regions else ()
 
-    def _rendering(self, text: MarkedText, regions: Sequence[Region], trained: Sequence[int]) -> Rendering:
-        """Cut a text up to the end of its last trained step; `regions` are the steps that are known, in its order."""
-        wanted = set(trained)
-        last = max(region.end for region in regions if region.step in wanted)
+    def _rendering(self, text: MarkedText, regions: Sequence[Region]) -> Rendering:
+        """Cut a text up to the end of its last trained step; `regions` are the trained ones, in its order."""
         pieces: list[tuple[int, SpanKind, bool]] = []
         at = 0
         for region in regions:
-            if region.end > last:
-                break
-            shown = region.step not in wanted
-            silent = not self.conversation.messages[self.steps[region.step]].reasoning_trained
+            shown = not self.conversation.messages[self.steps[region.step]].reasoning_trained
             pieces += [(stop, kind, True) for stop, kind in _context(text, at, region.begin)]
-            for stop, kind in self._cut(text, region):
-                pieces.append((stop, kind, shown or (silent and kind is SpanKind.reasoning)))
-            pieces.append((region.end, SpanKind.stop, shown))
+            pieces += [(stop, kind, shown and kind is SpanKind.reasoning) for stop, kind in self._cut(text, region)]
+            pieces.append((region.end, SpanKind.stop, False))
             at = region.end
         segments = tuple(_join(text, pieces, self.template.control))
-        return Rendering(segments, tuple(trained), self.template.control if self.spelt else None)
+        steps = tuple(region.step for region in regions)
+        return Rendering(segments, steps, self.template.control if self.spelt else None)
 
     def _cut(self, text: MarkedText, region: Region) -> Iterator[_Cut]:
         """Cut a step at its values and its calls' names and parameters; what lies between is of the kind of its neighbours."""
