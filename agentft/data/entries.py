@@ -35,7 +35,7 @@ from agentft.data.records import Rejection
 from agentft.data.sources import RawRow, read_row
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
-from agentft.data.truncation import TruncationKind, TruncationResult, Truncator
+from agentft.data.truncation import Rendered, TruncationKind, Truncator
 from agentft.errors import DataError
 from agentft.signals import STOPS, die_with
 
@@ -159,13 +159,13 @@ class RowWork:
         ]
         return [self._result(each, part) for each, (_, part) in zip(truncator.fit(items), wanted, strict=True)]
 
-    def _result(self, made: TruncationResult, part: str) -> ConversationResult:
+    def _result(self, made: Rendered, part: str) -> ConversationResult:
         keeps = part == "heldout" or self.keeps_all
         largest_id = self.encoder.largest_id
         change = None
         if made.outcome is not TruncationKind.whole:
             change = {
-                "id": made.original.id,
+                "id": made.conversation.id,
                 "part": part,
                 "outcome": str(made.outcome),
                 "tokens": made.tokens,
@@ -179,7 +179,7 @@ class RowWork:
             made.notes if made.problem is None else (),
             frozenset().union(*(piece.conversation.called_tools for piece in made.pieces)),
             change,
-            made.problem and Rejection(made.original.origin, *made.problem, id=made.original.id),
+            made.problem and Rejection(made.conversation.origin, *made.problem, id=made.conversation.id),
         )
 
 

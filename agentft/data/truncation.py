@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
-from typing import NamedTuple
 
 from agentft.data.config import TooLong
 from agentft.data.conversation import EXEC_CLOSE, EXEC_OPEN, Conversation, Message, Observation
@@ -46,25 +45,47 @@ class Piece:
     """What the example was encoded from."""
 
 
-class Rendered(NamedTuple):
-    """What a conversation became."""
+class TruncationKind(StrEnum):
+    """What became of a conversation."""
+
+    whole = "whole"
+    shortened = "shortened"
+    """Every step is there; long tool results are not."""
+    rounds_left_out = "rounds_left_out"
+    """The oldest rounds are gone, and their steps with them."""
+    spread = "split"
+    """Several examples, or one that lacks a round which fits nowhere."""
+    set_aside = "set_aside"
+    """Nothing of it is used; `problem` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation, what is used of it, and what is not."""
 
     conversation: Conversation
-    pieces: tuple[Piece, ...]
+    tokens: int = 0
+    """Length of the longest example of the whole conversation, 0 where it cannot be rendered."""
+    outcome: TruncationKind = TruncationKind.whole
+    pieces: tuple[Piece, ...] = ()
+    shortened_observations: int = 0
+    steps_left_out: tuple[int, ...] = ()
+    """Which steps of the conversation, counted from 0, are in no piece."""
     problem: tuple[str, str] | None = None
-    """Reason and detail where the layout cannot hold it."""
+    """Reason and detail where it is set aside."""
     notes: tuple[str, ...] = ()
     """Codes of what the layout writes otherwise than the source; they are counted."""
-
-    @property
-    def tokens(self) -> int:
-        """Length of the longest example."""
-        return max((len(piece.example) for piece in self.pieces), default=0)
 
     @property
     def trains(self) -> bool:
         """Return whether any token is a label."""
         return any(piece.example.spans for piece in self.pieces)
+
+    def set_aside(self, reason: str, detail: str) -> Rendered:
+        """Return it with nothing used."""
+        steps = tuple(range(len(self.conversation.steps)))
+        kind = TruncationKind.set_aside
+        return Rendered(self.conversation, self.tokens, kind, steps_left_out=steps, problem=(reason, detail))
 
 
 def make_examples(
@@ -99,9 +120,11 @@ def render_all(
     for conversation, each in zip(conversations, laid_out, strict=True):
         if isinstance(each, LaidOut):
             found = [(one, rendering.segments) for rendering in each.renderings for one in next(encoded)]
-            yield Rendered(conversation, tuple(_pieces(each, context_rounds, found)), None, each.notes)
+            pieces = tuple(_pieces(each, context_rounds, found))
+            tokens = max((len(piece.example) for piece in pieces), default=0)
+            yield Rendered(conversation, tokens, pieces=pieces, notes=each.notes)
         else:
-            yield Rendered(conversation, (), each)
+            yield Rendered(conversation).set_aside(*each)
 
 
 def _pieces(
@@ -195,38 +218,6 @@ def _result_length(message: Message) -> int:
 # --- Fitting to a length ---
 
 
-class TruncationKind(StrEnum):
-    """What became of a conversation."""
-
-    whole = "whole"
-    shortened = "shortened"
-    """Every step is there; long tool results are not."""
-    rounds_left_out = "rounds_left_out"
-    """The oldest rounds are gone, and their steps with them."""
-    spread = "split"
-    """Several examples, or one that lacks a round which fits nowhere."""
-    set_aside = "set_aside"
-    """Nothing of it is used; `problem` says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class TruncationResult:
-    """A conversation, what is used of it, and what is not."""
-
-    original: Conversation
-    tokens: int
-    """Length of the whole conversation, 0 where it cannot be rendered."""
-    outcome: TruncationKind
-    pieces: tuple[Piece, ...]
-    shortened_observations: int = 0
-    steps_left_out: tuple[int, ...] = ()
-    """Which of the original's steps, counted from 0, are in no piece."""
-    problem: tuple[str, str] | None = None
-    """Reason and detail where it is set aside."""
-    notes: tuple[str, ...] = ()
-    """Codes of what the layout writes otherwise than the source."""
-
-
 @dataclass(frozen=True, slots=True)
 class Truncator:
     """Renders, tokenises and fits a batch of conversations."""
@@ -237,24 +228,22 @@ class Truncator:
     _known: KnownIds = field(default_factory=dict, init=False)
     """Texts of the batch are encoded once, however often a way to fit them is tried."""
 
-    def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[TruncationResult]:
+    def fit(self, items: Sequence[tuple[Conversation, TooLong]]) -> list[Rendered]:
         """Encode all in one call; each that is too long is fitted in its own way."""
         made = render_all([conversation for conversation, _ in items], self.template, self.encoder, self._known)
         return [self._fit(whole, too_long) for whole, (_, too_long) in zip(made, items, strict=True)]
 
-    def _fit(self, whole: Rendered, too_long: TooLong) -> TruncationResult:
-        conversation, tokens = whole.conversation, whole.tokens
+    def _fit(self, whole: Rendered, too_long: TooLong) -> Rendered:
         if whole.problem is not None:
-            return _set_aside(conversation, 0, *whole.problem)
+            return whole
         if not whole.trains:
-            return _set_aside(conversation, tokens, "no_label", "the agent says nothing here that is to be trained")
-        if tokens <= self.max_length:
-            return TruncationResult(conversation, tokens, TruncationKind.whole, whole.pieces, notes=whole.notes)
+            return whole.set_aside("no_label", "the agent says nothing here that is to be trained")
+        if whole.tokens <= self.max_length:
+            return whole
         found = None
         if too_long is not TooLong.drop:
-            found = (self._newest_rounds if too_long is TooLong.fit else self._split)(conversation, tokens)
-        detail = f"{tokens} tokens, dataset.max_length is {self.max_length}"
-        return found or _set_aside(conversation, tokens, "too_long", detail)
+            found = (self._newest_rounds if too_long is TooLong.fit else self._split)(whole)
+        return found or whole.set_aside("too_long", f"{whole.tokens} tokens, dataset.max_length is {self.max_length}")
 
     def _render(self, conversation: Conversation, context_rounds: int = 0) -> Rendered:
         (made,) = render_all([conversation], self.template, self.encoder, self._known, context_rounds)
@@ -277,9 +266,9 @@ class Truncator:
             number = (low + high) // 2
         return found
 
-    def _newest_rounds(self, conversation: Conversation, tokens: int) -> TruncationResult | None:
+    def _newest_rounds(self, whole: Rendered) -> Rendered | None:
         """Keep as many of the newest rounds as fit with their tool results shortened."""
-        rounds = Rounds(conversation)
+        conversation, rounds = whole.conversation, Rounds(whole.conversation)
         last = len(rounds)
         shortest = Rounds(shorten_observations(conversation, MIN_OBSERVATION_CHARACTERS))
         most = self._most(1, last, lambda count: self._render(shortest.part(conversation.id, last - count, last)))
@@ -290,22 +279,22 @@ class Truncator:
         if made is None or not made.trains:
             return None
         outcome = TruncationKind.rounds_left_out if first else TruncationKind.shortened
-        return _result(conversation, tokens, outcome, [made], rounds.steps(0, first))
+        return _used(whole, outcome, [made], rounds.steps(0, first))
 
-    def _split(self, conversation: Conversation, tokens: int) -> TruncationResult | None:
+    def _split(self, whole: Rendered) -> Rendered | None:
         """Put every round in one example, in order; examples begin with as many of the rounds before as fit."""
-        rounds = Rounds(conversation)
+        rounds = Rounds(whole.conversation)
         parts: list[Rendered] = []
         left_out: list[int] = []
         first = 0
         while first < len(rounds):
-            count, made = self._next_part(rounds, part_id(conversation.id, len(parts) + 1), first)
+            count, made = self._next_part(rounds, part_id(whole.conversation.id, len(parts) + 1), first)
             if made is None:
                 left_out += rounds.steps(first, first + 1)
             elif made.trains:
                 parts.append(made)
             first += count
-        return _result(conversation, tokens, TruncationKind.spread, parts, left_out) if parts else None
+        return _used(whole, TruncationKind.spread, parts, left_out) if parts else None
 
     def _next_part(self, rounds: Rounds, name: str, first: int) -> tuple[int, Rendered | None]:
         """Return how many rounds from `first` on share an example, and the example; None: one alone is too long."""
@@ -334,16 +323,17 @@ class Truncator:
         return most[1] if most else None
 
 
-def _result(
-    conversation: Conversation, tokens: int, outcome: TruncationKind, parts: Sequence[Rendered], left_out: Iterable[int]
-) -> TruncationResult:
-    pieces = tuple(piece for made in parts for piece in made.pieces)
-    notes = tuple(note for made in parts for note in made.notes)
-    whole = {message.text for message in conversation.messages if message.role == "tool"}
-    shown = {m.text for made in parts for m in made.conversation.messages if m.role == "tool"}
-    return TruncationResult(conversation, tokens, outcome, pieces, len(shown - whole), tuple(left_out), notes=notes)
-
-
-def _set_aside(conversation: Conversation, tokens: int, reason: str, detail: str) -> TruncationResult:
-    steps = tuple(range(len(conversation.steps)))
-    return TruncationResult(conversation, tokens, TruncationKind.set_aside, (), 0, steps, (reason, detail))
+def _used(whole: Rendered, outcome: TruncationKind, parts: Sequence[Rendered], left_out: Iterable[int]) -> Rendered:
+    """Return a conversation of which parts are used."""
+    results, shown = (
+        {m.text for part in each for m in part.conversation.messages if m.role == "tool"} for each in ([whole], parts)
+    )
+    return Rendered(
+        whole.conversation,
+        whole.tokens,
+        outcome,
+        tuple(piece for part in parts for piece in part.pieces),
+        len(shown - results),
+        tuple(left_out),
+        notes=tuple(note for part in parts for note in part.notes),
+    )

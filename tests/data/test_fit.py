@@ -18,9 +18,9 @@ from agentft.data.template_choice import choose_template
 from agentft.data.tokens import tokenize
 from agentft.data.truncation import (
     MIN_OBSERVATION_CHARACTERS,
+    Rendered,
     Rounds,
     TruncationKind,
-    TruncationResult,
     Truncator,
     shorten_observations,
 )
@@ -50,7 +50,7 @@ def made(*rounds: tuple[str, list[int], str]) -> Conversation:
     return outcome[0]
 
 
-def fit(conversation, template, encoder, max_length, mode) -> TruncationResult:
+def fit(conversation, template, encoder, max_length, mode) -> Rendered:
     (fitted,) = Truncator(template, encoder, max_length).fit([(conversation, mode)])
     return fitted
 
@@ -70,22 +70,22 @@ def labelled_steps(piece, tokenizer, template) -> list[str]:
     return [tokenizer.decode(ids[start : stop - 1], skip_special_tokens=False) for start, stop in piece.example.steps()]
 
 
-def check_laws(fitted: TruncationResult, tokenizer, template, max_length: int, mode: TooLong) -> None:
+def check_laws(fitted: Rendered, tokenizer, template, max_length: int, mode: TooLong) -> None:
     """Whatever was done to fit: these hold."""
-    original = texts(fitted.original)
+    original = texts(fitted.conversation)
     kept: list[str] = []
     for piece in fitted.pieces:
         assert len(piece.example) <= max_length
         assert piece.example.spans, "a sample without a label never reaches training"
-        assert piece.conversation.system == fitted.original.system
+        assert piece.conversation.system == fitted.conversation.system
         kept += labelled_steps(piece, tokenizer, template)
         for message in piece.conversation.messages:
-            assert message.role == "tool" or message in fitted.original.messages, "only results are ever cut"
+            assert message.role == "tool" or message in fitted.conversation.messages, "only results are ever cut"
     expected = [text for at, text in enumerate(original) if at not in fitted.steps_left_out]
     assert kept == expected, "every step is trained once and whole, or is listed as left out"
     if fitted.pieces and mode is TooLong.fit:
         questions = [
-            [m for m in c.messages if m.role == "user"] for c in (fitted.pieces[-1].conversation, fitted.original)
+            [m for m in c.messages if m.role == "user"] for c in (fitted.pieces[-1].conversation, fitted.conversation)
         ]
         assert questions[0][-1] == questions[1][-1], "the current question survives"
 
