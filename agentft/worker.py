@@ -1,7 +1,6 @@
 """One rank of a training, for sites that start ranks themselves; it takes the settings and flags of `train.py`.
 
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29400 \
-        -m agentft.worker distributed=fsdp model=qwen2.5-7b run_dir=runs/mine
+    torchrun --nproc-per-node 8 -m agentft.worker distributed=fsdp model=qwen2.5-7b run_dir=runs/mine
 
 `train.py` starts ranks by itself and needs none of this.
 """

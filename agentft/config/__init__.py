@@ -1,8 +1,6 @@
-"""Compose a run's settings with Hydra and check them.
+"""Compose a run's settings with Hydra, check them against the dataclasses of the packages, and call the recipe with these.
 
-`train.py` and `evaluate.py` call `compose_and_run`. It composes `conf/` and the command line, checks the result against the
-dataclasses of the packages, and only then calls the recipe, with plain dataclasses. A configuration that cannot run is refused
-in one line, before torch is imported and before a run folder is made; `HYDRA_FULL_ERROR=1` gives the traceback instead.
+A configuration that cannot run is refused in one line, before torch is imported and before a run folder is made.
 """
 
 from agentft.config.compose import compose, conf_dir, options, register_schemas, to_config, to_train_config

@@ -1,9 +1,8 @@
 """Define the settings of each program, what does not go together among them, and the `config.yaml` of a run folder.
 
-`config.yaml` holds the resolved values below a defaults list that names the schema of each group; an advanced setting that
-has its default is left out. The list tells the reader which class each group had (`sft_type: schema_lora`), and makes the
-file a primary config for Hydra: `python train.py --config-dir <run folder> --config-name config` runs it again, in a new
-folder.
+`config.yaml` holds the resolved values, without advanced settings at their defaults, below a defaults list of the schemas.
+The list tells the reader which class each group had, and makes the file a primary config for Hydra: `python train.py
+--config-dir <run folder> --config-name config` runs it again, in a new folder.
 """
 
 from __future__ import annotations

@@ -105,6 +105,12 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
 class Attempt:
     """One attempt of a job, wherever it runs."""
 
+    job: Job
+    slot: Slot
+    status_before: tuple[int, int]
+    """Last change of `status.json` at the start, which tells an earlier attempt's status from this one's."""
+    limit: str | None = None
+    """The reason for which it was stopped by us."""
     pid: int | None = None
     """Of the job's process, where it is one of this machine."""
     lost: str | None = None
@@ -278,19 +284,6 @@ class LaunchOptions(Settings, group="hydra.launcher", affects="nothing"):
         raise NotImplementedError
 
 
-@dataclass
-class _Running:
-    """A job on its slot."""
-
-    job: Job
-    slot: Slot
-    attempt: Attempt
-    status_before: tuple[int, int]
-    """Last change of `status.json` at the start, which tells an earlier attempt's status from this one's."""
-    limit: str | None = None
-    """The reason for which it was stopped by us."""
-
-
 class Pool:
     """Runs jobs, and shows them as they start and end."""
 
@@ -299,7 +292,7 @@ class Pool:
     ) -> None:
         self._free = deque(slots)
         self._options, self._executor, self._signals, self._display = options, executor, signals, display
-        self._running: list[_Running] = []
+        self._running: list[Attempt] = []
         self._insisted = False
         """A person has pressed Ctrl-C again and does not want to wait."""
 
@@ -341,7 +334,8 @@ class Pool:
             job.state, job.reason, job.ended = "failed", f"could not be started: {error}", utc_now()
         else:
             job.pid = attempt.pid
-            self._running.append(_Running(job, slot, attempt, before))
+            attempt.job, attempt.slot, attempt.status_before = job, slot, before
+            self._running.append(attempt)
         job.write()
         self._display.seen(job)
 
@@ -351,43 +345,43 @@ class Pool:
     def _stop_what_must_stop(self, because: str | None = None) -> None:
         minutes, requested = self._options.time_limit, self._signals.requested
         insisted, self._insisted = self._insisted, False
-        for entry in self._running:
-            if entry.attempt.stop_began is not None:
+        for attempt in self._running:
+            if attempt.stop_began is not None:
                 if insisted:
-                    entry.attempt.stop(0.0)
+                    attempt.stop(0.0)
                 continue
             if requested is not None:
-                entry.limit = f"stopped by {requested.name}"
-            elif minutes is not None and entry.attempt.seconds > 60 * minutes:
-                entry.limit = f"time limit of {minutes:g} minutes"
+                attempt.limit = f"stopped by {requested.name}"
+            elif minutes is not None and attempt.seconds > 60 * minutes:
+                attempt.limit = f"time limit of {minutes:g} minutes"
             else:
-                entry.limit = because
-            if entry.limit is not None:
-                entry.attempt.stop(self._options.grace)
+                attempt.limit = because
+            if attempt.limit is not None:
+                attempt.stop(self._options.grace)
 
     def _take_ended(self) -> list[tuple[Job, bool]]:
         """Take the jobs that have ended off their slots, and say of each whether another try may help."""
-        ended = [(entry, code) for entry in self._running if (code := entry.attempt.poll()) is not None]
-        for entry, code in ended:
-            self._running.remove(entry)
-            self._free.appendleft(entry.slot)
-            self._conclude(entry, code)
-        return [(entry.job, entry.limit is None and code != _CONFIG_REFUSED) for entry, code in ended]
+        ended = [(attempt, code) for attempt in self._running if (code := attempt.poll()) is not None]
+        for attempt, code in ended:
+            self._running.remove(attempt)
+            self._free.appendleft(attempt.slot)
+            self._conclude(attempt, code)
+        return [(attempt.job, attempt.limit is None and code != _CONFIG_REFUSED) for attempt, code in ended]
 
-    def _conclude(self, entry: _Running, code: int) -> None:
-        job = entry.job
+    def _conclude(self, attempt: Attempt, code: int) -> None:
+        job = attempt.job
         words, job.signal = describe_exit(code)
-        job.exit_code, job.ended, job.seconds = code, utc_now(), round(entry.attempt.seconds, 3)
+        job.exit_code, job.ended, job.seconds = code, utc_now(), round(attempt.seconds, 3)
         job.seconds_in_all = round(job.seconds_in_all + job.seconds, 3)
-        own = job.status if last_change(job.folder / "status.json") != entry.status_before else {}
+        own = job.status if last_change(job.folder / "status.json") != attempt.status_before else {}
         state = own.get("state", "finished" if code == 0 else None)
         if state in ("finished", "paused"):
             # Its results are whole then, even if it was asked to stop, or died, in the last moment.
             job.state, job.reason = state, None
-        elif entry.limit is not None:
-            job.state, job.reason = "failed" if entry.limit.startswith("time") else "stopped", entry.limit
-        elif entry.attempt.lost is not None:
-            job.state, job.reason = "failed", entry.attempt.lost
+        elif attempt.limit is not None:
+            job.state, job.reason = "failed" if attempt.limit.startswith("time") else "stopped", attempt.limit
+        elif attempt.lost is not None:
+            job.state, job.reason = "failed", attempt.lost
         else:
             # Of a killed job the last line of its log tells how far it was, not why it ended.
             error = str(own.get("error") or ("" if code < 0 else last_error(job.folder / LOG)))
