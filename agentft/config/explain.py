@@ -123,8 +123,10 @@ def explain(
         line = where + unknown_setting(key, root, schemas)
         typed = next((o.input_line for o in overrides if where and o.key_or_group == key.partition(".")[0]), None)
         return line + (f"; leave out {typed} or that file" if typed else "")
-    if key and (isinstance(origin, ValidationError) or "ValidationError" in text):
-        return where + wrong_value(key, text, overrides, known)
+    if key in known and (isinstance(origin, ValidationError) or "ValidationError" in text):
+        quoted = re.search(r"[Vv]alue '([^']*)'", text)
+        value = origin.value if isinstance(origin, ValidationError) else quoted and quoted[1]
+        return where + wrong_value(key, value, known)
     if isinstance(origin, AssertionError):  # OmegaConf, for model.shape.hidden=8 while model.shape is null
         nested = [o.key_or_group for o in overrides if o.key_or_group.count(".") > 1]
         return f"{', '.join(nested)}: what it belongs to is null; give the whole, <setting>={{<name>:<value>}}"
@@ -138,17 +140,12 @@ def unknown_option(group: str, option: str, found: Sequence[str]) -> str:
     return f"{group}={option}: no such option{hint} ({group} has: {', '.join(found)})"
 
 
-def wrong_value(key: str, text: str, overrides: Sequence[Override], known: Mapping[str, Setting]) -> str:
-    """Return `sft_type.rank=abc: expected a whole number`."""
-    given = next((o for o in overrides if o.key_or_group == key and not o.is_sweep_override()), None)
-    quoted = re.search(r"[Vv]alue '([^']*)'", text)
-    value = given.get_value_element_as_str() if given is not None else quoted[1] if quoted else None
-    shown = key if value is None else f"{key}={value}"
-    if key not in known:
-        return f"{shown}: {first_line(Exception(text))}"
-    near = nearest(value or "", members(known[key].hint))
+def wrong_value(key: str, value: Any, known: Mapping[str, Setting]) -> str:
+    """Return `sft_type.rank=abc: expected a whole number from 1 to 16,384`."""
+    shown = "null" if value is None else str(value)
+    near = nearest(shown, members(known[key].hint))
     hint = f"; did you mean {key}={near}?" if near else ""
-    return f"{shown}: expected {accepted(known[key].hint, known[key].number)}{hint}"
+    return f"{key}={shown}: expected {accepted(known[key].hint, known[key].number)}{hint}"
 
 
 def unknown_setting(key: str, root: type, schemas: Mapping[str, str]) -> str:
