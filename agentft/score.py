@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,11 @@ from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import (
     LEGACY_NAMES,
     METRICS_BY_NAME,
-    PAPER_NAMES,
-    EvaluationReport,
-    Metric,
     aggregate,
     score_records,
 )
 from agentft.evaluation.parse import parse_reply, with_msagent_calls, without_end
-from agentft.evaluation.steps import OfferedTool, StepRecord, read_offered_tool
+from agentft.evaluation.steps import StepRecord, by_name, read_offered_tool
 from agentft.progress import outlive_console
 
 _NEEDED: dict[str, tuple[type, str]] = {
@@ -56,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlive_console()
     options = _parse_options(arguments)
     try:
-        scores = score_records(read_records(options.file), stop_texts=options.stop)
+        scores = score_records(read_records(options.file))
         report = aggregate(
             scores,
             bootstrap_samples=options.bootstrap_samples,
             seed=options.seed,
             allow_bad_references=options.allow_bad_references,
         )
-        as_json = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=2)
+        as_json = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=2)
         if options.output is not None:
             _write_file(options.output, as_json + "\n")
         if options.steps is not None:
@@ -154,39 +151,40 @@ def _read_prediction(record: StepRecord, expected: Said | None, family: Response
     return template.read(text, types=parameter_types((), calls))
 
 
-def format_report(report: EvaluationReport) -> str:
+def format_report(report: Mapping[str, Any]) -> str:
     """Return a report as a table to read in a terminal."""
-    lines = [report.signature, "", f"{'metric':<24}{'value':>8}   {'95 % interval':<18}{'count':>16}"]
+    found = report["metrics"]
+    lines = [report["signature"], "", f"{'metric':<24}{'value':>8}   {'95 % interval':<18}{'count':>16}"]
     for name, definition in METRICS_BY_NAME.items():
-        if name in report.metrics and name not in LEGACY_NAMES:
-            lines.append(_metric_line(name, report.metrics[name]) + f"   {definition.meaning}")
-    paper = "   ".join(f"{name} {_percent(report.metrics[name].value)}" for name in PAPER_NAMES)
+        if name in found and name not in LEGACY_NAMES:
+            lines.append(_metric_line(name, found[name]) + f"   {definition.meaning}")
+    paper = "   ".join(f"{name} {_percent(value)}" for name, value in report["paper"].items())
     lines += ["", f"names of arXiv 2309.00986, in percent: {paper}"]
     lines += ["", "the old script, bugs and all:"]
-    for name, old in report.legacy.items():
-        lines.append(_metric_line(name, report.metrics[name]) + (f"   raised {old.raised}" if old.raised else ""))
+    for name, old in report["legacy"].items():
+        lines.append(_metric_line(name, found[name]) + (f"   raised {old['raised']}" if old["raised"] else ""))
     lines += ["", "reference -> prediction   call   no call"]
-    for row, cells in report.plan_table.items():
+    for row, cells in report["plan_table"].items():
         lines.append(f"{row:<24}{cells['call']:>6}{cells['no_call']:>10}")
-    for kind, groups in report.breakdowns.items():
+    for kind, groups in report["breakdowns"].items():
         for group, metrics in groups.items():
-            shown = "   ".join(f"{name} {_percent(metrics[name].value)}" for name in ("tool_acc", "arg_f1", "rouge_l"))
-            lines.append(f"{kind} {group}: {shown}   {metrics['plan_acc'].conversations} conversations")
-    lines += ["", "tools taken for others (reference -> prediction):"] if report.confusion else []
-    for expected, predicted, calls in report.confusion[:10]:
-        lines.append(f"{calls:>6}  {expected or '-'} -> {predicted or '-'}")
-    lines += ["", *(f"{name}: {count}" for name, count in report.counts.items())]
-    lines += [f"left out: {name!r} step {step}: {reason}" for name, step, reason in report.quarantined]
-    if any(metric.indicative for metric in report.metrics.values()):
+            shown = "   ".join(f"{n} {_percent(metrics[n]['value'])}" for n in ("tool_acc", "arg_f1", "rouge_l"))
+            lines.append(f"{kind} {group}: {shown}   {metrics['plan_acc']['conversations']} conversations")
+    lines += ["", "tools taken for others (reference -> prediction):"] if report["confusion"] else []
+    for pair in report["confusion"][:10]:
+        lines.append(f"{pair['calls']:>6}  {pair['reference'] or '-'} -> {pair['predicted'] or '-'}")
+    lines += ["", *(f"{name}: {count}" for name, count in report["counts"].items())]
+    lines += [f"left out: {e['conversation_id']!r} step {e['step']}: {e['reason']}" for e in report["quarantined"]]
+    if any(metric["indicative"] for metric in found.values()):
         lines += ["", "~ fewer than 100 conversations: the interval is indicative"]
     return "\n".join(lines)
 
 
-def _metric_line(name: str, metric: Metric) -> str:
-    interval = f"{metric.low:.4f} to {metric.high:.4f}" if metric.low is not None and metric.high is not None else "-"
-    value = "null" if metric.value is None else f"{metric.value:.4f}"
-    mark = "~" if metric.indicative and metric.value is not None else " "
-    count = f"{metric.numerator:g} / {metric.denominator:g}"
+def _metric_line(name: str, metric: Mapping[str, Any]) -> str:
+    interval = "-" if metric["low"] is None else f"{metric['low']:.4f} to {metric['high']:.4f}"
+    value = "null" if metric["value"] is None else f"{metric['value']:.4f}"
+    mark = "~" if metric["indicative"] and metric["value"] is not None else " "
+    count = f"{metric['numerator']:g} / {metric['denominator']:g}"
     return f"{name:<24}{value:>8} {mark} {interval:<18}{count:>16}"
 
 
@@ -214,10 +212,10 @@ def _read_record(line: bytes) -> StepRecord:
     offered = value.get("offered")
     if offered is not None and not isinstance(offered, list):
         raise EvaluationError(f"field 'offered' is {_shown(offered)}; expected a list of tool names or objects")
-    return StepRecord(**fields, offered=None if offered is None else tuple(map(_read_tool, offered)))
+    return StepRecord(**fields, offered=None if offered is None else by_name(map(_read_tool, offered)))
 
 
-def _read_tool(item: object) -> OfferedTool:
+def _read_tool(item: object) -> tuple[str, tuple[str, ...] | None]:
     tool = read_offered_tool(item)
     if tool is None:
         raise EvaluationError(f"field 'offered' holds {_shown(item)}; expected a tool name or an object with 'name'")
@@ -267,7 +265,6 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--bootstrap-samples", "--draws", type=_positive, default=10_000, help="bootstrap draws (default: 10000)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a further end-of-sequence text")
     parser.add_argument(
         "--allow-bad-references", action="store_true", help="leave out and count steps whose reference cannot be read"
     )

@@ -35,7 +35,7 @@ def main() -> None:
     seconds, scores = _timed(lambda: score_records(records))
     print(f"scoring {len(records):,} steps: {1_000 * seconds / len(records):.3f} s per 1,000 steps")
     seconds, report = _timed(lambda: aggregate(scores, allow_bad_references=True))
-    conversations = report.counts["conversations"]
+    conversations = report["counts"]["conversations"]
     print(f"10,000 draws over {conversations:,} conversations, with breakdowns: {seconds:.2f} s")
 
 

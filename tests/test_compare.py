@@ -80,7 +80,7 @@ def make_run(
         )
         for i in range(conversations)
     ]
-    write(folder / "metrics" / "after.json", aggregate(scores, bootstrap_samples=200, seed=0).to_json())
+    write(folder / "metrics" / "after.json", aggregate(scores, bootstrap_samples=200, seed=0))
     write(folder / "summary.json", {"steps": 10, "tokens": 1000, "best_loss": loss, "peak_memory_bytes": 2**30})
     if predictions:
         write(folder / "predictions" / "after.jsonl", "\n".join(json.dumps({"scores": s.to_json()}) for s in scores))

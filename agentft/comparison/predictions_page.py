@@ -64,7 +64,7 @@ def _shown_step(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step as the template shows it."""
     errors = row["scores"]["errors"]
     offered = [tool for each in row.get("offered") or () if (tool := read_offered_tool(each)) is not None]
-    signatures = [t.name if t.parameters is None else f"{t.name}({', '.join(t.parameters)})" for t in offered]
+    signatures = [name if names is None else f"{name}({', '.join(names)})" for name, names in offered]
     user = row.get("user")
     return {
         "conversation_id": row["conversation_id"],

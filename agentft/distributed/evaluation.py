@@ -1,8 +1,8 @@
 """Spread evaluation and generation over ranks and gather the results: everything once, in the order asked.
 
 Rank 0 is the main process: it holds the files, the bars and the scores, and runs the same code as a job on one process. When
-it asks its generator for completions, the question goes to all ranks, each answers a share with the model it holds, and
-rank 0 gets all.
+it asks its generator for completions, all ranks get the steps, each completes a share with the model it holds, and rank 0
+gets all.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _GeneratorOfRanks:
         failure: Exception | None = None
 
         def heard(completion: Completion) -> None:
-            self._world.heartbeat("answering")
+            self._world.heartbeat("generating")
             if on_completion is not None:
                 on_completion(completion)
 
@@ -111,7 +111,7 @@ def _words(error: Exception) -> str:
 
 
 def shares_of(steps: Sequence[Step], ranks: int) -> list[list[int]]:
-    """Return which steps each rank answers: whole conversations, whose steps share one prefill, long ones spread first."""
+    """Return which steps each rank completes: whole conversations, whose steps share one prefill, long ones spread first."""
     by_conversation: dict[str, list[int]] = {}
     for order, step in enumerate(steps):
         by_conversation.setdefault(step.conversation.id, []).append(order)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentft.errors import EvaluationError
-from agentft.evaluation.matching import TOKENIZER_NAME, LegacyMetric, legacy_metrics
+from agentft.evaluation.matching import TOKENIZER_NAME, legacy_metrics
 from agentft.evaluation.steps import StepRecord, StepScore, complete_records, score_step
 
 Floats = NDArray[np.float64]
@@ -206,8 +206,9 @@ def _intervals(values_M: Floats, samples_DM: Floats, influence_GM: Floats, count
     clusters_M = counted_GM.sum(axis=0)
     cr0_M = np.sqrt((influence_GM**2).sum(axis=0))
     correction_M = ratio(clusters_M.astype(np.float64), np.maximum(clusters_M - 1, 0).astype(np.float64))
+    tail = 100 * (1 - 0.95) / 2
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a metric without a defined resample
-        low_M, high_M = np.nanpercentile(samples_DM, [2.5, 97.5], axis=0)
+        low_M, high_M = np.nanpercentile(samples_DM, [tail, 100 - tail], axis=0)
     return Intervals(values_M, low_M, high_M, cr0_M, cr0_M * np.sqrt(correction_M), clusters_M)
 
 
@@ -301,60 +302,12 @@ def interval_metrics(
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationReport:
-    """What one run scored in one evaluation."""
-
-    signature: str
-    """What was measured and how; values are comparable only under equal signatures."""
-    metrics: dict[str, Metric]
-    """By name; includes the paper's names `action_em` and `argument_f1` and the `legacy_*` values."""
-    counts: dict[str, int]
-    breakdowns: dict[str, dict[str, dict[str, Metric]]]
-    """Kind (language, rounds, seen_tool) -> group -> metrics; a kind is absent where no step tells it."""
-    plan_table: dict[str, dict[str, int]]
-    """Reference (call, no_call) -> prediction (call, no_call) -> steps."""
-    confusion: tuple[tuple[str | None, str | None, int], ...]
-    """(reference tool, predicted tool, calls), most frequent first; None: no call on that side."""
-    errors: dict[str, int]
-    """Error kind -> steps that show it."""
-    legacy: dict[str, LegacyMetric]
-    quarantined: tuple[tuple[str, int, str], ...]
-    """(conversation id, step, reason) of references that cannot be read."""
-    bootstrap_samples: int
-    seed: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object; never holds NaN."""
-        return {
-            "signature": self.signature,
-            "metrics": _metrics_to_json(self.metrics),
-            "counts": self.counts,
-            "paper": {name: self.metrics[name].value for name in PAPER_NAMES},
-            "legacy": {name: dataclasses.asdict(old) for name, old in self.legacy.items()},
-            "plan_table": self.plan_table,
-            "confusion": [
-                {"reference": expected, "predicted": predicted, "calls": calls}
-                for expected, predicted, calls in self.confusion
-            ],
-            "errors": self.errors,
-            "breakdowns": {
-                kind: {group: _metrics_to_json(metrics) for group, metrics in groups.items()}
-                for kind, groups in self.breakdowns.items()
-            },
-            "quarantined": [
-                {"conversation_id": name, "step": step, "reason": reason} for name, step, reason in self.quarantined
-            ],
-            "bootstrap": bootstrap_facts(self.bootstrap_samples, self.seed),
-        }
-
-
 def bootstrap_facts(bootstrap_samples: int, seed: int) -> dict[str, Any]:
     """Return what a report says about its intervals."""
     return {"draws": bootstrap_samples, "seed": seed, "unit": "conversation", "interval": "percentile 95 %"}
 
 
-def score_records(records: Iterable[StepRecord], *, stop_texts: Sequence[str] = ()) -> list[StepScore]:
+def score_records(records: Iterable[StepRecord]) -> list[StepScore]:
     """Complete records by their conversations and score each, in order.
 
     Raises:
@@ -362,7 +315,7 @@ def score_records(records: Iterable[StepRecord], *, stop_texts: Sequence[str] = 
     """
     steps = list(records)
     _refuse_duplicates((record.conversation_id, record.step) for record in steps)
-    return [score_step(record, stop_texts=stop_texts) for record in complete_records(steps)]
+    return list(map(score_step, complete_records(steps)))
 
 
 def aggregate(
@@ -371,10 +324,19 @@ def aggregate(
     bootstrap_samples: int = 10_000,
     seed: int = 0,
     allow_bad_references: bool = False,
-) -> EvaluationReport:
-    """Add up scored steps of whole conversations; the result does not depend on their order.
+) -> dict[str, Any]:
+    """Add up scored steps of whole conversations to a report, a JSON object without NaN; their order does not matter.
 
-    `allow_bad_references` leaves steps with an unreadable reference out, listed and counted, instead of refusing.
+    | key | holds |
+    |---|---|
+    | `signature` | what was measured and how; values are comparable only under equal signatures |
+    | `metrics` | `Metric.to_json` by name, with the paper's names `action_em` and `argument_f1` and the `legacy_*` values |
+    | `paper`, `legacy` | values under the paper's names; those of the old script, with what it raised |
+    | `plan_table` | reference (call, no_call) -> prediction (call, no_call) -> steps |
+    | `confusion` | reference and predicted tool, most frequent first; None: no call on that side |
+    | `errors` | kind of error -> steps that show it |
+    | `breakdowns` | language, rounds, seen_tool -> group -> metrics; a kind is absent where no step tells it |
+    | `quarantined` | references that cannot be read, left out with `allow_bad_references` instead of refused |
 
     Raises:
         EvaluationError: no step, a step twice, or an unreadable reference.
@@ -383,28 +345,30 @@ def aggregate(
         raise EvaluationError("no step to score: the set of predictions is empty")
     _refuse_duplicates(score.key for score in scores)
     ordered = sorted(scores, key=lambda score: score.key)
-    quarantined = tuple((*score.key, score.reference_failure) for score in ordered if score.reference_failure)
+    quarantined = [(*score.key, score.reference_failure) for score in ordered if score.reference_failure]
     if quarantined and not allow_bad_references:
         raise EvaluationError(_bad_reference_message(quarantined))
     usable = [score for score in ordered if score.reference_failure is None]
     legacy = legacy_metrics([score.legacy for score in ordered])
     metrics = _all_metrics(ordered, bootstrap_samples, seed)
-    for name in LEGACY_NAMES:
-        if legacy[name].value is None:
-            metrics[name] = Metric(None, legacy[name].numerator, legacy[name].denominator, None, None, None)
-    return EvaluationReport(
-        signature=signature(len({score.whole_id for score in ordered})),
-        metrics=metrics,
-        counts=_counts(ordered, usable),
-        breakdowns=_breakdowns(usable, bootstrap_samples, seed),
-        plan_table=_plan_table(usable),
-        confusion=_confusion(usable),
-        errors=dict(sorted(Counter(kind for score in usable for kind in score.errors).items())),
-        legacy=legacy,
-        quarantined=quarantined,
-        bootstrap_samples=bootstrap_samples,
-        seed=seed,
-    )
+    for name, old in legacy.items():
+        if old.value is None:
+            metrics[name] = Metric(None, old.numerator, old.denominator, None, None, None).to_json()
+    return {
+        "signature": signature(len({score.whole_id for score in ordered})),
+        "metrics": metrics,
+        "counts": _counts(ordered, usable),
+        "paper": {name: metrics[name]["value"] for name in PAPER_NAMES},
+        "legacy": {name: dataclasses.asdict(old) for name, old in legacy.items()},
+        "plan_table": _plan_table(usable),
+        "confusion": _confusion(usable),
+        "errors": dict(sorted(Counter(kind for score in usable for kind in score.errors).items())),
+        "breakdowns": _breakdowns(usable, bootstrap_samples, seed),
+        "quarantined": [
+            {"conversation_id": name, "step": step, "reason": reason} for name, step, reason in quarantined
+        ],
+        "bootstrap": bootstrap_facts(bootstrap_samples, seed),
+    }
 
 
 def signature(conversations: int, *, mode: str = "tf") -> str:
@@ -414,7 +378,7 @@ def signature(conversations: int, *, mode: str = "tf") -> str:
 
 def _all_metrics(
     scores: Sequence[StepScore], bootstrap_samples: int, seed: int, *, plain_only: bool = False
-) -> dict[str, Metric]:
+) -> dict[str, dict[str, Any]]:
     thinks = any(score.thoughts for score in scores)
     definitions = [
         definition
@@ -423,19 +387,18 @@ def _all_metrics(
     ]
     _, numerators_GM, denominators_GM = conversation_sums(scores, definitions)
     names = [definition.name for definition in definitions]
-    metrics = interval_metrics(names, numerators_GM, denominators_GM, bootstrap_samples=bootstrap_samples, seed=seed)
+    found = interval_metrics(names, numerators_GM, denominators_GM, bootstrap_samples=bootstrap_samples, seed=seed)
+    metrics = {name: metric.to_json() for name, metric in found.items()}
     return metrics | {alias: metrics[name] for alias, name in PAPER_NAMES.items()}
 
 
-def _breakdowns(
-    scores: Sequence[StepScore], bootstrap_samples: int, seed: int
-) -> dict[str, dict[str, dict[str, Metric]]]:
+def _breakdowns(scores: Sequence[StepScore], bootstrap_samples: int, seed: int) -> dict[str, dict[str, Any]]:
     kinds: dict[str, Callable[[StepScore], str | None]] = {
         "language": lambda score: score.language,
         "rounds": lambda score: None if score.rounds is None else str(score.rounds) if score.rounds <= 3 else "4+",
         "seen_tool": lambda score: None if score.seen_tool is None else ("seen" if score.seen_tool else "unseen"),
     }
-    breakdowns: dict[str, dict[str, dict[str, Metric]]] = {}
+    breakdowns: dict[str, dict[str, Any]] = {}
     for kind, group_of in kinds.items():
         groups: dict[str, list[StepScore]] = {}
         for score in scores:
@@ -481,10 +444,10 @@ def _plan_table(scores: Sequence[StepScore]) -> dict[str, dict[str, int]]:
     return {row: {column: cells[names[row], names[column]] for column in names} for row in names}
 
 
-def _confusion(scores: Sequence[StepScore]) -> tuple[tuple[str | None, str | None, int], ...]:
+def _confusion(scores: Sequence[StepScore]) -> list[dict[str, Any]]:
     found = Counter(pair for score in scores for pair in score.confusions)
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0][0] or "", item[0][1] or ""))
-    return tuple((expected, predicted, calls) for (expected, predicted), calls in ordered)
+    return [{"reference": expected, "predicted": predicted, "calls": calls} for (expected, predicted), calls in ordered]
 
 
 def _refuse_duplicates(keys: Iterable[tuple[str, int]]) -> None:
@@ -502,10 +465,6 @@ def _bad_reference_message(quarantined: Sequence[tuple[str, int, str]]) -> str:
         f"{len(quarantined)} reference call(s) cannot be read: {listed}{more}. "
         "Mend the data, or allow bad references to leave these steps out"
     )
-
-
-def _metrics_to_json(metrics: dict[str, Metric]) -> dict[str, Any]:
-    return {name: metric.to_json() for name, metric in metrics.items()}
 
 
 def _tidy(number: float) -> float | int:

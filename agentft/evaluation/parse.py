@@ -28,24 +28,20 @@ _ROLE_HEADER = re.compile(
 )
 
 
-def parse_reply(text: str, *, stop_texts: Sequence[str] = ()) -> Said:
+def parse_reply(text: str) -> Said:
     """Read one assistant step of MSAgent text: strip the role header, cut what is not the agent's, tell calls from text.
 
-    Args:
-        text: Raw text of the step, of the model or of the data.
-        stop_texts: Texts that end an answer of this model wherever they stand. Those of `END_OF_SEQUENCE_TEXTS` are
-            text, unless they stand at the end or before the header of another turn.
-
-    Never raises: whatever a model writes is data.
+    A text of `END_OF_SEQUENCE_TEXTS` stays, unless it stands at the end or before the header of another turn. Never raises:
+    whatever a model writes is data.
     """
-    return Said(tuple(_pieces(_ROLE_HEADER.sub("", text, count=1), tuple(stop_texts))))
+    return Said(tuple(_pieces(_ROLE_HEADER.sub("", text, count=1))))
 
 
 def own_words(text: str) -> str:
     """Return an MSAgent text up to where the model speaks for a tool, the user or the system."""
     kept = without_end(text)
-    for span in _structure(("<|system|>",)).finditer(kept):
-        if (at := _cut_at(span, ("<|system|>",))) is not None:
+    for span in _structure("<|system|>").finditer(kept):
+        if (at := _cut_at(span, "<|system|>")) is not None:
             return kept[:at].strip()
     return kept.strip()
 
@@ -79,13 +75,13 @@ def msagent_text(said: Said) -> str:
     return "".join(pieces).strip()
 
 
-def _pieces(text: str, stop_texts: tuple[str, ...]) -> Iterator[str | Call]:
+def _pieces(text: str) -> Iterator[str | Call]:
     """Yield texts and calls up to where the agent's own words end."""
-    text = without_end(text, (*END_OF_SEQUENCE_TEXTS, *stop_texts))
+    text = without_end(text)
     end = 0
-    for span in _structure(stop_texts).finditer(text):
+    for span in _structure().finditer(text):
         yield text[end : span.start()]
-        cut = _cut_at(span, stop_texts)
+        cut = _cut_at(span)
         if span["body"] is not None:
             body = span["body"] if cut is None else text[span.start("body") : cut]
             yield _read_attempt(body, closed=cut is None and span["closed"] is not None)
@@ -95,12 +91,12 @@ def _pieces(text: str, stop_texts: tuple[str, ...]) -> Iterator[str | Call]:
     yield text[end:]
 
 
-def _cut_at(span: re.Match[str], stop_texts: tuple[str, ...]) -> int | None:
+def _cut_at(span: re.Match[str], *tags: str) -> int | None:
     """Return where a span of a text ends the agent's own words; None where it is a call that ends none."""
     body = span["body"]
     if body is None:
         return span.start()
-    cut = _cutting(stop_texts).search(body)
+    cut = _cutting(*tags).search(body)
     # In a call that can be read, such a mark can stand in a string only, where it is letters.
     if cut is None or (span["closed"] is not None and not isinstance(read_call_body(body), CallFailure)):
         return None
@@ -115,18 +111,18 @@ _MARKS = re.compile(
 
 
 @cache
-def _cutting(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
-    """Return what finds the end of the agent's own words: another's mark, its own stop, an end of sequence before a turn."""
-    marks = "|".join(re.escape(mark) for mark in (EXEC_OPEN, *USER_TAGS, *stop_texts) if mark)
+def _cutting(*tags: str) -> re.Pattern[str]:
+    """Return what finds the end of the agent's own words: a mark of another, of `tags` too, or an end before a turn."""
+    marks = "|".join(map(re.escape, (EXEC_OPEN, *USER_TAGS, *tags)))
     ends = "|".join(map(re.escape, END_OF_SEQUENCE_TEXTS))
     return re.compile(rf"{marks}|(?:{ends})\s*(?={_HEADERS})")
 
 
 @cache
-def _structure(stop_texts: tuple[str, ...]) -> re.Pattern[str]:
+def _structure(*tags: str) -> re.Pattern[str]:
     # Non-greedy: a second, invented call must not swallow a correct first one.
     span = rf"{re.escape(THINK_OPEN)}(?P<body>.*?)(?:(?P<closed>{re.escape(THINK_CLOSE)})|\Z)"
-    return re.compile(f"{span}|{_cutting(stop_texts).pattern}", re.DOTALL)
+    return re.compile(f"{span}|{_cutting(*tags).pattern}", re.DOTALL)
 
 
 def _unreadable(body: str) -> str:

@@ -36,36 +36,36 @@ class Episode:
     conversation: Conversation
     steps: list[Step]
     """The steps to be asked, as teacher forcing asks them."""
-    words: list[str] = field(default_factory=list)
-    """What stays in the history: the completions in MSAgent form, up to where the model speaks for others."""
-    thoughts: list[str] = field(default_factory=list)
-    """The reasoning of each, empty where there was none."""
-    completions: list[Completion] = field(default_factory=list)
-    """Of the steps that were reached, the one that left the record included."""
-    records: list[StepRecord] = field(default_factory=list)
-    scores: list[StepScore] = field(default_factory=list)
+    asked: list[tuple[Completion, StepRecord, StepScore]] = field(default_factory=list)
+    """The steps that were reached, the one that left the record included."""
     diverged: str | None = None
     """Why the record cannot continue: the kinds of error of the last step, `nothing_said`, or `no_such_layout`."""
 
     @property
     def is_open(self) -> bool:
         """Return whether there is a step left to ask."""
-        return self.diverged is None and len(self.completions) < len(self.steps)
+        return self.diverged is None and len(self.asked) < len(self.steps)
 
     @property
     def steps_until_divergence(self) -> int:
         """Steps completed before the first divergence; all of them where there is none."""
-        return len(self.completions) - (self.diverged is not None)
+        return len(self.asked) - (self.diverged is not None)
+
+    @property
+    def words(self) -> list[str]:
+        """What stays in the history: the completions in MSAgent form, up to where the model speaks for others."""
+        return [own_words(record.prediction) for _, record, _ in self.asked]
+
+    @property
+    def thoughts(self) -> list[str]:
+        """The reasoning of each, empty where there was none."""
+        return [record.prediction_reply.reasoning if record.prediction_reply else "" for _, record, _ in self.asked]
 
     def take(self, completion: Completion, seen_tools: frozenset[str] | None) -> None:
         """Add the next step, or find that the record cannot continue."""
         record = completion.step.record(completion.text, seen_tools)
         score = score_step(record)
-        self.completions.append(completion)
-        self.records.append(record)
-        self.words.append(own_words(record.prediction))
-        self.thoughts.append(record.prediction_reply.reasoning if record.prediction_reply is not None else "")
-        self.scores.append(score)
+        self.asked.append((completion, record, score))
         if not score.is_exact:
             self.diverged = " ".join(score.errors) or "reference_unreadable"
         elif not self.words[-1]:
@@ -135,7 +135,7 @@ def replay_report(
             "conversations": len(episodes),
             "conversations_without_readable_calls": conversations - len(episodes),
             "steps": sum(len(episode.steps) for episode in episodes),
-            "steps_asked": sum(len(episode.completions) for episode in episodes),
+            "steps_asked": sum(len(episode.asked) for episode in episodes),
             "diverged": len(diverged),
         },
         "diverged_at_step": dict(sorted(Counter(str(e.steps_until_divergence) for e in diverged).items())),

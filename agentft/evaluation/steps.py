@@ -128,6 +128,12 @@ class Step:
         return [each.source_text.strip() or each.text for each in reversed(results)]
 
     @property
+    def offered(self) -> list[tuple[str, list[str] | None]]:
+        """Return each offered tool with the sorted names of its parameters, None where they are not known."""
+        tools = self.conversation.offered
+        return [(t.name, None if t.parameter_names is None else sorted(t.parameter_names)) for t in tools]
+
+    @property
     def context_hash(self) -> str:
         """Digest of the ids of the prompt."""
         return hashlib.sha256(self.input_ids[: self.start].tobytes()).hexdigest()[:16]
@@ -161,7 +167,7 @@ class Step:
             step=self.index,
             reference=reference,
             prediction=prediction,
-            offered=_offered(conversation),
+            offered=by_name(self.offered) or None,
             language=conversation.language,
             rounds=conversation.rounds,
             seen_tool=called <= seen_tools if seen_tools is not None and called else None,
@@ -206,26 +212,12 @@ def _said(message: Message) -> Said:
     return Said(pieces, reasoning, True if reasoning else None)
 
 
-def _offered(conversation: Conversation) -> tuple[OfferedTool, ...] | None:
-    if not conversation.offered:
-        return None
-    return tuple(
-        OfferedTool(tool.name, None if tool.parameter_names is None else tuple(sorted(tool.parameter_names)))
-        for tool in conversation.offered
-    )
-
-
 MALFORMED = "<malformed>"
 """Stands in the confusion list for a call without a readable name."""
 
 
-@dataclass(frozen=True, slots=True)
-class OfferedTool:
-    """A tool the conversation offers, as far as scoring needs it."""
-
-    name: str
-    parameters: tuple[str, ...] | None = None
-    """Names of its parameters; None: the schema is not known."""
+Offered = dict[str, tuple[str, ...] | None]
+"""Tool that a conversation offers -> names of its parameters; None: they are not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +233,7 @@ class StepRecord:
     """Raw assistant text of the data."""
     prediction: str
     """Raw text of the model."""
-    offered: tuple[OfferedTool, ...] | None = None
+    offered: Offered | None = None
     """Tools the conversation offers; None: not known, and the step stays out of the two `hallucinated_*` rates."""
     language: str | None = None
     """None: told from the script of the conversation's references, see `detect_language`."""
@@ -353,13 +345,10 @@ class StepScore:
         return cls(**fields)
 
 
-def score_step(record: StepRecord, *, stop_texts: Sequence[str] = ()) -> StepScore:
-    """Score one step of `complete_records`. Never raises on what reference or prediction contain.
-
-    `stop_texts` are end-of-sequence texts of the model beside the common ones.
-    """
-    reference = record.reference_reply or parse_reply(record.reference, stop_texts=stop_texts)
-    prediction = record.prediction_reply or parse_reply(record.prediction, stop_texts=stop_texts)
+def score_step(record: StepRecord) -> StepScore:
+    """Score one step of `complete_records`. Never raises on what reference or prediction contain."""
+    reference = record.reference_reply or parse_reply(record.reference)
+    prediction = record.prediction_reply or parse_reply(record.prediction)
     failure = next(iter(reference.failures), None)
     common: dict[str, Any] = {
         "conversation_id": record.conversation_id,
@@ -399,46 +388,43 @@ def _complete_conversation(steps: dict[int, StepRecord]) -> dict[int, StepRecord
     # Before the first step, nothing called.
     calls = {-1: False} | {number: bool(reply.attempts) for number, reply in replies.items()}
     known = [record.offered for record in steps.values() if record.offered is not None]
-    union = _by_name(tool for offered in known for tool in offered)
+    union = by_name(tool for offered in known for tool in offered.items())
     language = detect_language("".join(record.reference for _, record in sorted(steps.items())))
     completed = {}
     for number, record in steps.items():
-        own = {name: tool for name, tool in _by_name(record.offered or ()).items() if tool.parameters is not None}
+        own: Offered = {name: names for name, names in (record.offered or {}).items() if names is not None}
         completed[number] = replace(
             record,
-            offered=tuple((union | own).values()) if known else None,
+            offered=union | own if known else None,
             language=record.language or language,
             after_call=calls.get(number - 1) if record.after_call is None else record.after_call,
         )
     return completed
 
 
-def _by_name(tools: Iterable[OfferedTool]) -> dict[str, OfferedTool]:
-    """Tools by name; one that is declared several times takes the parameters of all declarations that give them."""
-    found: dict[str, OfferedTool] = {}
-    for tool in tools:
-        earlier = found.get(tool.name)
-        if earlier is None or earlier.parameters is None:
-            found[tool.name] = tool
-        elif tool.parameters is not None:
-            both = tuple(dict.fromkeys((*earlier.parameters, *tool.parameters)))
-            found[tool.name] = OfferedTool(tool.name, both)
+def by_name(tools: Iterable[tuple[str, Sequence[str] | None]]) -> Offered:
+    """Return tools by name; one that is declared several times has the parameters of all declarations that give them."""
+    found: Offered = {}
+    for name, parameters in tools:
+        earlier = found.setdefault(name, None)
+        if parameters is not None:
+            found[name] = tuple(dict.fromkeys((*(earlier or ()), *parameters)))
     return found
 
 
-def read_offered_tool(value: Any) -> OfferedTool | None:
-    """Read a tool name, or an object with `name` and `parameters`; None if it is neither.
+def read_offered_tool(value: Any) -> tuple[str, tuple[str, ...] | None] | None:
+    """Read a tool name, or an object with `name` and `parameters`, as `Offered` has them; None if it is neither.
 
     `parameters` may be MSAgent-Bench's list of `{"name": ...}`, a JSON schema with `properties`, or a mapping from
     parameter name to anything. OpenAI's wrapper `function` is looked into.
     """
     if isinstance(value, str):
-        return OfferedTool(value)
+        return value, None
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    return OfferedTool(value["name"], _parameter_names(value.get("parameters")))
+    return value["name"], _parameter_names(value.get("parameters"))
 
 
 def _parameter_names(parameters: Any) -> tuple[str, ...] | None:
@@ -461,7 +447,7 @@ def _call_counts(record: StepRecord, reference: Said, prediction: Said) -> dict[
         for pair in pairs
         if "url" in expected[pair.reference].extras
     ]
-    schemas = {tool.name: tool.parameters for tool in record.offered or ()}
+    schemas = record.offered or {}
     allowed = schemas.keys() | {call.name for call in expected}
     keys = [
         (key, schema) for call in predicted if (schema := schemas.get(call.name)) is not None for key in call.arguments

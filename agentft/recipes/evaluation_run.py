@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import json
@@ -34,7 +33,7 @@ from agentft.evaluation.generate import (
 )
 from agentft.evaluation.likelihood import Likelihood, measure_likelihood
 from agentft.evaluation.metrics import METRICS, PAPER_NAMES, aggregate, conversation_sums, score_records
-from agentft.evaluation.replay import Episode, replay, replay_report
+from agentft.evaluation.replay import replay, replay_report
 from agentft.evaluation.steps import Step, StepRecord, StepScore, all_steps
 from agentft.model.load import ChatTokenizer
 from agentft.progress import console, progress_bar
@@ -256,11 +255,10 @@ class Evaluation:
             *(self.name, sum(each.tokens for each in completions), finishes["stop"], finishes["length"]),
             *(config.max_new_tokens, finishes["text_stop"]),
         )
-        if report.quarantined:
-            log.warning(
-                "%d references cannot be read and are left out: %s", len(report.quarantined), report.quarantined[:5]
-            )
-        return EvalResult(self.name, report.to_json(), completions, _rows(completions, records, scores))
+        if left_out := report["quarantined"]:
+            log.warning("%d references cannot be read and are left out: %s", len(left_out), left_out[:5])
+        scored = zip(completions, records, scores, strict=True)
+        return EvalResult(self.name, report, completions, [_row(*each) for each in scored])
 
     def _replayed(self, generator: Generator, steps: Sequence[Step]) -> EvalResult:
         config, chat = self.config, self.chat
@@ -274,8 +272,12 @@ class Evaluation:
             *(_shown(metrics["conv_replay_success"]), _shown(metrics["steps_until_divergence"])),
             counts["steps"] / max(counts["conversations"], 1),
         )
-        completions = [each for episode in episodes for each in episode.completions]
-        rows = [row for episode in episodes for row in _rows_of_episode(episode)]
+        completions = [completion for episode in episodes for completion, *_ in episode.asked]
+        rows = []
+        for episode in episodes:
+            rows += [_row(*each) | {"mode": "replay", "diverged": None} for each in episode.asked]
+            if episode.asked:
+                rows[-1]["diverged"] = episode.diverged
         return EvalResult(self.name, report, completions, rows)
 
     def _finished(self, identity: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float]:
@@ -294,45 +296,30 @@ class Evaluation:
         return self.run.predictions(f"{self.name}.partial{rank}")
 
 
-def _rows(
-    completions: Sequence[Completion], records: Sequence[StepRecord], scores: Sequence[StepScore]
-) -> list[dict[str, Any]]:
-    """Return one plain object a step: ids, what was asked, reference, prediction, scores.
+def _row(completion: Completion, record: StepRecord, score: StepScore) -> dict[str, Any]:
+    """Return a step as a plain object: ids, what was asked, reference, prediction, scores.
 
     Reference and prediction are in MSAgent form; `raw` is there where the model wrote its calls in another.
     """
-    rows = []
-    for completion, record, score in zip(completions, records, scores, strict=True):
-        step = completion.step
-        rows.append(
-            {
-                "conversation_id": record.conversation_id,
-                **({} if record.piece_of is None else {"piece_of": record.piece_of}),
-                "step": record.step,
-                "context_hash": step.context_hash,
-                "user": step.user,
-                "observations": step.observations,
-                "reference": record.reference,
-                "prediction": record.prediction,
-                **({} if completion.text == record.prediction else {"raw": completion.text}),
-                "offered": None if record.offered is None else [dataclasses.asdict(tool) for tool in record.offered],
-                "language": record.language,
-                "rounds": record.rounds,
-                "seen_tool": record.seen_tool,
-                "finish": completion.finish,
-                "tokens": completion.tokens,
-                "scores": score.to_json(),
-            }
-        )
-    return rows
-
-
-def _rows_of_episode(episode: Episode) -> list[dict[str, Any]]:
-    rows = _rows(episode.completions, episode.records, episode.scores)
-    rows = [row | {"mode": "replay", "diverged": None} for row in rows]
-    if rows:
-        rows[-1]["diverged"] = episode.diverged
-    return rows
+    step = completion.step
+    return {
+        "conversation_id": record.conversation_id,
+        **({} if record.piece_of is None else {"piece_of": record.piece_of}),
+        "step": record.step,
+        "context_hash": step.context_hash,
+        "user": step.user,
+        "observations": step.observations,
+        "reference": record.reference,
+        "prediction": record.prediction,
+        **({} if completion.text == record.prediction else {"raw": completion.text}),
+        "offered": [{"name": name, "parameters": parameters} for name, parameters in step.offered] or None,
+        "language": record.language,
+        "rounds": record.rounds,
+        "seen_tool": record.seen_tool,
+        "finish": completion.finish,
+        "tokens": completion.tokens,
+        "scores": score.to_json(),
+    }
 
 
 def _digest(text: str) -> str:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from agentft.data.calls import ToolCall
 from agentft.errors import EvaluationError
 from agentft.evaluation.matching import align_calls, compare_calls, lenient_parameters, strictly_equal
-from agentft.evaluation.metrics import EvaluationReport, aggregate, score_records
-from agentft.evaluation.steps import OfferedTool, StepRecord, StepScore, read_offered_tool, score_step
+from agentft.evaluation.metrics import aggregate, score_records
+from agentft.evaluation.steps import StepRecord, StepScore, read_offered_tool, score_step
 
 
 def body(name: str, parameters: dict[str, Any] | None = None, **extras: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def leniently_equal(left: Any, right: Any) -> bool:
 MALFORMED = "<|startofthink|>```JSON\n{oops\n```<|endofthink|>"
 
 
-def report(*steps: tuple[str, str], **options: Any) -> EvaluationReport:
+def report(*steps: tuple[str, str], **options: Any) -> dict[str, Any]:
     """One conversation per step."""
     records = [
         StepRecord(conversation_id=f"c{number}", step=0, reference=reference, prediction=prediction, **options)
@@ -44,10 +44,10 @@ def report(*steps: tuple[str, str], **options: Any) -> EvaluationReport:
     return aggregate(score_records(records), bootstrap_samples=50)
 
 
-def fraction(found: EvaluationReport, name: str) -> tuple[float, float]:
-    metric = found.metrics[name]
-    assert metric.value == (metric.numerator / metric.denominator if metric.denominator else None)
-    return metric.numerator, metric.denominator
+def fraction(found: dict[str, Any], name: str) -> tuple[float, float]:
+    metric = found["metrics"][name]
+    assert metric["value"] == (metric["numerator"] / metric["denominator"] if metric["denominator"] else None)
+    return metric["numerator"], metric["denominator"]
 
 
 # One exam used for most rows: an exact call; a right tool with one wrong value; a wrong tool; a missed call; a
@@ -90,17 +90,17 @@ def test_worked_example(name: str, numerator: float, denominator: float) -> None
 
 def test_plan_table_and_confusions_of_the_worked_example() -> None:
     found = report(*EXAM)
-    assert found.plan_table == {"call": {"call": 4, "no_call": 1}, "no_call": {"call": 1, "no_call": 1}}
-    assert set(found.confusion) == {
+    assert found["plan_table"] == {"call": {"call": 4, "no_call": 1}, "no_call": {"call": 1, "no_call": 1}}
+    assert {(c["reference"], c["predicted"], c["calls"]) for c in found["confusion"]} == {
         ("hotel", "weather", 1), ("hotel", None, 1), ("hotel", "<malformed>", 1), (None, "weather", 1),
     }  # fmt: skip
-    assert found.errors == {
+    assert found["errors"] == {
         "malformed": 1, "missed_call": 1, "spurious_call": 1, "wrong_tool": 1, "wrong_value": 1,
     }  # fmt: skip
 
 
 def test_signature_says_what_was_measured() -> None:
-    assert report(*EXAM).signature == "agentft-eval|v2|tf|tok:cjk-char-v2|rl:f1|param:strict|align:bip|n:7"
+    assert report(*EXAM)["signature"] == "agentft-eval|v2|tf|tok:cjk-char-v2|rl:f1|param:strict|align:bip|n:7"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_signature_says_what_was_measured() -> None:
     ],
 )
 def test_argument_f1_of_the_paper(reference: dict[str, int], prediction: dict[str, int], f1: float) -> None:
-    assert report((call("t", reference), call("t", prediction))).metrics["arg_f1"].value == pytest.approx(f1)
+    assert report((call("t", reference), call("t", prediction)))["metrics"]["arg_f1"]["value"] == pytest.approx(f1)
 
 
 def test_lenient_equality_shows_in_param_em_lenient_alone() -> None:
@@ -147,7 +147,7 @@ def test_conv_em_is_per_conversation_and_spares_answer_steps() -> None:
 
 
 def test_hallucinated_tools_are_neither_offered_nor_in_the_reference() -> None:
-    offered = (OfferedTool("a", ("x",)), OfferedTool("b"))
+    offered = {"a": ("x",), "b": None}
     found = report(
         (call("a"), call("a")), (call("a"), call("b")), (call("z"), call("z")), (call("a"), call("y") + MALFORMED),
         offered=offered,
@@ -156,27 +156,25 @@ def test_hallucinated_tools_are_neither_offered_nor_in_the_reference() -> None:
 
 
 def test_hallucinated_parameters_need_a_schema() -> None:
-    offered = (OfferedTool("a", ("x", "y")), OfferedTool("b"), OfferedTool("c", ()))
+    offered = {"a": ("x", "y"), "b": None, "c": ()}
     found = report(
         (call("a"), call("a", {"x": 1, "w": 2})), (call("b"), call("b", {"q": 1})), (call("c"), call("c", {"r": 1})),
         offered=offered,
     )  # fmt: skip
     assert fraction(found, "hallucinated_param_rate") == (2, 3)
-    assert found.metrics["hallucinated_param_rate"].value == pytest.approx(2 / 3)
+    assert found["metrics"]["hallucinated_param_rate"]["value"] == pytest.approx(2 / 3)
 
 
 def test_hallucination_is_null_where_nothing_tells_what_is_offered() -> None:
     found = report((call("a"), call("z", {"x": 1})))
-    assert found.metrics["hallucinated_tool_rate"].value is None
-    assert found.metrics["hallucinated_param_rate"].value is None
-    assert found.counts["calls_without_offered_tools"] == 1
-    assert report((call("a"), call("z")), offered=()).metrics["hallucinated_tool_rate"].value == 1.0
+    assert found["metrics"]["hallucinated_tool_rate"]["value"] is None
+    assert found["metrics"]["hallucinated_param_rate"]["value"] is None
+    assert found["counts"]["calls_without_offered_tools"] == 1
+    assert report((call("a"), call("z")), offered={})["metrics"]["hallucinated_tool_rate"]["value"] == 1.0
 
 
 def test_offered_tools_hold_for_the_whole_conversation() -> None:
-    first = StepRecord(
-        conversation_id="c", step=0, reference=call("a"), prediction=call("a"), offered=(OfferedTool("a"),)
-    )
+    first = StepRecord(conversation_id="c", step=0, reference=call("a"), prediction=call("a"), offered={"a": None})
     later = StepRecord(conversation_id="c", step=1, reference=call("b"), prediction=call("a"))
     found = aggregate(score_records([later, first]), bootstrap_samples=10)
     assert fraction(found, "hallucinated_tool_rate") == (0, 2)
@@ -196,22 +194,22 @@ def test_offered_tools_hold_for_the_whole_conversation() -> None:
     ],
 )
 def test_offered_tools_come_in_several_forms(offered: Any, parameters: tuple[str, ...] | None) -> None:
-    assert read_offered_tool(offered) == OfferedTool("weather", parameters)
+    assert read_offered_tool(offered) == ("weather", parameters)
 
 
 def test_url_and_command_are_not_scored_but_reported() -> None:
     with_url = call("a", {"x": 1}, url="http://one", command="c")
     found = report((with_url, call("a", {"x": 1}, url="http://two")), (with_url, with_url), (call("a"), call("a")))
-    assert found.metrics["param_em"].value == 1.0
+    assert found["metrics"]["param_em"]["value"] == 1.0
     assert fraction(found, "url_match") == (1, 2)
 
 
 def test_repair_shows_only_in_repaired_metrics() -> None:
     found = report((call("a", {"x": 1}), "<|startofthink|>{'api_name': 'a', 'parameters': {'x': 1,}}<|endofthink|>"))
-    assert [found.metrics[name].value for name in ("tool_acc", "param_em", "arg_f1", "step_em")] == [0, 0, 0, 0]
+    assert [found["metrics"][name]["value"] for name in ("tool_acc", "param_em", "arg_f1", "step_em")] == [0, 0, 0, 0]
     repaired = ("tool_acc_repaired", "param_em_repaired", "arg_f1_repaired", "step_em_repaired")
-    assert [found.metrics[name].value for name in repaired] == [1, 1, 1, 1]
-    assert found.counts["repaired_calls"] == 1
+    assert [found["metrics"][name]["value"] for name in repaired] == [1, 1, 1, 1]
+    assert found["counts"]["repaired_calls"] == 1
 
 
 def test_rouge_is_split_by_what_the_answer_follows() -> None:
@@ -224,7 +222,7 @@ def test_rouge_is_split_by_what_the_answer_follows() -> None:
     assert fraction(found, "rouge_l") == (1, 2)
     assert fraction(found, "rouge_l_after_call") == (1, 1)
     assert fraction(found, "rouge_l_no_call") == (0, 1)
-    assert found.counts["rouge_skipped"] == 2
+    assert found["counts"]["rouge_skipped"] == 2
     alone = StepRecord(conversation_id="d", step=4, reference="晴", prediction="晴", after_call=True)
     assert fraction(aggregate(score_records([alone]), bootstrap_samples=10), "rouge_l_after_call") == (1, 1)
 
@@ -236,14 +234,14 @@ def test_nothing_to_count_is_null_and_never_zero() -> None:
         "conv_em call_wellformed_rate url_match"
     )
     for name in names.split():
-        metric = answers.metrics[name]
-        assert (metric.value, metric.low, metric.high, metric.denominator) == (None, None, None, 0)
+        metric = answers["metrics"][name]
+        assert (metric["value"], metric["low"], metric["high"], metric["denominator"]) == (None, None, None, 0)
     calls = report((call("a"), "ok"))
-    assert calls.metrics["rouge_l"].value is None
-    assert calls.metrics["tool_precision"].value is None
-    assert calls.metrics["tool_f1"].value == 0.0  # 2 * 0 / (1 + 0) is no 0/0
-    assert calls.metrics["tool_acc"].value == 0.0
-    assert calls.metrics["param_em_given_tool"].value is None
+    assert calls["metrics"]["rouge_l"]["value"] is None
+    assert calls["metrics"]["tool_precision"]["value"] is None
+    assert calls["metrics"]["tool_f1"]["value"] == 0.0  # 2 * 0 / (1 + 0) is no 0/0
+    assert calls["metrics"]["tool_acc"]["value"] == 0.0
+    assert calls["metrics"]["param_em_given_tool"]["value"] is None
 
 
 # Strict and lenient equality ----------------------------------------------------------------------------------------
@@ -427,7 +425,7 @@ def test_dozens_of_calls_are_aligned_quickly() -> None:
 def test_call_without_parameters_is_counted_once() -> None:
     found = report((call("a", {"x": 1}), '<|startofthink|>{"api_name": "a"}<|endofthink|>'))
     assert fraction(found, "tool_acc") == (1, 1)
-    assert found.metrics["legacy_action_em"].value == 0.5
+    assert found["metrics"]["legacy_action_em"]["value"] == 0.5
     assert fraction(found, "legacy_action_em") == (1, 2)
 
 
@@ -439,34 +437,34 @@ def test_correct_call_before_an_invented_result_counts() -> None:
 def test_two_reference_calls_are_an_action_step() -> None:
     found = report((call("a") + "\n\n" + call("b"), call("b")))
     assert fraction(found, "tool_acc") == (1, 2)
-    assert found.counts["answer_steps"] == 0
+    assert found["counts"]["answer_steps"] == 0
 
 
 def test_spurious_call_on_an_answer_step_costs_precision_and_plan() -> None:
     found = report((call("a"), call("a")), ("ok", call("a")))
     assert fraction(found, "tool_precision") == (1, 2)
     assert fraction(found, "plan_acc") == (1, 2)
-    assert found.metrics["legacy_action_em"].value == 1.0
+    assert found["metrics"]["legacy_action_em"]["value"] == 1.0
 
 
 def test_empty_and_dotted_predictions_are_scored() -> None:
     found = report(("晴", ""), ("晴", "..."), ("sunny", "."))
     assert fraction(found, "rouge_l") == (0, 3)
-    assert found.legacy["legacy_rouge_l"].raised == "ValueError"
-    assert found.metrics["legacy_rouge_l"].value is None
+    assert found["legacy"]["legacy_rouge_l"]["raised"] == "ValueError"
+    assert found["metrics"]["legacy_rouge_l"]["value"] is None
 
 
 def test_chinese_sentences_one_character_apart_are_nearly_equal() -> None:
     found = report(("今天北京的天气很好", "今天北京的天气真好"))
-    assert found.metrics["rouge_l"].value == pytest.approx(8 / 9)
-    assert found.metrics["legacy_rouge_l"].value == 0.0
+    assert found["metrics"]["rouge_l"]["value"] == pytest.approx(8 / 9)
+    assert found["metrics"]["legacy_rouge_l"]["value"] == 0.0
 
 
 def test_long_answers_do_not_recurse() -> None:
     words = " ".join(f"w{number}" for number in range(1_500))
     found = report((words, words))
-    assert found.metrics["rouge_l"].value == 1.0
-    assert found.legacy["legacy_rouge_l"].raised == "RecursionError"
+    assert found["metrics"]["rouge_l"]["value"] == 1.0
+    assert found["legacy"]["legacy_rouge_l"]["raised"] == "RecursionError"
 
 
 def test_unreadable_reference_is_quarantined_not_scored_as_text() -> None:
@@ -478,11 +476,11 @@ def test_unreadable_reference_is_quarantined_not_scored_as_text() -> None:
     with pytest.raises(EvaluationError, match=r"'c' step 0 \(not_json"):
         aggregate(scores, bootstrap_samples=10)
     found = aggregate(scores, bootstrap_samples=10, allow_bad_references=True)
-    assert [(name, step) for name, step, _ in found.quarantined] == [("c", 0)]
-    assert found.counts["quarantined_references"] == 1
+    assert [(each["conversation_id"], each["step"]) for each in found["quarantined"]] == [("c", 0)]
+    assert found["counts"]["quarantined_references"] == 1
     assert fraction(found, "plan_acc") == (1, 1)
-    assert found.metrics["rouge_l"].value is None
-    assert found.metrics["legacy_rouge_l"].denominator == 1
+    assert found["metrics"]["rouge_l"]["value"] is None
+    assert found["metrics"]["legacy_rouge_l"]["denominator"] == 1
 
 
 def test_empty_set_and_duplicates_are_refused() -> None:
@@ -520,7 +518,7 @@ def records_of(exam: list[tuple[str, str, str]]) -> list[StepRecord]:
     next_step = dict.fromkeys("pqr", 0)
     records = []
     for name, reference, prediction in exam:
-        offered = (OfferedTool("a", ("x",)), OfferedTool("b"))
+        offered = {"a": ("x",), "b": None}
         records.append(
             StepRecord(
                 conversation_id=name, step=next_step[name], reference=reference, prediction=prediction, offered=offered,
@@ -539,30 +537,30 @@ def test_report_does_not_depend_on_order(exam: list[tuple[str, str, str]], rng: 
     found, again = (
         aggregate(score_records(some), bootstrap_samples=40, allow_bad_references=True) for some in (records, shuffled)
     )
-    assert found.to_json() == again.to_json()
+    assert found == again
 
 
 @settings(max_examples=60, deadline=None)
 @given(EXAMS)
 def test_perfect_predictions_score_one_wherever_defined(exam: list[tuple[str, str, str]]) -> None:
     records = records_of([(name, reference, reference) for name, reference, _ in exam])
-    metrics = aggregate(score_records(records), bootstrap_samples=40).metrics
+    metrics = aggregate(score_records(records), bootstrap_samples=40)["metrics"]
     for name, metric in metrics.items():
         if not name.startswith(("legacy", "hallucinated")):
-            assert (metric.value, metric.low, metric.high) in ((1.0, 1.0, 1.0), (None, None, None)), name
-    assert metrics["plan_acc"].value == 1.0
+            assert (metric["value"], metric["low"], metric["high"]) in ((1.0, 1.0, 1.0), (None, None, None)), name
+    assert metrics["plan_acc"]["value"] == 1.0
 
 
 @settings(max_examples=60, deadline=None)
 @given(EXAMS)
 def test_values_are_shares_and_never_nan(exam: list[tuple[str, str, str]]) -> None:
     found = aggregate(score_records(records_of(exam)), bootstrap_samples=40)
-    json.dumps(found.to_json(), allow_nan=False)
-    for metric in found.metrics.values():
-        assert (metric.value is None) == (metric.denominator == 0 or metric.low is None)
-        if metric.value is not None and metric.low is not None and metric.high is not None:
-            assert 0 <= metric.low <= metric.high <= 1
-            assert 0 <= metric.value <= 1
+    json.dumps(found, allow_nan=False)
+    for metric in found["metrics"].values():
+        assert (metric["value"] is None) == (metric["denominator"] == 0 or metric["low"] is None)
+        if metric["value"] is not None and metric["low"] is not None and metric["high"] is not None:
+            assert 0 <= metric["low"] <= metric["high"] <= 1
+            assert 0 <= metric["value"] <= 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -586,18 +584,18 @@ def test_breakdowns_by_language_rounds_and_seen_tool() -> None:
         StepRecord(conversation_id="en", step=0, reference=call("a"), prediction=call("a"), rounds=7, seen_tool=False),
         StepRecord(conversation_id="xx", step=0, reference=call("a"), prediction="", language="de"),
     ]
-    breakdowns = aggregate(score_records(records), bootstrap_samples=10).breakdowns
+    breakdowns = aggregate(score_records(records), bootstrap_samples=10)["breakdowns"]
     assert {kind: list(groups) for kind, groups in breakdowns.items()} == {
         "language": ["de", "en", "zh"], "rounds": ["1", "4+"], "seen_tool": ["seen", "unseen"],
     }  # fmt: skip
-    assert breakdowns["language"]["zh"]["plan_acc"].denominator == 2  # told by the conversation, not by the step
-    assert breakdowns["seen_tool"]["unseen"]["param_em"].value == 1.0
+    assert breakdowns["language"]["zh"]["plan_acc"]["denominator"] == 2  # told by the conversation, not by the step
+    assert breakdowns["seen_tool"]["unseen"]["param_em"]["value"] == 1.0
 
 
 def test_few_conversations_are_marked_as_indicative() -> None:
     few, many = ([(call("a"), call("a"))] * count for count in (99, 100))
-    assert report(*few).metrics["tool_acc"].indicative
-    assert not report(*many).metrics["tool_acc"].indicative
+    assert report(*few)["metrics"]["tool_acc"]["indicative"]
+    assert not report(*many)["metrics"]["tool_acc"]["indicative"]
 
 
 def test_every_metric_with_a_better_direction_can_choose_the_best_checkpoint():

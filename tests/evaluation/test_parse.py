@@ -32,19 +32,13 @@ def test_an_end_of_sequence_is_a_stop_at_the_end_and_before_another_turn_and_a_t
     assert not bool(parse_reply(f"yes{end}\n<|assistant|>:{call('invented')}").attempts)
 
 
-def test_a_stop_that_the_user_names_ends_an_answer_wherever_it_stands() -> None:
-    reply = parse_reply(f"yes<END>and {call('invented')}", stop_texts=("<END>",))
-    assert (reply.text, bool(reply.attempts)) == ("yes", False)
-
-
-@pytest.mark.parametrize("mark", [*END_OF_SEQUENCE_TEXTS, "<|user|>:", "<|startofexec|>", "<|im_start|>user", "<END>"])
+@pytest.mark.parametrize("mark", [*END_OF_SEQUENCE_TEXTS, "<|user|>:", "<|startofexec|>", "<|im_start|>user"])
 def test_a_mark_in_a_string_of_a_readable_call_is_letters(mark: str) -> None:
     text = f"I look. {call('explain', token=f'what is {mark}?')}"
-    reply = parse_reply(f"{text}</s>", stop_texts=("<END>",))
+    reply = parse_reply(f"{text}</s>")
     assert reply.calls[0].arguments == {"token": f"what is {mark}?"}
     assert reply.text == "I look."
-    if mark != "<END>":
-        assert own_words(text) == text
+    assert own_words(text) == text
     broken = parse_reply(f"<|startofthink|>{{broken <|user|>: {mark}<|endofthink|> and more")
     assert (len(broken.failures), broken.text) == (1, "")
 

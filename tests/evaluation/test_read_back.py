@@ -352,12 +352,12 @@ def test_the_rate_of_wellformed_thoughts_counts_those_that_lack():
     report = aggregate(
         [score_step(step.record(said)) for step, said in zip(steps, answers, strict=True)], bootstrap_samples=10
     )
-    rate = report.metrics["thought_wellformed_rate"]
-    assert (rate.numerator, rate.denominator) == (2, 5)
+    rate = report["metrics"]["thought_wellformed_rate"]
+    assert (rate["numerator"], rate["denominator"]) == (2, 5)
     plain = [step for step, _ in made_steps(layout, "qwen3", conversation("plain"))]
     assert (
         "thought_wellformed_rate"
-        not in aggregate([score_step(s.record("Yes.")) for s in plain], bootstrap_samples=10).metrics
+        not in aggregate([score_step(s.record("Yes.")) for s in plain], bootstrap_samples=10)["metrics"]
     )
 
 

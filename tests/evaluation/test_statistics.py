@@ -64,19 +64,19 @@ def test_draws_without_denominator_are_left_out() -> None:
 def test_same_seed_same_interval_other_seed_nearly() -> None:
     scores = run("1101011101" * 12)
     first, again, other = (
-        aggregate(scores, bootstrap_samples=2_000, seed=seed).metrics["param_em"] for seed in (0, 0, 1)
+        aggregate(scores, bootstrap_samples=2_000, seed=seed)["metrics"]["param_em"] for seed in (0, 0, 1)
     )
     assert first == again
-    assert first.low is not None
-    assert other.low is not None
-    assert first.low != other.low or first.high != other.high
-    assert first.low == pytest.approx(other.low, abs=0.03)
+    assert first["low"] is not None
+    assert other["low"] is not None
+    assert first["low"] != other["low"] or first["high"] != other["high"]
+    assert first["low"] == pytest.approx(other["low"], abs=0.03)
 
 
 def test_resampling_conversations_is_wider_than_steps_would_be() -> None:
-    clustered = aggregate(run("10" * 60, calls_each=5), bootstrap_samples=2_000).metrics["param_em"]
-    assert clustered.se is not None
-    assert clustered.se == pytest.approx(math.sqrt(0.25 / 119), rel=1e-6)  # 120 conversations, not 600 steps
+    clustered = aggregate(run("10" * 60, calls_each=5), bootstrap_samples=2_000)["metrics"]["param_em"]
+    assert clustered["se"] is not None
+    assert clustered["se"] == pytest.approx(math.sqrt(0.25 / 119), rel=1e-6)  # 120 conversations, not 600 steps
 
 
 def _flips_by_enumeration(a: Floats, b: Floats) -> float:
@@ -256,13 +256,13 @@ def test_pieces_of_one_conversation_are_one_in_every_interval() -> None:
     pieces, wholes = pieces_and_wholes(1)
     joined, whole = (aggregate(scores, bootstrap_samples=500, seed=0) for scores in (pieces, wholes))
     for name in ("tool_acc", "param_em", "arg_f1", "conv_em", "plan_acc"):
-        assert joined.metrics[name] == whole.metrics[name]
-    assert joined.counts == whole.counts
-    assert joined.signature == whole.signature
+        assert joined["metrics"][name] == whole["metrics"][name]
+    assert joined["counts"] == whole["counts"]
+    assert joined["signature"] == whole["signature"]
     apart = aggregate([dataclasses.replace(s, piece_of=None) for s in pieces], bootstrap_samples=500, seed=0)
-    narrow, wide = (found.metrics["param_em"] for found in (apart, whole))
-    assert apart.counts["conversations"] == 2 * whole.counts["conversations"]
-    assert narrow.high - narrow.low < 0.9 * (wide.high - wide.low), "taken apart, they claim to know more than they do"
+    narrow, wide = (found["metrics"]["param_em"] for found in (apart, whole))
+    assert apart["counts"]["conversations"] == 2 * whole["counts"]["conversations"]
+    assert narrow["high"] - narrow["low"] < 0.9 * (wide["high"] - wide["low"]), "taken apart, they claim too much"
 
 
 def test_pieces_are_one_in_paired_tests_even_where_one_run_does_not_know_them() -> None:

@@ -16,6 +16,7 @@ import pytest
 import agentft.recipes.train as train_recipe
 from agentft.config import compose, register_schemas, to_train_config
 from agentft.evaluation.generate import Completion, GreedyGenerator, PredictionCache
+from agentft.read import main as read
 from agentft.recipes.config import EvaluateConfig, TrainConfig
 from agentft.recipes.evaluate import evaluate
 from agentft.recipes.evaluation_run import WithProgressBar
@@ -67,6 +68,11 @@ def asked(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(GreedyGenerator, "generate", generate)
     return counts
+
+
+def test_the_page_in_a_run_folder_is_the_one_that_the_command_makes_of_its_file(whole, tmp_path):
+    assert read([str(whole), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_bytes() == (whole / "predictions" / "after.html").read_bytes()
 
 
 def test_a_killed_exam_goes_on_to_the_same_bytes(whole, tmp_path, asked):
