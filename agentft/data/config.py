@@ -32,7 +32,7 @@ class TooLong(Enum):
 
 
 class Format(StrEnum):
-    """How records are laid out; see `agentft.data.formats`."""
+    """How records are laid out; see `agentft.data.records`."""
 
     auto = "auto"
     """Every format that a record shows by its fields and roles."""

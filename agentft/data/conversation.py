@@ -182,7 +182,7 @@ class Conversation:
                 for turn in self.turns
             ]
             return hashlib.sha256(f"[{','.join(turns)}]".encode()).hexdigest()
-        everything = {"messages": [_hashed(message) for message in self.messages], "tools": self.tools}
+        everything = {"messages": [message_fields(message) for message in self.messages], "tools": self.tools}
         return hashlib.sha256(json.dumps(everything, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -226,7 +226,7 @@ def _chat_message(message: Message) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _hashed(message: Message) -> dict[str, Any]:
-    said = _chat_message(message)
+def message_fields(message: Message) -> dict[str, Any]:
+    """Return what distinguishes a message without MSAgent text from others, by the names of the chat format."""
     flags = {"trained": message.trained, "reasoning_trained": message.reasoning_trained}
-    return said | {key: value for key, value in flags.items() if not value}
+    return _chat_message(message) | {key: value for key, value in flags.items() if not value}

@@ -1,7 +1,5 @@
 """Turn rows into conversations and examples, in batches on all cores, and divide the conversations by what is kept of each.
 
-Batches are worked on by forked workers of a `DataLoader`, which find the tokenizers loaded; a short preparation has none.
-
 Hashes of content decide a conversation's part and its place there: the order of a file and the sample size change nothing, so
 every sample size has the same held-out conversations.
 
@@ -32,7 +30,7 @@ from agentft.data.config import DatasetConfig, Format, Split, TooLong
 from agentft.data.conversation import Conversation
 from agentft.data.prepared import PackedExample, from_line, pack, to_line
 from agentft.data.records import Rejection
-from agentft.data.sources import RawRow, read_row
+from agentft.data.sources import RawRow
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import Rendered, TruncationKind, Truncator
@@ -59,14 +57,8 @@ class ConversationResult:
     change: dict[str, Any] | None
     """What of it is not used."""
     rejection: Rejection | None
-    first: int = 0
-    count: int = 0
-    """Of its examples in the files of its part, which lie one after the other."""
-
-    @property
-    def rows(self) -> range:
-        """Numbers of its examples."""
-        return range(self.first, self.first + self.count)
+    rows: range = range(0)
+    """Numbers of its examples in the files of its part."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,10 +70,8 @@ class Entry:
     source: str
     """The file or dataset that it comes from."""
     weight: float
-    content: bytes
-    """SHA-256 of all its text."""
-    user: bytes
-    """SHA-256 of its user turns."""
+    content_hash: str
+    user_hash: str
     called_tools: frozenset[str]
     notices: Sequence[str]
     """Until they are counted."""
@@ -91,14 +81,6 @@ class Entry:
     result: ConversationResult | None = None
     number: int = -1
     """Of a conversation that waits: its line."""
-
-    @property
-    def content_hash(self) -> str:
-        return self.content.hex()
-
-    @property
-    def user_hash(self) -> str:
-        return self.user.hex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +106,14 @@ class RowWork:
         results: list[Entry | Rejection] = []
         wanted: list[tuple[Entry, Conversation]] = []
         for row in rows:
-            found = read_row(row, form, self.config.reasoning)
+            found = row if isinstance(row, Rejection) else row.read(form, self.config.reasoning)
             if isinstance(found, Rejection):
                 results.append(found)
                 continue
             conversation, notices = found
             if name is not None:
                 conversation = replace(conversation, id=name)
-            hashes = bytes.fromhex(conversation.content_hash), bytes.fromhex(conversation.user_hash)
+            hashes = conversation.content_hash, conversation.user_hash
             source, tools = conversation.origin.source, conversation.called_tools
             entry = Entry(conversation.id, source, conversation.weight, *hashes, tools, notices)
             results.append(entry)

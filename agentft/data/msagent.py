@@ -109,6 +109,12 @@ def parse_assistant(value: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def read_marked_call(source: str) -> Call:
+    """Read a call of MSAgent text, marks included."""
+    reading = read_call_body(source[len(THINK_OPEN) : -len(THINK_CLOSE)])
+    return Call(source, (), reading) if isinstance(reading, CallFailure) else Call(source, reading, None)
+
+
 def read_call_body(body: str) -> tuple[ToolCall, ...] | CallFailure:
     """Read what stands between MSAgent's think marks: one request object or a list of them, fenced or not."""
     text = strip_fence(body)
@@ -148,29 +154,26 @@ def _read_call(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Ca
     """Return the call opened by `marks[opening]`, and the index of the first mark after it."""
     start, body_start = marks[opening].span()
     closing, *later = _closing_marks(value, marks, opening, "think")
+    call = read_marked_call(value[start : marks[closing].end()])
     body = value[body_start : marks[closing].start()]
-    reading = read_call_body(body)
-    if _not_json(reading) and later and any(not string[1] for string in _STRING.finditer(body)):
+    if _fails_as(call, "not_json") and later and any(not string[1] for string in _STRING.finditer(body)):
         for candidate in later:
             # Never across an opening exec mark: what follows it may be a tool's output, and calls are trained.
             if any(mark.group() == EXEC_OPEN for mark in marks[closing:candidate]):
                 break
-            longer = read_call_body(value[body_start : marks[candidate].start()])
-            if not _not_json(longer):
-                reading, closing = longer, candidate
+            longer = read_marked_call(value[start : marks[candidate].end()])
+            if not _fails_as(longer, "not_json"):
+                call, closing = longer, candidate
                 break
-    if _not_json(reading) and closing > opening + 1:
-        inner = marks[opening + 1]
-        reason = "nested_think" if inner.group() == THINK_OPEN else "exec_inside_think"
-        raise GrammarError(reason, f"a call that is no JSON holds another mark at {_at(value, inner)}")
-    source = value[start : marks[closing].end()]
-    if not isinstance(reading, CallFailure):
-        return Call(source, reading, None), closing + 1
-    if reading.reason == "empty":
+    if _fails_as(call, "empty"):
         raise GrammarError("think_empty", f"nothing is called at {_at(value, marks[opening])}")
-    if reading.reason == "not_json":
+    if _fails_as(call, "not_json"):
+        if closing > opening + 1:
+            inner = marks[opening + 1]
+            reason = "nested_think" if inner.group() == THINK_OPEN else "exec_inside_think"
+            raise GrammarError(reason, f"a call that is no JSON holds another mark at {_at(value, inner)}")
         _refuse_look_alikes(body)
-    return Call(source, (), reading), closing + 1
+    return call, closing + 1
 
 
 def _read_observation(value: str, marks: list[re.Match[str]], opening: int) -> tuple[Observation, int]:
@@ -234,8 +237,8 @@ def _refuse_look_alikes(text: str) -> None:
             raise GrammarError("mark_misspelt", detail)
 
 
-def _not_json(reading: tuple[ToolCall, ...] | CallFailure) -> bool:
-    return isinstance(reading, CallFailure) and reading.reason == "not_json"
+def _fails_as(call: Call, reason: str) -> bool:
+    return call.failure is not None and call.failure.reason == reason
 
 
 def _looks_cut(body: str) -> bool:

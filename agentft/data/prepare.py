@@ -285,7 +285,7 @@ class Preparation:
         weights = _weights_text(self._config.span_weights).encode()
         fingerprint = sha256(weights + b"heldout".join(map(b"".join, digests)))
         tools = frozenset[str]().union(*(_result(entry).tools for entry in self.used["train"]))
-        hashes = [heldout.content_hashes[row] for row in heldout_rows]
+        hashes = [conversation.content_hash for conversation in self._made["heldout"][1]]
         write_about(self._folder, self.stats, fingerprint.hexdigest(), tools, hashes)
 
     def run(self) -> list[list[int]]:
@@ -358,7 +358,7 @@ class Preparation:
         first = len(writer.digests)
         for example in result.examples:
             writer.append(example)
-        result.first, result.count, result.examples = first, len(result.examples), ()
+        result.rows, result.examples = range(first, len(writer.digests)), ()
         result.notes, result.tools = self._one(result.notes), self._one(result.tools)
         entry.part, entry.result = part, result
 

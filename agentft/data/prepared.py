@@ -29,19 +29,10 @@ from typing import Any, NamedTuple, Self, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from agentft.data.calls import Call, CallFailure, ToolCall
+from agentft.data.calls import Call, ToolCall
 from agentft.data.config import DatasetConfig, SpanWeights
-from agentft.data.conversation import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Conversation,
-    Message,
-    Observation,
-    Origin,
-    Part,
-    Text,
-)
-from agentft.data.msagent import read_call_body, result_message, step_message
+from agentft.data.conversation import Conversation, Message, Observation, Origin, Part, Text, message_fields
+from agentft.data.msagent import read_marked_call, result_message, step_message
 from agentft.data.render import SpanKind
 from agentft.data.stats import PreparationStats
 from agentft.data.tokens import Example, Span, weigh
@@ -80,22 +71,13 @@ def _stored(message: Message) -> list[Any]:
     if message.source is not None:
         parts = [[_LETTERS[type(part)], part.source] for part in message.source]
         return [message.role, parts] if message.trained else [message.role, parts, False]
-    fields = {
-        "content": message.content,
-        "reasoning_content": message.reasoning_content,
-        "tool_calls": [[call.name, call.arguments, call.id] for call in message.tool_calls] or None,
-        "tool_call_id": message.tool_call_id,
-        "name": message.name,
-        "trained": None if message.trained else False,
-        "reasoning_trained": None if message.reasoning_trained else False,
-    }
-    return [message.role, {key: value for key, value in fields.items() if value is not None}]
+    return [message.role, message_fields(message)]
 
 
 def _read(role: Any, body: Any, trained: bool = True) -> Message:
     if isinstance(body, dict):
-        calls = tuple(ToolCall(*call) for call in body.pop("tool_calls", ()))
-        return Message(role, tool_calls=calls, **body)
+        calls = tuple(ToolCall(**call["function"], id=call.get("id")) for call in body.pop("tool_calls", ()))
+        return Message(**body, tool_calls=calls)
     parts = tuple(_part(letter, source) for letter, source in body)
     if role == "assistant":
         return step_message(parts, trained=trained)
@@ -107,10 +89,7 @@ def _read(role: Any, body: Any, trained: bool = True) -> Message:
 def _part(letter: str, source: str) -> Part:
     if letter == "t":
         return Text(source)
-    if letter == "o":
-        return Observation(source)
-    reading = read_call_body(source[len(THINK_OPEN) : -len(THINK_CLOSE)])
-    return Call(source, (), reading) if isinstance(reading, CallFailure) else Call(source, reading, None)
+    return Observation(source) if letter == "o" else read_marked_call(source)
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -193,15 +172,10 @@ class PackedExample(NamedTuple):
 
     record: bytes
     """Its name, ids and spans, and how many rounds are context; the ids take 2 bytes where the vocabulary allows it, else 4."""
-    tokens: int
-    trained_tokens: int
-    steps: int
-    digest: bytes
-    """SHA-256 of the record."""
+    counts: tuple[int, int, int]
+    """Tokens, labelled tokens and steps."""
     conversation: bytes
     """The conversation that it renders, as `to_line` writes it; empty where it is not kept."""
-    content_hash: str
-    """Of that conversation."""
 
 
 def pack(example: Example, largest_id: int, rendered: Conversation | None = None) -> PackedExample:
@@ -211,15 +185,8 @@ def pack(example: Example, largest_id: int, rendered: Conversation | None = None
     name = example.id.encode()
     header = f"{len(name)} {len(ids)} {example.context_rounds} ".encode()
     record = b"".join((header, name, ids, array("i", numbers).tobytes()))
-    return PackedExample(
-        record,
-        len(example),
-        example.trained_tokens,
-        len(example.steps()),
-        sha256(record).digest(),
-        b"" if rendered is None else to_line(rendered),
-        "" if rendered is None else rendered.content_hash,
-    )
+    counts = len(example), example.trained_tokens, len(example.steps())
+    return PackedExample(record, counts, b"" if rendered is None else to_line(rendered))
 
 
 class ExampleWriter:
@@ -231,18 +198,14 @@ class ExampleWriter:
         self._examples, self._conversations = RecordWriter(folder / EXAMPLES), RecordWriter(folder / CONVERSATIONS)
         self._counts = array("q")
         self.digests: list[bytes] = []
-        """Of each example."""
-        self.content_hashes: list[str] = []
-        """Of the conversation of each, where they are kept."""
+        """SHA-256 of each record."""
 
     def append(self, example: PackedExample) -> None:
         """Write an example."""
         self._examples.append(example.record)
         self._conversations.append(example.conversation)
-        self._counts.extend((example.tokens, example.trained_tokens, example.steps))
-        self.digests.append(example.digest)
-        if example.content_hash:
-            self.content_hashes.append(example.content_hash)
+        self._counts.extend(example.counts)
+        self.digests.append(sha256(example.record).digest())
 
     def close(self, order: Sequence[int]) -> None:
         """Finish the files; `order`: the examples by number, counted from 0, as they are to be read."""

@@ -1,16 +1,10 @@
 """Open the sources of a dataset: local files, a hub, or the generator; and read their rows as conversations.
 
-    rows = read_local("train.jsonl", stats=stats)            # or a folder, or several with weights
-    for item in read_conversations(rows, stats=stats):       # Conversation | Rejection
-        ...
-
-Each row becomes a `Conversation` or a `Rejection`, and `PreparationStats` count both.
-
 Lines of local files end at the byte `\n` and nowhere else: U+2028 and U+0085 are text. A line that cannot be decoded or parsed
 is set aside alone. Memory is bounded by `MAX_LINE_BYTES`, whatever a line or a compressed file holds.
 
-A hub is read through its own client, with the client's own environment variables; no code of a dataset is run. `modelscope`
-asks its hub at each load, so it fails without the hub even where all files are cached.
+A hub is read through its own client, and no code of a dataset is run. `modelscope` asks its hub at each load, so it fails
+without the hub even where all files are cached.
 """
 
 from __future__ import annotations
@@ -81,6 +75,10 @@ class RawRow:
     value: object
     weight: float = 1.0
 
+    def read(self, form: Format, reasoning: Reasoning) -> tuple[Conversation, list[str]] | Rejection:
+        """Read it as a conversation, with a code for each oddity."""
+        return read_record(self.value, self.origin, form=form, weight=self.weight, reasoning=reasoning)
+
 
 Rows = Iterable[RawRow | Rejection]
 Source = str | Path | WeightedPath
@@ -100,7 +98,7 @@ def open_rows(config: DatasetConfig, stats: PreparationStats) -> tuple[Rows, Row
             return _synthetic(config, "train"), _synthetic(config, "heldout"), Format.msagent
         case LocalConfig():
             sources = _local_sources(config)
-            own = any(heldout_files(Path(name)) for name, _ in map(_path_and_weight, sources))
+            own = any(heldout_files(Path(source.path)) for source in sources)
             if own and config.test_path is None:
                 log.info("data: test and validation files beside training files are held out, and not trained on")
             train = read_local(sources, part="train", stats=stats)
@@ -120,7 +118,7 @@ def is_large(config: DatasetConfig) -> bool:
         case SyntheticConfig():
             return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
         case LocalConfig() if config.max_samples < 0:
-            paths = [Path(name) for name, _ in map(_path_and_weight, _local_sources(config))]
+            paths = [Path(source.path) for source in _local_sources(config)]
             files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
             return sum(file.stat().st_size for file in files if file.is_file()) > _LARGE_BYTES
         case _:
@@ -137,22 +135,22 @@ def source_digests(config: DatasetConfig) -> Any:
     """
     match config:
         case LocalConfig():
-            test = None if config.test_path is None else _digest_local([config.test_path])
+            test = None if config.test_path is None else _digest_local(_weighted(config.test_path))
             return [_digest_local(_local_sources(config)), test]
         case HubConfig():
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
-            tables = [getattr(_load_split(config, split), "cache_files", None) for split in splits]
+            tables = [getattr(_load_split(config, split), "cache_files", None) or [] for split in splits]
             if not all(tables):
                 return None  # the client keeps no table of it on the disk
-            return [[file_digest(Path(table["filename"])) for table in own or ()] for own in tables]
+            return [[file_digest(Path(table["filename"])) for table in own] for own in tables]
         case _:
             return []  # made from the settings alone
 
 
-def _digest_local(sources: Sequence[Source]) -> list[list[Any]]:
+def _digest_local(sources: Sequence[WeightedPath]) -> list[list[Any]]:
     """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
     found: list[list[Any]] = []
-    for path in (Path(name) for name, _ in map(_path_and_weight, sources)):
+    for path in (Path(source.path) for source in sources):
         skipped: list[str] = []
         for file in _folder_files(path, skipped) if path.is_dir() else [path]:
             refusal = _refusal(file, path if path.is_dir() else None)
@@ -174,12 +172,13 @@ def _synthetic(config: SyntheticConfig, part: Literal["train", "heldout"]) -> It
         yield RawRow(Origin(f"synthetic-{part}", number), record)
 
 
-def _local_sources(config: LocalConfig) -> Sequence[Source]:
-    return config.sources if config.path is None else [config.path]
+def _local_sources(config: LocalConfig) -> list[WeightedPath]:
+    return config.sources if config.path is None else _weighted(config.path)
 
 
-def _path_and_weight(source: Source) -> tuple[str, float]:
-    return (source.path, source.weight) if isinstance(source, WeightedPath) else (str(source), 1.0)
+def _weighted(paths: Source | Sequence[Source]) -> list[WeightedPath]:
+    given = [paths] if isinstance(paths, str | Path | WeightedPath) else paths
+    return [each if isinstance(each, WeightedPath) else WeightedPath(path=str(each)) for each in given]
 
 
 def read_conversations(
@@ -192,20 +191,13 @@ def read_conversations(
     """Read rows one by one; duplicates by id are dropped (same content) or renamed `id#2` (other content)."""
     deduplicator = Deduplicator(stats if stats is not None else PreparationStats())
     for row in rows:
-        found = read_row(row, form, reasoning)
+        found = row if isinstance(row, Rejection) else row.read(form, reasoning)
         if isinstance(found, Rejection):
             yield deduplicator.reject(found)
             continue
         conversation, notices = found
         name = deduplicator.accept(row.origin, conversation.id, conversation.content_hash, notices)
         yield name if isinstance(name, Rejection) else replace(conversation, id=name)
-
-
-def read_row(row: RawRow | Rejection, form: Format, reasoning: Reasoning) -> tuple[Conversation, list[str]] | Rejection:
-    """Read one row as a conversation."""
-    if isinstance(row, Rejection):
-        return row
-    return read_record(row.value, row.origin, form=form, weight=row.weight, reasoning=reasoning)
 
 
 # --- Local files ---
@@ -222,28 +214,29 @@ def read_local(
     Raises:
         DataError: a path is missing, empty, of an unknown kind, holds no row at all, or is given twice.
     """
-    given = [paths] if isinstance(paths, str | Path | WeightedPath) else paths
-    sources = [_path_and_weight(source) for source in given]
+    sources = _weighted(paths)
     if not sources:
         raise DataError("no path given")
-    places = [Path(name).resolve() for name, _ in sources]
-    for at, (name, _) in enumerate(sources):
-        if not Path(name).exists():
+    places = [Path(source.path).resolve() for source in sources]
+    for at, source in enumerate(sources):
+        if not places[at].exists():
             kinds = ", ".join(_SUFFIXES)
-            raise DataError(f"{name}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them")
+            raise DataError(
+                f"{source.path}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them"
+            )
         # A file that two sources hold would have two weights, and be a duplicate of itself.
         for other, place in enumerate(places):
             if other != at and places[at].is_relative_to(place):
-                where = "given twice" if places[at] == place else f"inside {sources[other][0]}, which is given too"
-                raise DataError(f"{name}: {where}; name each file once")
+                where = "given twice" if places[at] == place else f"inside {sources[other].path}, which is given too"
+                raise DataError(f"{source.path}: {where}; name each file once")
     return _read_sources(sources, part, stats if stats is not None else PreparationStats())
 
 
-def _read_sources(sources: list[tuple[str, float]], part: str, stats: PreparationStats) -> Iterator[RawRow | Rejection]:
-    for source, weight in sources:
-        path = Path(source)
+def _read_sources(sources: list[WeightedPath], part: str, stats: PreparationStats) -> Iterator[RawRow | Rejection]:
+    for source in sources:
+        path = Path(source.path)
         folder = path if path.is_dir() else None
-        stats.sources.setdefault(source, SourceCount(weight))
+        stats.sources.setdefault(source.path, SourceCount(source.weight))
         own = heldout_files(path) if part != "all" else []
         if part == "heldout":
             files = own
@@ -254,18 +247,18 @@ def _read_sources(sources: list[tuple[str, float]], part: str, stats: Preparatio
             if not files:
                 raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
         for file in files:
-            yield from _read_source(file, folder, source, weight, stats)
+            yield from _read_source(file, folder, source, stats)
 
 
 def _read_source(
-    file: Path, folder: Path | None, source: str, weight: float, stats: PreparationStats
+    file: Path, folder: Path | None, source: WeightedPath, stats: PreparationStats
 ) -> Iterator[RawRow | Rejection]:
     """Read one file; one of a folder that cannot be read costs itself alone."""
     # A file name that is no UTF-8 must not break the report that names it.
-    name = str(file if folder else source).encode("utf-8", "backslashreplace").decode()
+    name = str(file if folder else source.path).encode("utf-8", "backslashreplace").decode()
     stats.files.append(name)
     if folder:
-        stats.source_of_file[name] = source
+        stats.source_of_file[name] = source.path
     rows = 0
     try:
         refusal = _refusal(file, folder)
@@ -278,7 +271,7 @@ def _read_source(
             if isinstance(item, FormatError):
                 yield Rejection(origin, item.reason, item.detail)
             else:
-                yield RawRow(origin, item, weight)
+                yield RawRow(origin, item, source.weight)
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error}") from error
     if rows == 0:

@@ -10,8 +10,7 @@ from typing import Any
 
 from agentft.data.config import DatasetConfig
 from agentft.data.conversation import Origin
-from agentft.data.formats import KNOWN
-from agentft.data.records import Rejection
+from agentft.data.records import KNOWN, Rejection
 from agentft.errors import DataError
 
 _MAX_NAMES_NOTED = 40
