@@ -56,9 +56,7 @@ class Program(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for group in (*vars(self).values(), self):
-            if (line := _contradiction(group)) is not None:
-                raise ConfigError(line)
+        require_consistent(*vars(self).values(), self)
 
 
 @dataclass(kw_only=True)
@@ -156,6 +154,13 @@ class ExportConfig(Program, affects="results"):
 
 
 # --- What does not go together ---
+
+
+def require_consistent(*groups: object) -> None:
+    """Refuse settings that do not go together, within a group or between those of a program. Raises ConfigError."""
+    for group in groups:
+        if (line := _contradiction(group)) is not None:
+            raise ConfigError(line)
 
 
 def _contradiction(group: object) -> str | None:
