@@ -24,7 +24,6 @@ from agentft.data.conversation import THINK_OPEN
 from agentft.data.response import ResponseTemplate, our_templates, read_by_marks
 from agentft.errors import EvaluationError
 from agentft.evaluation.metrics import (
-    LEGACY_NAMES,
     METRICS_BY_NAME,
     aggregate,
     score_records,
@@ -156,7 +155,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     found = report["metrics"]
     lines = [report["signature"], "", f"{'metric':<24}{'value':>8}   {'95 % interval':<18}{'count':>16}"]
     for name, definition in METRICS_BY_NAME.items():
-        if name in found and name not in LEGACY_NAMES:
+        if name in found and not definition.quarantined_too:
             lines.append(_metric_line(name, found[name]) + f"   {definition.meaning}")
     paper = "   ".join(f"{name} {_percent(value)}" for name, value in report["paper"].items())
     lines += ["", f"names of arXiv 2309.00986, in percent: {paper}"]

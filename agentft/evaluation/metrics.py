@@ -44,8 +44,6 @@ INDICATIVE_BELOW = 100
 CELLS_PER_CHUNK = 2_000_000
 """Of an array of resamples that is made at once."""
 
-LEGACY_NAMES = ("legacy_action_em", "legacy_input_em", "legacy_rouge_l")
-
 
 @dataclass(frozen=True, slots=True)
 class MetricDefinition:
