@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,9 +17,17 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes decorates functions with torch.compile as it is imported: a CPU-second in each program that trains LoRA.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# The programs that tests start would compile the package anew each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+LONGEST_FIRST = ("distributed", "sweeping", "faults", "training", "recipes", "")
+"""Folders whose files take longest, so that several processes end together; "" holds the files beside this one."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +38,22 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="agentft-data-cache-")
         os.environ["AGENTFT_DATA_CACHE"] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A third of the time tests wait for the programs that they start: one process more than there are cores."""
+    from agentft.runtime import available_cores
+
+    return available_cores() + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes take the longest files first; a person sees the order of the folders."""
+    if not hasattr(config, "workerinput"):
+        return
+    folders = [ROOT / "tests" / folder for folder in LONGEST_FIRST]
+    items.sort(key=lambda item: folders.index(item.path.parent) if item.path.parent in folders else len(folders))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

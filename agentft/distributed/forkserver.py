@@ -34,6 +34,9 @@ GONE = "the process that jobs are forked from has died"
 SERVER_DIED = 255
 """Exit code that `multiprocessing` gives to processes whose server has died: nobody can say any more how they end."""
 
+LIBRARIES = ("peft", "transformers.models.auto")
+"""What every rank and job imports; only where there is no GPU, as CUDA does not survive a fork."""
+
 _ORDERS = "AGENTFT_FORK_SERVER"
 """Environment variable that tells the server what to do, as JSON."""
 

@@ -127,7 +127,8 @@ def run_on_ranks(
             STARTED_BY: "agent",
         }
         try:
-            with forkserver.fork_server([entry.__module__], for_ranks=True):  # torch is loaded once on each machine
+            modules = [entry.__module__, *(() if torch.cuda.device_count() else forkserver.LIBRARIES)]
+            with forkserver.fork_server(modules, for_ranks=True):  # torch is loaded once on each machine
                 results = elastic_launch(launch, _run_rank)(entry, payload, environment, os.getpid())
         except ChildFailedError as error:
             if all(failure.exitcode == _GAVE_UP for failure in error.failures.values()):

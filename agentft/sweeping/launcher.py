@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from agentft.distributed import forkserver
 from agentft.errors import ConfigError, RunError
 from agentft.runs import SWEEP_FOLDER_VARIABLE, RunFolder, readable
 from agentft.signals import REQUEUED_BY_LAUNCHER, StopSignals, requeue_slurm_job, slurm_job_id
@@ -182,7 +183,7 @@ class SweepLauncher(Launcher):
             display.say(f"sweep of {len(distinct)} jobs{before}; {len(slots)} at a time, each with {share}")
             recipe = _RECIPES.get(getattr(OmegaConf.get_type(self.config), "__name__", ""))
             # For a single job, importing once is importing no less.
-            modules = ("agentft.config", recipe, "peft", "transformers.models.auto") if recipe and waiting[1:] else ()
+            modules = ("agentft.config", recipe, *forkserver.LIBRARIES) if recipe and waiting[1:] else ()
             with (
                 full_error(),  # jobs have it as it was given
                 StopSignals.shared() as signals,
