@@ -22,7 +22,7 @@ install: $(VENV)/.installed  ## Make the environment.
 quickstart: install  ## Fine-tune a real model on generated conversations and show what it learned.
 	$(BIN)/python train.py
 
-# A process a core, a file of tests at a time: fixtures of a module are made once.
+# A process more than cores, a file of tests at a time: fixtures of a module are made once.
 test: install  ## Run the default tests.
 	$(BIN)/python -m pytest -n auto --dist loadfile
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
+import logging
+import runpy
 import sys
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def test_the_minimal_recipe_has_the_losses_of_the_whole_one(overrides, tmp_path)
     }
 
 
-def test_the_minimal_recipe_is_a_command_of_at_most_120_lines(tmp_path):
+def test_the_minimal_recipe_is_a_command_of_at_most_120_lines(tmp_path, monkeypatch, capsys, caplog):
     assert len(Path(minimal.__file__).read_text(encoding="utf-8").splitlines()) <= 120
-    command = [sys.executable, "-m", "agentft.recipes.minimal", *TINY, "training.max_steps=2", "run_dir=run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "step 2 of 2: loss" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["minimal.py", *TINY, "training.max_steps=2", "run_dir=run"])
+    monkeypatch.setattr(logging.root, "handlers", [])  # beside those of pytest the command would set up none
+    with caplog.at_level(logging.INFO):
+        runpy.run_path(minimal.__file__, run_name="__main__")
+    assert "step 2 of 2: loss" in capsys.readouterr().out
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agentft import entry
 from agentft.compare import main as compare
 from agentft.comparison.runs import read_runs
 from agentft.config import compose, register_schemas, to_config, to_train_config
@@ -223,11 +224,12 @@ def test_a_training_measures_its_own_model_only(tmp_path, setting):
         train(config(tmp_path / "run", f"evaluation.{setting}"))
 
 
-def test_one_setting_of_an_evaluation_is_changed_and_the_others_are_those_of_the_run(finished):
+def test_one_setting_of_an_evaluation_is_changed_and_the_others_are_those_of_the_run(finished, monkeypatch):
     """Through the command line: 6 new tokens and 100 draws are the run's, not the defaults."""
-    command = [sys.executable, "evaluate.py", f"run={finished}", "evaluation.conversations=2", "checkpoint=base"]
+    command = ["evaluate.py", f"run={finished}", "evaluation.conversations=2", "checkpoint=base"]
     of_training = (finished / "report.txt").read_bytes()
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", command)
+    entry.evaluate()
     report = read_json(finished / "metrics" / "evaluate-base.json")
     assert report["counts"]["conversations"] == 2
     assert report["identity"]["max_new_tokens"] == 6

@@ -69,6 +69,7 @@ def data_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("AGENTFT_DATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare, "_STARTED", time.time())  # somebody may have saved a file as pytest started
     return tmp_path / "cache"
 
 

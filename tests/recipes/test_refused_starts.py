@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import yaml
 import agentft.audit
 import agentft.export
 from agentft import entry, worker
+from agentft.errors import DataError
 from agentft.model.config import TrustConfig
 from agentft.recipes.config import saved_config, trained_config
 from agentft.runs import RunFolder, read_json
@@ -200,15 +199,12 @@ def test_data_that_cannot_be_used_ends_with_its_account_alone(name, command, tmp
     assert "Traceback" in (tmp_path / "failed" / "train.log").read_text(encoding="utf-8")
 
 
-def test_the_traceback_of_a_data_error_is_there_on_request(tmp_path):
-    program = [sys.executable, str(Path(__file__).parents[2] / "train.py"), *TRAINED]
-    done = subprocess.run(
-        [*program, "dataset.path=absent.jsonl", "run_dir=failed"],
-        cwd=tmp_path, env=os.environ | {"HYDRA_FULL_ERROR": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.count("Traceback") == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("agentft.errors.DataError: absent.jsonl: no such file or folder")
+def test_the_traceback_of_a_data_error_is_there_on_request(command, capfd, monkeypatch):
+    """The interpreter prints it, as of any error that reaches it; nobody prints another."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(DataError, match="^absent.jsonl: no such file or folder"):
+        command(["train", *TRAINED, "dataset.path=absent.jsonl", "run_dir=failed"])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_folder_in_which_a_training_runs_is_refused_in_one_line(run, command):

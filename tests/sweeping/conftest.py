@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,14 @@ class Sweep:
 
     def seen(self, out: str = "out") -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted((self.folder / out).glob("*/seen.json"))]
+
+
+@pytest.fixture(autouse=True)
+def _programs_hear_ctrl_c() -> Iterator[None]:
+    """Programs would inherit that SIGINT is ignored, as it is where pytest was started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
