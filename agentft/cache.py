@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,24 +90,23 @@ def file_digest(path: Path) -> str:
 
 def seal(folder: Path, about: Any) -> None:
     """Write the SHA-256 of the files of a folder beside them, and `about` for a reader's eyes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = dict(zip((str(file.relative_to(folder)) for file in files), _digests(files), strict=True))
-    manifest = {"made": time.strftime("%Y-%m-%d %H:%M:%S"), "files": listed, "key": about}
+    manifest = {"files": _digests(folder), "key": about}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def is_sealed(folder: Path) -> bool:
     """Return whether a folder holds the files that `seal` found, byte for byte."""
     try:
-        listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        return _digests([folder / name for name in listed]) == list(listed.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["files"] == _digests(folder))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _digests(files: list[Path]) -> list[str]:
+def _digests(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _MANIFEST]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing needs no lock of the interpreter
-        return list(pool.map(file_digest, files))
+        return dict(zip([str(file.relative_to(folder)) for file in files], pool.map(file_digest, files), strict=True))
 
 
 def mark_used(folder: Path, limit_bytes: float) -> None:

@@ -106,8 +106,8 @@ def open_rows(config: DatasetConfig, stats: PreparationStats) -> tuple[Rows, Row
                 return train, read_local(config.test_path, stats=stats), config.format
             return train, read_local(sources, part="heldout", stats=stats) if own else None, config.format
         case HubConfig():
-            heldout = None if config.test_split is None else read_hub(config, config.test_split)
-            return read_hub(config, config.train_split), heldout, config.format
+            train = read_hub(config, config.train_split)
+            return train, None if config.test_split is None else read_hub(config, config.test_split), config.format
         case _:
             raise ConfigError(f"dataset={config.name}: no source reads {type(config).__name__}")
 
