@@ -149,7 +149,7 @@ class AuditReport:
             "fitting": statistics.fitting,
             "rewritten_history": statistics.rewritten_history,
             "in_neither_part": dict(stats.left_out),
-            "sources_read": stats.by_source(),
+            "sources_read": stats.sources,
             "notices": dict(stats.notices.most_common()),
             "layout": dict(stats.layout.most_common()),
             "whole": statistics.whole,
@@ -249,10 +249,8 @@ def panels(report: AuditReport) -> Iterator[Panel]:
         ]
         yield Panel("Length in tokens", words, ("from – to", "conversations", ""), [rows])
     if len(report.stats.sources) > 1:
-        rows = [
-            [name, f"{counts.pop('weight'):g}", *map(int, counts.values())]
-            for name, counts in report.stats.by_source().items()
-        ]
+        numbers = ((name, source.values()) for name, source in report.stats.sources.items())
+        rows = [[name, f"{weight:g}", *map(int, counts)] for name, (weight, *counts) in numbers]
         yield Panel("Sources", "", ("", "weight", "rows", "kept", "shown in an epoch", "held out"), [rows])
     if statistics.fitting:
         words = f"dataset.too_long={config.too_long.value}; held-out conversations: "

@@ -175,8 +175,6 @@ def policy_of(part: str, too_long: TooLong) -> TooLong:
 
 def _to_ask(conversation: Conversation) -> Conversation:
     """Return a held-out conversation whose reasoning is part of what is asked: no prompt may show the thought of its step."""
-    if all(message.reasoning_trained for message in conversation.messages):
-        return conversation
     messages = tuple(replace(message, reasoning_trained=True) for message in conversation.messages)
     return replace(conversation, messages=messages)
 

@@ -388,7 +388,7 @@ class Preparation:
         wanted = len(order) if size < 0 else min(size, len(order))
         stats, outcomes = self.stats, Counter[str]()
         for source in stats.sources.values():
-            source.used[part] = 0
+            source[part] = 0
         used: list[Entry] = []
         shown_before: set[Entry] = set()
         position = 0
@@ -409,7 +409,7 @@ class Preparation:
                 shown_before.add(entry)
                 if result.rejection is None:
                     used.append(entry)
-                    stats.source_of(entry.source).used[part] += 1
+                    stats.source(entry.source)[part] += 1
         self.used[part], stats.fitted[part] = used, outcomes
 
     def _make(self, part: str, entries: list[Entry]) -> None:

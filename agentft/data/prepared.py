@@ -382,7 +382,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "fingerprint": prepared.fingerprint,
             "rows": stats.rows,
             "files": stats.files,
-            "sources": [{"source": name} | counts for name, counts in stats.by_source().items()],
+            "sources": [{"source": name} | counts for name, counts in stats.sources.items()],
             "skipped_files": stats.skipped_files,
             "blank_lines": stats.blank_lines,
             "set_aside": stats.reasons(),

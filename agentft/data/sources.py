@@ -40,7 +40,7 @@ from agentft.data.config import (
 )
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import Rejection, read_record
-from agentft.data.stats import Deduplicator, PreparationStats, SourceCount
+from agentft.data.stats import Deduplicator, PreparationStats
 from agentft.errors import ConfigError, DataError, FormatError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -236,7 +236,7 @@ def _read_sources(sources: list[WeightedPath], part: str, stats: PreparationStat
     for source in sources:
         path = Path(source.path)
         folder = path if path.is_dir() else None
-        stats.sources.setdefault(source.path, SourceCount(source.weight))
+        stats.source(source.path, source.weight)
         own = heldout_files(path) if part != "all" else []
         if part == "heldout":
             files = own

@@ -18,24 +18,13 @@ _MAX_NAMES_NOTED = 40
 
 
 @dataclass(slots=True)
-class SourceCount:
-    """What one source gave."""
-
-    weight: float = 1.0
-    rows: int = 0
-    kept: int = 0
-    """Conversations read."""
-    used: Counter[str] = field(default_factory=Counter)
-    """Part -> conversations used; in training each as often as an epoch shows it."""
-
-
-@dataclass(slots=True)
 class PreparationStats:
     """Where every row went. What reading counts is there while the rows are read."""
 
     files: list[str] = field(default_factory=list)
-    sources: dict[str, SourceCount] = field(default_factory=dict)
-    """Each source as it was given, a file, a folder or a dataset."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each source as it was given, file, folder or dataset: its `weight`, its `rows`, those `kept` as conversations, and
+    how many of these each part uses, `train` as often as an epoch shows them."""
     source_of_file: dict[str, str] = field(default_factory=dict)
     """File of a folder -> the folder."""
     skipped_files: list[str] = field(default_factory=list)
@@ -58,12 +47,12 @@ class PreparationStats:
     @property
     def rows(self) -> int:
         """Everything that was read, blank lines aside."""
-        return sum(source.rows for source in self.sources.values())
+        return int(sum(source["rows"] for source in self.sources.values()))
 
     @property
     def kept(self) -> int:
         """Rows that were read as conversations."""
-        return sum(source.kept for source in self.sources.values())
+        return int(sum(source["kept"] for source in self.sources.values()))
 
     @property
     def rejected(self) -> Counter[str]:
@@ -83,16 +72,9 @@ class PreparationStats:
         """Return the conversations of a part that gave at least one example."""
         return self.fitted[part].total() - self.fitted[part]["set_aside"]
 
-    def source_of(self, file: str) -> SourceCount:
-        """Return the count of the source that a file or dataset belongs to."""
-        return self.sources.setdefault(self.source_of_file.get(file, file), SourceCount())
-
-    def by_source(self) -> dict[str, dict[str, float]]:
-        """Return the numbers of each source by name."""
-        return {
-            name: {"weight": source.weight, "rows": source.rows, "kept": source.kept, **source.used}
-            for name, source in self.sources.items()
-        }
+    def source(self, name: str, weight: float = 1.0) -> dict[str, float]:
+        """Return the numbers of a source, or of the one that a file belongs to; `weight`: of one that is new."""
+        return self.sources.setdefault(self.source_of_file.get(name, name), {"weight": weight, "rows": 0, "kept": 0})
 
     def check_any(self) -> None:
         """Refuse data of which every row was set aside in reading.
@@ -143,9 +125,8 @@ class PreparationStats:
         values = json.loads(text)
         counters = {name: Counter(values[name]) for name in ("notices", "left_out", "layout")}
         fitted = {part: Counter(outcomes) for part, outcomes in values["fitted"].items()}
-        sources = {name: SourceCount(**s | {"used": Counter(s["used"])}) for name, s in values["sources"].items()}
         rejections = [Rejection(**each | {"origin": Origin(**each["origin"])}) for each in values["rejections"]]
-        return PreparationStats(**values | counters | {"fitted": fitted, "sources": sources, "rejections": rejections})
+        return PreparationStats(**values | counters | {"fitted": fitted, "rejections": rejections})
 
 
 def count_codes(codes: Iterable[str], counted: Counter[str]) -> None:
@@ -170,7 +151,7 @@ class Deduplicator:
     def reject(self, rejection: Rejection) -> Rejection:
         """Count a row that cannot be used, and return why."""
         self._stats.rejections.append(rejection)
-        self._stats.source_of(rejection.origin.source).rows += 1
+        self._stats.source(rejection.origin.source)["rows"] += 1
         return rejection
 
     def accept(self, origin: Origin, name: str, content_hash: str, notices: Iterable[str]) -> str | Rejection:
@@ -179,9 +160,9 @@ class Deduplicator:
         if unique is None:
             return self.reject(Rejection(origin, "duplicate", "the same id and content came before", name))
         count_codes([*notices, *["duplicate_id_renamed"] * (unique != name)], self._stats.notices)
-        source = self._stats.source_of(origin.source)
-        source.rows += 1
-        source.kept += 1
+        source = self._stats.source(origin.source)
+        source["rows"] += 1
+        source["kept"] += 1
         return unique
 
     def _unique(self, name: str, content_hash: str) -> str | None:

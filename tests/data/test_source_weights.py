@@ -119,7 +119,7 @@ def test_the_rows_of_a_folder_count_for_the_folder(tmp_path: Path):
     config = write_sources(tmp_path)
     report = PreparationStats()
     list(read_conversations(read_local(config.sources, stats=report), stats=report))
-    counts = {Path(name).name: (s.weight, s.rows, s.kept) for name, s in report.sources.items()}
+    counts = {Path(name).name: (s["weight"], s["rows"], s["kept"]) for name, s in report.sources.items()}
     assert counts == {"a.jsonl": (2.0, 30, 29), "parts": (0.5, 20, 20)}
 
 

@@ -261,7 +261,7 @@ def test_the_audit_says_what_a_training_run_will_make_of_every_part(too_long: st
         left_out = sum(len(change["steps_left_out"]) for change in stats.changed if change["part"] == part)
         assert fitting["steps_left_out"] == left_out
         sources_given = {name: count[part] for name, count in numbers["sources_read"].items()}
-        assert sources_given == {name: stats.sources[name].used[part] for name in sources_given}
+        assert sources_given == {name: stats.sources[name][part] for name in sources_given}
     assert numbers["in_neither_part"] == dict(stats.left_out)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert sorted(each["id"] for each in rejected) == sorted(each.id for each in stats.rejections)

@@ -533,7 +533,7 @@ def test_a_snapshots_own_test_files_are_the_exam(template, encoder, tmp_path):
     assert sorted(data.train.ids) == [f"train{n}" for n in range(5)]
     assert sorted(data.heldout_examples.ids) == ["test0", "test1", "validation0"]
     assert data.stats.notices["field_not_carried:mood"] == 8
-    assert [(source.rows, source.kept) for source in data.stats.sources.values()] == [(8, 8)]
+    assert [(source["rows"], source["kept"]) for source in data.stats.sources.values()] == [(8, 8)]
 
 
 def test_what_the_layout_leaves_out_of_declarations_is_counted_by_name(template, encoder, tmp_path):
