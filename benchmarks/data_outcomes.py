@@ -21,8 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]  # the latter for the r
 
 from agentft.data.conversation import Origin  # noqa: E402
 from agentft.data.records import Rejection, read_record  # noqa: E402
-from agentft.data.sources import read_conversations, read_local  # noqa: E402
-from agentft.data.stats import PreparationStats  # noqa: E402
+from agentft.data.sources import (  # noqa: E402
+    PreparationStats,
+    read_conversations,
+    read_local,
+)
 from agentft.errors import DataError  # noqa: E402
 
 REPAIRS = {"missing_system", "empty_system", "id_missing", "id_number", "tool_entry_flawed"}

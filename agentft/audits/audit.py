@@ -29,8 +29,7 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import Preparation, look_at_every_conversation
 from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate, SpanKind
-from agentft.data.sources import open_rows, read_conversations
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats, open_rows, read_conversations
 from agentft.data.template_choice import Layout, stop_tokens
 from agentft.data.tokens import Example, SegmentEncoder, TokenText
 from agentft.data.truncation import Rendered, TruncationKind, make_examples

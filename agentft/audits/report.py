@@ -14,7 +14,7 @@ from agentft.audits.checks import CODES, Finding, Level
 from agentft.comparison.render import render_page, visible
 from agentft.data.entries import policy_of
 from agentft.data.render import TRAINED_KINDS, SpanKind
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats
 from agentft.data.tokens import IGNORE_INDEX, TokenText
 from agentft.data.truncation import TruncationKind
 from agentft.recipes.config import AuditConfig

@@ -58,8 +58,15 @@ from agentft.data.prepared import (
 )
 from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate
-from agentft.data.sources import RawRow, is_large, open_rows, source_digests
-from agentft.data.stats import Deduplicator, PreparationStats, count_codes
+from agentft.data.sources import (
+    Deduplicator,
+    PreparationStats,
+    RawRow,
+    count_codes,
+    is_large,
+    open_rows,
+    source_digests,
+)
 from agentft.data.template_choice import Layout
 from agentft.data.tokens import Example, SegmentEncoder, encode_fast
 from agentft.errors import DataError

@@ -34,7 +34,7 @@ from agentft.data.config import DatasetConfig, SpanWeights
 from agentft.data.conversation import Conversation, Message, Observation, Origin, Part, Text, message_fields
 from agentft.data.msagent import read_marked_call, result_message, step_message
 from agentft.data.render import SpanKind
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats
 from agentft.data.tokens import Example, Span, weigh
 from agentft.data.truncation import TruncationKind
 from agentft.runs import RunFolder

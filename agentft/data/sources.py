@@ -1,4 +1,4 @@
-"""Open the sources of a dataset: local files, a hub, or the generator; and read their rows as conversations.
+"""Open the sources of a dataset: local files, a hub, or the generator; read their rows as conversations, and count all.
 
 Lines of local files end at the byte `\n` and nowhere else: U+2028 and U+0085 are text. A line that cannot be decoded or parsed
 is set aside alone. Memory is bounded by `MAX_LINE_BYTES`, whatever a line or a compressed file holds.
@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +39,7 @@ from agentft.data.config import (
     WeightedPath,
 )
 from agentft.data.conversation import Conversation, Origin
-from agentft.data.records import Rejection, read_record
-from agentft.data.stats import Deduplicator, PreparationStats
+from agentft.data.records import KNOWN, Rejection, read_record
 from agentft.errors import ConfigError, DataError, FormatError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -54,6 +53,8 @@ _LFS_ADVICE = "a Git LFS pointer, not the data: run `git lfs pull` in its reposi
 _UTF8_BOM = b"\xef\xbb\xbf"
 _PIECE_CHARACTERS = 1024 * 1024
 _TABLE_ROWS_AT_ONCE = 256
+_MAX_NAMES_NOTED = 40
+"""Names of columns or fields under one code; a record with names of its own would fill the memory."""
 _TRAIN_NAME = re.compile(r"train(?:ing)?(?:[-_.]|\Z)", re.IGNORECASE)
 _HELDOUT_NAME = re.compile(r"(?:test|validation|valid|val|dev|eval)(?:[-_.]|\Z)", re.IGNORECASE)
 """How hubs call the files and folders of a split."""
@@ -83,6 +84,173 @@ class RawRow:
 Rows = Iterable[RawRow | Rejection]
 Source = str | Path | WeightedPath
 
+# --- Where every row went ---
+
+
+@dataclass(slots=True)
+class PreparationStats:
+    """Where every row went. What reading counts is there while the rows are read."""
+
+    files: list[str] = field(default_factory=list)
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each source as it was given, file, folder or dataset: its `weight`, its `rows`, those `kept` as conversations, and
+    how many of these each part uses, `train` as often as an epoch shows them."""
+    source_of_file: dict[str, str] = field(default_factory=dict)
+    """File of a folder -> the folder."""
+    skipped_files: list[str] = field(default_factory=list)
+    """Files of a folder whose names say that they hold no data."""
+    blank_lines: int = 0
+    """Blank lines and lines of NUL padding."""
+    rejections: list[Rejection] = field(default_factory=list)
+    """Rows set aside in reading, duplicates included; after them the conversations that do not fit."""
+    notices: Counter[str] = field(default_factory=Counter)
+    """Oddities of conversations that were read, by code."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Usable conversations in neither part, by reason."""
+    fitted: dict[str, Counter[str]] = field(default_factory=dict)
+    """Part -> what became of its conversations, see `agentft.data.truncation.TruncationKind`."""
+    changed: list[dict[str, Any]] = field(default_factory=list)
+    """Every conversation that is not used whole, and what of it is not used."""
+    layout: Counter[str] = field(default_factory=Counter)
+    """What the template writes otherwise than the source."""
+
+    @property
+    def rows(self) -> int:
+        """Everything that was read, blank lines aside."""
+        return int(sum(source["rows"] for source in self.sources.values()))
+
+    @property
+    def kept(self) -> int:
+        """Rows that were read as conversations."""
+        return int(sum(source["kept"] for source in self.sources.values()))
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Rows set aside in reading, by reason."""
+        return Counter(rejection.reason for rejection in self.rejections[: self.rows - self.kept])
+
+    @property
+    def lost(self) -> int:
+        """Rows set aside, in reading or because they do not fit; a repetition is no loss."""
+        return sum(rejection.reason != "duplicate" for rejection in self.rejections)
+
+    def reasons(self) -> dict[str, int]:
+        """Return the rows set aside by reason, commonest first."""
+        return dict(Counter(rejection.reason for rejection in self.rejections).most_common())
+
+    def used(self, part: str) -> int:
+        """Return the conversations of a part that gave at least one example."""
+        return self.fitted[part].total() - self.fitted[part]["set_aside"]
+
+    def source(self, name: str, weight: float = 1.0) -> dict[str, float]:
+        """Return the numbers of a source, or of the one that a file belongs to; `weight`: of one that is new."""
+        return self.sources.setdefault(self.source_of_file.get(name, name), {"weight": weight, "rows": 0, "kept": 0})
+
+    def check_any(self) -> None:
+        """Refuse data of which every row was set aside in reading.
+
+        Raises:
+            DataError: the commonest reasons, each with its first row, and the formats that are known.
+        """
+        if self.kept or not self.rejections:
+            return
+        firsts = {rejection.reason: rejection for rejection in reversed(self.rejections)}
+        lines = [f"none of {self.rows:,} rows can be used; they were set aside for:"]
+        for reason, count in list(self.reasons().items())[:4]:
+            lines.append(f"  {count:,} {reason}, first {firsts[reason].origin}: {firsts[reason].detail};"[:400])
+        raise DataError("\n".join([*lines, f"  known formats (dataset.format): {KNOWN}"]))
+
+    def check_losses(self, config: DatasetConfig) -> None:
+        """Refuse data of which too much is set aside.
+
+        Raises:
+            DataError: more than `dataset.max_rejected` of the rows, duplicates not counted.
+        """
+        if self.rows and self.lost / self.rows > config.max_rejected:
+            examples = "; ".join(f"{r.origin}: {r.reason}: {r.detail}" for r in self.rejections[:3])
+            raise DataError(
+                f"{self.lost} of {self.rows} rows were set aside, more than dataset.max_rejected={config.max_rejected} "
+                f"allows: {self.reasons()}; for example {examples}"
+            )
+
+    def rejected_lines(self) -> str:
+        """Return a line of JSON for every row that was set aside."""
+        lines = (
+            {"source": r.origin.source, "line": r.origin.line, "id": r.id, "reason": r.reason, "detail": r.detail}
+            for r in self.rejections
+        )
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+
+        def named(value: Any) -> dict[str, Any]:
+            return {part.name: getattr(value, part.name) for part in fields(value)}
+
+        return json.dumps(self, ensure_ascii=False, default=named)
+
+    @staticmethod
+    def from_json(text: str) -> PreparationStats:
+        """Read what `to_json` wrote: equal statistics, their counts in the same order."""
+        values = json.loads(text)
+        counters = {name: Counter(values[name]) for name in ("notices", "left_out", "layout")}
+        fitted = {part: Counter(outcomes) for part, outcomes in values["fitted"].items()}
+        rejections = [Rejection(**each | {"origin": Origin(**each["origin"])}) for each in values["rejections"]]
+        return PreparationStats(**values | counters | {"fitted": fitted, "rejections": rejections})
+
+
+def count_codes(codes: Iterable[str], counted: Counter[str]) -> None:
+    """Count codes; where some end with a name, and many names are counted, all further names are one code."""
+    for code in codes:
+        kind, colon, _ = code.partition(":")
+        if colon and code not in counted and sum(k.startswith(kind + ":") for k in counted) >= _MAX_NAMES_NOTED:
+            code = f"{kind}:other_names"
+        counted[code] += 1
+
+
+class Deduplicator:
+    """Counts the rows of a source in their order, and gives no two conversations one id."""
+
+    def __init__(self, stats: PreparationStats) -> None:
+        self._stats = stats
+        self._contents: dict[str, str] = {}
+        """Id -> content hash."""
+        self._renamed: dict[str, set[str]] = {}
+        """For an id met with several contents: the further ones."""
+
+    def reject(self, rejection: Rejection) -> Rejection:
+        """Count a row that cannot be used, and return why."""
+        self._stats.rejections.append(rejection)
+        self._stats.source(rejection.origin.source)["rows"] += 1
+        return rejection
+
+    def accept(self, origin: Origin, name: str, content_hash: str, notices: Iterable[str]) -> str | Rejection:
+        """Count a row that was understood as a conversation, and return the id it gets; a repetition is refused."""
+        unique = self._unique(name, content_hash)
+        if unique is None:
+            return self.reject(Rejection(origin, "duplicate", "the same id and content came before", name))
+        count_codes([*notices, *["duplicate_id_renamed"] * (unique != name)], self._stats.notices)
+        source = self._stats.source(origin.source)
+        source["rows"] += 1
+        source["kept"] += 1
+        return unique
+
+    def _unique(self, name: str, content_hash: str) -> str | None:
+        """Return the id to use, or None for a repetition of what came before."""
+        if name not in self._contents:
+            self._contents[name] = content_hash
+            return name
+        copies = self._renamed.setdefault(name, set())
+        if content_hash == self._contents[name] or content_hash in copies:
+            return None
+        number = len(copies) + 2
+        while (unique := f"{name}#{number}") in self._contents:
+            number += 1
+        copies.add(content_hash)
+        self._contents[unique] = content_hash
+        return unique
+
+
 # --- Datasets ---
 
 
@@ -98,7 +266,7 @@ def open_rows(config: DatasetConfig, stats: PreparationStats) -> tuple[Rows, Row
             return _synthetic(config, "train"), _synthetic(config, "heldout"), Format.msagent
         case LocalConfig():
             sources = _local_sources(config)
-            own = any(heldout_files(Path(source.path)) for source in sources)
+            own = any(heldout_files(Path(name)) for name, _ in _weighted(sources))
             if own and config.test_path is None:
                 log.info("data: test and validation files beside training files are held out, and not trained on")
             train = read_local(sources, part="train", stats=stats)
@@ -118,7 +286,7 @@ def is_large(config: DatasetConfig) -> bool:
         case SyntheticConfig():
             return config.conversations * _SYNTHETIC_BYTES > _LARGE_BYTES
         case LocalConfig() if config.max_samples < 0:
-            paths = [Path(source.path) for source in _local_sources(config)]
+            paths = [Path(name) for name, _ in _weighted(_local_sources(config))]
             files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
             return sum(file.stat().st_size for file in files if file.is_file()) > _LARGE_BYTES
         case _:
@@ -135,7 +303,7 @@ def source_digests(config: DatasetConfig) -> Any:
     """
     match config:
         case LocalConfig():
-            test = None if config.test_path is None else _digest_local(_weighted(config.test_path))
+            test = None if config.test_path is None else _digest_local([config.test_path])
             return [_digest_local(_local_sources(config)), test]
         case HubConfig():
             splits = [config.train_split] if config.test_split is None else [config.train_split, config.test_split]
@@ -147,10 +315,10 @@ def source_digests(config: DatasetConfig) -> Any:
             return []  # made from the settings alone
 
 
-def _digest_local(sources: Sequence[WeightedPath]) -> list[list[Any]]:
+def _digest_local(sources: Sequence[Source]) -> list[list[Any]]:
     """Return what `read_local` would read, by name and digest, in its order; files that it would skip or refuse by name."""
     found: list[list[Any]] = []
-    for path in (Path(source.path) for source in sources):
+    for path in (Path(name) for name, _ in _weighted(sources)):
         skipped: list[str] = []
         for file in _folder_files(path, skipped) if path.is_dir() else [path]:
             refusal = _refusal(file, path if path.is_dir() else None)
@@ -172,13 +340,14 @@ def _synthetic(config: SyntheticConfig, part: Literal["train", "heldout"]) -> It
         yield RawRow(Origin(f"synthetic-{part}", number), record)
 
 
-def _local_sources(config: LocalConfig) -> list[WeightedPath]:
-    return config.sources if config.path is None else _weighted(config.path)
+def _local_sources(config: LocalConfig) -> Sequence[Source]:
+    return config.sources if config.path is None else [config.path]
 
 
-def _weighted(paths: Source | Sequence[Source]) -> list[WeightedPath]:
+def _weighted(paths: Source | Sequence[Source]) -> list[tuple[str, float]]:
+    """Return each path with its weight."""
     given = [paths] if isinstance(paths, str | Path | WeightedPath) else paths
-    return [each if isinstance(each, WeightedPath) else WeightedPath(path=str(each)) for each in given]
+    return [(each.path, each.weight) if isinstance(each, WeightedPath) else (str(each), 1.0) for each in given]
 
 
 def read_conversations(
@@ -217,26 +386,24 @@ def read_local(
     sources = _weighted(paths)
     if not sources:
         raise DataError("no path given")
-    places = [Path(source.path).resolve() for source in sources]
-    for at, source in enumerate(sources):
+    places = [Path(name).resolve() for name, _ in sources]
+    for at, (name, _) in enumerate(sources):
         if not places[at].exists():
             kinds = ", ".join(_SUFFIXES)
-            raise DataError(
-                f"{source.path}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them"
-            )
+            raise DataError(f"{name}: no such file or folder; expected {kinds} (or .gz, .zst) or a folder of them")
         # A file that two sources hold would have two weights, and be a duplicate of itself.
         for other, place in enumerate(places):
             if other != at and places[at].is_relative_to(place):
-                where = "given twice" if places[at] == place else f"inside {sources[other].path}, which is given too"
-                raise DataError(f"{source.path}: {where}; name each file once")
+                where = "given twice" if places[at] == place else f"inside {sources[other][0]}, which is given too"
+                raise DataError(f"{name}: {where}; name each file once")
     return _read_sources(sources, part, stats if stats is not None else PreparationStats())
 
 
-def _read_sources(sources: list[WeightedPath], part: str, stats: PreparationStats) -> Iterator[RawRow | Rejection]:
-    for source in sources:
-        path = Path(source.path)
+def _read_sources(sources: list[tuple[str, float]], part: str, stats: PreparationStats) -> Iterator[RawRow | Rejection]:
+    for source, weight in sources:
+        path = Path(source)
         folder = path if path.is_dir() else None
-        stats.source(source.path, source.weight)
+        stats.source(source, weight)
         own = heldout_files(path) if part != "all" else []
         if part == "heldout":
             files = own
@@ -247,18 +414,18 @@ def _read_sources(sources: list[WeightedPath], part: str, stats: PreparationStat
             if not files:
                 raise DataError(f"{path}: the folder holds no {', '.join(_SUFFIXES)} file")
         for file in files:
-            yield from _read_source(file, folder, source, stats)
+            yield from _read_source(file, folder, source, weight, stats)
 
 
 def _read_source(
-    file: Path, folder: Path | None, source: WeightedPath, stats: PreparationStats
+    file: Path, folder: Path | None, source: str, weight: float, stats: PreparationStats
 ) -> Iterator[RawRow | Rejection]:
     """Read one file; one of a folder that cannot be read costs itself alone."""
     # A file name that is no UTF-8 must not break the report that names it.
-    name = str(file if folder else source.path).encode("utf-8", "backslashreplace").decode()
+    name = str(file if folder else source).encode("utf-8", "backslashreplace").decode()
     stats.files.append(name)
     if folder:
-        stats.source_of_file[name] = source.path
+        stats.source_of_file[name] = source
     rows = 0
     try:
         refusal = _refusal(file, folder)
@@ -271,7 +438,7 @@ def _read_source(
             if isinstance(item, FormatError):
                 yield Rejection(origin, item.reason, item.detail)
             else:
-                yield RawRow(origin, item, source.weight)
+                yield RawRow(origin, item, weight)
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error}") from error
     if rows == 0:

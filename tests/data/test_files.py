@@ -15,8 +15,7 @@ from agentft.data import sources
 from agentft.data.config import WeightedPath
 from agentft.data.conversation import Conversation
 from agentft.data.records import Rejection
-from agentft.data.sources import RawRow, heldout_files, read_conversations, read_local
-from agentft.data.stats import PreparationStats, count_codes
+from agentft.data.sources import PreparationStats, RawRow, count_codes, heldout_files, read_conversations, read_local
 from agentft.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]

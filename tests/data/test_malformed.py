@@ -22,8 +22,7 @@ from agentft.data.calls import read_literal
 from agentft.data.config import Format
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import Rejection, read_record
-from agentft.data.sources import RawRow, read_conversations, read_local
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats, RawRow, read_conversations, read_local
 from agentft.errors import DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

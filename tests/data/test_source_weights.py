@@ -15,8 +15,7 @@ from agentft.data.entries import divide, in_showing_order
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.data.records import read_record
-from agentft.data.sources import read_conversations, read_local
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats, read_conversations, read_local
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.errors import ConfigError, DataError

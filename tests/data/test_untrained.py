@@ -13,8 +13,7 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import prepare_data
 from agentft.data.prepared import from_line, to_line
 from agentft.data.records import Rejection, read_record
-from agentft.data.sources import RawRow, read_conversations
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats, RawRow, read_conversations
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import IGNORE_INDEX, TokenText, tokenize
 from agentft.data.truncation import TruncationKind, Truncator, make_examples

@@ -39,8 +39,7 @@ from agentft.data.prepared import (
     write_manifest,
 )
 from agentft.data.render import MsagentTemplate
-from agentft.data.sources import is_large, read_conversations, read_local
-from agentft.data.stats import PreparationStats
+from agentft.data.sources import PreparationStats, is_large, read_conversations, read_local
 from agentft.data.template_choice import choose_template
 from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import Truncator
