@@ -2,26 +2,41 @@
 
     python benchmarks/architectures.py                       # all of them, into the page
     python benchmarks/architectures.py llama granite bloom   # some, to the screen
+    python benchmarks/architectures.py --runs [kinds]        # whole runs of current ones: train, resume, export, merge
 
 Each is tried as a training on a CPU in bf16 asks for it (tiled attention) and in fp32 (torch's kernels).
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from agentft.config import compose, register_schemas, to_train_config
 from agentft.errors import ModelError
 from agentft.model import attention as tiled
+from agentft.model.adapters import load_trained_state, prepare_for_training
 from agentft.model.labelled_loss import LabelledLoss
+from agentft.model.sources import byte_tokenizer
+from agentft.recipes.config import ExportConfig, saved_config
+from agentft.recipes.export import export
 from agentft.recipes.probe import Probe, ProbeResult, ask_stock
+from agentft.recipes.train import train
+from agentft.tracking import read_metrics
 
 PAGE = Path(__file__).resolve().with_suffix(".md")
 
@@ -84,8 +99,8 @@ OF_ITS_OWN: dict[str, dict[str, Any]] = {
 """What the sizes alone do not settle: layers of both kinds where a model has two, and numbers that must fit each other."""
 
 
-def small_model(kind: str, dtype: torch.dtype) -> Any:
-    """Return a small model of an architecture with random weights.
+def small_model(kind: str, dtype: torch.dtype, **own: Any) -> Any:
+    """Return a small model of an architecture with random weights, with `own` settings before any others.
 
     Raises:
         Exception: whatever its code makes of such sizes.
@@ -99,7 +114,7 @@ def small_model(kind: str, dtype: torch.dtype) -> Any:
     if "kv_lora_rank" in known:
         given["num_key_value_heads"] = 4
     given = {name: value for name, value in given.items() if settings.get(name, 0) is not None or name in _MAY_BE_NONE}
-    given |= OF_ITS_OWN.get(kind, {})
+    given |= OF_ITS_OWN.get(kind, {}) | {name: value for name, value in own.items() if name in known}
     small = config(**given)
     with torch.device("meta"):
         count = sum(p.numel() for p in _build(whole, small, dtype).parameters())
@@ -169,9 +184,160 @@ def _cells(ways: ProbeResult) -> list[str]:
     return [asked, "forward pass" if ways.stock_logits else "head", leak, "generate" if ways.stock_answers else "rows"]
 
 
+RUNS = """
+llama qwen2 qwen3 mistral ministral3 smollm3 olmo2 granite cohere cohere2 gemma2 gemma3_text gemma4_text glm4 phi phi3 phi3+long
+gpt2 gpt_neox opt bloom falcon starcoder2 mixtral olmoe qwen2_moe qwen3_moe gpt_oss deepseek_v3 llama4_text glm4_moe
+glm4_moe_lite qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 lfm2_moe falcon_h1 nemotron_h bamba granitemoehybrid jamba
+"""
+"""Rows of the table of whole runs: model types; `+long` rotates positions beyond a first length by other factors."""
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
+
+FIELDS = ("trains", "packs", "answers", "adapters", "resumes", "exports", "merges")
+
+
+def whole_run(name: str, folder: Path) -> dict[str, str]:
+    """Train adapters on every layer of a small model by the real recipe, stop, resume, export and merge.
+
+    Returns:
+        By field of `FIELDS` a number or `yes` where it holds, else what does not; nothing after the first failure.
+    """
+    found: dict[str, str] = {}
+    try:
+        for field, value in _steps(name, folder):
+            found[field] = value
+    except Exception as error:
+        found[FIELDS[len(found)]] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    return found
+
+
+def _steps(name: str, folder: Path) -> Iterator[tuple[str, str]]:
+    base, tokenizer = folder / "base", byte_tokenizer()
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, "n_positions": 2048}
+    sizes["vocab_size_per_layer_input"] = len(tokenizer)
+    kind, _, long = name.partition("+")
+    turned = {"rope_parameters": LONG, "original_max_position_embeddings": 64} if long else {}
+    model = small_model(kind, torch.float32, **sizes, **special, **turned)
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    said = _Lines()
+    logging.getLogger("agentft").addHandler(said)
+    try:
+        whole = _train(base, folder / "whole")
+        losses = [row["train/loss"] for row in read_metrics(whole / "metrics.jsonl") if "train/loss" in row]
+        if not losses[-1] < losses[0] < math.inf:
+            raise ValueError(f"the loss does not fall: {losses}")
+        yield "trains", f"{losses[0]:.2f} to {losses[-1]:.2f}"
+        probe = next(line for line in said.lines if line.startswith("probe of"))
+        yield "packs", "no" if "packed rows" in probe else "0.0"
+        yield "answers", "generate" if "answers side by side" in probe else "rows"
+        yield (
+            "adapters",
+            next(found[1] for line in said.lines if (found := re.search(r"adapters in (\d+ of \d+)", line))),
+        )
+    finally:
+        logging.getLogger("agentft").removeHandler(said)
+    _train(base, folder / "parts", "training.pause_at_fraction=0.5")
+    parts = _train(base, folder / "parts")
+    ends = [load_file(run / "checkpoints" / "step-000004" / "trained.safetensors") for run in (whole, parts)]
+    if ends[0].keys() != ends[1].keys() or not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0]):
+        raise ValueError("a resumed run ends in other weights")
+    yield "resumes", "bit for bit"
+    wanted = _logits_of_run(parts, base)
+    adapter = export(ExportConfig(run=str(parts), merge=False)).folder
+    stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    yield "exports", _distance(PeftModel.from_pretrained(stock, adapter), wanted)
+    merged = export(ExportConfig(run=str(parts))).folder
+    yield (
+        "merges",
+        _distance(transformers.AutoModelForCausalLM.from_pretrained(merged, attn_implementation="eager"), wanted),
+    )
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _train(base: Path, run: Path, *overrides: str) -> Path:
+    settings = [
+        *("model=auto", "model.source=local", f"model.path='{base}'", "model.context=2048", "model.dtype=fp32"),
+        *("sft_type=lora", "sft_type.targets=[all-linear]", "dataset=synthetic", "dataset.conversations=8"),
+        *(
+            "dataset.heldout=2",
+            "dataset.max_length=2048",
+            "training.gradient_accumulation_steps=1",
+            "training.max_steps=4",
+        ),
+        *("training.save_steps=2", "training.logging_steps=1", "training.learning_rate=0.01", "training.warmup=0"),
+        *(
+            "evaluation.eval_steps=0",
+            "evaluation.before=false",
+            "evaluation.after=false",
+            "tracking=disabled",
+            "threads=1",
+        ),
+    ]
+    register_schemas()
+    return train(to_train_config(compose("train", [*settings, *overrides, f"run_dir='{run}'"]))).run_dir
+
+
+_IDS = torch.arange(5, 29)[None]
+
+
+def _logits_of_run(run: Path, base: Path) -> torch.Tensor:
+    """Return the logits of the last checkpoint, in memory as it was trained."""
+    config = saved_config(run)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    adapted = prepare_for_training(model, config.sft_type, config.model)
+    load_trained_state(adapted, load_file(run / "checkpoints" / "step-000004" / "trained.safetensors"))
+    with torch.no_grad():
+        return adapted.eval()(input_ids=_IDS, use_cache=False).logits
+
+
+def _distance(model: Any, wanted: torch.Tensor) -> str:
+    """Return how far a model's logits are, over the spread of those that are wanted; raise ValueError beyond rounding."""
+    with torch.no_grad():
+        found = model.eval()(input_ids=_IDS, use_cache=False).logits
+    distance = float((found - wanted).abs().max() / wanted.std())
+    if not distance < 1e-3:
+        raise ValueError(f"logits are {distance:.1e} of their spread away")
+    return f"{distance:.0e}"
+
+
+def write_runs(names: Sequence[str], page: Path | None) -> None:
+    """Print the rows of whole runs, and write them into the page behind the probe's table."""
+    lines = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            found = whole_run(name, Path(folder))
+        lines.append(f"| {name} | " + " | ".join(found.get(field, "").replace("|", "/") for field in FIELDS) + " |")
+        print(lines[-1], flush=True)
+    if page is not None:
+        before = page.read_text(encoding="utf-8").split(RUNS_HEAD.partition("\n")[0])[0].rstrip()
+        page.write_text(f"{before}\n\n{RUNS_HEAD}" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     tiled.register()
+    if "--runs" in sys.argv:
+        names = [name for name in sys.argv[1:] if name != "--runs"]
+        write_runs(names or RUNS.split(), None if names else PAGE)
+        return
     kinds = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     counts: Counter[str] = Counter()
     lines = []
@@ -183,7 +349,10 @@ def main() -> None:
     summary = ", ".join(f"{counts[name]} {name}" for name in ("held", "fell back", "refused", "not small"))
     print(summary)
     if not sys.argv[1:]:
-        PAGE.write_text(HEAD.format(version=transformers.__version__, summary=summary) + "\n".join(lines) + "\n")
+        runs = RUNS_HEAD.partition("\n")[0]
+        kept = PAGE.read_text(encoding="utf-8").partition(runs)[2]
+        head = HEAD.format(version=transformers.__version__, summary=summary)
+        PAGE.write_text(head + "\n".join(lines) + f"\n\n{runs}{kept}", encoding="utf-8")
 
 
 HEAD = """# Architectures
@@ -198,6 +367,18 @@ be made.
 
 | `model_type` | verdict | attention | logits | packed | answers |
 | --- | --- | --- | --- | --- | --- |
+"""
+
+RUNS_HEAD = """## Whole runs
+
+Written by `python benchmarks/architectures.py --runs`. A small model with random weights goes through the real recipes in
+fp32: four steps of LoRA on `all-linear` (loss of the first and last), the probe's verdict on packed rows (0.0: a neighbour
+moves nothing) and on who answers, layers with adapters, a run stopped half way and resumed, the adapter exported and loaded by
+plain peft, and the merged model loaded by plain transformers (largest distance of logits over their spread). An empty cell was
+not reached.
+
+| `model_type` | trains | packs | answers | adapters | resumes | exports | merges |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 if __name__ == "__main__":

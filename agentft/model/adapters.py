@@ -6,11 +6,15 @@ s B0 A0 x. So W keeps its bits, and a checkpoint holds both adapters: singular v
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +49,7 @@ _SEED = 20240403
 
 def train_last_blocks(model: Any, sft: FreezeConfig) -> Any:
     """Freeze `model` but for what `sft` names, which becomes fp32; raise ConfigError where it has fewer blocks."""
-    decoder = model.get_decoder()
-    blocks = decoder.layers
+    blocks, norm = decoder_blocks(model)
     if sft.layers > len(blocks):
         raise ConfigError(f"sft_type.layers={sft.layers}: the model has {len(blocks)} blocks; sft_type=full trains all")
     chosen = list(blocks[len(blocks) - sft.layers :])
@@ -54,14 +57,26 @@ def train_last_blocks(model: Any, sft: FreezeConfig) -> Any:
     if sft.embeddings:
         chosen.append(embeddings)
     if sft.head:
-        chosen += [decoder.norm, head]
+        chosen += [norm, head]
     model.requires_grad_(False)
     for module in chosen:
         module.float().requires_grad_(True)
-    for module in (*blocks, decoder.norm, head):
+    for module in (*blocks, norm, head):
         # Where there is no autocast, bf16 would meet fp32.
         module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
     return model
+
+
+def decoder_blocks(model: Any) -> tuple[list[torch.nn.Module], torch.nn.Module]:
+    """Return the blocks of a decoder and the norm behind them, whatever they are called; no blocks where it has no list."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for part in model.get_decoder().modules():
+        children = list(part.children())
+        for at, child in enumerate(children):
+            if isinstance(child, torch.nn.ModuleList) and len(child) == depth:  # the outermost: experts lie in layers
+                norms = (each for each in children[at + 1 :] if any(True for _ in each.parameters()))
+                return list(child), next(norms, torch.nn.Identity())
+    return [], torch.nn.Identity()
 
 
 def _cast_inputs(
@@ -118,17 +133,23 @@ def _principal_part(name: str, weight_OI: torch.Tensor, sft: LoraConfig) -> tupl
 
 
 def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
-    """Freeze `model` and put adapters beside the layers that `sft.targets` names.
+    """Freeze `model` and put adapters beside what `sft.targets` names.
 
     Raises:
-        ConfigError: no linear layer has such a name, or peft does not adapt it.
+        ConfigError: nothing has such a name, or peft does not adapt it.
     """
     from peft import get_peft_model
 
+    targets = find_targets(model, sft, model_config)
+    if targets.left:
+        log.warning("peft cannot adapt quantised weights of this architecture in %s: left as they are", targets.left)
     try:
-        adapted = get_peft_model(model, peft_config(sft, find_targets(model, sft, model_config)))
+        adapted = get_peft_model(model, peft_config(sft, targets))
     except ValueError as error:  # a layer that the library does not adapt in this architecture
-        raise ConfigError(f"sft_type.targets: {error}") from error
+        raise ConfigError(f"{_setting(sft)}: {error}") from error
+    if targets.parameters and sft.dropout:
+        _drop_inputs_of_layers(adapted, sft.dropout)
+        log.info("sft_type.dropout=%g for layers; adapters of experts have none, since peft adds them up", sft.dropout)
     if sft.start is LoraStart.pissa:
         begin_with_principal_part(adapted, sft)
     for parameter in adapted.parameters():
@@ -137,6 +158,21 @@ def attach_lora(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Any:
     if sft.start is not LoraStart.pissa:
         _draw(adapted)
     return adapted
+
+
+def _setting(sft: LoraConfig) -> str:
+    """Return the setting that names the layers."""
+    return "model.lora_targets" if sft.targets is None else "sft_type.targets"
+
+
+def _drop_inputs_of_layers(adapted: Any, dropout: float) -> None:
+    """Give layers their dropout where peft was told none, as it has to be beside adapted parameters."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
 
 
 def _draw(adapted: Any) -> None:
@@ -150,16 +186,35 @@ def _draw(adapted: Any) -> None:
             weight_RI.data.copy_(drawn_RI)
 
 
-def peft_config(sft: LoraConfig, targets: list[str]) -> Any:
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What adapters stand beside."""
+
+    layers: dict[str, torch.nn.Module]
+    """Linear layers by their names in the model."""
+    parameters: dict[str, torch.nn.Parameter]
+    """Parameters that are no linear layer, such as the experts of a layer in one tensor `[experts, ., .]`."""
+    modules: list[str]
+    """Ends of names that stand for `layers` alone: peft's `target_modules`."""
+    parameter_ends: list[str]
+    """The same of `parameters`: peft's `target_parameters`."""
+    left: str = ""
+    """Layers that were asked for and cannot be adapted here."""
+
+
+def peft_config(sft: LoraConfig, targets: Targets) -> Any:
     """Return peft's settings for adapters as `sft` says."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import TaskType
+    from transformers.pytorch_utils import Conv1D
 
     return PeftLoraConfig(
         r=sft.rank,
         lora_alpha=sft.alpha,
-        lora_dropout=sft.dropout,
-        target_modules=targets,
+        lora_dropout=0.0 if targets.parameters else sft.dropout,
+        target_modules=targets.modules,
+        target_parameters=targets.parameter_ends or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.layers.values()),
         bias="none",
         use_rslora=sft.rslora,
         use_dora=sft.dora,
@@ -167,28 +222,150 @@ def peft_config(sft: LoraConfig, targets: list[str]) -> Any:
     )
 
 
-def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> list[str]:
-    """Return the last names of the layers to adapt, sorted; raise ConfigError where no linear layer has such a name."""
+def find_targets(model: Any, sft: LoraConfig, model_config: ModelConfig) -> Targets:
+    """Find what `sft.targets`, or else the model's `lora_targets`, stands for; weights are not looked at.
+
+    An entry is the end of a path, of one or more parts: of linear layers or of other parameters in the decoder, or the output
+    head. `all-linear` is every linear layer and every expert but the head, the routers, and layers whose adapter would not
+    train.
+
+    Raises:
+        ConfigError: nothing has such a name, its adapter would not train, or the method cannot adapt it.
+    """
+    wanted, setting = sft.targets or model_config.lora_targets, _setting(sft)
+    layers, parameters = _adaptable(model)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    holders = Counter(map(id, every.values()))
+    useless = {name: reason for name in layers if (reason := _useless(model, name, holders))}
     head = model.get_output_embeddings()
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    targets = sft.targets or model_config.lora_targets
-    if targets == [ALL_LINEAR]:
-        return sorted(linear)
-    if unknown := sorted(set(targets) - linear):
+    if wanted == [ALL_LINEAR]:
+        chosen = {n for n, layer in layers.items() if layer is not head and not _is_router(n)}
+        experts = {name for name in parameters if is_expert(model, name)}
+    else:
+        chosen, experts = _named(layers, wanted), _named(parameters, wanted)
+        if unknown := [end for end in wanted if not _named([*layers, *parameters], [end])]:
+            others = (name for name, layer in layers.items() if layer is not head)
+            known = sorted({name.rpartition(".")[2] for name in others})
+            known += sorted({".".join(n.split(".")[-2:]) for n in parameters if is_expert(model, n)})
+            raise ConfigError(
+                f"{setting}: no linear layer or expert is called {', '.join(unknown)}; model={model_config.name} has: "
+                f"{', '.join(known)}, or {ALL_LINEAR}"
+            )
+        for end in wanted:
+            if (found := _named(layers, [end])) and found <= useless.keys():
+                reason = useless[min(found)]
+                raise ConfigError(
+                    f"{setting}: {end} of model={model_config.name} {reason}; leave it out, or take {ALL_LINEAR}"
+                )
+    chosen -= useless.keys()
+    own_names = {name.rpartition(".")[2] for name in chosen}
+    taken = _named(chosen, (name for name in own_names if _is_taken_by_peft(model, name)))
+    chosen, left = chosen - taken, ""
+    if isinstance(sft, QloraConfig):
+        left = ", ".join(sorted({name.rpartition(".")[2] for name in taken}))
+    else:
+        experts |= {f"{name}.weight" for name in taken}
+    if experts and (sft.dora or sft.start is LoraStart.pissa):
+        option = "sft_type.dora=true" if sft.dora else "sft_type.start=pissa"
         raise ConfigError(
-            f"sft_type.targets: no linear layer is called {', '.join(unknown)}; model={model_config.name} has: "
-            f"{', '.join(sorted(linear))}, or {ALL_LINEAR}"
+            f"{option}: {', '.join(_ends(experts, (), 2)[:3])} of model={model_config.name} take plain adapters only; name "
+            "other layers in sft_type.targets"
         )
-    return sorted(set(targets))
+    return Targets(
+        {name: layers[name] for name in layers if name in chosen},
+        {name: every[name] for name in every if name in experts},
+        _ends(chosen, (name for name, _ in model.named_modules() if name not in chosen)),
+        _ends(experts, (name for name in every if name not in experts), 2),
+        left,
+    )
+
+
+def _adaptable(model: Any) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Parameter]]:
+    """Return by name the decoder's linear layers with the head, and its other parameters of 2 or 3 axes.
+
+    A vision tower beside the decoder never runs on text.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    inside = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    layers, parameters = {}, {}
+    for name, module in model.named_modules():
+        if module not in inside or isinstance(module, torch.nn.Conv1d | torch.nn.Embedding):
+            continue
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            layers[name] = module
+        else:
+            own = module.named_parameters(recurse=False)
+            parameters.update({f"{name}.{each}": tensor for each, tensor in own if tensor.ndim in (2, 3)})
+    return layers, parameters
+
+
+def _named(names: Iterable[str], ends: Iterable[str]) -> set[str]:
+    """Return the names whose last dotted parts are one of `ends`."""
+    dotted = tuple(f".{end}" for end in ends)
+    return {name for name in names if f".{name}".endswith(dotted)}
+
+
+def _ends(chosen: set[str], others: Iterable[str], parts: int = 1) -> list[str]:
+    """Return the shortest ends of names, of at least so many parts, that all `chosen` have and no other has, sorted."""
+    ends, apart, left = set(), [name.split(".") for name in others], {name: name.split(".") for name in chosen}
+    while left:
+        taken = {tuple(name[-parts:]) for name in apart}
+        for name in [n for n, path in left.items() if tuple(path[-parts:]) not in taken or parts >= len(path)]:
+            ends.add(".".join(left.pop(name)[-parts:]))
+        parts += 1
+    return sorted(ends)
+
+
+def is_expert(model: Any, name: str) -> bool:
+    """Return whether a parameter holds the weights of several experts."""
+    module, _, own = name.rpartition(".")
+    owner = model.get_submodule(module)
+    return getattr(owner, own).ndim == 3 and "expert" in f"{module}.{type(owner).__name__}".lower()
+
+
+def _is_router(name: str) -> bool:
+    """Return whether a layer scores the experts, or weighs a shared one."""
+    return any("router" in part or part in ("gate", "shared_expert_gate") for part in name.split("."))
+
+
+def _useless(model: Any, name: str, holders: Mapping[int, int]) -> str | None:
+    """Return why an adapter beside this layer would not do what it is for, or None; `holders` counts a parameter's names."""
+    parent, _, own = name.rpartition(".")
+    block: Any = model.get_submodule(parent)
+    if hasattr(block, "A_log") and _hands_on_weight(block.__class__, own):
+        return "hands its bare weight to a kernel, which would not see the adapter"
+    if holders[id(model.get_submodule(name).weight)] > 1:
+        return "shares its weight with another layer, which a merged adapter would change too"
+    return None
+
+
+@cache
+def _hands_on_weight(block: Any, layer: str) -> bool:
+    """Return whether the code of a state-space block uses the weight of a layer without calling the layer."""
+    return re.search(rf"self\.{layer}\.weight\b(?!\.(dtype|device|shape))", inspect.getsource(block)) is not None
+
+
+def _is_taken_by_peft(model: Any, name: str) -> bool:
+    """Return whether peft takes a layer's name for that of experts, since an older transformers called them so.
+
+    Layers of that name, such as those of a shared expert, are adapted by the parameter they hold.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    trial = PeftLoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+    except ValueError:  # it takes some names only together
+        return True
+    return name not in trial.target_modules
 
 
 def write_adapter(
     state: dict[str, torch.Tensor],
     sft: LoraConfig,
+    config: Any,
     folder: Path,
     *,
     base: str | None = None,
@@ -197,6 +374,7 @@ def write_adapter(
     """Write an adapter, by its names in training, as peft reads it; a PiSSA start is folded into twice the rank.
 
     Args:
+        config: peft's settings of this training, from `peft_config`.
         base: what peft loads the model from.
         revision: of that base on its hub.
     """
@@ -205,8 +383,8 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     plain = plain_adapter_state(state)
     save_file({k: v.contiguous() for k, v in plain.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in plain})
-    config = peft_config(sft, targets)
+    config = copy.copy(config)
+    config.target_modules, config.target_parameters = sorted(config.target_modules), config.target_parameters or None
     if sft.start is LoraStart.pissa:
         # Twice the rank with the same factor: alpha / r, or alpha / sqrt(r).
         config.r, config.lora_alpha = 2 * sft.rank, sft.alpha * (math.sqrt(2) if sft.rslora else 2)
@@ -273,6 +451,7 @@ def prepare_for_training(
 def _log_adapters(adapted: Any, sft: LoraConfig) -> None:
     """Log how many decoder layers have an adapter, warn of what the others are made of, and name what keeps peft's forward."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     unfused = sum(isinstance(module, LoraLayer) and "forward" not in vars(module) for module in adapted.modules())
     if unfused:
@@ -280,13 +459,12 @@ def _log_adapters(adapted: Any, sft: LoraConfig) -> None:
             "DoRA": sft.dora,
             "a PiSSA start": sft.start is LoraStart.pissa,
             "a quantised base": isinstance(sft, QloraConfig),
+            "experts": any(isinstance(module, ParamWrapper) for module in adapted.modules()),
         }
         told = ", ".join(reason for reason, holds in reasons.items() if holds) or "unsupported shape"
         log.info("%d LoRA layers use PEFT's forward (%s)", unfused, told)
     model = adapted.get_base_model()
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = (part for part in model.get_decoder().modules() if isinstance(part, torch.nn.ModuleList))
-    layers = next((list(part) for part in lists if len(part) == depth), [])  # the outermost: experts lie in layers
+    layers, _ = decoder_blocks(model)
     missed = [layer for layer in layers if not any(isinstance(module, LoraLayer) for module in layer.modules())]
     count = count_parameters(adapted)
     reached = f"adapters in {len(layers) - len(missed)} of {len(layers)} layers"
@@ -357,7 +535,8 @@ def save_final(
     """
     if isinstance(sft, LoraConfig):
         state = {name: t.cpu() for name, t in (trained_state(model) if weights is None else weights).items()}
-        write_adapter(state, sft, folder, base=model.peft_config["default"].base_model_name_or_path)
+        config = model.peft_config["default"]
+        write_adapter(state, sft, config, folder, base=config.base_model_name_or_path)
     else:
         model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

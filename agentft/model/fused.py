@@ -56,7 +56,7 @@ class LoraLinearFunction(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> torch.Tensor:
-        """Return y in the shape of x with its last axis O."""
+        """Return y, `[M, O]`: a view made here could not be changed in place, which some models do."""
         x_MI = x.reshape(-1, x.shape[-1])
         threshold, keep_MI = round(dropout * _STEPS), None
         if threshold:
@@ -66,12 +66,12 @@ class LoraLinearFunction(torch.autograd.Function):
         h_MR = _kept(x_MI, keep_MI) @ a.t()
         y_MO = functional.linear(x_MI, weight_OI, bias_O).addmm_(h_MR, b.t(), alpha=ctx.scale)
         ctx.save_for_backward(x, weight_OI, a, b, h_MR, keep_MI)
-        return y_MO.view(*x.shape[:-1], -1)
+        return y_MO
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_OI, a_RI, b_OR, h_MR, keep_MI = ctx.saved_tensors
-        g_MO = gradients[0].reshape(-1, gradients[0].shape[-1])
+        g_MO = gradients[0]
         x_MI = x.reshape(-1, x.shape[-1])
         gh_MR = (g_MO @ b_OR).mul_(ctx.scale)
         grad_b = (g_MO.t() @ h_MR).float().mul_(ctx.scale)
@@ -212,8 +212,8 @@ def _lora_forward(module: Any) -> Callable[..., torch.Tensor]:
             return out
         dropout = probability if module.training else 0.0
         inputs = (x, base.weight, base.bias, a.weight, b.weight, module.scaling["default"], dropout)
-        result: torch.Tensor = LoraLinearFunction.apply(*inputs)  # type: ignore[no-untyped-call]
-        return result
+        result_MO: torch.Tensor = LoraLinearFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+        return result_MO.view(*x.shape[:-1], -1)
 
     return forward
 

@@ -47,18 +47,26 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def stock_logits(model: nn.Module, input_ids_BT: torch.Tensor, at_N: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """Return the logits `[N, V]` of the model's own forward pass, which may scale or cap them, at positions of the flat batch.
+def stock_output(
+    model: nn.Module, input_ids_BT: torch.Tensor, at_N: torch.Tensor, **arguments: Any
+) -> tuple[torch.Tensor, Any]:
+    """Return the output of the model's own forward pass, and its logits `[N, V]` at positions of the flat batch.
 
-    Logits are made of the columns that hold a chosen position, where the model can be told so.
+    It may scale or cap logits. They are made of the columns that hold a chosen position, where the model can be told so.
     """
     causal, length = causal_model(model), input_ids_BT.shape[1]
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
-        logits_BTV: torch.Tensor = causal(input_ids=input_ids_BT, use_cache=False, **arguments).logits
-        return logits_BTV.flatten(0, 1).index_select(0, at_N)
+        output: Any = causal(input_ids=input_ids_BT, use_cache=False, **arguments)
+        return output.logits.flatten(0, 1).index_select(0, at_N), output
     columns, column_N = torch.unique(at_N % length, return_inverse=True)
-    kept: torch.Tensor = causal(input_ids=input_ids_BT, use_cache=False, logits_to_keep=columns, **arguments).logits
-    return kept.flatten(0, 1).index_select(0, at_N // length * len(columns) + column_N)
+    output = causal(input_ids=input_ids_BT, use_cache=False, logits_to_keep=columns, **arguments)
+    kept: torch.Tensor = output.logits
+    return kept.flatten(0, 1).index_select(0, at_N // length * len(columns) + column_N), output
+
+
+def stock_logits(model: nn.Module, input_ids_BT: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+    """Return the logits `[N, V]` of the model's own forward pass at positions of the flat batch."""
+    return stock_output(model, input_ids_BT, at_N)[0]
 
 
 class LabelledLoss(nn.Module):
@@ -81,6 +89,8 @@ class LabelledLoss(nn.Module):
             reads_head: A frozen head's weight can be read outside its own forward pass: the gradient is then made in the
                 forward pass, and no logits are computed twice.
             stock_logits: Logits come from the model's own forward pass, which does more to them than its head.
+
+        Where the model's config says `output_router_logits`, training adds its loss for evenly used experts, by its factor.
         """
         super().__init__()
         self.model = model
@@ -88,15 +98,21 @@ class LabelledLoss(nn.Module):
         self.reads_head = reads_head
         self.stock_logits = stock_logits
         self.rate_factors = dict(rate_factors or {})
+        settings = causal_model(model).config.get_text_config(decoder=True)
+        routed = getattr(settings, "output_router_logits", False)
+        self.router_factor: float = getattr(settings, "router_aux_loss_coef", 0.0) if routed else 0.0
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy summed over the batch's labelled positions, each by its weight: a scalar, fp32."""
         device_type = batch.input_ids_BT.device.type
         with torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None):
-            if self.stock_logits:
+            balances = bool(self.router_factor) and self.model.training
+            if self.stock_logits or balances:
                 at_N, targets_N, weights_N = _labelled(batch)
-                logits_NV = stock_logits(self.model, batch.input_ids_BT, at_N, **packed_arguments(batch))
-                return _summed(logits_NV, targets_N, weights_N)
+                logits_NV, output = stock_output(self.model, batch.input_ids_BT, at_N, **packed_arguments(batch))
+                loss = _summed(logits_NV, targets_N, weights_N)
+                # Of the whole batch, as transformers adds it to a mean over labels.
+                return loss + self.router_factor * batch.weight * output.aux_loss if balances else loss
             return self.of_hidden(last_states(self.model, batch.input_ids_BT, **packed_arguments(batch)), batch)
 
     def of_hidden(self, hidden_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:

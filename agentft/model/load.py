@@ -16,7 +16,8 @@ from agentft.errors import ModelError
 from agentft.model.attention import FLEX, TILED, choose_attention, take_attention
 from agentft.model.config import Dtype, KernelChoice, ModelConfig, RewrittenHistory, SftConfig
 from agentft.model.fused import LIGER_INSTALL, LigerKernels, load_liger
-from agentft.model.quantization import import_peft, keep_weights_as_quantized, quantization_config
+from agentft.model.quantization import dense_again, import_peft, keep_weights_as_quantized, quantization_config
+from agentft.model.shards import auto_class, read_json
 from agentft.model.sources import ModelFiles, locate_model
 from agentft.runtime import Device, computes_in_bf16
 
@@ -169,21 +170,26 @@ def load_model(
     `dtype` None the weights keep the files' own; on a CPU they are then the mapped files, which processes share.
 
     Raises:
-        ModelError: the weights cannot be loaded.
+        ModelError: the weights cannot be loaded, or some are missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device.kind}}
+    if plain := dense_again(read_json(files.folder / "config.json")):
+        quantized = {"quantization_config": plain}
 
     def load(attention: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        trust = {"trust_remote_code": config.trust_remote_code}
+        loader = auto_class(AutoConfig.from_pretrained(files.folder, **trust))
+        return loader.from_pretrained(
             files.folder,
             dtype=dtype or "auto",
             attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
+            output_loading_info=True,
+            **trust,
             **quantized,
         )
 
@@ -191,13 +197,18 @@ def load_model(
     ours = attention in (TILED, FLEX)
     try:
         try:
-            model = load("eager" if ours else attention)
+            model, loading = load("eager" if ours else attention)
         except _CANNOT_ATTEND:
             if ours or attention == "eager":
                 raise
-            model = load("eager")
+            model, loading = load("eager")
     except (OSError, *_CANNOT_ATTEND) as error:
         raise ModelError(f"{files.folder}: cannot load the model: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"{files.folder}: its files lack {len(missing)} weights, such as {', '.join(missing[:3])}, which would be random; "
+            "take a complete model"
+        )
     if ours:
         with suppress(ValueError):
             take_attention(model, attention)

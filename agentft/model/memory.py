@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from agentft.errors import ModelError
-from agentft.model.adapters import count_parameters, find_targets, train_last_blocks
+from agentft.model.adapters import count_parameters, find_targets, is_expert, train_last_blocks
 from agentft.model.attention import KEEP_UP_TO, TILE
 from agentft.model.config import (
     Attention,
@@ -165,13 +165,19 @@ def estimate_memory(
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     matrices = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not matrices:
+        raise ModelError(f"no memory estimate for {type(model).__name__}: none of its layers is a torch.nn.Linear")
     blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-    share, copies = 1.0, 1
+    share, copies, summed = 1.0, 1, 0
     match sft:
         case LoraConfig():
             targets = find_targets(model, sft, config)
-            adapted = [layer for name, layer in matrices.items() if name.rpartition(".")[2] in targets]
-            trained = sum(sft.rank * (m.in_features + m.out_features) + m.out_features * sft.dora for m in adapted)
+            adapted: list[Any] = list(targets.layers.values())
+            trained = sum(sft.rank * sum(m.weight.shape) + m.weight.shape[0] * sft.dora for m in adapted)
+            # An expert's tensor has an adapter for each of the experts.
+            trained += sum(sft.rank * p[..., 0, 0].numel() * sum(p.shape[-2:]) for p in targets.parameters.values())
+            # Adapters of experts are added to their weights, and the sum is kept.
+            summed = b * sum(p.numel() for p in targets.parameters.values())
             weights = _frozen_bytes(total, sum(m.weight.numel() for m in matrices.values()), b, sft)
             copies = 2 if sft.start is LoraStart.pissa else 1
         case FullConfig():
@@ -186,7 +192,9 @@ def estimate_memory(
             raise ModelError(f"no memory estimate for sft_type={sft.name}")
     kept = _kept_bytes(model, matrices, config, sft, work, b) * share
     layer_input = (b if isinstance(sft, LoraConfig) else 4) * _sizes(model)[0]
+    kept += b * _active(model) * share
     if checkpointing:
+        summed //= blocks
         kept = blocks * share * layer_input + kept / max(blocks * share, 1)
     tokens = work.max_length * work.per_device_batch_size
     # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
@@ -201,7 +209,7 @@ def estimate_memory(
         trained=held(4 * trained * copies, 3, work.offloads_optimizer),
         gradients=held(4 * trained, 2, work.offloads_optimizer),
         optimizer=held(ADAM_BYTES * trained, 1, work.offloads_optimizer),
-        activations=round(tokens * (kept + 2 * layer_input)),
+        activations=round(tokens * (kept + 2 * layer_input)) + summed,
         logits=logits,
     )
 
@@ -237,8 +245,7 @@ def _kept_bytes(
     if not isinstance(sft, LoraConfig):
         inputs = 2 * 4 * hidden if b == 4 else 5 * b * hidden
         return b * outputs + 8 * normed + blocks * (b * (2 * inner - hidden) + 16 * hidden + inputs + attention)
-    targets = find_targets(model, sft, config)
-    adapted = {name: layer for name, layer in matrices.items() if name.rpartition(".")[2] in targets}
+    adapted = {name: matrices[name] for name in find_targets(model, sft, config).layers if name in matrices}
     plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
     if plain and any(type(module).__name__ in RMS_NORMS for module in model.modules()):  # `fused.py` knows them
         # Neighbours share their input.
@@ -249,6 +256,14 @@ def _kept_bytes(
     mask = (4 if work.on_cpu else 1) if sft.dropout else 0
     adapters = sum(layer.in_features * (4 + mask) + 4 * sft.rank for layer in adapted.values())
     return b * outputs + 4 * normed + blocks * (b * (inner - hidden) + 8 * hidden + attention) + adapters
+
+
+def _active(model: Any) -> int:
+    """Return the numbers that go into and come out of the experts which one token is sent to, over all layers."""
+    settings = model.config.get_text_config(decoder=True)
+    chosen = getattr(settings, "num_experts_per_tok", None) or getattr(settings, "moe_topk", None) or 1
+    experts = (parameter for name, parameter in model.named_parameters() if is_expert(model, name))
+    return int(sum(min(chosen, parameter.shape[0]) * sum(parameter.shape[1:]) for parameter in experts))
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,46 @@ def quantization_config(sft: SftConfig, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=sft.double_quantization,
     )
+
+
+_MADE_DENSE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Ways in which weights are published quantised that transformers makes dense again: the way -> its settings."""
+
+
+def published_as(settings: Mapping[str, Any]) -> str | None:
+    """Return how the weights beside this config.json are quantised, or None."""
+    text = settings.get("text_config") or {}
+    found = settings.get("quantization_config") or text.get("quantization_config") or {}
+    return str(found.get("quant_method", "an unnamed way")) if found else None
+
+
+def require_dense(settings: Mapping[str, Any], sft: SftConfig) -> None:
+    """Refuse to train weights that are published quantised, which could not be merged, bar those that are made dense again.
+
+    Raises:
+        ModelError: says what to take in their place.
+    """
+    way = published_as(settings)
+    if way is None or (way in _MADE_DENSE and not isinstance(sft, QloraConfig)):
+        return
+    instead = (
+        "sft_type=lora, which makes them dense" if way in _MADE_DENSE else "the original weights with sft_type=qlora"
+    )
+    raise ModelError(
+        f"config.json: quantization_config says {way}: adapters of sft_type={sft.name} on weights that are quantised already "
+        f"could not be merged; take {instead}"
+    )
+
+
+def dense_again(settings: Mapping[str, Any]) -> Any:
+    """Return what transformers needs to load published quantised weights dense; None where they are not, or cannot be."""
+    import transformers
+
+    way = published_as(settings)
+    if way not in _MADE_DENSE:
+        return None
+    log.info("the weights are published as %s and made dense: twice to four times their size on disk", way)
+    return getattr(transformers, _MADE_DENSE[str(way)])(dequantize=True)
 
 
 def import_bitsandbytes() -> Any:
@@ -94,13 +134,15 @@ def keep_weights_as_quantized(model: torch.nn.Module) -> None:
 
 def dense_weight(layer: Any) -> torch.Tensor:
     """Return the weight that a linear layer computes with, quantised or not: fp32, shape [outputs, inputs]."""
+    from transformers.pytorch_utils import Conv1D
+
     weight = layer.weight
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
         from peft.utils.integrations import dequantize_module_weight
 
         weight = dequantize_module_weight(layer)
     dense: torch.Tensor = weight.detach().float()
-    return dense
+    return dense.T if isinstance(layer, Conv1D) else dense
 
 
 def rounded_weight(weight: torch.Tensor, sft: QloraConfig) -> torch.Tensor:

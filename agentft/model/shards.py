@@ -1,4 +1,4 @@
-"""Read, write and merge weight files tensor by tensor, so that no model is ever whole in memory."""
+"""Read and write weight files tensor by tensor, so that no model is ever whole in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from agentft.errors import ModelError
-from agentft.model.adapters import plain_adapter_state
-from agentft.model.config import LoraConfig, QloraConfig, SftConfig
-from agentft.model.quantization import rounded_weight
 
 LONGEST_NAME = 1024
 """Characters in a path inside a repository; file systems take 255 in each part."""
@@ -150,12 +147,20 @@ def save_model(model: Any, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def empty_model(hf_config: Any) -> Any:
-    """Build the causal language model of a transformers config without memory for its weights."""
-    from transformers import AutoModelForCausalLM
+def auto_class(hf_config: Any) -> Any:
+    """Return what loads the language model of a config: as an image-text model where transformers has no other."""
+    import transformers
 
+    kind = type(hf_config)
+    images = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only_images = images and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForImageTextToText if only_images else transformers.AutoModelForCausalLM
+
+
+def empty_model(hf_config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Build the language model of a transformers config without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        return auto_class(hf_config).from_config(hf_config, trust_remote_code=trust_remote_code)
 
 
 def pickle_refusal(origin: str) -> ModelError:
@@ -164,6 +169,17 @@ def pickle_refusal(origin: str) -> ModelError:
         f"{origin}: its weights are pickles (.bin), which can hide code; read by torch's restricted reader "
         "with model.allow_pickle=true, or take a revision with safetensors"
     )
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the names of a file's tensors; raise ModelError where it is damaged."""
+    if path.suffix != ".safetensors":
+        return [name for name, _ in read_tensors(path)]
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged or incomplete: {error}; fetch it again") from error
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -264,83 +280,3 @@ def _write_shards(tensors: Renamed, folder: Path) -> set[str]:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return {*weight_map}
-
-
-_PREFIX = "base_model.model."
-"""What peft puts before the names of the model's own modules."""
-
-
-def write_merged(
-    base: Path,
-    folder: Path,
-    state: Mapping[str, torch.Tensor],
-    sft: SftConfig,
-    *,
-    computed: torch.dtype,
-    stored: torch.dtype,
-    allow_pickle: bool = False,
-) -> None:
-    """Write the weights of `base` with the trained `state` in them into `folder`, as safetensors shards.
-
-    A quantised base is written as the plain numbers that it computed with. Memory needed: one shard and one matrix.
-
-    Args:
-        state: a checkpoint's trained tensors by name.
-        computed: dtype of the base's weights during the training.
-        stored: dtype that is written.
-
-    Raises:
-        ModelError: the state does not belong to this base, or the disk is full.
-    """
-    files = weight_files(base, allow_pickle=allow_pickle)
-    expected, matrices, head = _layout(base)
-    adapter = plain_adapter_state(dict(state)) if isinstance(sft, LoraConfig) else {}
-    adapted = {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapter}
-    trained = {} if isinstance(sft, LoraConfig) else dict(state)
-    if odd := sorted(({f"{module}.weight" for module in adapted} | trained.keys()) - expected.keys()):
-        raise ModelError(f"{base}: the trained weights belong to another model: it has no {', '.join(odd[:3])}")
-
-    def change(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        if name == head or name.endswith("rotary_emb.inv_freq"):
-            return  # the head is the embeddings; frequencies follow from the settings
-        if name in trained:
-            yield name, trained[name].to(stored)
-            return
-        module = name.removesuffix(".weight")
-        value = tensor.to(computed)
-        if isinstance(sft, QloraConfig) and module in matrices:
-            value = rounded_weight(value, sft)
-        if isinstance(sft, LoraConfig) and module in adapted:
-            value = _with_adapter(value.float(), adapter, f"{_PREFIX}{module}.lora_", sft.scaling)
-        yield name, value.to(stored)
-
-    rewrite_weights(files, folder, change, expected)
-
-
-def _layout(base: Path) -> tuple[dict[str, tuple[int, ...]], set[str], str | None]:
-    """Return the shapes of all tensors by name, the modules that bitsandbytes quantises, and the head's name if it is tied."""
-    from transformers import AutoConfig
-
-    model = empty_model(AutoConfig.from_pretrained(base))
-    head = model.get_output_embeddings()
-    matrices = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    tied = None
-    if head.weight is model.get_input_embeddings().weight:
-        tied = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != tied}
-    return shapes, matrices, tied
-
-
-def _with_adapter(
-    weight_OI: torch.Tensor, adapter: Mapping[str, torch.Tensor], prefix: str, scaling: float
-) -> torch.Tensor:
-    """Return W + s B A; with DoRA each row scaled to its trained norm (arXiv 2402.09353, equation 5)."""
-    a_RI, b_OR = adapter.get(f"{prefix}A.weight"), adapter.get(f"{prefix}B.weight")
-    if a_RI is None or b_OR is None:
-        raise ModelError("the checkpoint holds half an adapter: lora_A and lora_B belong together")
-    summed_OI = weight_OI + scaling * (b_OR.float() @ a_RI.float())
-    magnitude_O = adapter.get(f"{prefix}magnitude_vector")
-    if magnitude_O is None:
-        return summed_OI
-    scale_O: torch.Tensor = magnitude_O.float() / summed_OI.norm(dim=1)
-    return summed_OI * scale_O[:, None]

@@ -19,12 +19,13 @@ from agentft.data.render import MsagentTemplate
 from agentft.data.response_choice import servers_template
 from agentft.data.template_choice import Layout, exported_template, stop_tokens
 from agentft.errors import ConfigError, RunError
-from agentft.model.adapters import save_final, write_adapter
+from agentft.model.adapters import find_targets, peft_config, save_final, write_adapter
 from agentft.model.config import Dtype, LoraConfig, ModelConfig, ModelSource, QloraConfig, SftConfig
 from agentft.model.hub import parse_target, push_folder
 from agentft.model.load import choose_layout, load_tokenizer, torch_dtype
+from agentft.model.merging import write_merged
 from agentft.model.quantization import require_bitsandbytes
-from agentft.model.shards import write_merged
+from agentft.model.shards import empty_model
 from agentft.model.sources import ModelFiles, locate_model
 from agentft.recipes.config import ExportConfig, TrainConfig, trained_config
 from agentft.recipes.evaluate import find_checkpoint
@@ -128,6 +129,7 @@ def export(config: ExportConfig) -> Path:
     if config.push is not None:
         parse_target(config.push)
     sft, adapter_alone = trained.sft_type, not config.merge
+    trust = {"trust_remote_code": trained.model.trust_remote_code}
     require_bitsandbytes(sft)
     if adapter_alone and not isinstance(sft, LoraConfig):
         raise ConfigError(f"merge=false: the run trained the model itself (sft_type={sft.name}), there is no adapter")
@@ -147,16 +149,17 @@ def export(config: ExportConfig) -> Path:
         tensors = checkpoint.tensors["trained"]
         if isinstance(sft, LoraConfig) and adapter_alone:
             base, revision = base_name(trained.model, files)
-            write_adapter(tensors, sft, work, base=base, revision=revision)
+            model = empty_model(AutoConfig.from_pretrained(files.folder, **trust), **trust)
+            settings = peft_config(sft, find_targets(model, sft, trained.model))
+            write_adapter(tensors, sft, settings, work, base=base, revision=revision)
         else:
             if isinstance(sft, QloraConfig):
                 log.warning("the base was in %d bits: what is written are those rounded weights", sft.bits)
             computed: torch.dtype = getattr(torch, record["dtype"])
             stored = computed if config.dtype is Dtype.auto else torch_dtype(config.dtype)
-            pickles = trained.model.allow_pickle
-            write_merged(files.folder, work, tensors, sft, computed=computed, stored=stored, allow_pickle=pickles)
-            settings = AutoConfig.from_pretrained(files.folder)
-            settings.dtype, settings.eos_token_id = stored, _stop_ids(layout, tokenizer)
+            write_merged(files.folder, work, tensors, sft, trained.model, computed=computed, stored=stored)
+            settings = AutoConfig.from_pretrained(work, **trust)
+            settings.eos_token_id = _stop_ids(layout, tokenizer)
             settings.save_pretrained(work)
         _write_how_to_talk(layout, tokenizer, work)
         card = model_card(run, trained.model, _facts(trained, record), checkpoint.step, adapter_alone=adapter_alone)

@@ -29,6 +29,8 @@ from agentft.evaluation.config import EvaluationConfig
 from agentft.model.adapters import count_parameters
 from agentft.model.config import Dtype, QloraConfig, trains_weights
 from agentft.model.load import choose_compute, load_chat_tokenizer
+from agentft.model.quantization import require_dense
+from agentft.model.sources import model_settings
 from agentft.recipes.components import (
     MemoryPlan,
     TrainingComponents,
@@ -187,6 +189,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
 def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, TrainingComponents]:
     """Load tokenizer and data first, then the model: a mistake in the data must not wait for the weights."""
     device = runtime.set_up(config.threads)
+    require_dense(model_settings(config.model), config.sft_type)
     memory = plan_memory(
         config.model,
         config.sft_type,

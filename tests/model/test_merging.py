@@ -14,7 +14,7 @@ from agentft.errors import ModelError
 from agentft.model import shards
 from agentft.model.adapters import prepare_for_training, trained_state
 from agentft.model.config import FullConfig
-from agentft.model.shards import write_merged
+from agentft.model.merging import write_merged
 from tests.model.test_methods import METHODS, MODEL, freeze, logits, lora, qlora, quantized, tiny, train
 
 FP32 = {"computed": torch.float32, "stored": torch.float32}
@@ -33,7 +33,7 @@ def test_a_merged_adapter_is_what_peft_merges(method: str, tied: bool, tmp_path)
     out.mkdir()
     adapted = prepare_for_training(tiny(tied=tied), lora(**METHODS[method]), MODEL)
     train(adapted.train(), lora(**METHODS[method]))
-    write_merged(base, out, trained_state(adapted), lora(**METHODS[method]), **FP32)
+    write_merged(base, out, trained_state(adapted), lora(**METHODS[method]), MODEL, **FP32)
     assert len(list(base.glob("*.safetensors"))) > 1
     merged = loaded(out, base)
     assert torch.allclose(logits(merged), logits(adapted), atol=2e-5)
@@ -51,7 +51,7 @@ def test_trained_weights_take_the_place_of_the_bases(sft, tied: bool, tmp_path):
     out.mkdir()
     model = prepare_for_training(tiny(tied=tied), sft, MODEL)
     train(model.train(), sft)
-    write_merged(base, out, trained_state(model), sft, **FP32)
+    write_merged(base, out, trained_state(model), sft, MODEL, **FP32)
     assert torch.equal(logits(loaded(out, base)), logits(model))
 
 
@@ -62,7 +62,7 @@ def test_a_quantised_base_is_written_as_the_numbers_it_computed_with(values, tmp
     model = prepare_for_training(quantized(sft, base), sft, MODEL)
     train(model.train(), sft)
     out.mkdir()
-    write_merged(base, out, trained_state(model), sft, **FP32)
+    write_merged(base, out, trained_state(model), sft, MODEL, **FP32)
     # In 8 bits the inputs are rounded as well, which no plain model does.
     assert torch.allclose(logits(loaded(out, base)), logits(model), atol=1e-4 if sft.bits == 4 else 0.05)
     assert not torch.allclose(logits(tiny()), logits(model), atol=1e-3)
@@ -72,7 +72,7 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     state = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight": torch.zeros(4, 32)}
     with pytest.raises(ModelError, match="belong to another model"):
-        write_merged(tmp_path, tmp_path, state, lora(), **FP32)
+        write_merged(tmp_path, tmp_path, state, lora(), MODEL, **FP32)
 
 
 def test_memory_is_that_of_a_shard(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_memory_is_that_of_a_shard(tmp_path, monkeypatch):
     tiny().save_pretrained(base)
     out.mkdir()
     adapted = prepare_for_training(tiny(), lora(), MODEL)
-    write_merged(base, out, trained_state(adapted), lora(), **FP32)
+    write_merged(base, out, trained_state(adapted), lora(), MODEL, **FP32)
     assert 10_000 < max(held) <= 20_000
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
