@@ -251,10 +251,10 @@ def _steps(name: str, folder: Path) -> Iterator[tuple[str, str]]:
         raise ValueError("a resumed run ends in other weights")
     yield "resumes", "bit for bit"
     wanted = _logits_of_run(parts, base)
-    adapter = export(ExportConfig(run=str(parts), merge=False)).folder
+    adapter = export(ExportConfig(run=str(parts), merge=False))
     stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     yield "exports", _distance(PeftModel.from_pretrained(stock, adapter), wanted)
-    merged = export(ExportConfig(run=str(parts))).folder
+    merged = export(ExportConfig(run=str(parts)))
     yield (
         "merges",
         _distance(transformers.AutoModelForCausalLM.from_pretrained(merged, attn_implementation="eager"), wanted),

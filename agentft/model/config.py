@@ -120,7 +120,7 @@ class ModelConfig(TrustConfig, affects="losses"):
     lora_targets: list[str] = field(
         default_factory=["q_proj", "k_proj", "v_proj", "o_proj"].copy, metadata={"advanced": True}
     )
-    """Linear layers that LoRA adapts when `sft_type.targets` is null."""
+    """What LoRA adapts when `sft_type.targets` is null, in the same words."""
     learning_rate_scale: float = field(default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1000})
     """Factor on the default learning rate of the method; small models want larger steps."""
     context: int = field(default=2048, metadata={"minimum": 16, "maximum": 10**7})
@@ -151,7 +151,7 @@ class SftConfig(Settings, group="sft_type", affects="losses"):
 
 
 ALL_LINEAR = "all-linear"
-"""In `sft_type.targets`: every linear layer but the output head."""
+"""In `sft_type.targets`: every linear layer and expert but the output head and the routers."""
 
 
 class LoraStart(StrEnum):
@@ -174,7 +174,8 @@ class LoraConfig(SftConfig):
     dropout: float = field(default=0.1, metadata={"minimum": 0, "maximum": 0.9})
     """Share of the adapters' inputs that is dropped in training."""
     targets: list[str] | None = None
-    """Names of linear layers, or [all-linear] for all but the output head; null: the model's `lora_targets`."""
+    """Ends of paths of linear layers or experts, such as `q_proj`, `experts.down_proj`, `lm_head`; or [all-linear]: all but the
+    output head and routers; null: the model's `lora_targets`."""
     rslora: bool = field(default=False, metadata={"advanced": True})
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv 2312.03732), for large ranks."""
     dora: bool = field(default=False, metadata={"advanced": True})

@@ -144,7 +144,9 @@ def _merge_whole(
     elif odd := sorted(model.load_state_dict(dict(state), strict=False).unexpected_keys):
         raise ModelError(f"{base}: the trained weights belong to another model: it has no {', '.join(odd[:3])}")
     model.generation_config = GenerationConfig()  # the files' own may be one that transformers refuses to write
-    model.to(stored).save_pretrained(folder)
+    # The files of weights that were made dense are named for what they were.
+    dense = not published_as(read_json(base / "config.json"))
+    model.to(stored).save_pretrained(folder, save_original_format=dense)
 
 
 def _with_adapter(

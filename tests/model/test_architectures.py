@@ -195,13 +195,13 @@ def test_a_full_fine_tuning_of_experts_is_merged_under_the_names_of_the_files(tm
 def test_the_loss_for_evenly_used_experts_is_added_as_the_config_says(on: bool, examples):
     from dataclasses import replace
 
-    model = small("qwen3_moe", vocab_size=512)
-    model.config.output_router_logits, model.config.router_aux_loss_coef = on, 0.5
+    model = small("qwen3_moe", vocab_size=512, output_router_logits=on, router_aux_loss_coef=0.5)
     batch = collate([replace(examples[0], input_ids=examples[0].input_ids % 512)], 0)
     objective = LabelledLoss(model)
     plain = float(objective.eval()(batch).detach())
     trained = float(objective.train()(batch).detach())
-    stock = model(input_ids=batch.input_ids_BT, labels=batch.labels_BT, use_cache=False)
+    with torch.no_grad():
+        stock = model(input_ids=batch.input_ids_BT, labels=batch.labels_BT, use_cache=False)
     assert plain / batch.targets == pytest.approx(
         float(stock.loss) - (0.5 * float(stock.aux_loss) if on else 0), rel=1e-4
     )
@@ -259,6 +259,16 @@ def test_weights_that_are_quantised_already_are_refused_before_the_start(way, sf
         return
     with pytest.raises(ModelError, match=message):
         require_dense(settings, sft)
+
+
+def test_a_quantised_base_is_refused_before_anything_is_written(tmp_path):
+    base = tmp_path / "base"
+    small("llama").save_pretrained(base)
+    settings = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "awq"}}), "utf-8")
+    with pytest.raises(ModelError, match="says awq"):
+        architectures._train(base, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_published_mxfp4_experts_are_made_dense_trained_and_merged(tmp_path):
