@@ -365,7 +365,7 @@ def _is_taken_by_peft(model: Any, name: str) -> bool:
 def write_adapter(
     state: dict[str, torch.Tensor],
     sft: LoraConfig,
-    config: Any,
+    peft_settings: Any,
     folder: Path,
     *,
     base: str | None = None,
@@ -374,7 +374,7 @@ def write_adapter(
     """Write an adapter, by its names in training, as peft reads it; a PiSSA start is folded into twice the rank.
 
     Args:
-        config: peft's settings of this training, from `peft_config`.
+        peft_settings: those of this training, from `peft_config`.
         base: what peft loads the model from.
         revision: of that base on its hub.
     """
@@ -383,7 +383,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     plain = plain_adapter_state(state)
     save_file({k: v.contiguous() for k, v in plain.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.copy(config)
+    config = copy.copy(peft_settings)
     config.target_modules, config.target_parameters = sorted(config.target_modules), config.target_parameters or None
     if sft.start is LoraStart.pissa:
         # Twice the rank with the same factor: alpha / r, or alpha / sqrt(r).
