@@ -12,9 +12,11 @@ Axes: M rows (batch x positions), I input width, O output width, R rank.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,10 +27,8 @@ from agentft.model.attention import attention_of
 
 log = logging.getLogger(__name__)
 
-RMS_NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
-_GATED_MLPS = frozenset({"LlamaMLP", "Qwen2MLP", "Qwen3MLP"})
 _ATTENTIONS = frozenset({"LlamaAttention", "Qwen2Attention", "Qwen3Attention"})
-"""Layers of transformers whose mathematics is known here, by the names of their classes."""
+"""Attention of transformers that Liger's rotary positions serve, by the names of the classes."""
 
 LIGER_INSTALL = "pip install liger-kernel"
 
@@ -174,13 +174,64 @@ def fuse_layers(model: nn.Module, liger: LigerKernels | None = None, *, adapted:
     return fused
 
 
+def is_rms_norm(module: Any) -> bool:
+    """Return whether a layer computes what `RmsNormFunction` does: tried once for each class, on numbers of its own."""
+    if _epsilon(module) is None or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return False
+    alone = module.weight.ndim == 1 and len(inspect.signature(module.forward).parameters) == 1
+    return alone and _tried(module.__class__, _rms_norm_differs, module)
+
+
+def is_gated_mlp(module: Any) -> bool:
+    """Return whether a layer computes down(silu(gate(x)) up(x)): tried once for each class, on matrices of its own."""
+    children = {name for name, _ in module.named_children()}
+    matrices = {"gate_proj", "up_proj", "down_proj"}
+    return (
+        children - {"act_fn"} == matrices
+        and hasattr(module, "act_fn")
+        and _tried(module.__class__, _mlp_differs, module)
+    )
+
+
+_TRIED: dict[type, bool] = {}
+
+
+def _tried(kind: type, difference: Callable[[Any], Any], module: Any) -> bool:
+    if kind not in _TRIED:
+        try:
+            _TRIED[kind] = float(difference(module)) < 1e-5
+        except Exception:  # whatever a layer of another kind makes of it
+            _TRIED[kind] = False
+    return _TRIED[kind]
+
+
+def _epsilon(module: Any) -> float | None:
+    return next((vars(module)[name] for name in ("variance_epsilon", "eps", "epsilon") if name in vars(module)), None)
+
+
+def _rms_norm_differs(module: Any) -> Any:
+    draw, size = torch.Generator().manual_seed(0), module.weight.shape[0]
+    weight_I, x = torch.rand(size, generator=draw), torch.randn(3, size, generator=draw)
+    found = torch.func.functional_call(module, {"weight": weight_I}, (x,))
+    wanted = RmsNormFunction.apply(x, weight_I, _epsilon(module))  # type: ignore[no-untyped-call]
+    return (found - wanted).abs().max()
+
+
+def _mlp_differs(module: Any) -> Any:
+    draw = torch.Generator().manual_seed(0)
+    gate, up, down, x = (torch.randn(8, 8, generator=draw) for _ in range(4))
+    layer = SimpleNamespace(gate_proj=gate.matmul, up_proj=up.matmul, down_proj=down.matmul, act_fn=module.act_fn)
+    found, wanted = module.__class__.forward(layer, x), down @ (functional.silu(gate @ x) * (up @ x))
+    return (found - wanted).abs().max() / wanted.abs().max()
+
+
 def _leaner_forward(module: nn.Module, liger: LigerKernels | None, adapted: bool) -> Callable[..., Any] | None:
     name = type(module).__name__
     if adapted and _is_plain_lora(module):
         return _lora_forward(module)
-    if name in RMS_NORMS and (liger or (adapted and not module.weight.requires_grad)):
+    if is_rms_norm(module) and (liger or (adapted and not module.weight.requires_grad)):
         return _norm_forward(module, liger)
-    if name in _GATED_MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation") and (liger or adapted):
+    if (liger or adapted) and is_gated_mlp(module):
         return _mlp_forward(module, liger)
     if name in _ATTENTIONS and liger:
         return _attention_forward(module, liger)
@@ -224,7 +275,7 @@ def _norm_forward(module: Any, liger: LigerKernels | None) -> Callable[..., torc
     more = () if liger is None else (0.0, "llama", False)
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = function.apply(hidden_states, module.weight, module.variance_epsilon, *more)
+        out: torch.Tensor = function.apply(hidden_states, module.weight, _epsilon(module), *more)
         return out
 
     return forward

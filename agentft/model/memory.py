@@ -33,7 +33,7 @@ from agentft.model.config import (
     SftConfig,
 )
 from agentft.model.conversion import LAYOUTS, needs_conversion
-from agentft.model.fused import RMS_NORMS
+from agentft.model.fused import is_gated_mlp, is_rms_norm
 from agentft.model.labelled_loss import CHUNK
 from agentft.model.quantization import import_peft
 from agentft.model.shards import empty_model
@@ -247,7 +247,10 @@ def _kept_bytes(
         return b * outputs + 8 * normed + blocks * (b * (2 * inner - hidden) + 16 * hidden + inputs + attention)
     adapted = {name: matrices[name] for name in find_targets(model, sft, config).layers if name in matrices}
     plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
-    if plain and any(type(module).__name__ in RMS_NORMS for module in model.modules()):  # `fused.py` knows them
+    scans = any(hasattr(module, "A_log") for module in model.modules())  # state-space blocks keep far more
+    if plain and not scans and any(map(is_rms_norm, model.modules())):  # `fused.py` serves them
+        if not any(map(is_gated_mlp, model.modules())):
+            outputs += blocks * inner  # what the activation takes and gives
         # Neighbours share their input.
         shared = {(name.rpartition(".")[0], layer.in_features) for name, layer in adapted.items()}
         masks = sum(layer.in_features for layer in adapted.values()) if sft.dropout else 0
@@ -259,11 +262,11 @@ def _kept_bytes(
 
 
 def _active(model: Any) -> int:
-    """Return the numbers that go into and come out of the experts which one token is sent to, over all layers."""
+    """Return the numbers that experts keep of one token, over all layers: what goes in and comes out, and is activated."""
     settings = model.config.get_text_config(decoder=True)
     chosen = getattr(settings, "num_experts_per_tok", None) or getattr(settings, "moe_topk", None) or 1
     experts = (parameter for name, parameter in model.named_parameters() if is_expert(model, name))
-    return int(sum(min(chosen, parameter.shape[0]) * sum(parameter.shape[1:]) for parameter in experts))
+    return int(sum(min(chosen, p.shape[0]) * (sum(p.shape[1:]) + max(p.shape[1:]) // 2) for p in experts))
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:

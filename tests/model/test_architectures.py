@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from agentft.data.batches import collate
+from agentft.data.batches import Batch, collate
 from agentft.errors import ConfigError, ModelError
 from agentft.model.adapters import (
     count_parameters,
@@ -21,9 +22,19 @@ from agentft.model.adapters import (
     prepare_for_training,
     trained_state,
 )
-from agentft.model.config import FullConfig, LoraConfig, LoraStart, ModelConfig, ModelSource, QloraConfig
+from agentft.model.config import (
+    Attention,
+    Dtype,
+    FullConfig,
+    LoraConfig,
+    LoraStart,
+    ModelConfig,
+    ModelSource,
+    QloraConfig,
+)
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.model.load import load_model
+from agentft.model.memory import Workload, estimate_memory
 from agentft.model.merging import write_merged
 from agentft.model.quantization import require_dense
 from agentft.model.shards import empty_model
@@ -343,3 +354,57 @@ def test_gpt_2_whose_layers_have_other_names_and_turned_weights(sft, tmp_path):
     assert torch.equal(logits(fresh), logits(model))
     write_merged(base, out, trained_state(model), sft, MODEL, **FP32)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(model), atol=1e-4)
+
+
+# --- Memory ---
+
+MEASURED = (
+    "llama",
+    "mistral",
+    "smollm3",
+    "granite",
+    "olmo2",
+    "phi3",
+    "glm4",
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in ("phi3", "mixtral") else [pytest.mark.slow]) for k in MEASURED]
+)
+@pytest.mark.parametrize("twice", [False, True], ids=["kept", "computed twice"])
+def test_the_estimate_of_an_architecture_is_its_measured_peak(kind: str, twice: bool):
+    """All that torch holds at once in a step besides weights: 15 % either way."""
+    sizes = dict.fromkeys(("num_experts", "num_local_experts"), 8) | {"moe_intermediate_size": 128}
+    sizes |= {"layer_types": ["conv", "full_attention"] * 4} if kind.startswith("lfm") else {}
+    model = small(
+        kind,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=8,
+        head_dim=32,
+        max_position_embeddings=1024,
+        **sizes,
+    )
+    model.set_attn_implementation("sdpa")
+    length, sft = 600, lora(**EVERYTHING, rank=8, dropout=0.05)
+    config = ModelConfig(name="x", attention=Attention.sdpa)
+    work = Workload(max_length=length, on_cpu=True)
+    found = estimate_memory(empty_model(model.config), config, sft, work, dtype=Dtype.fp32, checkpointing=twice)
+    adapted = prepare_for_training(model, sft, config)
+    if twice:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective, ids = LabelledLoss(adapted).train(), torch.arange(length)[None] % 128
+    batch = Batch(ids=("a",), input_ids_BT=ids, labels_BT=ids, tokens=length, targets=length - 1, weight=length - 1)
+    objective(batch).backward()  # what is made once is made
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        objective(batch).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    print(kind, twice, (found.activations + found.logits) / held)
+    assert held == pytest.approx(found.activations + found.logits, rel=0.15)
