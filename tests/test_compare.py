@@ -132,8 +132,8 @@ def test_a_page_by_loss_shows_the_loss_and_calls_the_least_the_best(tmp_path: Pa
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h3>loss against rank</h3>" in page
     assert "<h3>loss against minutes of the whole run</h3>" in page
-    colours = dict(re.findall(r'<circle[^>]*class="dot" style="--c:(rgb[^";]*);--d:rgb[^"]*" data-run="(\d)"', page))
-    assert {run: colour for colour, run in colours.items()}["1"] == "rgb(68,1,84)", "the deepest"
+    places = {run: place for place, run in re.findall(r'class="dot" style="--s:([\d.]+)" data-run="(\d)"', page)}
+    assert places == {"0": "0.00", "1": "1.00", "2": "0.50"}
 
 
 def test_the_best_is_marked_and_so_is_what_cannot_be_told_from_it(tmp_path: Path) -> None:
@@ -151,13 +151,12 @@ def test_the_best_is_marked_and_so_is_what_cannot_be_told_from_it(tmp_path: Path
     assert "60 conversations: the 95 % intervals are indicative" in words
 
 
-def test_without_predictions_overlapping_intervals_stand_in_and_the_table_says_so(tmp_path: Path) -> None:
+def test_without_predictions_nothing_is_tested_and_the_table_says_so(tmp_path: Path) -> None:
     make_run(tmp_path / "a", right=lambda i: i % 5 != 0, predictions=False)
     make_run(tmp_path / "b", right=lambda i: i % 4 != 0, predictions=False)
-    make_run(tmp_path / "c", right=lambda i: i % 10 == 0, predictions=False)
     ranking = rank(read_runs([tmp_path]))
-    assert [ranking.marks.get(name, "") for name in "abc"] == ["best", "tied", ""]
-    assert any("intervals overlap, a weaker test" in note for note in ranking.notes)
+    assert ranking.marks == {"a": "best"}
+    assert "1 run(s) not tested: their predictions, or those of the best run, are missing" in ranking.notes
 
 
 def test_equal_scores_are_ordered_by_loss(tmp_path: Path) -> None:

@@ -234,29 +234,20 @@ def check_request(request: ToolCall, offered: Sequence[OfferedTool]) -> list[Pro
 
 
 def schema_of(parameters: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the JSON schema of an MSAgent parameter list, `[{"name", "description", "required", "type"?, ...}, ...]`."""
+    """Return the JSON schema of an MSAgent parameter list, without `required`: a missing parameter has its own code."""
     properties = {parameter["name"]: _clean(parameter, _MAX_DEPTH, named=True) for parameter in parameters}
-    return {"type": "object", "properties": properties, "required": _required_names(parameters)}
-
-
-def _required_names(parameters: Sequence[dict[str, Any]]) -> list[str]:
-    return [parameter["name"] for parameter in parameters if _is_true(parameter.get("required"))]
+    return {"type": "object", "properties": properties}
 
 
 def _check_declared(request: ToolCall, parameters: Sequence[dict[str, Any]] | None) -> list[Problem]:
     if parameters is None:
         return []
     given, tool = request.arguments, _shown(request.name)
-    missing = [name for name in _required_names(parameters) if name not in given]
-    undeclared = given.keys() - {parameter["name"] for parameter in parameters}
-    problems = [
-        Problem("missing_parameter", f"{tool} needs {_shown(name)}", f"{request.name}.{name}") for name in missing
-    ]
-    problems += [
-        Problem("undeclared_parameter", f"{tool} does not declare {_shown(name)}", f"{request.name}.{name}")
-        for name in given
-        if name in undeclared
-    ]
+    required = [parameter["name"] for parameter in parameters if _is_true(parameter.get("required"))]
+    declared = {parameter["name"] for parameter in parameters}
+    flaws = [("missing_parameter", "needs", name) for name in required if name not in given]
+    flaws += [("undeclared_parameter", "does not declare", name) for name in given if name not in declared]
+    problems = [Problem(code, f"{tool} {what} {_shown(name)}", f"{request.name}.{name}") for code, what, name in flaws]
     try:
         problems.extend(_schema_problems(request, parameters))
     except RecursionError:
@@ -283,10 +274,7 @@ def _validator(parameters_json: str) -> Any:
     from jsonschema import Draft202012Validator
 
     schema = schema_of(json.loads(parameters_json))
-    if not any(schema["properties"].values()):
-        return None
-    # Missing parameters of the call itself have a code of their own.
-    return Draft202012Validator({**schema, "required": []})
+    return Draft202012Validator(schema) if any(schema["properties"].values()) else None
 
 
 def _clean(declared: object, depth: int, *, named: bool = False) -> dict[str, Any]:

@@ -23,9 +23,7 @@ from agentft.comparison.render import (
     Plot,
     Scale,
     category_scale,
-    colour_of,
     linear_scale,
-    ramp,
     render_page,
     setting_scale,
 )
@@ -85,13 +83,12 @@ def html_page(ranking: Ranking, title: str) -> str:
         "comparison",
         title=title,
         metric=ranking.metric,
-        ramp=ramp(),
         header=header,
         runs=[
             {
                 "name": run.name,
                 "told": _told(ranking, run),
-                "colour": charts.colours.get(run.name),
+                "style": charts.styles.get(run.name),
                 "cells": list(zip(header, [row[0], name, *row[2:]], strict=True)),
             }
             for run, name, row in zip(ranking.runs, names, rows, strict=True)
@@ -154,8 +151,8 @@ class Charts:
         # By place, not by value: one run that went astray would make all others look alike.
         order = sorted({self._value(run) for run in self._scored}, reverse=self._least_is_best)
         share = {value: i / (len(order) - 1) if len(order) > 1 else 0.6 for i, value in enumerate(order)}
-        self.colours = {run.name: colour_of(share[self._value(run)]) for run in self._scored}
-        """Of each run that has a score."""
+        self.styles = {run.name: f"--s:{share[self._value(run)]:.2f}" for run in self._scored}
+        """Of each run that has a score: its place from 0, worst, to 1, best, which the style sheet makes a colour of."""
 
     def _value(self, run: ComparedRun) -> float:
         value = run.number(self._metric)
@@ -184,9 +181,9 @@ class Charts:
                 linear_scale([x for x, _ in points], "step"), linear_scale([y for _, y in points], heading.lower())
             )
             for name, curve in curves.items():
-                colour = self.colours.get(name, "")
-                plot.line(curve, colour=colour, run=name)
-                plot.dot(*curve[-1], f"{name}: {curve[-1][1]:.4f} at step {curve[-1][0]:g}", colour=colour, run=name)
+                style = self.styles.get(name)
+                plot.line(curve, style=style, run=name)
+                plot.dot(*curve[-1], f"{name}: {curve[-1][1]:.4f} at step {curve[-1][0]:g}", style=style, run=name)
             yield Panel("How they learn", heading, plot, words)
 
     def _settings(self) -> Iterator[Panel]:
@@ -275,7 +272,7 @@ class Charts:
         rows = [
             {
                 "name": run.name,
-                "colour": self.colours.get(run.name),
+                "style": self.styles.get(run.name),
                 "counts": [(count, f"{count / most:.2f}") for count in (run.errors.get(kind, 0) for kind in kinds)],
             }
             for run in runs
@@ -294,11 +291,11 @@ class Charts:
         """Draw each run's metric with its interval; runs of one place, which would hide each other, side by side."""
         for group in _grouped(points, lambda point: f"{point[1]:.3g}").values():
             for (run, x), aside in zip(group, _aside(len(group)), strict=True):
-                score, colour, value = run.scores.get(self._metric), self.colours[run.name], self._value(run)
+                score, style, value = run.scores.get(self._metric), self.styles[run.name], self._value(run)
                 if score is not None and score.low is not None and score.high is not None:
-                    plot.interval(x, score.low, score.high, colour=colour, run=run.name, aside=aside)
+                    plot.interval(x, score.low, score.high, style=style, run=run.name, aside=aside)
                 words = f"{100 * value:.1f}" if self._is_share else f"{value:.4g}"
-                plot.dot(x, value, f"{run.name}: {words}", colour=colour, run=run.name, aside=aside)
+                plot.dot(x, value, f"{run.name}: {words}", style=style, run=run.name, aside=aside)
 
 
 def _aside(count: int) -> list[float]:

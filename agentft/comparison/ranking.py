@@ -1,8 +1,7 @@
 """Rank runs: say which settings differ, which run is best, and which cannot be told from it; write that as a table.
 
 "Tied" means that a paired test on the same held-out conversations finds no difference to the best run at 5 %, with
-Holm's correction over all runs of the table. Where predictions are missing, overlapping 95 % intervals stand in for the
-test, and the table says so.
+Holm's correction over all runs of the table. A run without predictions is not tested.
 """
 
 from __future__ import annotations
@@ -137,9 +136,6 @@ def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[Compared
         theirs = _scores_after(run)
         if own is None or theirs is None:
             untested += 1
-            low, high = best.scores[metric].low, run.scores[metric].high
-            if low is not None and high is not None and high >= low:
-                ranking.marks[run.name] = "tied"
             continue
         definitions = (METRICS_BY_NAME[metric],)
         try:
@@ -155,7 +151,7 @@ def _mark_by_test(ranking: Ranking, best: ComparedRun, others: Sequence[Compared
     notes = {
         f"tied: a paired test on {metric} over the held-out conversations finds no difference to the best run "
         f"(5 %, Holm's correction over {len(ranking.p)} comparisons)": ranking.p,
-        f"{untested} run(s) without predictions: tied where the 95 % intervals overlap, a weaker test": untested,
+        f"{untested} run(s) not tested: their predictions, or those of the best run, are missing": untested,
         "other data: these runs were evaluated on other held-out conversations, so the values do not compare": (
             "other data" in ranking.marks.values()
         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,10 +66,6 @@ def _sign(found: re.Match[str]) -> str:
     return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "\ufffd"
 
 
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 12, 42
-"""Margins around the plotting area, in pixels."""
-
-
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Values of one axis onto 0..1, and the ticks that name them."""
@@ -113,111 +109,61 @@ def category_scale(names: Sequence[str], label: str) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """An element of a drawing."""
+    """A line or a dot of a drawing."""
 
-    tag: str
-    attributes: Mapping[str, object]
-    """As in SVG; those that are None are left out."""
-    text: str = ""
+    kind: str
+    """Its classes in the style sheet."""
+    at: str | tuple[float, float]
+    """The path of a line, the middle of a dot."""
+    style: str | None = None
+    run: str | None = None
     title: str = ""
     """Its tooltip."""
 
 
 class Plot:
-    """A chart of two scales, so many pixels wide and high; `templates/drawing.j2` makes SVG of it.
+    """A chart of two scales, in pixels; `templates/drawing.j2` makes SVG of it. Later marks cover earlier ones."""
 
-    What is drawn later covers what was drawn before.
-    """
+    width, height = 420, 270
+    left, right, top, bottom = 58, 404, 12, 228
+    """Edges of the plotting area."""
 
-    def __init__(self, x: Scale, y: Scale, width: int = 420, height: int = 270) -> None:
-        self.x, self.y, self.width, self.height = x, y, width, height
+    def __init__(self, x: Scale, y: Scale) -> None:
+        self.x, self.y = x, y
         self.marks: list[Mark] = []
-        self._axes()
 
-    def draw(self, tag: str, *, text: str = "", title: str = "", **attributes: object) -> None:
-        """Add an element: `data_run` is its attribute `data-run`, `class_` its class; empty attributes are left out."""
-        named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value != ""}
-        self.marks.append(Mark(tag, named, text, title))
+    def across(self, x: float, aside: float = 0.0) -> float:
+        """Return the pixel of a value of the lower axis, or one `aside` pixels to its right."""
+        return round(self.left + self.x.place(x) * (self.right - self.left) + aside, 1)
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return the pixels of a point."""
-        across, up = self.x.place(x), self.y.place(y)
-        inner_width, inner_height = self.width - LEFT - RIGHT, self.height - TOP - BOTTOM
-        return round(LEFT + across * inner_width, 1), round(TOP + (1 - up) * inner_height, 1)
+    def down(self, y: float) -> float:
+        """Return the pixel of a value of the left axis."""
+        return round(self.top + (1 - self.y.place(y)) * (self.bottom - self.top), 1)
 
     def line(
         self,
         points: Sequence[tuple[float, float]],
         *,
-        colour: str = "",
-        run: str = "",
+        style: str | None = None,
+        run: str | None = None,
         kind: str = "",
         aside: Sequence[float] | None = None,
     ) -> None:
         """Draw a line through points, each so many pixels to the right; `kind` is a class of the style sheet."""
-        pixels = [self.at(x, y) for x, y in points]
-        moved = zip(pixels, aside or [0.0] * len(pixels), strict=True)
-        path = " ".join(f"{px + by:.1f},{py}" for (px, py), by in moved)
-        self.draw("polyline", points=path, class_=f"line {kind}".strip(), style=colour, data_run=run)
+        moved = zip(points, aside or [0.0] * len(points), strict=True)
+        path = "M" + " ".join(f"{self.across(x, by)},{self.down(y)}" for (x, y), by in moved)
+        self.marks.append(Mark(f"line {kind}".strip(), path, style, run))
         if run:  # a thin line is hard to point at
-            self.draw("polyline", points=path, class_="hit", data_run=run, title=run)
+            self.marks.append(Mark("hit", path, None, run, run))
 
-    def dot(self, x: float, y: float, title: str, *, colour: str = "", run: str = "", aside: float = 0.0) -> None:
+    def dot(self, x: float, y: float, title: str, *, style: str | None, run: str, aside: float = 0.0) -> None:
         """Draw a point with a tooltip, `aside` pixels to the right."""
-        px, py = self.at(x, y)
-        across = f"{px + aside:.1f}"
-        self.draw("circle", cx=across, cy=py, r=4, class_="dot", style=colour, data_run=run, title=title)
+        self.marks.append(Mark("dot", (self.across(x, aside), self.down(y)), style, run, title))
 
-    def interval(
-        self, x: float, low: float, high: float, *, colour: str = "", run: str = "", aside: float = 0.0
-    ) -> None:
+    def interval(self, x: float, low: float, high: float, *, style: str | None, run: str, aside: float) -> None:
         """Draw a vertical 95 % interval."""
-        (px, bottom), (_, top) = self.at(x, low), self.at(x, high)
-        path = f"M{px + aside:.1f},{bottom}V{top}m-3,0h6M{px + aside - 3:.1f},{bottom}h6"
-        self.draw("path", d=path, class_="line", style=colour, data_run=run)
-
-    def _axes(self) -> None:
-        right, bottom = self.width - RIGHT, self.height - BOTTOM
-        for value, words in self.y.ticks:
-            y = round(TOP + (1 - self.y.place(value)) * (bottom - TOP), 1)
-            if TOP - 1 <= y <= bottom + 1:
-                self.draw("path", class_="grid", d=f"M{LEFT},{y}H{right}")
-                self.draw("text", x=LEFT - 6, y=y + 4, text_anchor="end", text=words)
-        for value, words in self.x.ticks:
-            x = round(LEFT + self.x.place(value) * (right - LEFT), 1)
-            if LEFT - 1 <= x <= right + 1:
-                self.draw("path", class_="grid", d=f"M{x},{bottom}v4")
-                self.draw("text", x=x, y=bottom + 17, text_anchor="middle", text=words[:24])
-        self.draw("path", class_="axis", d=f"M{LEFT},{TOP}V{bottom}H{right}")
-        label = {"class_": "label", "text_anchor": "middle"}
-        self.draw("text", x=(LEFT + right) / 2, y=self.height - 6, **label, text=self.x.label)
-        self.draw("text", transform=f"translate(13,{(TOP + bottom) / 2}) rotate(-90)", **label, text=self.y.label)
-
-
-def colour_of(share: float) -> str:
-    """Return the style of a run's colour, from 0, worst, to 1, best: told apart in grey and by the colour-blind too.
-
-    It grows away from the paper: from pale to deep blue on white (`--c`), from dim violet to yellow on black (`--d`).
-    """
-    on_white = ((199, 209, 150), (86, 177, 140), (38, 130, 142), (49, 80, 137), (68, 1, 84))
-    on_black = ((86, 74, 120), (58, 104, 156), (36, 152, 148), (112, 200, 90), (253, 231, 70))
-    return f"--c:{_mixed(on_white, share)};--d:{_mixed(on_black, share)}"
-
-
-def ramp(steps: int = 9) -> str:
-    """Return the style of a legend's background: all colours, worst to best."""
-    pairs = [colour_of(i / (steps - 1)).split(";") for i in range(steps)]
-    columns = [", ".join(each.partition(":")[2] for each in column) for column in zip(*pairs, strict=True)]
-    return ";".join(
-        f"--{name}:linear-gradient(to right, {colours})" for name, colours in zip("cd", columns, strict=True)
-    )
-
-
-def _mixed(stops: Sequence[tuple[int, int, int]], share: float) -> str:
-    place = min(1.0, max(0.0, share)) * (len(stops) - 1)
-    i = min(int(place), len(stops) - 2)
-    mixed = (round(a + (b - a) * (place - i)) for a, b in zip(stops[i], stops[i + 1], strict=True))
-    return "rgb({},{},{})".format(*mixed)
+        px, bottom = self.across(x, aside), self.down(low)
+        self.marks.append(Mark("line", f"M{px},{bottom}V{self.down(high)}m-3,0h6M{px - 3:.1f},{bottom}h6", style, run))
 
 
 def _round_ticks(low: float, high: float) -> list[float]:

