@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.resources import files
 from itertools import product
@@ -15,6 +16,7 @@ from agentft.data.calls import ToolCall
 from agentft.data.chat_layout import ChatLayout, ends_of, thought_end
 from agentft.data.chat_template import (
     CallIds,
+    ChatMessage,
     ChatTemplate,
     Manner,
     MarkedText,
@@ -63,10 +65,10 @@ def choose_template(
         ConfigError: no layout of that name, or the tokenizer lacks what it needs.
     """
     if name == "auto":
-        problem = _why_not_native(tokenizer, template_args)
-        if problem is not None and tokenizer.chat_template:
-            log.info("layout: msagent, since the model's own chat template cannot be used: %s", problem)
-        name = "native" if problem is None else "msagent"
+        native = _native(tokenizer, template_args, stable=stable)
+        if native is not None and stop_token is None:
+            return native
+        name = "msagent" if native is None else "native"
     if name == "msagent":
         stop_token = stop_token or tokenizer.eos_token
         if stop_token is None:
@@ -122,19 +124,22 @@ def exported_template(layout: Layout) -> str:
     return f"{{%- set STOP = '{layout.stop_token}' -%}}\n{beginning}{_template_file('msagent')}"
 
 
-def _why_not_native(tokenizer: Any, template_args: Mapping[str, Any] | None) -> str | None:
-    """Return what keeps the tokenizer's own chat template from being the layout; None where nothing does."""
+def _native(tokenizer: Any, template_args: Mapping[str, Any] | None, *, stable: bool) -> ChatLayout | None:
+    """Return the layout of the tokenizer's own chat template; None, with a line in the log, where it cannot say tools."""
     if not tokenizer.chat_template:
-        return "it has none"
+        return None
     try:
-        traits = probe(ChatTemplate(tokenizer, None, template_args))
+        layout = choose_template("native", tokenizer, None, template_args, stable=stable)
+        assert isinstance(layout, ChatLayout)
+        if layout.traits.tools and layout.traits.declarations:
+            return layout
+        problem = "it leaves out the declarations of tools"
+        if not layout.traits.tools:
+            problem = f"it cannot say calls and their results ({layout.traits.problem})"
     except ConfigError as error:
-        return str(error)
-    if not traits.tools:
-        return f"it cannot say calls and their results ({traits.problem})"
-    if not traits.declarations:
-        return "it leaves out the declarations of tools"
-    return None if traits.stops else "no token of the tokenizer ends its answers"
+        problem = str(error)
+    log.info("layout: msagent, since the model's own chat template cannot be used: %s", problem)
+    return None
 
 
 def _beginning(tokenizer: Any) -> str | None:
@@ -175,24 +180,23 @@ def probe(template: ChatTemplate) -> Traits:
     traits = Traits(False, False, False, False, False, False, none, (), ())
     for as_text, content, ids in product((False, True), (False, True), get_args(CallIds)):
         trial = replace(traits, arguments_as_text=as_text, content_needed=content, call_ids=ids)
-        problem = _tool_problem(template, trial)
+        problem = _tool_problem(ChatLayout(template, trial))
         if not problem:
-            traits = replace(trial, tools=True, declarations=_declares(template, trial), problem="")
+            traits = replace(trial, tools=True, declarations=_declares(ChatLayout(template, trial)), problem="")
             break
         traits = replace(traits, problem=problem)
-    traits = _with_stops(template, traits)
+    traits = _with_stops(ChatLayout(template, traits))
     if not traits.stops:
         problem = traits.problem or "no token of the tokenizer ends what the agent says"
         return replace(traits, tools=False, problem=problem)
-    traits = replace(traits, thought=_thought(template, traits))
+    traits = replace(traits, thought=_thought(ChatLayout(template, traits)))
     hopeful = replace(traits, system=True, parallel_calls=True, text_beside_call=True, reasoning=True)
     first = _TOOLS[1:] if traits.tools else _TALK
-    plain = _manner(template, hopeful, first, reasoning=False)
-    hopeful = replace(hopeful, manners=(plain, plain))
-    hopeful = replace(hopeful, manners=(plain, _manner(template, hopeful, first, reasoning=True)))
+    plain, thinking = (_manner(ChatLayout(template, hopeful), some) for some in (first, _thinking(first)))
+    hopeful = replace(hopeful, manners=(plain, thinking))
 
-    def can(messages: Sequence[Message], *, reasoning: bool = False) -> bool:
-        laid_out = _lay_out(template, hopeful, _thinking(messages) if reasoning else messages)
+    def can(messages: Sequence[Message]) -> bool:
+        laid_out = _lay_out(ChatLayout(template, hopeful), messages)
         return laid_out is not None and not laid_out.left_out
 
     return replace(
@@ -200,11 +204,11 @@ def probe(template: ChatTemplate) -> Traits:
         system=can((_SYSTEM, *_TALK)),
         parallel_calls=traits.tools and can(_PARALLEL),
         text_beside_call=traits.tools and can(_BESIDE),
-        reasoning=any(can(some, reasoning=True) for some in (_TALK[:2], *([_TOOLS[1:3]] if traits.tools else []))),
+        reasoning=can(_thinking(_TALK[:2])) or (traits.tools and can(_thinking(_TOOLS[1:3]))),
     )
 
 
-def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
+def _tool_problem(layout: ChatLayout) -> str:
     """Say why a conversation with tools does not come out whole; empty where it does."""
     with_ids = [
         replace(_CALL, tool_calls=(replace(_CALL.tool_calls[0], id="call_0123456789"),)),
@@ -212,12 +216,12 @@ def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
     ]
     for call, result in ((_CALL, _RESULT), with_ids):
         conversation = _conversation((_ASK, call, result, _TELL))
-        messages = server_messages(conversation, traits)
+        messages = server_messages(conversation, layout.traits)
         try:
-            plain = template.render(handed_over(messages, traits), conversation.tools, prompt=False)
+            plain = layout.template.render(handed_over(messages, layout.traits), conversation.tools, prompt=False)
         except FormatError as refusal:
             return refusal.detail
-        text = _marked(template, traits, messages, conversation.tools)
+        text = _marked(layout, messages, conversation.tools)
         if text is None or text.text != plain:
             return "it changes the texts of messages"
         found = {plain[start:stop] for start, stop, _ in text.values}
@@ -227,18 +231,19 @@ def _tool_problem(template: ChatTemplate, traits: Traits) -> str:
     return ""
 
 
-def _declares(template: ChatTemplate, traits: Traits) -> bool:
-    try:
-        return _DESCRIPTION in template.render(handed_over(chat_messages((_ASK,)), traits), (_TOOL,), prompt=True)
-    except FormatError:
-        return False
+def _declares(layout: ChatLayout) -> bool:
+    with suppress(FormatError):
+        asked = handed_over(chat_messages((_ASK,)), layout.traits)
+        return _DESCRIPTION in layout.template.render(asked, (_TOOL,), prompt=True)
+    return False
 
 
-def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
+def _with_stops(layout: ChatLayout) -> Traits:
     """Find the tokens that end a text and a step of calls."""
-    ask, tell = chat_messages((_ASK, _TELL))
-    alone, _ = _tokens_after(template, traits, [ask, tell], (), SpanKind.text)
-    followed, between = _tokens_after(template, traits, [ask, tell, *chat_messages((_THANK,))], (), SpanKind.text)
+    traits = layout.traits
+    talk = chat_messages((_ASK, _TELL, _THANK))
+    alone, _ = _tokens_after(layout, talk[:2], (), SpanKind.text)
+    followed, between = _tokens_after(layout, talk, (), SpanKind.text)
     own = bool(alone)
     if not alone and not followed:
         return traits
@@ -247,9 +252,9 @@ def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
     if traits.tools:
         asked = server_messages(_conversation((_ASK, _CALL)), traits)
         answered = [*asked, answer_to(asked[1]["tool_calls"][0])]
-        ends, _ = _tokens_after(template, traits, asked, (_TOOL,), SpanKind.call)
-        goes_on, _ = _tokens_after(template, traits, answered, (_TOOL,), SpanKind.call)
-        closing = _closing_tokens(template, traits, ends)
+        ends, _ = _tokens_after(layout, asked, (_TOOL,), SpanKind.call)
+        goes_on, _ = _tokens_after(layout, answered, (_TOOL,), SpanKind.call)
+        closing = _closing_tokens(layout, ends)
         candidates = ends[closing:] or goes_on[closing:]
         call_stop = stop if stop in ends else candidates[0] if candidates else stop
         calling = (call_stop,) if own else tuple(dict.fromkeys((call_stop, stop)))
@@ -262,66 +267,60 @@ def _with_stops(template: ChatTemplate, traits: Traits) -> Traits:
     )
 
 
-def _closing_tokens(template: ChatTemplate, traits: Traits, ends: Sequence[str]) -> int:
+def _closing_tokens(layout: ChatLayout, ends: Sequence[str]) -> int:
     """Return how many of the tokens behind a call close it, which are those that another call follows too."""
-    messages = server_messages(_conversation((_ASK, _BOTH)), traits)
-    text = _marked(template, traits, messages, (_TOOL,))
+    text = _marked(layout, server_messages(_conversation((_ASK, _BOTH)), layout.traits), (_TOOL,))
     calls = [value for value in text.values if value.kind is SpanKind.call] if text else []
     if text is None or len(calls) < 4:
         return max(len(ends) - 1, 0)
-    between = template.control.findall(text.text, calls[1].stop, calls[2].start)
+    between = layout.template.control.findall(text.text, calls[1].stop, calls[2].start)
     return len(_common_prefix([ends, between]))
 
 
 def _tokens_after(
-    template: ChatTemplate, traits: Traits, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], kind: SpanKind
+    layout: ChatLayout, messages: Sequence[ChatMessage], tools: Sequence[Any], kind: SpanKind
 ) -> tuple[list[str], str]:
     """Return the control tokens between the last value of a kind and the next value, and what stands before the first."""
-    text = _marked(template, traits, messages, tools)
-    if text is None:
-        return [], ""
-    spoken = [at for at, value in enumerate(text.values) if value.kind is kind]
+    text = _marked(layout, messages, tools)
+    spoken = [at for at, value in enumerate(text.values) if value.kind is kind] if text else []
     # A tool's result may repeat the name of the call, so calls are counted: a name and a value.
-    if not spoken or (kind is SpanKind.call and len(spoken) < 2):
+    if text is None or not spoken or (kind is SpanKind.call and len(spoken) < 2):
         return [], ""
     at = spoken[1] if kind is SpanKind.call else spoken[-1]
     start = text.values[at].stop
-    later = [value.start for value in text.values[at + 1 :] if value.kind is not SpanKind.call]
-    stop = later[0] if later else len(text.text)
-    found = list(template.control.finditer(text.text, start, stop))
+    stop = next((value.start for value in text.values[at + 1 :] if value.kind is not SpanKind.call), len(text.text))
+    found = list(layout.template.control.finditer(text.text, start, stop))
     return [each.group() for each in found], text.text[start : found[0].start()] if found else ""
 
 
-def _thought(template: ChatTemplate, traits: Traits) -> tuple[str, str]:
+def _thought(layout: ChatLayout) -> tuple[str, str]:
     """Find the marks around reasoning; where there are none of its own, those of most templates."""
-    opening = re.compile(rf".*((?:{template.control.pattern}|<\S+>).*)", re.DOTALL)
+    control = layout.template.control
+    opening = re.compile(rf".*((?:{control.pattern}|<\S+>).*)", re.DOTALL)
     for messages in ((_ASK, _TELL), (_ASK, _CALL)):
-        conversation = _conversation(_thinking(messages), declared=traits.declarations)
-        text = _marked(template, traits, server_messages(conversation, traits), conversation.tools)
+        conversation = _conversation(_thinking(messages), declared=layout.traits.declarations)
+        text = _marked(layout, server_messages(conversation, layout.traits), conversation.tools)
         values = text.values if text else ()
         for before, value, after in zip(values, values[1:], values[2:], strict=False):
             if text is None or value.kind is not SpanKind.reasoning:
                 continue
             found = opening.match(text.text, before.stop, value.start)
-            close = text.text[value.stop : thought_end(text.text, value.stop, after, template.control)]
+            close = text.text[value.stop : thought_end(text.text, value.stop, after, control)]
             if found and not close.endswith(found[1]):
                 return found[1], close
-    return traits.thought
+    return layout.traits.thought
 
 
-def _manner(template: ChatTemplate, traits: Traits, messages: Sequence[Message], *, reasoning: bool) -> Manner:
+def _manner(layout: ChatLayout, messages: Sequence[Message]) -> Manner:
     """Choose the arguments that make the fewest renderings of a conversation, and describe how it comes out with them."""
     thinks: list[dict[str, Any]] = [{}]
-    if "enable_thinking" in template.source and "enable_thinking" not in template.args:
-        thinks += [{"enable_thinking": True}] if reasoning else [{"enable_thinking": False}]
-    shown = _thinking(messages) if reasoning else messages
+    if "enable_thinking" in layout.template.source and "enable_thinking" not in layout.template.args:
+        thinks.append({"enable_thinking": any(message.reasoning_content for message in messages)})
     best: tuple[tuple[int, int, bool], Manner] | None = None
     for args in thinks:
-        manner = _described(template, replace(traits, manners=(Manner(args),) * 2), shown, args)
-        if manner is None:
-            continue
-        laid_out = _lay_out(template, replace(traits, manners=(manner, manner)), shown)
-        if laid_out is None:
+        manner = _described(_with_manner(layout, Manner(args)), messages)
+        laid_out = _lay_out(_with_manner(layout, manner), messages) if manner else None
+        if manner is None or laid_out is None:
             continue
         # Where no value makes it one rendering, the mode without thoughts is meant for conversations without them.
         cost = (len(laid_out.left_out), len(laid_out.renderings), not args and len(laid_out.renderings) > 1)
@@ -330,25 +329,22 @@ def _manner(template: ChatTemplate, traits: Traits, messages: Sequence[Message],
     return best[1] if best else Manner()
 
 
-def _described(
-    template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
-) -> Manner | None:
+def _described(layout: ChatLayout, messages: Sequence[Message]) -> Manner | None:
     """Describe how the steps of some conversations begin; None where the first cannot be rendered."""
-    shown = _rendered(template, traits, messages, args)
-    if shown is None:
+    manner = layout.traits.manners[0]
+    if (shown := _Rendered.of(layout, messages)) is None:
         return None
-    before, header = shown.before[0], shown.prompts[0].removeprefix(shown.before[0])
-    if len(before) + len(header) != len(shown.prompts[0]):
-        return Manner(args)
-    talk = _rendered(template, traits, _TALK, args)
-    begun = talk.text.text[len(talk.before[0]) :] if talk else ""
-    shared = _common_prefix([header, shown.text.text[len(before) :], begun])
+    if not shown.prompts[0].startswith(shown.before):
+        return manner
+    header = shown.prompts[0].removeprefix(shown.before)
+    talk = _Rendered.of(layout, _TALK)
+    shared = _common_prefix([header, shown.history, talk.history if talk else ""])
     whole = bool(header) and not any(message.reasoning_content for message in messages)
     if whole:
-        others = ((_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if traits.tools else ()))
-        tried = (shown, talk, *(_rendered(template, traits, other, args) for other in others))
+        others = ((_SYSTEM, *_TALK), _BLANKS, *((_PARALLEL, _BESIDE, _TOOLS) if layout.traits.tools else ()))
+        tried = (shown, talk, *(_Rendered.of(layout, other) for other in others))
         whole = all(each.is_whole(header) for each in tried if each)  # What is refused here is refused later too.
-    return Manner(args, header, shared, whole)
+    return replace(manner, header=header, shared_header=shared, whole=whole)
 
 
 def _common_prefix(texts: Sequence[T]) -> T:
@@ -362,12 +358,35 @@ def _common_prefix(texts: Sequence[T]) -> T:
 
 
 class _Rendered(NamedTuple):
-    """A conversation as a template writes it, plain and marked, and by step its prompt, and the text before its header."""
+    """A conversation and a dummy question as a template writes them, plain and marked."""
 
-    before: list[str]
+    before: str
+    """What stands before the first step, without the generation prompt."""
     prompts: list[str]
+    """By step."""
     text: MarkedText
     plain: str
+
+    @classmethod
+    def of(cls, layout: ChatLayout, messages: Sequence[Message]) -> _Rendered | None:
+        """Render a conversation; None where the template refuses it or changes its values."""
+        conversation = _conversation((*messages, Message("user", "?")), declared=layout.traits.declarations)
+        handed = server_messages(conversation, layout.traits)
+        text = _marked(layout, handed, conversation.tools)
+
+        def render(stop: int | None = None, *, prompt: bool = False) -> str:
+            part = handed_over(handed[:stop], layout.traits)
+            return layout.template.render(part, conversation.tools, prompt=prompt, args=layout.traits.manners[0].args)
+
+        with suppress(FormatError):
+            prompts = [render(at, prompt=True) for at in conversation.steps]
+            return None if text is None else cls(render(conversation.steps[0]), prompts, text, render())
+        return None
+
+    @property
+    def history(self) -> str:
+        """The text from the first step on, as it is written once the conversation goes on."""
+        return self.text.text[len(self.before) :]
 
     def is_whole(self, header: str) -> bool:
         """Return whether all prompts are prefixes of the text, and end where its headers do."""
@@ -375,44 +394,22 @@ class _Rendered(NamedTuple):
         return ends and self.plain == self.text.text and all(map(self.plain.startswith, self.prompts))
 
 
-def _rendered(
-    template: ChatTemplate, traits: Traits, messages: Sequence[Message], args: Mapping[str, Any]
-) -> _Rendered | None:
-    """Render a conversation and the prompts of its steps; None where the template refuses it or changes its values."""
-    conversation = _conversation(messages, declared=traits.declarations)
-    handed = [*server_messages(conversation, traits), {"role": "user", "content": "?"}]
-
-    def render(stop: int | None = None, *, prompt: bool = False) -> str:
-        part = handed_over(handed[:stop], traits)
-        return template.render(part, conversation.tools, prompt=prompt, args=args)
-
-    text = _marked(template, traits, handed, conversation.tools, args)
-    try:
-        before = [render(at) for at in conversation.steps]
-        prompts = [render(at, prompt=True) for at in conversation.steps]
-        return None if text is None else _Rendered(before, prompts, text, render())
-    except FormatError:
-        return None
+def _with_manner(layout: ChatLayout, manner: Manner) -> ChatLayout:
+    return replace(layout, traits=replace(layout.traits, manners=(manner, manner)))
 
 
-def _lay_out(template: ChatTemplate, traits: Traits, messages: Sequence[Message]) -> LaidOut | None:
-    laid_out = ChatLayout(template, traits).lay_out(_conversation(messages, declared=traits.declarations))
+def _lay_out(layout: ChatLayout, messages: Sequence[Message]) -> LaidOut | None:
+    laid_out = layout.lay_out(_conversation(messages, declared=layout.traits.declarations))
     return laid_out if isinstance(laid_out, LaidOut) else None
 
 
-def _marked(
-    template: ChatTemplate,
-    traits: Traits,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any],
-    args: Mapping[str, Any] | None = None,
-) -> MarkedText | None:
+def _marked(layout: ChatLayout, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> MarkedText | None:
     """Render messages with marks around their values; None where the template refuses them or tears a mark apart."""
-    marked = handed_over([marked_message(message) for message in messages], traits)
-    try:
-        return MarkedText.read(template.render(marked, tools, prompt=False, args=args))
-    except FormatError:
-        return None
+    marked = handed_over([marked_message(message) for message in messages], layout.traits)
+    with suppress(FormatError):
+        args = layout.traits.manners[0].args
+        return MarkedText.read(layout.template.render(marked, tools, prompt=False, args=args))
+    return None
 
 
 def _thinking(messages: Sequence[Message]) -> tuple[Message, ...]:
