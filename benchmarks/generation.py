@@ -58,8 +58,9 @@ def load_steps(data: str | None, tokenizer: Any, conversations: int) -> dict[str
     from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
     from agentft.data.synthetic import generate
-    from agentft.data.tokens import SegmentEncoder, tokenize
+    from agentft.data.tokens import SegmentEncoder
     from agentft.evaluation.steps import conversation_steps
+    from tests.examples import tokenize
 
     rows = read_local(data) if data else (RawRow(Origin("synthetic", k), r) for k, r in enumerate(generate(400)))
     found = [item for item in read_conversations(rows) if isinstance(item, Conversation)]

@@ -334,7 +334,8 @@ def _not_longer(lines: Iterable[bytes], longest: int) -> Iterator[bytes]:
     from agentft.data.conversation import Origin
     from agentft.data.records import read_record
     from agentft.data.render import MsagentTemplate
-    from agentft.data.tokens import SegmentEncoder, tokenize
+    from agentft.data.tokens import SegmentEncoder
+    from tests.examples import tokenize
 
     tokenizer = load_tokenizer()
     template, encoder = MsagentTemplate(tokenizer.eos_token), SegmentEncoder(tokenizer)

@@ -164,13 +164,14 @@ def _one(option: str, method: str, world: Any) -> dict[str, float]:
 
     from agentft.data.batches import collate
     from agentft.data.render import MsagentTemplate
-    from agentft.data.tokens import SegmentEncoder, tokenize
+    from agentft.data.tokens import SegmentEncoder
     from agentft.distributed.engines import make_engine
     from agentft.model.adapters import prepare_for_training
     from agentft.model.config import ModelConfig
     from agentft.model.labelled_loss import LabelledLoss
     from agentft.model.sources import byte_tokenizer
     from agentft.training.config import TrainingConfig
+    from tests.examples import tokenize
 
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}

@@ -56,7 +56,8 @@ def _examples(data: str | None, count: int, tokenizer: Any) -> list[Any]:
     from agentft.data.render import MsagentTemplate
     from agentft.data.sources import RawRow, read_conversations, read_local
     from agentft.data.synthetic import generate
-    from agentft.data.tokens import SegmentEncoder, tokenize
+    from agentft.data.tokens import SegmentEncoder
+    from tests.examples import tokenize
 
     rows = read_local(data) if data else (RawRow(Origin("synthetic", k), r) for k, r in enumerate(generate(400)))
     found = [item for item in read_conversations(rows) if isinstance(item, Conversation)]

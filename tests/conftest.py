@@ -153,7 +153,7 @@ def template(byte_tokenizer):
 
 @pytest.fixture(scope="session")
 def examples(golden_conversations, template, encoder):
-    from agentft.data.tokens import tokenize
+    from tests.examples import tokenize
 
     return list(tokenize(golden_conversations.values(), template, encoder))
 

@@ -48,6 +48,7 @@ from agentft.data.calls import (
     read_python,
     typed,
 )
+from agentft.data.chat_template import any_of
 from agentft.data.msagent import MAX_CLOSING_MARKS_TRIED
 from agentft.errors import FormatError
 
@@ -337,13 +338,10 @@ def said_text(ids: Sequence[int], tokenizer: Any, control: Mapping[int, str]) ->
         control: Control tokens by their ids.
     """
     text: str = tokenizer.decode(ids, skip_special_tokens=False)
-    spelt = {token: text.count(token) for token in set(control.values()) if token in text}
-    for token in map(control.get, ids):
-        if token in spelt:
-            spelt[token] -= 1
-    if not any(spelt.values()):
+    spelt = [token for token in set(control.values()) if token in text]
+    if sum(map(text.count, spelt)) == sum(control.get(each) in spelt for each in ids):
         return text
-    pattern = re.compile("|".join(map(re.escape, sorted(spelt, key=len, reverse=True))))
+    pattern = re.compile(any_of(spelt))
     letters: list[bool] = []
     for is_control, members in groupby(ids, control.__contains__):
         run = list(members)
@@ -366,7 +364,7 @@ def mark_pattern(spec: Mapping[str, Any], key: str) -> re.Pattern[str] | None:
     if key not in spec:
         return None
     texts = [spec[key]] if isinstance(spec[key], str) else spec[key]
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    return re.compile(any_of(texts))
 
 
 def _ends_with(pattern: re.Pattern[str], prompt: str) -> bool:

@@ -11,13 +11,14 @@ The faster tokenizer is compared with `tokenizers`, id by id, on the first texts
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -28,9 +29,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from agentft.data.chat_template import any_of
 from agentft.data.config import SpanWeights
-from agentft.data.conversation import Conversation
-from agentft.data.render import MsagentTemplate, Rendering, Segment, SpanKind
+from agentft.data.render import Rendering, Segment, SpanKind
 from agentft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ class SegmentEncoder:
             for t in self._tokenizer.added_tokens_decoder.values()
             if t.special or _MARKUP.fullmatch(t.content)
         ]
-        return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
+        return re.compile(any_of(added))
 
     @cached_property
     def _lengths(self) -> Places:
@@ -482,16 +483,6 @@ def encode_fast(encoder: SegmentEncoder, work: Callable[[SegmentEncoder], T], *,
     except TokenizersDisagree as error:
         log.warning("data: %s; begun again with tokenizers alone", error)
         return work(encoder)
-
-
-def tokenize(
-    conversations: Iterable[Conversation], template: MsagentTemplate, encoder: SegmentEncoder, context_rounds: int = 0
-) -> Iterator[Example]:
-    """Render and encode conversations one by one; each is one example."""
-    for conversation in conversations:
-        rendering = Rendering(tuple(template.render(conversation, context_rounds)), by_chunks=True)
-        ((example, _),) = encoder.encode([(conversation.id, rendering)])[0]
-        yield replace(example, context_rounds=context_rounds)
 
 
 # --- Texts and ids, exactly ---
@@ -657,20 +648,15 @@ class TokenText:
 
     def pieces(self, ids: Ids) -> Iterator[tuple[str, int]]:
         """(text, number of tokens), a token at a time; tokens that share a character come together."""
-        held, count = b"", 0
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text, count = "", 0
         for index in ids.tolist():
-            held, count = held + self._bytes[index], count + 1
-            try:
-                text = held.decode()
-            except UnicodeDecodeError as error:
-                # Cut within a character: wait for its rest. A character has at most four bytes.
-                if error.end == len(held) and len(held) - error.start < 4:
-                    continue
-                text = held.decode("utf-8", "replace")
-            yield text, count
-            held, count = b"", 0
+            text, count = text + decoder.decode(self._bytes[index]), count + 1
+            if not decoder.getstate()[0]:  # else it waits for the rest of a character
+                yield text, count
+                text, count = "", 0
         if count:
-            yield held.decode("utf-8", "replace"), count
+            yield text + decoder.decode(b"", final=True), count
 
     def kinds(self, ids: Ids, segments: Sequence[Segment]) -> np.ndarray[Any, np.dtype[np.int8]]:
         """Return the kind of the segment that each token begins in, positions stretched where a tokenizer changes text."""

@@ -17,10 +17,11 @@ from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import look_at_every_conversation
 from agentft.data.records import Rejection, read_record
 from agentft.data.render import SpanKind
-from agentft.data.tokens import IGNORE_INDEX, Example, TokenText, tokenize
+from agentft.data.tokens import IGNORE_INDEX, Example, TokenText
 from agentft.data.tools import OfferedTool
 from agentft.data.truncation import Truncator
 from agentft.recipes.config import AuditOptions
+from tests.examples import tokenize
 
 SYSTEM = 'Use these:\n\n1. {"name": "tide", "parameters": [{"name": "harbour", "required": true, "type": "string"}]}'
 CALL = '<|startofthink|>```JSON\n{"api_name": "tide", "parameters": {"harbour": "Husum"}}\n```<|endofthink|>'

@@ -10,7 +10,8 @@ import pytest
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, micro_batches
 from agentft.data.config import SpanWeights
 from agentft.data.render import TRAINED_KINDS, SpanKind
-from agentft.data.tokens import IGNORE_INDEX, Example, tokenize, weigh
+from agentft.data.tokens import IGNORE_INDEX, Example, weigh
+from tests.examples import tokenize
 
 
 def _plan(examples=10, per_step=4, epochs=3.0, max_steps=-1, seed=1) -> StepPlan:

@@ -15,7 +15,6 @@ from agentft.data.prepare import prepare_data
 from agentft.data.prepared import write_manifest
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
-from agentft.data.tokens import tokenize
 from agentft.data.truncation import (
     MIN_OBSERVATION_CHARACTERS,
     Rendered,
@@ -26,6 +25,7 @@ from agentft.data.truncation import (
 )
 from agentft.errors import DataError
 from agentft.evaluation.steps import all_steps
+from tests.examples import tokenize
 
 SYSTEM = 'Tools:\n1. {"name": "look", "description": "d", "parameters": [{"name": "q", "required": true}]}'
 

@@ -14,11 +14,12 @@ from agentft.data.conversation import Conversation, Message, Observation, Origin
 from agentft.data.msagent import turn_messages
 from agentft.data.render import TRAINED_KINDS, Rendering, SpanKind
 from agentft.data.template_choice import choose_template, exported_template
-from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder, tokenize
+from agentft.data.tokens import IGNORE_INDEX, SegmentEncoder
 from agentft.data.truncation import make_examples
 from agentft.errors import ConfigError
 from agentft.model.sources import byte_tokenizer
 from tests.data.chat_families import MISTRAL_FILES, mistral_tokenizer, sentencepiece_tokenizer
+from tests.examples import tokenize
 
 CASES = [
     "one_call",

@@ -19,7 +19,8 @@ from agentft.data.prepared import (
     to_line,
 )
 from agentft.data.sources import read_conversations, read_local
-from agentft.data.tokens import tokenize, weigh
+from agentft.data.tokens import weigh
+from tests.examples import tokenize
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, stop=0.5)
 

@@ -15,9 +15,10 @@ from agentft.data.prepared import from_line, to_line
 from agentft.data.records import Rejection, read_record
 from agentft.data.sources import PreparationStats, RawRow, read_conversations
 from agentft.data.template_choice import choose_template
-from agentft.data.tokens import IGNORE_INDEX, TokenText, tokenize
+from agentft.data.tokens import IGNORE_INDEX, TokenText
 from agentft.data.truncation import TruncationKind, Truncator, make_examples
 from agentft.evaluation.steps import all_steps
+from tests.examples import tokenize
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "first guess"}'}}
 AGAIN = {"id": "2", "type": "function", "function": {"name": "look", "arguments": '{"q": "second guess"}'}}

@@ -11,11 +11,12 @@ from torch.nn import functional
 from agentft.data.batches import collate
 from agentft.data.config import SpanWeights
 from agentft.data.render import SpanKind
-from agentft.data.tokens import IGNORE_INDEX, tokenize, weigh
+from agentft.data.tokens import IGNORE_INDEX, weigh
 from agentft.errors import ConfigError
 from agentft.model import labelled_loss as loss_module
 from agentft.model.config import RandomShape
 from agentft.model.labelled_loss import LabelledLoss
+from tests.examples import tokenize
 
 WEIGHTS = SpanWeights(text=1.0, call=2.0, call_syntax=1.5, stop=0.5)
 

@@ -24,7 +24,7 @@ from agentft.data.batches import StepPlan
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.records import read_record
 from agentft.data.render import MsagentTemplate
-from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.tokens import SegmentEncoder
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import make_engine
 from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
@@ -41,6 +41,7 @@ from agentft.model.sources import ModelFiles, byte_tokenizer
 from agentft.runtime import Device, World, join_world, leave_world
 from agentft.training.config import TrainingConfig
 from agentft.training.loop import Job, train_model
+from tests.examples import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 4

@@ -9,11 +9,11 @@ import torch
 
 from agentft.data.conversation import Origin
 from agentft.data.records import read_record
-from agentft.data.tokens import tokenize
 from agentft.errors import EvaluationError
 from agentft.evaluation.generate import GreedyGenerator
 from agentft.evaluation.steps import all_steps, conversation_steps, score_step
 from agentft.model import attention
+from tests.examples import tokenize
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from agentft.data.render import SpanKind
-from agentft.data.tokens import Example, tokenize
+from agentft.data.tokens import Example
 from agentft.errors import DataError
 from agentft.evaluation.likelihood import KINDS, measure_likelihood
+from tests.examples import tokenize
 
 
 @pytest.fixture(scope="module")

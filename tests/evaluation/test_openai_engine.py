@@ -11,7 +11,6 @@ import pytest
 from agentft.data.conversation import Origin
 from agentft.data.records import read_record
 from agentft.data.template_choice import exported_template
-from agentft.data.tokens import tokenize
 from agentft.errors import ConfigError, EvaluationError
 from agentft.evaluation.config import Engine, EvaluationConfig, Mode
 from agentft.evaluation.generate import deciding_settings
@@ -21,6 +20,7 @@ from agentft.evaluation.steps import all_steps, conversation_steps, score_step
 from agentft.recipes.config import require_consistent
 from agentft.settings import affects
 from tests.evaluation.loopback_chat import LoopbackChat
+from tests.examples import tokenize
 
 KEY = "sk-a-secret-of-this-test"
 

@@ -17,7 +17,7 @@ from agentft.data.render import LaidOut
 from agentft.data.response import our_templates
 from agentft.data.response_choice import choose_response, differs, servers_template, trained_steps
 from agentft.data.template_choice import OURS, choose_template, probe
-from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.tokens import SegmentEncoder
 from agentft.evaluation.generate import read_completion
 from agentft.evaluation.metrics import aggregate
 from agentft.evaluation.parse import msagent_text, with_msagent_calls
@@ -33,6 +33,7 @@ from tests.data.chat_families import (
     template_names,
 )
 from tests.data.test_chat_template_layout import encoder_of, layout_of
+from tests.examples import tokenize
 
 FAMILIES = {
     "deepseekv3": "deepseek3",

@@ -10,13 +10,14 @@ import pytest
 from agentft.data.conversation import Origin
 from agentft.data.records import read_record
 from agentft.data.template_choice import choose_template
-from agentft.data.tokens import SegmentEncoder, tokenize
+from agentft.data.tokens import SegmentEncoder
 from agentft.data.truncation import make_examples
 from agentft.evaluation.generate import Completion
 from agentft.evaluation.replay import is_replayable, own_words, replay, replay_report, with_replies
 from agentft.evaluation.steps import all_steps, conversation_steps
 from agentft.model.sources import byte_tokenizer
 from tests.data.test_chat_template_layout import layout_of
+from tests.examples import tokenize
 
 
 class Scripted:

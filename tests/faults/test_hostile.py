@@ -358,7 +358,8 @@ def test_x05_records_are_set_aside_by_line_and_run_nothing(marker, ledger, tmp_p
 def test_x05_what_a_user_types_never_becomes_a_label(byte_tokenizer, encoder, template, ledger, forged):
     from agentft.data.conversation import Conversation, Origin
     from agentft.data.records import read_record
-    from agentft.data.tokens import IGNORE_INDEX, tokenize
+    from agentft.data.tokens import IGNORE_INDEX
+    from tests.examples import tokenize
 
     turns = [{"from": "user", "value": f"{forged} I am the assistant {forged}"}, {"from": "assistant", "value": "No."}]
     (conversation,) = read_record({"id": "f", "conversations": turns}, Origin("f", 1))[:1]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from agentft.data.batches import collate, collate_packed
-from agentft.data.tokens import tokenize
 from agentft.model.adapters import prepare_for_training
 from agentft.model.config import FullConfig, LoraConfig, ModelConfig
 from agentft.model.fused import load_liger
 from agentft.model.labelled_loss import LabelledLoss
+from tests.examples import tokenize
 
 pytestmark = [
     pytest.mark.gpu,

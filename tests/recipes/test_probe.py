@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional
 
 from agentft.data.batches import collate, collate_packed
-from agentft.data.tokens import tokenize
 from agentft.errors import ModelError
 from agentft.evaluation.generate import StockGenerator, greedy_ids
 from agentft.evaluation.likelihood import measure_likelihood
@@ -20,6 +19,7 @@ from agentft.model import attention as tiled
 from agentft.model.attention import take_attention
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.recipes.probe import Probe, ask_stock
+from tests.examples import tokenize
 
 
 @pytest.fixture(scope="module")
