@@ -70,13 +70,6 @@ class ChatLayout:
         except FormatError as problem:
             return problem.reason, problem.detail
 
-    def prompt(self, conversation: Conversation, step: int) -> str:
-        """Return the prompt of a step as a server makes it."""
-        messages = server_messages(conversation, self.traits)
-        reasoning = _has_reasoning(messages)
-        before = handed_over(messages[: conversation.steps[step]], self.traits)
-        return self.template.render(before, conversation.tools, prompt=True, args=self.traits.manners[reasoning].args)
-
 
 class Region(NamedTuple):
     """Where a step stands in a rendered text."""
@@ -132,17 +125,13 @@ class _Work:
 
     def _trained(self, context_rounds: int) -> list[int]:
         trained = []
-        rounds = step = 0
-        for message in self.conversation.messages:
-            rounds += message.role == "user"
-            if message.role != "assistant":
-                continue
-            if message.trained and not 0 < rounds <= context_rounds:
-                if message.text.strip() or message.tool_calls:
-                    trained.append(step)
-                else:
-                    self.left_out.append(LeftOut(step, "empty_step", "the agent says nothing here"))
-            step += 1
+        messages = self.conversation.with_context_only(context_rounds)
+        agent = [(message, context_only) for message, context_only in messages if message.role == "assistant"]
+        for step, (message, context_only) in enumerate(agent):
+            if not context_only and (message.text.strip() or message.tool_calls):
+                trained.append(step)
+            elif not context_only:
+                self.left_out.append(LeftOut(step, "empty_step", "the agent says nothing here"))
         if not trained:
             raise FormatError("no_label", "nothing that the agent says here is to be trained")
         return trained
