@@ -95,7 +95,7 @@ class _Work:
         self.conversation = conversation
         self.steps = conversation.steps
         self.messages = server_messages(conversation, self.traits)
-        self.reasoning = _has_reasoning(self.messages)
+        self.reasoning = any(message.get("reasoning_content", "").strip() for message in self.messages)
         self.manner = self.traits.manners[self.reasoning]
         self.left_out: list[LeftOut] = []
         self.differ = 0
@@ -476,10 +476,6 @@ def _word(text: MarkedText, word: str, start: int, stop: int) -> tuple[int, int]
         if found := pattern.search(text.text, first, last):
             return found.span()
     return None
-
-
-def _has_reasoning(messages: Sequence[ChatMessage]) -> bool:
-    return any(message.get("reasoning_content", "").strip() for message in messages)
 
 
 def _names(messages: Sequence[ChatMessage], tools: Any) -> Iterator[tuple[str, str]]:
