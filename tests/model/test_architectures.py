@@ -130,31 +130,36 @@ def test_a_target_that_cannot_be_meant_is_refused_without_weights(kind, values, 
         find_targets(model, lora(**values), MODEL)
 
 
-def test_adapters_stay_out_of_a_vision_tower_and_of_routers():
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 64,
-    }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-    }
+@pytest.mark.parametrize(
+    ("kind", "text", "vision"),
+    [
+        ("gemma3", {}, {"patch_size": 14}),
+        ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", "patch_size": 14, "head_dim": 8}),
+    ],
+)
+def test_adapters_stay_out_of_a_vision_tower(kind, text, vision, tmp_path):
+    """Mistral 3 is no causal language model to transformers: it is loaded with its tower."""
+    base, out, sft = tmp_path / "base", tmp_path / "out", lora(targets=["q_proj", "down_proj"])
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {"mm_tokens_per_image": 4} if kind == "gemma3" else {"spatial_merge_size": 1}
     config = AutoConfig.for_model(
-        "gemma3",
-        text_config=text | {"num_key_value_heads": 2, "head_dim": 8},
-        vision_config=vision | {"patch_size": 14},
-        mm_tokens_per_image=4,
+        kind,
+        text_config=sizes | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64} | text,
+        vision_config=sizes | {"image_size": 28} | vision,
+        **own,
     )
-    adapted = prepare_for_training(AutoModelForImageTextToText.from_config(config), lora(targets=["q_proj"]), MODEL)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(base)
+    out.mkdir()
+    adapted = prepare_for_training(loaded(base), sft, MODEL)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert len(names) == 2 * 2
+    assert len(names) == 2 * 2 * 2
     assert all(".language_model.layers." in name for name in names)
+    train(adapted.train(), sft)
+    write_merged(base, out, trained_state(adapted), sft, MODEL, **FP32)
+    assert torch.allclose(logits(loaded(out)), logits(adapted), atol=1e-5)
+
+
+def test_routers_that_are_layers_have_no_adapters():
     assert not any("router" in name for name in find_targets(small("llama4_text"), lora(**EVERYTHING), MODEL).layers)
 
 
