@@ -30,7 +30,7 @@ from agentft.runtime import available_cores
 from agentft.secrets import redact_command, redact_text, redact_tree
 
 RunState = Literal["running", "finished", "failed", "stopped", "paused"]
-"""`paused`: it reached `training.pause_at_fraction`, saved and evaluated; a larger share resumes it."""
+"""`paused`: `training.pause_at_fraction` or `training.max_hours` ended it, saved and evaluated; it resumes."""
 
 SWEEP_FOLDER_VARIABLE = "AGENTFT_SWEEP_DIR"
 """Environment variable by which a launcher tells its jobs which sweep folder they belong to."""

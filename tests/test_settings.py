@@ -113,7 +113,8 @@ NOTHING = {
     "evaluation": "auth_variable batch examples request_timeout retries speculation",
     "model": "allow_pickle cache_dir notes offline trust_remote_code",
     "tracking": "entity group mode name project run_name tags",
-    "training": "allow_changes fallback logging_steps memory_check resume save_steps save_total_limit pause_at_fraction",
+    "training": "allow_changes fallback logging_steps max_hours memory_check pause_at_fraction resume save_steps "
+    "save_total_limit",
 }
 """Settings that no checkpoint, cache, job or W&B run asks for; for another list, other checkpoints would be refused."""
 

@@ -19,7 +19,7 @@ from agentft.data.prepared import PreparedData
 from agentft.distributed.config import DistributedConfig, EngineKind
 from agentft.distributed.engines import loads_on_cpu, make_engine
 from agentft.errors import ModelError
-from agentft.model.adapters import count_parameters, prepare_for_training, rate_factors
+from agentft.model.adapters import prepare_for_training, rate_factors
 from agentft.model.attention import attention_of, take_attention
 from agentft.model.config import (
     Attention,
@@ -61,6 +61,14 @@ class MemoryPlan:
     estimate: MemoryEstimate | None
     """None where there is none."""
     checkpointing: bool
+    free: int = 0
+    """Bytes free on the device."""
+
+    def words(self, device_name: str) -> str:
+        """Return the estimate against what the device has."""
+        if self.estimate is None:
+            return "peak memory not estimated"
+        return f"peak memory about {self.estimate.total / 1e9:.2f} of {self.free / 1e9:.2f} GB free on {device_name}"
 
 
 def plan_memory(
@@ -104,8 +112,8 @@ def plan_memory(
         raise ModelError(
             f"{line}. The estimate is for batches of full length; training.memory_check=warn trains anyway"
         )
-    log.log(logging.INFO if fit is Fit.fits else logging.WARNING, "%s", line)
-    return MemoryPlan(estimate, bool(checkpointing))
+    log.log(logging.DEBUG if fit is Fit.fits else logging.WARNING, "%s", line)
+    return MemoryPlan(estimate, bool(checkpointing), memory.free)
 
 
 def workload(
@@ -200,7 +208,7 @@ def load_components(
         rate_factors=rate_factors(sft),
         reads_head=not sharded,  # engines that shard gather the head's weight only around a call of the head
     )
-    log.info("model: %s on %s, %s; %s", config.name, device.name, dtype, count_parameters(objective.model))
+    log.info("model: %s on %s, %s", config.name, device.name, dtype)
     probed = None
     if stock is not None:
         # Weights that wait on the CPU for their shards cannot try what runs on a GPU alone.

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -75,7 +76,7 @@ class TrainResult:
     """The number a sweep sorts by: `arg_f1` of the answers after training; without them the best `evaluation.best_metric`."""
     summary: dict[str, Any]
     paused: bool = False
-    """It has reached `training.pause_at_fraction` and not its last step."""
+    """It has reached `training.pause_at_fraction` or `training.max_hours` and not its last step."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -102,6 +103,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: World) -> TrainResult:
+    started, hours = time.monotonic(), config.training.max_hours
     require_own_model(config.evaluation)
     with world.keep_alive("preparing data and model"):
         memory, components = load_for_training(config, world)
@@ -145,6 +147,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         row_tokens=choose_row_tokens(
             config.training, config.dataset.max_length, components.probed.leak, cuda=components.device.is_cuda
         ),
+        deadline=None if hours is None else started + 3600 * hours,
     )
     if not run.begun:
         _begin(run)
@@ -167,6 +170,7 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
     )
     evaluate = partial(_evaluate, config=config.evaluation, components=components, engine=engine, run=run)
     with tracker:
+        log.info("%s", describe_training(job, components, memory))
         # Adapters start at zero, so before training this is the model as it came.
         before = evaluate("before") if config.evaluation.before else None
         output = _fit(job, config.evaluation, components, run, tracker, signals)
@@ -182,8 +186,15 @@ def _train(config: TrainConfig, run: RunFolder, signals: StopSignals, world: Wor
         write_pages([before, after], run)
         print_report([before, after], run, examples=config.evaluation.examples)
         log.info("time: %s", describe_seconds(output.seconds))
+        if output.paused_by:
+            told = "the same command" if output.paused_by == "training.max_hours" else "a larger share"
+            log.warning(
+                "paused by %s after step %d of %d, and measured there: %s resumes",
+                *(output.paused_by, output.counters.step, plan.total_steps, told),
+            )
         log.info("run folder: %s", run.path)
-    return TrainResult(run.path, _objective(output, after, config.evaluation.best_metric), summary, output.paused)
+    paused = output.paused_by is not None
+    return TrainResult(run.path, _objective(output, after, config.evaluation.best_metric), summary, paused)
 
 
 def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, TrainingComponents]:
@@ -239,8 +250,6 @@ def _fit(
     plan, engine = job.plan, job.engine
     if components.device.is_cuda:
         snapshot_on_out_of_memory(run.path)
-    per_step, rate = plan.examples_per_step, job.config.learning_rate
-    log.info("training: %d steps of %d conversations, learning rate %g", plan.total_steps, per_step, rate)
     validator = Validator(config, components, engine, run, total_steps=plan.total_steps)
 
     def start(step: int, changes: Mapping[str, str]) -> None:
@@ -284,10 +293,21 @@ def _fit(
     signals.raise_if_requested(
         f" after step {reached} of {plan.total_steps}, which is saved; run_dir={run.path} resumes from there"
     )
-    if output.paused:
+    if output.paused_by:
         # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run resumes.
         run.update_status("running", step=reached, steps=plan.total_steps, eval_loss=validator.loss())
     return output
+
+
+def describe_training(job: Job, components: TrainingComponents, memory: MemoryPlan) -> str:
+    """Return one line before the first step: what is trained, in how much memory, on how many tokens, in how many steps."""
+    plan, epochs = job.plan, job.plan.epoch(job.plan.total_steps)
+    tokens = epochs * sum(map(len, job.examples))
+    return (
+        f"training: {count_parameters(components.model)}; {memory.words(components.device.name)}; about {tokens:,.0f} tokens, "
+        f"{epochs:.3g} epochs, in {plan.total_steps:,} steps of {plan.examples_per_step} conversations at learning rate "
+        f"{job.config.learning_rate:g}"
+    )
 
 
 def choices(config: TrainConfig) -> dict[str, str]:
@@ -331,6 +351,7 @@ def _summary(
         "best_loss": counters.best_loss,
         "best_step": counters.best_step,
         "skipped_steps": counters.skipped,
+        "paused_by": output.paused_by,
         "trained_parameters": parameters.trained,
         "parameters": parameters.total,
         "peak_memory_bytes": runtime.peak_memory_bytes(components.device),

@@ -51,6 +51,11 @@ class TrainingConfig(Settings, group="training", affects="losses"):
         default=1.0, metadata={"advanced": True, "above": 0, "maximum": 1, "affects": "nothing"}
     )
     """Save, evaluate and end at this share of all steps. The schedule stays that of all steps; a larger share resumes."""
+    max_hours: float | None = field(
+        default=None, metadata={"advanced": True, "above": 0, "maximum": 10**4, "affects": "nothing"}
+    )
+    """Save, evaluate and end after the step at which this process has run for so many hours; the same command resumes, with as
+    many again. null: no limit."""
     per_device_batch_size: int = field(default=1, metadata={"minimum": 1, "maximum": 10**5})
     """Conversations in one forward pass; packed, rows of `dataset.max_length` tokens. Halved, with the same conversations in a
     step, where memory runs out."""

@@ -74,6 +74,8 @@ class Job:
     fp16: bool = False
     row_tokens: int | None = None
     """Tokens in a packed row; None: micro-batches are padded."""
+    deadline: float | None = None
+    """Moment of `time.monotonic` after whose step the loop saves and pauses; None: never."""
     start: Start | None = None
     """Where `find_start` has found that it begins; None: it is asked when the loop starts."""
 
@@ -106,8 +108,8 @@ class TrainOutput:
     counters: Counters
     seconds: dict[str, float]
     """Where this process's time went, by phase."""
-    paused: bool = False
-    """It stopped at `training.pause_at_fraction`, and a larger share resumes from there."""
+    paused_by: str | None = None
+    """The setting that ended it before its last step, `training.pause_at_fraction` or `training.max_hours`; the run resumes."""
 
 
 @dataclass
@@ -171,7 +173,7 @@ def train_model(job: Job) -> TrainOutput:
     if counters.step and world.any(job.stop_requested()):
         log.info("nothing to do: the training was stopped after step %d of %d", counters.step, total)
         return TrainOutput(counters, clock.seconds)
-    end = pause_step(total, job.config.pause_at_fraction)
+    first, end, warmed_up = counters.step, pause_step(total, job.config.pause_at_fraction), 0.0
     job.engine.model.train()
     with progress_bar("training", total, counters.step) as bar:
         while counters.step < end:
@@ -189,22 +191,47 @@ def train_model(job: Job) -> TrainOutput:
                 job.log(_log_values(job, counters, window, rate, grad_norm, speed), counters.step)
                 window, logged_at = Totals(), time.perf_counter()
             bar.advance(1, **_bar_words(of_process, clock.seconds, step, memory_in_use_bytes(job.device.type)))
+            if counters.step == first + 1:
+                warmed_up = _training_seconds(clock.seconds)
+            elif counters.step == first + 1 + _TIMED_STEPS and world.is_main:
+                pace = (_training_seconds(clock.seconds) - warmed_up) / _TIMED_STEPS
+                left = None if job.deadline is None else job.deadline - time.monotonic()
+                log.info("%s", describe_pace(pace, counters.step, end, left))
             best = False
             if _evaluation_is_due(job, counters):
                 with clock.phase("evaluation"), contextlib.suppress(StopSignal):
                     best = _evaluate(job, counters)
             asked = world.any(job.stop_requested())
-            stop = (asked or counters.step == end) and not last
+            late = job.deadline is not None and world.any(time.monotonic() >= job.deadline)
+            stop = (asked or late or counters.step == end) and not last
             if last or stop or best or (job.config.save_steps and counters.step % job.config.save_steps == 0):
                 with clock.phase("saving"):
                     _save(job, counters, schedule)
             if stop:
-                log.warning(
-                    "%s: saved after step %d of %d", "asked to stop" if asked else "paused", counters.step, total
-                )
-                return TrainOutput(counters, clock.seconds, paused=not asked)
+                paused_by = None if asked else "training.max_hours" if counters.step < end else _PAUSE
+                log.warning("%s: saved after step %d of %d", paused_by or "asked to stop", counters.step, total)
+                return TrainOutput(counters, clock.seconds, paused_by)
     # Short of all steps only when the checkpoint had reached `end` before.
-    return TrainOutput(counters, clock.seconds, paused=counters.step < total)
+    return TrainOutput(counters, clock.seconds, _PAUSE if counters.step < total else None)
+
+
+_PAUSE = "training.pause_at_fraction"
+
+_TIMED_STEPS = 3
+"""Steps that tell the hours of all; the one before them, in which much is made once, does not count."""
+
+
+def describe_pace(seconds: float, step: int, end: int, left: float | None) -> str:
+    """Return one line: the hours from `step` to `end` at so many seconds a step.
+
+    Args:
+        left: Seconds until `training.max_hours`; None: no limit.
+    """
+    hours = seconds * (end - step) / 3600
+    line = f"{seconds:.2g} s a step: {hours:.2g} hours for the {end - step:,} steps left, without evaluations"
+    if left is not None and left < 3600 * hours:
+        line += f"; training.max_hours ends it near step {step + max(0, round(left / seconds)):,}"
+    return line
 
 
 def pause_step(total: int, pause_at_fraction: float) -> int:
@@ -382,9 +409,14 @@ def _log_values(
     return values
 
 
+def _training_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the seconds in which a training trains, and neither evaluates nor saves."""
+    return sum(seconds.get(name, 0.0) for name in ("data", "forward", "backward", "optimiser"))
+
+
 def _bar_words(of_process: Totals, seconds: Mapping[str, float], step: Totals, memory_bytes: int) -> dict[str, str]:
     """Return what stands beside the progress bar: all of this process, and the loss of the last step."""
-    training = sum(seconds.get(name, 0.0) for name in ("data", "forward", "backward", "optimiser"))
+    training = _training_seconds(seconds)
     return {
         "loss": f"loss {step.loss / (step.weight or math.nan):.3f}",
         "speed": f"{of_process.tokens / max(training, 1e-9):,.0f} tokens/s",

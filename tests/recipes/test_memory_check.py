@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -104,7 +105,12 @@ def test_a_run_from_a_hub_records_commit_and_estimate(tmp_path, hub):
     record = read_json(run / "run.json")
     assert record["model_commit"].startswith("master, files ")
     assert 0 < record["estimated_memory_bytes"] < 10**9
-    assert "memory: weights" in (run / "train.log").read_text(encoding="utf-8")
+    line = next(line for line in (run / "train.log").read_text(encoding="utf-8").splitlines() if " training: " in line)
+    assert re.search(
+        r"[\d,]+ of [\d,]+ parameters are trained \(.+\); peak memory about [\d.]+ of [\d.]+ GB free on CPU.*; about [\d,]+ "
+        r"tokens, 0\.333 epochs, in 1 steps of 4 conversations at learning rate",
+        line,
+    )
 
 
 SEVEN_BILLION = {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 3584, "num_hidden_layers": 28}
