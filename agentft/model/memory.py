@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from agentft.errors import ModelError
-from agentft.model.adapters import count_parameters, find_targets, is_expert, train_last_blocks
+from agentft.model.adapters import count_parameters, decoder_blocks, find_targets, is_expert, train_last_blocks
 from agentft.model.attention import KEEP_UP_TO, TILE
 from agentft.model.config import (
     Attention,
@@ -164,38 +165,40 @@ def estimate_memory(
     b = 4 if dtype is Dtype.fp32 else 2
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
-    matrices = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    matrices = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     if not matrices:
         raise ModelError(f"no memory estimate for {type(model).__name__}: none of its layers is a torch.nn.Linear")
-    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-    share, copies, summed = 1.0, 1, 0
+    blocks = decoder_blocks(model)[0] or [model.get_decoder()]
+    adapted: set[Any] = set()
+    copies, kept_blocks = 1, len(blocks)
     match sft:
         case LoraConfig():
             targets = find_targets(model, sft, config)
-            adapted: list[Any] = list(targets.layers.values())
-            trained = sum(sft.rank * sum(m.weight.shape) + m.weight.shape[0] * sft.dora for m in adapted)
+            adapted = {*targets.layers.values(), *targets.parameters.values()}
+            layers: list[Any] = list(targets.layers.values())
+            trained = sum(sft.rank * sum(m.weight.shape) + m.weight.shape[0] * sft.dora for m in layers)
             # An expert's tensor has an adapter for each of the experts.
             trained += sum(sft.rank * p[..., 0, 0].numel() * sum(p.shape[-2:]) for p in targets.parameters.values())
-            # Adapters of experts are added to their weights, and the sum is kept.
-            summed = b * sum(p.numel() for p in targets.parameters.values())
-            weights = _frozen_bytes(total, sum(m.weight.numel() for m in matrices.values()), b, sft)
+            weights = _frozen_bytes(total, sum(m.weight.numel() for m in matrices), b, sft)
             copies = 2 if sft.start is LoraStart.pissa else 1
         case FullConfig():
             trained = total
-            weights = b * sum(m.weight.numel() for m in (*matrices.values(), head)) if b < 4 else 0
+            weights = b * sum(m.weight.numel() for m in (*matrices, head)) if b < 4 else 0
         case FreezeConfig():
             trained = count_parameters(train_last_blocks(model, sft)).trained
             weights = (total - trained) * b + (trained * b if b < 4 else 0)
             # Below the first trained block nothing is kept, unless gradients have to reach the embeddings.
-            share = 1.0 if sft.embeddings else min(sft.layers, blocks) / blocks
+            kept_blocks = len(blocks) if sft.embeddings else min(sft.layers, len(blocks))
         case _:
             raise ModelError(f"no memory estimate for sft_type={sft.name}")
-    kept = _kept_bytes(model, matrices, config, sft, work, b) * share
+    each = [_kept_bytes(model, block, adapted, config, sft, work, b) for block in blocks[len(blocks) - kept_blocks :]]
     layer_input = (b if isinstance(sft, LoraConfig) else 4) * _sizes(model)[0]
-    kept += b * _active(model) * share
-    if checkpointing:
-        summed //= blocks
-        kept = blocks * share * layer_input + kept / max(blocks * share, 1)
+    kept = len(each) * layer_input + max(each, default=0) if checkpointing else sum(each)
+    # Adapted experts are added up with their adapters, each layer's whole tensor anew, and its gradient is as large.
+    merged = [b * sum(p.numel() for p in block.parameters() if p in adapted) for block in blocks]
+    at_once = max(merged) + (max(merged) if checkpointing else sum(merged))
+    if any(map(_has_sinks, blocks)):  # their gradients and copies in the backward pass of a layer
+        at_once += 3 * b * _sizes(model)[2] * work.max_length**2 * work.per_device_batch_size
     tokens = work.max_length * work.per_device_batch_size
     # Logits, their fp32 copy, log-softmax, and the gradients of the first two.
     logits = min(tokens, CHUNK) * model.get_input_embeddings().weight.shape[0] * (2 * b + 12)
@@ -209,7 +212,7 @@ def estimate_memory(
         trained=held(4 * trained * copies, 3, work.offloads_optimizer),
         gradients=held(4 * trained, 2, work.offloads_optimizer),
         optimizer=held(ADAM_BYTES * trained, 1, work.offloads_optimizer),
-        activations=round(tokens * (kept + 2 * layer_input)) + summed,
+        activations=round(tokens * (kept + 2 * layer_input)) + at_once,
         logits=logits,
     )
 
@@ -224,49 +227,100 @@ def _frozen_bytes(total: int, quantised: int, b: int, sft: LoraConfig) -> int:
 
 
 def _kept_bytes(
-    model: Any, matrices: Mapping[str, nn.Linear], config: ModelConfig, sft: SftConfig, work: Workload, b: int
+    model: Any, block: nn.Module, adapted: set[Any], config: ModelConfig, sft: SftConfig, work: Workload, b: int
 ) -> float:
-    """Return the bytes that all blocks keep of each position.
+    """Return the bytes that a block keeps of each position.
 
     The leaner layers of `fused.py` keep about what the matrices put out: the inputs of norms, query, key, value, gate and up,
     and what attention puts out. Stock ones keep gate's SiLU besides, and norms an fp32 copy; adapters of peft compute in
     fp32. Where weights are trained, every matrix keeps its input, under autocast a copy for each.
     """
-    hidden, blocks, heads = _sizes(model)
-    inner = max(layer.out_features for layer in matrices.values())
+    hidden, _, heads = _sizes(model)
+    matrices = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    inner = max((layer.out_features for layer in matrices.values()), default=0)
     outputs = sum(layer.out_features for layer in matrices.values())
-    attention = heads * (work.max_length * (4 + b) if config.attention is Attention.eager else 4)
-    if work.on_cpu and b == 2 and config.attention in (Attention.auto, Attention.tiled):
-        # In tiles of queries, whose weights over the keys that they see are kept in short rows.
-        attention = b * heads * (work.max_length + TILE) // 2 if work.max_length <= KEEP_UP_TO else 0
+    attention = 0
+    if any("Attention" in type(module).__name__ for module in block.modules()):
+        attention = _attention_bytes(block, heads, config, work, b)
+    mixed = attention + _recurrent_bytes(block, work) + b * _active_expert_outputs(model, block)
     normed = 0
-    if any(name.endswith("q_norm") for name, _ in model.named_modules()):  # norms of heads keep what they take in
+    if any(name.endswith("q_norm") for name, _ in block.named_modules()):  # norms of heads keep what they take in
         normed = sum(layer.out_features for name, layer in matrices.items() if name.endswith(("q_proj", "k_proj")))
     if not isinstance(sft, LoraConfig):
         inputs = 2 * 4 * hidden if b == 4 else 5 * b * hidden
-        return b * outputs + 8 * normed + blocks * (b * (2 * inner - hidden) + 16 * hidden + inputs + attention)
-    adapted = {name: matrices[name] for name in find_targets(model, sft, config).layers if name in matrices}
-    plain = not (sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles)
-    scans = any(hasattr(module, "A_log") for module in model.modules())  # state-space blocks keep far more
-    if plain and not scans and any(map(is_rms_norm, model.modules())):  # `fused.py` serves them
-        if not any(map(is_gated_mlp, model.modules())):
-            outputs += blocks * inner  # what the activation takes and gives
-        # Neighbours share their input.
-        shared = {(name.rpartition(".")[0], layer.in_features) for name, layer in adapted.items()}
-        masks = sum(layer.in_features for layer in adapted.values()) if sft.dropout else 0
-        adapters = b * (sum(size for _, size in shared) + sft.rank * len(adapted)) + masks
-        return b * (outputs + normed + blocks * hidden) + blocks * attention + adapters
-    mask = (4 if work.on_cpu else 1) if sft.dropout else 0
-    adapters = sum(layer.in_features * (4 + mask) + 4 * sft.rank for layer in adapted.values())
-    return b * outputs + 4 * normed + blocks * (b * (inner - hidden) + 8 * hidden + attention) + adapters
+        return b * outputs + 8 * normed + b * (2 * inner - hidden) + 16 * hidden + inputs + mixed
+    chosen = {name: layer for name, layer in matrices.items() if layer in adapted}
+    if sft.dora or sft.start is LoraStart.pissa or isinstance(sft, QloraConfig) or work.compiles:
+        mask = (4 if work.on_cpu else 1) if sft.dropout else 0
+        adapters = sum(layer.in_features * (4 + mask) + 4 * sft.rank for layer in chosen.values())
+        return b * outputs + 4 * normed + b * (inner - hidden) + 8 * hidden + mixed + adapters
+    # Neighbours share their input.
+    shared = {(name.rpartition(".")[0], layer.in_features) for name, layer in chosen.items()}
+    masks = sum(layer.in_features for layer in chosen.values()) if sft.dropout else 0
+    adapters = b * (sum(size for _, size in shared) + sft.rank * len(chosen)) + masks
+    if not any(map(is_gated_mlp, block.modules())):
+        outputs += inner  # what the activation takes and gives
+    if any(map(is_rms_norm, block.modules())):  # `fused.py` serves them
+        return b * (outputs + normed + hidden) + mixed + adapters
+    norms = [module for module in block.modules() if "Norm" in type(module).__name__]
+    wide = sum(next((p.numel() for p in norm.parameters()), 0) == hidden for norm in norms)
+    return b * outputs + 4 * normed + 4 * wide * hidden + mixed + adapters
 
 
-def _active(model: Any) -> int:
-    """Return the numbers that experts keep of one token, over all layers: what goes in and comes out, and is activated."""
+def _attention_bytes(block: nn.Module, heads: int, config: ModelConfig, work: Workload, b: int) -> int:
+    """Return the bytes that attention itself keeps of each position."""
+    if _has_sinks(block):
+        return heads * work.max_length * b
+    if config.attention is Attention.eager:
+        return heads * work.max_length * (4 + b)
+    if work.on_cpu and b == 2 and config.attention in (Attention.auto, Attention.tiled):
+        # In tiles of queries, whose weights over the keys that they see are kept in short rows.
+        values: list[Any] = [getattr(module, "sliding_window", None) for module in block.modules()]
+        windows = [value for value in values if isinstance(value, int)]
+        window = min(windows, default=work.max_length)
+        seen = min((work.max_length + TILE) // 2, window + TILE)
+        return b * heads * seen if work.max_length <= KEEP_UP_TO else 0
+    return 4 * heads
+
+
+def _has_sinks(block: nn.Module) -> bool:
+    """Return whether attention weighs sinks too, whose weights over all keys transformers computes at once."""
+    return any(name.endswith("sinks") for name, _ in block.named_parameters())
+
+
+_RECURRENT_KERNELS = ("fla", "mamba_ssm")
+"""Packages whose kernels keep about what goes in; without them transformers computes with torch, in fp32 by chunks."""
+
+_DELTA_CHUNK = 64
+"""Positions of a chunk in transformers' gated delta rule."""
+
+
+def _recurrent_bytes(block: nn.Module, work: Workload) -> int:
+    """Return the bytes that the scan of a state-space or gated delta layer keeps of each position, counted by trial."""
+    if not work.on_cpu and any(find_spec(package) for package in _RECURRENT_KERNELS):
+        return 0
+    mixers: list[Any] = [module for module in block.modules() if hasattr(module, "A_log")]
+    numbers = 0
+    for mixer in mixers:
+        if hasattr(mixer, "ssm_state_size") and hasattr(
+            mixer, "chunk_size"
+        ):  # Mamba-2: scores in a chunk, inputs, states
+            numbers += mixer.num_heads * (3 * mixer.chunk_size + 6 * mixer.head_dim + 4 * mixer.ssm_state_size)
+        elif hasattr(mixer, "num_v_heads"):
+            numbers += mixer.num_v_heads * (5 * _DELTA_CHUNK + 6 * (mixer.head_k_dim + mixer.head_v_dim))
+    return 4 * numbers
+
+
+def _active_expert_outputs(model: Any, block: nn.Module) -> int:
+    """Return how many numbers the experts of a position take in and put out in a block."""
     settings = model.config.get_text_config(decoder=True)
-    chosen = getattr(settings, "num_experts_per_tok", None) or getattr(settings, "moe_topk", None) or 1
-    experts = (parameter for name, parameter in model.named_parameters() if is_expert(model, name))
-    return int(sum(min(chosen, p.shape[0]) * (sum(p.shape[1:]) + max(p.shape[1:]) // 2) for p in experts))
+    active = next((n for name in _ACTIVE if isinstance(n := getattr(settings, name, None), int)), 1)
+    experts = (p.shape for name, p in block.named_parameters() if is_expert(block, name))
+    return int(sum(min(active, shape[0]) * sum(shape[1:]) for shape in experts))
+
+
+_ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
+"""Names that architectures give to the experts of one position."""
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:
