@@ -227,8 +227,8 @@ def help_text(program: str, config_name: str, config_dir: str | None = None, *, 
         for i, option in enumerate(options(group, folders)):
             path = next(p for folder in folders if (p := folder / group / f"{option}.yaml").is_file())
             star = "*" if option == default else " "
-            words = textwrap.shorten(_first_sentence(path), 80, placeholder=" ...")
-            lines.append(f"  {group if i == 0 else '':<12} {star}{option:<20} {words}")
+            begin = f"  {group if i == 0 else '':<12} {star}{option:<20} "
+            lines.append(begin + textwrap.shorten(_first_sentence(path), 117 - len(begin), placeholder=" ..."))
     examples = str(composed.hydra.help.footer).rstrip()
     if not program.endswith(".py"):
         examples = re.sub(r"python (-m agentft\.|)(\w+)(\.py|)(?= )", r"agentft-\2", examples)
