@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.training.config import TrainingConfig
@@ -14,7 +15,9 @@ from agentft.training.engine import SingleEngine
 @pytest.fixture
 def engine():
     torch.manual_seed(0)
-    objective = LabelledLoss(nn.Linear(4, 4, bias=False))
+    layer = nn.Linear(4, 4, bias=False)
+    layer.config = LlamaConfig()  # asked for the loss of routers, which it has not
+    objective = LabelledLoss(layer)
     return SingleEngine(objective, TrainingConfig(learning_rate=0.1, warmup=0.0), fp16=True)
 
 
