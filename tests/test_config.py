@@ -324,7 +324,7 @@ MISTAKES = [
     ("training.max_grad_norm=inf", ["training.max_grad_norm=inf: expected a number from 0 to"]),
     ("sft_type.dropout=0.999", ["sft_type.dropout=0.999: expected a number from 0 to 0.9"]),
     ("-m hydra.launcher.eta=1 seed=1,2", ["hydra.launcher.eta=1: expected a whole number from 2 to"]),
-    ("dataset.test_ratio=1.5", ["dataset.test_ratio=1.5: expected a number above 0 and below 1"]),
+    ("dataset.test_ratio=1.5", ["dataset.test_ratio=1.5: expected a number at least 0 and below 1 or null"]),
     ("training.learning_rate=${sft_type.lr}", ["training.learning_rate:", "sft_type.lr"]),
     ("sft_type.rank=4,8", ["sft_type.rank=4,8: several values", "-m"]),
     ("-m sft_type.rank=4,0", ["sft_type.rank=0: expected a whole number from 1 to"]),

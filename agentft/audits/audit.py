@@ -27,6 +27,7 @@ from agentft.audits.report import AuditReport, html_page, print_conversation, pr
 from agentft.data.config import DatasetConfig
 from agentft.data.conversation import Conversation, Origin
 from agentft.data.prepare import Preparation, look_at_every_conversation
+from agentft.data.prepared import small_exam
 from agentft.data.records import Rejection
 from agentft.data.render import MsagentTemplate, SpanKind
 from agentft.data.sources import PreparationStats, open_rows, read_conversations
@@ -211,6 +212,7 @@ class Audit:
         self._check_what_is_set_aside()
         for reason in data.empty_parts:
             self.findings["empty_part"].add(Origin("split", 0), None, reason)
+        self._check_exam()
         parts = [entry.part for entry in data.entries]
         compared = compare(data.conversations, parts, self.findings, self._options.similarity)
         statistics.heldout_turns_compared = compared
@@ -303,6 +305,12 @@ class Audit:
             share = f"{stats.lost:,} of {rows:,} rows ({stats.lost / rows:.1%})"
             detail = f"{share}, dataset.max_rejected={allowed} allows {allowed:.1%}"
             self.findings["too_many_set_aside"].add(Origin("dataset", 0), None, detail)
+
+    def _check_exam(self) -> None:
+        if self.data.empty_parts:
+            return  # a finding of its own
+        if words := small_exam(self.data.stats.used("heldout")):
+            self.findings["small_exam"].add(Origin("split", 0), None, words)
 
     def _fitting(self, part: str) -> dict[str, Any]:
         stats, examples = self.data.stats, self.data.examples(part)

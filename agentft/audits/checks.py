@@ -69,6 +69,7 @@ CODES: dict[str, tuple[Level, str]] = {
     ),
     "duplicate_content": (Level.warning, "the same content under another id"),
     "duplicate_user_side": (Level.note, "the same user side with other answers or tools"),
+    "small_exam": (Level.warning, "few held-out conversations: their scores say little"),
     "near_duplicate_across_split": (Level.warning, "a held-out user turn that nearly equals one of training"),
     "too_long": (Level.warning, "longer than dataset.max_length"),
 }

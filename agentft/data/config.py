@@ -9,6 +9,8 @@ from agentft.settings import SEED, Settings
 
 MAX_WEIGHT = 100
 """Of a token in the loss, and showings of a conversation in an epoch: more is a slip, and would fill the memory."""
+SMALL_EXAM = 30
+"""Held-out conversations below which intervals say little."""
 
 
 class Split(StrEnum):
@@ -82,8 +84,9 @@ class DatasetConfig(Settings, group="dataset", affects="data"):
     """The option of the group `dataset`; part of the run folder's name."""
     max_samples: int = field(default=-1, metadata={"minimum": 1, "maximum": 10**9, "also": -1})
     """Training conversations to use; -1: all. Samples are nested: the first 1,000 are among the first 5,000."""
-    test_ratio: float = field(default=0.02, metadata={"above": 0, "below": 1})
-    """Share of all conversations that is held out, before `max_samples` applies: every sample has the same test set."""
+    test_ratio: float | None = field(default=None, metadata={"minimum": 0, "below": 1})
+    """Share of all conversations that is held out, before `max_samples` applies: every sample has the same test set; null:
+    0.02, but at least 30 conversations or a fifth; 0: none."""
     test_sample: int = field(default=-1, metadata={"advanced": True, "minimum": 1, "maximum": 10**9, "also": -1})
     """Held-out conversations to use, nested like `max_samples`; -1: all."""
     split: Split = Split.content

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from multiprocessing.process import BaseProcess
 from traceback import format_exc
 from typing import Any, Generic, TypeVar
 
-from agentft.data.config import DatasetConfig, Format, Split, TooLong
+from agentft.data.config import SMALL_EXAM, DatasetConfig, Format, Split, TooLong
 from agentft.data.conversation import Conversation
 from agentft.data.prepared import PackedExample, from_line, pack, to_line
 from agentft.data.records import Rejection
@@ -333,34 +334,39 @@ class Parts(Generic[D]):
     """Each once."""
     set_aside: Counter[str] = field(default_factory=Counter)
     """Conversations in neither part, counted by reason."""
+    joined: frozenset[str] = frozenset()
+    """Hashes of the held-out users whose conversations a larger dataset may train on."""
 
 
-def divide(pool: Sequence[D], *, split: Split, test_ratio: float, seed: int) -> Parts[D]:
+def divide(pool: Sequence[D], *, split: Split, test_ratio: float | None, seed: int) -> Parts[D]:
     """Divide conversations into a training and a held-out part.
 
     Conversations with the same user side go to the same part, whatever the agent answered. With `unseen_tools` one that calls
     held-out and other tools alike belongs to neither part and is set aside.
+
+    Without a `test_ratio` a small dataset still has an exam: the users whose hashes come next join those below the threshold.
 
     Raises:
         DataError: a part would be empty.
     """
     by_tools = split is Split.unseen_tools
     heldout_tools = _heldout_tools(pool, test_ratio, seed) if by_tools else frozenset()
-    parts: Parts[D] = Parts([], [])
+    joining = _joining(pool, seed) if test_ratio is None and not by_tools else frozenset()
+    parts: Parts[D] = Parts([], [], joined=joining)
     for conversation in pool:
         names = conversation.called_tools
         if not by_tools or not names:
-            held_out = is_held_out(conversation.user_hash, seed, test_ratio)
+            held_out = is_held_out(conversation.user_hash, seed, test_ratio) or conversation.user_hash in joining
         elif names & heldout_tools and names - heldout_tools:
             parts.set_aside["mixes_seen_and_unseen_tools"] += 1
             continue
         else:
             held_out = names <= heldout_tools
         (parts.heldout if held_out else parts.train).append(conversation)
-    if not parts.train or not parts.heldout:
+    if not parts.train or not (parts.heldout or test_ratio == 0):
         empty = "training" if not parts.train else "held-out"
         raise DataError(
-            f"the {empty} part is empty: {len(pool)} conversations divided by {split} at test_ratio={test_ratio}; "
+            f"the {empty} part is empty: {len(pool)} conversations divided by {split} at test_ratio={_ratio(test_ratio)}; "
             "give more conversations or another dataset.test_ratio"
         )
     return _ordered(parts, seed)
@@ -379,13 +385,37 @@ def _ordered(parts: Parts[D], seed: int) -> Parts[D]:
     train = in_showing_order(parts.train, seed)
     if left_out := len(parts.train) - len({id(conversation) for conversation in train}):
         parts.set_aside["left_out_by_weight"] = left_out
-    return Parts(train, in_sample_order(parts.heldout, seed), parts.set_aside)
+    return Parts(train, in_sample_order(parts.heldout, seed), parts.set_aside, parts.joined)
 
 
-def _heldout_tools(pool: Sequence[D], test_ratio: float, seed: int) -> frozenset[str]:
+def _ratio(test_ratio: float | None) -> float:
+    return 0.02 if test_ratio is None else test_ratio
+
+
+def _least(conversations: int) -> int:
+    """Return how many conversations are held out at least where no ratio is given."""
+    return min(SMALL_EXAM, math.ceil(conversations / 5))
+
+
+def _joining(pool: Sequence[D], seed: int) -> frozenset[str]:
+    """Return the users above the threshold that are held out since too few are below it: those with the smallest hashes."""
+    users = Counter(conversation.user_hash for conversation in pool)
+    held_out = sum(count for user, count in users.items() if is_held_out(user, seed, None))
+    joining: set[str] = set()
+    for user in sorted(users, key=lambda user: _hash_key(f"split-{seed}-{user}")):
+        if held_out >= _least(len(pool)):
+            break
+        if not is_held_out(user, seed, None) and held_out + users[user] <= len(pool) / 2:  # enough is left to train on
+            joining.add(user)
+            held_out += users[user]
+    return frozenset(joining)
+
+
+def _heldout_tools(pool: Sequence[D], test_ratio: float | None, seed: int) -> frozenset[str]:
     """Hold tools out, by hash of the name, until about `test_ratio` of the calling conversations use them."""
+    calling = sum(bool(conversation.called_tools) for conversation in pool)
     uses = Counter(name for conversation in pool for name in conversation.called_tools)
-    target = test_ratio * sum(bool(conversation.called_tools) for conversation in pool)
+    target = max(_ratio(test_ratio) * calling, _least(calling) if test_ratio is None else 0)
     heldout: set[str] = set()
     covered = 0
     for name in sorted(uses, key=lambda tool: _hash_key(f"order-{seed}-{tool}")):
@@ -396,9 +426,9 @@ def _heldout_tools(pool: Sequence[D], test_ratio: float, seed: int) -> frozenset
     return frozenset(heldout)
 
 
-def is_held_out(user_hash: str, seed: int, test_ratio: float) -> bool:
-    """Return whether `Split.content` holds out what this user says."""
-    return _hash_share(f"split-{seed}-{user_hash}") < test_ratio
+def is_held_out(user_hash: str, seed: int, test_ratio: float | None) -> bool:
+    """Return whether `Split.content` holds out what this user says, however many do."""
+    return _hash_share(f"split-{seed}-{user_hash}") < _ratio(test_ratio)
 
 
 def showing_keys(conversation: Conversation | Entry, seed: int) -> list[bytes]:

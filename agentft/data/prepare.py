@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 
 from agentft.cache import build_once, cache_root, file_digest, is_sealed, mark_used, seal
-from agentft.data.config import DatasetConfig, Format, SpanWeights, Split
+from agentft.data.config import DatasetConfig, Format, LocalConfig, SpanWeights, Split
 from agentft.data.conversation import Conversation
 from agentft.data.entries import (
     BATCH_CONVERSATIONS,
@@ -213,16 +213,20 @@ def _build(
     *,
     keeps_all: bool = False,
 ) -> T:
-    def build(encoder: SegmentEncoder) -> T:
+    def build(encoder: SegmentEncoder, waits: bool = keeps_all) -> T:
         for left in folder.iterdir():  # by an attempt that is given up
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return work(Preparation(RowWork(config, template, encoder, keeps_all), folder))
+        return work(Preparation(RowWork(config, template, encoder, keeps_all), folder, waits=waits))
 
     collections = gc.get_threshold()
     gc.set_threshold(200_000, 20, 100)  # what is built here is large, and holds hardly any reference cycles
     try:
         with killed_worker_in_words():
-            return encode_fast(encoder, build, much=is_large(config))
+            try:
+                return encode_fast(encoder, build, much=is_large(config))
+            except _FewHeldOutError:
+                log.info("data: few conversations, read again to hold more of them out")
+                return encode_fast(encoder, partial(build, waits=True), much=is_large(config))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -234,11 +238,15 @@ def _build(
         gc.set_threshold(*collections)
 
 
+class _FewHeldOutError(Exception):
+    """Conversations that are trained examples already are held out, since there are few."""
+
+
 class Preparation:
     """A dataset while it is prepared, and what became of each of its conversations."""
 
-    def __init__(self, work: RowWork, folder: Path) -> None:
-        """Begin the files of a prepared dataset in an empty folder."""
+    def __init__(self, work: RowWork, folder: Path, *, waits: bool = False) -> None:
+        """Begin the files of a prepared dataset in an empty folder; `waits`: divide before anything is tokenised."""
         self.work = work
         self.stats = PreparationStats()
         self.entries: list[Entry] = []
@@ -248,6 +256,10 @@ class Preparation:
         self.empty_parts: list[str] = []
         """Why a part is empty, where one is and all conversations are kept."""
         self._config = work.config
+        may_be_few = (
+            work.config.test_ratio is None and isinstance(work.config, LocalConfig) and not is_large(work.config)
+        )
+        self._waits = waits or may_be_few or work.config.max_samples >= 0
         self._folder = folder
         self._writers = {part: ExampleWriter(folder / part) for part in PARTS}
         self._waiting: RecordWriter | None = None
@@ -283,7 +295,7 @@ class Preparation:
         """Prepare the dataset, and write what it holds beside the examples."""
         train_rows, heldout_rows = self.run()
         for part, name in PARTS.items():
-            if not self.used[part]:
+            if not self.used[part] and not (part == "heldout" and self._config.test_ratio == 0):
                 self.stats.check_losses(self._config)
                 reasons = self.stats.reasons()
                 raise DataError(f"no {name} conversation is left of {self.stats.rows} rows; set aside: {reasons}")
@@ -305,6 +317,7 @@ class Preparation:
                 file.unlink()
         self._sample("train", parts.train, self._config.max_samples)
         self._sample("heldout", parts.heldout, self._config.test_sample)
+        self.stats.joined = sum(entry.user_hash in parts.joined for entry in self.used["heldout"])
         orders = [[row for entry in used for row in _result(entry).rows] for used in self.used.values()]
         for writer, order in zip(self._writers.values(), orders, strict=True):
             writer.close(order)
@@ -315,7 +328,7 @@ class Preparation:
         config = self._config
         train_rows, heldout_rows, form = open_rows(config, self.stats)
         parts_are_known = config.split is Split.content or heldout_rows is not None
-        if self.work.keeps_all or config.max_samples >= 0 or not parts_are_known:
+        if self._waits or not parts_are_known:
             self._waiting = RecordWriter(self._folder / _WAITING)
         train = self._read(train_rows, form, None if heldout_rows is None else "train")
         return train, None if heldout_rows is None else self._read(heldout_rows, form, "heldout")
@@ -384,6 +397,8 @@ class Preparation:
                 if not keeps_all:
                     raise
                 parts, self.empty_parts = Parts([], []), [str(error)]
+            if any(entry.part == "train" for entry in parts.heldout):
+                raise _FewHeldOutError
         self.stats.left_out.update(parts.set_aside)
         return parts
 

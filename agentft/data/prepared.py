@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agentft.data.calls import Call, ToolCall
-from agentft.data.config import DatasetConfig, SpanWeights
+from agentft.data.config import SMALL_EXAM, DatasetConfig, SpanWeights
 from agentft.data.conversation import Conversation, Message, Observation, Origin, Part, Text, message_fields
 from agentft.data.msagent import read_marked_call, result_message, step_message
 from agentft.data.render import SpanKind
@@ -333,6 +333,18 @@ def rewritten_history(train: StoredExamples, stats: PreparationStats) -> dict[st
     }
 
 
+def small_exam(conversations: int) -> str:
+    """Return a warning where so few conversations are held out that scores say little, else an empty text."""
+    if conversations >= SMALL_EXAM:
+        return ""
+    if not conversations:
+        return "no conversation is held out, nothing can be measured"
+    return (
+        f"an exam of {conversations} conversations is small: differences between models may be chance, whatever the "
+        f"intervals say; hold out at least {SMALL_EXAM} (dataset.test_ratio, dataset.test_path)"
+    )
+
+
 def log_summary(prepared: PreparedData, seconds: float) -> None:
     """Log what was prepared, what was set aside and what it costs."""
     stats, files = prepared.stats, prepared.stats.files
@@ -348,6 +360,8 @@ def log_summary(prepared: PreparedData, seconds: float) -> None:
         100 * prepared.train.trained_tokens / tokens,
         seconds,
     )
+    if words := small_exam(stats.used("heldout")):
+        log.warning("data: %s", words)
     if stats.rejections:
         log.warning("data: %d rows set aside: %s", len(stats.rejections), stats.reasons())
     for part, outcomes in stats.fitted.items():
@@ -403,6 +417,7 @@ def write_manifest(prepared: PreparedData, run: RunFolder) -> None:
             "heldout": {
                 "examples": len(prepared.heldout),
                 "conversations": stats.used("heldout"),
+                "may_be_trained_on_when_the_data_grows": stats.joined,
                 "steps": prepared.heldout_examples.steps,
                 "ids": prepared.heldout_examples.ids,
                 "content_hashes": prepared.heldout_content_hashes,

@@ -107,6 +107,8 @@ class PreparationStats:
     """Oddities of conversations that were read, by code."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Usable conversations in neither part, by reason."""
+    joined: int = 0
+    """Held-out conversations that a larger dataset may train on: there are few, so the threshold was raised."""
     fitted: dict[str, Counter[str]] = field(default_factory=dict)
     """Part -> what became of its conversations, see `agentft.data.truncation.TruncationKind`."""
     changed: list[dict[str, Any]] = field(default_factory=list)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agentft.comparison.predictions_page import predictions_page
-from agentft.data.prepared import PreparedData
+from agentft.data.prepared import PreparedData, small_exam
 from agentft.data.template_choice import Layout
 from agentft.distributed.evaluation import likelihood_on_ranks, run_on_main
 from agentft.errors import ConfigError, RunError
@@ -424,6 +424,8 @@ def print_report(
     with (run.path / file).open("w", encoding="utf-8") as report:
         for target in (console(), Console(file=report, width=110)):
             target.print(_metrics_table(there))
+            if words := small_exam(there[0].report["counts"]["conversations"]):
+                target.print(f"WARNING: {words}", style="bold", markup=False)
             for number, completions in enumerate(_examples(there, examples), start=1):
                 target.print(_example_table(number, names, completions))
 

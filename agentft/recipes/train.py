@@ -213,6 +213,12 @@ def load_for_training(config: TrainConfig, world: World) -> tuple[MemoryPlan, Tr
     # What is fetched or converted is so once, by rank 0, and then found by the others.
     chat = world.main_process_first(lambda: load_chat_tokenizer(config.model))
     data = prepare_data(config.dataset, chat.template, chat.encoder)
+    asks = config.evaluation
+    if not len(data.heldout) and (asks.before or asks.after or asks.eval_steps):
+        raise ConfigError(
+            "dataset.test_ratio=0: nothing is held out, but evaluation asks for it; give dataset.test_path, or "
+            "evaluation.before=false evaluation.after=false evaluation.eval_steps=0"
+        )
     components = load_components(
         config.model,
         config.sft_type,
@@ -293,7 +299,7 @@ def _fit(
     signals.raise_if_requested(
         f" after step {reached} of {plan.total_steps}, which is saved; run_dir={run.path} resumes from there"
     )
-    if output.paused_by:
+    if output.paused_by and len(components.data.heldout):
         # Not in metrics.jsonl, where it would count for `evaluation.patience` when the run resumes.
         run.update_status("running", step=reached, steps=plan.total_steps, eval_loss=validator.loss())
     return output

@@ -64,7 +64,16 @@ def audited(encoder, template, text, tmp_path, monkeypatch):
 
 
 def codes(audit: Audit) -> dict[str, int]:
-    return {finding.code: finding.count for finding in audit.found}
+    """Without what is said of every exam here: a few conversations are one."""
+    return {finding.code: finding.count for finding in audit.found if finding.code != "small_exam"}
+
+
+@pytest.mark.parametrize("held_out", [29, 30])
+def test_a_small_exam_is_a_finding(audited, held_out: int):
+    audit = audited([record(f"c{n}", user=f"question {n}") for n in range(5 * held_out)], test_ratio=None)
+    found = audit.findings["small_exam"]
+    assert found.count == (held_out < 30)
+    assert not found.count or f"an exam of {held_out} conversations is small" in found.examples[0].detail
 
 
 # --- Labels ---

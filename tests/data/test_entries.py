@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -84,3 +85,48 @@ def test_seeds_choose_different_exams():
 def test_an_empty_part_is_an_error_that_says_what_to_do():
     with pytest.raises(DataError, match="held-out part is empty.*dataset.test_ratio"):
         divide(_conversations(4), split=Split.content, test_ratio=0.0001, seed=1)
+
+
+@pytest.mark.parametrize(("conversations", "least"), [(4, 1), (10, 2), (30, 6), (100, 20), (800, 30)])
+def test_a_small_dataset_still_has_an_exam(conversations: int, least: int):
+    pool = _conversations(conversations)
+    parts = divide(pool, split=Split.content, test_ratio=None, seed=1)
+    typed = divide(pool, split=Split.content, test_ratio=0.02, seed=1) if conversations == 800 else None
+    assert least <= len(parts.heldout) <= least + 1  # equal questions come in pairs
+    assert not {c.user_hash for c in parts.train} & {c.user_hash for c in parts.heldout}
+    if typed is not None:
+        assert set(_ids(typed.heldout)) < set(_ids(parts.heldout)), "what is below the threshold stays held out"
+        assert not typed.joined
+        assert len(parts.heldout) - len(typed.heldout) == sum(c.user_hash in parts.joined for c in parts.heldout)
+
+
+def test_what_joined_the_exam_may_be_trained_on_when_the_data_grows():
+    """No other conversation changes sides, and none ever goes from training to the exam."""
+    small, large = (
+        divide(_conversations(count), split=Split.content, test_ratio=None, seed=1) for count in (200, 4000)
+    )
+    moved = set(_ids(small.heldout)) & set(_ids(large.train))
+    assert moved
+    assert {c.user_hash for c in small.heldout if c.id in moved} <= small.joined
+    assert not set(_ids(small.train)) & set(_ids(large.heldout))
+    assert not large.joined
+    assert _ids(large.heldout) == _ids(
+        divide(_conversations(4000), split=Split.content, test_ratio=0.02, seed=1).heldout
+    )
+
+
+def test_a_user_side_that_most_have_is_trained_on():
+    pool = [*_conversations(40), *[replace(each, id=f"{each.id}b") for each in _conversations(2) * 40]]
+    parts = divide(pool, split=Split.content, test_ratio=None, seed=1)
+    assert len(parts.heldout) <= len(pool) / 2
+
+
+def test_a_ratio_of_0_holds_nothing_out():
+    pool = _conversations(40)
+    parts = divide(pool, split=Split.content, test_ratio=0, seed=1)
+    assert (len(parts.train), parts.heldout) == (40, [])
+
+
+def test_unseen_tools_of_few_conversations_are_held_out_too():
+    parts = divide(_conversations(60), split=Split.unseen_tools, test_ratio=None, seed=1)
+    assert sum(bool(c.called_tools) for c in parts.heldout) >= 8

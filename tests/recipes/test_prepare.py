@@ -261,6 +261,7 @@ def test_every_part_of_an_account_survives_its_file(data_file, template, encoder
     stats.layout.update(["z", "a", "a"])
     stats.left_out.update(["held_out_too"])
     stats.skipped_files.append("README.md")
+    stats.joined = 1
     stats.source_of_file["a.jsonl"] = "folder"
     assert stats.notices
     assert stats.changed
@@ -586,3 +587,29 @@ def test_what_rewritten_history_costs_is_said(tmp_path, caplog):
         said = [record for record in caplog.records if "rewrites history" in record.message]
         assert [record.levelname for record in said] == (["WARNING"] if cost["tokens"] else [])
     assert prepared.stats.layout["step_left_out_template_drops_reasoning"] == 2 * 20, "and those steps are named"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_few_conversations_have_an_exam_and_the_manifest_says_who_may_leave_it(
+    streams, data_file, template, encoder, tmp_path, monkeypatch, caplog
+):
+    """Read again where they were taken for many, and tokenised at once."""
+    monkeypatch.setattr(prepare, "is_large", lambda config: streams)
+    caplog.set_level("INFO")
+    config = settings(data_file, cache=False, test_ratio=None)
+    prepared = prepare_data(config, template, encoder)
+    train, heldout, _ = in_memory(config, template, encoder)
+    assert [show(example) for example in prepared.train] == [show(piece.example) for piece in train]
+    assert [show(example) for example in prepared.heldout_examples] == [show(piece.example) for piece in heldout]
+    about = json.loads(manifest_of(prepared, tmp_path)[0])["heldout"]
+    assert 0 < about["may_be_trained_on_when_the_data_grows"] <= about["conversations"]
+    assert f"an exam of {about['conversations']} conversations is small" in caplog.text
+    assert ("read again" in caplog.text) == streams
+
+
+def test_a_ratio_of_0_trains_on_every_row(data_file, template, encoder, tmp_path, caplog):
+    prepared = prepare_data(settings(data_file, cache=False, test_ratio=0.0), template, encoder)
+    manifest = json.loads(manifest_of(prepared, tmp_path)[0])
+    assert manifest["heldout"]["conversations"] == len(prepared.heldout) == 0
+    assert manifest["train"]["conversations"] == prepared.stats.kept - prepared.stats.fitted["train"]["set_aside"]
+    assert "no conversation is held out" in caplog.text

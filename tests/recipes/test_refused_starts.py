@@ -166,6 +166,17 @@ def test_a_start_that_is_refused_or_has_nothing_to_do_changes_nothing(run, sourc
     assert "Traceback" not in found[1]
 
 
+def test_a_training_without_an_exam_trains_on_all_rows_where_nothing_is_measured(source, command, tmp_path):
+    words = [*TRAINED, f"dataset.path={source}/data.jsonl", "run_dir=alone", "dataset.test_ratio=0"]
+    code, said = command(["train", *words])
+    assert (code, (tmp_path / "alone" / "data").exists()) == (2, False)
+    assert "dataset.test_ratio=0: nothing is held out, but evaluation asks for it" in said.splitlines()[-1]
+    assert command(["train", *words, "evaluation.eval_steps=0", "evaluation.after=false"])[0] == 0
+    manifest = read_json(tmp_path / "alone" / "data" / "manifest.json")
+    assert manifest["heldout"]["conversations"] == 0
+    assert manifest["train"]["conversations"] == manifest["rows"]
+
+
 ROWS = {"query": "q", "response": "a", "messages": None}
 UNUSABLE = {
     "rows.jsonl": ("none of 20 rows can be used", ("20 conversations_missing", "query and response", "xlam (query,")),
