@@ -13,6 +13,8 @@ import pytest
 
 # Before any test imports torch or a hub client: a process that loads both would otherwise ask for all cores twice.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Several trainings share the cores here: threads that wait for each other would otherwise burn what the others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
