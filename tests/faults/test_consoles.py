@@ -95,6 +95,7 @@ def test_f24_a_tee_is_killed(tmp_path, ledger):
     ledger("F24", console="tee")
 
 
+@pytest.mark.slow
 def test_f24_the_disk_under_the_output_is_full(tmp_path, ledger):
     run = tmp_path / "run"
     with Path("/dev/full").open("wb") as full:
