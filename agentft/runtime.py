@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentft.errors import ConfigError
@@ -47,7 +47,8 @@ def set_up(threads: int | None) -> Device:
     """Fix the number of CPU threads and pick the device: CUDA where present, else the CPU."""
     import torch
 
-    torch.set_num_threads(threads or available_cores())
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(threads or min(available_cores(), int(given) if given.isdigit() and int(given) else 2**15))
     if torch.cuda.is_available():
         return Device("cuda", torch.cuda.get_device_name(), torch.get_num_threads())
     capability = torch.backends.cpu.get_cpu_capability()
@@ -56,7 +57,41 @@ def set_up(threads: int | None) -> Device:
 
 def available_cores() -> int:
     """Return the cores that this process may use; fewer than the machine has inside a container or a CPU set."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, int(min([cores, *cpu_quotas(cgroup_folders("cpu"))])))
+
+
+def cgroup_folders(
+    controller: str, table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[Path]:
+    """Return the folders of the control groups that this process is in, of both versions, each with those above it.
+
+    A job of SLURM or a scope of systemd has its limits in an inner one.
+    """
+    try:
+        lines = table.read_text().splitlines()
+    except OSError:  # no Linux
+        return []
+    folders = [root, root / controller]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        inner = PurePosixPath(path.lstrip("/"))
+        if ".." not in inner.parts and (not controllers or controller in controllers.split(",")):
+            top = root / controller if controllers else root
+            folders += [top / inner, *(top / above for above in inner.parents)]
+    return list(dict.fromkeys(folders))
+
+
+def cpu_quotas(folders: Sequence[Path]) -> list[float]:
+    """Return the limits of control groups in cores."""
+    quotas = []
+    for folder in folders:
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, ValueError):  # no such file, or `max`: no limit
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                if quota > 0:
+                    quotas.append(quota / period)
+    return quotas
 
 
 def computes_in_bf16(device: Device) -> bool:

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlive_console()
     options = _parse_options(arguments)
     try:
-        scores = score_records(read_records(options.file))
+        records = read_records(options.file)
+        if holes := _holes(records):
+            sys.stderr.write(f"{options.file}: {holes}; what is missing is not scored\n")
+        scores = score_records(records)
         report = aggregate(
             scores,
             bootstrap_samples=options.bootstrap_samples,
@@ -106,6 +109,16 @@ def read_records(path: Path) -> list[StepRecord]:
     if not records:
         raise EvaluationError(f"{path}:1: the file holds no step; expected one JSON object a line")
     return _read_in_other_marks(records)
+
+
+def _holes(records: Iterable[StepRecord]) -> str:
+    """Name steps that are missing between two of a conversation; empty where there are none."""
+    steps: dict[str, set[int]] = {}
+    for record in records:
+        steps.setdefault(record.conversation_id, set()).add(record.step)
+    missing = {name: min(set(range(min(own), max(own))) - own, default=None) for name, own in steps.items()}
+    holes = [f"{name!r} has no step {step}" for name, step in missing.items() if step is not None]
+    return f"{len(holes)} conversations with holes: {', '.join(holes[:3])}" if holes else ""
 
 
 def _read_in_other_marks(records: list[StepRecord]) -> list[StepRecord]:

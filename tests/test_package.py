@@ -166,3 +166,13 @@ def test_the_installed_commands_train_compare_and_sweep(installed: Path, tmp_pat
     run(installed / "agentft-evaluate", "run=one", cwd=tmp_path)
     run(installed / "agentft-train", "-m", *small, "seed=1,2", "hydra.sweep.dir=two", cwd=tmp_path)
     assert "seed" in run(installed / "agentft-compare", "two", cwd=tmp_path).stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is what PyTorch uses on Linux")
+def test_idle_threads_do_not_spin_beside_another_training():
+    """As libgomp says itself when torch is loaded."""
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+    environment.pop("GOMP_SPINCOUNT", None)
+    command = [sys.executable, "-c", "import agentft.entry, torch"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr

@@ -210,6 +210,8 @@ class Audit:
                 statistics.rewritten_history.update(cost, conversations=1)
             self._look_at(number, Seen.of(made, self._text, data.entries[number].part))
         self._check_what_is_set_aside()
+        if data.entries and not data.empty_parts and not data.used["train"]:
+            data.empty_parts.append(f"no training conversation is left; set aside: {data.stats.reasons()}")
         for reason in data.empty_parts:
             self.findings["empty_part"].add(Origin("split", 0), None, reason)
         self._check_exam()

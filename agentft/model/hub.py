@@ -279,7 +279,7 @@ def _asked(model_id: str, revision: str | None) -> str:
     return f"{model_id} at revision {revision}" if revision else model_id
 
 
-def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException) -> str:
+def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException, *, uploads: bool = False) -> str:
     """Say in one line what a client's error means and what to do."""
     asked = f"{hub.name}: {_asked(model_id, revision)}"
     causes = list(_causes(error))
@@ -301,11 +301,16 @@ def explain(hub: Hub, model_id: str, revision: str | None, error: BaseException)
     if status == 404 or "NotExistError" in names:
         return f"{asked}: no such model, revision or file; check model.id and model.revision"
     if names & {"ConnectionError", "TransportError", "TimeoutError", "NetworkError", "IncompleteBody"}:
+        if uploads:
+            what = "nothing or not all was uploaded; what was exported is kept, upload it with the hub's own client"
+            return f"{asked}: no connection to the hub ({type(causes[-1]).__name__}); {what}"
         return (
             f"{asked}: no connection to the hub ({type(causes[-1]).__name__}). What has arrived is kept: run again to "
             "go on, or model.offline=true to use what is cached"
         )
     first = " ".join(str(error).split())[:200]
+    if uploads:
+        return f"{asked}: not uploaded: {type(error).__name__}: {first}"
     return (
         f"{asked}: {type(error).__name__}: {first}; with the files at hand use model.source=local model.path=<folder>"
     )
@@ -351,4 +356,4 @@ def push_folder(folder: Path, push: str, *, private: bool, message: str) -> str:
     try:
         return hub.push(folder, model_id, private=private, message=message)
     except Exception as error:  # the clients raise some thirty unrelated types
-        raise ModelError(f"push: {explain(hub, model_id, None, error)}") from error
+        raise ModelError(f"push: {explain(hub, model_id, None, error, uploads=True)}") from error

@@ -8,7 +8,7 @@ CUDA context and short-lived buffers take about a tenth more. Weights, gradients
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib.util import find_spec
@@ -38,13 +38,10 @@ from agentft.model.fused import is_gated_mlp, is_rms_norm
 from agentft.model.labelled_loss import CHUNK
 from agentft.model.quantization import import_peft
 from agentft.model.shards import empty_model
-from agentft.runtime import Device
+from agentft.runtime import Device, cgroup_folders
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Files that hold a container's limit and what it uses, of both versions of control groups."""
+_CGROUPS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Files that hold a control group's limit and what it uses, of both versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +53,20 @@ class DeviceMemory:
 
 
 def device_memory(device: Device) -> DeviceMemory:
-    """Return the memory of `device`: of the GPU, or of this machine or container."""
+    """Return the memory of `device`: of the GPU, or of this machine, container or job."""
     if device.is_cuda:
         return DeviceMemory(*torch.cuda.mem_get_info())
+    return memory_within(cgroup_folders("memory"))
+
+
+def memory_within(folders: Sequence[Path]) -> DeviceMemory:
+    """Return the memory of this machine within the limits of control groups."""
     machine = psutil.virtual_memory()
     limits = [DeviceMemory(machine.available, machine.total)]
-    for limit, used in _CGROUPS:
-        if (most := _number(Path(limit))) is not None:
-            limits.append(DeviceMemory(most - (_number(Path(used)) or 0), most))
+    for folder in folders:
+        for limit, used in _CGROUPS:
+            if (most := _number(folder / limit)) is not None:
+                limits.append(DeviceMemory(most - (_number(folder / used) or 0), most))
     return DeviceMemory(min(each.free for each in limits), min(each.total for each in limits))
 
 

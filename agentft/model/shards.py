@@ -147,6 +147,13 @@ def save_model(model: Any, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
+def follow_umask(folder: Path) -> None:
+    """Give weights the mode of the settings beside them: safetensors lets only their owner read them."""
+    mode = next(folder.glob("*.json")).stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
+
+
 def auto_class(hf_config: Any) -> Any:
     """Return what loads the language model of a config: as an image-text model where transformers has no other."""
     import transformers

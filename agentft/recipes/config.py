@@ -173,6 +173,8 @@ def _contradiction(group: object) -> str | None:
             )
         case LocalConfig(path=str(path), sources=[_, *_]):
             return f"dataset.path={path} and dataset.sources: expected one of them; name the path among the sources"
+        case TrackingConfig(project=""):
+            return "tracking.project=: empty; expected the name of a W&B project, or tracking=disabled"
         case LoraConfig(targets=list(names)) if not names or (ALL_LINEAR in names and len(names) > 1):
             return f"sft_type.targets=[{','.join(names)}]: expected names of layers, or {ALL_LINEAR} alone"
         case LoraConfig(dora=True, start=LoraStart.pissa):

@@ -25,7 +25,7 @@ from agentft.model.hub import parse_target, push_folder
 from agentft.model.load import choose_layout, load_tokenizer, torch_dtype
 from agentft.model.merging import write_merged
 from agentft.model.quantization import require_bitsandbytes
-from agentft.model.shards import empty_model
+from agentft.model.shards import empty_model, follow_umask
 from agentft.model.sources import ModelFiles, locate_model
 from agentft.recipes.config import ExportConfig, TrainConfig, trained_config
 from agentft.recipes.evaluate import find_checkpoint
@@ -55,6 +55,7 @@ def write_final(model: Any, sft_type: SftConfig, tokenizer: Any, run: RunFolder,
         for left in run.path.glob(".final.*"):  # of a killed process: the run folder is ours
             shutil.rmtree(left)
         save_final(model, sft_type, tokenizer, work, whole)
+        follow_umask(work)
         if run.final.exists():
             shutil.rmtree(run.final)
         work.rename(run.final)
@@ -164,6 +165,7 @@ def export(config: ExportConfig) -> Path:
         _write_how_to_talk(layout, tokenizer, work)
         card = model_card(run, trained.model, _facts(trained, record), checkpoint.step, adapter_alone=adapter_alone)
         (work / "README.md").write_text(redact_text(card), encoding="utf-8")
+        follow_umask(work)
         work.chmod(0o755)
         work.rename(target)
     finally:

@@ -428,3 +428,12 @@ def test_real_conversations_pass_every_invariant(shared_data, audited):
     lines = (shared_data / "dev.jsonl").read_text(encoding="utf-8").splitlines()
     audit = audited([json.loads(line) for line in lines], max_length=100_000)
     assert not [finding.code for finding in audit.found if finding.level is Level.broken]
+
+
+def test_a_dataset_of_which_nothing_fits_has_an_empty_part(audited):
+    """Also where `dataset.max_rejected` allows it."""
+    audit = audited([record(f"c{n}", user=f"question {n}") for n in range(8)], max_length=16, too_long=TooLong.drop)
+    assert (
+        "no training conversation is left; set aside: {'too_long': 8}"
+        in audit.findings["empty_part"].examples[0].detail
+    )

@@ -216,3 +216,12 @@ def test_a_reference_in_marks_that_are_not_read_is_refused_by_name(
     assert "step 0 (calls_in_text" in capsys.readouterr().err
     path = write(tmp_path, {**STEP, "prediction": unread})
     assert report_of(capsys, path)["metrics"]["call_wellformed_rate"]["value"] == 0.0
+
+
+def test_a_hole_in_the_steps_of_a_conversation_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [{**STEP, "conversation_id": "whole", "step": step} for step in (3, 4)]
+    path = write(tmp_path, STEP, {**STEP, "step": 2}, *whole)
+    assert main([str(path), "--bootstrap-samples", "20"]) == 0
+    assert f"1 conversations with holes: {STEP['conversation_id']!r} has no step 1; what is missing is not scored" in (
+        capsys.readouterr().err
+    )

@@ -74,6 +74,8 @@ def test_without_a_network_it_is_one_line(hub: str, folder: Path):
     with pytest.raises(ModelError, match=r"push: .*: ") as caught:
         push_folder(folder, f"{hub}:owner/mine", private=True, message="m")
     assert "\n" not in str(caught.value)
+    assert "upload" in str(caught.value)
+    assert "cached" not in str(caught.value)
 
 
 @pytest.mark.parametrize("odd", ["owner/mine", "modelscope:mine", "huggingface:../mine", "ftp:owner/mine", ""])

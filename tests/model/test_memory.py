@@ -39,11 +39,12 @@ from agentft.model.memory import (
     device_memory,
     estimate_memory,
     judge,
+    memory_within,
     planned_model,
 )
 from agentft.model.quantization import quantization_config
 from agentft.model.sources import ModelFiles
-from agentft.runtime import Device
+from agentft.runtime import Device, available_cores, cgroup_folders, cpu_quotas, set_up
 
 KNOWN = ("llama", "qwen2", "qwen3", "mistral")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -319,6 +320,42 @@ def test_what_is_not_counted_is_refused() -> None:
 def test_memory_of_this_machine_is_a_plausible_number() -> None:
     memory = device_memory(Device("cpu", "CPU", 1))
     assert 10**7 < memory.free <= memory.total < 10**14
+
+
+def test_the_least_limit_of_a_job_inside_other_groups_counts(tmp_path: Path) -> None:
+    """As of a job of SLURM: of version 2 the limit is in the middle, of version 1 innermost."""
+    table = tmp_path / "cgroup"
+    table.write_text("0::/slurm/job/step\n4:memory:/inner\n3:cpu,cpuacct:/quota\n2:cpuset:/other\n")
+    limits = {
+        "slurm/job/memory.max": "3000",
+        "slurm/job/memory.current": "1000",
+        "slurm/memory.max": "max",
+        "memory/inner/memory.limit_in_bytes": "2500",
+        "memory/inner/memory.usage_in_bytes": "100",
+        "slurm/job/cpu.max": "250000 100000",
+        "slurm/cpu.max": "max 100000",
+        "cpu/quota/cpu.cfs_quota_us": "-1",
+        "cpu/quota/cpu.cfs_period_us": "100000",
+    }
+    for name, value in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{value}\n")
+    assert memory_within(cgroup_folders("memory", table, tmp_path)) == DeviceMemory(2000, 2500)
+    assert cpu_quotas(cgroup_folders("cpu", table, tmp_path)) == [2.5]
+    assert cgroup_folders("cpu", tmp_path / "absent", tmp_path) == []
+
+
+@pytest.mark.parametrize(("given", "threads"), [("1", 1), ("100000", available_cores()), ("", available_cores())])
+def test_threads_are_no_more_than_the_environment_says(
+    given: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    try:
+        assert set_up(None).threads == threads
+        assert set_up(2).threads == 2, "what is asked for is obeyed"
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

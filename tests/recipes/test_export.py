@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_plain_transformers_says_what_the_evaluation_said(method: str, tmp_path,
         *("README.md", "chat_template.jinja", "config.json", "configuration.json", "generation_config.json"),
         *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     ]
+
+
+def test_weights_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run, _ = run_of(tmp_path / "run", *RUNS["pissa"])
+        export(ExportConfig(run=str(run)))
+        export(ExportConfig(run=str(run), merge=False, out=str(tmp_path / "adapter")))
+    finally:
+        os.umask(before)
+    weights = [
+        *run.glob("final/*.safetensors"),
+        *run.glob("export/*.safetensors"),
+        *tmp_path.glob("adapter/*.safetensors"),
+    ]
+    assert [file.stat().st_mode & 0o777 for file in weights] == [0o640] * 3
 
 
 def test_the_adapter_alone_says_what_the_evaluation_said(tmp_path):
