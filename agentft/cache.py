@@ -38,11 +38,17 @@ def build_once(target: Path, build: Callable[[Path], None], *, is_whole: Callabl
     Others wait for the process that builds: in a temporary folder, renamed when `is_whole` says so.
 
     Raises:
-        ModelError: `build` has left the folder incomplete.
+        ModelError: `build` has left the folder incomplete, or the cache cannot be written.
     """
     if is_whole(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        line = f"{target.parent}: cannot be written ({error.strerror}); AGENTFT_CACHE=<folder> names another place"
+        raise ModelError(line) from error
     with _only_builder(target) as alone:
         if is_whole(target):
             return target

@@ -409,13 +409,16 @@ def git_state() -> dict[str, Any]:
         revision = _git(package, "rev-parse", "HEAD")
         changed = _git(package, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError) as error:
-        return {"revision": None, "dirty": None, "reason": f"no git checkout with a commit: {type(error).__name__}"}
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()[:1]
+        reason = f"no git checkout with a commit: {said[0] if said else type(error).__name__}"
+        return {"revision": None, "dirty": None, "reason": reason}
     return {"revision": revision, "dirty": bool(changed), "changed": changed.splitlines()[:20]}
 
 
 def _git(folder: Path, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    # A clone may be another user's: its code runs already.
+    command = ["git", "-c", "safe.directory=*", "--no-optional-locks", "-C", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
     return done.stdout.strip("\n")
 

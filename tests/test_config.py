@@ -325,6 +325,10 @@ MISTAKES = [
     ("sft_type.dropout=0.999", ["sft_type.dropout=0.999: expected a number from 0 to 0.9"]),
     ("-m hydra.launcher.eta=1 seed=1,2", ["hydra.launcher.eta=1: expected a whole number from 2 to"]),
     ("dataset.test_ratio=1.5", ["dataset.test_ratio=1.5: expected a number at least 0 and below 1 or null"]),
+    (
+        "model=tiny model.shape.heads=9",
+        ["model.shape.heads=9, model.shape.hidden=64: expected an even number of heads"],
+    ),
     ("tracking.project=", ["tracking.project=: empty; expected the name of a W&B project"]),
     ("training.learning_rate=${sft_type.lr}", ["training.learning_rate:", "sft_type.lr"]),
     ("sft_type.rank=4,8", ["sft_type.rank=4,8: several values", "-m"]),

@@ -82,6 +82,21 @@ def test_the_wheel_holds_every_module_config_and_data_file(wheel: Path):
     assert all(name.endswith(".dist-info") for name in beside), f"the wheel puts {beside} beside the package"
 
 
+def test_another_python_is_refused_before_anything_is_made(tmp_path: Path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    old = tmp_path / "python3.10"
+    set_version = "import sys; sys.version_info = (3, 10, 0); exec(sys.argv[2])"
+    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{set_version}' \"$@\"\n")
+    old.chmod(0o755)
+    command = ["make", "-s", "install", f"PYTHON={old}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "Python 3.11 to 3.13 is needed" in done.stderr.splitlines()[0]
+    assert done.returncode
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_the_source_distribution_holds_every_data_file(source: Path, tmp_path: Path):
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", code, cwd=source)

@@ -314,12 +314,17 @@ def test_git_state_is_that_of_the_repository_that_tracks_agentft(tmp_path, monke
     git("add", "other")
     git("commit", "-qm", "only another project's file")
     assert git_state()["revision"] is None
+    assert "did not match any file" in git_state()["reason"], "as git says"
     git("add", ".")
     git("commit", "-qm", "all")
     assert git_state() == {"revision": git("rev-parse", "HEAD").strip(), "dirty": False, "changed": []}
     module.write_text("2")
     assert git_state()["changed"] == [" M agentft/runs.py"]
     assert git_state()["dirty"] is True
+    if os.geteuid() == 0:
+        for path in (tmp_path, tmp_path / ".git"):
+            os.chown(path, 12345, 12345)
+        assert git_state()["revision"], "of a clone that another user owns"
 
 
 def test_every_path_of_a_run_folder_is_documented():

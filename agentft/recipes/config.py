@@ -33,6 +33,7 @@ from agentft.model.config import (
     LoraStart,
     ModelConfig,
     QloraConfig,
+    RandomShape,
     SftConfig,
     TrustConfig,
 )
@@ -173,6 +174,11 @@ def _contradiction(group: object) -> str | None:
             )
         case LocalConfig(path=str(path), sources=[_, *_]):
             return f"dataset.path={path} and dataset.sources: expected one of them; name the path among the sources"
+        case ModelConfig(shape=RandomShape(hidden=width, heads=heads)) if width % (2 * heads) or heads % max(
+            heads // 2, 1
+        ):
+            needed = "expected an even number of heads, or 1, whose double divides model.shape.hidden"
+            return f"model.shape.heads={heads}, model.shape.hidden={width}: {needed}"
         case TrackingConfig(project=""):
             return "tracking.project=: empty; expected the name of a W&B project, or tracking=disabled"
         case LoraConfig(targets=list(names)) if not names or (ALL_LINEAR in names and len(names) > 1):

@@ -143,3 +143,9 @@ def test_two_trainings_started_at_once_build_the_model_once(tmp_path: Path) -> N
 def _log(run: Path) -> str:
     file = run / "train.log"
     return file.read_text() if file.is_file() else ""
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_that_names_another_place(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="cannot be written .*AGENTFT_CACHE=<folder>"):
+        build_once(tmp_path / "file" / "cache" / "key", lambda folder: None, is_whole=Path.is_dir)
