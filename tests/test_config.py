@@ -334,6 +334,13 @@ MISTAKES = [
     ("sft_type.rank=4,8", ["sft_type.rank=4,8: several values", "-m"]),
     ("-m sft_type.rank=4,0", ["sft_type.rank=0: expected a whole number from 1 to"]),
     ("-m model=tiny,smollm2-135", ["model=smollm2-135: no such option"]),
+    (
+        "-m sft_type.rank=sort(range(4,17,8),reverse=true)",
+        [
+            "sft_type.rank=sort(range(4,17,8),reverse=true): Hydra makes 9, 1 of this range; write the values with commas"
+        ],
+    ),
+    ("-m sft_type.dropout=range(0.1,0.4,0.1)", ["Hydra makes 0.1, 0.2, 0.30000000000000004, 0.4 of this range"]),
     ("-m sft_type.rnak=4,8", ["sft_type.rnak:", "did you mean sft_type.rank?"]),
     ("-m run_dir=x seed=1,2", ["run_dir: names one folder"]),
     ("+model._target_=os.system", ["model._target_: refused"]),

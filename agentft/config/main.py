@@ -19,7 +19,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -132,10 +132,18 @@ def _parse_overrides(lines: Sequence[str]) -> list[Override]:
 
 
 def _values_of(override: Override) -> list[str]:
-    """Return the values of a sweep; none for an interval, which only its sweeper can draw from."""
+    """Return the values of a sweep; none for an interval, which only its sweeper can draw from.
+
+    Raises:
+        ConfigError: Hydra makes other values of a range than it says.
+    """
     if not override.is_sweep_override():
         return [str(override.get_value_element_as_str())]
-    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    line = str(override.input_line)
+    if isinstance(override.value(), RangeSweep) and ("reverse" in line or any(len(each) > 16 for each in values)):
+        raise ConfigError(f"{line}: Hydra makes {', '.join(values[:6])} of this range; write the values with commas")
+    return values
 
 
 @dataclasses.dataclass
