@@ -141,6 +141,10 @@ def run_on_ranks(
                 failures.setdefault(rank, RankFailure(rank, failure.pid, 0.0, "", f"ended: {ended}", ""))
             raise explain(failures, hang=hangs[-1] if hangs else None, logs=logs) from None
         except RendezvousError as error:
+            if topology.nnodes == 1:
+                raise RankError(
+                    "the ranks of this machine cannot reach each other: is the loopback interface up?"
+                ) from error
             raise RankError(f"the {topology.nnodes} machines did not meet at {topology.endpoint}: {error}") from error
     first = results[min(results)]
     if isinstance(first, StopSignal):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,19 @@ def test_the_death_of_the_process_that_ranks_are_forked_from_is_noticed(more_fai
 
 def test_torch_prints_no_pages_of_its_own_about_it(failures):
     assert re.findall(r"^[A-Z]\d{4} .*", failures["stderr"], re.MULTILINE) == []
+
+
+@pytest.mark.slow
+def test_ranks_without_a_loopback_interface_end_with_one_line(tmp_path):
+    """In a network of its own, where no interface is up; torch waits a minute."""
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-n", "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("making a network namespace is not allowed here")
+    words = ["distributed=ddp", "distributed.nproc=2", "model=tiny", "dataset.conversations=20", "tracking=disabled"]
+    command = ["unshare", "-n", sys.executable, str(ROOT / "train.py"), *words, f"run_dir={tmp_path / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "cannot reach each other: is the loopback interface up?" in done.stderr.splitlines()[-1]
