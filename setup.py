@@ -15,6 +15,8 @@ class BuildWithConfigs(build_py):
     """An editable install finds the folders where they are."""
 
     def run(self) -> None:
+        if not self.editable_mode:  # else a removed module of an earlier build would be shipped
+            shutil.rmtree(Path(self.build_lib) / "agentft", ignore_errors=True)
         super().run()
         if not self.editable_mode:
             for file in _config_files():

@@ -39,6 +39,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
+    removed = source / "build" / "lib" / "agentft" / "removed.py"
+    removed.parent.mkdir(parents=True)
+    removed.touch()
     return source
 
 
@@ -78,6 +81,7 @@ def test_the_wheel_holds_every_module_config_and_data_file(wheel: Path):
     for file in [*(ROOT / "agentft").rglob("*.py"), *DATA]:
         assert str(file.relative_to(ROOT)) in names
     assert {".yaml", ".j2", ".css", ".js"} <= {file.suffix for file in DATA}
+    assert "agentft/removed.py" not in names, "a module of an earlier build"
     beside = {name.split("/")[0] for name in names} - {"agentft"}
     assert all(name.endswith(".dist-info") for name in beside), f"the wheel puts {beside} beside the package"
 
