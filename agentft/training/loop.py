@@ -24,7 +24,7 @@ import torch
 from agentft.data.batches import Batch, StepPlan, collate, collate_packed, empty_batch, step_groups
 from agentft.data.tokens import Example
 from agentft.errors import ConfigError, TrainingError
-from agentft.progress import progress_bar
+from agentft.progress import duration, progress_bar
 from agentft.runtime import memory_in_use_bytes, share_out
 from agentft.signals import StopSignal
 from agentft.training.checkpoint import (
@@ -218,18 +218,18 @@ def train_model(job: Job) -> TrainOutput:
 _PAUSE = "training.pause_at_fraction"
 
 _TIMED_STEPS = 3
-"""Steps that tell the hours of all; the one before them, in which much is made once, does not count."""
+"""Steps that tell the time of all; the one before them, in which much is made once, does not count."""
 
 
 def describe_pace(seconds: float, step: int, end: int, left: float | None) -> str:
-    """Return one line: the hours from `step` to `end` at so many seconds a step.
+    """Return one line: the time from `step` to `end` at so many seconds a step.
 
     Args:
         left: Seconds until `training.max_hours`; None: no limit.
     """
-    hours = seconds * (end - step) / 3600
-    line = f"{seconds:.2g} s a step: {hours:.2g} hours for the {end - step:,} steps left, without evaluations"
-    if left is not None and left < 3600 * hours:
+    needed = seconds * (end - step)
+    line = f"{seconds:.2g} s a step: {duration(needed)} for the {end - step:,} steps left, without evaluations"
+    if left is not None and left < needed:
         line += f"; training.max_hours ends it near step {step + max(0, round(left / seconds)):,}"
     return line
 

@@ -53,7 +53,7 @@ MODEL = ModelConfig(name="small")
 IDS = torch.arange(5, 29)[None]
 FP32 = {"computed": torch.float32, "stored": torch.float32}
 EVERYTHING = {"targets": ["all-linear"]}
-BY_DEFAULT = ("llama", "qwen3_moe", "qwen3_5_text", "lfm2_moe", "falcon_h1", "gpt_oss")
+BY_DEFAULT = ("qwen3_moe", "qwen3_5_text", "lfm2_moe", "gpt_oss")
 
 
 def small(kind: str, **own):

@@ -44,9 +44,9 @@ def test_a_run_out_of_time_pauses_and_the_same_command_resumes(tmp_path: Path) -
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
 
 
-def test_the_first_steps_tell_the_hours_and_whether_they_suffice() -> None:
+def test_the_first_steps_tell_the_time_left_and_whether_they_suffice() -> None:
     line = describe_pace(3.6, 4, 1004, None)
-    assert line == "3.6 s a step: 1 hours for the 1,000 steps left, without evaluations"
+    assert line == "3.6 s a step: 60.0 min for the 1,000 steps left, without evaluations"
     assert describe_pace(3.6, 4, 1004, 7200.0) == line
     assert describe_pace(3.6, 4, 1004, 1800.0) == f"{line}; training.max_hours ends it near step 504"
 
@@ -56,4 +56,4 @@ def test_the_pace_is_logged_once_after_the_first_steps(tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "train.log").read_text(encoding="utf-8").splitlines()
     told = [line for line in lines if "s a step" in line]
     assert len(told) == 1
-    assert "hours for the 2 steps left" in told[0]
+    assert " s for the 2 steps left" in told[0]
