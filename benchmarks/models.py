@@ -323,18 +323,22 @@ def measure(kind: str, length: int = 600, dtype: torch.dtype = torch.bfloat16) -
     hf_config = transformers.AutoConfig.for_model(**settings)
     model: Any = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
     take_attention(model, form)
-    objective = LabelledLoss(prepare_for_training(model, LORA, config).train())
+    held = held_in_a_step(LabelledLoss(prepare_for_training(model, LORA, config).train()), length)
+    work = Workload(length, on_cpu=True)
+    named = Dtype.bf16 if dtype is torch.bfloat16 else Dtype.fp32
+    found = estimate_memory(planned_model(settings), config, LORA, work, dtype=named, checkpointing=False)
+    return held, found
+
+
+def held_in_a_step(objective: LabelledLoss, length: int) -> int:
+    """Return the bytes that torch holds at once besides weights in a step of one conversation of `length` tokens."""
     ids = torch.arange(length)[None] % 128
     batch = Batch(ids=("a",), input_ids_BT=ids, labels_BT=ids, tokens=length, targets=length - 1, weight=length - 1)
     objective(batch).backward()  # what is made once is made
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         objective(batch).backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-    work = Workload(length, on_cpu=True)
-    named = Dtype.bf16 if dtype is torch.bfloat16 else Dtype.fp32
-    found = estimate_memory(planned_model(settings), config, LORA, work, dtype=named, checkpointing=False)
-    return max(held), found
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 TARGETS = ModelConfig(name="any").lora_targets

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import ways
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "agentft"
@@ -136,9 +137,6 @@ def test_our_entry_points_hide_no_package_of_the_same_name():
 
 
 def test_the_ways_that_are_counted_begin_and_end_at_functions_that_exist():
-    spec = importlib.util.spec_from_file_location("ways", ROOT / "benchmarks" / "ways.py")
-    ways = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ways)
     for way in ways.WAYS.values():
         for file, _, name in (way.start.partition(":"), way.ends.partition(":")):
             assert re.search(rf"def {name.rpartition('.')[2]}\(", (PACKAGE / file).read_text(encoding="utf-8")), way

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import json
 import logging
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from agentft.data.batches import Batch, collate
+from agentft.data.batches import collate
 from agentft.errors import ConfigError, ModelError
 from agentft.model.adapters import (
     count_parameters,
@@ -40,14 +38,9 @@ from agentft.model.quantization import require_dense
 from agentft.model.shards import empty_model
 from agentft.model.sources import ModelFiles
 from agentft.runtime import Device
+from benchmarks import architectures
+from benchmarks.models import held_in_a_step
 from tests.model.test_methods import freeze, lora, train
-
-_PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "architectures.py"
-_SPEC = importlib.util.spec_from_file_location("architectures", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-architectures = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(architectures)
 
 MODEL = ModelConfig(name="small")
 IDS = torch.arange(5, 29)[None]
@@ -404,12 +397,5 @@ def test_the_estimate_of_an_architecture_is_its_measured_peak(kind: str, twice: 
     adapted = prepare_for_training(model, sft, config)
     if twice:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective, ids = LabelledLoss(adapted).train(), torch.arange(length)[None] % 128
-    batch = Batch(ids=("a",), input_ids_BT=ids, labels_BT=ids, tokens=length, targets=length - 1, weight=length - 1)
-    objective(batch).backward()  # what is made once is made
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        objective(batch).backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-    print(kind, twice, (found.activations + found.logits) / held)
+    held = held_in_a_step(LabelledLoss(adapted).train(), length)
     assert held == pytest.approx(found.activations + found.logits, rel=0.15)

@@ -1,10 +1,8 @@
 """The memory estimate against published sizes, numbers worked out by hand, and what torch really keeps."""
 
 import dataclasses
-import importlib.util
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,6 +43,7 @@ from agentft.model.memory import (
 from agentft.model.quantization import quantization_config
 from agentft.model.sources import ModelFiles
 from agentft.runtime import Device, available_cores, cgroup_folders, cpu_quotas, set_up
+from benchmarks import models
 
 KNOWN = ("llama", "qwen2", "qwen3", "mistral")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -220,24 +219,15 @@ def test_activations_of_a_lean_block_are_what_it_keeps(kind: str, way: str, sft:
     assert found[1].activations - found[0].activations == pytest.approx(deep - shallow, rel=0.05)
 
 
-def _models_benchmark() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "models.py"
-    spec = importlib.util.spec_from_file_location("models_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODELS = _models_benchmark()
 BY_DEFAULT = ("llama", "qwen3_moe", "granitemoehybrid")
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in BY_DEFAULT else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS.MEASURED]
+    "kind", [kind if kind in BY_DEFAULT else pytest.param(kind, marks=pytest.mark.slow) for kind in models.MEASURED]
 )
 def test_the_estimate_of_a_training_is_its_measured_peak(kind: str) -> None:
     """All that torch holds at once in a step besides weights, with the LoRA targets of a model's file: 18 % either way."""
-    held, found = MODELS.measure(kind)
+    held, found = models.measure(kind)
     assert found.activations + found.logits == pytest.approx(held, rel=0.18)
 
 

@@ -5,49 +5,35 @@ That each composes and fits its schema is held by tests/test_config.py, option b
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from agentft.config import conf_dir
 from agentft.model.adapters import decoder_blocks, find_targets
 from agentft.model.config import LoraConfig, ModelConfig
 from agentft.model.memory import planned_model
+from benchmarks import models
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@cache
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODELS = benchmark("models")
-FILES: dict[str, dict[str, Any]] = MODELS.model_files()
+FILES: dict[str, dict[str, Any]] = models.model_files()
 OF_THE_FIRST_ISSUE = {"baichuan-7b", "llama2-7b", "modelscope-agent-7b", "qwen-7b", "smollm2-135m", "tiny", "auto"}
 LORA = LoraConfig(name="lora", default_learning_rate=1e-4)
 
 
 def test_the_docs_list_every_model() -> None:
-    rows = re.findall(r"^\|`(.+?)`\|(.+?)\|(.+?)\|", MODELS.DOCS.read_text("utf-8"), re.M)
+    rows = re.findall(r"^\|`(.+?)`\|(.+?)\|(.+?)\|", models.DOCS.read_text("utf-8"), re.M)
     listed = {name: context for name, _, context in rows if name != "model="}
     told = "run python benchmarks/models.py"
-    assert listed == {name: f"{file['context']:,}" for name, file in FILES.items() if name not in MODELS.ANY}, told
+    assert listed == {name: f"{file['context']:,}" for name, file in FILES.items() if name not in models.ANY}, told
 
 
 @pytest.mark.parametrize("name", ["llama3.2-1b", "qwen3-30b-a3b-instruct-2507", "qwen3.5-4b", "gemma4-12b"])
 def test_a_row_of_the_docs_is_what_the_benchmark_says(name: str) -> None:
-    assert MODELS.row(name, FILES[name]) in MODELS.DOCS.read_text("utf-8"), "run python benchmarks/models.py"
+    assert models.row(name, FILES[name]) in models.DOCS.read_text("utf-8"), "run python benchmarks/models.py"
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - MODELS.ANY))
+@pytest.mark.parametrize("name", sorted(FILES.keys() - models.ANY))
 def test_a_file_names_place_licence_and_size(name: str) -> None:
     settings = FILES[name]
     assert settings["name"] == name
@@ -61,9 +47,9 @@ def test_a_file_names_place_licence_and_size(name: str) -> None:
     assert settings.keys() - {"defaults"} <= ModelConfig.__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - MODELS.ANY))
+@pytest.mark.parametrize("name", sorted(FILES.keys() - models.ANY))
 def test_a_file_without_a_copy_on_modelscope_says_so(name: str) -> None:
-    text = (BENCHMARKS.parent / "conf" / "model" / f"{name}.yaml").read_text("utf-8")
+    text = (conf_dir() / "model" / f"{name}.yaml").read_text("utf-8")
     assert ("modelscope_id:" in text) != ("No copy on ModelScope was found" in text)
 
 
@@ -81,7 +67,7 @@ def test_the_issues_models_are_there() -> None:
 def kinds() -> list[tuple[str, str]]:
     """Return an architecture and a file for each set of LoRA targets that stands in the files."""
     found: dict[tuple[str, tuple[str, ...]], str] = {}
-    for name, shape in MODELS.SHAPES.items():
+    for name, shape in models.SHAPES.items():
         targets = FILES[name].get("lora_targets")
         if targets and name not in OF_THE_FIRST_ISSUE:
             found.setdefault((shape["model_type"], tuple(targets)), name)
@@ -92,7 +78,7 @@ def kinds() -> list[tuple[str, str]]:
 def test_lora_targets_reach_every_layer_and_neither_router_nor_head(kind: str, name: str) -> None:
     """At the published shape, without memory for it."""
     targets = FILES[name]["lora_targets"]
-    model = planned_model(MODELS.SHAPES[name])
+    model = planned_model(models.SHAPES[name])
     found = find_targets(model, LORA, ModelConfig(name=name, lora_targets=targets))
     adapted = {*found.layers, *(path.rpartition(".")[0] for path in found.parameters)}
     names = {module: path for path, module in model.named_modules()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,16 +18,13 @@ from agentft.model import attention as tiled
 from agentft.model.attention import take_attention
 from agentft.model.labelled_loss import LabelledLoss
 from agentft.recipes.probe import Probe, ask_stock
+from benchmarks import architectures
 from tests.examples import tokenize
 
 
-@pytest.fixture(scope="module")
-def architectures(root):
-    spec = importlib.util.spec_from_file_location("architectures", root / "benchmarks" / "architectures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(scope="module", autouse=True)
+def _tiled_attention():
     tiled.register()
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +52,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("falcon_h1", FP32, {"stock_logits": True, "leak": True, "stock_answers": True}),
     ],
 )
-def test_what_differs_is_left_to_transformers(architectures, kind, dtype, left):
+def test_what_differs_is_left_to_transformers(kind, dtype, left):
     ways = architectures.try_one(kind, dtype)
     asked = tiled.TILED if dtype is BF16 else "sdpa"
     found = (ways.attention, ways.stock_logits, ways.leak is not None, ways.stock_answers)
@@ -67,14 +63,14 @@ def test_what_differs_is_left_to_transformers(architectures, kind, dtype, left):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_no_architecture_of_transformers_trains_on_another_loss_than_its_own(architectures):
+def test_no_architecture_of_transformers_trains_on_another_loss_than_its_own():
     """Of each that is not refused, the loss by the ways taken is the cross-entropy of the stock logits."""
     found = {kind: architectures.row(kind)[0] for kind in architectures.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     assert {found[kind] for kind in ("llama", "qwen2", "qwen3", "mistral", "smollm3")} == {"held"}
     assert sum(verdict in ("held", "fell back") for verdict in found.values()) > 100, found
 
 
-def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_logits(architectures, examples):
+def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_logits(examples):
     model = architectures.small_model("granite", FP32)
     examples = [replace(each, input_ids=each.input_ids % 128) for each in examples]
     wanted = 0.0
@@ -93,7 +89,7 @@ def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_logits(ar
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_an_attention_that_was_asked_for_is_not_replaced_in_silence(architectures):
+def test_an_attention_that_was_asked_for_is_not_replaced_in_silence():
     model = architectures.small_model("gpt_oss", BF16)
     with pytest.raises(
         ModelError, match=r"model.attention: with agentft_tiled GptOssForCausalLM .* model.attention=auto"
@@ -103,12 +99,12 @@ def test_an_attention_that_was_asked_for_is_not_replaced_in_silence(architecture
         take_attention(model, tiled.TILED)
 
 
-def test_a_model_that_sees_the_future_is_refused(architectures):
+def test_a_model_that_sees_the_future_is_refused():
     """BERT as its checkpoints come is no decoder: each position sees all of them."""
     assert "changing the last token moves" in architectures.try_one("bert", FP32)
 
 
-def test_a_faulty_kernel_of_ours_is_found_and_refused(architectures, monkeypatch):
+def test_a_faulty_kernel_of_ours_is_found_and_refused(monkeypatch):
     """Attention falls back to torch's; a loss that is off in our own code is not trained on."""
     model = architectures.small_model("llama", BF16)
     stock = ask_stock(model, pad_id=0)
@@ -122,7 +118,7 @@ def test_a_faulty_kernel_of_ours_is_found_and_refused(architectures, monkeypatch
         Probe(stock, LabelledLoss(model), 0).run(tiled.TILED, asked=False)
 
 
-def test_the_probe_leaves_model_and_random_streams_as_they_were(architectures):
+def test_the_probe_leaves_model_and_random_streams_as_they_were():
     model = architectures.small_model("llama", FP32).train()
     take_attention(model, "sdpa")
     weights = {name: p.clone() for name, p in model.named_parameters()}
@@ -134,7 +130,7 @@ def test_the_probe_leaves_model_and_random_streams_as_they_were(architectures):
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
 
 
-def test_answers_by_generate_end_where_ours_end(architectures, golden_conversations, template, encoder, byte_tokenizer):
+def test_answers_by_generate_end_where_ours_end(golden_conversations, template, encoder, byte_tokenizer):
     """A step at a time, at our stop token, whatever the model's own settings of generation say."""
     conversations = list(golden_conversations.values())[:2]
     steps = all_steps(conversations, list(tokenize(conversations, template, encoder)), template)
@@ -157,7 +153,7 @@ def test_answers_by_generate_end_where_ours_end(architectures, golden_conversati
             ids.append(token)
 
 
-def test_logits_of_the_forward_pass_are_taken_where_it_cannot_be_told_which(architectures):
+def test_logits_of_the_forward_pass_are_taken_where_it_cannot_be_told_which():
     from agentft.model.labelled_loss import stock_logits
 
     model = architectures.small_model("llama", FP32)
